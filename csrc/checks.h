@@ -1,0 +1,105 @@
+// Memory safety of the operators, for CPU and CUDA. The sentences that users read stand in op.py; these hold even where
+// an operator is called without it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+
+#include "sampler_math.h"
+
+namespace ddpm_fast {
+
+inline void check_one_int64(const at::Tensor& tensor, const char* name, at::Device device) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kLong && tensor.numel() == 1, name, " must be one int64 element, got ",
+                   tensor.numel(), " of ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == device, name, " must be on ", device, ", got ", tensor.device());
+}
+
+inline void check_counter_range(const at::Tensor& tensor, int64_t start_index, int64_t stream) {
+  TORCH_CHECK_VALUE(tensor.dim() >= 1, "a batch dimension is needed, got a tensor without dimensions");
+  const int64_t batch = tensor.size(0);
+  TORCH_CHECK_VALUE(batch == 0 || tensor.numel() / batch <= (int64_t{1} << 34),
+                    "at most 2^34 elements per sample are possible, got ", tensor.numel() / batch);
+  TORCH_CHECK_VALUE(start_index >= 0 && start_index <= (int64_t{1} << 32) - batch,
+                    "start_index must be in [0, 2^32 - batch size], got ", start_index);
+  TORCH_CHECK_VALUE(stream >= 0 && stream < (int64_t{1} << 32), "stream must be in [0, 2^32), got ", stream);
+}
+
+// A contiguous float32 tensor like x.
+inline void check_state(const at::Tensor& tensor, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, name, " must be float32, got ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), name, " must be on ", x.device(), ", got ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.sizes() == x.sizes(), name, " must have shape ", x.sizes(), ", got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+inline float* state_or_null(const std::optional<at::Tensor>& tensor, const char* name, const at::Tensor& x) {
+  if (!tensor.has_value()) return nullptr;
+  check_state(*tensor, name, x);
+  return tensor->data_ptr<float>();
+}
+
+// Dimensions from the third on must lie evenly spaced, as in contiguous and channels-last tensors and their slices.
+inline OutputLayout output_layout(const at::Tensor& output) {
+  OutputLayout layout{1, output.stride(0), 0, 0, true};
+  for (int64_t dim = output.dim() - 1; dim >= 2; --dim) {
+    if (output.size(dim) == 1) continue;
+    if (layout.pixels == 1) layout.pixel_stride = output.stride(dim);
+    TORCH_CHECK_VALUE(output.stride(dim) == layout.pixels * layout.pixel_stride,
+                      "model_output must be contiguous or channels-last, got strides ", output.strides());
+    layout.pixels *= output.size(dim);
+  }
+  const bool has_channels = output.dim() >= 2 && output.size(1) != 1;
+  if (has_channels) layout.channel_stride = output.stride(1);
+  layout.dense = (layout.pixels == 1 || layout.pixel_stride == 1) &&
+      (!has_channels || layout.channel_stride == layout.pixels);
+  return layout;
+}
+
+inline SamplerStepParams check_sampler_step(
+    const at::Tensor& x,
+    const at::Tensor& model_output,
+    const at::Tensor& table,
+    const at::Tensor& step,
+    const at::Tensor& seed,
+    const std::optional<at::Tensor>& previous,
+    const std::optional<at::Tensor>& noise,
+    const at::Tensor& x_next,
+    const std::optional<at::Tensor>& x_start,
+    bool clip_x_start,
+    int64_t start_index,
+    int64_t stream) {
+  check_counter_range(x, start_index, stream);
+  check_state(x, "x", x);
+  check_state(x_next, "x_next", x);
+  check_one_int64(step, "step", x.device());
+  check_one_int64(seed, "seed", x.device());
+  TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, "table must be float32, got ", table.scalar_type());
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == kTableColumns && table.is_contiguous(),
+                    "table must be contiguous, of shape (S, 6), got ", table.sizes());
+  TORCH_CHECK_VALUE(table.device() == x.device(), "table must be on ", x.device(), ", got ", table.device());
+  TORCH_CHECK_VALUE(model_output.sizes() == x.sizes() && model_output.device() == x.device(),
+                    "model_output must have shape ", x.sizes(), " on ", x.device(), ", got ", model_output.sizes(),
+                    " on ", model_output.device());
+  return {
+      x.data_ptr<float>(),
+      model_output.data_ptr(),
+      table.data_ptr<float>(),
+      step.data_ptr<int64_t>(),
+      seed.data_ptr<int64_t>(),
+      state_or_null(previous, "x_start_previous", x),
+      state_or_null(noise, "noise", x),
+      x_next.data_ptr<float>(),
+      state_or_null(x_start, "x_start", x),
+      x.numel() == 0 ? OutputLayout{1, 0, 0, 0, true} : output_layout(model_output),
+      x.size(0),
+      x.numel() == 0 ? 0 : x.numel() / x.size(0),
+      table.size(0),
+      start_index,
+      static_cast<uint32_t>(stream),
+      clip_x_start};
+}
+
+}  // namespace ddpm_fast

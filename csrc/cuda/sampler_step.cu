@@ -1,0 +1,135 @@
+#include "access.cuh"
+#include "launchers.h"
+
+namespace ddpm_fast {
+
+namespace {
+
+// How a thread reads and writes its elements.
+enum class Access {
+  kWide,     // 8 elements, everything in 16-byte accesses
+  kStrided,  // 4 elements, the state in 16-byte accesses, the model's output by its strides (channels-last)
+  kAny,      // 4 elements one by one, a sample's last thread what is left
+};
+
+template <Access kAccess, int N>
+__device__ __forceinline__ void load_state(float (&to)[N], const float* from, int64_t left) {
+  if constexpr (kAccess != Access::kAny) {
+    load_wide(to, from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = i < left ? from[i] : 0.0f;
+  }
+}
+
+template <Access kAccess, int N>
+__device__ __forceinline__ void store_state(float* to, const float (&from)[N], int64_t left) {
+  if constexpr (kAccess != Access::kAny) {
+    store_wide(to, from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < left) to[i] = from[i];
+    }
+  }
+}
+
+// Elements [e, e + N) of one sample of the model's output.
+template <Access kAccess, typename T, int N>
+__device__ __forceinline__ void load_output(
+    float (&to)[N], const T* sample, const OutputLayout& layout, int64_t e, int64_t left) {
+  if constexpr (kAccess == Access::kWide) {
+    load_wide(to, sample + e);
+  } else {
+    int64_t channel = e / layout.pixels;
+    int64_t pixel = e - channel * layout.pixels;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      to[i] = i < left ? to_float(sample[channel * layout.channel_stride + pixel * layout.pixel_stride]) : 0.0f;
+      if (++pixel == layout.pixels) {
+        pixel = 0;
+        ++channel;
+      }
+    }
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void fill(float (&to)[N], float value) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = value;
+}
+
+// Each thread makes whole Philox blocks and owns the elements it reads and writes, so x_next may be x and x_start may
+// be previous. Step and seed are read here, so that a CUDA graph replays with new ones.
+template <typename T, Access kAccess>
+__global__ void __launch_bounds__(kThreads) sampler_step_kernel(const SamplerStepParams p) {
+  constexpr int N = kAccess == Access::kWide ? 8 : 4;
+  const int64_t step = *p.step;
+  const SamplerRow row = sampler_row(p.table, p.table_rows, step);
+  NoiseIndex index{philox_key(*p.seed), 0, static_cast<uint32_t>(step), p.stream};
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * N;
+  for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
+    const int64_t first = b * p.elements;
+    const T* sample = static_cast<const T*>(p.output) + b * p.layout.batch_stride;
+    index.sample = static_cast<uint32_t>(p.start_index + b);
+    for (int64_t e = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N; e < p.elements; e += stride) {
+      const int64_t left = p.elements - e;
+      float x[N], output[N], previous[N], eps[N];
+      load_state<kAccess>(x, p.x + first + e, left);
+      load_output<kAccess>(output, sample, p.layout, e, left);
+      if (row.u == 0.0f) {
+        fill(previous, 0.0f);
+      } else if (p.previous == nullptr) {
+        fill(previous, NAN);  // nothing to read: visible in the result, without a synchronisation
+      } else {
+        load_state<kAccess>(previous, p.previous + first + e, left);
+      }
+      if (row.sigma == 0.0f) {
+        fill(eps, 0.0f);
+      } else if (p.noise != nullptr) {
+        load_state<kAccess>(eps, p.noise + first + e, left);
+      } else {
+        generate(eps, index, e);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float x_start = predict_x_start(row, x[i], output[i], p.clip_x_start);
+        x[i] = next_state(row, x_start, x[i], previous[i], eps[i]);
+        output[i] = x_start;
+      }
+      store_state<kAccess>(p.x_next + first + e, x, left);
+      if (p.x_start != nullptr) store_state<kAccess>(p.x_start + first + e, output, left);
+    }
+  }
+}
+
+template <typename T, Access kAccess>
+cudaError_t launch_with(const SamplerStepParams& p, cudaStream_t stream) {
+  constexpr int per_thread = kAccess == Access::kWide ? 8 : 4;
+  sampler_step_kernel<T, kAccess><<<make_grid(p.batch, p.elements, per_thread), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch(const SamplerStepParams& p, cudaStream_t stream) {
+  const bool state_is_aligned = is_aligned(p.x) && is_aligned(p.x_next) && is_aligned(p.x_start) &&
+      is_aligned(p.previous) && is_aligned(p.noise);
+  const bool output_is_wide = p.layout.dense && is_aligned(p.output) &&
+      (p.batch == 1 || p.layout.batch_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0);
+  if (state_is_aligned && output_is_wide && p.elements % 8 == 0) return launch_with<T, Access::kWide>(p, stream);
+  if (state_is_aligned && p.elements % 4 == 0) return launch_with<T, Access::kStrided>(p, stream);
+  return launch_with<T, Access::kAny>(p, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_sampler_step(const SamplerStepParams& params, Element output, cudaStream_t stream) {
+  switch (output) {
+    case Element::kHalf: return launch<__half>(params, stream);
+    case Element::kBFloat16: return launch<__nv_bfloat16>(params, stream);
+    default: return launch<float>(params, stream);
+  }
+}
+
+}  // namespace ddpm_fast

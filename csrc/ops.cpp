@@ -1,0 +1,27 @@
+// The Python side of the extension: build information, and Philox itself for its known answers. The operators register
+// themselves with torch when the module is loaded; their schemas stand in ddpm_fast/ops/*/op.py.
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include "philox.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def(
+      "philox4x32",
+      [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+        const ddpm_fast::PhiloxWords words = ddpm_fast::philox4x32({c0, c1, c2, c3}, {k0, k1});
+        return pybind11::make_tuple(words.x0, words.x1, words.x2, words.x3);
+      },
+      "Philox4x32-10 of counter c0 ... c3 and key k0, k1: four 32-bit words.");
+  m.attr("torch_version") = TORCH_VERSION;
+#ifdef DDPM_FAST_WITH_CUDA
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+}

@@ -1,0 +1,116 @@
+"""Loads the compiled module `ddpm_fast._C` on first need, and remembers why it could not.
+
+Loading registers the native implementations of the package's torch operators. Nothing is opened at import; a module
+built against another torch is refused before the loader sees it, since opening it could crash the process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_PACKAGE = Path(__file__).parent
+_INFO = _PACKAGE / "_build_info.json"
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    module: ModuleType | None
+    reason: str | None
+    info: dict
+
+
+_outcome: _Outcome | None = None
+
+
+def load() -> ModuleType | None:
+    """The compiled module, or None; the first call decides for the life of the process."""
+    return _decide().module
+
+
+def reason() -> str | None:
+    """Why there is no compiled module, in one clause; None where there is one."""
+    return _decide().reason
+
+
+def info() -> dict:
+    """What setup.py recorded: torch, torch_cuda, built, cuda_left_out, compiler, architectures; empty if nothing."""
+    return _decide().info
+
+
+def has_cuda() -> bool:
+    """Whether the compiled module is loaded and has the CUDA kernels."""
+    return load() is not None and "cuda" in info()["built"]
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the compiled module cannot run on a device, in one clause; None where it can."""
+    if load() is None:
+        return reason()
+    if device.type == "cpu" or (device.type == "cuda" and has_cuda()):
+        return None
+    if device.type == "cuda":
+        return f"the extension was built without CUDA: {info()['cuda_left_out']}"
+    return f"the extension has no kernels for {device.type}"
+
+
+# What torch.compiler.assume_constant_result does, without its import of dynamo: under torch.compile the answer is
+# computed while tracing, so that the first load may happen there.
+why_not._dynamo_marked_constant = True
+
+
+def _decide() -> _Outcome:
+    global _outcome
+    if _outcome is None:
+        _outcome = _try_to_load()
+    return _outcome
+
+
+def _try_to_load() -> _Outcome:
+    if not _INFO.exists():
+        return _Outcome(None, "the extension was not built (there is no _build_info.json in the package)", {})
+    try:
+        recorded = json.loads(_INFO.read_text())
+    except ValueError as error:
+        return _Outcome(None, f"the extension's _build_info.json is damaged: {error}", {})
+    refusal = _why_unfit(recorded)
+    if refusal is not None:
+        return _Outcome(None, refusal, recorded)
+    try:
+        return _Outcome(importlib.import_module("ddpm_fast._C"), None, recorded)
+    except ImportError as error:
+        return _Outcome(None, f"the extension could not be loaded: {error}", recorded)
+
+
+def _why_unfit(recorded: dict) -> str | None:
+    if not recorded["built"]:
+        return f"the extension was not built: {recorded['reason']}"
+    if _minor(recorded["torch"]) != _minor(torch.__version__):
+        return f"the extension was built for torch {recorded['torch']}, and this is torch {torch.__version__}"
+    if recorded["torch_cuda"] != torch.version.cuda:
+        return (
+            f"the extension was built for {_flavour(recorded['torch_cuda'])} torch, "
+            f"and this is {_flavour(torch.version.cuda)} torch"
+        )
+    candidates = [_PACKAGE / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    module = next((file for file in candidates if file.exists()), None)
+    if module is None:
+        return "the extension's file is missing from the package (_C of this Python version)"
+    if module.stat().st_size != recorded["bytes"]:
+        # Opening a truncated file kills the process.
+        return f"the extension's file is damaged: it has {module.stat().st_size} of {recorded['bytes']} bytes"
+    return None
+
+
+def _minor(version: str) -> list[str]:
+    return version.split("+")[0].split(".")[:2]
+
+
+def _flavour(cuda: str | None) -> str:
+    return "a CPU build of" if cuda is None else f"a CUDA {cuda} build of"

@@ -1,0 +1,1 @@
+"""The noise function: filling a tensor with it."""

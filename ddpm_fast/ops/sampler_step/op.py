@@ -1,0 +1,256 @@
+"""The universal sampler update: public functions, registration, eligibility.
+
+    x0 = p·x + q·out, clipped to [−1, 1] where asked
+    x ← r·x0 + s·x + u·x0_previous + σ·ε
+
+A sampler is a table of p, q, r, s, u, σ with a row per step, made by ddpm_fast/schedules.py: ancestral sampling (Ho et
+al. 2020, eq. 7), DDIM with any eta (Song et al. 2021, eq. 12), DPM-Solver++(2M) (Lu et al. 2022, algorithm 2).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm_fast import _extension
+from ddpm_fast import noise as noise_function
+from ddpm_fast.dispatch import Implementation, Op
+from ddpm_fast.noise import STREAM_STEP
+from ddpm_fast.ops.sampler_step import reference
+
+_COLUMNS = ("p", "q", "r", "s", "u", "sigma")
+_STATE_DTYPES = (torch.float32, torch.float64)
+_OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_ARGUMENTS = "Tensor model_output, Tensor table, Tensor step, Tensor seed"
+_OPTIONS = "Tensor? noise, bool clip_x_start, int start_index, int stream"
+
+_library = torch.library.Library("ddpm_fast", "FRAGMENT")
+_library.define(
+    f"sampler_step(Tensor x, {_ARGUMENTS}, Tensor? x_start_previous, {_OPTIONS}) -> (Tensor x_next, Tensor x_start)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"sampler_step_(Tensor(a!) x, {_ARGUMENTS}, Tensor(b!)? x_start, {_OPTIONS}) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("ddpm_fast::sampler_step", lib=_library)
+def _sampler_step_fake(x, model_output, table, step, seed, x_start_previous, noise, clip_x_start, start_index, stream):
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.register_fake("ddpm_fast::sampler_step_", lib=_library)
+def _sampler_step_inplace_fake(x, model_output, table, step, seed, x_start, noise, clip_x_start, start_index, stream):
+    return None
+
+
+def sampler_step(
+    x: torch.Tensor,
+    model_output: torch.Tensor,
+    table: torch.Tensor,
+    step: torch.Tensor,
+    seed: torch.Tensor,
+    *,
+    x_start_previous: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    clip_x_start: bool = True,
+    start_index: int = 0,
+    stream: int = STREAM_STEP,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of any sampler.
+
+    Args:
+        x: (B, ...) float32 (float64: reference only), the state before the step.
+        model_output: shape of x; float32, float16, bfloat16 or float64. Contiguous or channels-last is read in place.
+        table: (S, 6), columns p, q, r, s, u, σ; dtype float32 (float64 with a float64 x).
+        step: one int64 element, the row, read on the device. Outside [0, S): an error on the CPU, NaN elsewhere.
+        seed: one int64 element, read on the device.
+        x_start_previous: shape and dtype of x, the x0 of the step before; read only where u ≠ 0.
+        noise: shape and dtype of x, the ε to use; read only where σ ≠ 0. None generates it: the noise function of
+            (seed, stream, sample = start_index + batch index, step).
+        clip_x_start: clip x0 to [−1, 1]; NaN stays NaN.
+        start_index: index of the first sample of the batch, in [0, 2^32 − B].
+        stream: the noise stream, in [0, 2^32).
+
+    Returns:
+        (x_next, x_start), both of the shape and dtype of x.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+    """
+    _check(x, model_output, table, step, seed, "x_start_previous", x_start_previous, noise, start_index, stream)
+    return _sampler_step_op(
+        x,
+        model_output,
+        table,
+        step,
+        seed,
+        x_start_previous=x_start_previous,
+        noise=noise,
+        clip_x_start=clip_x_start,
+        start_index=start_index,
+        stream=stream,
+    )
+
+
+def sampler_step_(
+    x: torch.Tensor,
+    model_output: torch.Tensor,
+    table: torch.Tensor,
+    step: torch.Tensor,
+    seed: torch.Tensor,
+    *,
+    x_start: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    clip_x_start: bool = True,
+    start_index: int = 0,
+    stream: int = STREAM_STEP,
+) -> torch.Tensor:
+    """`sampler_step` in place: x becomes x_next.
+
+    Args:
+        x_start: shape and dtype of x; read as the x0 of the step before where u ≠ 0, then overwritten with this step's
+            x0. It may be uninitialised where u = 0. None where neither is wanted.
+        others: see `sampler_step`.
+
+    Returns:
+        x.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+    """
+    _check(x, model_output, table, step, seed, "x_start", x_start, noise, start_index, stream)
+    if x_start is x:
+        raise ValueError("x_start must be another tensor than x, got the same")
+    return _sampler_step_inplace_op(
+        x,
+        model_output,
+        table,
+        step,
+        seed,
+        x_start=x_start,
+        noise=noise,
+        clip_x_start=clip_x_start,
+        start_index=start_index,
+        stream=stream,
+    )
+
+
+def _check(x, model_output, table, step, seed, previous_name, previous, noise, start_index, stream) -> None:
+    """The checks of every implementation: shapes, dtypes and devices always, values where that costs no waiting."""
+    optional = [(previous_name, previous), ("noise", noise)]
+    required = [("x", x), ("model_output", model_output), ("table", table), ("step", step), ("seed", seed)]
+    given = required + [(name, tensor) for name, tensor in optional if tensor is not None]
+    for name, tensor in given:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if x.dtype not in _STATE_DTYPES:
+        raise TypeError(f"x must be float32 (or float64), got {x.dtype}")
+    noise_function.check_counter_range(tuple(x.shape), stream=stream, start_index=start_index)
+    for name, tensor in given:
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    for name, tensor in given[5:]:
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+    for name, tensor in given[1:2] + given[5:]:
+        if tensor.shape != x.shape:
+            raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}")
+    if model_output.dtype not in _OUTPUT_DTYPES:
+        raise TypeError(f"model_output must be float32, float16, bfloat16 or float64, got {model_output.dtype}")
+    if table.dtype not in (torch.float32, x.dtype):
+        raise TypeError(f"table must be {' or '.join(sorted({'torch.float32', str(x.dtype)}))}, got {table.dtype}")
+    if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] != len(_COLUMNS):
+        raise ValueError(f"table must have shape (S, 6), columns {', '.join(_COLUMNS)}, got {tuple(table.shape)}")
+    for name, tensor in (("step", step), ("seed", seed)):
+        if tensor.dtype != torch.int64 or tensor.numel() != 1:
+            raise TypeError(
+                f"{name} must be a one-element int64 tensor, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(table, step, previous_name, previous)
+
+
+def _check_values(table, step, previous_name, previous) -> None:
+    row = step.item()
+    if not 0 <= row < table.shape[0]:
+        raise ValueError(f"step must be in [0, {table.shape[0]}), the rows of table, got {row}")
+    if previous is None and table[row, 4] != 0:
+        raise ValueError(
+            f"{previous_name} must be given where u of the table is not 0, got None with u = {table[row, 4].item():g} "
+            f"in row {row}"
+        )
+
+
+def _native(
+    x, model_output, table, step, seed, *, x_start_previous, noise, clip_x_start, start_index, stream
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.ddpm_fast.sampler_step(
+        x, model_output, table, step, seed, x_start_previous, noise, clip_x_start, start_index, stream
+    )
+
+
+def _native_inplace(
+    x, model_output, table, step, seed, *, x_start, noise, clip_x_start, start_index, stream
+) -> torch.Tensor:
+    torch.ops.ddpm_fast.sampler_step_(
+        x, model_output, table, step, seed, x_start, noise, clip_x_start, start_index, stream
+    )
+    return x
+
+
+def _native_refuses(
+    x, model_output, table, step, seed, *, noise, x_start=None, x_start_previous=None, **options
+) -> str | None:
+    reason = _extension.why_not(x.device)
+    if reason is not None:
+        return reason
+    if x.dtype != torch.float32:
+        return f"x is {x.dtype}, and native code computes in float32"
+    if model_output.dtype == torch.float64:
+        return "model_output is torch.float64, and native code reads float32, float16 and bfloat16"
+    states = {"x": x, "x_start": x_start, "x_start_previous": x_start_previous, "noise": noise}
+    for name, tensor in {**states, "table": table}.items():
+        if tensor is not None and not tensor.is_contiguous():
+            return f"{name} is not contiguous"
+    if not _is_evenly_spaced(model_output):
+        return f"model_output is neither contiguous nor channels-last, its strides are {model_output.stride()}"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*states.values(), model_output)):
+        return "a gradient is wanted, and native code has none"
+    return None
+
+
+def _is_evenly_spaced(tensor: torch.Tensor) -> bool:
+    """Whether one stride leads through all dimensions from the third on; batch and channel may have any."""
+    pixels, spacing = 1, 0
+    for size, stride in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        spacing = stride if pixels == 1 else spacing
+        if stride != pixels * spacing:
+            return False
+        pixels *= size
+    return True
+
+
+def _example(previous_name: str):
+    def example(device: torch.device) -> tuple[tuple, dict]:
+        image = torch.zeros(2, 3, 8, 8, device=device)
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        options = {"noise": None, "clip_x_start": True, "start_index": 0, "stream": STREAM_STEP}
+        return (image, image, torch.zeros(1, 6, device=device), zero, zero), {previous_name: None, **options}
+
+    return example
+
+
+_sampler_step_op = Op(
+    "sampler_step",
+    [Implementation("native", _native, _native_refuses), Implementation("reference", reference.sampler_step)],
+    _example("x_start_previous"),
+)
+_sampler_step_inplace_op = Op(
+    "sampler_step_",
+    [Implementation("native", _native_inplace, _native_refuses), Implementation("reference", reference.sampler_step_)],
+    _example("x_start"),
+)

@@ -1,0 +1,187 @@
+"""Builds the extension ddpm_fast._C; everything else about the package stands in pyproject.toml.
+
+DDPM_FAST_BUILD=auto|cpu|cuda|none. `auto` builds what it can: CUDA kernels where there are nvcc and a CUDA build of
+torch (a GPU is not needed), C++ alone otherwise, pure Python if nothing compiles. `cpu` and `cuda` fail instead. What
+was built, against what, and why the rest was left out goes to ddpm_fast/_build_info.json, which the loader reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError, LinkError
+
+ROOT = Path(__file__).resolve().parent
+MODES = ("auto", "cpu", "cuda", "none")
+MODE = os.environ.get("DDPM_FAST_BUILD", "auto")
+CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu/noise_cpu.cpp", "csrc/cpu/sampler_step_cpu.cpp"]
+CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/noise.cu", "csrc/cuda/sampler_step.cu"]
+HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*h"))
+# NaN has to work, so not -ffast-math: only errno and traps, which stand in the way of vectorised code, are given up.
+CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
+ARCHITECTURES = {"8.0": 80, "9.0": 90, "10.0": 100}
+
+info = {"mode": MODE, "built": [], "reason": None, "cuda_left_out": None}
+
+
+def run_nvcc(nvcc: str, *args: str) -> str:
+    result = subprocess.run([nvcc, *args], capture_output=True, text=True)
+    return result.stdout + result.stderr
+
+
+def find_toolkit() -> Path | None:
+    """CUDA_HOME, else the home that the nvcc on PATH (which may be a wrapper) speaks of, else /usr/local/cuda."""
+    candidates = [os.environ.get("CUDA_HOME")]
+    if not candidates[0]:
+        nvcc = shutil.which("nvcc")
+        dryrun = run_nvcc(nvcc, "--dryrun", "x.cu") if nvcc else ""
+        candidates = [*re.findall(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE), "/usr/local/cuda"]
+    homes = [Path(candidate.strip()).resolve() for candidate in candidates]
+    return next((home for home in homes if (home / "bin" / "nvcc").exists()), None)
+
+
+def why_no_cuda(torch, toolkit: Path | None) -> str | None:
+    """One clause, or None where the CUDA sources can be built."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if toolkit is None:
+        return "no nvcc was found (in CUDA_HOME; where that is not set, on PATH and in /usr/local/cuda)"
+    release = re.search(r"release (\d+)\.(\d+)", run_nvcc(str(toolkit / "bin" / "nvcc"), "--version"))
+    if release is None:
+        return "nvcc --version does not say its release"
+    if release[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is release {release[1]}.{release[2]} and torch was built with CUDA {torch.version.cuda}"
+    return None
+
+
+def set_architectures(torch, toolkit: Path) -> None:
+    """The user's choice, else the visible GPU, else the data-centre GPUs that this nvcc knows."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.is_available():
+        return
+    known = {int(n) for n in re.findall(r"compute_(\d+)", run_nvcc(str(toolkit / "bin" / "nvcc"), "--list-gpu-arch"))}
+    chosen = [name for name, number in ARCHITECTURES.items() if number in known]
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen) + "+PTX"
+
+
+def extensions() -> list:
+    """The extension to build first and those to fall back to; fills `info` with what is known before compiling."""
+    if MODE not in MODES:
+        raise SystemExit(f"DDPM_FAST_BUILD must be one of {', '.join(MODES)}, got {MODE!r}")
+    if MODE == "none":
+        info["reason"] = "DDPM_FAST_BUILD=none asked for pure Python"
+        return []
+    toolkit = None if MODE == "cpu" else find_toolkit()
+    if toolkit:
+        os.environ["CUDA_HOME"] = str(toolkit)  # torch.utils.cpp_extension reads it when it is imported
+    try:
+        import torch
+        from torch.utils.cpp_extension import CppExtension, CUDAExtension
+    except ImportError as error:
+        if MODE != "auto":
+            message = f"DDPM_FAST_BUILD={MODE} needs torch at build time ({error}): use --no-build-isolation"
+            raise SystemExit(message) from error
+        info["reason"] = f"torch could not be imported when the package was built ({error})"
+        return []
+    info.update(torch=torch.__version__, torch_cuda=torch.version.cuda)
+    info["cuda_left_out"] = "DDPM_FAST_BUILD=cpu" if MODE == "cpu" else why_no_cuda(torch, toolkit)
+    cpu = make_extension(CppExtension, CPU_SOURCES)
+    if info["cuda_left_out"] is None:
+        set_architectures(torch, toolkit)
+        cuda = make_extension(CUDAExtension, CPU_SOURCES + CUDA_SOURCES, [("DDPM_FAST_WITH_CUDA", None)])
+        return [cuda, cpu] if MODE == "auto" else [cuda]
+    if MODE == "cuda":
+        raise SystemExit(f"DDPM_FAST_BUILD=cuda cannot be done: {info['cuda_left_out']}")
+    return [cpu]
+
+
+def make_extension(kind: type, sources: list[str], macros: list[tuple] = ()):
+    return kind(
+        name="ddpm_fast._C",
+        sources=list(sources),
+        depends=HEADERS,
+        define_macros=list(macros),
+        extra_compile_args={"cxx": CXX_FLAGS + OPENMP_FLAGS, "nvcc": ["-O3"]},
+        extra_link_args=list(OPENMP_FLAGS),
+    )
+
+
+def write_info(package: Path) -> None:
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+    for what, reason in (("extension", info["reason"]), ("CUDA part", info["cuda_left_out"])):
+        if reason:
+            print(f"ddpm_fast: WARNING: built without the {what}: {reason}", file=sys.stderr)
+
+
+class BuildPy(build_py):
+    """Writes the build information of a pure Python build; of any other, BuildExt does."""
+
+    def run(self):
+        super().run()
+        if not self.distribution.ext_modules:
+            write_info((ROOT if self.editable_mode else Path(self.build_lib)) / "ddpm_fast")
+
+
+def with_fallback(base: type) -> type:
+    """torch's BuildExtension, which under `auto` tries the next candidate where one does not compile."""
+
+    class BuildExt(base):
+        def run(self):
+            (extension,) = self.extensions
+            compiler = self.compiler
+            for candidate in CANDIDATES:
+                # In place, since setuptools has left its own marks on the object; a run leaves its compiler behind.
+                vars(extension).update(vars(candidate))
+                self.compiler = compiler
+                try:
+                    super().run()
+                except (CompileError, LinkError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+                    if MODE != "auto":
+                        raise
+                    self.record_failure(extension, error)
+                else:
+                    self.record_success(extension)
+                    break
+            else:
+                self.extensions = []
+            write_info((ROOT if self.inplace else Path(self.build_lib)) / "ddpm_fast")
+
+        def record_success(self, extension):
+            with_cuda = any(source.endswith(".cu") for source in extension.sources)
+            compiler = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
+            info.update(
+                built=["cpu", "cuda"] if with_cuda else ["cpu"],
+                reason=None,
+                bytes=Path(self.get_ext_fullpath(extension.name)).stat().st_size,
+                compiler=subprocess.run(compiler, capture_output=True, text=True).stdout.partition("\n")[0],
+                architectures=os.environ.get("TORCH_CUDA_ARCH_LIST", "the visible GPU") if with_cuda else None,
+            )
+
+        def record_failure(self, extension, error):
+            first_line = str(error).strip().partition("\n")[0]
+            reason = f"it did not compile ({type(error).__name__}: {first_line})"
+            info["reason"] = reason
+            if any(source.endswith(".cu") for source in extension.sources):
+                info["cuda_left_out"] = reason
+
+    return BuildExt
+
+
+CANDIDATES = extensions()
+commands = {"build_py": BuildPy}
+if CANDIDATES:
+    from torch.utils.cpp_extension import BuildExtension
+
+    commands["build_ext"] = with_fallback(BuildExtension)
+
+setup(ext_modules=CANDIDATES[:1], cmdclass=commands)
