@@ -1,0 +1,242 @@
+"""The peer's UNet: same arguments, same parameters, same function."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Sequence
+
+import torch
+from torch import nn
+
+from ddpm_fast.layers import (
+    Attention,
+    Downsample,
+    LinearAttention,
+    RandomOrLearnedSinusoidalPosEmb,
+    ResnetBlock,
+    SinusoidalPosEmb,
+    Upsample,
+)
+
+NORMS = ("rms", "group")
+
+
+def _per_stage(name: str, value, num_stages: int) -> tuple:
+    """One value per stage from a scalar or a sequence of that length."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * num_stages
+    if len(values) != num_stages:
+        raise ValueError(f"{name} must be one value or {num_stages}, one per entry of dim_mults, got {value!r}")
+    return values
+
+
+class Unet(nn.Module):
+    """UNet of Ho et al. 2020 as `denoising-diffusion-pytorch` 2.3 builds it; checkpoints load both ways.
+
+    Args:
+        dim: width of the first stage; stage i has `dim * dim_mults[i]` channels.
+        init_dim: channels of the first convolution, `dim` if None.
+        out_dim: output channels; if None `channels`, twice that with `learned_variance`.
+        dim_mults: one factor per stage; every stage but the last halves height and width.
+        channels: channels of the image.
+        self_condition: the network also sees its previous estimate of x0 (Chen et al. 2022), as `x_self_cond`.
+        learned_variance: twice the output channels (Nichol & Dhariwal 2021).
+        learned_sinusoidal_cond, random_fourier_features, learned_sinusoidal_dim: Fourier features of the timestep with
+            learned or random frequencies, for continuous time; `GaussianDiffusion` does not take such a network.
+        sinusoidal_pos_emb_theta: base of the sinusoidal time embedding.
+        dropout: after the first block of each residual block.
+        attn_dim_head, attn_heads: one value, or one per stage.
+        full_attn: softmax attention instead of linear attention, one bool or one per stage; None: the last stage only.
+            The peer treats False like None; here False means linear attention in every stage. The middle of the network
+            always has softmax attention.
+        flash_attn: kept for the peer's signature; torch's attention kernels run either way.
+        norm: "rms" (the peer's 2.x network) or "group" (its 1.9–1.11 network, GroupNorm in the residual blocks).
+        resnet_block_groups: groups of that GroupNorm.
+
+    Raises:
+        ValueError: an argument does not fit, named in one sentence.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        init_dim: int | None = None,
+        out_dim: int | None = None,
+        dim_mults: Sequence[int] = (1, 2, 4, 8),
+        channels: int = 3,
+        self_condition: bool = False,
+        learned_variance: bool = False,
+        learned_sinusoidal_cond: bool = False,
+        random_fourier_features: bool = False,
+        learned_sinusoidal_dim: int = 16,
+        sinusoidal_pos_emb_theta: float = 10000,
+        dropout: float = 0.0,
+        attn_dim_head: int | Sequence[int] = 32,
+        attn_heads: int | Sequence[int] = 4,
+        full_attn: bool | Sequence[bool] | None = None,
+        flash_attn: bool = False,
+        *,
+        norm: str = "rms",
+        resnet_block_groups: int = 8,
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+        if len(dim_mults) == 0:
+            raise ValueError("dim_mults must have at least one entry, got none")
+        num_stages = len(dim_mults)
+        if full_attn is None:
+            full_attn = (False,) * (num_stages - 1) + (True,)
+        full_attn = _per_stage("full_attn", full_attn, num_stages)
+        attn_heads = _per_stage("attn_heads", attn_heads, num_stages)
+        attn_dim_head = _per_stage("attn_dim_head", attn_dim_head, num_stages)
+
+        self.channels = channels
+        self.self_condition = self_condition
+        init_dim = dim if init_dim is None else init_dim
+        self.init_conv = nn.Conv2d(channels * (2 if self_condition else 1), init_dim, 7, padding=3)
+
+        dims = [init_dim, *(dim * m for m in dim_mults)]
+        in_out = list(zip(dims[:-1], dims[1:]))
+        if norm == "group":
+            for width in dims:
+                if width % resnet_block_groups:
+                    raise ValueError(
+                        f"resnet_block_groups must divide every stage's width {dims}, got {resnet_block_groups}"
+                    )
+
+        self.random_or_learned_sinusoidal_cond = learned_sinusoidal_cond or random_fourier_features
+        if self.random_or_learned_sinusoidal_cond:
+            embedding = RandomOrLearnedSinusoidalPosEmb(learned_sinusoidal_dim, random_fourier_features)
+            fourier_dim = learned_sinusoidal_dim + 1
+        else:
+            embedding = SinusoidalPosEmb(dim, theta=sinusoidal_pos_emb_theta)
+            fourier_dim = dim
+        time_dim = dim * 4
+        self.time_mlp = nn.Sequential(
+            embedding, nn.Linear(fourier_dim, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim)
+        )
+
+        resnet_block = partial(
+            ResnetBlock, time_emb_dim=time_dim, dropout=dropout, norm=norm, groups=resnet_block_groups
+        )
+
+        def attention(width: int, stage: int, full: bool) -> nn.Module:
+            kwargs = {"heads": attn_heads[stage], "dim_head": attn_dim_head[stage]}
+            return Attention(width, flash=flash_attn, **kwargs) if full else LinearAttention(width, **kwargs)
+
+        # Modules are made in the peer's order, so that one seed gives both the same initial weights.
+        self.downs = nn.ModuleList()
+        self.ups = nn.ModuleList()
+        for stage, (dim_in, dim_out) in enumerate(in_out):
+            is_last = stage == num_stages - 1
+            self.downs.append(
+                nn.ModuleList(
+                    [
+                        resnet_block(dim_in, dim_in),
+                        resnet_block(dim_in, dim_in),
+                        attention(dim_in, stage, full_attn[stage]),
+                        nn.Conv2d(dim_in, dim_out, 3, padding=1) if is_last else Downsample(dim_in, dim_out),
+                    ]
+                )
+            )
+
+        mid_dim = dims[-1]
+        self.mid_block1 = resnet_block(mid_dim, mid_dim)
+        self.mid_attn = attention(mid_dim, num_stages - 1, True)
+        self.mid_block2 = resnet_block(mid_dim, mid_dim)
+
+        for stage, (dim_in, dim_out) in reversed(list(enumerate(in_out))):
+            is_last = stage == 0
+            self.ups.append(
+                nn.ModuleList(
+                    [
+                        resnet_block(dim_out + dim_in, dim_out),
+                        resnet_block(dim_out + dim_in, dim_out),
+                        attention(dim_out, stage, full_attn[stage]),
+                        nn.Conv2d(dim_out, dim_in, 3, padding=1) if is_last else Upsample(dim_out, dim_in),
+                    ]
+                )
+            )
+
+        self.out_dim = channels * (2 if learned_variance else 1) if out_dim is None else out_dim
+        self.final_res_block = resnet_block(init_dim * 2, init_dim)
+        self.final_conv = nn.Conv2d(init_dim, self.out_dim, 1)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Height and width must be divisible by this."""
+        return 2 ** (len(self.downs) - 1)
+
+    def forward(
+        self, x: torch.Tensor, time: torch.Tensor, x_self_cond: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Predict noise, x0 or v, whatever it was trained for.
+
+        Args:
+            x: (B, channels, H, W), floating point.
+            time: (B,), timesteps.
+            x_self_cond: (B, channels, H, W), the previous estimate of x0; zeros if None; only with `self_condition`.
+
+        Returns:
+            (B, out_dim, H, W).
+
+        Raises:
+            TypeError, ValueError: an input does not fit, named in one sentence.
+        """
+        self._check_inputs(x, time, x_self_cond)
+        if self.self_condition:
+            x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond, x), dim=1)
+
+        x = self.init_conv(x)
+        residual = x
+        t = self._time_embedding(time)
+
+        skips = []
+        for block1, block2, attn, downsample in self.downs:
+            x = block1(x, t)
+            skips.append(x)
+            x = block2(x, t)
+            x = attn(x) + x
+            skips.append(x)
+            x = downsample(x)
+
+        x = self.mid_block1(x, t)
+        x = self.mid_attn(x) + x
+        x = self.mid_block2(x, t)
+
+        for block1, block2, attn, upsample in self.ups:
+            x = block1(torch.cat((x, skips.pop()), dim=1), t)
+            x = block2(torch.cat((x, skips.pop()), dim=1), t)
+            x = attn(x) + x
+            x = upsample(x)
+
+        x = self.final_res_block(torch.cat((x, residual), dim=1), t)
+        return self.final_conv(x)
+
+    def _time_embedding(self, time: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, 4·dim)
+        embedding, *mlp = self.time_mlp
+        t = embedding(time).to(mlp[0].weight.dtype)  # sines of a timestep need float32 whatever the weights are
+        for layer in mlp:
+            t = layer(t)
+        return t
+
+    def _check_inputs(self, x: torch.Tensor, time: torch.Tensor, x_self_cond: torch.Tensor | None) -> None:
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point, got {x.dtype}")
+        factor = self.downsample_factor
+        if x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(
+                f"x must have height and width divisible by {factor} for this Unet, got {tuple(x.shape[2:])}"
+            )
+        if time.shape != x.shape[:1]:
+            raise ValueError(f"time must have shape ({x.shape[0]},), one timestep per image, got {tuple(time.shape)}")
+        device = self.init_conv.weight.device
+        for name, tensor in (("x", x), ("time", time), ("x_self_cond", x_self_cond)):
+            if tensor is not None and tensor.device != device:
+                raise ValueError(f"{name} must be on the Unet's device {device}, got {tensor.device}")
+        if self.self_condition and x_self_cond is not None and x_self_cond.shape != x.shape:
+            raise ValueError(f"x_self_cond must have x's shape {tuple(x.shape)}, got {tuple(x_self_cond.shape)}")

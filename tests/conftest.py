@@ -1,0 +1,53 @@
+"""Shared fixtures: the real peer packages, and a clean dispatch state."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_fast import dispatch
+
+# The suite's tensors are tiny: a second thread only adds waiting, most of all on a busy machine.
+torch.set_num_threads(1)
+
+PEER_1X = Path(sys.prefix) / "peer-1x"
+
+
+@pytest.fixture(autouse=True)
+def _no_forced_backend_leaks():
+    yield
+    assert dispatch._forced is None, "a test left a backend forced"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def peer():
+    """The peer's main module, 2.3."""
+    return importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+
+
+@pytest.fixture(scope="session")
+def peer_1x(peer):
+    """The main module of the peer's last 1.x release, which `make test` installs beside the 2.3 one."""
+    if not PEER_1X.is_dir():
+        pytest.fail("the 1.x peer is not installed; `make test` does it, see the Makefile")
+    name = "denoising_diffusion_pytorch"
+    current = {k: sys.modules.pop(k) for k in list(sys.modules) if k == name or k.startswith(name + ".")}
+    sys.path.insert(0, str(PEER_1X))
+    try:
+        module = importlib.import_module(f"{name}.{name}")
+    finally:
+        sys.path.remove(str(PEER_1X))
+        for k in [k for k in sys.modules if k == name or k.startswith(name + ".")]:
+            del sys.modules[k]
+        sys.modules.update(current)
+    assert module.__file__.startswith(str(PEER_1X))
+    return module
