@@ -153,6 +153,7 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.scale = dim_head**-0.5
         self.heads = heads
+        self.dim_head = dim_head
         hidden_dim = dim_head * heads
         self.norm = RMSNorm(dim)
         self.mem_kv = nn.Parameter(torch.randn(2, heads, dim_head, num_mem_kv))
@@ -161,7 +162,7 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        qkv = self.to_qkv(self.norm(x)).reshape(B, 3, self.heads, -1, H * W)
+        qkv = self.to_qkv(self.norm(x)).reshape(B, 3, self.heads, self.dim_head, H * W)
         q, k, v = qkv.unbind(1)  # (B, heads, D, N)
         mem_k, mem_v = self.mem_kv.to(k.dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, D, M)
         k = torch.cat((mem_k, k), dim=-1).softmax(dim=-1)
@@ -169,7 +170,7 @@ class LinearAttention(nn.Module):
         q = q.softmax(dim=-2) * self.scale
         context = k @ v.transpose(-1, -2)  # (B, heads, D, E)
         out = context.transpose(-1, -2) @ q  # (B, heads, E, N)
-        return self.to_out(out.reshape(B, -1, H, W))
+        return self.to_out(out.reshape(B, self.heads * self.dim_head, H, W))
 
 
 class Attention(nn.Module):
@@ -182,6 +183,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int = 4, dim_head: int = 32, num_mem_kv: int = 4, flash: bool = False):
         super().__init__()
         self.heads = heads
+        self.dim_head = dim_head
         self.flash = flash
         hidden_dim = dim_head * heads
         self.norm = RMSNorm(dim)
@@ -191,10 +193,10 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        qkv = self.to_qkv(self.norm(x)).reshape(B, 3, self.heads, -1, H * W)
+        qkv = self.to_qkv(self.norm(x)).reshape(B, 3, self.heads, self.dim_head, H * W)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, N, D)
         mem_k, mem_v = self.mem_kv.to(k.dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, M, D)
         k = torch.cat((mem_k, k), dim=-2)
         v = torch.cat((mem_v, v), dim=-2)
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(out.transpose(-1, -2).reshape(B, -1, H, W))
+        return self.to_out(out.transpose(-1, -2).reshape(B, self.heads * self.dim_head, H, W))

@@ -182,7 +182,9 @@ def test_methods_begin_with_the_peers_signatures(peer):
     for name, method in vars(peer.GaussianDiffusion).items():
         if callable(method) and not name.startswith("_"):
             theirs = [p for p in inspect.signature(method).parameters if p not in ("args", "kwargs")]
-            ours = [p for p in inspect.signature(getattr(GaussianDiffusion, name)).parameters if p not in ("args", "kwargs")]
+            ours = [
+                p for p in inspect.signature(getattr(GaussianDiffusion, name)).parameters if p not in ("args", "kwargs")
+            ]
             assert ours[: len(theirs)] == theirs, name
 
 

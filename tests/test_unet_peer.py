@@ -158,12 +158,24 @@ def test_autocast(dtype):
 
 
 WRONG = {
-    "channels": (lambda: (torch.randn(1, 4, 8, 8), torch.tensor([1])), ValueError, r"x must have shape \(B, 3, H, W\), got \(1, 4, 8, 8\)"),
+    "channels": (
+        lambda: (torch.randn(1, 4, 8, 8), torch.tensor([1])),
+        ValueError,
+        r"x must have shape \(B, 3, H, W\), got \(1, 4, 8, 8\)",
+    ),
     "dims": (lambda: (torch.randn(3, 8, 8), torch.tensor([1])), ValueError, r"x must have shape"),
     "size": (lambda: (torch.randn(1, 3, 9, 8), torch.tensor([1])), ValueError, r"divisible by 2 .* got \(9, 8\)"),
-    "integers": (lambda: (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([1])), TypeError, "x must be floating point, got torch.uint8"),
+    "integers": (
+        lambda: (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([1])),
+        TypeError,
+        "x must be floating point, got torch.uint8",
+    ),
     "time": (lambda: (torch.randn(2, 3, 8, 8), torch.tensor([1])), ValueError, r"time must have shape \(2,\)"),
-    "device": (lambda: (torch.randn(1, 3, 8, 8), torch.tensor([1], device="meta")), ValueError, "time must be on the Unet's device cpu, got meta"),
+    "device": (
+        lambda: (torch.randn(1, 3, 8, 8), torch.tensor([1], device="meta")),
+        ValueError,
+        "time must be on the Unet's device cpu, got meta",
+    ),
 }
 
 
