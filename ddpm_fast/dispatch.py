@@ -7,8 +7,9 @@ the environment: the same call is answered the same way every time, and `explain
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ BACKENDS = ("triton", "native", "reference")
 
 # A plain module global, not a ContextVar: dynamo guards on the one and cannot trace the other.
 _forced: str | None = None
-_ops: dict[str, "Op"] = {}
+_ops: dict[str, Op] = {}
 
 
 def never_refuses(*args, **kwargs) -> str | None:
@@ -108,7 +109,7 @@ class use_backend:
         self._previous = _forced
         _forced = name
 
-    def __enter__(self) -> "use_backend":
+    def __enter__(self) -> use_backend:
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -138,6 +139,9 @@ def explain(devices: list[torch.device] | None = None) -> str:
                 rows.append((op.name, device.type, ("* " if name == chosen else "  ") + name, reason or "accepts"))
     header = ("op", "device", "  implementation", "why")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(3)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)) + "  " + row[3] for row in [header, *rows]]
+    lines = [
+        "  ".join([cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)] + [row[3]])
+        for row in [header, *rows]
+    ]
     lines.append(f"* runs; forced by use_backend: {_forced or 'nothing'}")
     return "\n".join(lines)

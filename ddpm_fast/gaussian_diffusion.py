@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -441,7 +441,7 @@ class GaussianDiffusion(nn.Module):
         return x
 
     def _step_from_predictions(self, plan, row, x, x_start_previous, x_self_cond, seed, start_index):
-        """One row of the table from an overridden `model_predictions`: its noise is used as it is, not derived again."""
+        """One row of the table from an overridden `model_predictions`, with the noise that it predicts."""
         now, after = self._alphas_cumprod_pair(plan, row)
         _, _, r, s, u, sigma = plan.table[row].tolist()
         t = torch.full((x.shape[0],), plan.times[row], device=x.device, dtype=torch.long)
@@ -523,7 +523,8 @@ class GaussianDiffusion(nn.Module):
         x = ((1 - lam) * noised[0] + lam * noised[1]).contiguous()
         plan = self._plan("ddpm", self.num_timesteps)
         first_step = self.num_timesteps - 1 - t
-        x = self._denoise("ddpm", plan, x, seed, start_index, first_step, None, progress, "interpolation sample time step")
+        desc = "interpolation sample time step"
+        x = self._denoise("ddpm", plan, x, seed, start_index, first_step, None, progress, desc)
         with torch.inference_mode():
             result = self.unnormalize(x)
         return result.clone()

@@ -9,7 +9,7 @@ stored, and sample 17 of seed 3 gets the same noise whatever the batch, the devi
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 

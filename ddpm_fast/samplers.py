@@ -5,7 +5,7 @@ DDPM, DDIM and DPM-Solver++ differ only in the numbers of the table (schedules.p
 
 from __future__ import annotations
 
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 

@@ -107,7 +107,7 @@ def test_predictions_equal_the_peers(peer, objective, clip, rederive):
 
 
 class ScriptedNoise:
-    """Stands in for torch's generators in the peer: x_T first, then one noise tensor per step drawn, by our function."""
+    """Stands in for torch's generators in the peer: x_T first, then our noise function step by step."""
 
     def __init__(self, monkeypatch, peer, seed: int):
         self.seed, self.steps = seed, 0

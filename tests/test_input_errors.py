@@ -1,4 +1,4 @@
-"""What a user can pass wrongly to GaussianDiffusion: one sentence that names the argument, what came, what is accepted."""
+"""Wrong input to GaussianDiffusion: one sentence names the argument, what came and what is accepted."""
 
 from __future__ import annotations
 

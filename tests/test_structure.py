@@ -94,7 +94,8 @@ warnings.simplefilter("error")
 import torch
 import ddpm_fast
 assert not torch.cuda.is_initialized()
-heavy = {"accelerate", "ema_pytorch", "matplotlib", "sklearn", "scipy", "PIL", "tyro", "torchvision", "triton", "ddpm_fast._C"}
+heavy = {"accelerate", "ema_pytorch", "matplotlib", "sklearn", "scipy", "PIL", "tyro", "torchvision", "triton"}
+heavy.add("ddpm_fast._C")
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     result = run_python(code, tmp_path)
@@ -121,8 +122,7 @@ def test_lazy_names_are_real():
     for name in ddpm_fast.__all__:
         assert getattr(ddpm_fast, name) is not None
         assert name in dir(ddpm_fast)
-    with pytest.raises(AttributeError, match="no attribute 'Unet3D'"):
-        ddpm_fast.Unet3D
+    assert not hasattr(ddpm_fast, "Unet3D")
 
 
 def test_seed_notebook_runs_with_the_import_changed(tmp_path):
