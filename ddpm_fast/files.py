@@ -1,0 +1,99 @@
+"""Files that are either the whole old version or the whole new one, whatever happens in between."""
+
+import contextlib
+import os
+import secrets
+import socket
+from pathlib import Path
+
+_names_being_written = set()
+
+
+class _Sink:
+    """Binary file that keeps its first `OSError` and swallows the rest.
+
+    `torch.save` writes from C++, which aborts the process when a write raises half-way through an archive.
+    """
+
+    def __init__(self, file):
+        self.file = file
+        self.error = None
+
+    def write(self, data):
+        """Write bytes; returns how many the caller may regard as written."""
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def flush(self):
+        """Nothing to do: `write_atomically` flushes and syncs once, at the end."""
+
+
+@contextlib.contextmanager
+def write_atomically(path):
+    """Open `path` for binary writing; the file appears (or replaces the earlier one) only when the block ends well.
+
+    Writes to a temporary file in the same folder, flushes, syncs, renames, and syncs the folder. Whatever fails, the
+    temporary file goes and an earlier file at `path` stays as it was. Raises OSError naming the file and the reason.
+    """
+    path = Path(path)
+    _remove_stale(path)
+    temporary = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _names_being_written.add(temporary.name)
+    try:
+        with open(temporary, "xb") as file:
+            sink = _Sink(file)
+            yield sink
+            if sink.error is not None:
+                raise sink.error
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        kept = "; the earlier file there is untouched" if path.exists() else ""
+        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}{kept}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        _names_being_written.discard(temporary.name)
+
+
+def _prefix(path):
+    return f".{path.name}.{socket.gethostname()}-"
+
+
+def _remove_stale(path):
+    """Remove the temporary files of saves to `path` that a kill or a crash on this machine has ended."""
+    prefix = _prefix(path)
+    for leftover in path.parent.glob(".*.tmp"):
+        if not leftover.name.startswith(prefix):
+            continue
+        process = leftover.name[len(prefix) :].split("-")[0]
+        if process.isdigit() and not _is_being_written(int(process), leftover.name):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_being_written(process, name):
+    if process == os.getpid():
+        return name in _names_being_written
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_folder(folder):
+    """Make a rename durable; only POSIX lets a folder be opened and synced."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
