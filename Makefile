@@ -1,0 +1,47 @@
+# make demo   train on handwritten digits on the CPU and draw some: demo/grid.png, demo/strip.png, demo/loss.png
+# make test   set up an environment and run every test
+# make clean  remove what these have made, the pictures excepted
+
+PYTHON ?= python3
+VENV ?= .venv
+# The one place that pins torch. Any build of it will do, for the CPU or for CUDA.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+# The peer's last release with GroupNorm blocks, kept beside the current one for the equivalence tests.
+PEER_1X ?= denoising-diffusion-pytorch==1.11.1
+
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc ddpm_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h') setup.py pyproject.toml
+
+# For maps of 8 x 8 pixels a second thread helps little, and on a busy machine the two mostly wait for each other.
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo-ready
+	rm -rf demo/run
+	$(ONE_THREAD) $(BIN)/ddpm-fast train digits --seed 0 --results-folder demo/run
+	$(ONE_THREAD) $(BIN)/ddpm-fast sample demo/run --seed 0 --num-samples 100 --scale 4 --out demo/grid.png
+	mv demo/grid-strip.png demo/strip.png
+	cp demo/run/loss.png demo/loss.png
+	@echo "The digits are in $(CURDIR)/demo/grid.png, their way out of the noise in strip.png, the loss in loss.png."
+
+test: $(VENV)/.test-ready
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv build dist *.egg-info demo/run ddpm_fast/_C*.so ddpm_fast/_build_info.json
+
+$(VENV)/.build-ready:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel ninja pybind11 $(TORCH)
+	touch $@
+
+$(VENV)/.demo-ready: $(VENV)/.build-ready $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo]"
+	touch $@
+
+$(VENV)/.test-ready: $(VENV)/.build-ready $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peer-1x $(PEER_1X)
+	touch $@
