@@ -208,6 +208,7 @@ def train(options):
     if broken:
         trainer.accelerator.print(f"{len(broken)} broken image files were skipped")
     trainer.accelerator.print(f"results are in {options.results_folder}")
+    trainer.accelerator.end_training()
 
 
 def sample(options):

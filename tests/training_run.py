@@ -27,11 +27,12 @@ def main():
     if what == ["count-reductions"]:
         count_reductions(trainer)
     elif what == ["print-order"]:
-        print(f"rank {trainer.rank}: {json.dumps(next(iter(trainer.dl.order)))}\n", end="", flush=True)
+        print(f"rank {trainer.rank}: {json.dumps(next(iter(trainer.dl.order)))}", flush=True)
     else:
         if what:
             trainer.load(what[0])
         trainer.train()
+    trainer.accelerator.end_training()
 
 
 def count_reductions(trainer):
@@ -45,7 +46,7 @@ def count_reductions(trainer):
 
     trainer.model.register_comm_hook(None, hook)
     trainer.train()
-    print(f"reductions {count}\n", end="", flush=True)
+    print(f"reductions {count}", flush=True)
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     everyone = trainer.accelerator.gather(weights[None])
     trainer._seed_step()
