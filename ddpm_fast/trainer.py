@@ -1,10 +1,6 @@
 """Training on Hugging Face accelerate: one device, or many with `accelerate launch` and `torchrun`."""
 
 import contextlib
-import csv
-import hashlib
-import io
-import itertools
 import math
 import os
 import random
@@ -29,10 +25,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ddpm_fast._version import __version__
+from ddpm_fast.batches import BatchOrder, BatchStream, derive_seed
 from ddpm_fast.checkpoint import CheckpointError, load_ema, load_file, load_matching, save_atomically
 from ddpm_fast.data import Dataset, DigitsDataset, save_image_grid
 from ddpm_fast.fid import FIDEvaluation, FIDUnavailableError
-from ddpm_fast.files import write_atomically
+from ddpm_fast.history import LossHistory
 
 # Only rank 0 samples at a milestone; the others wait in their next all-reduce for as long as that takes.
 _LONGEST_WAIT = timedelta(hours=12)
@@ -272,7 +269,7 @@ class Trainer:
 
     def _seed_step(self):
         """Make what is drawn in this step a function of (seed, rank, step)."""
-        step_seed = _derive_seed(self.seed, "step", self.rank, self.step)
+        step_seed = derive_seed(self.seed, "step", self.rank, self.step)
         torch.manual_seed(step_seed)
         random.seed(step_seed)
 
@@ -345,7 +342,7 @@ class Trainer:
         images = [
             self.ema.ema_model.sample(
                 batch_size=min(self.batch_size, self.num_samples - start),
-                seed=_derive_seed(self.seed, "samples"),
+                seed=derive_seed(self.seed, "samples"),
                 start_index=start,
                 progress=False,
             )
@@ -470,143 +467,6 @@ class Trainer:
         return self.results_folder / f"model-{milestone}.pt"
 
 
-class BatchOrder(torch.utils.data.Sampler):
-    """Endless batches of dataset indices: this rank's share of a shuffled order that all ranks agree on.
-
-    The order is one permutation per epoch, each a function of (seed, epoch), strung together; batches run across the
-    seams, so that all have one size. Global batch k holds positions [k·G, (k + 1)·G) and rank r its r-th part.
-    """
-
-    def __init__(self, dataset_size, global_batch_size, seed, rank=0, world_size=1):
-        self.dataset_size = dataset_size
-        self.global_batch_size = global_batch_size
-        self.seed = seed
-        self.rank = rank
-        self.batch_size = global_batch_size // world_size
-        self.start = 0
-        self._epoch = None
-
-    def __iter__(self):
-        for position in itertools.count(self.start, self.global_batch_size):
-            yield self.batch_at(position)[0].tolist()
-
-    def batch_at(self, position):
-        """Indices int64 (B,) and flips bool (B,) of this rank in the global batch that begins at `position`."""
-        first = position + self.rank * self.batch_size
-        parts, end = [], first + self.batch_size
-        while first < end:
-            epoch, offset = divmod(first, self.dataset_size)
-            count = min(end - first, self.dataset_size - offset)
-            parts.append([values[offset : offset + count] for values in self._order_of(epoch)])
-            first += count
-        indices, flips = zip(*parts, strict=True)
-        return torch.cat(indices), torch.cat(flips)
-
-    def _order_of(self, epoch):
-        """Permutation int64 (N,) and flips bool (N,) of an epoch; the last one asked for is kept."""
-        if self._epoch != (self.seed, epoch):
-            generator = torch.Generator().manual_seed(_derive_seed(self.seed, "epoch", epoch))
-            permutation = torch.randperm(self.dataset_size, generator=generator)
-            flips = torch.rand(self.dataset_size, generator=generator) < 0.5
-            self._epoch, self._order = (self.seed, epoch), (permutation, flips)
-        return self._order
-
-
-class BatchStream:
-    """Endless iterator over float32 batches (B, C, h, w) on `device`, flipped at random there.
-
-    `position` counts the images that all ranks have consumed; `seek` goes to any position.
-    """
-
-    def __init__(self, dataset, order, *, device, augment_horizontal_flip, num_workers):
-        self.order = order
-        self.device = device
-        self.augment_horizontal_flip = augment_horizontal_flip
-        self.position = 0
-        self._flip_order = BatchOrder(order.dataset_size, order.global_batch_size, order.seed, order.rank)
-        self._flip_order.batch_size = order.batch_size
-        self._loader = DataLoader(
-            dataset,
-            batch_sampler=order,
-            num_workers=num_workers,
-            pin_memory=device.type == "cuda",
-            # Its own generator: the loader draws a seed for its workers, and not from the global one.
-            generator=torch.Generator().manual_seed(_derive_seed(order.seed, "workers")),
-            worker_init_fn=_ignore_interrupts,
-        )
-        self._batches = None
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self._batches is None:
-            self._batches = iter(self._loader)
-        images = next(self._batches).to(self.device, non_blocking=True)
-        if self.augment_horizontal_flip:
-            flips = self._flip_order.batch_at(self.position)[1].to(self.device)
-            images = torch.where(flips[:, None, None, None], images.flip(-1), images)
-        self.position += self.order.global_batch_size
-        return images
-
-    def seek(self, position, seed):
-        """Go on from `position` in the order of `seed`."""
-        self._batches = None
-        self.position = self.order.start = position
-        self.order.seed = self._flip_order.seed = seed
-
-
-class LossHistory:
-    """loss.csv with columns step, loss (mean since the row before) and images_per_second, and its plot loss.png."""
-
-    _HEADER = ("step", "loss", "images_per_second")
-
-    def __init__(self, folder):
-        self.path = Path(folder) / "loss.csv"
-
-    def start(self, step):
-        """Keep the rows up to `step`, so that a resumed run repeats none."""
-        kept = [row for row in self.rows() if int(row[0]) <= step]
-        text = io.StringIO()
-        csv.writer(text).writerows([self._HEADER, *kept])
-        with write_atomically(self.path) as file:
-            file.write(text.getvalue().encode())
-
-    def append(self, step, loss, images_per_second):
-        """Add a row."""
-        with open(self.path, "a", newline="") as file:
-            csv.writer(file).writerow((step, repr(loss), f"{images_per_second:.1f}"))
-
-    def rows(self):
-        """Rows of strings without the header; a last line cut short by a crash is left out."""
-        if not self.path.exists():
-            return []
-        with open(self.path, newline="") as file:
-            lines = [line for line in file if line.endswith("\n")]
-        return [row for row in csv.reader(lines[1:]) if len(row) == len(self._HEADER)]
-
-    def plot(self):
-        """Draw loss.png, the loss on a logarithmic axis over the step."""
-        from matplotlib.figure import Figure
-
-        rows = self.rows()
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot([int(row[0]) for row in rows], [float(row[1]) for row in rows], linewidth=1)
-        axes.set_yscale("log")
-        axes.set_xlabel("step")
-        axes.set_ylabel("training loss (mean since the point before)")
-        axes.grid(True, which="both", alpha=0.3)
-        with write_atomically(self.path.with_suffix(".png")) as file:
-            figure.savefig(file, format="png", dpi=120)
-
-
-def _derive_seed(*parts):
-    """A seed in [0, 2⁶³) that is a hash of the parts: unlike sums, it does not repeat for neighbouring parts."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def _as_dataset(folder, image_size, convert_image_to):
     if isinstance(folder, (str, os.PathLike)):
         return Dataset(folder, image_size, convert_image_to=convert_image_to)
@@ -636,11 +496,6 @@ def _choose_workers(num_workers, dataset, world_size):
         return 0
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return max(1, min(8, len(os.sched_getaffinity(0)) // local_processes))
-
-
-def _ignore_interrupts(worker):
-    """Ctrl-C reaches the workers too, while the main process still wants its current batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check_positive_integers(**values):

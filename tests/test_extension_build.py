@@ -194,7 +194,9 @@ def test_an_editable_build_puts_the_extension_beside_its_sources(tmp_path):
     source = copy_of_sources(tmp_path / "source")
     run(
         sys.executable,
-        *("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--prefix", str(tmp_path / "env")),
+        *("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"),
+        # Without --ignore-installed pip would take the package out of the environment that runs the tests.
+        *("--ignore-installed", "--prefix", str(tmp_path / "env")),
         *("-e", "."),
         cwd=source,
         DDPM_FAST_BUILD="cpu",

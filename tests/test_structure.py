@@ -19,7 +19,7 @@ ROWS = [
     ["__main__"],
     ["cli"],
     ["trainer"],
-    ["data", "checkpoint", "fid"],
+    ["data", "checkpoint", "fid", "batches", "history"],
     ["files"],
     ["gaussian_diffusion"],
     ["samplers", "unet"],

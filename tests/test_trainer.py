@@ -20,10 +20,12 @@ import torch
 from PIL import Image
 
 import ddpm_fast
+from ddpm_fast.batches import BatchOrder, BatchStream
 from ddpm_fast.checkpoint import load_checkpoint, load_file
 from ddpm_fast.data import DigitsDataset
 from ddpm_fast.fid import FIDEvaluation, FIDUnavailableError, frechet_distance, mean_and_covariance
-from ddpm_fast.trainer import BatchOrder, BatchStream, DivergenceError, LossHistory, Trainer
+from ddpm_fast.history import LossHistory
+from ddpm_fast.trainer import DivergenceError, Trainer
 
 TESTS = Path(__file__).parent
 RUN = TESTS / "training_run.py"
