@@ -1,0 +1,66 @@
+"""Launch configurations of the Triton kernels, and where those can run.
+
+A configuration is a plain function of sizes: the same call always gets the same one, nothing is timed or cached on
+disk, and kernels compile ahead of time with exactly what they run with. `triton.autotune` would need a driver.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch has besides its arguments: elements per program, warps, pipeline stages."""
+
+    block: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch that are the compiler's."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# The interpreter runs one numpy call per operation whatever the block: a small one only adds programs.
+INTERPRETER = Launch(block=1024, num_warps=1)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n ≥ 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def elementwise(elements: int, interpreted: bool) -> Launch:
+    """For kernels that walk over `elements` numbers once: 16 numbers, of whatever width, per thread."""
+    if interpreted:
+        return INTERPRETER
+    block = min(2048, max(128, next_power_of_2(elements)))
+    return Launch(block, num_warps=max(1, block // 512))
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when Triton was imported).
+
+    The first answer holds for the life of the process, as the kernels' own does.
+    """
+    return importlib.util.find_spec("triton") is not None and importlib.import_module("triton").knobs.runtime.interpret
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of a device, in one clause; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if interpreted():
+        return None if device.type == "cpu" else f"Triton's interpreter is active, and tensors are on {device.type}"
+    return None if device.type == "cuda" else f"tensors are on {device.type}, and Triton kernels need CUDA"
+
+
+# Under torch.compile the answer is computed while tracing; see _extension.why_not.
+why_not_triton._dynamo_marked_constant = True
