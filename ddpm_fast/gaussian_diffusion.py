@@ -10,7 +10,7 @@ from torch import nn
 
 from ddpm_fast import noise as noise_function
 from ddpm_fast import schedules
-from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
+from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, makes_noise_in_its_pass, q_sample
 from ddpm_fast.ops.forward_diffusion.reference import lookup
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.ops.sampler_step.op import sampler_step
@@ -554,6 +554,12 @@ class GaussianDiffusion(nn.Module):
             noise = noise[self.noise_assignment(x_start, noise)]
         return noise
 
+    def _noise_stays_a_seed(self, x_start: torch.Tensor, t: torch.Tensor) -> bool:
+        """Whether fresh ε need not be a tensor: the ops make it where they need it, and nobody else looks at it."""
+        methods = ("training_noise", "q_sample")
+        changed = any(getattr(type(self), name) is not getattr(GaussianDiffusion, name) for name in methods)
+        return not self.immiscible and not changed and makes_noise_in_its_pass(x_start, t, self.forward_table)
+
     def _offset(self, noise: torch.Tensor, strength: float, seed: torch.Tensor) -> torch.Tensor:
         """Noise plus one normal number per image and channel (Guttenberg 2023, offset noise); not in place."""
         offset = normal(
@@ -596,7 +602,10 @@ class GaussianDiffusion(nn.Module):
         self._check_images("x_start", x_start, sized=False)
         t = self._check_times(t, x_start)
         strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
-        if noise is None:
+        fresh = {}  # how the ops make ε, where it is no tensor
+        if noise is None and self._noise_stays_a_seed(x_start, t):
+            fresh = {"seed": noise_function.draw_seed(x_start.device), "offset_noise_strength": strength}
+        elif noise is None:
             noise = self.training_noise(x_start, strength)
         else:
             if noise.shape != x_start.shape or noise.device != x_start.device:
@@ -607,14 +616,17 @@ class GaussianDiffusion(nn.Module):
             if strength > 0:
                 noise = self._offset(noise, strength, noise_function.draw_seed(noise.device))
 
-        x = self.q_sample(x_start=x_start, t=t, noise=noise)
+        if fresh:
+            x = q_sample(x_start, t, self.forward_table, **fresh)
+        else:
+            x = self.q_sample(x_start=x_start, t=t, noise=noise)
         x_self_cond = None
         # The coin is torch's, on the CPU: it costs no synchronisation and torch.manual_seed fixes it.
         if self.self_condition and torch.rand(()).item() < 0.5:
             with torch.no_grad():
                 x_self_cond = self.model_predictions(x, t).pred_x_start
         model_output = self.model(x, t, x_self_cond)
-        loss = diffusion_loss(model_output, x_start, t, self.loss_table, noise)
+        loss = diffusion_loss(model_output, x_start, t, self.loss_table, noise, **fresh)
         return loss if loss_reduction == "none" else loss.mean()
 
     def random_times(self, batch_size: int) -> torch.Tensor:

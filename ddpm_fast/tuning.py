@@ -44,6 +44,17 @@ def elementwise(elements: int, interpreted: bool) -> Launch:
     return Launch(block, num_warps=max(1, block // 512))
 
 
+def image_tiles(elements: int, channels: int, interpreted: bool) -> Launch:
+    """For tiles of images of `elements` numbers: `channels` (a power of two) side by side, 8 pixels of each or more."""
+    launch = elementwise(elements, interpreted)
+    return Launch(max(launch.block, 8 * channels), launch.num_warps, launch.num_stages)
+
+
+def row_sum(columns: int) -> Launch:
+    """For one program per row that sums a few partial results."""
+    return Launch(min(1024, max(32, next_power_of_2(columns))), num_warps=1)
+
+
 @cache
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when Triton was imported).

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 
 
@@ -43,3 +48,17 @@ def assert_close_to_truth(
     ):
         bound = factor * theirs + floor * eps * scale
         assert ours <= bound, f"{name}: {kind} error {ours:.3e} > {bound:.3e} (reference {theirs:.3e}, {actual.dtype})"
+
+
+def run_kernel_tests(name: str, *, interpreted: bool) -> None:
+    """Run tests/kernels/<name>.py in a process of its own: on the CPU in Triton's interpreter, or on CUDA.
+
+    Triton decides at import whether it interprets, so that one process cannot do both. A skipped test is a failure.
+    """
+    file = Path(__file__).parent / "kernels" / f"{name}.py"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", str(file)]
+    result = subprocess.run(command, cwd=file.parents[2], env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert "PASSED" in result.stdout and "SKIPPED" not in result.stdout, result.stdout[-2000:]

@@ -1,11 +1,338 @@
-"""Forward diffusion and its loss: the ops."""
+"""Forward diffusion and its loss: public functions, registration, eligibility.
+
+    x_t = a·x0 + b·ε
+    loss = w · mean((out − (c·ε + d·x0))²) per sample
+
+An objective is a table of a, b, c, d, w with a row per timestep, made by ddpm_fast/schedules.py. Given a seed, both
+make the same ε where they need it: it is never stored.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from ddpm_fast import noise as noise_function
+from ddpm_fast import tuning
 from ddpm_fast.dispatch import Implementation, Op
 from ddpm_fast.ops.forward_diffusion import reference
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_CHANNELS = 64  # the tiles of channels-last images hold all channels
+_MAX_ELEMENTS = 2**31 - 2**16  # positions within a sample are 32-bit
+
+_IMAGES = "Tensor x_start, Tensor t, Tensor table, Tensor? noise, Tensor? seed, Tensor? flip"
+_OPTIONS = "bool normalize, float offset_noise_strength"
+
+_library = torch.library.Library("ddpm_fast", "FRAGMENT")
+for _schema in (
+    f"q_sample({_IMAGES}, {_OPTIONS}, ScalarType dtype, bool channels_last) -> Tensor",
+    f"diffusion_loss(Tensor model_output, {_IMAGES}, {_OPTIONS}, bool with_gradient)"
+    " -> (Tensor loss, Tensor factor, Tensor error)",
+    "diffusion_loss_backward(Tensor error, Tensor factor, Tensor dloss) -> Tensor",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _launcher(name: str):
+    """The function of kernel.py; Triton is imported by the first call."""
+
+    def launch(*args):
+        from ddpm_fast.ops.forward_diffusion import kernel
+
+        return getattr(kernel, name)(*args)
+
+    return launch
+
+
+for _name in ("q_sample", "diffusion_loss", "diffusion_loss_backward"):
+    for _device in ("CPU", "CUDA"):  # on the CPU, Triton's interpreter
+        _library.impl(_name, _launcher(_name), _device)
+
+
+@torch.library.register_fake("ddpm_fast::q_sample", lib=_library)
+def _q_sample_fake(
+    x_start, t, table, noise, seed, flip, normalize, offset_noise_strength, dtype, channels_last
+):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(x_start.shape, dtype=dtype, device=x_start.device, memory_format=memory_format)
+
+
+@torch.library.register_fake("ddpm_fast::diffusion_loss", lib=_library)
+def _diffusion_loss_fake(
+    model_output, x_start, t, table, noise, seed, flip, normalize, offset_noise_strength, with_gradient
+):
+    loss = torch.empty(x_start.shape[:1], dtype=torch.float32, device=x_start.device)
+    error = torch.empty_like(model_output) if with_gradient else model_output.new_empty(0)
+    return loss, torch.empty_like(loss), error
+
+
+@torch.library.register_fake("ddpm_fast::diffusion_loss_backward", lib=_library)
+def _diffusion_loss_backward_fake(error, factor, dloss):
+    return torch.empty_like(error)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, factor, error = output
+    ctx.mark_non_differentiable(factor, error)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(error, factor)
+
+
+def _backward(ctx, dloss, dfactor, derror):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "diffusion_loss: the Triton kernel's gradient cannot be differentiated again (create_graph=True); "
+            'use ddpm_fast.use_backend("reference") for second derivatives'
+        )
+    doutput = None
+    if dloss is not None:
+        error, factor = ctx.saved_tensors
+        doutput = torch.ops.ddpm_fast.diffusion_loss_backward(error, factor, dloss.contiguous())
+    return doutput, *(None,) * 9
+
+
+torch.library.register_autograd(
+    "ddpm_fast::diffusion_loss", _backward, setup_context=_setup_context, lib=_library
+)
+
+
+def q_sample(
+    x_start: torch.Tensor,
+    t: torch.Tensor,
+    table: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    *,
+    seed: int | torch.Tensor | None = None,
+    normalize: bool = False,
+    flip: torch.Tensor | None = None,
+    offset_noise_strength: float = 0.0,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> torch.Tensor:
+    """x_t = a·x0 + b·ε (Ho et al. 2020, eq. 4).
+
+    Args:
+        x_start: (B, ...) floating point, or uint8, which is divided by 255; channels are the second dimension.
+        t: (B,) int64. Outside [0, T) its image becomes NaN and nothing is read outside the table.
+        table: (T, 2) floating point, columns a, b.
+        noise: exactly this ε, shape of x_start; None generates it: the noise function of (seed, STREAM_TRAINING,
+            sample = batch index, step 0), in x_start's dtype.
+        seed: an int of 64 bits or a one-element int64 tensor; needed where noise or its offset is generated.
+        normalize: map x0 from [0, 1] to [−1, 1].
+        flip: (B,) bool or uint8: mirror the image left to right, before the noise is added.
+        offset_noise_strength: ε gains this times one normal number per image and channel, of STREAM_OFFSET.
+        dtype: of the result; None is the widest of x_start, table and noise.
+        memory_format: of the result, torch.contiguous_format or torch.channels_last; None is x_start's.
+
+    Returns:
+        x_t, shape of x_start.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+    """
+    _check(x_start, t, table, noise, seed, flip, offset_noise_strength, columns=("a", "b"))
+    if memory_format not in (None, torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"memory_format must be contiguous_format, channels_last or None, got {memory_format}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point type or None, got {dtype}")
+    return _q_sample_op(
+        x_start,
+        t,
+        table,
+        noise,
+        seed=None if seed is None else noise_function.seed_tensor(seed, x_start.device),
+        normalize=normalize,
+        flip=flip,
+        offset_noise_strength=offset_noise_strength,
+        dtype=dtype,
+        memory_format=memory_format,
+    )
+
+
+def diffusion_loss(
+    model_output: torch.Tensor,
+    x_start: torch.Tensor,
+    t: torch.Tensor,
+    table: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    *,
+    seed: int | torch.Tensor | None = None,
+    normalize: bool = False,
+    flip: torch.Tensor | None = None,
+    offset_noise_strength: float = 0.0,
+) -> torch.Tensor:
+    """w · mean((out − (c·ε + d·x0))²) of each sample (Ho et al. 2020, eq. 14, for every objective).
+
+    The Triton kernel is differentiable in model_output, once; the reference in everything, as often as wanted.
+
+    Args:
+        model_output: (B, ...), of x_start's shape, any floating point dtype; the loss is computed in float32 at least.
+        table: (T, 3) floating point, columns c, d, w.
+        others: see `q_sample`; the same noise, seed and options mean the same x0 and ε as there.
+
+    Returns:
+        (B,) losses.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+    """
+    _check(x_start, t, table, noise, seed, flip, offset_noise_strength, columns=("c", "d", "w"))
+    if x_start.ndim < 2:
+        raise ValueError(f"x_start must have at least two dimensions, got {tuple(x_start.shape)}")
+    if not isinstance(model_output, torch.Tensor) or not model_output.is_floating_point():
+        got = getattr(model_output, "dtype", type(model_output).__name__)
+        raise TypeError(f"model_output must be a floating point tensor, got {got}")
+    if model_output.shape != x_start.shape or model_output.device != x_start.device:
+        raise ValueError(
+            f"model_output must have x_start's shape {tuple(x_start.shape)} and device {x_start.device}, "
+            f"got {tuple(model_output.shape)} on {model_output.device}"
+        )
+    return _diffusion_loss_op(
+        model_output,
+        x_start,
+        t,
+        table,
+        noise,
+        seed=None if seed is None else noise_function.seed_tensor(seed, x_start.device),
+        normalize=normalize,
+        flip=flip,
+        offset_noise_strength=offset_noise_strength,
+    )
+
+
+def makes_noise_in_its_pass(x_start: torch.Tensor, t: torch.Tensor, table: torch.Tensor) -> bool:
+    """Whether `q_sample` with a seed stores no noise; where it would, storing it once beats making it twice."""
+    return _q_sample_op.choose(x_start, t, table, None, **_DEFAULTS).name == "triton"
+
+
+def _check(x_start, t, table, noise, seed, flip, offset_noise_strength, columns) -> None:
+    """The checks of every implementation; values on the device are not looked at."""
+    for name, tensor in (("x_start", x_start), ("t", t), ("table", table), ("noise", noise), ("flip", flip)):
+        if tensor is None and name in ("noise", "flip"):
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != x_start.device:
+            raise ValueError(f"{name} must be on the device of x_start, {x_start.device}, got {tensor.device}")
+    if not x_start.is_floating_point() and x_start.dtype != torch.uint8:
+        raise TypeError(f"x_start must be floating point or uint8, got {x_start.dtype}")
+    if t.dtype != torch.int64:
+        raise TypeError(f"t must be int64, got {t.dtype}")
+    if x_start.ndim < 1 or t.shape != x_start.shape[:1]:
+        raise ValueError(f"t must have shape (B,) for x_start (B, ...), got {tuple(t.shape)}, {tuple(x_start.shape)}")
+    if not table.is_floating_point():
+        raise TypeError(f"table must be floating point, got {table.dtype}")
+    if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] != len(columns):
+        raise ValueError(
+            f"table must have shape (T, {len(columns)}), columns {', '.join(columns)}, got {tuple(table.shape)}"
+        )
+    if noise is not None and (noise.shape != x_start.shape or not noise.is_floating_point()):
+        raise ValueError(
+            f"noise must be floating point of x_start's shape {tuple(x_start.shape)}, "
+            f"got {noise.dtype} of {tuple(noise.shape)}"
+        )
+    if flip is not None and (flip.dtype not in (torch.bool, torch.uint8) or flip.shape != t.shape):
+        raise ValueError(f"flip must be bool or uint8 of shape {tuple(t.shape)}, got {flip.dtype} {tuple(flip.shape)}")
+    if offset_noise_strength < 0:
+        raise ValueError(f"offset_noise_strength must not be negative, got {offset_noise_strength}")
+    if offset_noise_strength > 0 and x_start.ndim < 2:
+        raise ValueError(f"x_start must have channels for offset noise, got shape {tuple(x_start.shape)}")
+    if seed is None and (noise is None or offset_noise_strength > 0):
+        raise ValueError("seed must be given where noise or its offset is generated, got None")
+
+
+def _triton_q_sample(
+    x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength, dtype, memory_format
+) -> torch.Tensor:
+    if dtype is None:
+        dtype = reference.compute_dtype(table, x_start, noise)
+    options = (normalize, offset_noise_strength, dtype, _writes_channels_last(x_start, memory_format))
+    return torch.ops.ddpm_fast.q_sample(x_start, t, table, noise, seed, flip, *options)
+
+
+def _triton_diffusion_loss(
+    model_output, x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength
+) -> torch.Tensor:
+    with_gradient = torch.is_grad_enabled() and model_output.requires_grad
+    options = (normalize, offset_noise_strength, with_gradient)
+    return torch.ops.ddpm_fast.diffusion_loss(model_output, x_start, t, table, noise, seed, flip, *options)[0]
+
+
+def _writes_channels_last(x_start: torch.Tensor, memory_format: torch.memory_format | None) -> bool:
+    if memory_format is not None:
+        return memory_format == torch.channels_last
+    return not x_start.is_contiguous() and x_start.is_contiguous(memory_format=torch.channels_last)
+
+
+def _q_sample_refuses(x_start, t, table, noise, *, offset_noise_strength, dtype, memory_format, **others) -> str | None:
+    reason = _images_refused(x_start, t, table, noise, others["flip"])
+    if reason is not None:
+        return reason
+    if dtype == torch.float64:
+        return "dtype is torch.float64, and Triton kernels compute in float32"
+    return _channels_refused(x_start, _writes_channels_last(x_start, memory_format) or offset_noise_strength > 0)
+
+
+def _diffusion_loss_refuses(model_output, x_start, t, table, noise, *, offset_noise_strength, **others) -> str | None:
+    reason = _images_refused(x_start, t, table, noise, others["flip"])
+    if reason is not None:
+        return reason
+    reason = _tensor_refused("model_output", model_output, _KERNEL_DTYPES)
+    if reason is not None:
+        return reason
+    return _channels_refused(x_start, not model_output.is_contiguous() or offset_noise_strength > 0)
+
+
+def _images_refused(x_start, t, table, noise, flip) -> str | None:
+    """Why the kernels of this room cannot run on these inputs, in one clause; None where they can."""
+    reason = tuning.why_not_triton(x_start.device)
+    if reason is not None:
+        return reason
+    if x_start.ndim != 4:
+        return f"x_start has {x_start.ndim} dimensions, and the kernels read images (B, C, H, W)"
+    if x_start.numel() == 0:
+        return "the batch is empty"
+    if x_start[0].numel() > _MAX_ELEMENTS:
+        return f"an image has {x_start[0].numel()} elements, and the kernels count up to {_MAX_ELEMENTS}"
+    if table.dtype != torch.float32:
+        return f"table is {table.dtype}, and Triton kernels compute in float32"
+    for name, tensor in (("t", t), ("table", table), ("flip", flip)):
+        if tensor is not None and not tensor.is_contiguous():
+            return f"{name} is not contiguous"
+    for name, tensor, dtypes in (
+        ("x_start", x_start, (*_KERNEL_DTYPES, torch.uint8)),
+        ("noise", noise, _KERNEL_DTYPES),
+    ):
+        reason = None if tensor is None else _tensor_refused(name, tensor, dtypes)
+        if reason is not None:
+            return reason
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            return f"a gradient of {name} is wanted, and the kernels have that of model_output only"
+    return None
+
+
+def _tensor_refused(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    if tensor.dtype not in dtypes:
+        return f"{name} is {tensor.dtype}, and the kernels read {', '.join(str(d).split('.')[1] for d in dtypes)}"
+    if not tensor.is_contiguous() and not tensor.is_contiguous(memory_format=torch.channels_last):
+        return f"{name} is neither contiguous nor channels-last, its strides are {tuple(tensor.stride())}"
+    return None
+
+
+def _channels_refused(x_start: torch.Tensor, all_in_one_tile: bool) -> str | None:
+    if all_in_one_tile and x_start.shape[1] > _MAX_CHANNELS:
+        return f"images have {x_start.shape[1]} channels, and the kernels' tiles hold up to {_MAX_CHANNELS}"
+    return None
+
+
+_DEFAULTS = {
+    "seed": None,
+    "normalize": False,
+    "flip": None,
+    "offset_noise_strength": 0.0,
+    "dtype": None,
+    "memory_format": None,
+}
 
 
 def _example(columns: int):
@@ -13,10 +340,27 @@ def _example(columns: int):
         image = torch.zeros(2, 3, 8, 8, device=device)
         t = torch.zeros(2, dtype=torch.int64, device=device)
         table = torch.zeros(10, columns, device=device)
-        return ((image, t, table, image) if columns == 2 else (image, image, t, table, image)), {}
+        if columns == 2:
+            return (image, t, table, image), _DEFAULTS
+        options = {name: value for name, value in _DEFAULTS.items() if name not in ("dtype", "memory_format")}
+        return (image, image, t, table, image), options
 
     return example
 
 
-q_sample = Op("q_sample", [Implementation("reference", reference.q_sample)], _example(2))
-diffusion_loss = Op("diffusion_loss", [Implementation("reference", reference.diffusion_loss)], _example(3))
+_q_sample_op = Op(
+    "q_sample",
+    [
+        Implementation("triton", _triton_q_sample, _q_sample_refuses),
+        Implementation("reference", reference.q_sample),
+    ],
+    _example(2),
+)
+_diffusion_loss_op = Op(
+    "diffusion_loss",
+    [
+        Implementation("triton", _triton_diffusion_loss, _diffusion_loss_refuses),
+        Implementation("reference", reference.diffusion_loss),
+    ],
+    _example(3),
+)
