@@ -1,0 +1,1 @@
+"""Normalisation with everything around it that is element-wise."""
