@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ddpm_fast import noise
+from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
+
 
 def Upsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
     """Nearest 2× upsampling and a 3×3 convolution: (B, C, H, W) → (B, dim_out, 2H, 2W)."""
@@ -93,7 +96,10 @@ def make_norm(norm: str, dim: int, groups: int) -> nn.Module:
 
 
 class Block(nn.Module):
-    """3×3 convolution, norm, optional scale and shift, SiLU, dropout."""
+    """3×3 convolution, norm, optional scale and shift, SiLU, dropout, and a residual where one is given.
+
+    All after the convolution, its bias included, is one op (DESIGN.md, "Algebra before kernels").
+    """
 
     def __init__(self, dim: int, dim_out: int, dropout: float = 0.0, norm: str = "rms", groups: int = 8):
         super().__init__()
@@ -103,13 +109,26 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: torch.Tensor, scale_shift: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> torch.Tensor:  # (B, dim, H, W), two of (B, dim_out, 1, 1) -> (B, dim_out, H, W)
-        x = self.norm(self.proj(x))
-        if scale_shift is not None:
-            scale, shift = scale_shift
-            x = x * (scale + 1) + shift
-        return self.dropout(self.act(x))
+        self,
+        x: torch.Tensor,
+        scale_shift: tuple[torch.Tensor, torch.Tensor] | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # (B, dim, H, W), two of (B, dim_out), (B, dim_out, H, W) -> (B, dim_out, H, W)
+        x = F.conv2d(x, self.proj.weight, padding=1)
+        scale, shift = (None, None) if scale_shift is None else scale_shift
+        dropout_p = self.dropout.p if self.dropout.training else 0.0
+        options = {
+            "bias": self.proj.bias,
+            "scale": scale,
+            "shift": shift,
+            "residual": residual,
+            "dropout_p": dropout_p,
+            "seed": noise.draw_seed(x.device) if dropout_p > 0 else None,
+        }
+        if isinstance(self.norm, RMSNorm):
+            return rms_norm_silu(x, self.norm.g, **options)
+        norm = self.norm
+        return group_norm_silu(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps, **options)
 
 
 class ResnetBlock(nn.Module):
@@ -138,9 +157,8 @@ class ResnetBlock(nn.Module):
     ) -> torch.Tensor:  # (B, dim, H, W), (B, time_emb_dim) -> (B, dim_out, H, W)
         scale_shift = None
         if self.mlp is not None and time_emb is not None:
-            scale_shift = self.mlp(time_emb)[:, :, None, None].chunk(2, dim=1)
-        h = self.block2(self.block1(x, scale_shift=scale_shift))
-        return h + self.res_conv(x)
+            scale_shift = self.mlp(time_emb).chunk(2, dim=1)
+        return self.block2(self.block1(x, scale_shift=scale_shift), residual=self.res_conv(x))
 
 
 class LinearAttention(nn.Module):
