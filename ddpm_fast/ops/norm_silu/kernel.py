@@ -147,7 +147,7 @@ def rms_norm_silu_fwd_kernel(
 
     b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
     b_norm = tl.maximum(tl.sqrt(tl.sum(b_v * b_v, axis=1)), _SMALLEST_NORM)  # (BLOCK_N,)
-    tl.store(norms_ptr + i_b * HW + o_n, b_norm, mask=m_n)
+    tl.store(norms_ptr + i_b.to(tl.int64) * HW + o_n, b_norm, mask=m_n)
     _finish_fwd(
         b_v * (root_c / b_norm)[:, None], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_gain, b_offset,
         seed_ptr, i_b, i_n * BLOCK_N, o_c, HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
@@ -184,7 +184,7 @@ def rms_norm_silu_bwd_kernel(
         o_n = n_start + tl.arange(0, BLOCK_N)
         m_n = o_n < HW
         o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, m_n[:, None] & m_c[None, :]
-        b_norm = tl.load(norms_ptr + i_b * HW + o_n, mask=m_n, other=1.0)
+        b_norm = tl.load(norms_ptr + i_b.to(tl.int64) * HW + o_n, mask=m_n, other=1.0)
         b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
         b_factor = root_c / b_norm  # (BLOCK_N,)
         b_normed = b_v * b_factor[:, None]
@@ -250,7 +250,7 @@ def group_merge_kernel(
     HW, C, G, chunks, eps,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program merges the chunks and channels of a group (Chan et al. 1983): first the mean, then what is around it."""
+    """One program merges the chunks and channels of a group: the mean, then what is around it (Chan et al. 1983)."""
     i_b, i_g = tl.program_id(0) // G, tl.program_id(0) % G
     D = C // G
     moments_ptr += i_b * chunks * 2 * C + i_g * D
@@ -431,9 +431,7 @@ class Tile:
         return self.block_n * self.tiles
 
 
-def choose_tile(
-    HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool, interpreted: bool = False
-) -> Tile:
+def choose_tile(HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool, interpreted: bool = False) -> Tile:
     """The launch for a map of HW pixels and C channels; it depends on nothing else, so that results do not either.
 
     Args:
@@ -482,8 +480,8 @@ def forward(
         if groups == 0:
             statistics = x.new_empty(B, HW, dtype=torch.float32)
             rms_norm_silu_fwd_kernel[(B * tiles,)](
-                x, out, statistics, rows.weight, rows.bias, rows.scale, rows.shift, residual, seed, HW, C, tiles, C**0.5,
-                *numbers, **constants,
+                x, out, statistics, rows.weight, rows.bias, rows.scale, rows.shift, residual, seed, HW, C, tiles,
+                C**0.5, *numbers, **constants,
             )  # fmt: skip
             return out, statistics
         statistics = _group_statistics_of(x, rows.bias, groups, eps)
@@ -538,7 +536,7 @@ def backward(
 
 
 class _Rows:
-    """The arguments per channel as the kernels read them: unit stride over channels, scale and shift with a row stride."""
+    """The arguments per channel as the kernels read them: channels side by side, rows of scale and shift anywhere."""
 
     def __init__(self, weight, affine, bias, scale, shift):
         self.weight = weight.contiguous()
@@ -571,7 +569,7 @@ def parameter_gradients(sums: torch.Tensor, sums_dx: torch.Tensor, rows: _Rows) 
     dscale = sum_dy_normed * rows.weight.float().reshape(-1)
     if rows.affine is not None:
         dscale = dscale + sum_dy * rows.affine.float()
-    dweight, daffine = (sums[:, :2] * rows.factor[:, None]).sum(0).flip(0)
+    dweight, daffine = (rows.factor * sum_dy_normed).sum(0), (rows.factor * sum_dy).sum(0)
     return dweight, daffine, sums_dx.sum(0).flatten(), dscale, sum_dy.contiguous()
 
 
@@ -597,9 +595,7 @@ def _group_statistics_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int
 def _tile_for(x: torch.Tensor, seed: torch.Tensor | None, *, whole_rows: bool, sums: bool) -> Tile:
     _, C, HW = _sizes(x)
     dropout = seed is not None and HW % 4 == 0
-    return choose_tile(
-        HW, C, whole_rows=whole_rows, sums=sums, dropout=dropout, interpreted=tuning.interpreted()
-    )
+    return choose_tile(HW, C, whole_rows=whole_rows, sums=sums, dropout=dropout, interpreted=tuning.interpreted())
 
 
 def _constants(tile: Tile, HW: int, activation: bool) -> dict:
