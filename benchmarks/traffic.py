@@ -1,6 +1,6 @@
 """What a training step and a sampling step do, counted from operator dispatch: ours against the peer.
 
-    python benchmarks/traffic.py [--dim 64] [--dim-mults 1 2 4 8] [--image-size 128] [--json FILE]
+    python benchmarks/traffic.py [--dim 64] [--dim-mults 1 2 4 8] [--image-size 128] [--memory fast] [--json FILE]
 
 Per image: operators that touch memory (views are free and not counted), bytes that they read and write (each input read
 once, each output written once), and bytes kept from forward for backward (each storage once; parameters, buffers and
@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 H100_BYTES_PER_SECOND = 3.0e12
 
@@ -85,7 +86,16 @@ def _count_kept(traffic: Traffic, excluded: set[int]):
             traffic.bytes_kept += storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def checkpoint_and_count(function, *args, **kwargs):
+        """torch's checkpoint keeps its arguments where no hook sees them."""
+        for tensor in args:
+            pack(tensor)
+        return checkpoint(function, *args, **kwargs)
+
+    with (
+        mock.patch("ddpm_fast.layers.checkpoint", checkpoint_and_count),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         yield
 
 
@@ -153,6 +163,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--dim-mults", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--memory", choices=["fast", "low"], default="fast", help="of our Unet")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
 
@@ -163,7 +174,7 @@ def main() -> None:
     config = {"dim": options.dim, "dim_mults": tuple(options.dim_mults), "image_size": options.image_size}
     peer = measure(denoising_diffusion_pytorch, **config)
     with _kernels_take_meta_tensors():
-        ours = measure(ddpm_fast, **config)
+        ours = measure(ddpm_fast, **config, extra={"memory": options.memory})
     print(table(peer, ours))
     if options.json:
         numbers = {name: {k: asdict(v) for k, v in side.items()} for name, side in (("peer", peer), ("ours", ours))}

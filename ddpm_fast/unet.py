@@ -19,6 +19,7 @@ from ddpm_fast.layers import (
 )
 
 NORMS = ("rms", "group")
+MEMORY = ("fast", "low")
 
 
 def _per_stage(name: str, value, num_stages: int) -> tuple:
@@ -51,6 +52,8 @@ class Unet(nn.Module):
         flash_attn: kept for the peer's signature; torch's attention kernels run either way.
         norm: "rms" (the peer's 2.x network) or "group" (its 1.9–1.11 network, GroupNorm in the residual blocks).
         resnet_block_groups: groups of that GroupNorm.
+        memory: "fast", or "low", which keeps fewer maps from forward for backward and makes the others again there: the
+            map between the two blocks of each residual block, and what is inside linear attention.
 
     Raises:
         ValueError: an argument does not fit, named in one sentence.
@@ -77,12 +80,15 @@ class Unet(nn.Module):
         *,
         norm: str = "rms",
         resnet_block_groups: int = 8,
+        memory: str = "fast",
     ):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
 
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+        if memory not in MEMORY:
+            raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
         if len(dim_mults) == 0:
             raise ValueError("dim_mults must have at least one entry, got none")
         num_stages = len(dim_mults)
@@ -119,12 +125,19 @@ class Unet(nn.Module):
         )
 
         resnet_block = partial(
-            ResnetBlock, time_emb_dim=time_dim, dropout=dropout, norm=norm, groups=resnet_block_groups
+            ResnetBlock,
+            time_emb_dim=time_dim,
+            dropout=dropout,
+            norm=norm,
+            groups=resnet_block_groups,
+            low_memory=memory == "low",
         )
 
         def attention(width: int, stage: int, full: bool) -> nn.Module:
             kwargs = {"heads": attn_heads[stage], "dim_head": attn_dim_head[stage]}
-            return Attention(width, flash=flash_attn, **kwargs) if full else LinearAttention(width, **kwargs)
+            if full:
+                return Attention(width, flash=flash_attn, **kwargs)
+            return LinearAttention(width, low_memory=memory == "low", **kwargs)
 
         # Modules are made in the peer's order, so that one seed gives both the same initial weights.
         self.downs = nn.ModuleList()

@@ -86,8 +86,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, _):
-    dx, *rows = torch.ops.ddpm_fast.norm_silu_backward(grad, *ctx.saved_tensors, *ctx.options)
-    given = ctx.saved_tensors[2:7]
+    saved = ctx.saved_tensors  # asked for once: under torch's checkpoint a second time is an error
+    dx, *rows = torch.ops.ddpm_fast.norm_silu_backward(grad, *saved, *ctx.options)
+    given = saved[2:7]
     rows = [None if tensor is None else row for tensor, row in zip(given, rows, strict=True)]
     dresidual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
     return dx, *rows, dresidual, None, None, None, None, None
