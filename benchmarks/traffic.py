@@ -5,8 +5,8 @@
 Per image: operators that touch memory (views are free and not counted), bytes that they read and write (each input read
 once, each output written once), and bytes kept from forward for backward (each storage once; parameters, buffers and
 the network's input aside). Everything runs on the meta device: nothing is computed and no clock is read, so the numbers
-are the same on every machine. Ours is counted with the kernels that a CUDA device runs: a fused op is one operator, with
-the tensors that it reads and writes, and what it reads twice counted twice (`SECOND_READS`).
+are the same on every machine. Ours is counted with the kernels that a CUDA device runs: a fused op is one operator,
+with the tensors that it reads and writes, and what it reads twice counted twice (`SECOND_READS`).
 
 The floor is the time that an H100's copy bandwidth, 3.0 TB/s as measured, needs for the bytes alone.
 """
@@ -30,7 +30,7 @@ H100_BYTES_PER_SECOND = 3.0e12
 
 # Inputs that a fused op reads in a second pass, by operator name: a function of its arguments that gives the tensors.
 SECOND_READS = {
-    # GroupNorm's statistics are a pass of their own, and so are the sums of its backward; RMSNorm (groups = 0) has none.
+    # GroupNorm's statistics are a pass of their own, and so are its backward's sums; RMSNorm (groups = 0) has none.
     "ddpm_fast::norm_silu": lambda args: [args[0]] if args[8] else [],
     "ddpm_fast::norm_silu_backward": lambda args: [args[0], args[1]] if args[9] else [],
 }
