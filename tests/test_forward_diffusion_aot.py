@@ -136,8 +136,9 @@ def test_diffusion_loss_reduce(capability, tmp_path):
         "t_ptr": "*i64",
         **{name: "i32" for name in ("T", "tiles", "elements")},
     }
+    constants = {"BLOCK": launch.block, "BLOCKS": 1}
     machine = compile_kernel(
-        kernel.diffusion_loss_reduce_kernel, signature, {"BLOCK": launch.block}, capability, tmp_path, **launch.options
+        kernel.diffusion_loss_reduce_kernel, signature, constants, capability, tmp_path, **launch.options
     )
     assert not machine.spills and machine.registers <= 40
 

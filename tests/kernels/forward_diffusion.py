@@ -225,6 +225,22 @@ def test_runs_repeat_bit_for_bit_and_inputs_stay():
     assert all(torch.equal(a, b) for a, b in zip(copies, (x, t, output), strict=True))
 
 
+def test_the_second_stage_sums_any_number_of_tiles():
+    from ddpm_fast.ops.forward_diffusion import kernel
+
+    (_, table), t = tables(), make_times(3)
+    for tiles in (1, 31, 32, 33, 70):
+        partial = torch.rand(3, tiles, device=DEVICE)
+        loss, factor = torch.empty(3, device=DEVICE), torch.empty(3, device=DEVICE)
+        blocks = (tiles + 31) // 32
+        arguments = (loss, factor, partial, t, table, T, tiles, 48)
+        kernel.diffusion_loss_reduce_kernel[(3,)](*arguments, BLOCK=32, BLOCKS=blocks, num_warps=1)
+        weight = table[t, 2].double()
+        truth = weight * partial.double().sum(dim=1) / 48
+        assert_close_to_truth(loss, (table[t, 2] * partial.sum(dim=1) / 48), truth)
+        assert_close_to_truth(factor, table[t, 2] * 2 / 48, 2 * weight / 48)
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_only_the_result_is_written(memory_format, monkeypatch):
     """Every output lies between guards that no kernel may touch."""

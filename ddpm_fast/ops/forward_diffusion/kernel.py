@@ -250,12 +250,13 @@ def diffusion_loss_reduce_kernel(
     tiles,
     elements,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # a constant, since Triton 3.6's interpreter cannot count up to an argument
 ):
     """loss = w·Σ error² / elements and d loss / d out = factor·error; the second stage, grid (B,)."""
     i_b = tl.program_id(0).to(tl.int64)
     sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, tiles, BLOCK):
-        o = start + tl.arange(0, BLOCK)
+    for i_block in range(BLOCKS):
+        o = i_block * BLOCK + tl.arange(0, BLOCK)
         sums += tl.load(partial_ptr + i_b * tiles + o, mask=o < tiles, other=0.0)
     scale = table_entry(table_ptr, tl.load(t_ptr + i_b), T, 2, 3) / elements
     tl.store(loss_ptr + i_b, scale * tl.sum(sums, axis=0))
@@ -371,8 +372,9 @@ def diffusion_loss(
         )  # fmt: skip
         reduce = tuning.row_sum(tiles)
         diffusion_loss_reduce_kernel[(batch,)](
-            loss, factor, partial, t, table, table.shape[0], tiles, elements, BLOCK=reduce.block, **reduce.options
-        )
+            loss, factor, partial, t, table, table.shape[0], tiles, elements,
+            BLOCK=reduce.block, BLOCKS=triton.cdiv(tiles, reduce.block), **reduce.options,
+        )  # fmt: skip
     return loss, factor, error
 
 
