@@ -6,6 +6,7 @@ disk, and kernels compile ahead of time with exactly what they run with. `triton
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
@@ -56,17 +57,23 @@ def row_sum(columns: int) -> Launch:
 
 
 @cache
+def installed() -> bool:
+    """Whether there is a Triton to import; looked for once."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when Triton was imported).
 
     The first answer holds for the life of the process, as the kernels' own does.
     """
-    return importlib.util.find_spec("triton") is not None and importlib.import_module("triton").knobs.runtime.interpret
+    return installed() and importlib.import_module("triton").knobs.runtime.interpret
 
 
 def why_not_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of a device, in one clause; None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return "Triton is not installed"
     if interpreted():
         return None if device.type == "cpu" else f"Triton's interpreter is active, and tensors are on {device.type}"

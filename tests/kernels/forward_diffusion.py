@@ -252,15 +252,20 @@ def test_only_the_result_is_written(memory_format, monkeypatch):
         made.append(base)
         return base.as_strided(layout.shape, layout.stride(), guard)
 
+    def guarded_like(tensor):
+        layout = FORMATS["contiguous" if tensor.is_contiguous() else "channels_last"]
+        return guarded(tensor.shape, memory_format=layout, dtype=tensor.dtype, device=tensor.device)
+
     shape, (forward_table, table) = (2, 3, 5, 7), tables()
     options = make_options(shape, random.Random(6))
     x, t = make_images(shape, torch.float32, "contiguous"), make_times(2)
-    monkeypatch.setattr(torch, "empty", guarded)
-    q_sample(x, t, forward_table, memory_format=FORMATS[memory_format], **options)
     output = torch.randn(shape, device=DEVICE).contiguous(memory_format=FORMATS[memory_format])
-    diffusion_loss(output, x, t, table, **options)
+    monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(torch, "empty_like", guarded_like)
+    q_sample(x, t, forward_table, memory_format=FORMATS[memory_format], **options)
+    loss_and_gradient(diffusion_loss, output, x, t, table, dloss=torch.ones(2, device=DEVICE), **options)
     monkeypatch.undo()
-    assert len(made) == 4  # x_t; loss, factor, partial sums
+    assert len(made) == 6  # x_t; error, loss, factor, partial sums; the gradient
     for base in made:
         assert (base[:guard] == 7).all() and (base[-guard:] == 7).all()
 
@@ -378,6 +383,22 @@ class Scale(torch.nn.Module):
 
     def forward(self, x, t, x_self_cond=None):
         return self.scale * x
+
+
+def test_the_whole_training_loss_compiles_without_a_graph_break():
+    diffusion = GaussianDiffusion(Scale(), image_size=8, timesteps=T, offset_noise_strength=0.1).to(DEVICE)
+    x, t = torch.rand(3, 3, 8, 8, device=DEVICE), make_times(3)
+
+    def step(x, t):
+        return diffusion(x, times=t, loss_reduction="none")
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        loss = function(x, t)
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), diffusion.model.scale)[0]))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.2])
