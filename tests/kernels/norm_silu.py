@@ -9,7 +9,7 @@ import pytest
 import torch
 from norm_silu_cases import LAYOUTS, NORMS, OPTIONS, SHAPES, assert_as_accurate_as_the_reference, make, run
 
-from ddpm_fast import dispatch, tuning
+from ddpm_fast import Unet, dispatch, tuning
 from ddpm_fast.dispatch import use_backend
 from ddpm_fast.ops.norm_silu import reference
 
@@ -242,3 +242,30 @@ def test_triton_is_preferred_where_it_runs():
     rows = [line for line in dispatch.explain([torch.device(DEVICE)]).splitlines() if "_norm_silu" in line]
     assert len(rows) == 4
     assert all(("* triton" in row and "accepts" in row) == ("triton" in row) for row in rows)
+
+
+@both_norms
+def test_unet(norm):
+    """A whole network, output and every gradient: blocks with time embedding, residuals and equal dropout."""
+    model = Unet(8, dim_mults=(1, 2), dropout=0.2, norm=norm, resnet_block_groups=4).to(DEVICE)
+    x, t = torch.randn(2, 3, 4, 4, device=DEVICE), torch.tensor([3, 500], device=DEVICE)
+    results = {}
+    for backend in ("triton", "reference"):
+        torch.manual_seed(1)
+        model.zero_grad()
+        with use_backend(backend):
+            out = model(x, t)
+            out.square().mean().backward()
+        results[backend] = {"out": out.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+    for name, expected in results["reference"].items():
+        torch.testing.assert_close(results["triton"][name], expected, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_unet_compiles_whole():
+    model = Unet(8, dim_mults=(1, 2), dropout=0.2).to(DEVICE)
+    x, t = torch.randn(2, 3, 4, 4, device=DEVICE), torch.tensor([3, 500], device=DEVICE)
+    with use_backend("triton"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x, t).square().mean().backward()
+        model.eval()
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x, t), model(x, t))
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -505,8 +505,8 @@ def backward(
     groups: int,
     activation: bool,
     dropout_p: float,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of x, and in float32 of weight, affine, bias, scale and shift; see `forward` for the arguments."""
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of x, and in float32 of weight, affine, bias, scale, shift (None where that is None); see `forward`."""
     B, C, HW = _sizes(x)
     dx = torch.empty_like(x)
     grad = _laid_out_like(x, grad)
@@ -529,7 +529,8 @@ def backward(
         partial = x.new_empty(B, chunks, 2, C, dtype=torch.float32)
         group_norm_silu_sums_kernel[grid](grad, x, partial, statistics, *inputs, **constants)
         sums = partial.sum(1)
-        means = (sums * rows.gain[:, None]).reshape(B, 2, groups, -1).sum(-1) / (HW * (C // groups))
+        gain = rows.scaled(rows.weight.float().reshape(1, -1))  # (B or 1, C)
+        means = (sums * gain[:, None]).reshape(B, 2, groups, -1).sum(-1) / (HW * (C // groups))
         partial_dx = x.new_empty(B, chunks, 0 if bias is None else 1, C, dtype=torch.float32)
         group_norm_silu_bwd_kernel[grid](grad, x, dx, partial_dx, statistics, means, *inputs, **constants)
         return dx, *parameter_gradients(sums, partial_dx.sum(1), rows)
@@ -548,29 +549,28 @@ class _Rows:
     def strides(self) -> tuple[int, int]:
         return tuple(0 if t is None else t.stride(0) for t in (self.scale, self.shift))
 
-    @property
-    def factor(self) -> torch.Tensor:  # (B or 1, C)
-        """What the norm's own affine map is multiplied with."""
-        return torch.ones_like(self.weight).float().reshape(1, -1) if self.scale is None else self.scale.float() + 1
-
-    @property
-    def gain(self) -> torch.Tensor:  # (B or 1, C)
-        return self.weight.float().reshape(1, -1) * self.factor
+    def scaled(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows·(1 + scale), what scale does to the norm's own affine map: (B or 1, C) → the same, (B, C) with scale."""
+        return rows if self.scale is None else rows * (self.scale.float() + 1)
 
 
-def parameter_gradients(sums: torch.Tensor, sums_dx: torch.Tensor, rows: _Rows) -> tuple[torch.Tensor, ...]:
-    """Gradients of weight (C,), affine (C,), bias (C,) or (0, C), scale (B, C) and shift (B, C).
+def parameter_gradients(sums: torch.Tensor, sums_dx: torch.Tensor, rows: _Rows) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of weight (C,), affine (C,), bias (C,), scale (B, C), shift (B, C), None for what was not given.
 
     Args:
         sums: (B, 2 or more, C), first Σ dy, then Σ dy·x̂ of each sample.
         sums_dx: (B, 1 or 0, C), Σ dx.
     """
     sum_dy, sum_dy_normed = sums[:, 0], sums[:, 1]
-    dscale = sum_dy_normed * rows.weight.float().reshape(-1)
-    if rows.affine is not None:
-        dscale = dscale + sum_dy * rows.affine.float()
-    dweight, daffine = (rows.factor * sum_dy_normed).sum(0), (rows.factor * sum_dy).sum(0)
-    return dweight, daffine, sums_dx.sum(0).flatten(), dscale, sum_dy.contiguous()
+    dweight = rows.scaled(sum_dy_normed).sum(0)
+    daffine = None if rows.affine is None else rows.scaled(sum_dy).sum(0)
+    dbias = None if rows.bias is None else sums_dx.sum(0).flatten()
+    dscale = None
+    if rows.scale is not None:
+        dscale = sum_dy_normed * rows.weight.float().reshape(-1)
+        if rows.affine is not None:
+            dscale = dscale + sum_dy * rows.affine.float()
+    return dweight, daffine, dbias, dscale, None if rows.shift is None else sum_dy.contiguous()
 
 
 def _group_statistics_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int, eps: float) -> torch.Tensor:
