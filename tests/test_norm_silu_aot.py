@@ -104,3 +104,15 @@ def test_merge_of_group_moments(capability, tmp_path):
         kernel.group_merge_kernel, signature, constants, capability, tmp_path, num_warps=1, unaligned=("G", "chunks")
     )
     assert not machine.spills and machine.registers <= 128
+
+
+@pytest.mark.parametrize("name", [*KERNELS, "group_merge_kernel"])
+def test_sizes_of_one_compile(name, tmp_path):
+    """A launch makes integers that are 1 constants of the kernel."""
+    function = getattr(kernel, name)
+    ones = ["HW", "C", "G", "tiles", "chunks", "stride_b", "stride_c", "stride_n", "stride_scale", "stride_shift"]
+    constants = {n: 1 for n in ones} | {"ACTIVATION": False, "QUADS": False, "TILES": 1, "CHUNK": 1}
+    constants |= {"BLOCK_N": 1, "BLOCK_C": 1, "BLOCK_K": 1, "BLOCK_D": 1}
+    constants = {n: value for n, value in constants.items() if n in function.arg_names}
+    signature = {n: type_of(n, "bf16") for n in function.arg_names if n not in constants}
+    assert not compile_kernel(function, signature, constants, 90, tmp_path, num_warps=1).spills
