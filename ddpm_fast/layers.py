@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import noise
@@ -87,6 +88,7 @@ class _ConvOfRecomputed(torch.autograd.Function):
         return F.conv2d(h, weight, bias, padding=padding)
 
     @staticmethod
+    @once_differentiable  # h is made again without a graph: a second derivative through it would be wrong
     def backward(ctx, grad):
         weight, *sources = ctx.saved_tensors
         with torch.no_grad():

@@ -68,6 +68,14 @@ def test_convolution_of_a_recomputed_input(kernel, padding, with_bias):
         assert torch.equal(a, b)
 
 
+def test_a_second_derivative_is_refused_and_not_wrong():
+    model = Unet(8, dim_mults=(1, 2))
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(model(x, torch.tensor([4])).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_under_autocast(dtype):
     model = Unet(8, dim_mults=(1, 2), memory="low")

@@ -269,3 +269,11 @@ def test_unet_compiles_whole():
         model.eval()
         torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x, t), model(x, t))
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    x = torch.randn(1, 4, 4, 4, device=DEVICE, requires_grad=True)
+    with use_backend("triton"):
+        out = NORMS["rms"](x, torch.ones(4, device=DEVICE))
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(out.square().sum(), x, create_graph=True)

@@ -86,6 +86,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, _):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "norm_silu: the Triton kernel's gradient cannot be differentiated again (create_graph=True); "
+            'use ddpm_fast.use_backend("reference") for second derivatives'
+        )
     saved = ctx.saved_tensors  # asked for once: under torch's checkpoint a second time is an error
     dx, *rows = torch.ops.ddpm_fast.norm_silu_backward(grad, *saved, *ctx.options)
     given = saved[2:7]
