@@ -16,6 +16,7 @@ from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.ops.sampler_step.op import sampler_step
 from ddpm_fast.samplers import progress_bar, sample_loop
 from ddpm_fast.schedules import SamplerTable, Schedule
+from ddpm_fast.unet import Unet
 
 ModelPrediction = namedtuple("ModelPrediction", ["pred_noise", "pred_x_start"])
 
@@ -560,6 +561,17 @@ class GaussianDiffusion(nn.Module):
         changed = any(getattr(type(self), name) is not getattr(GaussianDiffusion, name) for name in methods)
         return not self.immiscible and not changed and makes_noise_in_its_pass(x_start, t, self.forward_table)
 
+    def _network_dtype(self, x_start: torch.Tensor) -> torch.dtype | None:
+        """The dtype to which autocast would cast x_t at once, so that q_sample writes it; None is x_start's own.
+
+        Only `Unet` is known to begin with a convolution, and without self-conditioning nothing else reads x_t.
+        """
+        device_type = x_start.device.type
+        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        if autocast and isinstance(self.model, Unet) and not self.self_condition:
+            return torch.get_autocast_dtype(device_type)
+        return None
+
     def _offset(self, noise: torch.Tensor, strength: float, seed: torch.Tensor) -> torch.Tensor:
         """Noise plus one normal number per image and channel (Guttenberg 2023, offset noise); not in place."""
         offset = normal(
@@ -617,7 +629,7 @@ class GaussianDiffusion(nn.Module):
                 noise = self._offset(noise, strength, noise_function.draw_seed(noise.device))
 
         if fresh:
-            x = q_sample(x_start, t, self.forward_table, **fresh)
+            x = q_sample(x_start, t, self.forward_table, dtype=self._network_dtype(x_start), **fresh)
         else:
             x = self.q_sample(x_start=x_start, t=t, noise=noise)
         x_self_cond = None

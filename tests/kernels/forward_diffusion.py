@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import assert_close_to_truth
 
-from ddpm_fast import GaussianDiffusion, gaussian_diffusion, noise, schedules, tuning, use_backend
+from ddpm_fast import GaussianDiffusion, Unet, gaussian_diffusion, noise, schedules, tuning, use_backend
 from ddpm_fast.ops.forward_diffusion import reference
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, makes_noise_in_its_pass, q_sample
 
@@ -434,3 +434,20 @@ def test_immiscible_and_overridden_methods_keep_the_tensor():
     assert makes_noise_in_its_pass(x, t, immiscible.forward_table)
     assert not immiscible._noise_stays_a_seed(x, t)
     assert immiscible(x, times=t).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_x_t_is_written_in_the_networks_dtype(dtype):
+    diffusion = GaussianDiffusion(Unet(8, dim_mults=(1, 2)), image_size=8, timesteps=T).to(DEVICE)
+    image, t = torch.rand(2, 3, 8, 8, device=DEVICE), torch.tensor([3, 7], device=DEVICE)
+    seen = []
+    diffusion.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    losses = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(4)
+        with use_backend(backend), torch.autocast(torch.device(DEVICE).type, dtype=dtype):
+            losses.append(diffusion(image, times=t, loss_reduction="none"))
+    assert seen == [dtype, torch.float32]
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.05, atol=0.02)
+    losses[0].sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in diffusion.parameters())
