@@ -1,27 +1,34 @@
 """Which implementation of an op runs, and why.
 
-An op lists its implementations in order of preference. Each can refuse a call with a reason; the first that accepts
-runs, and the last (the torch reference) never refuses. Nothing here catches an exception to choose, and nothing reads
-the environment: the same call is answered the same way every time, and `explain` prints the answer.
+An op lists its implementations in order of preference. Each can refuse a call with a reason, or yield it to a later one
+that is expected to be faster; the first that does neither runs, and the last (the torch reference) never refuses.
+Nothing here catches an exception to choose, and nothing reads the environment: the same call is answered the same way
+every time, and `explain` prints the answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 
-BACKENDS = ("triton", "native", "reference")
+BACKENDS = ("triton", "native", "sdpa", "reference")
 
 # A plain module global, not a ContextVar: dynamo guards on the one and cannot trace the other.
 _forced: str | None = None
 _ops: dict[str, Op] = {}
+_watched: dict[tuple[str, str, str], int] | None = None
+
+
+class BackendRefused(RuntimeError):
+    """`use_backend` forces an implementation that refuses the call; the text gives its reason."""
 
 
 def never_refuses(*args, **kwargs) -> str | None:
-    """The `refuses` of a reference implementation."""
+    """The `refuses` of a reference implementation, and the `yields` of most."""
     return None
 
 
@@ -33,11 +40,19 @@ class Implementation:
         name: one of `BACKENDS`.
         function: computes the op.
         refuses: takes the op's arguments; returns None to accept them or one clause that says why not.
+        yields: asked with the same arguments where it does not refuse; returns None or one clause that says why a
+            later implementation is the better choice. Forced, it runs all the same.
     """
 
     name: str
     function: Callable[..., Any]
     refuses: Callable[..., str | None] = never_refuses
+    yields: Callable[..., str | None] = never_refuses
+
+    def why_not(self, *args, **kwargs) -> str | None:
+        """Why it is not chosen for a call where nothing is forced; None where it is, if no earlier one is."""
+        reason = self.refuses(*args, **kwargs)
+        return self.yields(*args, **kwargs) if reason is None else reason
 
 
 class Op:
@@ -47,6 +62,8 @@ class Op:
         name: the op's name, unique in the package.
         implementations: in order of preference; the last must accept everything.
         example: makes small (args, kwargs) on a device; `explain` shows what would run for them.
+        more_examples: the same for other calls, by the name that `explain` gives them, where the choice depends on the
+            call.
     """
 
     def __init__(
@@ -54,32 +71,40 @@ class Op:
         name: str,
         implementations: list[Implementation],
         example: Callable[[torch.device], tuple[tuple, dict]],
+        more_examples: dict[str, Callable[[torch.device], tuple[tuple, dict]]] | None = None,
     ):
-        if implementations[-1].refuses is not never_refuses:
+        last = implementations[-1]
+        if last.refuses is not never_refuses or last.yields is not never_refuses:
             raise ValueError(f"{name}: the last implementation must accept every call")
         if name in _ops:
             raise ValueError(f"{name}: an op of this name is registered already")
         self.name = name
         self.implementations = implementations
-        self.example = example
+        self.examples = {name: example} | (more_examples or {})
         _ops[name] = self
 
     def choose(self, *args, **kwargs) -> Implementation:
         """The implementation that runs for these arguments.
 
         Raises:
-            RuntimeError: `use_backend` forces one that this op has and that refuses the call.
+            BackendRefused: `use_backend` forces one that this op has and that refuses the call.
         """
         if _forced is not None:
             for implementation in self.implementations:
                 if implementation.name == _forced:
                     reason = implementation.refuses(*args, **kwargs)
                     if reason is not None:
-                        raise RuntimeError(f"{self.name}: backend {_forced!r} was forced and refuses: {reason}")
+                        raise BackendRefused(f"{self.name}: backend {_forced!r} was forced and refuses: {reason}")
                     return implementation
+        refusals = []
         for implementation in self.implementations:
-            if implementation.refuses(*args, **kwargs) is None:
+            reason = implementation.why_not(*args, **kwargs)
+            if reason is None:
+                if _watched is not None:
+                    key = (self.name, implementation.name, "; ".join(refusals) or "accepts")
+                    _watched[key] = _watched.get(key, 0) + 1
                 return implementation
+            refusals.append(f"{implementation.name}: {reason}")
         raise AssertionError(f"{self.name}: no implementation accepted, not even the last")
 
     def __call__(self, *args, **kwargs):
@@ -117,6 +142,34 @@ class use_backend:
         _forced = self._previous
 
 
+def ops() -> dict[str, Op]:
+    """Every registered op by name; an op is registered when its room is imported."""
+    return dict(_ops)
+
+
+class watch_choices:
+    """Count which implementation every op takes, and why those before it refused, while the block runs.
+
+        with ddpm_fast.dispatch.watch_choices() as choices: ...
+
+    `choices` is a dict {(op, implementation, reasons): calls}. Forced choices are not counted.
+    """
+
+    def __enter__(self) -> dict[tuple[str, str, str], int]:
+        global _watched
+        self._previous, _watched = _watched, {}
+        return _watched
+
+    def __exit__(self, *exc_info) -> None:
+        global _watched
+        _watched = self._previous
+
+
+def forced_backend() -> str | None:
+    """What `use_backend` forces now."""
+    return _forced
+
+
 def present_devices() -> list[torch.device]:
     """The devices that `explain` speaks of: the CPU, and the current CUDA device if there is one."""
     return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
@@ -130,13 +183,13 @@ def explain(devices: list[torch.device] | None = None) -> str:
     """
     rows = []
     for op in sorted(_ops.values(), key=lambda op: op.name):
-        for device in devices or present_devices():
-            args, kwargs = op.example(device)
-            reasons = {i.name: i.refuses(*args, **kwargs) for i in op.implementations}
-            forced_and_refuses = _forced in reasons and reasons[_forced] is not None
-            chosen = None if forced_and_refuses else op.choose(*args, **kwargs).name
-            for name, reason in reasons.items():
-                rows.append((op.name, device.type, ("* " if name == chosen else "  ") + name, reason or "accepts"))
+        for device, (label, example) in product(devices or present_devices(), op.examples.items()):
+            args, kwargs = example(device)
+            refused = [i.name for i in op.implementations if i.refuses(*args, **kwargs) is not None]
+            chosen = None if _forced in refused else op.choose(*args, **kwargs).name
+            for i in op.implementations:
+                mark = "* " if i.name == chosen else "  "
+                rows.append((label, device.type, mark + i.name, i.why_not(*args, **kwargs) or "accepts"))
     header = ("op", "device", "  implementation", "why")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(3)]
     lines = [

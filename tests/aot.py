@@ -41,7 +41,7 @@ class Machine:
         return self.stack + self.local > 0 or any(kind in ("LDL", "STL") for kind, _ in self.accesses)
 
     def widths(self, kind: str) -> dict[int, int]:
-        """Instructions of a kind ("LDG", "STG", "LDS", "STS") by width in bits."""
+        """Instructions of a kind by width in bits: "LDG", "LDGSTS" (to shared memory), "STG", "LDS", "STS"."""
         return {width: n for (k, width), n in sorted(self.accesses.items()) if k == kind}
 
 
@@ -83,7 +83,7 @@ def read_machine(cubin: bytes, shared: int, tmp_path: Path) -> Machine:
     sass = _run("-sass", file)
     numbers = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
     accesses: dict[tuple[str, int], int] = {}
-    for kind, modifiers in re.findall(r"\b(LDG|STG|LDS|STS|LDL|STL)((?:\.\w+)*)\b", sass):
+    for kind, modifiers in re.findall(r"\b(LDGSTS|LDG|STG|LDS|STS|LDL|STL)((?:\.\w+)*)\b", sass):
         width = next((int(w) for w in re.findall(r"\.[US]?(8|16|64|128)\b", modifiers)), 32)
         accesses[kind, width] = accesses.get((kind, width), 0) + 1
     return Machine(numbers["REG"], numbers["STACK"], numbers["LOCAL"], shared, accesses, sass)

@@ -1,11 +1,14 @@
-"""Shared fixtures: the real peer packages, and a clean dispatch state."""
+"""Shared fixtures: the real peer packages, the regression gate, and a clean dispatch state."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import gate as regression_gate
 import pytest
 import torch
 
@@ -15,6 +18,24 @@ from ddpm_fast import dispatch
 torch.set_num_threads(1)
 
 PEER_1X = Path(sys.prefix) / "peer-1x"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gate-record", help="a file: note the numbers of tests marked gate there instead of judging")
+
+
+@pytest.fixture
+def gate(request) -> Callable[[str, str, float], None]:
+    """`check(kind, name, measured)` of benchmarks/gate.py. A test that takes it is marked `gate`; each name once."""
+    record = request.config.getoption("--gate-record")
+    return partial(regression_gate.check, record=record and Path(record))
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m gate` chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gate" in item.fixturenames:
+            item.add_marker("gate")
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -48,6 +49,22 @@ def assert_close_to_truth(
     ):
         bound = factor * theirs + floor * eps * scale
         assert ours <= bound, f"{name}: {kind} error {ours:.3e} > {bound:.3e} (reference {theirs:.3e}, {actual.dtype})"
+
+
+@contextlib.contextmanager
+def exact_convolutions():
+    """Convolutions of float32, torch's and this package's, with all their digits: no TF32, where a GPU would use it."""
+    was = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = was
+
+
+def alone() -> dict[str, str]:
+    """The environment for a pytest of its own: under xdist, plugins of the child would take it for a worker."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 def run_kernel_tests(name: str, *, interpreted: bool) -> None:

@@ -13,8 +13,6 @@ import pytest
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 SOURCES = sorted(CUDA.glob("*.cu"))
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
-# 65,536 registers per multiprocessor and 128 threads per block: 72 registers leave room for 7 blocks.
-MAX_REGISTERS = 72
 
 # 16-byte loads and stores of one thread of each kernel. In the wide ones x, the previous x0, the given noise and both
 # results move as 2 × 16 bytes, the model's output as 2 (float32) or 1; in the strided ones the state moves as 1 × 16.
@@ -45,7 +43,7 @@ def cuobjdump() -> str:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def compiled(request, tmp_path_factory):
-    """Per source: (the report of ptxas, the machine code)."""
+    """The architecture, and per source (the report of ptxas, the machine code)."""
     folder = tmp_path_factory.mktemp(request.param)
     results = []
     for source in SOURCES:
@@ -53,7 +51,7 @@ def compiled(request, tmp_path_factory):
         flags = ["-std=c++20", "-O3", "-cubin", f"-arch={request.param}", "-Xptxas=-v", "-Werror=all-warnings"]
         report = run("nvcc", *flags, str(source), "-o", str(cubin))
         results.append((report, run(cuobjdump(), "-sass", str(cubin))))
-    return results
+    return request.param, results
 
 
 def run(*command: str) -> str:
@@ -63,23 +61,24 @@ def run(*command: str) -> str:
 
 
 def test_every_kernel_is_compiled(compiled):
-    kernels = [len(re.findall("Compiling entry function", report)) for report, _ in compiled]
+    kernels = [len(re.findall("Compiling entry function", report)) for report, _ in compiled[1]]
     assert [source.stem for source in SOURCES] == ["noise", "sampler_step"]
     assert kernels == [3 * 2, 3 * 3]  # dtypes × accesses
 
 
-def test_no_spills_and_few_registers(compiled):
-    for report, _ in compiled:
+def test_no_spills_and_few_registers(compiled, gate):
+    architecture, results = compiled
+    for source, (report, _) in zip(SOURCES, results, strict=True):
         kernels = len(re.findall("Compiling entry function", report))
         clean = re.findall(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", report)
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
         assert len(clean) == kernels and len(registers) == kernels, report
-        assert max(registers) <= MAX_REGISTERS, report
+        gate("cuda registers", f"{source.name}, {architecture}", max(registers))
 
 
 def test_wide_kernels_use_16_byte_accesses(compiled):
     counts = {}
-    for _, code in compiled:
+    for _, code in compiled[1]:
         for name, body in re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", code, re.DOTALL):
             loads, stores = (len(re.findall(rf"\b{kind}\.E[.\w]*\.128\b", body)) for kind in ("LDG", "STG"))
             counts[name] = (loads, stores)

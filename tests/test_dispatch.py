@@ -46,6 +46,29 @@ def test_a_forced_backend_that_refuses_raises_with_its_reason(op):
         op(3)
 
 
+def test_an_implementation_can_yield_and_still_be_forced(monkeypatch):
+    monkeypatch.setattr(dispatch, "_ops", {})
+    op = Op(
+        "halve",
+        [
+            Implementation("native", lambda n: "native", yields=lambda n: None if n < 9 else f"{n} is large"),
+            Implementation("reference", lambda n: "reference"),
+        ],
+        lambda device: ((4,), {}),
+        {"halve, large": lambda device: ((10,), {})},
+    )
+    assert (op(4), op(10)) == ("native", "reference")
+
+    def rows():
+        return [line.split() for line in dispatch.explain([torch.device("cpu")]).splitlines()]
+
+    assert ["halve", "cpu", "*", "native", "accepts"] in rows()
+    assert ["halve,", "large", "cpu", "native", "10", "is", "large"] in rows()
+    with use_backend("native"):
+        assert op(10) == "native"
+        assert ["halve,", "large", "cpu", "*", "native", "10", "is", "large"] in rows()
+
+
 def test_an_op_without_the_forced_backend_chooses_freely(op):
     with use_backend("triton"):
         assert op(4) == ("native", 2)
@@ -72,13 +95,15 @@ def test_an_exception_inside_an_implementation_is_not_swallowed(monkeypatch):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="name must be one of triton, native, reference or None, got 'cudnn'"):
+    with pytest.raises(ValueError, match="name must be one of triton, native, sdpa, reference or None, got 'cudnn'"):
         use_backend("cudnn")
 
 
 def test_the_last_implementation_may_not_refuse():
     with pytest.raises(ValueError, match="the last implementation must accept every call"):
         Op("picky", [Implementation("native", abs, lambda x: "never")], None)
+    with pytest.raises(ValueError, match="the last implementation must accept every call"):
+        Op("picky", [Implementation("native", abs, yields=lambda x: "never")], None)
 
 
 def test_explain_names_the_reason(op):

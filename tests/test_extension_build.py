@@ -87,6 +87,11 @@ def build_wheel(tmp_path: Path, mode: str, **environment: str) -> tuple[Path, di
     return installed, info, output.stdout + output.stderr
 
 
+def wheel_bytes(folder: Path) -> int:
+    (wheel,) = folder.glob("*.whl")
+    return wheel.stat().st_size
+
+
 @pytest.fixture
 def package(tmp_path) -> Path:
     """A copy of the package with its extension, to break."""
@@ -180,8 +185,9 @@ def test_the_first_load_may_happen_while_compiling(package):
 
 
 @pytest.mark.slow
-def test_a_wheel_works_outside_the_source_tree(tmp_path):
+def test_a_wheel_works_outside_the_source_tree(tmp_path, gate):
     installed, info, _ = build_wheel(tmp_path, "cpu")
+    gate("wheel bytes", "cpu", wheel_bytes(tmp_path))
     assert info["built"] == ["cpu"] and info["cuda_left_out"] == "DDPM_FAST_BUILD=cpu"
     assert info["torch"] == torch.__version__ and info["torch_cuda"] == torch.version.cuda and info["compiler"]
     found = probe(installed)
@@ -207,8 +213,9 @@ def test_an_editable_build_puts_the_extension_beside_its_sources(tmp_path):
 
 
 @pytest.mark.slow
-def test_none_makes_a_pure_python_wheel(tmp_path):
+def test_none_makes_a_pure_python_wheel(tmp_path, gate):
     installed, info, _ = build_wheel(tmp_path, "none")
+    gate("wheel bytes", "none", wheel_bytes(tmp_path))
     assert info["built"] == []
     assert list(tmp_path.glob("*-py3-none-any.whl"))
     assert probe(installed)["reason"] == "the extension was not built: DDPM_FAST_BUILD=none asked for pure Python"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 
 import pytest
@@ -23,16 +24,14 @@ BITS = {"bf16": 16, "fp32": 32}
 
 # The stages of Unet(64, (1, 2, 4, 8)) at 128×128: channels and pixels.
 STAGES = {64: 128**2, 128: 64**2, 256: 32**2, 512: 16**2}
-# 65,536 registers per multiprocessor and 128 threads per program: 64 registers leave room for 8 programs, 72 for 7, 96
-# for 5, 128 for 4.
-# Kernel: whole rows, sums, maps read, maps written, most registers without and with dropout and residual.
+# Kernel: whole rows, sums, maps read, maps written.
 KERNELS = {
-    "rms_norm_silu_fwd_kernel": (True, False, 1, 1, 64, 72),
-    "rms_norm_silu_bwd_kernel": (True, True, 2, 1, 128, 128),
-    "group_moments_kernel": (False, True, 1, 0, 64, 64),
-    "group_norm_silu_fwd_kernel": (False, False, 1, 1, 72, 96),
-    "group_norm_silu_sums_kernel": (False, True, 2, 0, 96, 128),
-    "group_norm_silu_bwd_kernel": (False, True, 2, 1, 96, 128),
+    "rms_norm_silu_fwd_kernel": (True, False, 1, 1),
+    "rms_norm_silu_bwd_kernel": (True, True, 2, 1),
+    "group_moments_kernel": (False, True, 1, 0),
+    "group_norm_silu_fwd_kernel": (False, False, 1, 1),
+    "group_norm_silu_sums_kernel": (False, True, 2, 0),
+    "group_norm_silu_bwd_kernel": (False, True, 2, 1),
 }
 
 
@@ -66,10 +65,8 @@ def type_of(name: str, dtype: str) -> str:
 
 
 def assert_fit(machine: Machine, tile, name: str, dtype: str, everything: bool) -> None:
-    _, _, reads, writes, *registers = KERNELS[name]
+    _, _, reads, writes = KERNELS[name]
     assert not machine.spills, name
-    # More warps per program than four: as many programs fewer fit.
-    assert machine.registers <= registers[everything], (name, machine.registers)
     reads += everything and name.endswith("fwd_kernel")
     per_map = tile.block_n * tile.block_c // (32 * tile.num_warps) * BITS[dtype] // 128
     assert machine.widths("LDG").get(128, 0) >= reads * per_map, (name, machine.accesses)
@@ -79,31 +76,36 @@ def assert_fit(machine: Machine, tile, name: str, dtype: str, everything: bool) 
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("name", KERNELS)
-def test_registers_and_accesses(name, dtype, capability, tmp_path):
-    for C in STAGES if name.startswith("rms") else (64, 512):
+def test_registers_and_accesses(name, capability, tmp_path, gate):
+    registers = []
+    for dtype, C in itertools.product(BITS, STAGES if name.startswith("rms") else (64, 512)):
         machine, tile = compile_stage(name, dtype, C, False, capability, tmp_path)
         assert_fit(machine, tile, name, dtype, False)
+        registers.append(machine.registers)
+    gate("registers", f"{name}, sm_{capability}", max(registers))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("name", [name for name in KERNELS if "moments" not in name])
-def test_registers_and_accesses_with_dropout_and_residual(name, dtype, capability, tmp_path):
-    for C in (64, 512):
+def test_registers_and_accesses_with_dropout_and_residual(name, capability, tmp_path, gate):
+    registers = []
+    for dtype, C in itertools.product(BITS, (64, 512)):
         machine, tile = compile_stage(name, dtype, C, True, capability, tmp_path)
         assert_fit(machine, tile, name, dtype, True)
+        registers.append(machine.registers)
+    gate("registers", f"{name} with dropout and residual, sm_{capability}", max(registers))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_merge_of_group_moments(capability, tmp_path):
+def test_merge_of_group_moments(capability, tmp_path, gate):
     signature = {n: type_of(n, "fp32") for n in kernel.group_merge_kernel.arg_names[:7]}
     constants = {"CHUNK": 256, "BLOCK_K": 64, "BLOCK_D": 8}
     machine = compile_kernel(
         kernel.group_merge_kernel, signature, constants, capability, tmp_path, num_warps=1, unaligned=("G", "chunks")
     )
-    assert not machine.spills and machine.registers <= 128
+    assert not machine.spills
+    gate("registers", f"group_merge_kernel, sm_{capability}", machine.registers)
 
 
 @pytest.mark.parametrize("name", [*KERNELS, "group_merge_kernel"])

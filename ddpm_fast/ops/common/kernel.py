@@ -1,4 +1,4 @@
-"""Triton device functions shared by the kernels of all rooms: the noise function and SiLU.
+"""Triton device functions shared by the kernels of all rooms: the noise function, SiLU, products and rounding.
 
 The noise function is csrc/philox.h in Triton, the same polynomials in the same order: Philox4x32-10 (Salmon et al.
 2011, "Parallel random numbers: as easy as 1, 2, 3"), then Box-Muller (Box & Muller 1958). No libm call, so that the
@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ddpm_fast import tuning
+
+_INTERPRETED = tl.constexpr(tuning.interpreted())
 
 
 @triton.jit
@@ -133,3 +137,24 @@ def silu_derivative(x):
     """d silu / dx = σ(x)·(1 + x·(1 − σ(x))) of float32."""
     s = sigmoid(x)
     return s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a·b in float32; (m, k), (k, n), (m, n) or None, with m, n, k at least 16.
+
+    PRECISION is that of float32 operands, "ieee" or "tf32"; it says nothing of half types.
+    """
+    if _INTERPRETED:  # its products of bfloat16 are wrong, and those in float32 are what the hardware gives
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in another type, rounded to nearest even; the interpreter by itself cuts bfloat16 off."""
+    if _INTERPRETED:
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+            x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)

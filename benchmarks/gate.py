@@ -1,0 +1,173 @@
+"""The regression gate: what can grow without a test failing, each with its bound in bounds.json.
+
+    python benchmarks/gate.py            measures everything, prints it beside its bound
+    python benchmarks/gate.py --write    then lowers bounds to what was measured; never raises one
+
+Tests measure, those marked `gate`, and hand each number to `check`: operators, bytes moved and bytes kept per image
+(test_traffic.py), registers of every kernel (test_*_aot.py, test_cuda_compile.py; spills are always zero), modules that
+the import loads and its time relative to torch's own (test_gate.py), bytes of a wheel (test_extension_build.py).
+
+A bound is at most 5% above what was measured. A number above its bound fails, and so does one more than 10% below it,
+which asks for the bound to be lowered, so that what was won stays won. A bound is raised by hand, in view of whoever
+reads the change. What a tool decides is held like this under the version that bounds.json names; under another version
+three tenths more are allowed (Triton 3.6 takes up to 1.29 times the registers of 3.8), and nothing has to be lowered.
+Time is never exact: its bound is half above the measured one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+BOUNDS = Path(__file__).with_name("bounds.json")
+ROOT = BOUNDS.parent.parent
+VERSIONS = "measured with"
+
+SLACK = 1.05
+STALE = 0.9
+OTHER_VERSION = 1.3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of number: the tool whose version decides it, and the most that its bound may be above it."""
+
+    tool: str | None
+    slack: float = SLACK
+    exact: bool = True
+    step: int | None = None  # a bound stays below the next multiple of this
+
+
+KINDS = {
+    "traffic": Kind("torch"),
+    # The hardware gives out registers in eights: a bound in the next eight could cost a program per multiprocessor.
+    "registers": Kind("triton", step=8),
+    "cuda registers": Kind("nvcc", step=8),
+    "import modules": Kind("torch"),
+    "import time": Kind(None, slack=1.5, exact=False),
+    "wheel bytes": Kind("compiler"),
+}
+
+
+@cache
+def version(tool: str | None) -> str | None:
+    """What is here of a tool; None where it is not here."""
+    if tool in ("torch", "triton"):
+        try:
+            return metadata.version(tool).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            return None
+    command = {"nvcc": ["nvcc"], "compiler": shlex.split(os.environ.get("CXX", "c++"))}.get(tool)
+    if command is None or shutil.which(command[0]) is None:
+        return None
+    printed = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", printed)[1] if tool == "nvcc" else printed.partition("\n")[0]
+
+
+def bounds() -> dict[str, dict]:
+    """bounds.json: kind → name → bound, and the versions of the tools."""
+    return json.loads(BOUNDS.read_text())
+
+
+def new_bound(kind: str, measured: float) -> float:
+    """The bound that a measured number gets."""
+    rule = KINDS[kind]
+    if not rule.exact:
+        return round(measured * rule.slack, 4)
+    bound = math.floor(measured * rule.slack)
+    return bound if rule.step is None else min(bound, math.ceil(measured / rule.step) * rule.step)
+
+
+def verdict(kind: str, name: str, measured: float, file: dict[str, dict]) -> str | None:
+    """What is wrong with a measured number, in one sentence; None where nothing is."""
+    rule = KINDS[kind]
+    bound = file.get(kind, {}).get(name)
+    what = f"{kind}, {name}: measured {measured:g}"
+    if bound is None:
+        return f"{what}, and {BOUNDS.name} has no bound for it; python benchmarks/gate.py --write adds one"
+    here, recorded = version(rule.tool), file[VERSIONS].get(rule.tool)
+    if here != recorded:
+        if measured <= bound * OTHER_VERSION:
+            return None
+        return f"{what}, bound {bound:g} under {rule.tool} {recorded} and {OTHER_VERSION} times that under {here}"
+    if measured > bound:
+        return f"{what}, bound {bound:g} in {BOUNDS.name}"
+    if rule.exact and measured < STALE * bound:
+        return f"tighten: {what} is over 10% below its bound {bound:g}; python benchmarks/gate.py --write lowers it"
+    return None
+
+
+def check(kind: str, name: str, measured: float, record: Path | None = None) -> None:
+    """Hold a number to its bound, or only note it in a file, a line of JSON each.
+
+    Raises:
+        AssertionError: what `verdict` says.
+    """
+    if record is not None:
+        with record.open("a") as file:
+            file.write(json.dumps([kind, name, measured]) + "\n")
+        return
+    sentence = verdict(kind, name, measured, bounds())
+    assert sentence is None, sentence
+
+
+def tightened(file: dict[str, dict], measured: dict[tuple[str, str], float]) -> dict[str, dict]:
+    """The bounds, lowered to what was measured where that is lower, with new ones added and none raised."""
+    result = {kind: dict(file.get(kind, {})) for kind in KINDS}
+    for (kind, name), number in measured.items():
+        result[kind][name] = min(result[kind].get(name, math.inf), new_bound(kind, number))
+    versions = {tool: version(tool) for tool in sorted({rule.tool for rule in KINDS.values() if rule.tool})}
+    return {VERSIONS: file.get(VERSIONS, {}) | {tool: here for tool, here in versions.items() if here}} | {
+        kind: dict(sorted(names.items())) for kind, names in result.items()
+    }
+
+
+def measure() -> dict[tuple[str, str], float]:
+    """Run the tests that measure."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "measured"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gate", "--gate-record", str(record), "tests"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise SystemExit(result.stdout + result.stderr)
+        rows = [json.loads(line) for line in record.read_text().splitlines()]
+    measured = {(kind, name): number for kind, name, number in rows}
+    assert len(measured) == len(rows), "a number was measured twice"
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="lower the bounds to what is measured")
+    options = parser.parse_args()
+    measured = measure()
+    file = bounds() if BOUNDS.exists() else {VERSIONS: {}}
+    if options.write:
+        file = tightened(file, measured)
+        BOUNDS.write_text(json.dumps(file, indent=2) + "\n")
+    sentences = []
+    for (kind, name), number in sorted(measured.items()):
+        print(f"{kind:15} {number:>12g} {file.get(kind, {}).get(name, math.nan):>12g}  {name}")
+        sentences.append(verdict(kind, name, number, file))
+    for kind in KINDS:
+        unmeasured = [name for name in file.get(kind, {}) if (kind, name) not in measured]
+        sentences += [f"{kind}, {name}: has a bound, and nothing measures it" for name in unmeasured]
+    failures = [sentence for sentence in sentences if sentence]
+    print("\n".join(failures) or "Every number is within its bound.")
+    raise SystemExit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
