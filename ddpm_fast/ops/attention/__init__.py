@@ -1,0 +1,1 @@
+"""Softmax attention over all positions of a map, with learned memory keys and values."""

@@ -1,0 +1,177 @@
+"""Softmax attention over the positions of a map, with memory: public function, registration, eligibility.
+
+    out = softmax(q·kᵀ / √D)·v   (Vaswani et al. 2017, eq. 1)
+
+per sample and head, where M learned keys and values, the same for every sample, stand before the N keys and values of
+the map. Backward keeps qkv, out and one float per head and position, and computes the softmax again.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm_fast import tuning
+from ddpm_fast.dispatch import Implementation, Op, never_refuses
+from ddpm_fast.ops.attention import reference
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LARGEST_HEAD = 128  # dimensions of a head that a program of the kernels holds
+_LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
+
+# Positions up to which our kernels are preferred to torch's. An ESTIMATE, to be replaced by a measurement: no GPU has
+# timed either (benchmarks/bench_ops.py does). torch's needs the memory concatenated and the gradients of q, k and v
+# stacked: about 10·N·H·D numbers more to move per image in a training step and 8 operators more to launch. It is taken
+# to be faster per product: for half types by a tenth (N² outgrows the bytes near 1000), and for float32, where torch
+# uses tensor cores (three products of TF32 for one) and ours the FMA units, by three (the launches pay up to a few
+# hundred positions and a small batch). Wider heads leave float32 tiles of 16 × 16, which is too little work per number
+# read at any N.
+_OURS_UP_TO = {torch.float16: 1024, torch.bfloat16: 1024, torch.float32: 256}
+_WIDEST_HEAD_OF_OURS = {torch.float16: _LARGEST_HEAD, torch.bfloat16: _LARGEST_HEAD, torch.float32: 64}
+
+_library = torch.library.Library("ddpm_fast", "FRAGMENT")
+for _schema in (
+    # lse: (B, heads, N) float32, log2 of the sum of 2^(scores·log2 e).
+    "attention(Tensor qkv, Tensor mem_kv, int heads) -> (Tensor out, Tensor lse)",
+    "attention_backward(Tensor grad, Tensor qkv, Tensor mem_kv, Tensor out, Tensor lse, int heads)"
+    " -> (Tensor dqkv, Tensor dmem_kv)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.impl(_library, "attention", "CPU")
+@torch.library.impl(_library, "attention", "CUDA")
+def _attention(qkv, mem_kv, heads):
+    from ddpm_fast.ops.attention import kernel
+
+    out = reference.empty_map(qkv)
+    return out, kernel.forward(qkv, mem_kv, heads, out)
+
+
+@torch.library.impl(_library, "attention_backward", "CPU")
+@torch.library.impl(_library, "attention_backward", "CUDA")
+def _attention_backward(grad, qkv, mem_kv, out, lse, heads):
+    from ddpm_fast.ops.attention import kernel
+
+    dqkv, dmem_kv = kernel.backward(grad, qkv, mem_kv, out, lse, heads)
+    return dqkv, dmem_kv.to(mem_kv.dtype)
+
+
+@torch.library.register_fake("ddpm_fast::attention", lib=_library)
+def _attention_fake(qkv, mem_kv, heads):
+    B, _, h, w = qkv.shape
+    return reference.empty_map(qkv), qkv.new_empty((B, heads, h * w), dtype=torch.float32)
+
+
+@torch.library.register_fake("ddpm_fast::attention_backward", lib=_library)
+def _attention_backward_fake(grad, qkv, mem_kv, out, lse, heads):
+    return torch.empty_like(qkv), mem_kv.new_empty(mem_kv.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    qkv, mem_kv, heads = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, mem_kv, out, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.heads = heads
+
+
+def _backward(ctx, grad, _):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "attention: the Triton kernel's gradient cannot be differentiated again (create_graph=True); "
+            'use ddpm_fast.use_backend("reference") for second derivatives'
+        )
+    return *torch.ops.ddpm_fast.attention_backward(grad, *ctx.saved_tensors, ctx.heads), None
+
+
+torch.library.register_autograd("ddpm_fast::attention", _backward, setup_context=_setup_context, lib=_library)
+
+
+def attention(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> torch.Tensor:
+    """Attention of all positions of a map to each other and to the memory.
+
+    Args:
+        qkv: (B, 3·heads·D, h, w) float32, float16, bfloat16 (float64: not in Triton), the channels ordered (3, heads,
+            D): q, k, v as one 1×1 convolution gives them. Channels-last is the fast layout, contiguous runs as well;
+            the Triton kernels leave others to torch, and heads of more than 128 dimensions.
+        mem_kv: (2, heads, M, D) with any M ≥ 0 and any of these dtypes: keys and values of the memory.
+        heads: number of heads.
+
+    Returns:
+        (B, heads·D, h, w) in the dtype and memory format of qkv, computed in that dtype under autocast too; softmax and
+        sums are float32. Gradients flow to qkv and mem_kv.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+    """
+    _check(qkv, mem_kv, heads)
+    return _attention_op(qkv, mem_kv, heads=heads)
+
+
+def _check(qkv, mem_kv, heads) -> None:
+    """The checks of every implementation."""
+    for name, tensor in {"qkv": qkv, "mem_kv": mem_kv}.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+    if mem_kv.device != qkv.device:
+        raise ValueError(f"mem_kv must be on the device of qkv, {qkv.device}, got {mem_kv.device}")
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"heads must be a positive integer, got {heads!r}")
+    if qkv.dim() != 4 or qkv.shape[1] == 0 or qkv.shape[1] % (3 * heads):
+        raise ValueError(f"qkv must have shape (B, 3·{heads}·D, h, w), got {tuple(qkv.shape)}")
+    D = qkv.shape[1] // (3 * heads)
+    if mem_kv.dim() != 4 or mem_kv.shape[:2] != (2, heads) or mem_kv.shape[3] != D:
+        raise ValueError(f"mem_kv must have shape (2, {heads}, M, {D}), got {tuple(mem_kv.shape)}")
+
+
+def _triton(qkv, mem_kv, *, heads) -> torch.Tensor:
+    return torch.ops.ddpm_fast.attention(qkv, mem_kv, heads)[0]
+
+
+def _triton_refuses(qkv, mem_kv, *, heads) -> str | None:
+    reason = tuning.why_not_triton(qkv.device)
+    if reason is not None:
+        return reason
+    for name, tensor in {"qkv": qkv, "mem_kv": mem_kv}.items():
+        if tensor.dtype == torch.float64:
+            return f"{name} is torch.float64, and the kernels compute in float32"
+    if qkv.numel() == 0:
+        return "qkv is empty"
+    if not (qkv.is_contiguous() or qkv.is_contiguous(memory_format=torch.channels_last)):
+        return f"qkv is neither contiguous nor channels-last, its strides are {qkv.stride()}"
+    if mem_kv.shape[3] > _LARGEST_HEAD:
+        return f"heads have {mem_kv.shape[3]} dimensions, and a program of the kernels holds at most {_LARGEST_HEAD}"
+    if qkv.shape[1:].numel() > _LARGEST_SAMPLE:
+        return f"a sample has {qkv.shape[1:].numel()} elements, and the kernels take at most {_LARGEST_SAMPLE}"
+    return None
+
+
+def _triton_yields(qkv, mem_kv, *, heads) -> str | None:
+    """The rule between our kernels and torch's; see the tables above."""
+    N, D = qkv.shape[2] * qkv.shape[3], mem_kv.shape[3]
+    for name, size, largest in (("N", N, _OURS_UP_TO[qkv.dtype]), ("D", D, _WIDEST_HEAD_OF_OURS[qkv.dtype])):
+        if size > largest:
+            return f"{name} = {size} is past the {largest} up to which ours is assumed faster than sdpa in {qkv.dtype}"
+    return None
+
+
+def _example(side: int):
+    def example(device: torch.device) -> tuple[tuple, dict]:
+        qkv = torch.zeros(1, 3 * 2 * 16, side, side, device=device).contiguous(memory_format=torch.channels_last)
+        return (qkv, torch.zeros(2, 2, 4, 16, device=device)), {"heads": 2}
+
+    return example
+
+
+_attention_op = Op(
+    "attention",
+    [
+        Implementation("triton", _triton, _triton_refuses, _triton_yields),
+        Implementation("sdpa", reference.sdpa_attention, never_refuses),
+        Implementation("reference", reference.attention),
+    ],
+    _example(16),
+    {"attention, N = 4096": _example(64)},
+)
