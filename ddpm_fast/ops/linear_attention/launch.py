@@ -1,0 +1,139 @@
+"""How linear_attention's kernels are launched, and which sizes they take; no Triton here.
+
+Tiles depend on sizes alone, never on the batch or the machine, so that results do not either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ddpm_fast import tuning
+
+_LARGEST_HEAD = {2: 128, 4: 64}  # channels that registers and shared memory hold, by bytes of each
+_LARGEST_PROJECTION = 2**16  # bytes of P that a forward program has in shared memory, which is 99 KB or more
+
+
+def has_channels_last_output(qkv: torch.Tensor) -> bool:
+    """Whether the output is channels-last, as qkv is; a map that has both formats counts as contiguous."""
+    return not qkv.is_contiguous() and qkv.is_contiguous(memory_format=torch.channels_last)
+
+
+def empty_output(qkv: torch.Tensor, C: int) -> torch.Tensor:
+    """An output with C channels, and device, dtype and memory format of qkv."""
+    B, _, H, W = qkv.shape
+    memory_format = torch.channels_last if has_channels_last_output(qkv) else torch.contiguous_format
+    return torch.empty((B, C, H, W), dtype=qkv.dtype, device=qkv.device, memory_format=memory_format)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel's launch is cut up.
+
+    Args:
+        rows: positions of a tile.
+        num_warps: warps per program.
+        tiles: tiles that one program walks over, a power of two.
+        group: heads that a program has side by side, a power of two.
+    """
+
+    rows: int
+    num_warps: int
+    tiles: int = 1
+    group: int = 1
+
+    def programs(self, N: int) -> int:
+        """How many cover N positions."""
+        return -(-N // (self.rows * self.tiles))
+
+    def groups(self, heads: int) -> int:
+        """How many cover the heads."""
+        return -(-heads // self.group)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Keyword arguments of every launch."""
+        # Two stages: the next tile is on its way while this one is worked on.
+        return {"BLOCK_N": self.rows, "num_warps": self.num_warps, "num_stages": 2 if self.tiles > 1 else 1}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the launches of a call are cut up.
+
+    Args:
+        block_d, block_c: columns of a head and of the output, powers of two; what does not exist is masked.
+        forward_columns, backward_columns, small_columns: columns of the output in a tile of the forward kernel of rows,
+            of those of the backward, and of the two kernels of small matrices.
+        context, forward, backward, sums, kv: tiles of the kernels that walk over positions.
+        small_warps: warps per program of the small matrices' gradient.
+    """
+
+    block_d: int
+    block_c: int
+    forward_columns: int
+    backward_columns: int
+    small_columns: int
+    context: Tile
+    forward: Tile
+    backward: Tile
+    sums: Tile
+    kv: Tile
+    small_warps: int
+
+    @property
+    def small_rows(self) -> int:
+        """Rows of a context in a tile of the kernel of the small matrices' gradient."""
+        return min(self.block_d, 64)
+
+    @property
+    def merged_at_once(self) -> int:
+        """Most chunks that a program of the merge adds at a time, a power of two."""
+        return max(1, 256 // self.block_d)
+
+
+def why_too_large(D: int, dtype: torch.dtype) -> str | None:
+    """Why no program holds heads of D channels, in one clause; None where it does."""
+    largest = _LARGEST_HEAD[dtype.itemsize]
+    return None if D <= largest else f"a head has {D} channels, and the kernels hold at most {largest} of {dtype}"
+
+
+def choose_launch(N: int, heads: int, D: int, C: int, *, half: bool, interpreted: bool = False) -> Launch:
+    """The launches for N positions.
+
+    Args:
+        heads, D, C: sizes that `why_too_large` accepts.
+        half: the maps' dtype has two bytes; float32 tiles take more registers and get fewer rows and heads.
+        interpreted: large tiles, since the interpreter's time is per operation.
+    """
+    block_d, block_c = (max(16, tuning.next_power_of_2(n)) for n in (D, C))  # what tl.dot takes
+    all_heads = tuning.next_power_of_2(heads)
+    columns = min(64, block_c)
+
+    def tile(rows: int, num_warps: int, width: int | None = None, chunks: bool = False) -> Tile:
+        """A tile of so many rows where there are as many, and of heads of `width` columns in sum."""
+        rows = max(16, min(rows, tuning.next_power_of_2(N)))
+        # Each chunk costs partial sums: it has 256 positions or more, and there are at most 32, or more than 64 tiles.
+        tiles = max(1, 256 // rows, min(64, -(-N // (32 * rows)))) if chunks else 1
+        if interpreted:
+            rows, tiles = max(16, min(256, tuning.next_power_of_2(-(-N // 3)))), 2 if chunks else 1
+        group = 1 if width is None else max(1, min(all_heads, width // block_d))
+        return Tile(rows, num_warps, tuning.next_power_of_2(tiles), group)
+
+    # Whole rows of the output where P of a head or more fits, so that y is made once.
+    width = min(128 if half else 64, _LARGEST_PROJECTION // (block_c * (2 if half else 4)))
+    forward_columns = block_c if width >= max(block_d, 32) else columns
+    return Launch(
+        block_d,
+        block_c,
+        forward_columns,
+        backward_columns=columns,
+        small_columns=min(columns, max(16, 1024 // block_d)),
+        context=tile(4096 // block_d, 4, chunks=True) if half else tile(1024 // block_d, 8, chunks=True),
+        forward=tile(min(64 if half else 32, 8192 // forward_columns), 4 if half and columns == block_c else 8, width),
+        backward=tile(32 if half else 16, 8, 128 if half else 64, chunks=columns == block_c),
+        sums=tile(32 if half else 16, 8, 128 if half else 32, chunks=True),
+        kv=tile((4096 if half else 2048) // block_d, 4 if block_d <= (64 if half else 32) else 8),
+        small_warps=4 if block_d <= 32 else 8,
+    )

@@ -1,0 +1,195 @@
+"""Linear attention after the qkv product in one op: public function, registration, eligibility.
+
+    q̂ = softmax(q) over the D channels of a head      k̂ = softmax(k) over positions and memory entries
+    context = k̂ᵀ·v      y = D^−½·q̂·context·weightᵀ + bias      (Shen et al. 2021, "Efficient Attention", section 3.3)
+    out = y / max(‖y‖₂, 1e-12)·√C·g + residual      (Zhang & Sennrich 2019, in the peer's form)
+
+Backward keeps the arguments but residual, and per sample and head what a context and its projection take; maps are
+computed again.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm_fast import tuning
+from ddpm_fast.dispatch import Implementation, Op
+from ddpm_fast.ops.linear_attention import reference
+from ddpm_fast.ops.linear_attention.launch import empty_output, why_too_large
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
+
+_ARGUMENTS = "Tensor qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor g"
+_library = torch.library.Library("ddpm_fast", "FRAGMENT")
+_library.define(
+    f"linear_attention({_ARGUMENTS}, Tensor? residual, int heads) "
+    "-> (Tensor out, Tensor context, Tensor statistics, Tensor projection)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"linear_attention_backward(Tensor grad, {_ARGUMENTS}, Tensor context, Tensor statistics, Tensor projection, "
+    "int heads) -> (Tensor dqkv, Tensor dmem_kv, Tensor dweight, Tensor dbias, Tensor dg)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_library, "linear_attention", "CPU")
+@torch.library.impl(_library, "linear_attention", "CUDA")
+def _linear_attention(qkv, mem_kv, weight, bias, g, residual, heads):
+    from ddpm_fast.ops.linear_attention import kernel
+
+    return kernel.forward(qkv, mem_kv, weight, bias, g, residual, heads)
+
+
+@torch.library.impl(_library, "linear_attention_backward", "CPU")
+@torch.library.impl(_library, "linear_attention_backward", "CUDA")
+def _linear_attention_backward(grad, qkv, mem_kv, weight, bias, g, context, statistics, projection, heads):
+    from ddpm_fast.ops.linear_attention import kernel
+
+    dqkv, *gradients = kernel.backward(grad, qkv, mem_kv, weight, bias, g, context, statistics, projection, heads)
+    parameters = (mem_kv, weight, bias, g)
+    return dqkv, *(
+        gradient.to(parameter.dtype).reshape(parameter.shape)
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+    )
+
+
+@torch.library.register_fake("ddpm_fast::linear_attention", lib=_library)
+def _linear_attention_fake(qkv, mem_kv, weight, bias, g, residual, heads):
+    B, C, D = qkv.shape[0], weight.shape[0], mem_kv.shape[2]
+    context = qkv.new_empty((B, heads, D, D), dtype=torch.float32)
+    statistics = qkv.new_empty((B, heads, 2, D), dtype=torch.float32)
+    return empty_output(qkv, C), context, statistics, qkv.new_empty((B, heads * D, C))
+
+
+@torch.library.register_fake("ddpm_fast::linear_attention_backward", lib=_library)
+def _linear_attention_backward_fake(grad, qkv, mem_kv, weight, bias, g, context, statistics, projection, heads):
+    return torch.empty_like(qkv), *(t.new_empty(t.shape) for t in (mem_kv, weight, bias, g))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    qkv, mem_kv, weight, bias, g, residual, heads = inputs
+    ctx.save_for_backward(qkv, mem_kv, weight, bias, g, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros in place of the gradients that there are none of
+    ctx.heads = heads
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _backward(ctx, grad, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_attention: the Triton kernel's gradient cannot be differentiated again (create_graph=True); "
+            'use ddpm_fast.use_backend("reference") for second derivatives'
+        )
+    gradients = torch.ops.ddpm_fast.linear_attention_backward(grad, *ctx.saved_tensors, ctx.heads)
+    dresidual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
+    return *gradients, dresidual, None
+
+
+torch.library.register_autograd("ddpm_fast::linear_attention", _backward, setup_context=_setup_context, lib=_library)
+
+
+def linear_attention(
+    qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    g: torch.Tensor,
+    *,
+    heads: int,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Linear attention of q, k, v with learned memory keys and values, the output projection and its norm.
+
+    Args:
+        qkv: (B, 3·heads·D, H, W) float32, float16, bfloat16 (float64: reference only), channels ordered
+            (3, heads, D). Statistics and sums are float32. Channels-last is the fast layout, contiguous runs as well;
+            others run the reference.
+        mem_kv: (2, heads, D, M), keys and values that precede those of the H·W positions; M may be 0.
+        weight: (C, heads·D) or (C, heads·D, 1, 1), the 1×1 convolution after attention.
+        bias: (C,), that convolution's.
+        g: the norm's gain, C elements in any shape; the peer's is (1, C, 1, 1).
+        heads: of D channels each; the kernels take D up to 64 in float32 and 128 in half types.
+        residual: (B, C, H, W), added last.
+
+    Returns:
+        (B, C, H, W), dtype and memory format of qkv. Gradients flow to every tensor.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+    """
+    _check(qkv, mem_kv, weight, bias, g, heads, residual)
+    return _linear_attention_op(qkv, mem_kv, weight, bias, g, heads=heads, residual=residual)
+
+
+def _check(qkv, mem_kv, weight, bias, g, heads, residual) -> None:
+    """The checks of every implementation."""
+    given = {"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g, "residual": residual}
+    for name, tensor in given.items():
+        if name == "residual" and tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+        if tensor.device != qkv.device:
+            raise ValueError(f"{name} must be on the device of qkv, {qkv.device}, got {tensor.device}")
+    if qkv.dim() != 4:
+        raise ValueError(f"qkv must have shape (B, 3·heads·D, H, W), got {tuple(qkv.shape)}")
+    B, channels, H, W = qkv.shape
+    if heads < 1 or channels == 0 or channels % (3 * heads):
+        raise ValueError(f"heads must divide a third of the {channels} channels of qkv, got {heads}")
+    hidden = channels // 3
+    D = hidden // heads
+    if mem_kv.dim() != 4 or mem_kv.shape[:3] != (2, heads, D):
+        raise ValueError(f"mem_kv must have shape (2, {heads}, {D}, M), got {tuple(mem_kv.shape)}")
+    if weight.dim() not in (2, 4) or weight.shape[1:].numel() != hidden or weight.shape[1] != hidden:
+        raise ValueError(f"weight must have shape (C, {hidden}) or (C, {hidden}, 1, 1), got {tuple(weight.shape)}")
+    C = weight.shape[0]
+    if bias.shape != (C,):
+        raise ValueError(f"bias must have shape ({C},), got {tuple(bias.shape)}")
+    if g.numel() != C:
+        raise ValueError(f"g must have {C} elements, one per channel of the output, got shape {tuple(g.shape)}")
+    if residual is not None and residual.shape != (B, C, H, W):
+        raise ValueError(f"residual must have shape {(B, C, H, W)}, got {tuple(residual.shape)}")
+
+
+def _triton(qkv, mem_kv, weight, bias, g, *, heads, residual) -> torch.Tensor:
+    return torch.ops.ddpm_fast.linear_attention(qkv, mem_kv, weight, bias, g, residual, heads)[0]
+
+
+def _triton_refuses(qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | None:
+    reason = tuning.why_not_triton(qkv.device)
+    if reason is not None:
+        return reason
+    given = {"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g, "residual": residual}
+    for name, tensor in given.items():
+        if tensor is not None and tensor.dtype == torch.float64:
+            return f"{name} is torch.float64, and the kernels compute in float32"
+    if qkv.numel() == 0 or weight.numel() == 0:
+        return f"{'qkv' if qkv.numel() == 0 else 'weight'} is empty"
+    if not (qkv.is_contiguous() or qkv.is_contiguous(memory_format=torch.channels_last)):
+        return f"qkv is neither contiguous nor channels-last, its strides are {qkv.stride()}"
+    C, N = weight.shape[0], qkv.shape[2] * qkv.shape[3]
+    largest = max(qkv.shape[1], C) * N
+    if largest > _LARGEST_SAMPLE:
+        return f"a sample has {largest} elements, and the kernels take at most {_LARGEST_SAMPLE}"
+    return why_too_large(mem_kv.shape[2], qkv.dtype)
+
+
+def _example(device: torch.device) -> tuple[tuple, dict]:
+    qkv, mem_kv = torch.zeros(2, 24, 4, 4, device=device), torch.zeros(2, 1, 8, 4, device=device)
+    row = torch.zeros(16, device=device)
+    return (qkv, mem_kv, torch.zeros(16, 8, device=device), row, row), {"heads": 1, "residual": None}
+
+
+_linear_attention_op = Op(
+    "linear_attention",
+    [
+        Implementation("triton", _triton, _triton_refuses),
+        Implementation("reference", reference.linear_attention),
+    ],
+    _example,
+)
