@@ -1,0 +1,1 @@
+"""RMSNorm before a 1×1 convolution."""

@@ -1,0 +1,244 @@
+"""A 1×1 convolution of an RMSNorm as one product, and one with a residual: public functions, registration, eligibility.
+
+    out = weight · (x / max(‖x‖₂, 1e-12) · g · √C)   per pixel (Zhang & Sennrich 2019, in the peer's form)
+
+Backward keeps x and one float per pixel.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm_fast import tuning
+from ddpm_fast.dispatch import Implementation, Op
+from ddpm_fast.ops.norm_linear import reference
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LARGEST_ROW = 1024  # channels that the kernel of dx keeps in one program's registers
+_LARGEST_EXACT_ROW = 512  # the same where float32 products use no tensor cores and take more registers
+_LARGEST_ROWS = 2**31 - 2**16  # pixels that the kernels' 32-bit indices count
+
+_library = torch.library.Library("ddpm_fast", "FRAGMENT")
+_library.define(
+    "norm_linear(Tensor x, Tensor g, Tensor weight) -> (Tensor out, Tensor norms)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "norm_linear_backward(Tensor grad, Tensor x, Tensor norms, Tensor g, Tensor weight) "
+    "-> (Tensor dx, Tensor dg, Tensor dweight)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "linear_residual(Tensor x, Tensor weight, Tensor bias, Tensor residual) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _precision() -> str:
+    """Of float32 products: what torch's own convolution, which this replaces, may use."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+_precision._dynamo_marked_constant = True  # dynamo cannot trace torch.backends; see tuning.why_not_triton
+
+
+@torch.library.impl(_library, "norm_linear", "CPU")
+@torch.library.impl(_library, "norm_linear", "CUDA")
+def _norm_linear(x, g, weight):
+    from ddpm_fast.ops.norm_linear import kernel
+
+    return kernel.forward(x, g, weight, _precision())
+
+
+@torch.library.impl(_library, "norm_linear_backward", "CPU")
+@torch.library.impl(_library, "norm_linear_backward", "CUDA")
+def _norm_linear_backward(grad, x, norms, g, weight):
+    from ddpm_fast.ops.norm_linear import kernel
+
+    return kernel.backward(grad, x, norms, g, weight, _precision())
+
+
+@torch.library.register_fake("ddpm_fast::norm_linear", lib=_library)
+def _norm_linear_fake(x, g, weight):
+    from ddpm_fast.ops.norm_linear import kernel
+
+    return kernel.empty_outputs(x, weight.shape[0])
+
+
+@torch.library.register_fake("ddpm_fast::norm_linear_backward", lib=_library)
+def _norm_linear_backward_fake(grad, x, norms, g, weight):
+    return torch.empty_like(x), g.new_empty(g.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, g, weight = inputs
+    ctx.save_for_backward(x, output[1], g, weight)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "norm_linear: the Triton kernel's gradient cannot be differentiated again (create_graph=True)"
+        )
+    return torch.ops.ddpm_fast.norm_linear_backward(grad, *ctx.saved_tensors)
+
+
+torch.library.register_autograd("ddpm_fast::norm_linear", _backward, setup_context=_setup_context, lib=_library)
+
+
+@torch.library.impl(_library, "linear_residual", "CPU")
+@torch.library.impl(_library, "linear_residual", "CUDA")
+def _linear_residual(x, weight, bias, residual):
+    from ddpm_fast.ops.norm_linear import kernel
+
+    return kernel.forward_residual(x, weight, bias, residual, _precision())
+
+
+@torch.library.register_fake("ddpm_fast::linear_residual", lib=_library)
+def _linear_residual_fake(x, weight, bias, residual):
+    from ddpm_fast.ops.norm_linear import kernel
+
+    return kernel.empty_outputs(x, weight.shape[0])[0]
+
+
+def _setup_residual_context(ctx, inputs, output) -> None:
+    x, weight, bias, residual = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.dtypes = (bias.dtype, residual.dtype)
+
+
+def _residual_backward(ctx, grad):
+    """A convolution's own; the residual's gradient is grad itself."""
+    x, weight = ctx.saved_tensors
+    bias_dtype, residual_dtype = ctx.dtypes
+    geometry = ((1, 1), (0, 0), (1, 1), False, (0, 0), 1, ctx.needs_input_grad[:3])
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), (weight.shape[0],), *geometry)
+    dweight = None if dweight is None else dweight.to(weight.dtype)
+    return dx, dweight, None if dbias is None else dbias.to(bias_dtype), grad.to(residual_dtype)
+
+
+torch.library.register_autograd(
+    "ddpm_fast::linear_residual", _residual_backward, setup_context=_setup_residual_context, lib=_library
+)
+
+
+def norm_linear(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A 1×1 convolution without bias of RMSNorm(x) over the channels.
+
+    Args:
+        x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). Channels-last is the fast layout,
+            contiguous runs as well; others run the reference.
+        g: the norm's gain, C elements in any shape; the peer's is (1, C, 1, 1).
+        weight: (M, C, 1, 1). g and weight may be float32 where x is a half type: their product is rounded once, to the
+            dtype of x. Products of float32 are TF32 where torch's convolutions may use it
+            (`torch.backends.cudnn.conv.fp32_precision`).
+
+    Returns:
+        (B, M, H, W) of the dtype and memory format of x. Gradients flow to everything, once: a second derivative is
+        refused.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+    """
+    _check({"x": x, "g": g, "weight": weight})
+    C = x.shape[1]
+    if g.numel() != C:
+        raise ValueError(f"g must have {C} elements, one per channel of x, got shape {tuple(g.shape)}")
+    return _norm_linear_op(x, g, weight)
+
+
+def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """A 1×1 convolution of x plus a residual, in one pass.
+
+    Args:
+        x: (B, C, H, W), see `norm_linear`.
+        weight: (M, C, 1, 1).
+        bias: (M,).
+        residual: (B, M, H, W), best laid out as x.
+
+    Returns:
+        (B, M, H, W) of the dtype and memory format of x. Gradients flow to everything.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+    """
+    _check({"x": x, "weight": weight, "bias": bias, "residual": residual})
+    M = weight.shape[0]
+    if bias.shape != (M,):
+        raise ValueError(f"bias must have shape ({M},), got {tuple(bias.shape)}")
+    expected = (x.shape[0], M, *x.shape[2:])
+    if residual.shape != expected:
+        raise ValueError(f"residual must have shape {expected}, got {tuple(residual.shape)}")
+    return _linear_residual_op(x, weight, bias, residual)
+
+
+def _check(given: dict[str, torch.Tensor]) -> None:
+    """The checks of every implementation."""
+    x = given["x"]
+    for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
+    weight, C = given["weight"], x.shape[1]
+    if weight.dim() != 4 or weight.shape[1:] != (C, 1, 1):
+        raise ValueError(f"weight must have shape (M, {C}, 1, 1), got {tuple(weight.shape)}")
+
+
+def _triton(x, g, weight) -> torch.Tensor:
+    return torch.ops.ddpm_fast.norm_linear(x, g, weight)[0]
+
+
+def _triton_refuses(x, *others) -> str | None:
+    reason = tuning.why_not_triton(x.device)
+    if reason is not None:
+        return reason
+    if any(tensor.dtype == torch.float64 for tensor in (x, *others)):
+        return "an argument is torch.float64, and the kernels compute in float32"
+    if any(tensor.numel() == 0 for tensor in (x, *others)):
+        return "an argument is empty"
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        return f"x is neither contiguous nor channels-last, its strides are {x.stride()}"
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if pixels > _LARGEST_ROWS:
+        return f"x has {pixels} pixels, and the kernels count at most {_LARGEST_ROWS}"
+    return None
+
+
+def _triton_norm_refuses(x, g, weight) -> str | None:
+    largest = _LARGEST_EXACT_ROW if x.dtype == torch.float32 and _precision() == "ieee" else _LARGEST_ROW
+    reason = _triton_refuses(x, g, weight)
+    if reason is None and x.shape[1] > largest:
+        return f"x has {x.shape[1]} channels, and a program of the kernels holds at most {largest} of {x.dtype}"
+    return reason
+
+
+def _example(device: torch.device) -> tuple[tuple, dict]:
+    x, g = torch.zeros(2, 8, 4, 4, device=device), torch.zeros(8, device=device)
+    return (x, g, torch.zeros(24, 8, 1, 1, device=device)), {}
+
+
+def _residual_example(device: torch.device) -> tuple[tuple, dict]:
+    x, bias = torch.zeros(2, 8, 4, 4, device=device), torch.zeros(8, device=device)
+    return (x, torch.zeros(8, 8, 1, 1, device=device), bias, x), {}
+
+
+_norm_linear_op = Op(
+    "norm_linear",
+    [Implementation("triton", _triton, _triton_norm_refuses), Implementation("reference", reference.norm_linear)],
+    _example,
+)
+_linear_residual_op = Op(
+    "linear_residual",
+    [
+        Implementation("triton", torch.ops.ddpm_fast.linear_residual, _triton_refuses),
+        Implementation("reference", reference.linear_residual),
+    ],
+    _residual_example,
+)
