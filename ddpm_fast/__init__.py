@@ -9,6 +9,7 @@ from importlib import import_module
 from ddpm_fast import noise
 from ddpm_fast._version import __version__
 from ddpm_fast.dispatch import explain, use_backend
+from ddpm_fast.frozen import frozen_weights
 from ddpm_fast.gaussian_diffusion import GaussianDiffusion, ModelPrediction
 from ddpm_fast.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
 from ddpm_fast.unet import Unet
@@ -17,6 +18,7 @@ _LAZY = {
     "Checkpoint": "ddpm_fast.checkpoint",
     "Dataset": "ddpm_fast.data",
     "Trainer": "ddpm_fast.trainer",
+    "capture_training_step": "ddpm_fast.training_step",
     "load_checkpoint": "ddpm_fast.checkpoint",
 }
 
@@ -27,6 +29,7 @@ __all__ = [
     "__version__",
     "cosine_beta_schedule",
     "explain",
+    "frozen_weights",
     "linear_beta_schedule",
     "noise",
     "sigmoid_beta_schedule",

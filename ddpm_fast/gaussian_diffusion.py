@@ -1,24 +1,25 @@
-"""The peer's GaussianDiffusion on tables: training loss, predictions, sampling."""
+"""The peer's GaussianDiffusion on tables: sampling and the training loss."""
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
+from ddpm_fast import graphs, samplers
 from ddpm_fast import noise as noise_function
-from ddpm_fast import schedules
+from ddpm_fast.frozen import forget_frozen_weights, frozen_weights
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, makes_noise_in_its_pass, q_sample
-from ddpm_fast.ops.forward_diffusion.reference import lookup
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.ops.sampler_step.op import sampler_step
-from ddpm_fast.samplers import progress_bar, sample_loop
-from ddpm_fast.schedules import SamplerTable, Schedule
+from ddpm_fast.process import DiffusionProcess
+from ddpm_fast.process import ModelPrediction as ModelPrediction
+from ddpm_fast.process import extract as extract
+from ddpm_fast.samplers import call_model, progress_on, sample_loop
+from ddpm_fast.schedules import SamplerTable
 from ddpm_fast.unet import Unet
-
-ModelPrediction = namedtuple("ModelPrediction", ["pred_noise", "pred_x_start"])
 
 # Methods that a subclass may override to change what a sampling step does; the fused step stands for all of them.
 _STEP_METHODS = (
@@ -32,27 +33,7 @@ _STEP_METHODS = (
 )
 
 
-def normalize_to_neg_one_to_one(img: torch.Tensor) -> torch.Tensor:
-    """[0, 1] → [−1, 1]."""
-    return img * 2 - 1
-
-
-def unnormalize_to_zero_to_one(t: torch.Tensor) -> torch.Tensor:
-    """[−1, 1] → [0, 1]."""
-    return (t + 1) * 0.5
-
-
-def identity(t: torch.Tensor) -> torch.Tensor:
-    """What stands for both with `auto_normalize=False`."""
-    return t
-
-
-def extract(a: torch.Tensor, t: torch.Tensor, x_shape: Sequence[int]) -> torch.Tensor:
-    """a[t], shaped (B, 1, ..., 1) to broadcast over x_shape; NaN for a t outside a."""
-    return lookup(a[:, None], t).reshape(t.shape[0], *(1,) * (len(x_shape) - 1))
-
-
-class GaussianDiffusion(nn.Module):
+class GaussianDiffusion(DiffusionProcess):
     """Denoising diffusion (Ho et al. 2020) around a model; the peer's arguments, buffers and methods.
 
     Args:
@@ -73,197 +54,13 @@ class GaussianDiffusion(nn.Module):
         ValueError: an argument does not fit, named in one sentence.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        image_size: int | Sequence[int],
-        timesteps: int = 1000,
-        sampling_timesteps: int | None = None,
-        objective: str = "pred_v",
-        beta_schedule: str = "sigmoid",
-        schedule_fn_kwargs: dict | None = None,
-        ddim_sampling_eta: float = 0.0,
-        auto_normalize: bool = True,
-        offset_noise_strength: float = 0.0,
-        min_snr_loss_weight: bool = False,
-        min_snr_gamma: float = 5,
-        immiscible: bool = False,
-        sampler: str | None = None,
-    ):
-        super().__init__()
-        schedules.check_objective(objective)
-        if sampler is not None:
-            schedules.check_sampler(sampler)
+    def _check_model(self, model: nn.Module) -> None:
         if type(self) is GaussianDiffusion and model.channels != model.out_dim:
             raise ValueError(
                 f"model must have as many output as input channels, got channels={model.channels}, "
                 f"out_dim={model.out_dim}"
             )
-        if getattr(model, "random_or_learned_sinusoidal_cond", False):
-            raise ValueError(
-                "model must have plain sinusoidal time embeddings for discrete timesteps, got "
-                "learned_sinusoidal_cond or random_fourier_features"
-            )
-
-        schedule_fn_kwargs = dict(schedule_fn_kwargs or {})
-        self.model = model
-        self.channels = model.channels
-        self.self_condition = model.self_condition
-        self.image_size = _image_size(image_size)
-        self.objective = objective
-        self.config = dict(
-            image_size=list(self.image_size),
-            timesteps=timesteps,
-            sampling_timesteps=sampling_timesteps,
-            objective=objective,
-            beta_schedule=beta_schedule,
-            schedule_fn_kwargs=schedule_fn_kwargs,
-            ddim_sampling_eta=ddim_sampling_eta,
-            auto_normalize=auto_normalize,
-            offset_noise_strength=offset_noise_strength,
-            min_snr_loss_weight=min_snr_loss_weight,
-            min_snr_gamma=min_snr_gamma,
-            immiscible=immiscible,
-            sampler=sampler,
-        )
-
-        schedule = Schedule(schedules.make_betas(beta_schedule, timesteps, **schedule_fn_kwargs))
-        self.num_timesteps = schedule.num_timesteps
-        self.sampling_timesteps = self.num_timesteps if sampling_timesteps is None else sampling_timesteps
-        schedules.sampling_times(self.num_timesteps, self.sampling_timesteps)  # raises where it does not fit
-        self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
-        self.ddim_sampling_eta = ddim_sampling_eta
-        self.sampler = sampler
-        self.immiscible = immiscible
-        self.offset_noise_strength = offset_noise_strength
-
-        for name, value in schedule.buffers().items():
-            self.register_buffer(name, value.to(torch.float32))
-        weight = schedules.loss_weight(schedule, objective, min_snr_gamma if min_snr_loss_weight else None)
-        self.register_buffer("loss_weight", weight.to(torch.float32))
-
-        # Tables of the ops; the state dict stays the peer's.
-        self.register_buffer("forward_table", None, persistent=False)
-        self.register_buffer("loss_table", None, persistent=False)
-        self._use_schedule(schedule)
-
-        self.normalize = normalize_to_neg_one_to_one if auto_normalize else identity
-        self.unnormalize = unnormalize_to_zero_to_one if auto_normalize else identity
-
-    # the schedule
-
-    def _use_schedule(self, schedule: Schedule) -> None:
-        """Build everything that follows from the schedule and is not in the state dict."""
-        self._schedule = schedule
-        self._plans: dict[tuple, SamplerTable] = {}
-        tables = {
-            "forward_table": schedules.forward_table(schedule),
-            "loss_table": schedules.loss_table(schedule, self.objective, self.loss_weight),
-        }
-        for name, table in tables.items():
-            setattr(self, name, table.to(device=self.betas.device, dtype=torch.float32))
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        """Follow the loaded buffers, which may be of another schedule or loss weight than the constructor's."""
-        super()._load_from_state_dict(*args, **kwargs)
-        betas = self.betas.detach().cpu()
-        same = torch.equal(betas.float(), self._schedule.betas.float())
-        self._use_schedule(self._schedule if same else Schedule(betas.double()))
-
-    def _plan(self, sampler: str, sampling_timesteps: int) -> SamplerTable:
-        """The sampler's table for the settings of now: they are plain attributes, which users change."""
-        key = (sampler, sampling_timesteps, float(self.ddim_sampling_eta), self.objective)
-        if key not in self._plans:
-            self._plans[key] = schedules.sampler_table(
-                self._schedule, self.objective, sampler, sampling_timesteps, float(self.ddim_sampling_eta)
-            )
-        return self._plans[key]
-
-    @property
-    def device(self) -> torch.device:
-        return self.betas.device
-
-    # conversions between noise, x0 and v
-
-    def predict_start_from_noise(self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """x0 from x_t and ε (Ho et al. 2020, eq. 4 solved for x0)."""
-        return (
-            extract(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
-            - extract(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * noise
-        )
-
-    def predict_noise_from_start(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        """ε from x_t and x0 (Ho et al. 2020, eq. 4 solved for ε)."""
-        return (extract(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t - x0) / extract(
-            self.sqrt_recipm1_alphas_cumprod, t, x_t.shape
-        )
-
-    def predict_v(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """v = √ᾱ ε − √(1 − ᾱ) x0 (Salimans & Ho 2022, appendix D)."""
-        return (
-            extract(self.sqrt_alphas_cumprod, t, x_start.shape) * noise
-            - extract(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * x_start
-        )
-
-    def predict_start_from_v(self, x_t: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """x0 = √ᾱ x_t − √(1 − ᾱ) v (Salimans & Ho 2022, appendix D)."""
-        return (
-            extract(self.sqrt_alphas_cumprod, t, x_t.shape) * x_t
-            - extract(self.sqrt_one_minus_alphas_cumprod, t, x_t.shape) * v
-        )
-
-    def q_posterior(
-        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean, variance and clipped log variance of q(x_{t−1} | x_t, x0) (Ho et al. 2020, eq. 6 and 7)."""
-        mean = (
-            extract(self.posterior_mean_coef1, t, x_t.shape) * x_start
-            + extract(self.posterior_mean_coef2, t, x_t.shape) * x_t
-        )
-        variance = extract(self.posterior_variance, t, x_t.shape)
-        log_variance_clipped = extract(self.posterior_log_variance_clipped, t, x_t.shape)
-        return mean, variance, log_variance_clipped
-
-    # predictions
-
-    def model_predictions(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        x_self_cond: torch.Tensor | None = None,
-        clip_x_start: bool = False,
-        rederive_pred_noise: bool = False,
-    ) -> ModelPrediction:
-        """The model's output as (pred_noise, pred_x_start), each (B, C, H, W).
-
-        `rederive_pred_noise` makes the noise agree with a clipped x0; pred_x0 and pred_v always do.
-        """
-        output = self.model(x, t, x_self_cond)
-        if self.objective == "pred_noise":
-            x_start = self.predict_start_from_noise(x, t, output)
-        elif self.objective == "pred_x0":
-            x_start = output
-        else:
-            x_start = self.predict_start_from_v(x, t, output)
-        if clip_x_start:
-            x_start = x_start.clamp(-1.0, 1.0)
-        if self.objective == "pred_noise" and not (clip_x_start and rederive_pred_noise):
-            return ModelPrediction(output, x_start)
-        return ModelPrediction(self.predict_noise_from_start(x, t, x_start), x_start)
-
-    def p_mean_variance(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        x_self_cond: torch.Tensor | None = None,
-        clip_denoised: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean, variance, clipped log variance of p(x_{t−1} | x_t) and the x0 behind them."""
-        x_start = self.model_predictions(x, t, x_self_cond).pred_x_start
-        if clip_denoised:
-            x_start = x_start.clamp(-1.0, 1.0)
-        return (*self.q_posterior(x_start=x_start, x_t=x, t=t), x_start)
+        super()._check_model(model)
 
     # sampling
 
@@ -303,7 +100,7 @@ class GaussianDiffusion(nn.Module):
             return mean + (0.5 * log_variance).exp() * noise * (t > 0), x_start
         table = self._plan("ddpm", self.num_timesteps).table.to(device=x.device, dtype=torch.float32)
         step = torch.full((1,), row, dtype=torch.int64, device=x.device)
-        output = self.model(x, batched_times, x_self_cond)
+        output = call_model(self.model, x, batched_times, x_self_cond)
         return sampler_step(x, output, table, step, seed, noise=noise, start_index=start_index)
 
     def p_sample_loop(
@@ -314,9 +111,10 @@ class GaussianDiffusion(nn.Module):
         seed: int | torch.Tensor | None = None,
         start_index: int = 0,
         progress: bool = True,
+        graph: bool | None = None,
     ) -> torch.Tensor:
         """Ancestral sampling over all T timesteps (Ho et al. 2020, algorithm 2); arguments as in `sample`."""
-        return self._sample("ddpm", self.num_timesteps, shape, return_all_timesteps, seed, start_index, progress)
+        return self._sample("ddpm", self.num_timesteps, shape, return_all_timesteps, seed, start_index, progress, graph)
 
     def ddim_sample(
         self,
@@ -326,9 +124,11 @@ class GaussianDiffusion(nn.Module):
         seed: int | torch.Tensor | None = None,
         start_index: int = 0,
         progress: bool = True,
+        graph: bool | None = None,
     ) -> torch.Tensor:
         """DDIM over `sampling_timesteps` (Song et al. 2021, eq. 12); arguments as in `sample`."""
-        return self._sample("ddim", self.sampling_timesteps, shape, return_all_timesteps, seed, start_index, progress)
+        steps = self.sampling_timesteps
+        return self._sample("ddim", steps, shape, return_all_timesteps, seed, start_index, progress, graph)
 
     def sample(
         self,
@@ -338,6 +138,7 @@ class GaussianDiffusion(nn.Module):
         seed: int | torch.Tensor | None = None,
         start_index: int = 0,
         progress: bool = True,
+        graph: bool | None = None,
     ) -> torch.Tensor:
         """Images from noise, with `self.sampler` over `self.sampling_timesteps`.
 
@@ -348,6 +149,9 @@ class GaussianDiffusion(nn.Module):
             start_index: index of the first image: `sample(6, seed=7)` is `sample(2, seed=7)` followed by
                 `sample(4, seed=7, start_index=2)`.
             progress: show a progress bar.
+            graph: record a step as a CUDA graph and replay it; the result is the same. None does so where it can
+                (`explain_graphs` says why not), True raises where it cannot, False never does. What Python changes in
+                the model besides its weights, settings of torch and train/eval needs `clear_graphs`.
 
         Returns:
             (B, C, H, W) float32 in [0, 1] with `auto_normalize`; (B, S + 1, C, H, W) with `return_all_timesteps`.
@@ -361,14 +165,29 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"batch_size must be an int of at least 0, got {batch_size!r}")
         shape = (batch_size, self.channels, *self.image_size)
         sampler = self.sampler or ("ddim" if self.is_ddim_sampling else "ddpm")
-        kwargs = {"seed": seed, "start_index": start_index, "progress": progress}
+        # Only what differs from the defaults: a subclass may have these methods with the peer's arguments.
+        defaults = {"seed": None, "start_index": 0, "progress": True, "graph": None}
+        kwargs = {"seed": seed, "start_index": start_index, "progress": progress, "graph": graph}
+        kwargs = {name: value for name, value in kwargs.items() if value is not defaults[name]}
         if sampler == "ddim":
             return self.ddim_sample(shape, return_all_timesteps, **kwargs)
         if sampler == "ddpm" and self.sampling_timesteps == self.num_timesteps:
             return self.p_sample_loop(shape, return_all_timesteps, **kwargs)
         return self._sample(
-            sampler, self.sampling_timesteps, shape, return_all_timesteps, seed, start_index, progress
+            sampler, self.sampling_timesteps, shape, return_all_timesteps, seed, start_index, progress, graph
         )
+
+    def explain_graphs(self, batch_size: int = 16) -> str:
+        """Whether `sample(batch_size)` replays a CUDA graph now, and if not, why; one sentence."""
+        x = torch.empty((batch_size, self.channels, 1, 1), device=self.device)
+        reason = self._why_not_recorded(self.sampler or ("ddim" if self.is_ddim_sampling else "ddpm"), x, False)
+        kept = f"{len(self.graphs)} graphs are kept, {self.graphs.limit} at most"
+        return f"sampling replays a CUDA graph; {kept}" if reason is None else f"sampling runs step by step: {reason}"
+
+    def clear_graphs(self) -> None:
+        """Drop recorded graphs and the memory they hold, derived weights included; the next `sample` records anew."""
+        self.graphs.clear()
+        forget_frozen_weights(self.model)
 
     def _sample(
         self,
@@ -379,17 +198,25 @@ class GaussianDiffusion(nn.Module):
         seed: int | torch.Tensor | None,
         start_index: int,
         progress: bool,
+        graph: bool | None,
     ) -> torch.Tensor:
         seed = self._seed(seed)
         plan = self._plan(sampler, sampling_timesteps)
         x = normal(
             shape, seed=seed, stream=noise_function.STREAM_INITIAL, start_index=start_index, device=self.device
         )
-        states = [x.clone()]
-        keep = (lambda state: states.append(state.clone())) if return_all_timesteps else None
-        x = self._denoise(sampler, plan, x, seed, start_index, 0, keep, progress, "sampling loop time step")
+        keep = None
+        if return_all_timesteps:
+            states = x.new_empty(x.shape[0], len(plan.times) + 1, *x.shape[1:])  # (B, S + 1, C, H, W)
+            unwritten = iter(states.unbind(1))
+
+            def keep(state):
+                next(unwritten).copy_(state)
+
+            keep(x)
+        x = self._denoise(sampler, plan, x, seed, start_index, 0, keep, progress, "sampling loop time step", graph)
         with torch.inference_mode():
-            result = self.unnormalize(torch.stack(states, dim=1) if return_all_timesteps else x)
+            result = self.unnormalize(states if return_all_timesteps else x)
         return result.clone()  # outside inference mode: an ordinary tensor, which may be trained on
 
     def _denoise(
@@ -403,24 +230,39 @@ class GaussianDiffusion(nn.Module):
         on_step: Callable[[torch.Tensor], None] | None,
         progress: bool,
         desc: str,
+        graph: bool | None,
     ) -> torch.Tensor:
         """Run the table from `first_step` on; through the public methods where a subclass has its own."""
-        relevant = _STEP_METHODS if sampler == "ddpm" else _STEP_METHODS[2:]
-        loop = self._composed_loop if self._overrides(*relevant) else self._fused_loop
-        return loop(sampler, plan, x, seed, start_index, first_step, on_step, progress, desc)
+        reason = "it was not asked for" if graph is False else self._why_not_recorded(sampler, x, bool(graph))
+        if graph and reason is not None:
+            raise RuntimeError(f"graph=True, and a graph cannot stand for the steps: {reason}")
+        if self._overrides(*_relevant_methods(sampler)):
+            return self._composed_loop(sampler, plan, x, seed, start_index, first_step, on_step, progress, desc)
+        with self.graphs.borrowed(x.device) if reason is None else nullcontext(False) as is_mine:
+            return sample_loop(
+                self.model,
+                x,
+                plan,
+                seed,
+                start_index=start_index,
+                first_step=first_step,
+                self_condition=self.self_condition,
+                on_step=on_step,
+                progress=progress,
+                desc=desc,
+                num_timesteps=self.num_timesteps,
+                cache=self.graphs if is_mine else None,
+            )
 
-    def _fused_loop(self, sampler, plan, x, seed, start_index, first_step, on_step, progress, desc) -> torch.Tensor:
-        return sample_loop(
-            self.model,
-            x,
-            plan,
-            seed,
-            start_index=start_index,
-            first_step=first_step,
-            self_condition=self.self_condition,
-            on_step=on_step,
-            progress=progress,
-            desc=desc,
+    def _why_not_recorded(self, sampler: str, x: torch.Tensor, any_module: bool) -> str | None:
+        """Why steps on x cannot be recorded, in one clause; None where they can."""
+        if torch.compiler.is_compiling():
+            return "sampling is being compiled"
+        overridden = sorted(self._overridden().intersection(_relevant_methods(sampler)))
+        if overridden:
+            return f"{type(self).__name__} has its own {', '.join(overridden)}"
+        return samplers.why_not_recorded(
+            self.model, x, self.graphs, self_condition=self.self_condition, any_module=any_module
         )
 
     @torch.inference_mode()
@@ -429,16 +271,19 @@ class GaussianDiffusion(nn.Module):
         x_start = None
         rows = range(first_step, len(plan.times))
         full_ddpm = sampler == "ddpm" and len(plan.times) == self.num_timesteps
-        for row in progress_bar(rows, desc=desc, total=len(rows), enabled=progress):
-            x_self_cond = x_start if self.self_condition else None
-            if full_ddpm and "p_sample" in self._overridden():
-                x, x_start = self.p_sample(x, plan.times[row], x_self_cond)
-            elif full_ddpm:
-                x, x_start = self.p_sample(x, plan.times[row], x_self_cond, seed=seed, start_index=start_index)
-            else:
-                x, x_start = self._step_from_predictions(plan, row, x, x_start, x_self_cond, seed, start_index)
-            if on_step is not None:
-                on_step(x)
+        # No table over timesteps: what an override calls the network with is its own affair.
+        with frozen_weights(self.model), progress_on(x.device, len(rows), desc=desc, enabled=progress) as bar:
+            for row in rows:
+                x_self_cond = x_start if self.self_condition else None
+                if full_ddpm and "p_sample" in self._overridden():
+                    x, x_start = self.p_sample(x, plan.times[row], x_self_cond)
+                elif full_ddpm:
+                    x, x_start = self.p_sample(x, plan.times[row], x_self_cond, seed=seed, start_index=start_index)
+                else:
+                    x, x_start = self._step_from_predictions(plan, row, x, x_start, x_self_cond, seed, start_index)
+                if on_step is not None:
+                    on_step(x)
+                bar.step_done()
         return x
 
     def _step_from_predictions(self, plan, row, x, x_start_previous, x_self_cond, seed, start_index):
@@ -478,7 +323,12 @@ class GaussianDiffusion(nn.Module):
         return noise_function.seed_tensor(seed, self.device)
 
     def _overridden(self) -> set[str]:
-        return {name for name in _STEP_METHODS if getattr(type(self), name) is not getattr(GaussianDiffusion, name)}
+        """Of the methods that make up a step, those that a subclass or this object has its own of."""
+        own = vars(self)
+        return {
+            name for name in _STEP_METHODS
+            if name in own or getattr(type(self), name) is not getattr(GaussianDiffusion, name)
+        }  # fmt: skip
 
     def _overrides(self, *names: str) -> bool:
         return not self._overridden().isdisjoint(names)
@@ -493,6 +343,7 @@ class GaussianDiffusion(nn.Module):
         seed: int | torch.Tensor | None = None,
         start_index: int = 0,
         progress: bool = True,
+        graph: bool | None = None,
     ) -> torch.Tensor:
         """Images between x1 and x2: both are noised to t, mixed, and denoised from t on (Ho et al. 2020, section 4.2).
 
@@ -500,6 +351,7 @@ class GaussianDiffusion(nn.Module):
             x1, x2: (B, C, H, W) images, in [0, 1] with `auto_normalize`.
             t: the timestep, in [0, T); T − 1 if None.
             lam: 0 gives x1's side, 1 gives x2's.
+            seed, start_index, progress, graph: as in `sample`.
 
         Returns:
             (B, C, H, W) images in the range of x1.
@@ -525,35 +377,12 @@ class GaussianDiffusion(nn.Module):
         plan = self._plan("ddpm", self.num_timesteps)
         first_step = self.num_timesteps - 1 - t
         desc = "interpolation sample time step"
-        x = self._denoise("ddpm", plan, x, seed, start_index, first_step, None, progress, desc)
+        x = self._denoise("ddpm", plan, x, seed, start_index, first_step, None, progress, desc, graph)
         with torch.inference_mode():
             result = self.unnormalize(x)
         return result.clone()
 
     # training
-
-    def noise_assignment(self, x_start: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Which noise each image gets, by smallest total distance (Li et al. 2024, immiscible diffusion).
-
-        Returns:
-            (B,) int64, a permutation of the batch.
-        """
-        from scipy.optimize import linear_sum_assignment
-
-        distance = torch.cdist(x_start.flatten(1), noise.flatten(1))
-        _, assignment = linear_sum_assignment(distance.cpu())
-        return torch.from_numpy(assignment).to(x_start.device)
-
-    def training_noise(self, x_start: torch.Tensor, offset_noise_strength: float = 0.0) -> torch.Tensor:
-        """Fresh ε for x_start, offset and assigned to the images as configured."""
-        seed = noise_function.draw_seed(x_start.device)
-        kwargs = {"seed": seed, "device": x_start.device, "dtype": x_start.dtype}
-        noise = normal(x_start.shape, stream=noise_function.STREAM_TRAINING, **kwargs)
-        if offset_noise_strength > 0:
-            noise = self._offset(noise, offset_noise_strength, seed)
-        if self.immiscible:
-            noise = noise[self.noise_assignment(x_start, noise)]
-        return noise
 
     def _noise_stays_a_seed(self, x_start: torch.Tensor, t: torch.Tensor) -> bool:
         """Whether fresh ε need not be a tensor: the ops make it where they need it, and nobody else looks at it."""
@@ -561,23 +390,22 @@ class GaussianDiffusion(nn.Module):
         changed = any(getattr(type(self), name) is not getattr(GaussianDiffusion, name) for name in methods)
         return not self.immiscible and not changed and makes_noise_in_its_pass(x_start, t, self.forward_table)
 
-    def _network_dtype(self, x_start: torch.Tensor) -> torch.dtype | None:
-        """The dtype to which autocast would cast x_t at once, so that q_sample writes it; None is x_start's own.
+    def _network_input(self, x_start: torch.Tensor, t: torch.Tensor) -> dict:
+        """The dtype and memory format in which q_sample writes x_t as the network takes it; {} leaves both.
 
-        Only `Unet` is known to begin with a convolution, and without self-conditioning nothing else reads x_t.
+        Only `Unet` is known to begin with a convolution: autocast would cast its input at once, unless
+        self-conditioning reads x_t as well, and CUDA's convolutions are fastest on channels-last maps.
         """
-        device_type = x_start.device.type
-        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-        if autocast and isinstance(self.model, Unet) and not self.self_condition:
-            return torch.get_autocast_dtype(device_type)
-        return None
-
-    def _offset(self, noise: torch.Tensor, strength: float, seed: torch.Tensor) -> torch.Tensor:
-        """Noise plus one normal number per image and channel (Guttenberg 2023, offset noise); not in place."""
-        offset = normal(
-            noise.shape[:2], seed=seed, stream=noise_function.STREAM_OFFSET, device=noise.device, dtype=noise.dtype
-        )
-        return noise + strength * offset[:, :, None, None]
+        if not isinstance(self.model, Unet):
+            return {}
+        options = {}
+        dtype = graphs.autocast_of(x_start.device) or samplers.narrow_dtype(self.model)
+        if dtype is not None and not self.self_condition:
+            options["dtype"] = dtype
+        is_accelerated = x_start.device.type in ("cuda", "meta")  # on meta, shapes are counted as they are on CUDA
+        if is_accelerated and makes_noise_in_its_pass(x_start, t, self.forward_table, torch.channels_last):
+            options["memory_format"] = torch.channels_last
+        return options
 
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """x_t = √ᾱ x0 + √(1 − ᾱ) ε (Ho et al. 2020, eq. 4).
@@ -599,6 +427,8 @@ class GaussianDiffusion(nn.Module):
         noise: torch.Tensor | None = None,
         offset_noise_strength: float | None = None,
         loss_reduction: str = "mean",
+        *,
+        self_conditioned: bool | None = None,
     ) -> torch.Tensor:
         """The weighted squared error of the objective (Ho et al. 2020, eq. 14).
 
@@ -608,6 +438,7 @@ class GaussianDiffusion(nn.Module):
             noise: ε, shape of x_start; fresh if None.
             offset_noise_strength: the constructor's if None.
             loss_reduction: "mean", a scalar, or "none", (B,).
+            self_conditioned: whether the network sees a first estimate of x0; None tosses the coin.
         """
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction must be 'mean' or 'none', got {loss_reduction!r}")
@@ -628,22 +459,17 @@ class GaussianDiffusion(nn.Module):
             if strength > 0:
                 noise = self._offset(noise, strength, noise_function.draw_seed(noise.device))
 
-        if fresh:
-            x = q_sample(x_start, t, self.forward_table, dtype=self._network_dtype(x_start), **fresh)
+        if type(self).q_sample is GaussianDiffusion.q_sample:
+            x = q_sample(x_start, t, self.forward_table, noise, **self._network_input(x_start, t), **fresh)
         else:
             x = self.q_sample(x_start=x_start, t=t, noise=noise)
         x_self_cond = None
-        # The coin is torch's, on the CPU: it costs no synchronisation and torch.manual_seed fixes it.
-        if self.self_condition and torch.rand(()).item() < 0.5:
-            with torch.no_grad():
+        if self.tosses_heads() if self_conditioned is None else self_conditioned:
+            with torch.no_grad(), graphs.uncached_autocast(x.device, graphs.autocast_of(x.device)):
                 x_self_cond = self.model_predictions(x, t).pred_x_start
-        model_output = self.model(x, t, x_self_cond)
+        model_output = call_model(self.model, x, t, x_self_cond)
         loss = diffusion_loss(model_output, x_start, t, self.loss_table, noise, **fresh)
         return loss if loss_reduction == "none" else loss.mean()
-
-    def random_times(self, batch_size: int) -> torch.Tensor:
-        """(B,) int64 uniform in [0, T)."""
-        return torch.randint(0, self.num_timesteps, (batch_size,), device=self.device)
 
     def forward(
         self, img: torch.Tensor, *args, times: torch.Tensor | None = None, loss_reduction: str = "mean", **kwargs
@@ -663,49 +489,7 @@ class GaussianDiffusion(nn.Module):
         times = self.random_times(img.shape[0]) if times is None else times
         return self.p_losses(self.normalize(img), times, *args, loss_reduction=loss_reduction, **kwargs)
 
-    # checks
 
-    def _check_images(self, name: str, img: torch.Tensor, sized: bool = True) -> None:
-        if not isinstance(img, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(img).__name__}")
-        if not img.is_floating_point():
-            raise TypeError(
-                f"{name} must be floating point in [0, 1] (divide 8-bit images by 255), got {img.dtype}"
-            )
-        if self.image_size is None and sized:
-            raise ValueError(
-                "image_size is not known, since the loaded checkpoint does not record it: set "
-                "diffusion.image_size = (height, width), or pass image_size= to load_checkpoint"
-            )
-        size = tuple(self.image_size) if sized else tuple(img.shape[2:])
-        if img.ndim != 4 or tuple(img.shape[1:]) != (self.channels, *size):
-            expected = ", ".join(map(str, (self.channels, *(self.image_size if sized else ("H", "W")))))
-            raise ValueError(f"{name} must have shape (B, {expected}), got {tuple(img.shape)}")
-        if img.device != self.device:
-            raise ValueError(f"{name} must be on the diffusion's device {self.device}, got {img.device}")
-        if img.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(img).all():
-            bad = (~torch.isfinite(img)).flatten(1).any(dim=1).nonzero().flatten().tolist()
-            raise ValueError(f"{name} must be finite, got NaN or infinity in images {bad[:10]} of the batch")
-
-    def _check_times(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if not isinstance(t, torch.Tensor) or t.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-            got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
-            raise TypeError(f"t must be an integer tensor of timesteps, got {got}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t must have shape ({x.shape[0]},), one timestep per image, got {tuple(t.shape)}")
-        for name, tensor in (("t", t), ("x_start", x)):
-            if tensor.device != self.device:
-                raise ValueError(f"{name} must be on the diffusion's device {self.device}, got {tensor.device}")
-        if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
-            low, high = t.min().item(), t.max().item()
-            if low < 0 or high >= self.num_timesteps:
-                raise ValueError(f"t must be in [0, {self.num_timesteps}), got values from {low} to {high}")
-        return t.long()
-
-
-def _image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of the constructor's argument."""
-    sizes = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if not (isinstance(sizes, (tuple, list)) and len(sizes) == 2 and all(isinstance(n, int) and n > 0 for n in sizes)):
-        raise ValueError(f"image_size must be a positive int or two of them (height, width), got {image_size!r}")
-    return tuple(sizes)
+def _relevant_methods(sampler: str) -> tuple[str, ...]:
+    """The overridable methods that a sampler's steps go through."""
+    return _STEP_METHODS if sampler == "ddpm" else _STEP_METHODS[2:]

@@ -7,7 +7,7 @@ same formula (DESIGN.md, "Algebra before kernels").
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -17,18 +17,101 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import noise
+from ddpm_fast.frozen import DerivesWeights
+from ddpm_fast.ops.attention.op import attention
+from ddpm_fast.ops.linear_attention.op import linear_attention
+from ddpm_fast.ops.norm_linear.op import linear_residual, norm_linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
 
 
-class _UpsampleConv2d(nn.Conv2d):
-    """Nearest 2× upsampling and a 3×3 convolution; the large map between them is made again in backward."""
+def weights_format(device: torch.device) -> torch.memory_format:
+    """How the convolutions' weights lie: channels-last on CUDA, and on meta tensors, which stand for those of CUDA.
+
+    cuDNN would copy them in every call otherwise. oneDNN copies them into blocks of its own in either case.
+    """
+    return torch.channels_last if device.type in ("cuda", "meta") else torch.contiguous_format
+
+
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether modules may be computed from their weights without being called: nobody replaced them or listens."""
+    return all(
+        type(m) in _PLAIN
+        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        and "forward" not in vars(m)
+        for m in modules
+    )
+
+
+def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors as autocast hands them to a convolution; None stays None."""
+    device_type = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+class _UpsampleConv2d(nn.Conv2d, DerivesWeights):
+    """Nearest 2× upsampling and a 3×3 convolution as one transposed 4×4 convolution of stride 2.
+
+    Every output pixel sees 2×2 pixels of the small map, with taps that are sums of the 3×3 ones: along an axis, w0 and
+    w1 + w2 at even positions, w0 + w1 and w2 at odd ones. A transposed convolution of stride 2 is exactly that, four
+    products of 2×2 taps, one per phase: 16 taps where the plain form has 36, and neither the large map between the two
+    nor an interleaving pass exists. On one CPU thread it takes a third of the plain form's time, too.
+    """
+
+    def derive(self) -> torch.Tensor:
+        return _upsampling_taps(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, dim_out, 2H, 2W)
-        return _conv_of_recomputed(_nearest_2x, 1, self.weight, self.bias, x)
+        if torch.is_grad_enabled():
+            return _UpsampleConv.apply(*_autocast(x, self.weight, self.bias))
+        x, taps, bias = _autocast(x, self.derived(), self.bias)
+        return F.conv_transpose2d(x, taps, bias, stride=2, padding=1)
 
 
-def _nearest_2x(x: torch.Tensor) -> torch.Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")
+def _upsampling_taps(weight: torch.Tensor) -> torch.Tensor:  # (O, C, 3, 3) -> (C, O, 4, 4)
+    """Sums over the 2×2 windows of the zero-padded, mirrored weight: along an axis (w2, w1 + w2, w0 + w1, w0)."""
+    if weight.device.type == "cpu":
+        # Sums as a product: torch pools planes as small as these, one by one, thirty times slower.
+        sums = weight.reshape(-1, 9) @ _window_sums(weight)
+        return sums.reshape(*weight.shape[:2], 4, 4).transpose(0, 1)
+    mirrored = weight.transpose(0, 1).flip(2, 3).contiguous(memory_format=weights_format(weight.device))
+    return F.avg_pool2d(mirrored, 2, stride=1, padding=1, divisor_override=1)
+
+
+def _window_sums(weight: torch.Tensor) -> torch.Tensor:
+    """(9, 16) zeros and ones: which of the 3×3 taps are summed into each of the 4×4."""
+    axis = weight.new_tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
+    return torch.kron(axis, axis)
+
+
+class _UpsampleConv(torch.autograd.Function):
+    """The transposed convolution; the taps are made again in backward, where they would be 1.8 weights to keep."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.conv_transpose2d(x, _upsampling_taps(weight), bias, stride=2, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        geometry = ((2, 2), (1, 1), (1, 1), True, (0, 0), 1)
+        dx, dtaps, dbias = torch.ops.aten.convolution_backward(
+            grad, x, _upsampling_taps(weight), (weight.shape[0],), *geometry, wanted
+        )
+        return dx, _gradient_of_taps(dtaps) if wanted[1] else None, dbias
+
+
+def _gradient_of_taps(dtaps: torch.Tensor) -> torch.Tensor:  # (C, O, 4, 4) -> (O, C, 3, 3)
+    """Each tap of the weight went into 2×2 sums."""
+    if dtaps.device.type == "cpu":
+        sums = dtaps.reshape(-1, 16) @ _window_sums(dtaps).t()
+        return sums.reshape(*dtaps.shape[:2], 3, 3).transpose(0, 1)
+    return F.avg_pool2d(dtaps, 2, stride=1, divisor_override=1).flip(2, 3).transpose(0, 1)
 
 
 def Upsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
@@ -37,16 +120,19 @@ def Upsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
     return nn.Sequential(nn.Identity(), _UpsampleConv2d(dim, dim if dim_out is None else dim_out, 3, padding=1))
 
 
-class _PixelUnshuffleConv2d(nn.Conv2d):
+class _PixelUnshuffleConv2d(nn.Conv2d, DerivesWeights):
     """Pixel-unshuffle by 2 and a 1×1 convolution, computed as one 2×2 convolution of stride 2.
 
     The weight keeps the shape (dim_out, 4·dim, 1, 1) of the 1×1 convolution; its input channels are ordered
     (channel, row, column), so the same numbers are a (dim_out, dim, 2, 2) kernel.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, dim_out, H/2, W/2)
+    def derive(self) -> torch.Tensor:
         weight = self.weight.reshape(self.out_channels, self.in_channels // 4, 2, 2)
-        return F.conv2d(x, weight, self.bias, stride=2)
+        return weight.contiguous(memory_format=weights_format(weight.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, dim_out, H/2, W/2)
+        return F.conv2d(x, self.derived(), self.bias, stride=2)
 
 
 def Downsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
@@ -67,11 +153,7 @@ class RMSNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(1, dim, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _rms_norm(x, self.g)
-
-
-def _rms_norm(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    return rms_norm_silu(x, g, activation=False)
+        return rms_norm_silu(x, self.g, activation=False)
 
 
 class _ConvOfRecomputed(torch.autograd.Function):
@@ -104,13 +186,69 @@ def _conv_of_recomputed(
     make: Callable, padding: int, weight: torch.Tensor, bias: torch.Tensor | None, *sources
 ) -> torch.Tensor:
     """conv2d(make(*sources), weight, bias), without keeping what `make` gives."""
-    h = make(*sources)
-    device_type = h.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        h, weight = h.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    return _ConvOfRecomputed.apply(make, padding, h, weight, bias, *sources)
+    return _ConvOfRecomputed.apply(make, padding, *_autocast(make(*sources), weight, bias), *sources)
+
+
+class _ConvsOfParts(torch.autograd.Function):
+    """Convolutions of stride 1 of the same input, which is several maps side by side; see `convs_of_parts`."""
+
+    @staticmethod
+    def forward(ctx, num_parts, *tensors):
+        parts, rest = tensors[:num_parts], tensors[num_parts:]
+        weights, biases = rest[::2], rest[1::2]
+        ctx.save_for_backward(*parts, *weights)
+        ctx.num_parts = num_parts
+        h = torch.cat(parts, dim=1)
+        return tuple(_same_conv(h, *parameters) for parameters in zip(weights, biases, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        parts, weights = ctx.saved_tensors[: ctx.num_parts], ctx.saved_tensors[ctx.num_parts :]
+        needs = ctx.needs_input_grad[1:]
+        needs_parts, needs = needs[: len(parts)], needs[len(parts) :]
+        dparts, gradients = [None] * len(parts), []
+        for grad, weight, needs_weight, needs_bias in zip(grads, weights, needs[::2], needs[1::2], strict=True):
+            geometry = ((1, 1), (weight.shape[2] // 2,) * 2, (1, 1), False, (0, 0), 1)
+            dweights, dbias, channel = [], None, 0
+            for i, part in enumerate(parts):
+                taps = weight[:, channel : channel + part.shape[1]]
+                taps = taps.contiguous(memory_format=weights_format(weight.device))
+                channel += part.shape[1]
+                wanted = (needs_parts[i], needs_weight, needs_bias and i == 0)
+                dpart, dweight, dbias_once = torch.ops.aten.convolution_backward(
+                    grad, part, taps, (weight.shape[0],), *geometry, wanted
+                )
+                dweights.append(dweight)
+                dbias = dbias_once if i == 0 else dbias
+                if needs_parts[i]:
+                    dparts[i] = dpart if dparts[i] is None else dparts[i] + dpart
+            gradients += [torch.cat(dweights, dim=1) if needs_weight else None, dbias]
+        return None, *dparts, *gradients
+
+
+def _same_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
+
+
+def convs_of_parts(
+    parts: tuple[torch.Tensor, ...], *parameters: tuple[torch.Tensor, torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """Convolutions of several maps side by side, one output for each weight (O, ΣC, k, k), k odd, and bias.
+
+    A skip connection is read by two convolutions, and is there already; what stands side by side is kept for neither.
+    Backward takes each map by itself, so that gradients come out as whole maps and not as slices to be copied.
+
+    Forward does put the maps side by side. For two maps of n bytes and two convolutions with outputs of n that is 10n:
+    4n to write them side by side, and 3n per convolution. One convolution per map and a sum would be 14n, and still
+    10n with the sums inside the norm that follows. Producers could write into halves of one map, but cuDNN's
+    convolutions, which are half of them, write no halves, and a skip has had readers of the whole before.
+    """
+    if not torch.is_grad_enabled():
+        h = torch.cat(parts, dim=1)
+        return tuple(_same_conv(h, weight, bias) for weight, bias in parameters)
+    flat = [tensor for pair in parameters for tensor in pair]
+    return _ConvsOfParts.apply(len(parts), *_autocast(*parts, *flat))
 
 
 class SinusoidalPosEmb(nn.Module):
@@ -146,6 +284,35 @@ class RandomOrLearnedSinusoidalPosEmb(nn.Module):
         return torch.cat((x, angles.sin(), angles.cos()), dim=-1)
 
 
+class _LinearsOfOneInput(torch.autograd.Function):
+    """Several linear layers of the same input as one product, (B, D) → (B, sum of their outputs).
+
+    The layers' weights are put side by side in forward and again in backward, which is cheaper to do than to keep.
+    """
+
+    @staticmethod
+    def forward(ctx, x, count, *parameters):
+        weights, biases = parameters[:count], parameters[count:]
+        ctx.save_for_backward(x, *weights)
+        ctx.bias_dtype = biases[0].dtype
+        return torch.addmm(torch.cat(biases).to(x.dtype), x, torch.cat(weights).to(x.dtype).t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, *weights = ctx.saved_tensors
+        sizes = [weight.shape[0] for weight in weights]
+        dx = grad @ torch.cat(weights).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        dweights = (grad.t() @ x).to(weights[0].dtype).split(sizes)
+        return dx, None, *dweights, *grad.sum(0).to(ctx.bias_dtype).split(sizes)
+
+
+def linears_of_one_input(x: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
+    """The outputs of linear layers with bias side by side, (B, D) → (B, sum of their out_features), as one product."""
+    parameters = (*(layer.weight for layer in layers), *(layer.bias for layer in layers))
+    return _LinearsOfOneInput.apply(*_autocast(x), len(layers), *parameters)
+
+
 def make_norm(norm: str, dim: int, groups: int) -> nn.Module:
     """The norm of a residual block: "rms" is the peer's 2.x network, "group" its 1.x network."""
     return RMSNorm(dim) if norm == "rms" else nn.GroupNorm(groups, dim)
@@ -173,6 +340,17 @@ class Block(nn.Module):
         make, *sources = self.after_convolution(F.conv2d(x, self.proj.weight, padding=1), scale_shift)
         return make(*sources, residual=residual)
 
+    def modules_as_made(self) -> bool:
+        return is_plain(self.proj, self.norm, self.act, self.dropout)
+
+    def by_modules(self, x, scale_shift=None) -> torch.Tensor:
+        """The block by calling its modules one after another, as they may have been replaced."""
+        x = self.norm(self.proj(x))
+        if scale_shift is not None:
+            scale, shift = (tensor[:, :, None, None] for tensor in scale_shift)
+            x = x * (scale + 1) + shift
+        return self.dropout(self.act(x))
+
     def after_convolution(
         self, y: torch.Tensor, scale_shift: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple:  # (B, dim_out, H, W), two of (B, dim_out)
@@ -188,9 +366,7 @@ class Block(nn.Module):
 
 
 def _rms_block(y, g, bias, scale, shift, seed, *, dropout_p, residual=None) -> torch.Tensor:
-    return rms_norm_silu(
-        y, g, bias=bias, scale=scale, shift=shift, residual=residual, dropout_p=dropout_p, seed=seed
-    )
+    return rms_norm_silu(y, g, bias=bias, scale=scale, shift=shift, residual=residual, dropout_p=dropout_p, seed=seed)
 
 
 def _group_block(y, weight, affine, bias, scale, shift, seed, *, groups, eps, dropout_p, residual=None) -> torch.Tensor:
@@ -219,6 +395,7 @@ class ResnetBlock(nn.Module):
     ):
         super().__init__()
         self.low_memory = low_memory
+        self.dim_out = dim_out
         self.mlp = None
         if time_emb_dim is not None:
             self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_emb_dim, dim_out * 2))
@@ -227,18 +404,67 @@ class ResnetBlock(nn.Module):
         self.res_conv = nn.Conv2d(dim, dim_out, 1) if dim != dim_out else nn.Identity()
 
     def forward(
-        self, x: torch.Tensor, time_emb: torch.Tensor | None = None
-    ) -> torch.Tensor:  # (B, dim, H, W), (B, time_emb_dim) -> (B, dim_out, H, W)
-        scale_shift = None
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, ...],
+        time_emb: torch.Tensor | None = None,
+        scale_shift: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:  # (B, dim, H, W), (B, time_emb_dim) or two of (B, dim_out) -> (B, dim_out, H, W)
+        """One residual block.
+
+        Args:
+            x: a map, or several whose channels stand side by side and add up to another number than dim_out.
+            scale_shift: what `mlp` makes of the time embedding, where the caller has computed it already.
+        """
         if self.mlp is not None and time_emb is not None:
             scale_shift = self.mlp(time_emb).chunk(2, dim=1)
+        if not self._as_made():
+            x = torch.cat(x, dim=1) if isinstance(x, tuple) else x
+            return self.block2.by_modules(self.block1.by_modules(x, scale_shift)) + self.res_conv(x)
+        make, sources, residual = self._last_pass(x, scale_shift)
+        return make(*sources, residual=residual)
+
+    def _as_made(self) -> bool:
+        return self.block1.modules_as_made() and self.block2.modules_as_made() and is_plain(self.res_conv)
+
+    def followed_by(self, conv: nn.Conv2d, x, scale_shift=None) -> torch.Tensor:
+        """A 1×1 convolution of the block's output, for x in parts; with `low_memory` that output is not kept."""
+        if not (self._as_made() and is_plain(conv)):
+            return conv(self(x, scale_shift=scale_shift))
+        make, sources, residual = self._last_pass(x, scale_shift)
+        h = make(*sources, residual=residual)
         if not (self.low_memory and torch.is_grad_enabled()):
-            return self.block2(self.block1(x, scale_shift=scale_shift), residual=self.res_conv(x))
-        y1 = F.conv2d(x, self.block1.proj.weight, padding=1)
+            return conv(h)
+        remake = partial(_block_of_parts, make, len(sources))
+        kept = (*sources, *_autocast(*x, self.res_conv.weight, self.res_conv.bias))
+        return _ConvOfRecomputed.apply(remake, 0, *_autocast(h, conv.weight, conv.bias), *kept)
+
+    def _last_pass(self, x, scale_shift) -> tuple[Callable, list[torch.Tensor], torch.Tensor]:
+        """What follows the second convolution, as a function, its tensors and the residual."""
+        if isinstance(x, tuple):
+            weight, res_conv = self.block1.proj.weight, self.res_conv
+            y1, residual = convs_of_parts(x, (weight, None), (res_conv.weight, res_conv.bias))
+        else:
+            y1, residual = F.conv2d(x, self.block1.proj.weight, padding=1), self.res_conv(x)
         make1, *sources1 = self.block1.after_convolution(y1, scale_shift)
-        y2 = _conv_of_recomputed(make1, 1, self.block2.proj.weight, None, *sources1)
+        if self.low_memory and torch.is_grad_enabled():
+            y2 = _conv_of_recomputed(make1, 1, self.block2.proj.weight, None, *sources1)
+        else:
+            y2 = F.conv2d(make1(*sources1), self.block2.proj.weight, padding=1)
         make2, *sources2 = self.block2.after_convolution(y2)
-        return make2(*sources2, residual=self.res_conv(x))
+        return make2, sources2, residual
+
+
+def _block_of_parts(make: Callable, count: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """make(*sources, residual=1×1 convolution of the parts): `count` sources, the parts, that convolution's tensors."""
+    sources, (*parts, weight, bias) = tensors[:count], tensors[count:]
+    (residual,) = convs_of_parts(tuple(parts), (weight, bias))
+    return make(*sources, residual=residual)
+
+
+def _norm_linear(x: torch.Tensor, norm: nn.Module, linear: nn.Module) -> torch.Tensor:
+    if not is_plain(norm, linear):
+        return linear(norm(x))
+    return norm_linear(*_autocast(x), norm.g, linear.weight)
 
 
 class LinearAttention(nn.Module):
@@ -248,9 +474,7 @@ class LinearAttention(nn.Module):
     `low_memory` only x is kept for backward, which runs the forward again.
     """
 
-    def __init__(
-        self, dim: int, heads: int = 4, dim_head: int = 32, num_mem_kv: int = 4, low_memory: bool = False
-    ):
+    def __init__(self, dim: int, heads: int = 4, dim_head: int = 32, num_mem_kv: int = 4, low_memory: bool = False):
         super().__init__()
         self.low_memory = low_memory
         self.scale = dim_head**-0.5
@@ -262,31 +486,33 @@ class LinearAttention(nn.Module):
         self.to_qkv = nn.Conv2d(dim, hidden_dim * 3, 1, bias=False)
         self.to_out = nn.Sequential(nn.Conv2d(hidden_dim, dim, 1), RMSNorm(dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of x, plus `residual` of its shape where one is given."""
         if self.low_memory and torch.is_grad_enabled():
-            return checkpoint(self._attend, x, use_reentrant=False, preserve_rng_state=False)
-        return self._attend(x)
+            return checkpoint(self._attend, x, residual, use_reentrant=False, preserve_rng_state=False)
+        return self._attend(x, residual)
 
-    def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        B, C, H, W = x.shape
-        qkv = _conv_of_recomputed(_rms_norm, 0, self.to_qkv.weight, None, x, self.norm.g)
-        qkv = qkv.reshape(B, 3, self.heads, self.dim_head, H * W)
-        q, k, v = qkv.unbind(1)  # (B, heads, D, N)
-        mem_k, mem_v = self.mem_kv.to(k.dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, D, M)
-        k = torch.cat((mem_k, k), dim=-1).softmax(dim=-1)
-        v = torch.cat((mem_v, v), dim=-1)
-        q = q.softmax(dim=-2)
-        # The scale belongs to q, but the context is small: scaling it keeps one map less for backward.
-        context = (k @ v.transpose(-1, -2)) * self.scale  # (B, heads, D, E)
-        out = context.transpose(-1, -2) @ q  # (B, heads, E, N)
-        return self.to_out(out.reshape(B, self.heads * self.dim_head, H, W))
+    def _attend(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        qkv = _norm_linear(x, self.norm, self.to_qkv)
+        project, norm = self.to_out
+        if not is_plain(self.to_out, project, norm):
+            q, k, v = qkv.reshape(qkv.shape[0], 3, self.heads, self.dim_head, -1).unbind(1)
+            memory_k, memory_v = (m.expand(len(q), -1, -1, -1) for m in self.mem_kv)
+            k, v = torch.cat((memory_k, k), dim=-1), torch.cat((memory_v, v), dim=-1)
+            context = k.softmax(dim=-1) @ v.transpose(-1, -2)  # (B, heads, D, D)
+            out = context.transpose(-1, -2) @ (q.softmax(dim=-2) * self.scale)
+            out = self.to_out(out.reshape(len(q), -1, *x.shape[2:]))
+            return out if residual is None else out + residual
+        return linear_attention(
+            qkv, self.mem_kv, project.weight, project.bias, norm.g, heads=self.heads, residual=residual
+        )
 
 
 class Attention(nn.Module):
     """Softmax attention over all positions, with learned memory keys and values (Vaswani et al. 2017, eq. 1).
 
-    `flash` is kept for the peer's signature: torch's scaled_dot_product_attention runs in either case and picks its
-    kernel by device and dtype. Shapes: (B, C, H, W) → (B, C, H, W).
+    `flash` is kept for the peer's signature: which kernel runs does not depend on it. Shapes: (B, C, H, W) →
+    (B, C, H, W).
     """
 
     def __init__(self, dim: int, heads: int = 4, dim_head: int = 32, num_mem_kv: int = 4, flash: bool = False):
@@ -300,13 +526,13 @@ class Attention(nn.Module):
         self.to_qkv = nn.Conv2d(dim, hidden_dim * 3, 1, bias=False)
         self.to_out = nn.Conv2d(hidden_dim, dim, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, C, H, W = x.shape
-        qkv = _conv_of_recomputed(_rms_norm, 0, self.to_qkv.weight, None, x, self.norm.g)
-        qkv = qkv.reshape(B, 3, self.heads, self.dim_head, H * W)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, N, D)
-        mem_k, mem_v = self.mem_kv.to(k.dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, M, D)
-        k = torch.cat((mem_k, k), dim=-2)
-        v = torch.cat((mem_v, v), dim=-2)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(out.transpose(-1, -2).reshape(B, self.heads * self.dim_head, H, W))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of x, plus `residual` of its shape where one is given."""
+        qkv = _norm_linear(x, self.norm, self.to_qkv)
+        out = attention(qkv, self.mem_kv, heads=self.heads)
+        if residual is None or not is_plain(self.to_out):
+            return self.to_out(out) if residual is None else self.to_out(out) + residual
+        return linear_residual(out, self.to_out.weight, self.to_out.bias, residual)
+
+
+_PLAIN = (nn.Conv2d, nn.Linear, nn.Identity, nn.SiLU, nn.Dropout, nn.GroupNorm, nn.Sequential, RMSNorm)

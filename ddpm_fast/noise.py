@@ -94,7 +94,8 @@ def seed_tensor(seed: int | torch.Tensor, device: torch.device | str | None = No
         raise TypeError(f"seed must be an int or a one-element int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
-    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed], dtype=torch.int64, device=device)
+    # Filled on the device: a copy from the host would wait for it.
+    return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 
 
 def draw_seed(device: torch.device | str | None = None) -> torch.Tensor:
@@ -138,13 +139,15 @@ def normal(
         raise TypeError(f"dtype must be a floating point type, got {dtype}")
     seed = seed_tensor(seed, device)
     device = seed.device
-    step = torch.as_tensor(step, dtype=torch.int64, device=device).reshape(())
+    if not isinstance(step, torch.Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=device)
+    step = step.to(device=device, dtype=torch.int64).reshape(())
     batch, elements = shape[0], math.prod(shape[1:])
     blocks = (elements + 3) // 4
 
     block = torch.arange(blocks, dtype=torch.int64, device=device)  # (K,)
     sample = torch.arange(start_index, start_index + batch, dtype=torch.int64, device=device)[:, None]  # (B, 1)
-    counter = (block, sample, step & _MASK, torch.as_tensor(stream, dtype=torch.int64, device=device))
+    counter = (block, sample, step & _MASK, torch.full((), stream, dtype=torch.int64, device=device))
     key = (seed & _MASK, (seed >> 32) & _MASK)
     bits = [word.expand(batch, blocks) for word in philox4x32(counter, key)]
     z = torch.stack([*box_muller(bits[0], bits[1]), *box_muller(bits[2], bits[3])], dim=-1)  # (B, K, 4)

@@ -29,6 +29,7 @@ from ddpm_fast.batches import BatchOrder, BatchStream, derive_seed
 from ddpm_fast.checkpoint import CheckpointError, load_ema, load_file, load_matching, save_atomically
 from ddpm_fast.data import Dataset, DigitsDataset, save_image_grid
 from ddpm_fast.fid import FIDEvaluation, FIDUnavailableError
+from ddpm_fast.gaussian_diffusion import GaussianDiffusion
 from ddpm_fast.history import LossHistory
 
 # Only rank 0 samples at a milestone; the others wait in their next all-reduce for as long as that takes.
@@ -329,6 +330,8 @@ class Trainer:
         if self.calculate_fid:
             fid_score = self.fid_scorer.fid_score()
             self.accelerator.print(f"fid_score: {fid_score}")
+        if isinstance(self.ema.ema_model, GaussianDiffusion):
+            self.ema.ema_model.clear_graphs()  # their memory is training's again
         if self.save_best_and_latest_only:
             if fid_score < self.best_fid:
                 self.best_fid = float(fid_score)

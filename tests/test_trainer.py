@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -58,11 +57,8 @@ def make_trainer(folder, diffusion=None, dataset=None, **options):
 def run_training(folder, *arguments, processes=1, **options):
     """tests/training_run.py in a new process, or in two under torchrun on gloo; returns its output."""
     command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    if processes > 1:  # standalone: it finds a port by itself, and no other run of the tests can take that
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(
         [*command, str(RUN), str(folder), json.dumps(options), *arguments],

@@ -200,9 +200,12 @@ def diffusion_loss(
     )
 
 
-def makes_noise_in_its_pass(x_start: torch.Tensor, t: torch.Tensor, table: torch.Tensor) -> bool:
+def makes_noise_in_its_pass(
+    x_start: torch.Tensor, t: torch.Tensor, table: torch.Tensor, memory_format: torch.memory_format | None = None
+) -> bool:
     """Whether `q_sample` with a seed stores no noise; where it would, storing it once beats making it twice."""
-    return _q_sample_op.choose(x_start, t, table, None, **_DEFAULTS).name == "triton"
+    options = {**_DEFAULTS, "memory_format": memory_format}
+    return _q_sample_op.choose(x_start, t, table, None, **options).name == "triton"
 
 
 def _check(x_start, t, table, noise, seed, flip, offset_noise_strength, columns) -> None:

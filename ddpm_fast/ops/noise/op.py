@@ -96,7 +96,7 @@ def _step_tensor(step: int | torch.Tensor, device: torch.device) -> torch.Tensor
         return step.to(device)
     if isinstance(step, bool) or not isinstance(step, int):
         raise TypeError(f"step must be an int or a one-element int64 tensor, got {type(step).__name__}")
-    return torch.tensor([step % 2**32], dtype=torch.int64, device=device)
+    return torch.full((1,), step % 2**32, dtype=torch.int64, device=device)
 
 
 def _native(out, seed, *, stream, step, start_index) -> torch.Tensor:

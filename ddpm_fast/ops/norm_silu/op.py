@@ -81,6 +81,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias_affine, bias, scale, shift, residual, seed, groups, _, activation, dropout_p = inputs
     ctx.save_for_backward(x, output[1], weight, bias_affine, bias, scale, shift, seed)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the statistics
     ctx.options = (groups, activation, dropout_p)
     ctx.residual_dtype = None if residual is None else residual.dtype
 

@@ -1,0 +1,23 @@
+"""Stands in for the CUDA recorder on the CPU, as far as that can be told apart: it runs bodies before it records."""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm_fast.graphs import EagerRecorder
+
+
+class FrozenRecorder(EagerRecorder):
+    """Warm-ups as in a capture, decisions of the host frozen as in a capture, and a count of what was recorded."""
+
+    freezes_decisions = True
+    recorded = 0
+
+    def record(self, body, reset):
+        FrozenRecorder.recorded += 1
+        with torch.random.fork_rng([]):
+            for _ in range(2):
+                reset()
+                body()
+            reset()
+        return body
