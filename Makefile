@@ -1,5 +1,7 @@
 # make demo   train on handwritten digits on the CPU and draw some: demo/grid.png, demo/strip.png, demo/loss.png
-# make test   set up an environment and run every test
+# make test   set up an environment and run every test, two at a time (WORKERS=8: eight)
+# make bench  measure this machine against the peer, in at most 15 minutes: bench/report.md, results.json, pictures
+# make wheels packages that a GPU machine without network lacks, for benchmarks/gpu_report.sh: .whl/
 # make clean  remove what these have made, the pictures excepted
 
 PYTHON ?= python3
@@ -9,13 +11,19 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # The peer's last release with GroupNorm blocks, kept beside the current one for the equivalence tests.
 PEER_1X ?= denoising-diffusion-pytorch==1.11.1
 
+# Processes that share the tests; each takes one processor and up to a gigabyte.
+WORKERS ?= 2
+# What the benchmarks need and a machine made for torch may not have. All are pure Python.
+WHEELS ?= "denoising-diffusion-pytorch>=2.3.4,<2.4" ema-pytorch pytorch-fid einops diffusers importlib-metadata zipp \
+	"tyro>=0.9" docstring-parser typeguard
+
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc ddpm_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h') setup.py pyproject.toml
 
 # For maps of 8 x 8 pixels a second thread helps little, and on a busy machine the two mostly wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test clean
+.PHONY: demo test bench wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-ready
@@ -27,10 +35,17 @@ demo: $(VENV)/.demo-ready
 	@echo "The digits are in $(CURDIR)/demo/grid.png, their way out of the noise in strip.png, the loss in loss.png."
 
 test: $(VENV)/.test-ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+# One thread: on a machine that others use too, a second one is mostly a second clock to wait for.
+bench: $(VENV)/.test-ready
+	$(ONE_THREAD) PYTHON=$(abspath $(BIN))/python bash benchmarks/gpu_report.sh bench --device cpu --minutes 14
+
+wheels: $(VENV)/.build-ready
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest .whl $(WHEELS)
 
 clean:
-	rm -rf .venv build dist *.egg-info demo/run ddpm_fast/_C*.so ddpm_fast/_build_info.json
+	rm -rf .venv .whl bench build dist *.egg-info demo/run ddpm_fast/_C*.so ddpm_fast/_build_info.json
 
 $(VENV)/.build-ready:
 	$(PYTHON) -m venv $(VENV)

@@ -1,72 +1,159 @@
-"""Ops of this package against eager torch: `pytest benchmarks/bench_ops.py` (pytest-benchmark prints the table).
+"""Each op × implementation × shape × dtype, forward and forward with backward: `pytest benchmarks/bench_ops.py`.
 
-Nothing is timed that has not just been found equal to the reference. `--benchmark-disable` only checks.
+Nothing is timed that has not just been found as accurate as the reference. `--benchmark-disable` only checks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from helpers import assert_close_to_truth
+from op_cases import DTYPES, Inputs, OpCase, op_cases, size_of
 
-from ddpm_fast import noise, schedules, use_backend
-from ddpm_fast.ops.noise.op import fill_normal_
-from ddpm_fast.ops.sampler_step.op import sampler_step_
+from ddpm_fast import dispatch
+from ddpm_fast.dispatch import use_backend
 
-ELEMENTS = {"1M": (8, 3, 128, 341), "3K": (1, 3, 32, 32)}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# ‖a − truth‖ / ‖truth‖ of ways that are not ours. Eager torch in half precision also sums gradients of rows in it.
+_RIVAL_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+PASSES = ("forward", "forward+backward")
 
 
-@pytest.fixture(params=ELEMENTS)
-def shape(request):
-    return ELEMENTS[request.param]
+def pytest_generate_tests(metafunc) -> None:
+    cases = op_cases(size_of(metafunc.config))
+    grid = [
+        pytest.param(case, dtype, direction, id=f"{case.name}-{dtype}-{direction}")
+        for case in cases
+        for dtype in case.dtypes
+        for direction in PASSES
+    ]
+    metafunc.parametrize("case, dtype, direction", grid)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_noise(benchmark, shape, backend):
-    out = torch.empty(shape)
-    with use_backend(backend):
-        torch.testing.assert_close(fill_normal_(out, 3, stream=0), noise.normal(shape, seed=3), rtol=1e-5, atol=2e-6)
-        seed = noise.seed_tensor(3)
-        benchmark(lambda: fill_normal_(out, seed, stream=0))
+def with_gradients(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], tuple]:
+    """The call and its backward, for a gradient of ones scaled to the output."""
+    grad = torch.ones_like(call())
+
+    def both() -> tuple:
+        out = call()
+        return out, *torch.autograd.grad(out, leaves, grad)
+
+    return both
 
 
-def test_noise_eager_torch(benchmark, shape):
-    out = torch.empty(shape)
-    benchmark(lambda: out.normal_())
+def forced(name: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call with one implementation forced."""
+
+    def run() -> object:
+        with use_backend(name):
+            return call()
+
+    return run
 
 
-def step_arguments(shape, dtype):
-    schedule = schedules.Schedule(schedules.make_betas("cosine", 100))
-    table = schedules.sampler_table(schedule, "pred_v", "ddpm", 100).table.float()
-    return torch.randn(shape), torch.randn(shape).to(dtype), table, torch.tensor([50]), noise.seed_tensor(3)
+def implementations(case: OpCase, inputs: Inputs) -> list[str]:
+    """Names of the implementations that accept these inputs, in order of preference."""
+    found = []
+    for implementation in dispatch.ops()[case.op].implementations:
+        try:
+            forced(implementation.name, inputs.call)()
+        except dispatch.BackendRefused:
+            continue
+        finally:
+            inputs.fresh()
+        found.append(implementation.name)
+    return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_sampler_step(benchmark, shape, dtype, backend):
-    x, *arguments = step_arguments(shape, DTYPES[dtype])
+def calls_of(case: OpCase, inputs: Inputs, direction: str, compiled: bool) -> dict[str, Callable]:
+    """Every way to compute the case, by name; ours first."""
+    ways = {name: (forced(name, inputs.call), inputs.leaves) for name in implementations(case, inputs)}
+    ways |= {"eager": (inputs.eager, inputs.leaves), **inputs.others}
+    if case.compiled and compiled:
+        ways["compiled"] = (torch.compile(inputs.eager, dynamic=False), inputs.leaves)
+    if direction == PASSES[1]:
+        return {name: with_gradients(call, leaves) for name, (call, leaves) in ways.items()}
+    return {name: without_graph(call) for name, (call, _) in ways.items()}
+
+
+def without_graph(call: Callable) -> Callable:
+    def run() -> object:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def check(case: OpCase, device, dtype, inputs: Inputs, calls: dict[str, Callable], direction: str) -> None:
+    """Our implementations are as accurate as the reference, by the tests' rule; the others compute the same numbers.
+
+    Raises:
+        AssertionError: one is not, or does not.
+    """
+    exact = case.make(case.shape, device, dtype, torch.float64)
     with use_backend("reference"):
-        expected = sampler_step_(x.clone(), *arguments)
-    with use_backend(backend):
-        torch.testing.assert_close(sampler_step_(x.clone(), *arguments), expected, rtol=1e-5, atol=5e-6)
-        benchmark(lambda: sampler_step_(x, *arguments))
+        truth = as_tuple(calls_of_reference(exact, direction)())
+    inputs.fresh()
+    expected = as_tuple(calls["reference"]())
+    for name, call in calls.items():
+        ours = name in dispatch.BACKENDS
+        if not ours and not inputs.comparable:
+            continue
+        inputs.fresh()
+        for i, (a, e, t) in enumerate(zip(as_tuple(call()), expected, truth, strict=True)):
+            label = f"{case.name} {name} result {i}"
+            if ours:
+                assert_close_to_truth(a, e, t.double(), floor=16, name=label)
+            else:
+                error = ((a.double() - t).norm() / t.norm().clamp_min(1e-30)).item()
+                assert error <= _RIVAL_TOLERANCE[dtype], f"{label} differs by {error:.1e} from the truth"
+    inputs.fresh()
 
 
-def test_sampler_step_eager_torch(benchmark, shape):
-    """What the peer does per step after the network, in its operators."""
-    x, output, table, _, _ = step_arguments(shape, torch.float32)
-    p, q, r, s, _, sigma = (column.reshape(1, 1, 1, 1) for column in table[50])
+def calls_of_reference(inputs: Inputs, direction: str) -> Callable:
+    return with_gradients(inputs.call, inputs.leaves) if direction == PASSES[1] else without_graph(inputs.call)
 
-    def step():
-        x_start = (p * x + q * output).clamp_(-1.0, 1.0)
-        return r * x_start + s * x + sigma * torch.randn_like(x)
 
-    benchmark(step)
+def as_tuple(result) -> tuple:
+    """Copies: what a call returns may be overwritten by the next."""
+    return tuple(r.detach().clone() for r in (result if isinstance(result, tuple) else (result,)))
+
+
+def bytes_moved(inputs: Inputs, out: torch.Tensor, direction: str) -> int:
+    """The least: each input read once, each output written once; backward reads them and a gradient again."""
+    reads, writes = _bytes(inputs.reads), _bytes([out])
+    if direction == PASSES[0]:
+        return reads + writes
+    again = reads if inputs.read_again is None else _bytes(inputs.read_again)
+    gradients = _bytes(inputs.leaves if inputs.written is None else inputs.written)
+    return reads + again + 2 * writes + gradients
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_op(contest, record, device, size, ceilings, case, dtype, direction):
+    inputs = case.make(case.shape, device, DTYPES[dtype], DTYPES[dtype])
+    if direction == PASSES[1] and not inputs.leaves:
+        pytest.skip("the op has no gradient")
+    calls = calls_of(case, inputs, direction, compiled=size != "quick")
+    check(case, device, DTYPES[dtype], inputs, calls, direction)
+    ours = next(iter(calls))
+    timings = contest(calls, ours)
+    if not timings:
+        return
+    moved = bytes_moved(inputs, as_tuple(calls[ours]())[0], direction)
+    for numbers in timings.values():
+        numbers["bytes_per_second"] = moved / numbers["median"]
+        numbers["share_of_copy"] = moved / numbers["median"] / ceilings.copy
+        if inputs.flops:
+            numbers["flops_per_second"] = inputs.flops / numbers["median"]
+            peak = ceilings.matmul.get(dtype, ceilings.matmul["fp32"])
+            numbers["share_of_matmul"] = numbers["flops_per_second"] / peak
+    record(
+        bench="op", case=case.name, dtype=dtype, direction=direction, ours=ours, bytes=moved, flops=inputs.flops,
+        timings=timings,
+    )  # fmt: skip

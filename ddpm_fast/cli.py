@@ -1,4 +1,4 @@
-"""The command `ddpm-fast`: train, sample, doctor. Heavy imports stand in the functions that need them."""
+"""The command `ddpm-fast`: train, sample, bench, doctor. Heavy imports stand in the functions that need them."""
 
 import dataclasses
 import sys
@@ -72,6 +72,8 @@ class Train:
     """Width of each stage in multiples of --dim (data: 1 2 4 8, digits 1 2)."""
     self_condition: bool = False
     """Let the network see its previous estimate."""
+    memory: Literal["fast", "low"] = "fast"
+    """low keeps fewer maps from forward for backward, and takes longer to make the others again."""
     flash: bool = True
     """Fused attention where the device has it."""
     timesteps: Integer = None
@@ -152,6 +154,51 @@ class Sample:
     """Show the traceback of an error."""
 
 
+Rival = Literal[
+    "peer", "peer-channels-last", "peer-compiled", "peer-max-autotune", "diffusers", "ours-low-memory", "ours-captured"
+]
+
+
+@dataclasses.dataclass
+class Bench:
+    """Time a configuration here against the peer, denoising-diffusion-pytorch, which must be installed.
+
+    Both take turns in one process with the same weights, images and precision, after their output, loss and gradients
+    were found equal. Prints a table, says which implementation each op took and why, and draws a bar chart.
+    """
+
+    checkpoint: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CHECKPOINT]")] = None
+    """Take the configuration of this checkpoint or results folder; what is given below goes over it."""
+    dim: Integer = None
+    """Width of the network's first stage (64)."""
+    dim_mults: Integers = None
+    """Width of each stage in multiples of --dim (1 2 4 8)."""
+    channels: Channels = None
+    """1 grey, 3 RGB, 4 RGBA (3)."""
+    image_size: Integers = None
+    """Height and width, or one number for both (on a GPU 128, on a CPU 32)."""
+    batch_size: Integer = None
+    """Images per step (on a GPU 16, on a CPU 4)."""
+    amp: Literal["no", "fp16", "bf16"] = "no"
+    """Mixed precision, on both sides."""
+    steps: int = 10
+    """Steps of each sampling run that is timed."""
+    against: tuple[Rival, ...] = ("peer", "peer-channels-last")
+    """What to compare with; the compiled ones take minutes to compile."""
+    seconds: float = 40.0
+    """Time to measure for, preparation aside."""
+    profile: bool = False
+    """Also say where our time goes: the floor that the machine allows, how far from it we are, what dominates."""
+    out: Path = Path("bench.png")
+    """The bar chart."""
+    json: Annotated[Folder, tyro.conf.arg(metavar="FILE")] = None
+    """Also write every number here."""
+    device: Text = None
+    """Such as cpu or cuda:0; by default the first accelerator."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
 @dataclasses.dataclass
 class Doctor:
     """Show versions, devices, the compiled extension, and which implementation each operation would use."""
@@ -163,6 +210,7 @@ class Doctor:
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
@@ -170,10 +218,11 @@ Command = (
 def main(arguments=None):
     """Run `ddpm-fast`; errors that the user can put right end with one line and exit code 2."""
     command = tyro.cli(
-        Command, prog="ddpm-fast", description="Denoising diffusion, fast: train, sample, doctor.", args=arguments,
+        Command, prog="ddpm-fast", args=arguments,
+        description="Denoising diffusion, fast: train, sample, bench, doctor.",
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
-    run = {Train: train, Sample: sample, Doctor: doctor}[type(command)]
+    run = {Train: train, Sample: sample, Bench: bench, Doctor: doctor}[type(command)]
     warnings.showwarning = _show_warning
     try:
         run(command)
@@ -245,6 +294,30 @@ def sample(options):
         print(f"each image on its own: {options.raw}")
 
 
+def bench(options):
+    """`ddpm-fast bench`."""
+    from ddpm_fast.bench import command, contenders
+
+    _check_positive(steps=options.steps, **{"batch-size": options.batch_size or 1})
+    if options.seconds <= 0:
+        raise UserError(f"--seconds must be positive; got {options.seconds}")
+    reason = contenders.why_not("peer") if "peer" in options.against else None
+    if reason is not None:
+        raise UserError(f"{reason}, and --against peer needs it")
+    device = _device(options.device)
+    given = {
+        "dim": options.dim, "dim_mults": options.dim_mults, "channels": options.channels, "steps": options.steps,
+        "image_size": _image_size(options.image_size), "batch": options.batch_size,
+        "dtype": None if options.amp == "no" else options.amp,
+    }
+    checkpoint = None if options.checkpoint is None else _checkpoint_file(options.checkpoint)
+    configuration = command.configuration_from(checkpoint, given, device)
+    command.run(
+        configuration, device, against=list(options.against), seconds=options.seconds, out=options.out,
+        json_file=options.json, with_profile=options.profile,
+    )
+
+
 def doctor(options):
     """`ddpm-fast doctor`."""
     import platform
@@ -275,7 +348,7 @@ def _make_trainer(options, values):
         torch.manual_seed(options.seed)
     network = Unet(
         values["dim"], dim_mults=values["dim_mults"], channels=values["channels"], flash_attn=options.flash,
-        self_condition=options.self_condition,
+        self_condition=options.self_condition, memory=options.memory,
     )
     diffusion = GaussianDiffusion(
         network, image_size=values["image_size"], timesteps=values["timesteps"], objective=options.objective,

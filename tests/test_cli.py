@@ -72,13 +72,14 @@ def trained(tmp_path_factory):
 
 def test_a_folder_trains_resumes_and_samples(tmp_path, images):
     results = tmp_path / "results"
-    options = ["--results-folder", results, "--image-size", 8, 16, *TINY]
+    options = ["--results-folder", results, "--image-size", 8, 16, "--memory", "low", *TINY]
     out, err = run("train", images, "--steps", 8, *options)
     assert "1 broken image files were skipped" in out and f"results are in {results}" in out
     assert err.count("skipped a broken image file") == 1 and "050.png" in err and "Traceback" not in err
     assert "images/s" in err and "loss" in err
     run("train", images, "--steps", 10, "--resume", *options)
-    assert load_file(results / "model-5.pt")["step"] == 10
+    saved = load_file(results / "model-5.pt")
+    assert saved["step"] == 10 and saved["config"]["unet"]["memory"] == "low"
     assert (results / "loss.png").exists() and (results / "sample-5.png").exists()
 
     out, _ = run(

@@ -1,0 +1,102 @@
+"""A training step and a sampling run, ours against the peer in every form, and diffusers.
+
+    pytest benchmarks/bench_networks.py
+
+Same weights, images and precision, turns in one process, after output, loss and gradients were found equal.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+
+import pytest
+import torch
+from network_cases import COMPILE_SECONDS, network_cases
+from op_cases import size_of
+
+from ddpm_fast.bench import compare
+
+# A compilation that waits in torch's cache still takes this long to load and check.
+_LOADING_SECONDS = 25
+
+
+def pytest_generate_tests(metafunc) -> None:
+    cases = network_cases(size_of(metafunc.config))
+    pairs = [pytest.param(case, phase, id=f"{case}, {phase}") for case in cases for phase in case.phases]
+    metafunc.parametrize("case, phase", pairs, scope="module")
+
+
+@pytest.fixture(scope="module")
+def prepared(request, case):
+    """Contenders found equal, reasons of those left out, and errors; held for the phases of one case."""
+    name = request.config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    deadline = request.config.getoption("--deadline")
+    left = float("inf") if deadline is None else deadline - time.time()
+    warmed = _warmed(request.config.getoption("--warmed"))
+    names, left_out = [], {}
+    for rival in case.rivals:
+        needed = COMPILE_SECONDS.get(rival, 0) * len(case.phases)
+        if (rival, str(case)) in warmed:
+            needed = _LOADING_SECONDS
+        if needed > left:
+            left_out[rival] = f"not run: compiling may take {needed} s, and {left:.0f} s were left"
+        else:
+            names.append(rival)
+            left -= needed
+    made, unavailable, errors = compare.prepare(
+        names,
+        case.configuration,
+        torch.device(name),
+        gradients=compare.PHASES[0] in case.phases,
+        leave_unequal_out=True,
+    )
+    yield made, left_out | unavailable, errors
+    made.clear()
+    torch._dynamo.reset()  # the next case's shapes are its own
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _warmed(file) -> set[tuple[str, str]]:
+    """Contenders and cases that warm.py has compiled."""
+    if file is None:
+        return set()
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
+    return {(line["contender"], line["case"]) for line in lines}
+
+
+def test_network(contest, record, device, prepared, case, phase):
+    made, left_out, errors = prepared
+    configuration = case.configuration
+    calls = {name: compare.phase_call(contender, phase) for name, contender in made.items()}
+    left_out = left_out | first_calls(calls)
+    timings = contest(calls, compare.OURS, flush=False, least=3)
+    per_call = 1 if phase == compare.PHASES[0] else configuration.steps
+    for name, numbers in timings.items():
+        numbers.update({key: numbers[key] / per_call for key in ("median", "low", "high")})
+        numbers["images_per_second"] = configuration.batch / numbers["median"]
+        if phase == compare.PHASES[1]:
+            numbers["seconds_per_1000_steps"] = 1000 * numbers["median"]
+            numbers["images_per_second"] = configuration.batch / (1000 * numbers["median"])
+        numbers |= compare.peak_memory(name, phase, calls[name], device)
+    record(
+        bench="network", phase=phase, case=str(configuration), configuration=configuration.as_dict(), errors=errors,
+        left_out=left_out, timings=timings,
+    )  # fmt: skip
+    wrong = {n: reason for n, reason in left_out.items() if reason.startswith("not timed") or n.startswith("ours")}
+    assert not wrong, wrong
+
+
+def first_calls(calls: dict) -> dict[str, str]:
+    """Call each once; one of the others that fails, by its compiler or for memory, is taken out with its reason."""
+    failed = {}
+    for name in [name for name in calls if name != compare.OURS]:
+        try:
+            calls[name]()
+        except Exception as error:
+            failed[name] = f"failed: {type(error).__name__}: {(str(error) or ' ').splitlines()[0][:200]}"
+            del calls[name]
+    return failed

@@ -1,0 +1,113 @@
+"""What the benchmarks share: options, the machine's ceilings, and a contest that checks, times and records."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+
+from op_cases import size_of  # noqa: E402
+
+from ddpm_fast.bench import machine  # noqa: E402
+from ddpm_fast.bench.timing import Interleaved  # noqa: E402
+
+
+def pytest_addoption(parser) -> None:
+    group = parser.getgroup("ddpm_fast")
+    group.addoption("--device", default=None, help="cpu or cuda; by default cuda where there is one")
+    group.addoption("--size", default=None, choices=["full", "cpu", "quick"], help="of the cases")
+    group.addoption("--seconds", type=float, default=1.0, help="of timing per contest")
+    group.addoption("--records", type=Path, default=None, help="append one JSON line per contest to this file")
+    group.addoption("--deadline", type=float, default=None, help="epoch seconds after which contests are skipped")
+    group.addoption(
+        "--warmed", type=Path, default=None, help="what warm.py printed: compilations that are in the cache"
+    )
+    group.addoption("--ceilings", type=Path, default=None, help="JSON with the ceilings; measured where not given")
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    name = request.config.getoption("--device")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.fixture(scope="session")
+def size(request) -> str:
+    return size_of(request.config)
+
+
+@pytest.fixture(scope="session")
+def ceilings(request, device, size) -> machine.Ceilings:
+    file = request.config.getoption("--ceilings")
+    if file is not None:
+        return machine.Ceilings(**json.loads(file.read_text()))
+    return machine.measure_ceilings(device, quick=size == "quick")
+
+
+@pytest.fixture(autouse=True)
+def _in_time(request) -> None:
+    deadline = request.config.getoption("--deadline")
+    if deadline is not None and time.time() > deadline:
+        pytest.skip("out of time")
+
+
+@pytest.fixture
+def deadline(request) -> float:
+    """Epoch seconds; infinite where none was given."""
+    given = request.config.getoption("--deadline")
+    return float("inf") if given is None else given
+
+
+@pytest.fixture
+def record(request):
+    """Append a dict to the records, as one line, so that a run that is stopped keeps what it has."""
+    file = request.config.getoption("--records")
+
+    def append(**fields) -> None:
+        if file is not None:
+            with open(file, "a") as lines:
+                lines.write(json.dumps(fields) + "\n")
+
+    return append
+
+
+@pytest.fixture
+def contest(benchmark, request, device):
+    """Time calls in turns, `ours` under pytest-benchmark's clock; returns timings by name.
+
+    pytest-benchmark's own table shows ours; the others run between its rounds and stand in extra_info.
+    """
+
+    def run(
+        calls: dict[str, Callable[[], object]], ours: str, *, flush: bool = True, least: int = 5
+    ) -> dict[str, dict]:
+        if benchmark.disabled:
+            benchmark(calls[ours])
+            return {}
+        turns = Interleaved(calls, device, flush=flush and device.type == "cuda")
+        began = time.perf_counter()
+        turns.round()  # a rehearsal: how long is a round?
+        each = max(time.perf_counter() - began, 1e-6)
+        for timing in turns.timings.values():
+            timing.seconds.clear()
+        rounds = max(least, min(100, int(request.config.getoption("--seconds") / each)))
+        others = [name for name in calls if name != ours]
+
+        def take_turns() -> None:
+            shift = len(turns.timings[ours].seconds) % max(1, len(others))
+            for name in others[shift:] + others[:shift]:
+                turns.measure(name)
+
+        benchmark.pedantic(lambda: turns.measure(ours), setup=take_turns, rounds=rounds, iterations=1)
+        timings = {name: timing.as_dict() for name, timing in turns.timings.items()}
+        benchmark.extra_info.update(timings)
+        return timings
+
+    return run

@@ -1,0 +1,56 @@
+"""One contender in a process of its own: time to import, time to the first training step, peak memory; as JSON.
+
+python benchmarks/first_step.py CONTENDER CONFIGURATION-AS-JSON DEVICE STARTED
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import sys
+import time
+
+# What a user of each contender imports, ours aside.
+PACKAGES = {"peer": "denoising_diffusion_pytorch", "diffusers": "diffusers"}
+
+
+def main(name: str, configuration: str, device_name: str, started: str) -> None:
+    """STARTED is time.time() just before the process was started."""
+    import torch
+
+    importing = time.perf_counter()
+    package = importlib.import_module(PACKAGES.get(name.split("-")[0], "ddpm_fast"))
+    # What their users name; ours imports its trainer, diffusers its network on demand.
+    wanted = ("UNet2DModel", "DDPMScheduler") if name == "diffusers" else ("Unet", "GaussianDiffusion", "Trainer")
+    for attribute in wanted:
+        getattr(package, attribute)
+    importing = time.perf_counter() - importing
+
+    from ddpm_fast.bench import contenders
+
+    began = float(started)
+    options = json.loads(configuration)
+    options["dim_mults"] = tuple(options["dim_mults"])
+    config, device = contenders.Configuration(**options), torch.device(device_name)
+    if device.type == "cuda":
+        torch.zeros(1, device=device)
+    before = _resident()
+    contender = contenders.make(name, config, device)
+    contender.training_step().item()
+    first = time.time() - began
+    for _ in range(2):
+        contender.training_step().item()
+    on_cuda = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) if on_cuda else _resident() - before
+    print(json.dumps({"import_seconds": importing, "first_step": first, "peak_bytes": peak}))
+
+
+def _resident() -> int:
+    """Bytes: the most that this process has had in memory so far."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

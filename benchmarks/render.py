@@ -1,0 +1,335 @@
+"""Reports, charts and the README's numbers, all from results.json: no measured number is typed by hand.
+
+python benchmarks/render.py                     write the README's measured part from benchmarks/results/
+python benchmarks/render.py --check             only say whether it is what would be written
+python benchmarks/render.py --keep OUT          take the results of a report over into benchmarks/results/ first
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ddpm_fast.bench.charts import bars, columns  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- rendered by benchmarks/render.py: begin -->", "<!-- rendered by benchmarks/render.py: end -->"
+PHASES = ("training step", "sampling step")
+
+
+# A report -----------------------------------------------------------------------------------------------------------
+
+
+def report(results: dict) -> str:
+    """Markdown of everything in results.json."""
+    parts = [f"# ddpm_fast on {machine_name(results)}", head(results)]
+    if results["quick"]:
+        parts.append("**A dry run on the smallest sizes: the numbers mean nothing.**")
+    if "stopped" in results:
+        parts.append(f"**Not complete: {results['stopped']}.**")
+    parts.append(steps_table(results))
+    for phase in PHASES:
+        for record in select(results, "network", phase=phase):
+            parts.append(f"## {phase}: {record['case']}\n\n{network_table(record)}")
+    compiled = results["steps"].get("networks", {}).get("compiled_beside")
+    if compiled:
+        parts.append(f"## Compiling, beside the build and the tests\n\n{compiled_table(compiled)}")
+    for record in select(results, "first step"):
+        parts.append(f"## Cold start and memory in training: {record['case']}\n\n{first_step_table(record)}")
+    if list(select(results, "op")):
+        parts.append(f"## Ops\n\n{ops_table(results)}")
+    kernels = results["steps"].get("ncu", {}).get("kernels")
+    if kernels:
+        parts.append(f"## Kernels by hardware counters (ncu)\n\n{ncu_table(kernels)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def machine_name(results: dict) -> str:
+    """The machine's short name, or what is known where the run did not come that far."""
+    if "machine" not in results:
+        return f"an unknown machine ({results['device']})"
+    from ddpm_fast.bench import machine
+
+    return machine.name(results["machine"])
+
+
+def head(results: dict) -> str:
+    """Date, commit, versions and ceilings, as a list."""
+    lines = [f"- {results['date']}, commit {results['commit']}"]
+    facts = results.get("machine", {})
+    names = ("gpu", "driver", "cuda", "cudnn", "processor", "cores", "threads", "vector", "python", "torch", "triton")
+    known = [f"{name} {facts[name]}" for name in names if facts.get(name) is not None]
+    if known:
+        lines.append("- " + ", ".join(known))
+    if "ceilings" in results:
+        peaks = ", ".join(f"{name} {value / 1e12:.3g}" for name, value in results["ceilings"]["matmul"].items())
+        copy = results["ceilings"]["copy"] / 1e9
+        lines.append(f"- measured ceilings: copy {copy:.0f} GB/s; TFLOP/s of matrix products: {peaks}")
+    return "\n".join(lines)
+
+
+def steps_table(results: dict) -> str:
+    rows = [
+        [
+            name,
+            step["status"],
+            f"{step['seconds']:.0f}",
+            str(step.get("why") or step.get("summary") or "").replace("|", "/"),
+        ]
+        for name, step in results["steps"].items()
+    ]
+    return columns(["step", "", "s", ""], rows)
+
+
+def select(results: dict, bench: str, **fields):
+    """Records of a kind, the last of each case: a contest that ran twice counts once."""
+    found = {}
+    for record in results["records"]:
+        if record["bench"] == bench and all(record[k] == v for k, v in fields.items()):
+            found[record["case"], record.get("dtype"), record.get("direction"), record.get("phase")] = record
+    return found.values()
+
+
+def network_table(record: dict) -> str:
+    """Milliseconds, spread, the ratio to ours, throughput and memory of each contender."""
+    ours = record["timings"]["ours"]["median"]
+    sampling = record["phase"] == PHASES[1]
+    sizes = {name: errors["parameters"] for name, errors in record["errors"].items() if "parameters" in errors}
+    speed = "s per 1,000 steps; images/s at 1,000" if sampling else "images/s"
+    names = ["", "ms per step", "middle half", "time over ours", speed, "peak MiB"]
+    rows = []
+    for name, t in record["timings"].items():
+        speed = f"{t['images_per_second']:.3g}"
+        if sampling:
+            speed = f"{t['seconds_per_1000_steps']:.3g}; {speed}"
+        label = f"{name} ({sizes[name]:.1f} times the parameters)" if name in sizes else name
+        memory = f"{t['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in t else "–"
+        spread = f"{1e3 * t['low']:.3g} – {1e3 * t['high']:.3g}"
+        rows.append([label, f"{1e3 * t['median']:.4g}", spread, f"{t['median'] / ours:.2f}", speed, memory])
+    rows += [[name, "–", reason, "", "", ""] for name, reason in record["left_out"].items()]
+    return columns(names, rows)
+
+
+def compiled_table(compiled: list[dict]) -> str:
+    """Seconds that the peer's compiled forms took to their first step; the machine did other work meanwhile."""
+    rows = [[line["contender"], line["case"], f"{line['seconds']:.0f}"] for line in compiled]
+    return columns(["", "", "s to the first step, check included"], rows)
+
+
+def first_step_table(record: dict) -> str:
+    rows = [
+        [name, f"{t['import_seconds']:.2f}", f"{t['median']:.1f}", f"{t['peak_bytes'] / 2**20:.0f}", str(t["rounds"])]
+        for name, t in record["timings"].items()
+    ]
+    rows += [[name, "–", reason, "–", "–"] for name, reason in record["left_out"].items()]
+    return columns(["", "s to import, torch aside", "s to the first step", "peak MiB in training", "processes"], rows)
+
+
+def ops_table(results: dict) -> str:
+    """Each op and each way to compute it: microseconds, GB/s, share of copy bandwidth, and the time over ours."""
+    rows = []
+    for record in select(results, "op"):
+        ours = record["timings"][record["ours"]]["median"]
+        for name, t in record["timings"].items():
+            spread = f"{1e6 * t['low']:.4g} – {1e6 * t['high']:.4g}"
+            label = f"**{name}**" if name == record["ours"] else name
+            rate = [f"{t['bytes_per_second'] / 1e9:.3g}", f"{100 * t['share_of_copy']:.0f}%"]
+            if "flops_per_second" in t:
+                rate[0] += f"; {t['flops_per_second'] / 1e12:.3g} TFLOP/s"
+                rate[1] += f"; {100 * t['share_of_matmul']:.0f}%"
+            rows.append(
+                [record["case"], record["dtype"], record["direction"], label, f"{1e6 * t['median']:.4g}", spread, *rate,
+                 f"{t['median'] / ours:.2f}"]
+            )  # fmt: skip
+    names = ["op", "dtype", "", "way", "µs", "middle half", "GB/s", "of the ceiling", "time over ours"]
+    return columns(names, rows)
+
+
+def ncu_table(kernels: list[dict]) -> str:
+    rows = [
+        [k["kernel"], f"{k.get('nanoseconds', 0) / 1e3:.4g}", f"{k.get('bytes', 0) / 1e6:.4g}",
+         f"{k.get('bytes_per_second', 0) / 1e9:.4g}", f"{k.get('percent_of_peak', 0):.0f}%"]
+        for k in kernels
+    ]  # fmt: skip
+    return columns(["kernel", "µs", "MB of device memory", "GB/s", "of the peak"], rows)
+
+
+def charts(results: dict, folder: Path) -> list[Path]:
+    """training.png, sampling.png, first-step.png and ops.png in a folder, those that there are numbers for."""
+    made = []
+    for phase, file in zip(PHASES, ("training.png", "sampling.png"), strict=True):
+        panels = {r["case"]: r["timings"] for r in select(results, "network", phase=phase)}
+        made += _chart(panels, folder / file, f"One {phase}, {machine_name(results)}", "ms", 1e3, "peer")
+    panels = {r["case"]: r["timings"] for r in select(results, "first step")}
+    title = f"Cold process to first training step, {machine_name(results)}"
+    made += _chart(panels, folder / "first-step.png", title, "s", 1, "peer")
+    panels = {
+        # The reference is an oracle: where something else runs, its bar would only flatten the others.
+        f"{r['case']}, {r['dtype']}, {r['direction']}": {
+            name: t for name, t in r["timings"].items() if name != "reference" or r["ours"] == "reference"
+        }
+        for r in select(results, "op")
+        if r["direction"] == "forward+backward" or r["case"].startswith(("fill", "sampler", "q_sample"))
+    }
+    made += _chart(panels, folder / "ops.png", f"Ops, {machine_name(results)}", "µs", 1e6, "eager")
+    return made
+
+
+def _chart(panels: dict, path: Path, title: str, unit: str, scale: float, reference: str) -> list[Path]:
+    if not panels:
+        return []
+    groups = {label: {name: scale * t["median"] for name, t in timings.items()} for label, timings in panels.items()}
+    spread = {
+        label: {name: (scale * t["low"], scale * t["high"]) for name, t in timings.items()}
+        for label, timings in panels.items()
+    }
+    title = f"{title}\nin brackets: speed over {reference}'s"
+    bars(groups, path, title=title, unit=unit, spread=spread, reference=reference)
+    return [path]
+
+
+# The README ---------------------------------------------------------------------------------------------------------
+
+
+def kept() -> dict[str, dict]:
+    """The newest results of each kind of device in benchmarks/results/, by file name without its ending."""
+    newest: dict[str, tuple[str, dict]] = {}
+    for file in sorted(RESULTS.glob("*.json")):
+        if file.name == "traffic.json":
+            continue
+        results = json.loads(file.read_text())
+        newest[results["device"]] = (file.stem, results)
+    return dict(newest[device] for device in ("cuda", "cpu") if device in newest)
+
+
+def measured() -> str:
+    """The README's measured part."""
+    parts = []
+    for stem, results in kept().items():
+        where = f"{machine_name(results)}, {results['date'].split()[0]}, commit {results['commit']}"
+        parts.append(f"On {where}, torch {results['machine']['torch']}; medians of turns taken in one process:")
+        parts.append(networks_summary(results))
+        for phase, file in zip(PHASES, ("training.png", "sampling.png"), strict=True):
+            if (RESULTS / f"{stem}-{file}").exists():
+                parts.append(f"![{phase}](benchmarks/results/{stem}-{file})")
+        first = list(select(results, "first step"))
+        if first:
+            parts.append(f"From a cold process, and memory in training ({first[0]['case']}):")
+            parts.append(first_step_table(first[0]))
+        ops = ops_summary(results)
+        if ops:
+            parts.append("Ops against the operators that the peer runs:")
+            parts.append(ops)
+        parts.append(f"Everything: [benchmarks/results/{stem}.md](benchmarks/results/{stem}.md).")
+    parts.append(traffic_part())
+    return "\n\n".join(parts)
+
+
+def networks_summary(results: dict) -> str:
+    """One row per configuration and phase: ours in milliseconds, and the others' times over ours."""
+    records = [r for phase in PHASES for r in select(results, "network", phase=phase)]
+    names = list(dict.fromkeys(n for r in records for n in r["timings"] if n != "ours"))
+    rows = []
+    for r in records:
+        ours = r["timings"]["ours"]["median"]
+        over = [f"{r['timings'][n]['median'] / ours:.2f}" if n in r["timings"] else "–" for n in names]
+        rows.append([r["case"], r["phase"], f"{1e3 * ours:.4g}", *over])
+    return columns(["", "", "ours, ms", *(f"{n} / ours" for n in names)], rows)
+
+
+def ops_summary(results: dict) -> str:
+    """One row per op, its first shape: microseconds of ours and of eager torch."""
+    rows, seen = [], set()
+    for r in select(results, "op"):
+        op = r["case"].rsplit("-", 1)[0]
+        if r["dtype"] != "fp32" or (op, r["direction"]) in seen or "eager" not in r["timings"]:
+            continue
+        seen.add((op, r["direction"]))
+        ours, eager = r["timings"][r["ours"]], r["timings"]["eager"]
+        rows.append(
+            [f"`{op}`, {r['case'].rsplit('-', 1)[1]}, {r['direction']}", r["ours"], f"{1e6 * ours['median']:.4g}",
+             f"{1e6 * eager['median']:.4g}", f"{eager['median'] / ours['median']:.2f}"]
+        )  # fmt: skip
+    return columns(["float32", "way", "ours, µs", "eager, µs", "eager / ours"], rows) if rows else ""
+
+
+def traffic_part() -> str:
+    """What is counted, the same on every machine."""
+    file = RESULTS / "traffic.json"
+    if not file.exists():
+        return ""
+    counts = json.loads(file.read_text())
+    rows = []
+    for phase in PHASES:
+        for label, key, form, unit in (
+            ("operators", "operators", "{:.0f}", 1),
+            ("GB moved", "bytes_moved", "{:.2f}", 1e9),
+            ("MB kept for backward", "bytes_kept", "{:.0f}", 1e6),
+        ):
+            cells = [counts[side][phase][key] for side in ("peer", "fast", "low")]
+            if cells[0]:
+                shown = [form.format(cell / unit) for cell in cells]
+                rows.append([f"{label}, {phase}", *shown, f"{cells[0] / cells[1]:.2f}"])
+    table = columns(["per image", "peer", "here", 'here, `memory="low"`', "peer / here"], rows)
+    mults = ", ".join(map(str, counts["config"]["dim_mults"]))
+    size, dim = counts["config"]["image_size"], counts["config"]["dim"]
+    return (
+        "What the CUDA path does is counted too, from operator dispatch, without a clock "
+        f"(Unet({dim}, ({mults})) at {size}×{size}, float32; `python benchmarks/traffic.py`):\n\n{table}"
+    )
+
+
+def with_measured(readme: str) -> str:
+    """A README with its measured part replaced.
+
+    Raises:
+        ValueError: the marks are not there, once each.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"the README must hold {BEGIN!r} and {END!r} once each")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{measured()}\n{END}{rest.split(END)[1]}"
+
+
+def keep(out: Path) -> str:
+    """Copy a report into benchmarks/results/ under its date and device; returns the name."""
+    results = json.loads((out / "results.json").read_text())
+    if results["quick"]:
+        raise SystemExit("this was a dry run; its numbers mean nothing and are not kept")
+    stem = f"{results['date'].split()[0]}-{results['device']}"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / f"{stem}.md").write_text(report(results))
+    with tempfile.TemporaryDirectory() as folder:
+        for chart in charts(results, Path(folder)):
+            shutil.copyfile(chart, RESULTS / f"{stem}-{chart.name}")
+    if results["device"] == "cuda" and (out / "samples.png").exists():
+        shutil.copyfile(out / "samples.png", RESULTS / f"{stem}-samples.png")
+    return stem
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where the README is another")
+    parser.add_argument("--keep", type=Path, metavar="OUT", help="a report's folder, to take over first")
+    options = parser.parse_args()
+    if options.keep is not None:
+        print(f"kept: benchmarks/results/{keep(options.keep)}.json")
+    text = README.read_text()
+    rendered = with_measured(text)
+    if options.check:
+        raise SystemExit(0 if rendered == text else "README.md is not what benchmarks/render.py writes; run it")
+    README.write_text(rendered)
+
+
+if __name__ == "__main__":
+    main()

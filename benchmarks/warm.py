@@ -1,0 +1,37 @@
+"""Compile the peer ahead of the benchmarks, into torch's compile cache, and print how long each form took as JSON.
+
+python benchmarks/warm.py DEVICE SIZE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+from network_cases import COMPILE_SECONDS, network_cases
+
+from ddpm_fast.bench import compare, contenders
+
+
+def main(device: str, size: str) -> None:
+    """Runs what the benchmark will run first: the equality check, then a step of each phase."""
+    for name in COMPILE_SECONDS:
+        for case in network_cases(size):
+            if name not in case.rivals or contenders.why_not(name) is not None:
+                continue
+            began = time.perf_counter()
+            training = compare.PHASES[0] in case.phases
+            ours = contenders.make(compare.OURS, case.configuration, torch.device(device))
+            contender = contenders.make(name, case.configuration, torch.device(device))
+            contenders.check(ours, contender, case.configuration, gradients=training)
+            for phase in case.phases:
+                compare.phase_call(contender, phase)()
+            torch._dynamo.reset()
+            took = time.perf_counter() - began
+            print(json.dumps({"contender": name, "case": str(case), "seconds": took}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
