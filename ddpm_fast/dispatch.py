@@ -8,6 +8,7 @@ every time, and `explain` prints the answer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -163,6 +164,13 @@ class watch_choices:
     def __exit__(self, *exc_info) -> None:
         global _watched
         _watched = self._previous
+
+
+def no_autocast(device_type: str):
+    """A context without autocast: references compute in the dtype of what they are given, as the kernels do."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def forced_backend() -> str | None:

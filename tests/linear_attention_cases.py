@@ -38,25 +38,29 @@ def make(shape, layout: str = "nhwc", device="cpu", residual: bool = True, seed:
     return tensors, {"heads": heads}
 
 
-def run(backend: str, tensors: dict, others: dict) -> dict[str, torch.Tensor]:
-    """The output and the gradient of every tensor, with poisoned memory: what is not written is NaN."""
+def run(backend: str, tensors: dict, others: dict, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """The output and the gradient of every tensor, with poisoned memory: what is not written is NaN.
+
+    `scale` is the largest element of the output's gradient.
+    """
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
     was = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         with use_backend(backend):
             out = linear_attention(**leaves, **others)
-        out.backward(torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype))
+        grad = torch.linspace(-scale, scale, out.numel(), device=out.device)
+        out.backward(grad.reshape(out.shape).to(out.dtype))
     finally:
         torch.use_deterministic_algorithms(was)
     return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
 
 
-def assert_as_accurate_as_the_reference(tensors: dict, others: dict) -> None:
+def assert_as_accurate_as_the_reference(tensors: dict, others: dict, scale: float = 1.0) -> None:
     """Triton against the reference in float64, output and every gradient, by the suite's rule of tolerance."""
-    actual = run("triton", tensors, others)
-    expected = run("reference", tensors, others)
-    truth = run("reference", {name: tensor.double() for name, tensor in tensors.items()}, others)
+    actual = run("triton", tensors, others, scale)
+    expected = run("reference", tensors, others, scale)
+    truth = run("reference", {name: tensor.double() for name, tensor in tensors.items()}, others, scale)
     assert actual["out"].stride() == expected["out"].stride() and actual["dqkv"].stride() == tensors["qkv"].stride()
     for name in truth:
         assert_close_to_truth(actual[name], expected[name], truth[name], name=name)

@@ -199,8 +199,29 @@ def test_on_the_cpu_triton_refuses_with_its_reason_and_sdpa_runs():
     with use_backend("triton"), pytest.raises(RuntimeError, match=message):
         attention(qkv, mem_kv, heads=heads)
     rows = [line for line in dispatch.explain([torch.device("cpu")]).splitlines() if line.startswith("attention")]
-    assert [reason in row for row in rows] == [True, False, False] * 2
-    assert ["* sdpa" in row for row in rows] == [False, True, False] * 2
+    assert [reason in row for row in rows] == [True, False, False] * 4
+    assert ["* sdpa" in row for row in rows] == [False, True, False] * 4
+
+
+def test_ours_stays_where_deterministic_algorithms_are_asked_for(monkeypatch):
+    """Torch's backward adds with atomics; what is compiled follows the switch as well."""
+    monkeypatch.setattr(tuning, "why_not_triton", lambda device: None)
+    qkv, mem_kv = torch.empty(1, 48, 64, 64, device="meta"), torch.empty(2, 2, 4, 8, device="meta")
+
+    def reason(qkv, mem_kv):
+        return op._triton_yields(qkv, mem_kv, heads=2) or "stays"
+
+    compiled = torch.compile(reason, backend="eager", fullgraph=True)
+    was = torch.are_deterministic_algorithms_enabled()
+    chosen = {}
+    try:
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            choice = op._attention_op.choose(qkv, mem_kv, heads=2).name
+            chosen[deterministic] = choice, compiled(qkv, mem_kv) == "stays"
+    finally:
+        torch.use_deterministic_algorithms(was)
+    assert chosen == {False: ("sdpa", False), True: ("triton", True)}
 
 
 def test_refuses_samples_past_32_bits(monkeypatch):

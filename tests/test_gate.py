@@ -39,10 +39,11 @@ def test_import(tmp_path, gate):
 
 
 FILE = {
-    "measured with": {"torch": regression_gate.version("torch"), "triton": "1.0"},
+    "measured with": {"torch": regression_gate.version("torch"), "triton": "1.0", "compiler": "1.0"},
     "traffic": {"operators": 100},
     "import time": {"ours": 0.03},
     "registers": {"kernel": 40},
+    "wheel bytes": {"wheel": 1000},
 }
 
 
@@ -57,9 +58,12 @@ FILE = {
         ("import time", "ours", 0.03, None),
         ("import time", "ours", 0.01, None),
         ("import time", "ours", 0.031, "import time, ours: measured 0.031, bound 0.03"),
-        ("registers", "kernel", 52, None),
+        ("wheel bytes", "wheel", 1300, None),
+        ("wheel bytes", "wheel", 1, None),
+        ("wheel bytes", "wheel", 1301, "wheel bytes, wheel: measured 1301, bound 1000 under compiler 1.0 and 1300"),
+        ("registers", "kernel", 255, None),
         ("registers", "kernel", 1, None),
-        ("registers", "kernel", 53, "registers, kernel: measured 53, bound 40 under triton 1.0 and 1.3 times that"),
+        ("registers", "kernel", 256, "registers, kernel: measured 256, bound 40 under triton 1.0 and 255 under"),
     ],
 )
 def test_verdicts(kind, name, measured, sentence):

@@ -77,7 +77,7 @@ def test_output_has_dtype_and_format_of_qkv(layout):
         out = linear_attention(**tensors, **others)
         assert out.dtype == dtype and out.is_contiguous(memory_format=LAYOUTS[layout])
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
-            assert linear_attention(**tensors, **others).dtype == dtype
+            assert torch.equal(linear_attention(**tensors, **others), out)
 
 
 def test_reference_takes_what_kernels_do_not():
@@ -142,7 +142,8 @@ ERRORS = {
     "integers": ({"bias": torch.zeros(24).int()}, TypeError, "bias must be float32, .* got torch.int32"),
     "device": ({"bias": torch.zeros(24, device="meta")}, ValueError, "bias must be on the device of qkv, cpu"),
     "heads": ({"heads": 5}, ValueError, "heads must divide a third of the 48 channels of qkv, got 5"),
-    "no heads": ({"heads": 0}, ValueError, "heads must divide a third of the 48 channels of qkv, got 0"),
+    "no heads": ({"heads": 0}, ValueError, "heads must be a positive integer, got 0"),
+    "a fraction of heads": ({"heads": 1.0}, ValueError, "heads must be a positive integer, got 1.0"),
     "memory": ({"mem_kv": torch.zeros(2, 2, 4, 8)}, ValueError, r"mem_kv must have shape \(2, 2, 8, M\), got"),
     "weight": (
         {"weight": torch.zeros(24, 15)},

@@ -50,7 +50,7 @@ ON_SM_90 = [
 ]
 
 
-def compile_stage(name: str, dtype: str, C: int, capability: int, tmp_path):
+def compile_stage(name: str, dtype: str, C: int, capability: int, tmp_path, chunks: int = 32):
     """A kernel as `forward` and `backward` launch it on channels-last maps; what it was launched with."""
     function = getattr(kernel, f"linear_attention_{name}_kernel")
     launch = choose_launch(STAGES[C], HEADS, D, C, half=dtype == "bf16")
@@ -61,7 +61,7 @@ def compile_stage(name: str, dtype: str, C: int, capability: int, tmp_path):
     constants = {"HEADS": HEADS, "D": D, "M": 4, "BLOCK_D": launch.block_d, "PRECISION": "tf32x3"}
     constants |= {"BLOCK_C": columns, "BLOCKS_C": launch.block_c // columns, "stride_c": 1, "stride_out_c": 1}
     constants |= {"BLOCK_R": 16 if name == "merge" else launch.small_rows, "BLOCKS_R": 1}
-    constants |= {"BLOCK_K": launch.merged_at_once, "BLOCKS_K": 32 // launch.merged_at_once}
+    constants |= launch.merge_constants(chunks)
     options = {"num_warps": launch.small_warps if name == "small_bwd" else 4, "num_stages": 1}
     if tile is not None:
         options = tile.constants
@@ -115,6 +115,11 @@ def test_registers_and_accesses(name, dtype, C, capability, tmp_path, gate):
 @pytest.mark.parametrize("name, dtype, C", ON_SM_90)
 def test_registers_and_accesses_on_sm_90(name, dtype, C, tmp_path, gate):
     assert_fit(name, dtype, C, 90, tmp_path, gate)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 18])
+def test_a_merge_of_any_number_of_chunks_compiles(chunks, tmp_path):
+    assert not compile_stage("merge", "bf16", 64, 90, tmp_path, chunks)[0].spills
 
 
 @pytest.mark.parametrize("name", ["context", "rows_fwd", "rows_bwd", "kv_bwd"])

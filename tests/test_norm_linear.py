@@ -61,6 +61,24 @@ def test_gradients_of_the_reference_are_autograds(dtype):
         assert_close_to_truth(actual[name], same_dtype, truth[name], name=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", ["norm_linear", "linear_residual"])
+def test_autocast_changes_nothing(op, dtype):
+    """Neither forward nor, where it runs in autocast too, backward."""
+    tensors = make(SHAPE, "nhwc")
+    x, g, weight = tensors["x"].to(dtype), tensors["g"], tensors["weight"]
+    bias, residual = torch.randn(12), torch.randn(2, 12, 3, 4)
+    results = []
+    for enabled in (False, True):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = norm_linear(leaf, g, weight) if op == "norm_linear" else linear_residual(leaf, weight, bias, residual)
+            (dx,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+        assert out.dtype == dx.dtype == dtype
+        results.append((out, dx))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_gradients_of_the_reference_are_its_differences():
     leaves = [tensor.double().requires_grad_() for tensor in make((2, 4, 2, 3, 5), "nhwc").values()]
     assert torch.autograd.gradcheck(reference.norm_linear, leaves)

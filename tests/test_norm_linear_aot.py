@@ -109,7 +109,7 @@ def test_registers_and_accesses_with_a_residual(tmp_path, gate):
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_widest_rows_fit(name, tmp_path):
     machine, _ = compile_stage(name, "fp32", "tf32", 1024, 90, tmp_path)
-    assert not machine.spills and machine.shared <= 200 * 1024
+    assert not machine.spills and machine.shared <= 99 * 1024  # what a program may have on every GPU since sm_80
 
 
 @pytest.mark.parametrize("name", KERNELS)

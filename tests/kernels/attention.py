@@ -193,8 +193,11 @@ def test_refuses_and_another_runs(name):
 
 def test_many_positions_are_left_to_torch_unless_forced():
     rows = [line for line in dispatch.explain([torch.device(DEVICE)]).splitlines() if line.startswith("attention")]
-    assert ["* " in row for row in rows] == [True, False, False, False, True, False]
-    assert "N = 4096 is past the 256 up to which ours is assumed faster than sdpa in torch.float32" in rows[3]
+    assert ["* " in row for row in rows] == [True, False, False, *[False, True, False] * 3]
+    whys = [row for row in rows if " up to which ours is assumed faster than sdpa in " in row]
+    assert ["N = 4096 is past the 256 " in row for row in whys] == [True, False, False]
+    assert ["N = 4096 is past the 1024 " in row for row in whys] == [False, True, False]
+    assert ["D = 128 is past the 64 " in row for row in whys] == [False, False, True]
     qkv, mem_kv, heads = make((1, 1, 8, 33, 32, 0), "nhwc", DEVICE, torch.float16)
     outs = {}
     for backend in (None, "sdpa", "triton"):

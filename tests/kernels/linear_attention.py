@@ -5,12 +5,16 @@ Runs on the CPU in Triton's interpreter, else on CUDA; see helpers.run_kernel_te
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from linear_attention_cases import LAYOUTS, MAPS, SMALL, assert_as_accurate_as_the_reference, make, run
 
 from ddpm_fast import dispatch, tuning
 from ddpm_fast.dispatch import use_backend
+from ddpm_fast.ops.linear_attention import kernel
+from ddpm_fast.ops.linear_attention.launch import Tile
 from ddpm_fast.ops.linear_attention.op import linear_attention
 
 DEVICE = "cpu" if tuning.interpreted() else "cuda"
@@ -92,6 +96,27 @@ def test_float16_gradients_of_any_scale():
     for name, small in results[0].items():
         assert torch.isfinite(results[1][name]).all(), name
         torch.testing.assert_close(results[1][name], small, rtol=2e-3, atol=1e-4 * small.abs().max().item())
+
+
+@pytest.mark.parametrize("C", [32, 72])
+def test_float16_of_rows_that_are_small(C, monkeypatch):
+    """√C / ‖y‖ is beyond float16, its products with q̂ and grad are not. Sums with the rows, and in a kernel apart."""
+    if tuning.interpreted():
+        monkeypatch.setattr(kernel, "_precision", lambda: "ieee")  # factors of products are float16 then, as on a GPU
+    tensors, others = make((2, 2, 16, C, 2, 5, 7), device=DEVICE, residual=False)
+    tensors |= {"qkv": tensors["qkv"].half(), "weight": 3e-5 * tensors["weight"], "bias": 0 * tensors["bias"]}
+    assert_as_accurate_as_the_reference(tensors, others, scale=1e-4)
+
+
+def test_chunks_that_are_no_power_of_two(monkeypatch):
+    """18 of them, which the merge adds eight at a time."""
+    choose = kernel.choose_launch
+
+    def cut(*args, **options):
+        return dataclasses.replace(choose(*args, **options), context=Tile(16, 1))
+
+    monkeypatch.setattr(kernel, "choose_launch", cut)
+    assert_as_accurate_as_the_reference(*make((1, 1, 32, 16, 2, 18, 16), device=DEVICE))
 
 
 def test_rows_of_zeros():
@@ -226,6 +251,24 @@ def test_triton_is_preferred_where_it_runs():
     rows = [line for line in table if line.startswith("linear_attention ")]
     assert len(rows) == 2
     assert all(("* triton" in row and "accepts" in row) == ("triton" in row) for row in rows)
+
+
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_an_output_without_a_gradient_gives_none():
+    tensors, others = make(SMALL, device=DEVICE)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    with use_backend("triton"):
+        WithoutGradient.apply(linear_attention(**leaves, **others)).sum().backward()
+    assert all(leaf.grad is None for leaf in leaves.values())
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():

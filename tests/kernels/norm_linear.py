@@ -87,13 +87,52 @@ def test_weights_that_do_not_lie_in_rows():
         assert torch.equal(norm_linear(**tensors), expected)
 
 
-def test_deterministic_and_independent_of_the_batch():
+def test_deterministic():
     tensors = make((3, 24, 20, 20, 40), "nhwc", DEVICE)
     first, second = run("triton", tensors), run("triton", tensors)
     for name in first:
         assert torch.equal(first[name], second[name]), name
-    alone = run("triton", {**tensors, "x": tensors["x"][:1]})
-    assert torch.equal(alone["out"], first["out"][:1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("side", [3, 12])
+def test_independent_of_the_batch(side, layout, monkeypatch):
+    """Output and gradient of a sample, bit for bit: tiles of rows are those of a sample."""
+    tensors = make((3, 24, side, side, 40), layout, DEVICE)
+    grad = torch.randn(3, 40, side, side, device=DEVICE).contiguous(memory_format=LAYOUTS[layout])
+    tiles = set()
+    for name in ("forward_tile", "backward_x_tile"):
+        choose = getattr(kernel, name)
+        monkeypatch.setattr(
+            kernel, name, lambda *sizes, choose=choose, name=name: tiles.add((name, tile := choose(*sizes))) or tile
+        )
+    results = []
+    for part in (slice(3), slice(1)):
+        x = tensors["x"][part].clone().requires_grad_()
+        with use_backend("triton"):
+            out = norm_linear(x, tensors["g"], tensors["weight"])
+        (dx,) = torch.autograd.grad(out, x, grad[part])
+        results.append((out[:1], dx[:1]))
+    assert len(tiles) == 2
+    for together, alone in zip(*results, strict=True):
+        assert torch.equal(together, alone)
+
+
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_an_output_without_a_gradient_gives_none():
+    tensors = {name: tensor.requires_grad_() for name, tensor in make(SMALL, "nhwc", DEVICE).items()}
+    with use_backend("triton"):
+        WithoutGradient.apply(norm_linear(**tensors)).sum().backward()
+    assert all(tensor.grad is None for tensor in tensors.values())
 
 
 def test_keeps_only_x_and_a_float_per_pixel():

@@ -99,7 +99,8 @@ def attention(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> torch.T
 
     Returns:
         (B, heads·D, h, w) in the dtype and memory format of qkv, computed in that dtype under autocast too; softmax and
-        sums are float32. Gradients flow to qkv and mem_kv.
+        sums are float32. Gradients flow to qkv and mem_kv, and do not vary between runs where
+        `torch.use_deterministic_algorithms` is on: the Triton kernels, where they run, then run at every size.
 
     Raises:
         TypeError, ValueError: an argument is not what is said here.
@@ -149,7 +150,12 @@ def _triton_refuses(qkv, mem_kv, *, heads) -> str | None:
 
 
 def _triton_yields(qkv, mem_kv, *, heads) -> str | None:
-    """The rule between our kernels and torch's; see the tables above."""
+    """The rule between our kernels and torch's; see the tables above.
+
+    Where deterministic algorithms are asked for ours stay: the backward of torch's adds with atomics.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return None
     N, D = qkv.shape[2] * qkv.shape[3], mem_kv.shape[3]
     for name, size, largest in (("N", N, _OURS_UP_TO[qkv.dtype]), ("D", D, _WIDEST_HEAD_OF_OURS[qkv.dtype])):
         if size > largest:
@@ -157,10 +163,11 @@ def _triton_yields(qkv, mem_kv, *, heads) -> str | None:
     return None
 
 
-def _example(side: int):
+def _example(side: int, D: int = 16, dtype: torch.dtype = torch.float32):
     def example(device: torch.device) -> tuple[tuple, dict]:
-        qkv = torch.zeros(1, 3 * 2 * 16, side, side, device=device).contiguous(memory_format=torch.channels_last)
-        return (qkv, torch.zeros(2, 2, 4, 16, device=device)), {"heads": 2}
+        qkv = torch.zeros(1, 3 * 2 * D, side, side, device=device, dtype=dtype)
+        qkv = qkv.contiguous(memory_format=torch.channels_last)
+        return (qkv, torch.zeros(2, 2, 4, D, device=device)), {"heads": 2}
 
     return example
 
@@ -173,5 +180,9 @@ _attention_op = Op(
         Implementation("reference", reference.attention),
     ],
     _example(16),
-    {"attention, N = 4096": _example(64)},
+    {
+        "attention, N = 4096": _example(64),
+        "attention, bfloat16, N = 4096": _example(64, dtype=torch.bfloat16),
+        "attention, D = 128": _example(4, D=128),
+    },
 )

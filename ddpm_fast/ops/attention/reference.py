@@ -5,15 +5,15 @@ Both compute in the dtype of qkv whatever autocast says, as the kernels do, so t
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
+
+from ddpm_fast.dispatch import no_autocast
 
 
 def attention(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> torch.Tensor:
     """See `ddpm_fast.ops.attention.op.attention`."""
-    with _no_autocast(qkv.device.type):
+    with no_autocast(qkv.device.type):
         q, k, v = _split(qkv, mem_kv, heads)
         weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1)  # (B, heads, N, M + N)
         return _as_map(weights @ v, qkv)
@@ -21,7 +21,7 @@ def attention(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> torch.T
 
 def sdpa_attention(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> torch.Tensor:
     """The same by torch's scaled_dot_product_attention, which picks its kernel by device and dtype."""
-    with _no_autocast(qkv.device.type):
+    with no_autocast(qkv.device.type):
         return _as_map(F.scaled_dot_product_attention(*_split(qkv, mem_kv, heads)), qkv)
 
 
@@ -48,9 +48,3 @@ def _as_map(out: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:  # (B, heads,
     B, channels, h, w = qkv.shape
     out = out.transpose(-1, -2).reshape(B, channels // 3, h, w)
     return out.contiguous(memory_format=_memory_format(qkv))
-
-
-def _no_autocast(device_type: str):
-    if not torch.amp.is_autocast_available(device_type):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ddpm_fast import tuning
-from ddpm_fast.ops.linear_attention.launch import Launch, choose_launch, empty_output
+from ddpm_fast.ops.linear_attention.launch import Launch, choose_launch, empty_output, output_format
 
 _SMALLEST_NORM = tl.constexpr(1e-12)
 _INFINITY = tl.constexpr(float("inf"))
@@ -98,9 +98,9 @@ def linear_attention_context_kernel(
         b_context = b_context * b_kept[:, None]
         b_context += _dot(tl.trans(b_weight), b_v, qkv_ptr.dtype.element_ty, PRECISION)
         b_max = b_new_max
-    i_partial = (i_b * HEADS + i_h) * chunks + i_chunk
+    i_partial = ((i_b * HEADS + i_h) * chunks + i_chunk).to(tl.int64)
     o_context = o_d[:, None] * D + o_d[None, :]
-    tl.store(partial_ptr + i_partial.to(tl.int64) * (D * D) + o_context, b_context, mask=m_d[:, None] & m_d[None, :])
+    tl.store(partial_ptr + i_partial * (D * D) + o_context, b_context, mask=m_d[:, None] & m_d[None, :])
     tl.store(partial_statistics_ptr + i_partial * (2 * D) + o_d, b_max, mask=m_d)
     tl.store(partial_statistics_ptr + i_partial * (2 * D) + D + o_d, b_sum, mask=m_d)
 
@@ -120,12 +120,15 @@ def linear_attention_merge_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H, D / BLOCK_R): rows of one context are independent."""
-    i_bh, i_h = tl.program_id(0), tl.program_id(0) % HEADS
+    i_bh, i_h = tl.program_id(0).to(tl.int64), tl.program_id(0) % HEADS
     o_r, o_e = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     m_r, m_e = o_r < D, o_e < D
     m_context = m_r[:, None] & m_e[None, :]
     partial_statistics_ptr += i_bh * (chunks * 2 * D)
-    partial_ptr += i_bh.to(tl.int64) * (chunks * D * D)
+    partial_ptr += i_bh * (chunks * D * D)
+    context_ptr += i_bh * (D * D)
+    statistics_ptr += i_bh * (2 * D)
+    projection_ptr += i_bh * (D * C)
     mem_k_ptr = mem_kv_ptr + i_h * (D * M)
     mem_v_ptr = mem_k_ptr + HEADS * D * M
 
@@ -153,16 +156,16 @@ def linear_attention_merge_kernel(
         b_context += b_weight[:, None] * _load(mem_v_ptr, o_e * M + j, m_e)[None, :]
     b_context = b_context / tl.where(m_r, b_sum, 1.0)[:, None]
 
-    tl.store(context_ptr + i_bh * (D * D) + o_r[:, None] * D + o_e[None, :], b_context, mask=m_context)
-    tl.store(statistics_ptr + i_bh * (2 * D) + o_r, b_max, mask=m_r)
-    tl.store(statistics_ptr + i_bh * (2 * D) + D + o_r, b_sum, mask=m_r)
+    tl.store(context_ptr + o_r[:, None] * D + o_e[None, :], b_context, mask=m_context)
+    tl.store(statistics_ptr + o_r, b_max, mask=m_r)
+    tl.store(statistics_ptr + D + o_r, b_sum, mask=m_r)
     for i_c in range(BLOCKS_C):
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
         m_c = o_c < C
         o_weight = o_c[None, :] * (HEADS * D) + (i_h * D + o_e)[:, None]
         b_weight = _load(weight_ptr, o_weight, m_e[:, None] & m_c[None, :])  # (E, BLOCK_C)
         b_projection = _dot(b_context, b_weight, tl.float32, PRECISION) * scale
-        o_projection = i_bh * D * C + o_r[:, None] * C + o_c[None, :]
+        o_projection = o_r[:, None] * C + o_c[None, :]
         b_projection = b_projection.to(projection_ptr.dtype.element_ty)
         tl.store(projection_ptr + o_projection, b_projection, mask=m_r[:, None] & m_c[None, :])
 
@@ -268,6 +271,20 @@ def _row_numbers(b_square, b_product, root_c):
     return b_factor, tl.where(b_norm > _SMALLEST_NORM, b_product * b_factor / (root_c * root_c), 0.0)
 
 
+@triton.jit
+def _scaled_dot(b_q, b_factor, m_n, b_u, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """(factor·q̂)ᵀ·u of the rows that exist.
+
+    float16 does not hold 1 / ‖y‖ of a small y: there the largest factor stands outside.
+    """
+    if DTYPE != tl.float16:
+        return _dot(tl.trans(b_q * b_factor[:, None]), b_u, DTYPE, PRECISION)
+    b_factor = tl.where(m_n, b_factor, 0.0)
+    b_largest = tl.max(b_factor, axis=0)
+    b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
+    return _dot(tl.trans(b_q * (b_factor / b_largest)[:, None]), b_u, DTYPE, PRECISION) * b_largest
+
+
 # In the backward of rows factor stands outside the products with u, which half types could not always hold.
 
 
@@ -319,7 +336,7 @@ def linear_attention_rows_bwd_kernel(
             b_y *= b_factor[:, None]
             b_u -= b_y * b_inner[:, None]
             b_dg += tl.sum(b_grad * b_y, axis=0)
-            b_dp += _dot(tl.trans(b_q * b_factor[:, None]), b_u, DTYPE, PRECISION)
+            b_dp += _scaled_dot(b_q, b_factor, m_n, b_u, DTYPE, PRECISION)
             b_dq = _dot(b_u, tl.trans(b_p), DTYPE, PRECISION)
         else:
             b_square, b_product = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
@@ -401,7 +418,7 @@ def linear_attention_sums_bwd_kernel(
         b_y *= b_factor[:, None]
         b_dg += tl.sum(b_grad * b_y, axis=0)
         b_u = b_grad * _load(g_ptr, o_c, m_c)[None, :] - b_y * _load(numbers_ptr, N + o_n, m_n)[:, None]
-        b_dp += _dot(tl.trans(b_q * b_factor[:, None]), b_u, DTYPE, PRECISION)
+        b_dp += _scaled_dot(b_q, b_factor, m_n, b_u, DTYPE, PRECISION)
     _store_sums(sums_ptr, i_b * chunks + i_chunk, b_dp, b_dg, i_own, o_own, m_own, o_c, m_c, C, HEADS * D)
 
 
@@ -422,14 +439,15 @@ def linear_attention_small_bwd_kernel(
 ):  # fmt: skip
     """Grid (B·H·BLOCKS_R,): a program has BLOCK_R rows of a context."""
     i_bh, i_r = tl.program_id(0) // BLOCKS_R, tl.program_id(0) % BLOCKS_R
-    i_b, i_h = i_bh // HEADS, i_bh % HEADS
+    i_b, i_h = (i_bh // HEADS).to(tl.int64), i_bh % HEADS
+    i_bh = i_bh.to(tl.int64)
     i_partial = i_b * BLOCKS_R + i_r
     o_r, o_e = i_r * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     m_r, m_e = o_r < D, o_e < D
-    o_context, m_context = i_bh * (D * D) + o_r[:, None] * D + o_e[None, :], m_r[:, None] & m_e[None, :]
-    b_context = _load(context_ptr, o_context, m_context)
+    o_context, m_context = o_r[:, None] * D + o_e[None, :], m_r[:, None] & m_e[None, :]
+    b_context = _load(context_ptr + i_bh * (D * D), o_context, m_context)
     sums_ptr += i_b * (HEADS * D + 1) * C + i_h * D * C
-    dweight_ptr += i_partial.to(tl.int64) * (HEADS * D * C)
+    dweight_ptr += i_partial * (HEADS * D * C)
     b_dcontext = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for i_c in range(BLOCKS_C):
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -441,7 +459,7 @@ def linear_attention_small_bwd_kernel(
         tl.store(dweight_ptr + o_weight, b_dweight, mask=m_weight)
     b_dcontext *= scale
     b_inner = tl.sum(b_context * b_dcontext, axis=1)
-    tl.store(dcontext_ptr + o_context, b_dcontext, mask=m_context)
+    tl.store(dcontext_ptr + i_bh * (D * D) + o_context, b_dcontext, mask=m_context)
     tl.store(inner_ptr + i_bh * D + o_r, b_inner, mask=m_r)
 
     b_max, b_sum = _load_statistics(statistics_ptr, i_bh, o_r, m_r, D)
@@ -459,8 +477,8 @@ def linear_attention_small_bwd_kernel(
 @triton.jit
 def _load_statistics(statistics_ptr, i_bh, o_d, m_d, D: tl.constexpr):
     """Max and sum of k's softmax, (BLOCK_D,) each; the sum is 1 where no column is."""
-    o_statistics = i_bh * (2 * D) + o_d
-    return _load(statistics_ptr, o_statistics, m_d), tl.load(statistics_ptr + o_statistics + D, mask=m_d, other=1.0)
+    statistics_ptr += i_bh * (2 * D)
+    return _load(statistics_ptr, o_d, m_d), tl.load(statistics_ptr + D + o_d, mask=m_d, other=1.0)
 
 
 @triton.jit
@@ -475,18 +493,17 @@ def linear_attention_kv_bwd_kernel(
 ):  # fmt: skip
     """dk = k̂·(dcontext·v − inner) and dv = k̂·dcontext; grid (B·tiles·H,), the heads of a tile side by side."""
     i_h, i_n = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS % tiles
-    i_b = tl.program_id(0) // (HEADS * tiles)
+    i_b = (tl.program_id(0) // (HEADS * tiles)).to(tl.int64)
     i_bh = i_b * HEADS + i_h
     o_n, o_d = i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     m_n, m_d = o_n < N, o_d < D
     o_tile, m_tile = o_n[:, None] * stride_n + o_d[None, :] * stride_c, m_n[:, None] & m_d[None, :]
-    o_k = i_b.to(tl.int64) * stride_b + (HEADS + i_h) * D * stride_c
+    o_k = i_b * stride_b + (HEADS + i_h) * D * stride_c
     o_v = o_k + HEADS * D * stride_c
     DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
 
-    b_dcontext = _load(
-        dcontext_ptr, i_bh * (D * D) + o_d[:, None] * D + o_d[None, :], m_d[:, None] & m_d[None, :]
-    )
+    dcontext_ptr += i_bh * (D * D)
+    b_dcontext = _load(dcontext_ptr, o_d[:, None] * D + o_d[None, :], m_d[:, None] & m_d[None, :])
     # float16 holds neither what sums over positions may become nor 1 / their number: largest and sum stand outside.
     b_largest = tl.max(tl.max(tl.abs(b_dcontext), axis=1), axis=0)
     b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
@@ -497,7 +514,7 @@ def linear_attention_kv_bwd_kernel(
     b_dv = _dot(b_weight, b_dcontext * (b_least / b_sum)[:, None], DTYPE, PRECISION) * (b_largest / b_least)
     tl.store(dqkv_ptr + o_v + o_tile, b_dv.to(DTYPE), mask=m_tile)
     b_dk = _dot(_load(qkv_ptr + o_v, o_tile, m_tile), tl.trans(b_dcontext), DTYPE, PRECISION) * b_largest
-    b_dk = (b_dk - _load(inner_ptr, i_bh * D + o_d, m_d)[None, :]) * b_weight / b_sum[None, :]
+    b_dk = (b_dk - _load(inner_ptr + i_bh * D, o_d, m_d)[None, :]) * b_weight / b_sum[None, :]
     tl.store(dqkv_ptr + o_k + o_tile, b_dk.to(DTYPE), mask=m_tile)
 
 
@@ -520,10 +537,9 @@ def forward(
     context = qkv.new_empty(B, heads, D, D, dtype=torch.float32)
     statistics = qkv.new_empty(B, heads, 2, D, dtype=torch.float32)
     projection = qkv.new_empty(B, heads * D, C)
-    residual = None if residual is None else _laid_out_like(out, residual)
+    residual = None if residual is None else residual.contiguous(memory_format=output_format(qkv))
     head = {"HEADS": heads, "D": D, "BLOCK_D": launch.block_d}
     precision = {"PRECISION": _precision()}
-    block_k = min(launch.merged_at_once, tuning.next_power_of_2(chunks))
     with torch.cuda.device_of(qkv):
         linear_attention_context_kernel[(B * chunks * heads,)](
             qkv, partial, partial_statistics, N, chunks, *_strides(qkv), **head, **precision,
@@ -532,7 +548,7 @@ def forward(
         linear_attention_merge_kernel[(B * heads, triton.cdiv(D, 16))](
             partial, partial_statistics, mem_kv.contiguous(), weight.contiguous(), context, statistics, projection,
             C, chunks, D**-0.5, **head, **precision, M=M, BLOCK_R=16, **_columns(launch, launch.small_columns),
-            BLOCK_K=block_k, BLOCKS_K=triton.cdiv(chunks, block_k), num_warps=4, num_stages=1,
+            **launch.merge_constants(chunks), num_warps=4, num_stages=1,
         )  # fmt: skip
         tiles = launch.forward.programs(N)
         linear_attention_rows_fwd_kernel[(B * tiles,)](
@@ -560,7 +576,7 @@ def backward(
     B, C, N, D, M = _sizes(qkv, weight, mem_kv, heads)
     launch = _launch_for(qkv, heads, D, C)
     dqkv = torch.empty_like(qkv)
-    grad = _laid_out_like(empty_output(qkv, C), grad)
+    grad = grad.contiguous(memory_format=output_format(qkv))
     rows, sums, kv = launch.backward, launch.sums, launch.kv
     fused = launch.backward_columns == launch.block_c  # the sums are made with the rows
     chunks = (rows if fused else sums).programs(N)
@@ -602,8 +618,9 @@ def backward(
 def _precision() -> str | None:
     """How products of float32 factors are made; None in the interpreter.
 
-    Three TF32 products on the tensor cores are as accurate as one of float32 (Ootomo & Yokota 2022), which would run on
-    the other cores and take more registers than there are; plain TF32 only where torch's own products are.
+    Three TF32 products on the tensor cores are expected to come near float32's accuracy (Ootomo & Yokota 2022); that is
+    unmeasured here. One of float32 would run on the other cores and take more registers than there are. Plain TF32 only
+    where torch's own products are.
     """
     if tuning.interpreted():
         return None
@@ -630,8 +647,3 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Strides of sample, channel and position."""
     _, C, H, W = x.shape
     return (C * H * W, 1, C) if x.is_contiguous(memory_format=torch.channels_last) else (C * H * W, H * W, 1)
-
-
-def _laid_out_like(x: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where it has the strides of x, a copy that has them elsewhere."""
-    return tensor if tensor.stride() == x.stride() else torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)

@@ -20,11 +20,15 @@ def has_channels_last_output(qkv: torch.Tensor) -> bool:
     return not qkv.is_contiguous() and qkv.is_contiguous(memory_format=torch.channels_last)
 
 
+def output_format(qkv: torch.Tensor) -> torch.memory_format:
+    """The output's memory format."""
+    return torch.channels_last if has_channels_last_output(qkv) else torch.contiguous_format
+
+
 def empty_output(qkv: torch.Tensor, C: int) -> torch.Tensor:
     """An output with C channels, and device, dtype and memory format of qkv."""
     B, _, H, W = qkv.shape
-    memory_format = torch.channels_last if has_channels_last_output(qkv) else torch.contiguous_format
-    return torch.empty((B, C, H, W), dtype=qkv.dtype, device=qkv.device, memory_format=memory_format)
+    return torch.empty((B, C, H, W), dtype=qkv.dtype, device=qkv.device, memory_format=output_format(qkv))
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,12 @@ class Launch:
     def merged_at_once(self) -> int:
         """Most chunks that a program of the merge adds at a time, a power of two."""
         return max(1, 256 // self.block_d)
+
+    def merge_constants(self, chunks: int) -> dict[str, int]:
+        """How the merge walks over chunks; the two multiply to a power of two, for their maxima are one tile."""
+        padded = tuning.next_power_of_2(chunks)
+        at_once = min(self.merged_at_once, padded)
+        return {"BLOCK_K": at_once, "BLOCKS_K": padded // at_once}
 
 
 def why_too_large(D: int, dtype: torch.dtype) -> str | None:

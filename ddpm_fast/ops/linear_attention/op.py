@@ -83,6 +83,8 @@ def _backward(ctx, grad, *_):
             "linear_attention: the Triton kernel's gradient cannot be differentiated again (create_graph=True); "
             'use ddpm_fast.use_backend("reference") for second derivatives'
         )
+    if grad is None:
+        return (None,) * 7
     gradients = torch.ops.ddpm_fast.linear_attention_backward(grad, *ctx.saved_tensors, ctx.heads)
     dresidual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
     return *gradients, dresidual, None
@@ -136,10 +138,12 @@ def _check(qkv, mem_kv, weight, bias, g, heads, residual) -> None:
             raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
         if tensor.device != qkv.device:
             raise ValueError(f"{name} must be on the device of qkv, {qkv.device}, got {tensor.device}")
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"heads must be a positive integer, got {heads!r}")
     if qkv.dim() != 4:
         raise ValueError(f"qkv must have shape (B, 3·heads·D, H, W), got {tuple(qkv.shape)}")
     B, channels, H, W = qkv.shape
-    if heads < 1 or channels == 0 or channels % (3 * heads):
+    if channels == 0 or channels % (3 * heads):
         raise ValueError(f"heads must divide a third of the {channels} channels of qkv, got {heads}")
     hidden = channels // 3
     D = hidden // heads

@@ -1,6 +1,7 @@
 """Linear attention's tail in plain torch: the specification, the oracle and what runs on the CPU.
 
-Products are in the dtype of qkv, the norm in float32 at least; float64 tensors give a truth to measure against.
+Products are in the dtype of qkv whatever autocast says, the norm in float32 at least; float64 tensors give a truth to
+measure against.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ddpm_fast.dispatch import no_autocast
 from ddpm_fast.ops.linear_attention.launch import has_channels_last_output
 
 
@@ -22,24 +24,25 @@ def linear_attention(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ddpm_fast.ops.linear_attention.op.linear_attention`."""
-    B, _, H, W = qkv.shape
-    C, dtype = weight.shape[0], qkv.dtype
-    D = qkv.shape[1] // (3 * heads)
-    q, k, v = qkv.reshape(B, 3, heads, D, H * W).unbind(1)  # (B, heads, D, N)
-    mem_k, mem_v = mem_kv.to(dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, D, M)
-    k = torch.cat((mem_k, k), dim=-1).softmax(dim=-1)
-    v = torch.cat((mem_v, v), dim=-1)
-    # The scale belongs to q, but the context is small: scaling it keeps one map less for backward. So does folding the
-    # output projection into it: what stands between the two never exists.
-    context = (k @ v.transpose(-1, -2)) * D**-0.5  # (B, heads, D, E)
-    weight = weight.to(dtype).reshape(C, heads, D).permute(1, 2, 0)  # (heads, E, C)
-    projection = (context @ weight).flatten(1, 2)  # (B, HD, C)
-    q = q.softmax(dim=-2).flatten(1, 2)  # (B, HD, N)
-    if has_channels_last_output(qkv):
-        y = torch.baddbmm(bias.to(projection.dtype), q.transpose(1, 2), projection).transpose(1, 2)
-    else:
-        y = torch.baddbmm(bias.to(projection.dtype)[:, None], projection.transpose(1, 2), q)
-    y = y.reshape(B, C, H, W)
-    y = y.to(torch.promote_types(y.dtype, torch.float32))
-    out = F.normalize(y, dim=1) * (g.to(y.dtype).reshape(1, C, 1, 1) * C**0.5)
-    return (out if residual is None else out + residual.to(y.dtype)).to(dtype)
+    with no_autocast(qkv.device.type):
+        B, _, H, W = qkv.shape
+        C, dtype = weight.shape[0], qkv.dtype
+        D = qkv.shape[1] // (3 * heads)
+        q, k, v = qkv.reshape(B, 3, heads, D, H * W).unbind(1)  # (B, heads, D, N)
+        mem_k, mem_v = mem_kv.to(dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, D, M)
+        k = torch.cat((mem_k, k), dim=-1).softmax(dim=-1)
+        v = torch.cat((mem_v, v), dim=-1)
+        # The scale belongs to q, but the context is small: scaling it keeps one map less for backward. So does folding
+        # the output projection into it: what stands between the two never exists.
+        context = (k @ v.transpose(-1, -2)) * D**-0.5  # (B, heads, D, E)
+        weight = weight.to(dtype).reshape(C, heads, D).permute(1, 2, 0)  # (heads, E, C)
+        projection = (context @ weight).flatten(1, 2)  # (B, HD, C)
+        q = q.softmax(dim=-2).flatten(1, 2)  # (B, HD, N)
+        if has_channels_last_output(qkv):
+            y = torch.baddbmm(bias.to(projection.dtype), q.transpose(1, 2), projection).transpose(1, 2)
+        else:
+            y = torch.baddbmm(bias.to(projection.dtype)[:, None], projection.transpose(1, 2), q)
+        y = y.reshape(B, C, H, W)
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        out = F.normalize(y, dim=1) * (g.to(y.dtype).reshape(1, C, 1, 1) * C**0.5)
+        return (out if residual is None else out + residual.to(y.dtype)).to(dtype)

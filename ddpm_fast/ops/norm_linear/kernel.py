@@ -64,7 +64,8 @@ def norm_linear_fwd_kernel(
     b_out = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
     for i_c in range(TILES_C):
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        b_x = tl.load(x_row + o_c[None, :] * stride_c, mask=m_n[:, None] & (o_c < C)[None, :], other=0.0)
+        o_x = o_c.to(tl.int64)[None, :] * stride_c
+        b_x = tl.load(x_row + o_x, mask=m_n[:, None] & (o_c < C)[None, :], other=0.0)
         b_weight = _folded_weight(weight_ptr, g_ptr, o_o, o_c, M, C, x_ptr.dtype.element_ty)
         if norms_ptr is not None:
             b_squares += tl.sum(b_x.to(tl.float32) * b_x.to(tl.float32), axis=1)
@@ -76,7 +77,7 @@ def norm_linear_fwd_kernel(
         b_out *= (root_c / b_norm)[:, None]
     if bias_ptr is not None:
         b_out += tl.load(bias_ptr + o_o, mask=o_o < M, other=0.0).to(tl.float32)[None, :]
-    o_tile = i_b * out_b + o_n.to(tl.int64)[:, None] * out_n + o_o[None, :] * out_c
+    o_tile = i_b * out_b + o_n.to(tl.int64)[:, None] * out_n + o_o.to(tl.int64)[None, :] * out_c
     m_tile = m_n[:, None] & (o_o < M)[None, :]
     if residual_ptr is not None:
         b_out += tl.load(residual_ptr + o_tile, mask=m_tile, other=0.0).to(tl.float32)
@@ -102,10 +103,11 @@ def norm_linear_bwd_x_kernel(
     b_z = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for i_o in range(TILES_O):
         o_o = i_o * BLOCK_O + tl.arange(0, BLOCK_O)
-        b_grad = tl.load(grad_row + o_o[None, :] * out_c, mask=m_n[:, None] & (o_o < M)[None, :], other=0.0)
+        o_grad = o_o.to(tl.int64)[None, :] * out_c
+        b_grad = tl.load(grad_row + o_grad, mask=m_n[:, None] & (o_o < M)[None, :], other=0.0)
         b_weight = _folded_weight(weight_ptr, g_ptr, o_o, o_c, M, C, grad_ptr.dtype.element_ty)
         b_z = dot(b_grad, b_weight, b_z, PRECISION)
-    o_tile = i_b * stride_b + o_n.to(tl.int64)[:, None] * stride_n + o_c[None, :] * stride_c
+    o_tile = i_b * stride_b + o_n.to(tl.int64)[:, None] * stride_n + o_c.to(tl.int64)[None, :] * stride_c
     m_tile = m_n[:, None] & (o_c < C)[None, :]
     b_norm = tl.load(norms_ptr + i_b * N + o_n, mask=m_n, other=1.0)
     b_factor = root_c / b_norm
@@ -133,13 +135,14 @@ def norm_linear_bwd_weight_kernel(
     m_o, m_c = o_o < M, o_c < C
     grad_ptr += i_b * out_b
     x_ptr += i_b * stride_b
+    o_grad, o_x = o_o.to(tl.int64)[None, :] * out_c, o_c.to(tl.int64)[None, :] * stride_c
     b_sum = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     for i_row in range(TILES):
         o_n = (i_n * TILES + i_row) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         o_row = o_n.to(tl.int64)[:, None]
-        b_grad = tl.load(grad_ptr + o_row * out_n + o_o[None, :] * out_c, mask=m_n[:, None] & m_o[None, :], other=0.0)
-        b_x = tl.load(x_ptr + o_row * stride_n + o_c[None, :] * stride_c, mask=m_n[:, None] & m_c[None, :], other=0.0)
+        b_grad = tl.load(grad_ptr + o_row * out_n + o_grad, mask=m_n[:, None] & m_o[None, :], other=0.0)
+        b_x = tl.load(x_ptr + o_row * stride_n + o_x, mask=m_n[:, None] & m_c[None, :], other=0.0)
         b_factor = root_c / tl.load(norms_ptr + i_b * N + o_n, mask=m_n, other=1.0)
         b_normed = cast(b_x.to(tl.float32) * b_factor[:, None], grad_ptr.dtype.element_ty)
         b_sum = dot(tl.trans(b_grad), b_normed, b_sum, PRECISION)
@@ -193,7 +196,8 @@ def backward_x_tile(N: int, C: int, M: int, exact: bool) -> Tile:
     if exact:
         return Tile(block_n, 16, block_c, _exact_warps(block_n * block_c), num_stages=2)
     num_warps = 8 if block_n * block_c > 4096 else 4
-    return Tile(block_n, _block(M, 32), block_c, num_warps, num_stages=2)
+    # Tiles of the weight are in shared memory, of which some GPUs give a program 99 KiB: 16 outputs of wide rows.
+    return Tile(block_n, _block(M, 16 if block_c > 512 else 32), block_c, num_warps, num_stages=2)
 
 
 def backward_weight_tile(N: int, C: int, M: int, exact: bool) -> Tile:
@@ -246,7 +250,7 @@ def forward_residual(
 def _launch_forward(x, g, weight, bias, residual, out, norms, precision: str) -> None:
     M, C = weight.shape[:2]
     B, N = _rows(x)
-    tile = forward_tile(N, C, M, exact_products(x.dtype, precision))
+    tile = forward_tile(_pixels(x), C, M, exact_products(x.dtype, precision))
     tiles_n, tiles_o = triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_o)
     with torch.cuda.device_of(x):
         norm_linear_fwd_kernel[(B * tiles_n * tiles_o,)](
@@ -275,7 +279,7 @@ def backward(
     g_row, weight_rows = g.contiguous(), weight.reshape(M, C).contiguous()
     strides = (*_strides(x, N), *_strides(grad, N))
     exact = exact_products(x.dtype, precision)
-    tile, sum_tile = backward_x_tile(N, C, M, exact), backward_weight_tile(N, C, M, exact)
+    tile, sum_tile = backward_x_tile(_pixels(x), C, M, exact), backward_weight_tile(N, C, M, exact)
     tiles_n = triton.cdiv(N, tile.block_n)
     tiles = tiles_per_chunk(N, C, M, sum_tile)
     chunks = triton.cdiv(N, sum_tile.block_n * tiles)
@@ -308,6 +312,11 @@ def _rows(x: torch.Tensor) -> tuple[int, int]:
     """Samples, and rows of each: channels-last maps are one sample with the pixels of all."""
     B, _, H, W = x.shape
     return (1, B * H * W) if x.is_contiguous(memory_format=torch.channels_last) else (B, H * W)
+
+
+def _pixels(x: torch.Tensor) -> int:
+    """Of one sample: tiles of rows are chosen by them, so that a sample's results do not depend on the batch."""
+    return x.shape[2] * x.shape[3]
 
 
 def _strides(x: torch.Tensor, N: int) -> tuple[int, int, int]:

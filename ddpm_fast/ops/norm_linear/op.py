@@ -82,6 +82,8 @@ def _backward(ctx, grad, _):
         raise RuntimeError(
             "norm_linear: the Triton kernel's gradient cannot be differentiated again (create_graph=True)"
         )
+    if grad is None:
+        return None, None, None
     return torch.ops.ddpm_fast.norm_linear_backward(grad, *ctx.saved_tensors)
 
 

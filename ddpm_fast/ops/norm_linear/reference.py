@@ -1,7 +1,8 @@
 """RMSNorm and a 1×1 convolution in plain torch: the specification and the oracle, and what the CPU runs.
 
 The normed map is made again in backward instead of being kept: it is one elementwise pass, and x is kept anyway by what
-made it. The norm computes in float32 at least, so that half types round once before the convolution.
+made it. The norm computes in float32 at least, so that half types round once before the convolution,
+whatever autocast says.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from ddpm_fast.dispatch import no_autocast
 
 
 def norm_linear(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -18,36 +21,43 @@ def norm_linear(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """See `ddpm_fast.ops.norm_linear.op.linear_residual`."""
-    return (F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)) + residual).to(x.dtype)
+    with no_autocast(x.device.type):
+        return (F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)) + residual).to(x.dtype)
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, g, weight):
         ctx.save_for_backward(x, g, weight)
-        return _product(_matrix(weight, x), _times_gain(_normed(x)[0], g).to(x.dtype))
+        with no_autocast(x.device.type):
+            return _product(_matrix(weight, x), _times_gain(_normed(x)[0], g).to(x.dtype))
 
     @staticmethod
     @once_differentiable  # the normed map is made again without a graph: a second derivative would be wrong
     def backward(ctx, grad):
-        x, g, weight = ctx.saved_tensors
-        needs_x, needs_g, needs_weight = ctx.needs_input_grad
-        normed, factor, clamped = _normed(x)
-        dx = dg = dweight = None
-        if needs_weight:
-            h = _times_gain(normed, g).to(x.dtype)
-            dweight = torch.bmm(grad.flatten(2), h.flatten(2).transpose(1, 2)).sum(0)
-            dweight = dweight.reshape(weight.shape).to(weight.dtype)
-        if needs_x or needs_g:
-            dh = _product(_matrix(weight, x).t(), grad)
-        if needs_g:
-            dg = (dh * normed).sum((0, 2, 3)).reshape(g.shape).to(g.dtype)
-        if needs_x:
-            z = _times_gain(dh, g)
-            projection = (z * normed).mean(1, keepdim=True)
-            # A clamped norm is a constant: nothing flows through it.
-            dx = (torch.addcmul(z, normed, projection.masked_fill(clamped, 0), value=-1) * factor).to(x.dtype)
-        return dx, dg, dweight
+        with no_autocast(grad.device.type):
+            return _gradients(*ctx.saved_tensors, grad, ctx.needs_input_grad)
+
+
+def _gradients(x, g, weight, grad, needs) -> tuple[torch.Tensor | None, ...]:
+    """Of x, g and weight, those that are needed."""
+    needs_x, needs_g, needs_weight = needs
+    normed, factor, clamped = _normed(x)
+    dx = dg = dweight = None
+    if needs_weight:
+        h = _times_gain(normed, g).to(x.dtype)
+        dweight = torch.bmm(grad.flatten(2), h.flatten(2).transpose(1, 2)).sum(0)
+        dweight = dweight.reshape(weight.shape).to(weight.dtype)
+    if needs_x or needs_g:
+        dh = _product(_matrix(weight, x).t(), grad)
+    if needs_g:
+        dg = (dh * normed).sum((0, 2, 3)).reshape(g.shape).to(g.dtype)
+    if needs_x:
+        z = _times_gain(dh, g)
+        projection = (z * normed).mean(1, keepdim=True)
+        # A clamped norm is a constant: nothing flows through it.
+        dx = (torch.addcmul(z, normed, projection.masked_fill(clamped, 0), value=-1) * factor).to(x.dtype)
+    return dx, dg, dweight
 
 
 def _matrix(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:  # (M, C, 1, 1) -> (M, C) in the dtype of x
