@@ -25,16 +25,41 @@ _LOADING_SECONDS = 25
 def pytest_generate_tests(metafunc) -> None:
     cases = network_cases(size_of(metafunc.config))
     pairs = [pytest.param(case, phase, id=f"{case}, {phase}") for case in cases for phase in case.phases]
-    metafunc.parametrize("case, phase", pairs, scope="module")
+    metafunc.parametrize("case, phase", pairs)
 
 
-@pytest.fixture(scope="module")
+# The contenders of the case that is timed now: both its phases use them.
+_held: dict = {}
+
+
+@pytest.fixture
 def prepared(request, case):
-    """Contenders found equal, reasons of those left out, and errors; held for the phases of one case."""
-    name = request.config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    deadline = request.config.getoption("--deadline")
+    """Contenders found equal, reasons of those left out, and errors; made once for the phases of one case."""
+    if case not in _held:
+        _let_go()
+        _held[case] = _prepare(request.config, case)
+    return _held[case]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _clean():
+    yield
+    _let_go()
+
+
+def _let_go() -> None:
+    _held.clear()
+    torch._dynamo.reset()  # the next case's shapes are its own
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _prepare(config, case) -> tuple[dict, dict, dict]:
+    device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    deadline = config.getoption("--deadline")
     left = float("inf") if deadline is None else deadline - time.time()
-    warmed = _warmed(request.config.getoption("--warmed"))
+    warmed = _warmed(config.getoption("--warmed"))
     names, left_out = [], {}
     for rival in case.rivals:
         needed = COMPILE_SECONDS.get(rival, 0) * len(case.phases)
@@ -45,19 +70,11 @@ def prepared(request, case):
         else:
             names.append(rival)
             left -= needed
+    gradients = compare.PHASES[0] in case.phases
     made, unavailable, errors = compare.prepare(
-        names,
-        case.configuration,
-        torch.device(name),
-        gradients=compare.PHASES[0] in case.phases,
-        leave_unequal_out=True,
+        names, case.configuration, torch.device(device), gradients=gradients, leave_unequal_out=True
     )
-    yield made, left_out | unavailable, errors
-    made.clear()
-    torch._dynamo.reset()  # the next case's shapes are its own
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return made, left_out | unavailable, errors
 
 
 def _warmed(file) -> set[tuple[str, str]]:

@@ -15,7 +15,7 @@ COMPILED = ("peer-compiled", "peer-max-autotune")
 COMPILE_SECONDS = {"peer-compiled": 90, "peer-max-autotune": 180}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NetworkCase:
     """A configuration, the phases in which it is timed, and whom ours meets there; each is held equal to ours first."""
 
