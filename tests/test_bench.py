@@ -174,4 +174,8 @@ def test_command(tmp_path):
 def test_command_errors():
     assert "--steps must be at least 1; got 0" in run("--steps", 0, code=2)[1]
     assert "--seconds must be positive; got -1.0" in run("--seconds", -1, code=2)[1]
+    assert "--device must be such as cpu or cuda:0; got 'nonsense'" in run("--device", "nonsense", code=2)[1]
+    assert "--device cuda:99: torch sees" in run("--device", "cuda:99", code=2)[1]
+    out, err = run("--device", "cpu", "--out", "/proc/none/bench.png", code=2)
+    assert "/proc/none" in err and not out, "nothing may be timed first"
     assert "no-such-file.pt" in run("no-such-file.pt", code=2)[1]

@@ -55,6 +55,9 @@ def run(
     def say(text: str) -> None:
         print(f"  {text} ...", file=sys.stderr, flush=True)
 
+    for file in (out, json_file):  # before the time is spent
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
     print(f"{configuration}, on {machine.name(machine.describe(device))}")
     if any("compiled" in name or "autotune" in name for name in against):
         say("torch.compile takes minutes, which are not counted in the timing")
@@ -73,7 +76,6 @@ def run(
         result["profile"] = profile.profile(configuration, device, seconds=seconds / 2)
         print("\n" + profile.report(result["profile"]))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(json_file) as file:
             file.write((json.dumps(result, indent=2) + "\n").encode())
         print(f"numbers: {json_file}")
