@@ -20,6 +20,7 @@ from ddpm_fast import noise
 from ddpm_fast.frozen import DerivesWeights
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.ops.linear_attention.op import linear_attention
+from ddpm_fast.ops.linear_attention.reference import context_and_queries
 from ddpm_fast.ops.norm_linear.op import linear_residual, norm_linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
 
@@ -341,6 +342,7 @@ class Block(nn.Module):
         return make(*sources, residual=residual)
 
     def modules_as_made(self) -> bool:
+        """Whether the block may be computed from its modules' weights, see `is_plain`."""
         return is_plain(self.proj, self.norm, self.act, self.dropout)
 
     def by_modules(self, x, scale_shift=None) -> torch.Tensor:
@@ -496,12 +498,8 @@ class LinearAttention(nn.Module):
         qkv = _norm_linear(x, self.norm, self.to_qkv)
         project, norm = self.to_out
         if not is_plain(self.to_out, project, norm):
-            q, k, v = qkv.reshape(qkv.shape[0], 3, self.heads, self.dim_head, -1).unbind(1)
-            memory_k, memory_v = (m.expand(len(q), -1, -1, -1) for m in self.mem_kv)
-            k, v = torch.cat((memory_k, k), dim=-1), torch.cat((memory_v, v), dim=-1)
-            context = k.softmax(dim=-1) @ v.transpose(-1, -2)  # (B, heads, D, D)
-            out = context.transpose(-1, -2) @ (q.softmax(dim=-2) * self.scale)
-            out = self.to_out(out.reshape(len(q), -1, *x.shape[2:]))
+            context, q = context_and_queries(qkv, self.mem_kv, self.heads)
+            out = self.to_out((context.transpose(-1, -2) @ q).reshape(len(q), -1, *x.shape[2:]))
             return out if residual is None else out + residual
         return linear_attention(
             qkv, self.mem_kv, project.weight, project.bias, norm.g, heads=self.heads, residual=residual

@@ -13,6 +13,22 @@ from ddpm_fast.dispatch import no_autocast
 from ddpm_fast.ops.linear_attention.launch import has_channels_last_output
 
 
+def context_and_queries(qkv: torch.Tensor, mem_kv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What linear attention is a product of (Shen et al. 2021, eq. 4), in the dtype of qkv.
+
+    Returns:
+        The context of keys and values, scaled, (B, heads, D, E), and softmax of the queries, (B, heads, D, N).
+    """
+    B, channels, H, W = qkv.shape
+    D = channels // (3 * heads)
+    q, k, v = qkv.reshape(B, 3, heads, D, H * W).unbind(1)  # (B, heads, D, N)
+    mem_k, mem_v = mem_kv.to(qkv.dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, D, M)
+    k = torch.cat((mem_k, k), dim=-1).softmax(dim=-1)
+    v = torch.cat((mem_v, v), dim=-1)
+    # The scale belongs to q, but the context is small: scaling it keeps one map less for backward.
+    return (k @ v.transpose(-1, -2)) * D**-0.5, q.softmax(dim=-2)
+
+
 def linear_attention(
     qkv: torch.Tensor,
     mem_kv: torch.Tensor,
@@ -27,17 +43,11 @@ def linear_attention(
     with no_autocast(qkv.device.type):
         B, _, H, W = qkv.shape
         C, dtype = weight.shape[0], qkv.dtype
-        D = qkv.shape[1] // (3 * heads)
-        q, k, v = qkv.reshape(B, 3, heads, D, H * W).unbind(1)  # (B, heads, D, N)
-        mem_k, mem_v = mem_kv.to(dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, D, M)
-        k = torch.cat((mem_k, k), dim=-1).softmax(dim=-1)
-        v = torch.cat((mem_v, v), dim=-1)
-        # The scale belongs to q, but the context is small: scaling it keeps one map less for backward. So does folding
-        # the output projection into it: what stands between the two never exists.
-        context = (k @ v.transpose(-1, -2)) * D**-0.5  # (B, heads, D, E)
-        weight = weight.to(dtype).reshape(C, heads, D).permute(1, 2, 0)  # (heads, E, C)
+        context, q = context_and_queries(qkv, mem_kv, heads)
+        # The output projection is folded into the context: what stands between the two never exists.
+        weight = weight.to(dtype).reshape(C, heads, -1).permute(1, 2, 0)  # (heads, E, C)
         projection = (context @ weight).flatten(1, 2)  # (B, HD, C)
-        q = q.softmax(dim=-2).flatten(1, 2)  # (B, HD, N)
+        q = q.flatten(1, 2)  # (B, HD, N)
         if has_channels_last_output(qkv):
             y = torch.baddbmm(bias.to(projection.dtype), q.transpose(1, 2), projection).transpose(1, 2)
         else:
