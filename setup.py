@@ -23,9 +23,15 @@ from setuptools.errors import CompileError, LinkError
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("DDPM_FAST_BUILD", "auto")
-CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu/noise_cpu.cpp", "csrc/cpu/sampler_step_cpu.cpp"]
-CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/noise.cu", "csrc/cuda/sampler_step.cu"]
-HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*h"))
+
+
+def files(*patterns: str) -> list[str]:
+    return [str(p.relative_to(ROOT)) for pattern in patterns for p in sorted(ROOT.glob(pattern))]
+
+
+CPU_SOURCES = files("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cpu/simd/*.cpp")
+CUDA_SOURCES = files("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
+HEADERS = files("csrc/**/*.h", "csrc/**/*.cuh")
 # NaN has to work, so not -ffast-math: only errno and traps, which stand in the way of vectorised code, are given up.
 CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []

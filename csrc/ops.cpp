@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "cpu/kernels.h"
 #include "philox.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -13,6 +14,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return pybind11::make_tuple(words.x0, words.x1, words.x2, words.x3);
       },
       "Philox4x32-10 of counter c0 ... c3 and key k0, k1: four 32-bit words.");
+  m.def(
+      "instruction_set", [] { return ddpm_fast::kernels().name; }, "The vectors that the CPU's kernels use now.");
+  m.def(
+      "use_instruction_set",
+      [](const std::string& name) {
+        const char* before = ddpm_fast::use_instruction_set(name.c_str());
+        if (before == nullptr) throw pybind11::value_error("this build or processor has no kernels for " + name);
+        return before;
+      },
+      "Take the kernels of \"avx512\", \"avx2\" or \"portable\"; returns what was taken before. For tests.");
   m.attr("torch_version") = TORCH_VERSION;
 #ifdef DDPM_FAST_WITH_CUDA
   m.attr("with_cuda") = true;

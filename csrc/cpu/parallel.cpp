@@ -1,0 +1,37 @@
+#include "parallel.h"
+
+#include <ATen/Parallel.h>
+
+#include <cstdlib>
+#include <new>
+
+namespace ddpm_fast {
+
+namespace {
+
+struct Buffer {
+  float* data = nullptr;
+  int64_t floats = 0;
+  ~Buffer() { std::free(data); }
+};
+
+}  // namespace
+
+void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int64_t), void* context) {
+  at::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { task(context, begin, end); });
+}
+
+float* thread_scratch(int slot, int64_t floats) {
+  thread_local Buffer buffers[kScratchSlots];
+  Buffer& buffer = buffers[slot];
+  if (buffer.floats < floats) {
+    std::free(buffer.data);
+    buffer.floats = 0;
+    buffer.data = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(floats + 15) / 16 * 64));
+    if (buffer.data == nullptr) throw std::bad_alloc();
+    buffer.floats = floats;
+  }
+  return buffer.data;
+}
+
+}  // namespace ddpm_fast

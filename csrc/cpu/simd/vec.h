@@ -1,0 +1,110 @@
+// One vector of floats of the instruction set that the including file was compiled for, by the compiler's own vector
+// types: AVX-512, AVX2 and the portable build (NEON, SSE2) are one source. See avx512.cpp, avx2.cpp, portable.cpp, which
+// define DDPM_FAST_ISA (the namespace) and DDPM_FAST_LANES before they include anything.
+//
+// Nothing of the standard library is used here: a function of it that is emitted for AVX-512 might be the one that the
+// linker keeps for everybody.
+#pragma once
+
+#include <stdint.h>
+
+#ifndef DDPM_FAST_ISA
+#error "include this from avx512.cpp, avx2.cpp or portable.cpp"
+#endif
+
+#define DDPM_FAST_INLINE inline __attribute__((always_inline))
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+constexpr int kLanes = DDPM_FAST_LANES;
+
+typedef float vf __attribute__((vector_size(DDPM_FAST_LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(DDPM_FAST_LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(DDPM_FAST_LANES * 4)));
+typedef float vf_unaligned __attribute__((vector_size(DDPM_FAST_LANES * 4), aligned(4), may_alias));
+
+template <typename T>
+DDPM_FAST_INLINE constexpr T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+DDPM_FAST_INLINE constexpr T larger(T a, T b) {
+  return a < b ? b : a;
+}
+DDPM_FAST_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DDPM_FAST_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+DDPM_FAST_INLINE vf splat(float value) { return vf{} + value; }
+DDPM_FAST_INLINE vf load(const float* from) { return *reinterpret_cast<const vf_unaligned*>(from); }
+DDPM_FAST_INLINE void store(float* to, vf value) { *reinterpret_cast<vf_unaligned*>(to) = value; }
+
+// The first `count` < kLanes elements; the others are 0, and nothing behind them is touched.
+DDPM_FAST_INLINE vf load_partial(const float* from, int64_t count) {
+  vf value = {};
+  __builtin_memcpy(&value, from, static_cast<unsigned long>(count) * 4);
+  return value;
+}
+DDPM_FAST_INLINE void store_partial(float* to, vf value, int64_t count) {
+  __builtin_memcpy(to, &value, static_cast<unsigned long>(count) * 4);
+}
+DDPM_FAST_INLINE vf load_upto(const float* from, int64_t count) {
+  return count >= kLanes ? load(from) : load_partial(from, count);
+}
+DDPM_FAST_INLINE void store_upto(float* to, vf value, int64_t count) {
+  if (count >= kLanes) {
+    store(to, value);
+  } else {
+    store_partial(to, value, count);
+  }
+}
+
+DDPM_FAST_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+DDPM_FAST_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // b where one of them is NaN
+DDPM_FAST_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+// Sums are halved lane by lane: the order does not depend on anything.
+DDPM_FAST_INLINE float reduce_add(vf value) {
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &value, sizeof(lanes));
+#pragma GCC unroll 8
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+DDPM_FAST_INLINE float reduce_max(vf value) {
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &value, sizeof(lanes));
+#pragma GCC unroll 8
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// e^x to 1 ulp or so for x in [-87, 88]; beyond, the value at that bound. NaN stays NaN.
+DDPM_FAST_INLINE vf exp(vf x) {
+  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  x = x > splat(88.0f) ? splat(88.0f) : x;
+  const vf shifted = x * splat(1.44269504088896341f) + splat(12582912.0f);  // 1.5·2^23: rounds to an integer
+  const vf n = shifted - splat(12582912.0f);
+  vf r = x - n * splat(0.693359375f);
+  r = r - n * splat(-2.12194440e-4f);
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * (r * r) + r + splat(1.0f);
+  vu bits;
+  __builtin_memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 127) << 23;  // n stands in the lowest bits of `shifted`, above which there are zeros enough
+  vf scale;
+  __builtin_memcpy(&scale, &bits, sizeof(scale));
+  return p * scale;
+}
+
+DDPM_FAST_INLINE vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA
