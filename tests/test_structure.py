@@ -35,7 +35,7 @@ ROWS = [
     ["ops/*/op"],
     ["ops/*/kernel", "ops/*/reference"],
     ["ops/*/launch"],
-    ["ops/common/kernel"],
+    ["ops/common/kernel", "ops/common/norm"],
     ["dispatch", "tuning", "_extension", "noise", "schedules", "_version"],
 ]
 

@@ -2,11 +2,10 @@
 #pragma once
 
 #include "../kernels.h"
-#include "gemm.h"
-#include "parallel.h"
+#include "conv3x3.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr Kernels make_kernels(const char* name) { return {name, kLanes}; }
+constexpr Kernels make_kernels(const char* name) { return {name, kLanes, conv3x3_kernels}; }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -13,6 +13,7 @@
 #endif
 
 #define DDPM_FAST_INLINE inline __attribute__((always_inline))
+#define DDPM_FAST_LAMBDA __attribute__((always_inline))
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
@@ -57,6 +58,18 @@ DDPM_FAST_INLINE void store_upto(float* to, vf value, int64_t count) {
     store_partial(to, value, count);
   }
 }
+
+#if defined(__clang__)
+// clang knows shuffles by constants only; these are such, but reach it as a vector.
+DDPM_FAST_INLINE vf shuffle(vf a, vf b, vi lanes) {
+  vf out;
+#pragma clang loop unroll(full)
+  for (int l = 0; l < kLanes; ++l) out[l] = lanes[l] < kLanes ? a[lanes[l]] : b[lanes[l] - kLanes];
+  return out;
+}
+#else
+DDPM_FAST_INLINE vf shuffle(vf a, vf b, vi lanes) { return __builtin_shuffle(a, b, lanes); }
+#endif
 
 DDPM_FAST_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 DDPM_FAST_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // b where one of them is NaN

@@ -1,0 +1,557 @@
+// 3×3 convolutions by Winograd's F(4×4, 3×3), channels-last. The map is cut into tiles of 4×4 outputs:
+//
+//   V[point][tile][c]  = transform of the tile's 6×6 inputs
+//   U[panel][point][c] = transform of the taps, kPanel output channels side by side
+//   M[point][tile][k]  = V[point] · U[point]
+//   output tile        = transform of M + bias + residual
+//
+// All transforms vectorise over channels. Two orders of work, chosen by sizes alone:
+// - by tiles: the taps are transformed once; each thread takes groups of tiles whose V and M stay in its second-level
+//   cache through all steps. For large maps.
+// - by panels: V of all tiles first; then each thread takes panels of output channels, transforming their taps on the
+//   way, block by block: the weights are read once and their transform, four times their size, never leaves the cache.
+//   For few tiles with many channels, where the weights are what has to be moved.
+#pragma once
+
+#include "../conv3x3.h"
+#include "gemm.h"
+#include "parallel.h"
+#include "shuffle.h"
+#include "winograd.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+struct Tiles {
+  int64_t B, H, W, rows, columns, total;
+
+  DDPM_FAST_INLINE Tiles(int64_t batch, int64_t height, int64_t width)
+      : B(batch), H(height), W(width), rows(ceil_div(height, 4)), columns(ceil_div(width, 4)), total(batch * rows * columns) {}
+};
+
+enum ConvScratch { kScratchV, kScratchM, kScratchU, kScratchShared, kScratchZeros, kScratchGradients, kScratchSums };
+
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
+
+struct Tile {
+  int64_t b, y, x;  // of its first output
+
+  DDPM_FAST_INLINE Tile(const Tiles& tiles, int64_t index) {
+    const int64_t per_image = tiles.rows * tiles.columns, rest = index % per_image;
+    b = index / per_image;
+    y = rest / tiles.columns * 4;
+    x = rest % tiles.columns * 4;
+  }
+};
+
+// Planes that are a multiple of 4 KB apart share cache lines: 16 floats more between them.
+DDPM_FAST_INLINE constexpr int64_t padded(int64_t floats) { return round_up(floats, 16) + 16; }
+// The same for rows of V.
+DDPM_FAST_INLINE constexpr int64_t row_stride(int64_t C) { return C % 128 == 0 ? C + 16 : round_up(C, 16); }
+
+alignas(64) constexpr float kZeroVector[kLanes] = {};
+
+// V of a tile for kLanes or fewer channels: read(i, j) gives input (i, j), write(to, value) stores.
+// Points are made in three passes of two rows, so that what is between the two axes stays in registers; its twelve
+// vectors are cheaper to make from inputs loaded again than all thirty-six are to keep in memory.
+template <typename Read, typename Write>
+DDPM_FAST_INLINE void transform_tile(const Read& read, const Write& write, float* v, int64_t plane) {
+  const auto put = [&](int i, vf c0, vf c1, vf c2, vf c3, vf c4, vf c5) DDPM_FAST_LAMBDA {
+    const Six points = input_points({c0, c1, c2, c3, c4, c5});
+    float* to = v + i * 6 * plane;
+    write(to, points.a0);
+    write(to + plane, points.a1);
+    write(to + 2 * plane, points.a2);
+    write(to + 3 * plane, points.a3);
+    write(to + 4 * plane, points.a4);
+    write(to + 5 * plane, points.a5);
+  };
+  const auto outer = [&](int j, int first) DDPM_FAST_LAMBDA { return outer_input_point(read(first, j), read(first + 2, j), read(first + 4, j)); };
+#pragma GCC unroll 2
+  for (int first = 0; first < 2; ++first) {
+    put(first * 5, outer(0, first), outer(1, first), outer(2, first), outer(3, first), outer(4, first), outer(5, first));
+  }
+  const auto inner = [&](float factor, float point, int i) DDPM_FAST_LAMBDA {
+    const auto pair = [&](int j) DDPM_FAST_LAMBDA { return inner_input_points(read(1, j), read(2, j), read(3, j), read(4, j), factor, point); };
+    const Two a = pair(0), b = pair(1), c = pair(2), d = pair(3), e = pair(4), f = pair(5);
+    put(i, a.a0, b.a0, c.a0, d.a0, e.a0, f.a0);
+    put(i + 1, a.a1, b.a1, c.a1, d.a1, e.a1, f.a1);
+  };
+  inner(-2.0f, kP, 1);
+  inner(-0.5f, kQ, 3);
+}
+
+template <bool kUpsampled, bool kLeft, bool kRight>
+DDPM_FAST_INLINE void transform_rows(const float* const* rows, int64_t pixel, int64_t channels, float* v, int64_t plane) {
+  const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3], *r4 = rows[4], *r5 = rows[5];
+  for (int64_t c = 0; c + kLanes <= channels; c += kLanes) {
+    transform_tile(
+        [&](int i, int j) DDPM_FAST_LAMBDA {
+          if ((kLeft && j == 0) || (kRight && j == 5)) return vf{};
+          const float* row = i == 0 ? r0 : i == 1 ? r1 : i == 2 ? r2 : i == 3 ? r3 : i == 4 ? r4 : r5;
+          return load(row + (kUpsampled ? (j + 1) / 2 : j) * pixel + c);
+        },
+        [](float* to, vf value) DDPM_FAST_LAMBDA { store(to, value); }, v + c, plane);
+  }
+}
+
+// V of one tile and one part: v + point·plane gets `channels` floats. `zeros` are 6·channels of them.
+inline void transform_input(
+    const float* input, int64_t channels, bool upsampled, const Tiles& tiles, const Tile& tile, const float* zeros, float* v, int64_t plane) {
+  const int64_t height = upsampled ? tiles.H / 2 : tiles.H, width = upsampled ? tiles.W / 2 : tiles.W;
+  int64_t done = 0;
+  if (tile.x + 4 <= tiles.W) {
+    const float* rows[6];
+    const int64_t column = upsampled ? (tile.x >> 1) - 1 : tile.x - 1;
+    for (int i = 0; i < 6; ++i) {
+      const int64_t y = tile.y - 1 + i;
+      const int64_t row = upsampled ? y >> 1 : y;
+      rows[i] = y < 0 || y >= tiles.H ? zeros : input + ((tile.b * height + row) * width + column) * channels;
+    }
+    const bool left = tile.x == 0, right = tile.x + 4 == tiles.W;
+    const auto go = [&](auto up, auto l, auto r) { transform_rows<decltype(up)::value, decltype(l)::value, decltype(r)::value>(rows, channels, channels, v, plane); };
+    const auto go2 = [&](auto up) {
+      if (left && right) go(up, Yes{}, Yes{});
+      else if (left) go(up, Yes{}, No{});
+      else if (right) go(up, No{}, Yes{});
+      else go(up, No{}, No{});
+    };
+    if (upsampled) go2(Yes{}); else go2(No{});
+    done = channels / kLanes * kLanes;
+  }
+  if (done == channels) return;
+  const float* from[36];
+  int64_t step[36];  // 1, or 0 at pixels outside, which read zeros
+  for (int i = 0; i < 36; ++i) {
+    const int64_t y = tile.y - 1 + i / 6, x = tile.x - 1 + i % 6;
+    const bool inside = y >= 0 && y < tiles.H && x >= 0 && x < tiles.W;
+    const int64_t row = upsampled ? y >> 1 : y, column = upsampled ? x >> 1 : x;
+    from[i] = inside ? input + ((tile.b * height + row) * width + column) * channels : kZeroVector;
+    step[i] = inside ? 1 : 0;
+  }
+  for (int64_t c = done; c < channels; c += kLanes) {
+    const int64_t count = smaller<int64_t>(kLanes, channels - c);
+    transform_tile(
+        [&](int i, int j) DDPM_FAST_LAMBDA { return load_upto(from[6 * i + j] + c * step[6 * i + j], count); },
+        [=](float* to, vf value) DDPM_FAST_LAMBDA { store_upto(to, value, count); }, v + c, plane);
+  }
+}
+
+// to[8 - tap] lane l = from[9·l + tap].
+template <int kTap>
+DDPM_FAST_INLINE void gather_tap(const vf (&parts)[9], float (*to)[kLanes]) {
+  vf mixed = parts[0];
+#pragma GCC unroll 9
+  for (int part = 1; part < 9; ++part) {
+    // Lane 9·l + tap - kLanes·part of this part, where that is a lane.
+    const auto here = [&](int place) { return ((place - kTap + kLanes * part) % 9 == 0 && place - kTap + kLanes * part >= 0 && (place - kTap + kLanes * part) / 9 < kLanes) ? -1 : 0; };
+    mixed = lanes_of(here) ? parts[part] : mixed;
+  }
+  constexpr auto place = [](int l) constexpr { return (9 * l + kTap) % kLanes; };
+  store(to[8 - kTap], shuffle(mixed, mixed, lanes_of(place)));
+}
+
+DDPM_FAST_INLINE void deinterleave(const float* from, float (*to)[kLanes]) {
+  const vf parts[9] = {load(from), load(from + kLanes), load(from + 2 * kLanes), load(from + 3 * kLanes), load(from + 4 * kLanes), load(from + 5 * kLanes), load(from + 6 * kLanes), load(from + 7 * kLanes), load(from + 8 * kLanes)};
+  gather_tap<0>(parts, to);
+  gather_tap<1>(parts, to);
+  gather_tap<2>(parts, to);
+  gather_tap<3>(parts, to);
+  gather_tap<4>(parts, to);
+  gather_tap<5>(parts, to);
+  gather_tap<6>(parts, to);
+  gather_tap<7>(parts, to);
+  gather_tap<8>(parts, to);
+}
+
+// The taps of input channels [c, c + count) for the output channels [first, first + columns) of one vector, count and
+// columns at most kLanes: tap (i, j) of channel c + n as taps[n·9 + 3i + j], output channels side by side, 0 past `columns`.
+DDPM_FAST_INLINE void load_taps(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t c, int64_t count, float (*taps)[kLanes]) {
+  const float* from = w.data + first * w.out_stride + c * w.in_stride;
+  if (columns == kLanes && count == kLanes && !w.mirrored && w.in_stride == 9) {
+    // Every output channel has 9·kLanes floats in a row: nine transpositions.
+    for (int part = 0; part < 9; ++part) {
+      vf rows[kLanes];
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) rows[n] = load(from + n * w.out_stride + part * kLanes);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) store(taps[part * kLanes + n], rows[n]);
+    }
+    return;
+  }
+  if (columns == kLanes && w.mirrored && w.out_stride == 9) {
+    // Every input channel has 9·kLanes floats in a row, output channels 9 apart. Since 9 is odd, the places modulo
+    // kLanes of one tap's floats are all different: it takes each lane from one of nine vectors, then orders the lanes.
+    for (int64_t n = 0; n < count; ++n) {
+      deinterleave(from + n * w.in_stride, taps + n * 9);
+    }
+    return;
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    for (int64_t k = 0; k < kLanes; ++k) {
+      for (int tap = 0; tap < 9; ++tap) {
+        taps[n * 9 + (w.mirrored ? 8 - tap : tap)][k] = k < columns ? from[n * w.in_stride + k * w.out_stride + tap] : 0;
+      }
+    }
+  }
+}
+
+// U of output channels [first, first + columns) and input channels [begin, end): u + point·plane gets (end - begin) rows of
+// kPanel floats, of which those past `columns` are 0.
+inline void transform_weight(
+    const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t begin, int64_t end, float* u, int64_t plane) {
+  alignas(64) float taps[9 * kLanes][kLanes];
+  for (int64_t c = begin; c < end; c += kLanes) {
+    const int64_t count = smaller<int64_t>(kLanes, end - c);
+    for (int half = 0; half < kPanel; half += kLanes) {
+      const int64_t left = columns - half;
+      load_taps(w, first + half, left < 0 ? 0 : smaller<int64_t>(kLanes, left), c, count, taps);
+      for (int64_t n = 0; n < count; ++n) {
+        const float* t = taps[9 * n];
+        const Six a = tap_points({load(t), load(t + 3 * kLanes), load(t + 6 * kLanes)});
+        const Six b = tap_points({load(t + kLanes), load(t + 4 * kLanes), load(t + 7 * kLanes)});
+        const Six d = tap_points({load(t + 2 * kLanes), load(t + 5 * kLanes), load(t + 8 * kLanes)});
+        float* to = u + (c - begin + n) * kPanel + half;
+        const auto put = [&](int i, vf x, vf y, vf z) DDPM_FAST_LAMBDA {
+          const Six points = tap_points({x, y, z});
+          float* at = to + i * 6 * plane;
+          store(at, points.a0);
+          store(at + plane, points.a1);
+          store(at + 2 * plane, points.a2);
+          store(at + 3 * plane, points.a3);
+          store(at + 4 * plane, points.a4);
+          store(at + 5 * plane, points.a5);
+        };
+        put(0, a.a0, b.a0, d.a0);
+        put(1, a.a1, b.a1, d.a1);
+        put(2, a.a2, b.a2, d.a2);
+        put(3, a.a3, b.a3, d.a3);
+        put(4, a.a4, b.a4, d.a4);
+        put(5, a.a5, b.a5, d.a5);
+      }
+    }
+  }
+}
+
+// Where a panel's columns [first, first + columns) of the output lie: in one part or in two.
+struct OutputSlice {
+  float* output;
+  const float* residual;
+  const float* bias;
+  int64_t channels;  // of the part, its pixels' stride
+};
+
+// The 4×4 outputs of a tile for up to kLanes channels from m + point·plane; with kPooled the sums of 2×2 of them.
+template <bool kPooled>
+DDPM_FAST_INLINE void transform_output(
+    const float* m, int64_t plane, const Tiles& tiles, const Tile& tile, const OutputSlice& slice, int64_t count) {
+  const auto column = [&](int j) DDPM_FAST_LAMBDA {
+    const float* from = m + j * plane;
+    return outputs({load(from), load(from + 6 * plane), load(from + 12 * plane), load(from + 18 * plane),
+                    load(from + 24 * plane), load(from + 30 * plane)});
+  };
+  const Four a = column(0), b = column(1), c = column(2), d = column(3), e = column(4), f = column(5);
+  const vf bias = slice.bias == nullptr ? vf{} : load_upto(slice.bias, count);
+  const auto put = [&](int64_t pixel, vf value) DDPM_FAST_LAMBDA {
+    const int64_t at = pixel * slice.channels;
+    value += bias;
+    if (slice.residual != nullptr) value += load_upto(slice.residual + at, count);
+    store_upto(slice.output + at, value, count);
+  };
+  const int64_t height = tiles.H - tile.y, width = tiles.W - tile.x;
+  if constexpr (kPooled) {
+    const int64_t half = tiles.W / 2, first = (tile.b * (tiles.H / 2) + tile.y / 2) * half + tile.x / 2;
+    const auto row = [&](int64_t pixel, const Four& upper, const Four& lower) DDPM_FAST_LAMBDA {
+      put(pixel, (upper.a0 + upper.a1) + (lower.a0 + lower.a1));
+      if (width > 2) put(pixel + 1, (upper.a2 + upper.a3) + (lower.a2 + lower.a3));
+    };
+    row(first, outputs({a.a0, b.a0, c.a0, d.a0, e.a0, f.a0}), outputs({a.a1, b.a1, c.a1, d.a1, e.a1, f.a1}));
+    if (height > 2) {
+      row(first + half, outputs({a.a2, b.a2, c.a2, d.a2, e.a2, f.a2}), outputs({a.a3, b.a3, c.a3, d.a3, e.a3, f.a3}));
+    }
+  } else {
+    const int64_t first = (tile.b * tiles.H + tile.y) * tiles.W + tile.x;
+    const auto row = [&](int i, const Four& y) DDPM_FAST_LAMBDA {
+      if (i >= height) return;
+      const int64_t pixel = first + i * tiles.W;
+      put(pixel, y.a0);
+      if (width > 1) put(pixel + 1, y.a1);
+      if (width > 2) put(pixel + 2, y.a2);
+      if (width > 3) put(pixel + 3, y.a3);
+    };
+    row(0, outputs({a.a0, b.a0, c.a0, d.a0, e.a0, f.a0}));
+    row(1, outputs({a.a1, b.a1, c.a1, d.a1, e.a1, f.a1}));
+    row(2, outputs({a.a2, b.a2, c.a2, d.a2, e.a2, f.a2}));
+    row(3, outputs({a.a3, b.a3, c.a3, d.a3, e.a3, f.a3}));
+  }
+}
+
+// The outputs of tiles [begin, end) for one panel; m holds kPanel floats per tile and point.
+inline void finish_panel(const Conv3x3Forward& p, const Tiles& tiles, int64_t begin, int64_t end, int64_t panel, const float* m, int64_t plane) {
+  for (int half = 0; half < kPanel; half += kLanes) {
+    int64_t k = panel * kPanel + half;
+    int64_t left = smaller<int64_t>(kLanes, p.output_channels[0] + p.output_channels[1] - k);
+    int64_t offset = half;
+    while (left > 0) {  // a second time where the vector spans both parts
+      const int part = k < p.output_channels[0] ? 0 : 1;
+      const int64_t channel = k - (part == 0 ? 0 : p.output_channels[0]);
+      const int64_t count = smaller<int64_t>(left, p.output_channels[part] - channel);
+      const OutputSlice slice{
+          p.output[part] + channel, p.residual[part] == nullptr ? nullptr : p.residual[part] + channel,
+          p.bias == nullptr ? nullptr : p.bias + k, p.output_channels[part]};
+      for (int64_t t = begin; t < end; ++t) {
+        const float* from = m + (t - begin) * kPanel + offset;
+        if (p.pooled) {
+          transform_output<true>(from, plane, tiles, Tile(tiles, t), slice, count);
+        } else {
+          transform_output<false>(from, plane, tiles, Tile(tiles, t), slice, count);
+        }
+      }
+      k += count;
+      left -= count;
+      offset += count;
+    }
+  }
+}
+
+inline void transform_inputs(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles, int64_t begin, int64_t end, float* v, int64_t row, int64_t plane) {
+  const int64_t floats = 6 * larger(channels[0], channels[1]);
+  float* zeros = thread_scratch(kScratchZeros, floats);
+  for (int64_t i = 0; i < floats; ++i) zeros[i] = 0;
+  for (int64_t t = begin; t < end; ++t) {
+    const Tile tile(tiles, t);
+    float* to = v + (t - begin) * row;
+    transform_input(input[0], channels[0], upsampled, tiles, tile, zeros, to, plane);
+    if (channels[1] > 0) transform_input(input[1], channels[1], upsampled, tiles, tile, zeros, to + channels[0], plane);
+  }
+}
+
+
+
+// Measured on two cores of a Zen 4 (1 MB of second-level cache each, 32 MB of third-level), where each is within 5% of the
+// best at every shape of a Unet(64): tiles of a group, of which one pass of the product's kernel takes kRows; the largest
+// transform of the taps that is made as a whole; the least tiles for which that pays; the floats of V, and of V and D,
+// that are made at a time.
+constexpr int64_t kGroup = 14;
+constexpr int64_t kLargestSharedU = 2 << 20, kLeastTiles = 128, kLargestV = 2 << 20, kLargestVAndD = 2 << 20;
+
+inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K) {
+  float* u = thread_scratch(kScratchShared, kPoints * packed_size(C, K));
+  const int64_t num_panels = panels(K), point = C * kPanel;
+  parallel(num_panels * ceil_div(C, 16), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = i % num_panels, c = i / num_panels * 16;
+      transform_weight(p.weight, panel * kPanel, smaller<int64_t>(kPanel, K - panel * kPanel), c, smaller<int64_t>(C, c + 16),
+                       u + panel * kPoints * point + c * kPanel, point);
+    }
+  });
+  const int64_t size = kGroup, row = row_stride(C);
+  const int64_t v_plane = padded(size * row), m_plane = padded(size * kPanel);
+  parallel(ceil_div(tiles.total, size), 1, [&](int64_t first, int64_t last) {
+    float* v = thread_scratch(kScratchV, kPoints * v_plane);
+    float* m = thread_scratch(kScratchM, kPoints * m_plane);
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t begin = g * size, end = smaller(tiles.total, begin + size);
+      transform_inputs(p.input, p.channels, p.upsampled, tiles, begin, end, v, row, v_plane);
+      for (int64_t panel = 0; panel < num_panels; ++panel) {
+        for (int64_t i = 0; i < kPoints; ++i) {
+          product_panel(v + i * v_plane, row, 1, u + (panel * kPoints + i) * point, end - begin, C, m + i * m_plane, kPanel, kPanel, false);
+        }
+        finish_panel(p, tiles, begin, end, panel, m, m_plane);
+      }
+    }
+  });
+}
+
+constexpr int64_t kChannelBlock = 64;  // input channels whose taps are transformed at a time
+
+inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K, int64_t first_tile, int64_t last_tile) {
+  const int64_t T = last_tile - first_tile, row = row_stride(C), v_plane = padded(T * row), m_plane = padded(T * kPanel);
+  float* v = thread_scratch(kScratchShared, kPoints * v_plane);
+  parallel(T, 1, [&](int64_t begin, int64_t end) {
+    transform_inputs(p.input, p.channels, p.upsampled, tiles, first_tile + begin, first_tile + end, v + begin * row, row, v_plane);
+  });
+  parallel(panels(K), 1, [&](int64_t first, int64_t last) {
+    const int64_t u_plane = padded(kChannelBlock * kPanel);
+    float* u = thread_scratch(kScratchU, kPoints * u_plane);
+    float* m = thread_scratch(kScratchM, kPoints * m_plane);
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t columns = smaller<int64_t>(kPanel, K - panel * kPanel);
+      for (int64_t c = 0; c < C; c += kChannelBlock) {
+        const int64_t count = smaller<int64_t>(kChannelBlock, C - c);
+        transform_weight(p.weight, panel * kPanel, columns, c, c + count, u, u_plane);
+        for (int64_t i = 0; i < kPoints; ++i) {
+          product_panel(v + i * v_plane + c, row, 1, u + i * u_plane, T, count, m + i * m_plane, kPanel, kPanel, c > 0);
+        }
+      }
+      finish_panel(p, tiles, first_tile, last_tile, panel, m, m_plane);
+    }
+  });
+}
+
+DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K) {
+  if (kPoints * C * K > kLargestSharedU) return false;
+  return tiles.total >= kLeastTiles || (panels(K) == 1 && tiles.total > kGroup);
+}
+
+inline void conv3x3_forward(const Conv3x3Forward& p) {
+  const Tiles tiles(p.B, p.H, p.W);
+  const int64_t C = p.channels[0] + p.channels[1], K = p.output_channels[0] + p.output_channels[1];
+  if (by_tiles(tiles, C, K)) return forward_by_tiles(p, tiles, C, K);
+  const int64_t size = larger<int64_t>(kRows, kLargestV / (kPoints * C));
+  for (int64_t first = 0; first < tiles.total; first += size) {
+    forward_by_panels(p, tiles, C, K, first, smaller(tiles.total, first + size));
+  }
+}
+
+// The gradient of the weight is a convolution of inputs and output gradients with the same transforms, transposed:
+//
+//   V[point][tile][c] as above      D[panel][point][tile][k] = transposed output transform of the gradient's 4×4 tile
+//   S[point][c][k] = Σ over tiles of V·D      dweight = transposed transform of the taps of S
+
+// D of one tile: d + (panel·kPoints + point)·plane.
+inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles, const Tile& tile, float* d, int64_t plane) {
+  const int64_t height = tiles.H - tile.y, width = tiles.W - tile.x;
+  const float* first = grad + ((tile.b * tiles.H + tile.y) * tiles.W + tile.x) * K;
+  for (int64_t k = 0; k < round_up(K, kPanel); k += kLanes) {
+    const int64_t count = smaller<int64_t>(kLanes, K - k);
+    const auto read = [&](int i, int j) DDPM_FAST_LAMBDA {
+      return i < height && j < width && count > 0 ? load_upto(first + (i * tiles.W + j) * K + k, count) : vf{};
+    };
+    const Six a = output_gradients({read(0, 0), read(1, 0), read(2, 0), read(3, 0)});
+    const Six b = output_gradients({read(0, 1), read(1, 1), read(2, 1), read(3, 1)});
+    const Six c = output_gradients({read(0, 2), read(1, 2), read(2, 2), read(3, 2)});
+    const Six e = output_gradients({read(0, 3), read(1, 3), read(2, 3), read(3, 3)});
+    float* to = d + k / kPanel * kPoints * plane + k % kPanel;
+    const auto put = [&](int i, vf w, vf x, vf y, vf z) DDPM_FAST_LAMBDA {
+      const Six points = output_gradients({w, x, y, z});
+      float* at = to + i * 6 * plane;
+      store(at, points.a0);
+      store(at + plane, points.a1);
+      store(at + 2 * plane, points.a2);
+      store(at + 3 * plane, points.a3);
+      store(at + 4 * plane, points.a4);
+      store(at + 5 * plane, points.a5);
+    };
+    put(0, a.a0, b.a0, c.a0, e.a0);
+    put(1, a.a1, b.a1, c.a1, e.a1);
+    put(2, a.a2, b.a2, c.a2, e.a2);
+    put(3, a.a3, b.a3, c.a3, e.a3);
+    put(4, a.a4, b.a4, c.a4, e.a4);
+    put(5, a.a5, b.a5, c.a5, e.a5);
+  }
+}
+
+// dweight of input channels [c, c + count) and output channels [k, k + columns), at most kLanes each, from
+// s + point·plane + row·kPanel.
+inline void finish_taps(const float* s, int64_t plane, float* dweight, int64_t C, int64_t c, int64_t count, int64_t k, int64_t columns) {
+  alignas(64) float taps[9 * kLanes][kLanes];
+  for (int64_t n = 0; n < count; ++n) {
+    const float* from = s + n * kPanel;
+    const auto line = [&](int i) DDPM_FAST_LAMBDA {
+      const float* at = from + i * 6 * plane;
+      return tap_gradients({load(at), load(at + plane), load(at + 2 * plane), load(at + 3 * plane), load(at + 4 * plane), load(at + 5 * plane)});
+    };
+    const Three a = line(0), b = line(1), d = line(2), e = line(3), f = line(4), g = line(5);
+    const Three left = tap_gradients({a.a0, b.a0, d.a0, e.a0, f.a0, g.a0});
+    const Three middle = tap_gradients({a.a1, b.a1, d.a1, e.a1, f.a1, g.a1});
+    const Three right = tap_gradients({a.a2, b.a2, d.a2, e.a2, f.a2, g.a2});
+    float* t = taps[9 * n];
+    store(t, left.a0);
+    store(t + kLanes, middle.a0);
+    store(t + 2 * kLanes, right.a0);
+    store(t + 3 * kLanes, left.a1);
+    store(t + 4 * kLanes, middle.a1);
+    store(t + 5 * kLanes, right.a1);
+    store(t + 6 * kLanes, left.a2);
+    store(t + 7 * kLanes, middle.a2);
+    store(t + 8 * kLanes, right.a2);
+  }
+  float* to = dweight + (k * C + c) * 9;
+  if (count == kLanes && columns == kLanes) {
+    for (int part = 0; part < 9; ++part) {
+      vf rows[kLanes];
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) rows[n] = load(taps[part * kLanes + n]);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) store(to + n * 9 * C + part * kLanes, rows[n]);
+    }
+    return;
+  }
+  for (int64_t column = 0; column < columns; ++column) {
+    for (int64_t i = 0; i < 9 * count; ++i) to[column * 9 * C + i] = taps[i][column];
+  }
+}
+
+// dbias (K) = Σ of rows of grad (rows, K), by chunks of rows that depend on the sizes alone.
+inline void sum_rows(const float* grad, int64_t rows, int64_t K, float* dbias) {
+  const int64_t size = larger<int64_t>(16, 16384 / K), chunks = ceil_div(rows, size), stride = round_up(K, kLanes);
+  float* sums = thread_scratch(kScratchSums, chunks * stride);
+  parallel(chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t last = smaller(rows, (chunk + 1) * size);
+      for (int64_t k = 0; k < K; k += kLanes) {
+        vf sum = {};
+        for (int64_t i = chunk * size; i < last; ++i) sum += load_upto(grad + i * K + k, K - k);
+        store(sums + chunk * stride + k, sum);
+      }
+    }
+  });
+  for (int64_t k = 0; k < K; k += kLanes) {
+    vf sum = {};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load(sums + chunk * stride + k);
+    store_upto(dbias + k, sum, K - k);
+  }
+}
+
+constexpr int64_t kGradientBlock = 32;  // input channels of a task, whose sums stay in the second-level cache
+
+inline void conv3x3_weight_gradient(const Conv3x3WeightGradient& p) {
+  if (p.dbias != nullptr) sum_rows(p.grad, p.B * p.H * p.W, p.K, p.dbias);
+  if (p.dweight == nullptr) return;
+  const Tiles tiles(p.B, p.H, p.W);
+  const int64_t C = p.channels[0] + p.channels[1], K = p.K, num_panels = panels(K), blocks = ceil_div(C, kGradientBlock);
+  const int64_t row = row_stride(C), per_tile = kPoints * (row + num_panels * kPanel);
+  const int64_t chunks = ceil_div(tiles.total, larger<int64_t>(kLanes, kLargestVAndD / per_tile));
+  const int64_t size = ceil_div(tiles.total, chunks), s_plane = padded(kGradientBlock * kPanel), sums = kPoints * s_plane;
+  const int64_t v_plane = padded(size * row), d_plane = padded(size * kPanel);
+  float* v = thread_scratch(kScratchShared, kPoints * v_plane);
+  float* d = thread_scratch(kScratchGradients, num_panels * kPoints * d_plane);
+  float* kept = chunks == 1 ? nullptr : thread_scratch(kScratchSums, num_panels * blocks * sums);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = chunk * size, T = smaller(size, tiles.total - first);
+    parallel(T, 1, [&](int64_t begin, int64_t end) {
+      transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, v + begin * row, row, v_plane);
+      for (int64_t t = begin; t < end; ++t) {
+        transform_gradient(p.grad, K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane);
+      }
+    });
+    parallel(num_panels * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t panel = task / blocks, c = task % blocks * kGradientBlock, count = smaller(kGradientBlock, C - c);
+        float* s = kept == nullptr ? thread_scratch(kScratchM, sums) : kept + task * sums;
+        for (int64_t i = 0; i < kPoints; ++i) {
+          product_panel(v + i * v_plane + c, 1, row, d + (panel * kPoints + i) * d_plane, count, T, s + i * s_plane, kPanel, kPanel, chunk > 0);
+        }
+        if (chunk + 1 < chunks) continue;
+        for (int64_t n = 0; n < count; n += kLanes) {
+          for (int half = 0; half < kPanel; half += kLanes) {
+            const int64_t k = panel * kPanel + half;
+            if (k >= K) break;
+            finish_taps(s + n * kPanel + half, s_plane, p.dweight, C, c + n, smaller<int64_t>(kLanes, count - n), k, smaller<int64_t>(kLanes, K - k));
+          }
+        }
+      }
+    });
+  }
+}
+
+constexpr Conv3x3Kernels conv3x3_kernels = {conv3x3_forward, conv3x3_weight_gradient};
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,0 +1,28 @@
+"""3×3 convolutions in plain torch: the specification and the oracle, and what runs on CUDA and in other
+layouts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ddpm_fast.dispatch import no_autocast
+
+
+def conv3x3(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    beside: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    upsampled: bool = False,
+) -> torch.Tensor:
+    """See `ddpm_fast.ops.conv3x3.op.conv3x3`."""
+    with no_autocast(x.device.type):
+        dtype = x.dtype
+        h = x if beside is None else torch.cat((x, beside.to(dtype)), dim=1)
+        if upsampled:
+            h = F.interpolate(h, scale_factor=2, mode="nearest")
+        out = F.conv2d(h, weight.to(dtype), None if bias is None else bias.to(dtype), padding=1)
+        return out if residual is None else (out + residual).to(dtype)
