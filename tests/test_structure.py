@@ -33,7 +33,7 @@ ROWS = [
     ["layers", "graphs"],
     ["frozen"],
     ["ops/*/op"],
-    ["ops/*/kernel", "ops/*/reference"],
+    ["ops/*/kernel", "ops/*/native", "ops/*/reference"],
     ["ops/*/launch"],
     ["ops/common/kernel"],
     ["dispatch", "tuning", "_extension", "noise", "schedules", "_version"],

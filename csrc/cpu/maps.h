@@ -1,0 +1,54 @@
+// Feature maps (B, C, H, W) as the kernels read them: float32, the channels of a pixel side by side.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+
+namespace ddpm_fast {
+
+inline void check_floating(const at::Tensor& tensor, const char* name) {
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, name,
+                   " must be float32, float16 or bfloat16, got ", type);
+  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU, got ", tensor.device());
+}
+
+// The map that others must fit.
+inline void check_map(const at::Tensor& x, const char* name) {
+  check_floating(x, name);
+  TORCH_CHECK_VALUE(x.dim() == 4, name, " must have shape (B, C, H, W), got ", x.sizes());
+  TORCH_CHECK_VALUE(x.is_contiguous(at::MemoryFormat::ChannelsLast), name, " must be channels-last, got strides ",
+                    x.strides());
+}
+
+inline void check_sizes(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {
+  check_floating(tensor, name);
+  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " must have shape ", sizes, ", got ", tensor.sizes());
+}
+
+inline void check_elements(const at::Tensor& tensor, const char* name, int64_t elements) {
+  check_floating(tensor, name);
+  TORCH_CHECK_VALUE(tensor.numel() == elements, name, " must have ", elements, " elements, got ", tensor.numel());
+}
+
+inline at::Tensor float_map(const at::Tensor& map) {
+  return map.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+inline at::Tensor float_vector(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
+
+inline at::Tensor empty_map(int64_t B, int64_t C, int64_t H, int64_t W, const at::TensorOptions& options) {
+  return at::empty({B, C, H, W}, options, at::MemoryFormat::ChannelsLast);
+}
+
+// A tensor that lives as long as the kernel reads it, or nothing.
+struct Optional {
+  at::Tensor tensor;
+
+  const float* data() const { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
+};
+
+}  // namespace ddpm_fast
