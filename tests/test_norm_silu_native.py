@@ -63,7 +63,7 @@ def assert_as_accurate_as_the_reference(norm: str, tensors: dict, others: dict) 
     alone = x.shape[1] == 1 if norm == "rms" else x[0].numel() == others["groups"]
     for name in truth:
         if (alone and name == "dx") or (name == "dbias" and x.shape[1] == others.get("groups", 1)):
-            # The norm of one number is a constant, and so is that of a channel's mean: the gradient is 0, and here rounding
+            # The norm of one number is a constant, and so is a channel's mean: the gradient is 0, and here rounding
             # of what cancels.
             assert (actual[name].double() - truth[name]).abs().max() <= 1e-4
             continue
