@@ -60,7 +60,7 @@ def run(function, tensors, others, grad=None):
 
 
 def check(tensors, others):
-    """Twice the reference's error against float64, and a floor of 16 units in the last place of the products' absolute sum.
+    """Twice the reference's error against float64, and a floor of 16 units of the products' absolute sum.
 
     The transforms round in units of what they add, whatever cancels (Higham 2002, section 3.1). Of 600 random shapes as
     small as these the worst took 9 units.

@@ -33,7 +33,7 @@ ROWS = [
     ["layers", "graphs"],
     ["frozen"],
     ["ops/*/op"],
-    ["ops/*/kernel", "ops/*/reference"],
+    ["ops/*/kernel", "ops/*/native", "ops/*/reference"],
     ["ops/*/launch"],
     ["ops/common/kernel", "ops/common/norm"],
     ["dispatch", "tuning", "_extension", "noise", "schedules", "_version"],
@@ -81,7 +81,8 @@ def test_imports_form_layers(module):
             continue
         assert row_of(imported) > row_of(module), f"{module} imports {imported}, which is not below it"
         if module.startswith("ops/") and imported.startswith("ops/"):
-            shared = imported == "ops/common/kernel" and module.endswith("/kernel")
+            kind = "kernel" if module.endswith("/kernel") else "reference"
+            shared = imported in (f"ops/common/{kind}", "ops/common/norm") and module.endswith(f"/{kind}")
             same_room = module.split("/")[1] == imported.split("/")[1]
             assert same_room or shared, f"{module} imports another room, {imported}"
 

@@ -2,6 +2,9 @@
 #pragma once
 
 #include "conv3x3.h"
+#include "linear.h"
+#include "norm_linear.h"
+#include "norm_silu.h"
 
 namespace ddpm_fast {
 
@@ -9,6 +12,9 @@ struct Kernels {
   const char* name;
   int lanes;  // floats of a vector
   Conv3x3Kernels conv3x3;
+  NormSiluKernels norm_silu;
+  LinearKernels linear;
+  NormLinearKernels norm_linear;
 };
 
 // The table of the widest instruction set that this processor has, or of the one chosen by `use_instruction_set`.

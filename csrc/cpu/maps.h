@@ -1,4 +1,4 @@
-// What the CPU's operators on channels-last maps share.
+// Feature maps (B, C, H, W) as the kernels read them: float32, the channels of a pixel side by side.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,34 +9,74 @@
 
 namespace ddpm_fast {
 
-// A float32 map (B, C, H, W) whose memory is (B, H, W, C).
-inline at::Tensor as_map(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast); }
-
-inline at::Tensor as_map(const at::Tensor& tensor, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
-  return as_map(tensor);
+inline void check_floating(const at::Tensor& tensor, const char* name) {
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, name,
+                   " must be float32, float16 or bfloat16, got ", type);
+  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU, got ", tensor.device());
 }
 
-inline at::Tensor empty_map(at::IntArrayRef shape) {
-  return at::empty(shape, at::TensorOptions(at::kFloat).memory_format(at::MemoryFormat::ChannelsLast));
+// The map that others must fit.
+inline void check_map(const at::Tensor& x, const char* name) {
+  check_floating(x, name);
+  TORCH_CHECK_VALUE(x.dim() == 4, name, " must have shape (B, C, H, W), got ", x.sizes());
+  TORCH_CHECK_VALUE(x.is_contiguous(at::MemoryFormat::ChannelsLast), name, " must be channels-last, got strides ",
+                    x.strides());
 }
 
-// Contiguous float32 numbers of `count` elements in any shape.
-inline at::Tensor as_floats(const at::Tensor& tensor, const char* name, int64_t count) {
-  TORCH_CHECK_VALUE(tensor.numel() == count, name, " must have ", count, " elements, got shape ", tensor.sizes());
-  return tensor.to(at::kFloat).contiguous();
+inline void check_sizes(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {
+  check_floating(tensor, name);
+  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " must have shape ", sizes, ", got ", tensor.sizes());
 }
 
-inline at::Tensor as_floats(const std::optional<at::Tensor>& tensor, const char* name, int64_t count) {
-  return tensor.has_value() ? as_floats(*tensor, name, count) : at::Tensor();
+inline void check_elements(const at::Tensor& tensor, const char* name, int64_t elements) {
+  check_floating(tensor, name);
+  TORCH_CHECK_VALUE(tensor.numel() == elements, name, " must have ", elements, " elements, got ", tensor.numel());
 }
 
-inline const float* floats_or_null(const at::Tensor& tensor) {
+inline at::Tensor float_map(const at::Tensor& map) {
+  return map.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+inline at::Tensor float_vector(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
+
+inline at::Tensor empty_map(int64_t B, int64_t C, int64_t H, int64_t W, const at::TensorOptions& options) {
+  return at::empty({B, C, H, W}, options, at::MemoryFormat::ChannelsLast);
+}
+
+// The same of any tensor of these sizes, in any layout.
+inline at::Tensor float_map(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {
+  check_sizes(tensor, name, sizes);
+  return float_map(tensor);
+}
+
+inline at::Tensor empty_float_map(at::IntArrayRef sizes) {
+  return at::empty(sizes, at::TensorOptions(at::kFloat).memory_format(at::MemoryFormat::ChannelsLast));
+}
+
+// Float32 numbers side by side, of `elements` in any shape.
+inline at::Tensor float_vector(const at::Tensor& tensor, const char* name, int64_t elements) {
+  check_elements(tensor, name, elements);
+  return float_vector(tensor);
+}
+
+inline at::Tensor float_vector(const std::optional<at::Tensor>& tensor, const char* name, int64_t elements) {
+  return tensor.has_value() ? float_vector(*tensor, name, elements) : at::Tensor();
+}
+
+inline const float* data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
 }
 
-inline float* mutable_floats_or_null(const at::Tensor& tensor) {
+inline float* mutable_data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.data_ptr<float>() : nullptr;
 }
+
+// A tensor that lives as long as the kernel reads it, or nothing.
+struct Optional {
+  at::Tensor tensor;
+
+  const float* data() const { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
+};
 
 }  // namespace ddpm_fast

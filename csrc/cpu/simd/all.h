@@ -3,9 +3,21 @@
 
 #include "../kernels.h"
 #include "conv3x3.h"
+#include "linear.h"
+#include "norm_linear.h"
+#include "norm_silu.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr Kernels make_kernels(const char* name) { return {name, kLanes, conv3x3_kernels}; }
+constexpr Kernels make_kernels(const char* name) {
+  return {
+      .name = name,
+      .lanes = kLanes,
+      .conv3x3 = conv3x3_kernels,
+      .norm_silu = {norm_silu_forward, norm_silu_backward},
+      .linear = {linear_forward, linear_data_gradient, linear_weight_gradient},
+      .norm_linear = {norm_linear_forward, norm_linear_data_gradient},
+  };
+}
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

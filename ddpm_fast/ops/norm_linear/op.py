@@ -1,4 +1,5 @@
-"""A 1×1 convolution of an RMSNorm as one product, and one with a residual: public functions, registration, eligibility.
+"""1×1 convolutions as matrix products: of an RMSNorm, with a residual, of two maps side by side. Public functions,
+registration, eligibility; the CPU's operators stand in native.py.
 
     out = weight · (x / max(‖x‖₂, 1e-12) · g · √C)   per pixel (Zhang & Sennrich 2019, in the peer's form)
 
@@ -11,7 +12,7 @@ import torch
 
 from ddpm_fast import tuning
 from ddpm_fast.dispatch import Implementation, Op
-from ddpm_fast.ops.norm_linear import reference
+from ddpm_fast.ops.norm_linear import native, reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LARGEST_ROW = 1024  # channels that the kernel of dx keeps in one program's registers
@@ -131,7 +132,7 @@ def norm_linear(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch
 
     Args:
         x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). Channels-last is the fast layout,
-            contiguous runs as well; others run the reference.
+            on CUDA contiguous runs as well; others run the reference.
         g: the norm's gain, C elements in any shape; the peer's is (1, C, 1, 1).
         weight: (M, C, 1, 1). g and weight may be float32 where x is a half type: their product is rounded once, to the
             dtype of x. Products of float32 are TF32 where torch's convolutions may use it
@@ -176,19 +177,61 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
     return _linear_residual_op(x, weight, bias, residual)
 
 
+def linear(
+    x: torch.Tensor | tuple[torch.Tensor, torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A 1×1 convolution of one map, or of two maps side by side that are never put together.
+
+    Args:
+        x: (B, C, H, W), see `norm_linear`, or two maps (B, C0, H, W) and (B, C1, H, W) with C = C0 + C1.
+        weight: (M, C, 1, 1).
+        bias: (M,).
+
+    Returns:
+        (B, M, H, W), of the dtype of x (of the wider one of two) and, where maps are all channels-last, channels-last.
+        Gradients flow to everything; on the CPU once.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+    """
+    maps = (x,) if isinstance(x, torch.Tensor) else tuple(x)
+    if not 1 <= len(maps) <= 2:
+        raise ValueError(f"x must be one map or two, got {len(maps)}")
+    names = ("x",) if len(maps) == 1 else ("x[0]", "x[1]")
+    given = dict(zip(names, maps, strict=True)) | {"weight": weight} | ({} if bias is None else {"bias": bias})
+    _check_tensors(given)
+    if len(maps) == 2 and (maps[0].shape[0], *maps[0].shape[2:]) != (maps[1].shape[0], *maps[1].shape[2:]):
+        shapes = " and ".join(str(tuple(m.shape)) for m in maps)
+        raise ValueError(f"the maps of x must agree in all but their channels, got {shapes}")
+    _check_weight(weight, sum(m.shape[1] for m in maps))
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    return _linear_op(maps, weight, bias)
+
+
 def _check(given: dict[str, torch.Tensor]) -> None:
     """The checks of every implementation."""
-    x = given["x"]
+    _check_tensors(given)
+    _check_weight(given["weight"], given["x"].shape[1])
+
+
+def _check_tensors(given: dict[str, torch.Tensor]) -> None:
+    """Types, devices, and the dimensions of maps, whose names begin with x."""
+    device = None
     for name, tensor in given.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
-    if x.dim() != 4:
-        raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
-    weight, C = given["weight"], x.shape[1]
+        device = tensor.device if device is None else device
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of x, {device}, got {tensor.device}")
+    for name, tensor in given.items():
+        if name.startswith("x") and tensor.dim() != 4:
+            raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(tensor.shape)}")
+
+
+def _check_weight(weight: torch.Tensor, C: int) -> None:
     if weight.dim() != 4 or weight.shape[1:] != (C, 1, 1):
         raise ValueError(f"weight must have shape (M, {C}, 1, 1), got {tuple(weight.shape)}")
 
@@ -221,26 +264,48 @@ def _triton_norm_refuses(x, g, weight) -> str | None:
     return reason
 
 
+def _map(device: torch.device, channels: int = 8) -> torch.Tensor:
+    return torch.zeros(2, channels, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
+
+
 def _example(device: torch.device) -> tuple[tuple, dict]:
-    x, g = torch.zeros(2, 8, 4, 4, device=device), torch.zeros(8, device=device)
-    return (x, g, torch.zeros(24, 8, 1, 1, device=device)), {}
+    g = torch.zeros(8, device=device)
+    return (_map(device), g, torch.zeros(24, 8, 1, 1, device=device)), {}
 
 
 def _residual_example(device: torch.device) -> tuple[tuple, dict]:
-    x, bias = torch.zeros(2, 8, 4, 4, device=device), torch.zeros(8, device=device)
+    x, bias = _map(device), torch.zeros(8, device=device)
     return (x, torch.zeros(8, 8, 1, 1, device=device), bias, x), {}
+
+
+def _linear_example(device: torch.device) -> tuple[tuple, dict]:
+    weight, bias = torch.zeros(8, 12, 1, 1, device=device), torch.zeros(8, device=device)
+    return ((_map(device), _map(device, 4)), weight, bias), {}
 
 
 _norm_linear_op = Op(
     "norm_linear",
-    [Implementation("triton", _triton, _triton_norm_refuses), Implementation("reference", reference.norm_linear)],
+    [
+        Implementation("triton", _triton, _triton_norm_refuses),
+        Implementation("native", native.norm_linear, native.refuses),
+        Implementation("reference", reference.norm_linear),
+    ],
     _example,
 )
 _linear_residual_op = Op(
     "linear_residual",
     [
         Implementation("triton", torch.ops.ddpm_fast.linear_residual, _triton_refuses),
+        Implementation("native", native.linear_residual, native.refuses),
         Implementation("reference", reference.linear_residual),
     ],
     _residual_example,
+)
+_linear_op = Op(
+    "linear",
+    [
+        Implementation("native", native.linear, native.linear_refuses),
+        Implementation("reference", reference.linear),
+    ],
+    _linear_example,
 )

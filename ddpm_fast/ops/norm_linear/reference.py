@@ -1,4 +1,4 @@
-"""RMSNorm and a 1×1 convolution in plain torch: the specification and the oracle, and what the CPU runs.
+"""RMSNorm and 1×1 convolutions in plain torch: the specification and the oracle.
 
 The normed map is made again in backward instead of being kept: it is one elementwise pass, and x is kept anyway by what
 made it. The norm computes in float32 at least, so that half types round once before the convolution,
@@ -23,6 +23,13 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
     """See `ddpm_fast.ops.norm_linear.op.linear_residual`."""
     with no_autocast(x.device.type):
         return (F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)) + residual).to(x.dtype)
+
+
+def linear(maps: tuple[torch.Tensor, ...], weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """See `ddpm_fast.ops.norm_linear.op.linear`."""
+    x = maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
+    with no_autocast(x.device.type):
+        return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class _NormLinear(torch.autograd.Function):

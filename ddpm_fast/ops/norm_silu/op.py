@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import tuning
+from ddpm_fast import _extension, tuning
 from ddpm_fast.dispatch import Implementation, Op
 from ddpm_fast.ops.norm_silu import reference
 
@@ -23,17 +23,19 @@ _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets rea
 
 _ROWS = "Tensor weight, Tensor? bias_affine, Tensor? bias, Tensor? scale, Tensor? shift"
 _library = torch.library.Library("ddpm_fast", "FRAGMENT")
-_library.define(
-    # groups = 0 is RMSNorm.
-    f"norm_silu(Tensor x, {_ROWS}, Tensor? residual, Tensor? seed, int groups, float eps, bool activation, "
-    "float dropout_p) -> (Tensor out, Tensor statistics)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    f"norm_silu_backward(Tensor grad, Tensor x, Tensor statistics, {_ROWS}, Tensor? seed, int groups, bool activation, "
-    "float dropout_p) -> (Tensor dx, Tensor dweight, Tensor dbias_affine, Tensor dbias, Tensor dscale, Tensor dshift)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _name in ("norm_silu", "native_norm_silu"):  # the Triton kernels' operators and the extension's
+    _library.define(
+        # groups = 0 is RMSNorm.
+        f"{_name}(Tensor x, {_ROWS}, Tensor? residual, Tensor? seed, int groups, float eps, bool activation, "
+        "float dropout_p) -> (Tensor out, Tensor statistics)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    _library.define(
+        f"{_name}_backward(Tensor grad, Tensor x, Tensor statistics, {_ROWS}, Tensor? seed, int groups, "
+        "bool activation, float dropout_p) "
+        "-> (Tensor dx, Tensor dweight, Tensor dbias_affine, Tensor dbias, Tensor dscale, Tensor dshift)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
 
 @torch.library.impl(_library, "norm_silu", "CPU")
@@ -64,12 +66,14 @@ def _norm_silu_backward(
 
 
 @torch.library.register_fake("ddpm_fast::norm_silu", lib=_library)
+@torch.library.register_fake("ddpm_fast::native_norm_silu", lib=_library)
 def _norm_silu_fake(x, weight, bias_affine, bias, scale, shift, residual, seed, groups, eps, activation, dropout_p):
     B, _, H, W = x.shape
     return torch.empty_like(x), x.new_empty((B, groups, 2) if groups else (B, H * W), dtype=torch.float32)
 
 
 @torch.library.register_fake("ddpm_fast::norm_silu_backward", lib=_library)
+@torch.library.register_fake("ddpm_fast::native_norm_silu_backward", lib=_library)
 def _norm_silu_backward_fake(
     grad, x, statistics, weight, bias_affine, bias, scale, shift, seed, groups, activation, dropout_p
 ):
@@ -86,21 +90,26 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-def _backward(ctx, grad, _):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "norm_silu: the Triton kernel's gradient cannot be differentiated again (create_graph=True); "
-            'use ddpm_fast.use_backend("reference") for second derivatives'
-        )
-    saved = ctx.saved_tensors  # asked for once: under torch's checkpoint a second time is an error
-    dx, *rows = torch.ops.ddpm_fast.norm_silu_backward(grad, *saved, *ctx.options)
-    given = saved[2:7]
-    rows = [None if tensor is None else row for tensor, row in zip(given, rows, strict=True)]
-    dresidual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
-    return dx, *rows, dresidual, None, None, None, None, None
+def _backward_of(operator: str, kernel: str):
+    def backward(ctx, grad, _):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"norm_silu: the {kernel} kernel's gradient cannot be differentiated again (create_graph=True); "
+                'use ddpm_fast.use_backend("reference") for second derivatives'
+            )
+        saved = ctx.saved_tensors  # asked for once: under torch's checkpoint a second time is an error
+        dx, *rows = getattr(torch.ops.ddpm_fast, operator)(grad, *saved, *ctx.options)
+        given = saved[2:7]
+        rows = [None if tensor is None else row for tensor, row in zip(given, rows, strict=True)]
+        dresidual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
+        return dx, *rows, dresidual, None, None, None, None, None
+
+    return backward
 
 
-torch.library.register_autograd("ddpm_fast::norm_silu", _backward, setup_context=_setup_context, lib=_library)
+for _name, _kernel in (("norm_silu", "Triton"), ("native_norm_silu", "native")):
+    _backward = _backward_of(f"{_name}_backward", _kernel)
+    torch.library.register_autograd(f"ddpm_fast::{_name}", _backward, setup_context=_setup_context, lib=_library)
 
 
 def rms_norm_silu(
@@ -119,7 +128,7 @@ def rms_norm_silu(
 
     Args:
         x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). Statistics and arithmetic are float32.
-            Channels-last is the fast layout, contiguous runs as well; others run the reference.
+            Channels-last is the fast layout; on CUDA contiguous runs as well; others run the reference.
         weight: the norm's gain, C elements in any shape; the peer's is (1, C, 1, 1).
         bias: (C,), added before the norm: the bias of the convolution that made x.
         scale, shift: (B, C); y·(1 + scale) + shift after the norm.
@@ -233,20 +242,23 @@ def _check(x, weight, bias_affine, bias, scale, shift, residual, dropout_p, seed
         raise TypeError(f"seed must be a one-element int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
 
 
-def _triton_rms(x, weight, *, bias, scale, shift, residual, activation, dropout_p, seed) -> torch.Tensor:
-    seed = seed if dropout_p > 0 else None
-    return torch.ops.ddpm_fast.norm_silu(
-        x, weight, None, bias, scale, shift, residual, seed, 0, 0.0, activation, dropout_p
-    )[0]
+def _rms(operator):
+    def run(x, weight, *, bias, scale, shift, residual, activation, dropout_p, seed) -> torch.Tensor:
+        seed = seed if dropout_p > 0 else None
+        return operator(x, weight, None, bias, scale, shift, residual, seed, 0, 0.0, activation, dropout_p)[0]
+
+    return run
 
 
-def _triton_group(
-    x, weight, bias_affine, *, groups, eps, bias, scale, shift, residual, activation, dropout_p, seed
-) -> torch.Tensor:
-    seed = seed if dropout_p > 0 else None
-    return torch.ops.ddpm_fast.norm_silu(
-        x, weight, bias_affine, bias, scale, shift, residual, seed, groups, eps, activation, dropout_p
-    )[0]
+def _group(operator):
+    def run(
+        x, weight, bias_affine, *, groups, eps, bias, scale, shift, residual, activation, dropout_p, seed
+    ) -> torch.Tensor:
+        seed = seed if dropout_p > 0 else None
+        rows = (weight, bias_affine, bias, scale, shift)
+        return operator(x, *rows, residual, seed, groups, eps, activation, dropout_p)[0]
+
+    return run
 
 
 def _triton_refuses(x, weight, bias_affine=None, **options) -> str | None:
@@ -272,9 +284,25 @@ def _triton_rms_refuses(x, weight, **options) -> str | None:
     return reason
 
 
+def _native_refuses(x, weight, bias_affine=None, **options) -> str | None:
+    reason = _extension.why_not(x.device)
+    if reason is not None:
+        return reason
+    if x.device.type != "cpu":
+        return f"tensors are on {x.device.type}, and the native kernels run on the CPU"
+    for name, tensor in {"x": x, "weight": weight, "bias_affine": bias_affine, **options}.items():
+        if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+            return f"{name} is torch.float64, and native code computes in float32"
+    if x.numel() == 0:
+        return "x is empty"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return f"x is not channels-last, its strides are {x.stride()}"
+    return None
+
+
 def _example(affine: bool):
     def example(device: torch.device) -> tuple[tuple, dict]:
-        x = torch.zeros(2, 8, 4, 4, device=device)
+        x = torch.zeros(2, 8, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
         row = torch.zeros(8, device=device)
         options = {"bias": None, "scale": None, "shift": None, "residual": None}
         options |= {"activation": True, "dropout_p": 0.0, "seed": None}
@@ -283,10 +311,12 @@ def _example(affine: bool):
     return example
 
 
+_triton_operator, _native_operator = torch.ops.ddpm_fast.norm_silu, torch.ops.ddpm_fast.native_norm_silu
 _rms_norm_silu_op = Op(
     "rms_norm_silu",
     [
-        Implementation("triton", _triton_rms, _triton_rms_refuses),
+        Implementation("triton", _rms(_triton_operator), _triton_rms_refuses),
+        Implementation("native", _rms(_native_operator), _native_refuses),
         Implementation("reference", reference.rms_norm_silu),
     ],
     _example(affine=False),
@@ -294,7 +324,8 @@ _rms_norm_silu_op = Op(
 _group_norm_silu_op = Op(
     "group_norm_silu",
     [
-        Implementation("triton", _triton_group, _triton_refuses),
+        Implementation("triton", _group(_triton_operator), _triton_refuses),
+        Implementation("native", _group(_native_operator), _native_refuses),
         Implementation("reference", reference.group_norm_silu),
     ],
     _example(affine=True),

@@ -1,0 +1,341 @@
+// A residual block as one operator: two 3×3 convolutions, norms, and the 1×1 convolution of the residual, by the kernels of
+// their own rooms. What is between the first norm and the second convolution is made again in backward.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "dropout.h"
+#include "kernels.h"
+#include "maps.h"
+
+namespace ddpm_fast {
+
+namespace {
+
+struct Norm {
+  at::Tensor gain, affine, scale, shift;
+  const std::optional<at::Tensor>& seed;
+  int64_t groups;
+  double eps, dropout_p;
+
+  NormSiluArgs args(const at::Tensor& x) const {
+    NormSiluArgs a = {};
+    a.x = x.const_data_ptr<float>();
+    a.weight = gain.const_data_ptr<float>();
+    a.bias_affine = data_or_null(affine);
+    a.scale = data_or_null(scale);
+    a.shift = data_or_null(shift);
+    a.B = x.size(0);
+    a.N = x.size(2) * x.size(3);
+    a.C = x.size(1);
+    a.groups = groups;
+    a.eps = static_cast<float>(eps);
+    a.activation = true;
+    set_dropout(a, seed, dropout_p);
+    return a;
+  }
+
+  at::Tensor empty_statistics(const at::Tensor& x) const {
+    const int64_t B = x.size(0);
+    return groups == 0 ? at::empty({B, x.size(2) * x.size(3)}, at::kFloat) : at::empty({B, groups, 2}, at::kFloat);
+  }
+
+  void forward(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& out, const at::Tensor& statistics) const {
+    NormSiluForwardArgs a{args(x)};
+    a.residual = data_or_null(residual);
+    a.out = out.data_ptr<float>();
+    a.statistics = statistics.data_ptr<float>();
+    kernels().norm_silu.forward(a);
+  }
+};
+
+// What both directions are given, as float32 and checked.
+struct Block {
+  at::Tensor x, beside, weight1, weight2, res_weight;
+  Norm norm1, norm2;
+  int64_t B, H, W, K, channels[2];
+
+  Block(
+      const at::Tensor& x_in,
+      const std::optional<at::Tensor>& beside_in,
+      const at::Tensor& weight1_in,
+      const at::Tensor& gain1,
+      const std::optional<at::Tensor>& affine1,
+      const std::optional<at::Tensor>& scale,
+      const std::optional<at::Tensor>& shift,
+      const at::Tensor& weight2_in,
+      const at::Tensor& gain2,
+      const std::optional<at::Tensor>& affine2,
+      const std::optional<at::Tensor>& res_weight_in,
+      const std::optional<at::Tensor>& seed,
+      int64_t groups,
+      double eps,
+      double dropout_p)
+      : norm1{{}, {}, {}, {}, seed, groups, eps, dropout_p}, norm2{{}, {}, {}, {}, no_seed, groups, eps, 0.0} {
+    TORCH_CHECK_VALUE(x_in.dim() == 4 && x_in.numel() > 0, "x must have shape (B, C, H, W) and not be empty, got ", x_in.sizes());
+    B = x_in.size(0), H = x_in.size(2), W = x_in.size(3);
+    x = float_map(x_in);
+    if (beside_in.has_value()) {
+      beside = float_map(*beside_in, "beside", {B, beside_in->dim() == 4 ? beside_in->size(1) : 0, H, W});
+    }
+    channels[0] = x.size(1), channels[1] = beside.defined() ? beside.size(1) : 0;
+    const int64_t C = channels[0] + channels[1];
+    TORCH_CHECK_VALUE(weight1_in.dim() == 4 && weight1_in.size(0) > 0, "weight1 must have shape (K, C, 3, 3), got ", weight1_in.sizes());
+    K = weight1_in.size(0);
+    weight1 = as_weight(weight1_in, "weight1", C, 3);
+    weight2 = as_weight(weight2_in, "weight2", K, 3);
+    if (res_weight_in.has_value()) {
+      res_weight = as_weight(*res_weight_in, "res_weight", C, 1);
+    } else {
+      TORCH_CHECK_VALUE(C == K && channels[1] == 0, "res_weight must be given where the block changes the number of channels");
+    }
+    TORCH_CHECK_VALUE(groups >= 0 && (groups == 0 || K % groups == 0), "groups must divide ", K, " channels, got ", groups);
+    norm1.gain = float_vector(gain1, "gain1", K), norm1.affine = float_vector(affine1, "affine1", K);
+    norm1.scale = float_vector(scale, "scale", B * K), norm1.shift = float_vector(shift, "shift", B * K);
+    norm2.gain = float_vector(gain2, "gain2", K), norm2.affine = float_vector(affine2, "affine2", K);
+  }
+
+  at::Tensor empty_output() const { return empty_float_map({B, K, H, W}); }
+
+  Conv3x3Forward first() const {
+    Conv3x3Forward p = {};
+    p.B = B, p.H = H, p.W = W;
+    p.input[0] = x.const_data_ptr<float>(), p.input[1] = data_or_null(beside);
+    p.channels[0] = channels[0], p.channels[1] = channels[1];
+    const int64_t C = channels[0] + channels[1];
+    p.weight = {weight1.const_data_ptr<float>(), 9 * C, 9, false};
+    p.output_channels[0] = K;
+    return p;
+  }
+
+  Conv3x3Forward second(const at::Tensor& h) const {
+    Conv3x3Forward p = {};
+    p.B = B, p.H = H, p.W = W;
+    p.input[0] = h.const_data_ptr<float>();
+    p.channels[0] = K;
+    p.weight = {weight2.const_data_ptr<float>(), 9 * K, 9, false};
+    p.output_channels[0] = K;
+    return p;
+  }
+
+ private:
+  static inline const std::optional<at::Tensor> no_seed;
+
+  at::Tensor as_weight(const at::Tensor& weight, const char* name, int64_t C, int64_t side) const {
+    TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(std::array<int64_t, 4>{K, C, side, side}), name, " must have shape (", K, ", ", C, ", ", side, ", ", side,
+                      "), got ", weight.sizes());
+    return weight.to(at::kFloat).contiguous();
+  }
+};
+
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Outputs forward(
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& beside,
+    const at::Tensor& weight1,
+    const at::Tensor& bias1,
+    const at::Tensor& gain1,
+    const std::optional<at::Tensor>& affine1,
+    const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift,
+    const at::Tensor& weight2,
+    const at::Tensor& bias2,
+    const at::Tensor& gain2,
+    const std::optional<at::Tensor>& affine2,
+    const std::optional<at::Tensor>& res_weight,
+    const std::optional<at::Tensor>& res_bias,
+    const std::optional<at::Tensor>& seed,
+    int64_t groups,
+    double eps,
+    double dropout_p,
+    bool keep) {
+  const Block block(x, beside, weight1, gain1, affine1, scale, shift, weight2, gain2, affine2, res_weight, seed, groups, eps, dropout_p);
+  const at::Tensor b1 = float_vector(bias1, "bias1", block.K), b2 = float_vector(bias2, "bias2", block.K);
+  const at::Tensor rb = float_vector(res_bias, "res_bias", block.K);
+  const at::Tensor y1 = block.empty_output(), y2 = block.empty_output(), h = block.empty_output();
+  const at::Tensor statistics1 = block.norm1.empty_statistics(y1), statistics2 = block.norm2.empty_statistics(y2);
+
+  Conv3x3Forward conv1 = block.first();
+  conv1.bias = b1.const_data_ptr<float>();
+  conv1.output[0] = y1.data_ptr<float>();
+  kernels().conv3x3.forward(conv1);
+  block.norm1.forward(y1, at::Tensor(), h, statistics1);
+
+  Conv3x3Forward conv2 = block.second(h);
+  conv2.bias = b2.const_data_ptr<float>();
+  conv2.output[0] = y2.data_ptr<float>();
+  kernels().conv3x3.forward(conv2);
+
+  const at::Tensor out = h;  // the second convolution has read it
+  at::Tensor residual = block.x;
+  if (block.res_weight.defined()) {
+    LinearForward linear = {};
+    linear.a[0] = block.x.const_data_ptr<float>(), linear.a[1] = data_or_null(block.beside);
+    linear.k[0] = block.channels[0], linear.k[1] = block.channels[1];
+    linear.rows = block.B * block.H * block.W, linear.N = block.K;
+    linear.weight = block.res_weight.const_data_ptr<float>();
+    linear.bias = data_or_null(rb);
+    linear.out = out.data_ptr<float>();
+    kernels().linear.forward(linear);
+    residual = out;
+  }
+  block.norm2.forward(y2, residual, out, statistics2);
+  const auto kept = [&](const at::Tensor& t) { return keep ? t : at::empty({0}, at::kFloat); };
+  return {out.to(x.scalar_type()), kept(y1), kept(statistics1), kept(y2), kept(statistics2)};
+}
+
+std::vector<at::Tensor> backward(
+    const at::Tensor& grad,
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& beside,
+    const at::Tensor& weight1,
+    const at::Tensor& gain1,
+    const std::optional<at::Tensor>& affine1,
+    const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift,
+    const at::Tensor& weight2,
+    const at::Tensor& gain2,
+    const std::optional<at::Tensor>& affine2,
+    const std::optional<at::Tensor>& res_weight,
+    const std::optional<at::Tensor>& seed,
+    const at::Tensor& y1,
+    const at::Tensor& statistics1,
+    const at::Tensor& y2,
+    const at::Tensor& statistics2,
+    int64_t groups,
+    double eps,
+    double dropout_p,
+    bool wants_dx) {
+  const Block block(x, beside, weight1, gain1, affine1, scale, shift, weight2, gain2, affine2, res_weight, seed, groups, eps, dropout_p);
+  const int64_t B = block.B, K = block.K, H = block.H, W = block.W;
+  const std::array<int64_t, 4> map{B, K, H, W};
+  const at::Tensor g = float_map(grad, "grad", map);
+  for (const at::Tensor* y : {&y1, &y2}) {
+    TORCH_CHECK_VALUE(y->sizes() == at::IntArrayRef(map) && y->scalar_type() == at::kFloat && y->is_contiguous(at::MemoryFormat::ChannelsLast),
+                      "y1 and y2 must be what the forward gave");
+  }
+  for (const at::Tensor* s : {&statistics1, &statistics2}) {
+    TORCH_CHECK_VALUE(s->numel() == (groups == 0 ? B * H * W : 2 * B * groups) && s->scalar_type() == at::kFloat && s->is_contiguous(),
+                      "statistics1 and statistics2 must be what the forward gave");
+  }
+  const auto floats = [](at::IntArrayRef shape) { return at::empty(shape, at::kFloat); };
+  const auto row = [&](const at::Tensor& given) { return given.defined() ? floats(given.sizes()) : at::Tensor(); };
+
+  // The second norm and convolution.
+  const at::Tensor dgain2 = floats({K}), daffine2 = row(block.norm2.affine), dbias2 = floats({K});
+  const at::Tensor dy = block.empty_output();
+  const auto backward_norm = [&](const Norm& norm, const at::Tensor& y, const at::Tensor& statistics, const at::Tensor& incoming,
+                                 const at::Tensor& dgain, const at::Tensor& daffine, const at::Tensor& dbias, const at::Tensor& dscale,
+                                 const at::Tensor& dshift) {
+    NormSiluBackwardArgs a{norm.args(y)};
+    a.grad = incoming.const_data_ptr<float>();
+    a.statistics = statistics.const_data_ptr<float>();
+    a.dx = dy.data_ptr<float>();
+    a.dweight = dgain.data_ptr<float>();
+    a.dbias_affine = mutable_data_or_null(daffine);
+    a.dbias = dbias.data_ptr<float>();
+    a.dscale = mutable_data_or_null(dscale);
+    a.dshift = mutable_data_or_null(dshift);
+    kernels().norm_silu.backward(a);
+  };
+  backward_norm(block.norm2, y2, statistics2, g, dgain2, daffine2, dbias2, at::Tensor(), at::Tensor());
+
+  const at::Tensor h = block.empty_output(), dweight2 = floats({K, K, 3, 3});
+  const at::Tensor unused = block.norm1.empty_statistics(y1);
+  block.norm1.forward(y1, at::Tensor(), h, unused);
+  kernels().conv3x3.weight_gradient(
+      {B, H, W, false, {h.const_data_ptr<float>(), nullptr}, {K, 0}, dy.const_data_ptr<float>(), K, dweight2.data_ptr<float>(), nullptr});
+  Conv3x3Forward to_h = {};
+  to_h.B = B, to_h.H = H, to_h.W = W;
+  to_h.input[0] = dy.const_data_ptr<float>();
+  to_h.channels[0] = K;
+  to_h.weight = {block.weight2.const_data_ptr<float>(), 9, 9 * K, true};
+  to_h.output[0] = h.data_ptr<float>();  // dh in place of h
+  to_h.output_channels[0] = K;
+  kernels().conv3x3.forward(to_h);
+
+  // The first norm and convolution.
+  const int64_t C = block.channels[0] + block.channels[1];
+  const at::Tensor dgain1 = floats({K}), daffine1 = row(block.norm1.affine), dbias1 = floats({K});
+  const at::Tensor dscale = block.norm1.scale.defined() ? floats({B, K}) : at::Tensor();
+  const at::Tensor dshift = block.norm1.shift.defined() ? floats({B, K}) : at::Tensor();
+  backward_norm(block.norm1, y1, statistics1, h, dgain1, daffine1, dbias1, dscale, dshift);
+  const at::Tensor dweight1 = floats({K, C, 3, 3});
+  kernels().conv3x3.weight_gradient(
+      {B, H, W, false, {block.x.const_data_ptr<float>(), data_or_null(block.beside)}, {block.channels[0], block.channels[1]},
+       dy.const_data_ptr<float>(), K, dweight1.data_ptr<float>(), nullptr});
+
+  // The residual, and the input.
+  at::Tensor dres_weight, dres_bias, dx, dbeside;
+  if (block.res_weight.defined()) {
+    dres_weight = floats({K, C, 1, 1}), dres_bias = floats({K});
+    LinearWeightGradient linear = {};
+    linear.grad = g.const_data_ptr<float>();
+    linear.a[0] = block.x.const_data_ptr<float>(), linear.a[1] = data_or_null(block.beside);
+    linear.k[0] = block.channels[0], linear.k[1] = block.channels[1];
+    linear.rows = B * H * W, linear.N = K;
+    linear.dweight = dres_weight.data_ptr<float>();
+    linear.dbias = dres_bias.data_ptr<float>();
+    kernels().linear.weight_gradient(linear);
+  }
+  if (wants_dx) {
+    dx = empty_float_map(block.x.sizes());
+    if (block.beside.defined()) dbeside = empty_float_map(block.beside.sizes());
+    Conv3x3Forward to_x = {};
+    to_x.B = B, to_x.H = H, to_x.W = W;
+    to_x.input[0] = dy.const_data_ptr<float>();
+    to_x.channels[0] = K;
+    to_x.weight = {block.weight1.const_data_ptr<float>(), 9, 9 * C, true};
+    to_x.output[0] = dx.data_ptr<float>(), to_x.output[1] = mutable_data_or_null(dbeside);
+    to_x.output_channels[0] = block.channels[0], to_x.output_channels[1] = block.channels[1];
+    if (block.res_weight.defined()) {
+      LinearDataGradient linear = {};
+      linear.grad = g.const_data_ptr<float>();
+      linear.weight = block.res_weight.const_data_ptr<float>();
+      linear.rows = B * H * W, linear.N = K;
+      linear.dx[0] = dx.data_ptr<float>(), linear.dx[1] = mutable_data_or_null(dbeside);
+      linear.k[0] = block.channels[0], linear.k[1] = block.channels[1];
+      kernels().linear.data_gradient(linear);
+      to_x.residual[0] = dx.const_data_ptr<float>(), to_x.residual[1] = data_or_null(dbeside);
+    } else {
+      to_x.residual[0] = g.const_data_ptr<float>();
+    }
+    kernels().conv3x3.forward(to_x);
+  }
+  const auto like = [](const at::Tensor& t, const at::Tensor& given) {
+    return t.defined() ? t.reshape(given.sizes()).to(given.scalar_type()) : at::empty({0}, given.options());
+  };
+  const auto like_optional = [&](const at::Tensor& t, const std::optional<at::Tensor>& given) {
+    return given.has_value() ? like(t, *given) : at::empty({0}, at::kFloat);
+  };
+  const auto map_like = [](const at::Tensor& t, const at::Tensor& given) { return t.defined() ? t.to(given.scalar_type()) : at::empty({0}, given.options()); };
+  return {
+      map_like(dx, x),
+      beside.has_value() ? map_like(dbeside, *beside) : at::empty({0}, at::kFloat),
+      like(dweight1, weight1),
+      dbias1,
+      like(dgain1, gain1),
+      like_optional(daffine1, affine1),
+      like_optional(dscale, scale),
+      like_optional(dshift, shift),
+      like(dweight2, weight2),
+      dbias2,
+      like(dgain2, gain2),
+      like_optional(daffine2, affine2),
+      like_optional(dres_weight, res_weight),
+      dres_bias.defined() ? dres_bias : at::empty({0}, at::kFloat)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
+  m.impl("native_resnet_block", &forward);
+  m.impl("native_resnet_block_backward", &backward);
+}
+
+}  // namespace ddpm_fast

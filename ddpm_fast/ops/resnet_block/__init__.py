@@ -1,0 +1,1 @@
+"""A whole residual block as one op, for the CPU."""

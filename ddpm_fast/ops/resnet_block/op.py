@@ -1,0 +1,259 @@
+"""A residual block of the UNet as one op on the CPU: public function, registration, eligibility.
+
+    h = dropout(SiLU(norm(conv3x3(x, weight1) + bias1)·(1 + scale) + shift))
+    out = SiLU(norm(conv3x3(h, weight2) + bias2)) + (x, or its 1×1 convolution)
+
+with norm as in the room norm_silu. Backward keeps x and the two convolutions' outputs, and makes h again. On CUDA the
+UNet runs the rooms of the single steps instead (layers.py).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm_fast import _extension
+from ddpm_fast.dispatch import Implementation, Op
+from ddpm_fast.ops.resnet_block import reference
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_FIRST = "Tensor x, Tensor? beside, Tensor weight1{bias1}, Tensor gain1, Tensor? affine1, Tensor? scale, Tensor? shift"
+_SECOND = "Tensor weight2{bias2}, Tensor gain2, Tensor? affine2, Tensor? res_weight{res_bias}, Tensor? seed"
+_OPTIONS = "int groups, float eps, float dropout_p"
+_BIASES = {"bias1": ", Tensor bias1", "bias2": ", Tensor bias2", "res_bias": ", Tensor? res_bias"}
+_forward = f"{_FIRST}, {_SECOND}".format(**_BIASES)
+_given = f"{_FIRST}, {_SECOND}".format(bias1="", bias2="", res_bias="")
+
+_library = torch.library.Library("ddpm_fast", "FRAGMENT")
+_library.define(
+    # Without `keep` only out is returned, and empty tensors for what backward would need. groups = 0 is RMSNorm.
+    f"native_resnet_block({_forward}, {_OPTIONS}, bool keep)"
+    " -> (Tensor out, Tensor y1, Tensor statistics1, Tensor y2, Tensor statistics2)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    # Gradients in the order of the forward's tensors but seed; an empty tensor stands for one that there is not.
+    f"native_resnet_block_backward(Tensor grad, {_given}, Tensor y1, Tensor statistics1, Tensor y2, Tensor statistics2,"
+    f" {_OPTIONS}, bool wants_dx) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _empty_map(shape, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("ddpm_fast::native_resnet_block", lib=_library)
+def _native_fake(
+    x, beside, weight1, bias1, gain1, affine1, scale, shift, weight2, bias2, gain2, affine2, res_weight, res_bias, seed,
+    groups, eps, dropout_p, keep,
+):  # fmt: skip
+    B, _, H, W = x.shape
+    shape = (B, weight1.shape[0], H, W)
+    out = _empty_map(shape, x, x.dtype)
+    if not keep:
+        return out, *(x.new_empty(0, dtype=torch.float32) for _ in range(4))
+    statistics = (B, groups, 2) if groups else (B, H * W)
+
+    def kept():
+        return _empty_map(shape, x, torch.float32), x.new_empty(statistics, dtype=torch.float32)
+
+    return out, *kept(), *kept()
+
+
+@torch.library.register_fake("ddpm_fast::native_resnet_block_backward", lib=_library)
+def _native_backward_fake(
+    grad, x, beside, weight1, gain1, affine1, scale, shift, weight2, gain2, affine2, res_weight, seed,
+    y1, statistics1, y2, statistics2, groups, eps, dropout_p, wants_dx,
+):  # fmt: skip
+    def like(t):
+        return x.new_empty(0, dtype=torch.float32) if t is None else t.new_empty(t.shape)
+
+    def map_like(t):
+        if t is None:
+            return x.new_empty(0, dtype=torch.float32)
+        return _empty_map(t.shape, t, t.dtype) if wants_dx else t.new_empty(0)
+
+    def row():
+        return x.new_empty(weight1.shape[0], dtype=torch.float32)
+
+    return [
+        map_like(x), map_like(beside), like(weight1), row(), like(gain1), like(affine1), like(scale), like(shift),
+        like(weight2), row(), like(gain2), like(affine2), like(res_weight),
+        x.new_empty(0, dtype=torch.float32) if res_weight is None else row(),
+    ]  # fmt: skip
+
+
+_NUM_TENSORS = 15  # of the forward
+_BIAS_PLACES = (3, 9, 13)  # of these, what backward has no use for
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    tensors, ctx.options = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:-1]
+    given = [tensor for i, tensor in enumerate(tensors) if i not in _BIAS_PLACES]
+    ctx.save_for_backward(*given, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+
+
+def _backward(ctx, grad, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "resnet_block: the native kernel's gradient cannot be differentiated again (create_graph=True); "
+            'use ddpm_fast.use_backend("reference") for second derivatives'
+        )
+    nothing = (None,) * (len(ctx.options) + 2)  # of seed, the options and keep
+    if grad is None:
+        return (None,) * (_NUM_TENSORS - 1) + nothing
+    wants_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    saved = ctx.saved_tensors
+    gradients = torch.ops.ddpm_fast.native_resnet_block_backward(grad, *saved, *ctx.options, wants_dx)
+    needed = zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    return *(g.to(dtype) if needs else None for g, dtype, needs in needed), *nothing
+
+
+torch.library.register_autograd(
+    "ddpm_fast::native_resnet_block", _backward, setup_context=_setup_context, lib=_library
+)
+
+
+def resnet_block(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    gain1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    gain2: torch.Tensor,
+    *,
+    beside: torch.Tensor | None = None,
+    affine1: torch.Tensor | None = None,
+    affine2: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    res_weight: torch.Tensor | None = None,
+    res_bias: torch.Tensor | None = None,
+    groups: int = 0,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Two 3×3 convolutions with norms around a residual.
+
+    Args:
+        x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). Channels-last runs natively on the CPU.
+        weight1, weight2: (K, C + C', 3, 3) and (K, K, 3, 3); bias1, bias2: (K,).
+        gain1, gain2: the norms' gains, K elements in any shape.
+        beside: (B, C', H, W), channels that follow those of x, as if the two were concatenated.
+        affine1, affine2: (K,), GroupNorm's shifts.
+        scale, shift: (B, K); the first norm's output times (1 + scale) plus shift.
+        res_weight, res_bias: (K, C + C', 1, 1) and (K,), the residual's convolution; needed where C + C' is not K.
+        groups: of GroupNorm with `eps`; 0 is RMSNorm.
+        dropout_p, seed: dropout after the first activation, see `rms_norm_silu`.
+
+    Returns:
+        (B, K, H, W) of the dtype and memory format of x. Gradients flow to everything but seed, once.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+    """
+    options = {
+        "beside": beside, "affine1": affine1, "affine2": affine2, "scale": scale, "shift": shift,
+        "res_weight": res_weight, "res_bias": res_bias, "groups": groups, "eps": eps, "dropout_p": dropout_p,
+        "seed": seed,
+    }  # fmt: skip
+    _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options)
+    return _resnet_block_op(x, weight1, bias1, gain1, weight2, bias2, gain2, **options)
+
+
+def runs_natively(x: torch.Tensor) -> bool:
+    """Whether a block of a map like x would be one native op: what layers.py asks before it takes the single steps."""
+    return _resnet_block_op.choose(x).name == "native"
+
+
+def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
+    """The checks of every implementation."""
+    tensors = {"weight1": weight1, "bias1": bias1, "gain1": gain1, "weight2": weight2, "bias2": bias2, "gain2": gain2}
+    optional = ("beside", "affine1", "affine2", "scale", "shift", "res_weight", "res_bias", "seed")
+    tensors |= {name: options[name] for name in optional if options[name] is not None}
+    for name, tensor in {"x": x, **tensors}.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if name != "seed" and tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    if x.dim() != 4 or weight1.dim() != 4:
+        raise ValueError(
+            f"x and weight1 must have four dimensions, got shapes {tuple(x.shape)} and {tuple(weight1.shape)}"
+        )
+    B, C, H, W = x.shape
+    beside = options["beside"]
+    if beside is not None:
+        if beside.dim() != 4 or (beside.shape[0], *beside.shape[2:]) != (B, H, W):
+            raise ValueError(f"beside must have shape ({B}, C, {H}, {W}), got {tuple(beside.shape)}")
+        C += beside.shape[1]
+    K, groups = weight1.shape[0], options["groups"]
+    shapes = {
+        "weight1": (K, C, 3, 3), "weight2": (K, K, 3, 3), "bias1": (K,), "bias2": (K,), "affine1": (K,),
+        "affine2": (K,), "scale": (B, K), "shift": (B, K), "res_weight": (K, C, 1, 1), "res_bias": (K,),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        if name in tensors and tensors[name].shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}")
+    for name in ("gain1", "gain2"):
+        if tensors[name].numel() != K:
+            raise ValueError(f"{name} must have {K} elements, got shape {tuple(tensors[name].shape)}")
+    if C != K and "res_weight" not in tensors:
+        raise ValueError(f"res_weight must be given where the block takes {C} channels to {K}")
+    if groups < 0 or (groups > 0 and K % groups):
+        raise ValueError(f"groups must divide the {K} channels of the block, got {groups}")
+    if groups > 0 and not ("affine1" in tensors and "affine2" in tensors):
+        raise ValueError("affine1 and affine2 must be given with groups > 0")
+    dropout_p, seed = options["dropout_p"], options["seed"]
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    if dropout_p > 0 and seed is None:
+        raise ValueError("seed must be given where dropout_p > 0, got None")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        raise TypeError(f"seed must be a one-element int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
+
+
+def _native(
+    x, weight1, bias1, gain1, weight2, bias2, gain2, *, beside, affine1, affine2, scale, shift, res_weight, res_bias,
+    groups, eps, dropout_p, seed,
+) -> torch.Tensor:  # fmt: skip
+    seed = seed if dropout_p > 0 else None
+    return torch.ops.ddpm_fast.native_resnet_block(
+        x, beside, weight1, bias1, gain1, affine1, scale, shift, weight2, bias2, gain2, affine2, res_weight, res_bias,
+        seed, groups, eps, dropout_p, torch.is_grad_enabled(),
+    )[0]  # fmt: skip
+
+
+def _native_refuses(x, *tensors, **options) -> str | None:
+    reason = _extension.why_not(x.device)
+    if reason is not None:
+        return reason
+    if x.device.type != "cpu":
+        return f"tensors are on {x.device.type}, and the kernel is for the CPU"
+    if any(tensor.dtype == torch.float64 for tensor in (x, *tensors)):
+        return "an argument is torch.float64, and the kernel computes in float32"
+    if x.numel() == 0:
+        return "x is empty"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return f"x is not channels-last, its strides are {x.stride()}"
+    return None
+
+
+def _example(device: torch.device) -> tuple[tuple, dict]:
+    x = torch.zeros(1, 8, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
+    weight, row = torch.zeros(8, 8, 3, 3, device=device), torch.zeros(8, device=device)
+    return (x, weight, row, row, weight, row, row), {}
+
+
+_resnet_block_op = Op(
+    "resnet_block",
+    [Implementation("native", _native, _native_refuses), Implementation("reference", reference.resnet_block)],
+    _example,
+)

@@ -1,0 +1,50 @@
+"""A residual block in plain torch: the specification and the oracle."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ddpm_fast.dispatch import no_autocast
+from ddpm_fast.ops.common.norm import group_norm_silu, rms_norm_silu
+
+
+def resnet_block(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    gain1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    gain2: torch.Tensor,
+    *,
+    beside: torch.Tensor | None = None,
+    affine1: torch.Tensor | None = None,
+    affine2: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    res_weight: torch.Tensor | None = None,
+    res_bias: torch.Tensor | None = None,
+    groups: int = 0,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `ddpm_fast.ops.resnet_block.op.resnet_block`."""
+    with no_autocast(x.device.type):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+
+        def wide(tensor):
+            return None if tensor is None else tensor.to(dtype)
+
+        def norm(y, gain, affine, **options):
+            if groups == 0:
+                return rms_norm_silu(y, gain, **options)
+            return group_norm_silu(y, gain, affine, groups=groups, eps=eps, **options)
+
+        h = wide(x) if beside is None else torch.cat((wide(x), wide(beside)), dim=1)
+        residual = h if res_weight is None else F.conv2d(h, wide(res_weight), wide(res_bias))
+        y = F.conv2d(h, wide(weight1), wide(bias1), padding=1)
+        y = norm(y, gain1, affine1, scale=scale, shift=shift, dropout_p=dropout_p, seed=seed)
+        y = F.conv2d(y, wide(weight2), wide(bias2), padding=1)
+        return norm(y, gain2, affine2, residual=residual).to(x.dtype)
