@@ -23,6 +23,7 @@ SHAPES = [
     (1, 128, 33, 31, 48),
     (3, 513, 1, 7, 64),
     (3, 64, 32, 32, 3),
+    (1, 1024, 4, 5, 33),
 ]
 
 
@@ -121,6 +122,11 @@ def test_every_height_of_a_tile(rows, instruction_set):
     assert_as_accurate_as_the_reference("linear of two", make("linear of two", (1, 20, 1, rows, 33 + rows)))
 
 
+@pytest.mark.parametrize("op", ["linear_residual", "linear of two"])
+def test_rows_that_lie_4_kilobytes_apart(op, instruction_set):
+    assert_as_accurate_as_the_reference(op, make(op, (1, 2048, 3, 3, 1024)))
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_shapes(data):
@@ -161,7 +167,9 @@ def test_half_types(op, dtype):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("shape", [(3, 64, 48, 48, 64), (1, 512, 4, 4, 384), (1, 96, 80, 80, 33)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 64, 48, 48, 64), (1, 512, 4, 4, 384), (1, 96, 80, 80, 33), (1, 2048, 9, 9, 48)], ids=str
+)
 def test_the_number_of_threads_changes_nothing(op, shape):
     tensors = make(op, shape)
     before = torch.get_num_threads()

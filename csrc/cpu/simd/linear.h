@@ -11,28 +11,65 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr int kPackedSlot = 6, kLinearSumsSlot = 7;  // of thread_scratch
+constexpr int kRowsSlot = 2, kPackedSlot = 6, kLinearSumsSlot = 7;  // of thread_scratch
 constexpr int64_t kTaskProducts = int64_t{1} << 18;  // fewer multiplications do not pay for waking a thread
 constexpr int64_t kBlockFloats = 65536;              // of A in a block of rows: it stays in the second-level cache
+// Longer sums are made in pieces: the rounding of n terms in a row grows with √n, that of torch's products does not.
+constexpr int64_t kSumLength = 256;
+
+typedef float v4 __attribute__((vector_size(16)));
+typedef float v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+
+// Four elements of a and b side by side, by their index in [0, 8).
+template <int i, int j, int k, int l>
+DDPM_FAST_INLINE v4 pick(v4 a, v4 b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, i, j, k, l);
+#else
+  typedef int32_t indices __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, indices{i, j, k, l});
+#endif
+}
+
+// Row n of four, four elements long, becomes column n: to[k·kPanel + n] = factor[k]·from[n·stride + k].
+DDPM_FAST_INLINE void transpose_4x4(const float* from, int64_t stride, const float* factor, float* to) {
+  const auto row = [&](int64_t n) { return v4(*reinterpret_cast<const v4_unaligned*>(from + n * stride)); };
+  const auto put = [&](int64_t k, v4 value) {
+    *reinterpret_cast<v4_unaligned*>(to + k * kPanel) = factor ? value * factor[k] : value;
+  };
+  const v4 a = row(0), b = row(1), c = row(2), d = row(3);
+  const v4 ab01 = pick<0, 4, 1, 5>(a, b), ab23 = pick<2, 6, 3, 7>(a, b);
+  const v4 cd01 = pick<0, 4, 1, 5>(c, d), cd23 = pick<2, 6, 3, 7>(c, d);
+  put(0, pick<0, 1, 4, 5>(ab01, cd01));
+  put(1, pick<2, 3, 6, 7>(ab01, cd01));
+  put(2, pick<0, 1, 4, 5>(ab23, cd23));
+  put(3, pick<2, 3, 6, 7>(ab23, cd23));
+}
 
 // Packs panels [first, last) of (k, n) = gain[k]·w[n·stride + k], with k in [0, K) and n in [0, N); gain may be null.
 inline void pack_transposed(
     const float* w, int64_t stride, const float* gain, int64_t K, int64_t N, int64_t first, int64_t last, float* packed) {
   for (int64_t p = first; p < last; ++p) {
     const int64_t columns = smaller<int64_t>(kPanel, N - p * kPanel);
+    const float* from = w + p * kPanel * stride;
     float* panel = packed + p * K * kPanel;
-    over_channels(K, [&](int64_t k, auto lanes) {
-      const vf factor = gain ? lanes.get(gain + k) : splat(1.0f);
-      const int64_t count = smaller<int64_t>(kLanes, K - k);
-      for (int64_t n = 0; n < columns; ++n) {
-        float values[kLanes];
-        store(values, lanes.get(w + (p * kPanel + n) * stride + k) * factor);
-        for (int64_t i = 0; i < count; ++i) panel[(k + i) * kPanel + n] = values[i];
+    // A cache line of every row at a time.
+    for (int64_t line = 0; line < K; line += 16) {
+      const int64_t end = smaller(K, line + 16), whole = line + (end - line) / 4 * 4;
+      for (int64_t n = 0; n < kPanel; n += 4) {
+        int64_t k = line;
+        if (n + 4 <= columns) {
+          for (; k < whole; k += 4) {
+            transpose_4x4(from + n * stride + k, stride, gain ? gain + k : nullptr, panel + k * kPanel + n);
+          }
+        }
+        for (; k < end; ++k) {
+          for (int64_t i = n; i < n + 4; ++i) {
+            panel[k * kPanel + i] = i < columns ? from[i * stride + k] * (gain ? gain[k] : 1.0f) : 0.0f;
+          }
+        }
       }
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t n = columns; n < kPanel; ++n) panel[(k + i) * kPanel + n] = 0;
-      }
-    });
+    }
   }
 }
 
@@ -48,12 +85,27 @@ inline void pack_straight(
   }
 }
 
+// Sums of the pieces before, (rows, kPanel).
+struct Pile {
+  float* sums;
+  bool empty;
+
+  DDPM_FAST_INLINE void operator()(int m, vf left, vf right) {
+    float* to = sums + m * kPanel;
+    if (!empty) left += load(to), right += load(to + kLanes);
+    store(to, left);
+    store(to + kLanes, right);
+  }
+};
+
 // Takes rows of a product to LinearForward's out, see there.
 struct LinearOut {
   const LinearForward& p;
   int64_t row, column;
+  const Pile& pile;
 
   DDPM_FAST_INLINE void operator()(int m, vf left, vf right) {
+    if (!pile.empty) left += load(pile.sums + m * kPanel), right += load(pile.sums + m * kPanel + kLanes);
     const int64_t columns = p.N - column;
     take(row + m, column, columns, left);
     if (columns > kLanes) take(row + m, column + kLanes, columns - kLanes, right);
@@ -76,28 +128,71 @@ struct LinearOut {
   }
 };
 
+// Where the rows of a block lie.
+struct BlockRows {
+  const float* a[2];
+  int64_t stride[2];
+};
+
+// Rows 4 KB apart push one another out of the first-level cache: they are copied to where they do not. `fresh`: the thread
+// has not copied this block yet.
+inline BlockRows rows_of_block(const float* const* a, const int64_t* k, int64_t first, int64_t rows, bool fresh) {
+  BlockRows block;
+  for (int part = 0; part < 2; ++part) {
+    const int64_t K = k[part];
+    block.a[part] = a[part] + first * K;
+    block.stride[part] = K;
+    if (K == 0 || K % 1024 != 0) continue;
+    const int64_t before = part ? rows * (k[0] + 16) : 0, stride = K + 16;
+    float* to = thread_scratch(kRowsSlot, rows * (k[0] + k[1] + 32)) + before;
+    for (int64_t r = 0; fresh && r < rows; ++r) __builtin_memcpy(to + r * stride, block.a[part] + r * K, K * 4);
+    block.a[part] = to;
+    block.stride[part] = stride;
+  }
+  return block;
+}
+
+// R rows, from row `local` of a block on, which is row `row` of out.
 template <int R>
-inline __attribute__((noinline)) void linear_tile(const LinearForward& p, int64_t row, int64_t column, const float* panel) {
+inline __attribute__((noinline)) void linear_tile(
+    const LinearForward& p, const BlockRows& block, int64_t local, int64_t row, int64_t column, const float* panel) {
+  float before[R * kPanel];
+  Pile pile{before, true};
   Sums<R> sums;
   sums.clear();
+  int64_t room = kSumLength, left = p.k[0] + p.k[1];
   for (int part = 0; part < 2; ++part) {
-    const int64_t K = p.k[part];
-    const float* a = p.a[part] + row * K;
-    for (int64_t k = 0; k < K; ++k) {
-      sums.add(a + k, K, load(panel), load(panel + kLanes));
-      panel += kPanel;
+    const int64_t stride = block.stride[part];
+    const float* a = block.a[part] + local * stride;
+    for (int64_t remaining = p.k[part]; remaining > 0;) {
+      const int64_t steps = smaller(remaining, room);
+      for (int64_t k = 0; k < steps; ++k) {
+        sums.add(a, stride, load(panel), load(panel + kLanes));
+        ++a;
+        panel += kPanel;
+      }
+      remaining -= steps;
+      room -= steps;
+      left -= steps;
+      if (room == 0 && left > 0) {
+        sums.write(pile);
+        pile.empty = false;
+        sums.clear();
+        room = kSumLength;
+      }
     }
   }
-  LinearOut out{p, row, column};
+  LinearOut out{p, row, column, pile};
   sums.write(out);
 }
 
 template <int R = kRows>
 DDPM_FAST_INLINE void linear_tile_of(
-    int64_t rows, const LinearForward& p, int64_t row, int64_t column, const float* panel) {
+    int64_t rows, const LinearForward& p, const BlockRows& block, int64_t local, int64_t row, int64_t column,
+    const float* panel) {
   if constexpr (R > 0) {
-    if (rows == R) return linear_tile<R>(p, row, column, panel);
-    linear_tile_of<R - 1>(rows, p, row, column, panel);
+    if (rows == R) return linear_tile<R>(p, block, local, row, column, panel);
+    linear_tile_of<R - 1>(rows, p, block, local, row, column, panel);
   }
 }
 
@@ -109,11 +204,14 @@ DDPM_FAST_INLINE int64_t task_grain(int64_t products) {
   return larger<int64_t>(1, kTaskProducts / larger<int64_t>(1, products));
 }
 
-// body(block, panel) for all of them; a block's panels stay together.
+// body(block, panel, fresh) for all of them; a block's panels stay together, and the first that a thread takes is fresh.
 template <typename Body>
 inline void over_blocks(int64_t blocks, int64_t panel_count, int64_t products, const Body& body) {
   parallel(blocks * panel_count, task_grain(products), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i / panel_count, i % panel_count);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = i % panel_count;
+      body(i / panel_count, panel, i == begin || panel == 0);
+    }
   });
 }
 
@@ -125,11 +223,12 @@ inline void linear_forward(const LinearForward& p) {
     pack_transposed(p.weight, K, p.gain, K, p.N, begin, end, packed);
   });
   const int64_t block = block_rows(larger<int64_t>(K, 1)), blocks = ceil_div(p.rows, block);
-  over_blocks(blocks, panels(p.N), smaller(block, p.rows) * K * kPanel, [&](int64_t b, int64_t panel) {
-    const int64_t end = smaller(p.rows, (b + 1) * block), groups = ceil_div(end - b * block, kRows);
-    for (int64_t g = 0, row = b * block; g < groups; ++g) {
-      const int64_t rows = (end - row + groups - g - 1) / (groups - g);
-      linear_tile_of(rows, p, row, panel * kPanel, packed + panel * K * kPanel);
+  over_blocks(blocks, panels(p.N), smaller(block, p.rows) * K * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
+    const int64_t first = b * block, count = smaller(block, p.rows - first), groups = ceil_div(count, kRows);
+    const BlockRows from = rows_of_block(p.a, p.k, first, count, fresh);
+    for (int64_t g = 0, row = 0; g < groups; ++g) {
+      const int64_t rows = (count - row + groups - g - 1) / (groups - g);
+      linear_tile_of(rows, p, from, row, first + row, panel * kPanel, packed + panel * K * kPanel);
       row += rows;
     }
   });
@@ -152,10 +251,15 @@ inline void linear_data_gradient(const LinearDataGradient& p) {
     if (p.dx[part] == nullptr || k == 0) continue;
     float* packed = thread_scratch(kPackedSlot, packed_size(p.N, k));
     pack_weight(p.weight, p.N, K, part ? p.k[0] : 0, k, packed);
-    over_blocks(blocks, panels(k), smaller(block, p.rows) * p.N * kPanel, [&](int64_t b, int64_t panel) {
-      const int64_t row = b * block;
-      product_panel(p.grad + row * p.N, p.N, 1, packed + panel * p.N * kPanel, smaller(block, p.rows - row), p.N,
-                    p.dx[part] + row * k + panel * kPanel, k, smaller<int64_t>(kPanel, k - panel * kPanel), p.add);
+    over_blocks(blocks, panels(k), smaller(block, p.rows) * p.N * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
+      const int64_t row = b * block, rows = smaller(block, p.rows - row), of_grad[2] = {p.N, 0};
+      const float* grad[2] = {p.grad, p.grad};
+      const BlockRows from = rows_of_block(grad, of_grad, row, rows, fresh);
+      for (int64_t n = 0; n == 0 || n < p.N; n += kSumLength) {  // once where N = 0: zeros
+        product_panel(from.a[0] + n, from.stride[0], 1, packed + (panel * p.N + n) * kPanel, rows,
+                      smaller(kSumLength, p.N - n), p.dx[part] + row * k + panel * kPanel, k,
+                      smaller<int64_t>(kPanel, k - panel * kPanel), p.add || n > 0);
+      }
     });
   }
 }
@@ -195,7 +299,7 @@ inline void linear_weight_gradient(const LinearWeightGradient& p) {
   const int64_t length = ceil_div(p.rows, segments), stride = round_up(p.N * K + p.N, 16);
   float* partials = segments > 1 ? thread_scratch(kLinearSumsSlot, segments * stride) : nullptr;
   const int64_t products = smaller(length, p.rows) * p.N * kPanel;
-  over_blocks(segments, tasks, products, [&](int64_t segment, int64_t task) {
+  over_blocks(segments, tasks, products, [&](int64_t segment, int64_t task, bool) {
     const int64_t first = segment * length, last = smaller(p.rows, first + length);
     if (p.dweight == nullptr || task == all_panels) {
       float* sums = partials ? partials + segment * stride + p.N * K : p.dbias;

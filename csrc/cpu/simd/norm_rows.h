@@ -111,6 +111,18 @@ DDPM_FAST_INLINE float rms_factor(float norm, int64_t C) {
   return __builtin_sqrtf(static_cast<float>(C)) / (norm < kSmallestNorm ? kSmallestNorm : norm);
 }
 
+// What follows the norm of a row, see rms_row.
+template <bool kActivation>
+DDPM_FAST_INLINE void rms_apply(
+    const float* v, float norm, const float* bias, const Affine& affine, const float* residual, float* out, int64_t C,
+    const float* keep) {
+  const vf factor = splat(rms_factor(norm, C));
+  over_channels(C, [&](int64_t c, auto lanes) {
+    const vf y = affine(get_biased(v, bias, c, lanes) * factor, c, lanes);
+    lanes.put(out + c, after_norm<kActivation>(y, keep, residual, c, lanes));
+  });
+}
+
 // One finished row: out = keep·SiLU(x̂·gain·(1 + scale) + shift) + residual. gain is the norm's weight without √C.
 // Everything after gain but out may be null; out may be v or residual; norm_out receives ‖v + bias‖₂.
 template <bool kActivation>
@@ -119,12 +131,7 @@ DDPM_FAST_INLINE void rms_row(
     float* out, float* norm_out, int64_t C, const float* keep = nullptr) {
   const float norm = row_norm(v, bias, C);
   if (norm_out) *norm_out = norm;
-  const vf factor = splat(rms_factor(norm, C));
-  const Affine affine{gain, nullptr, scale, shift};
-  over_channels(C, [&](int64_t c, auto lanes) {
-    const vf y = affine(get_biased(v, bias, c, lanes) * factor, c, lanes);
-    lanes.put(out + c, after_norm<kActivation>(y, keep, residual, c, lanes));
-  });
+  rms_apply<kActivation>(v, norm, bias, {gain, nullptr, scale, shift}, residual, out, C, keep);
 }
 
 // Sums over pixels of one sample, per channel; those that are null are not made. With g the gradient with respect to y:
@@ -141,8 +148,8 @@ template <bool kActivation>
 DDPM_FAST_INLINE void rms_row_backward(
     const float* grad, const float* v, float norm, const float* bias, const float* gain, const float* scale,
     const float* shift, float* dx, const NormSums& sums, int64_t C, const float* keep = nullptr) {
-  const vf factor = splat(rms_factor(norm, C));
   const Affine affine{gain, nullptr, scale, shift};
+  const vf factor = splat(rms_factor(norm, C));
   vf dot = {};
   over_channels(C, [&](int64_t c, auto lanes) {
     const vf normed = get_biased(v, bias, c, lanes) * factor;

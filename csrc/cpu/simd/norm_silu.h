@@ -178,12 +178,17 @@ template <bool kActivation>
 void rms_forward(const NormSiluForwardArgs& p, const NormChunks& chunks) {
   const int64_t C = p.C;
   over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t) {
-    const float* residual = p.residual ? p.residual + chunk.offset : nullptr;
-    float* norms = p.statistics + chunk.sample * p.N + chunk.first;
-    for (int64_t r = 0; r < chunk.rows; ++r) {
-      rms_row<kActivation>(p.x + chunk.offset + r * C, p.bias, chunk.affine.gain, chunk.affine.scale, chunk.affine.shift,
-                           residual ? residual + r * C : nullptr, p.out + chunk.offset + r * C, norms + r, C,
-                           chunk.keep_row(r, C));
+    const float *x = p.x + chunk.offset, *residual = p.residual ? p.residual + chunk.offset : nullptr;
+    float *out = p.out + chunk.offset, *norms = p.statistics + chunk.sample * p.N + chunk.first;
+    // A few rows at a time: their norms do not wait for one another, and the rows stay in the first-level cache.
+    const int64_t group = larger<int64_t>(1, smaller<int64_t>(8, 1024 / C));
+    for (int64_t first = 0; first < chunk.rows; first += group) {
+      const int64_t last = smaller(chunk.rows, first + group);
+      for (int64_t r = first; r < last; ++r) norms[r] = row_norm(x + r * C, p.bias, C);
+      for (int64_t r = first; r < last; ++r) {
+        rms_apply<kActivation>(x + r * C, norms[r], p.bias, chunk.affine, residual ? residual + r * C : nullptr,
+                               out + r * C, C, chunk.keep_row(r, C));
+      }
     }
   });
 }
@@ -236,33 +241,35 @@ void group_backward(const NormSiluBackwardArgs& p, const NormChunks& chunks, flo
   const int64_t C = p.C;
   float* means = spread + p.B * 2 * C;
   for (int64_t b = 0; b < p.B; ++b) spread_statistics(p.statistics + b * p.groups * 2, p.groups, C, spread + b * 2 * C);
-  // Of every element, x̂ and the gradient with respect to y.
+  // body(row of the chunk, index of its first element, channel, lanes, x̂) for every vector.
   const auto over_rows = [&](const NormChunk& chunk, const auto& body) {
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t at = chunk.offset + r * C;
       over_channels(C, [&](int64_t c, auto lanes) {
-        const vf normed = group_normed(p.x + at, p.bias, spread + chunk.sample * 2 * C, C, c, lanes);
-        body(at, c, lanes, normed,
-             before_activation<kActivation>(p.grad + at, chunk.keep_row(r, C), chunk.affine, normed, c, lanes));
+        body(r, at, c, lanes, group_normed(p.x + at, p.bias, spread + chunk.sample * 2 * C, C, c, lanes));
       });
     }
   };
   over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t i) {
     const NormSums mine = sums_of_chunk(p, sums, i);
-    over_rows(chunk, [&](int64_t, int64_t c, auto lanes, vf normed, vf g) {
+    over_rows(chunk, [&](int64_t r, int64_t at, int64_t c, auto lanes, vf normed) {
+      const vf g = before_activation<kActivation>(p.grad + at, chunk.keep_row(r, C), chunk.affine, normed, c, lanes);
       accumulate(mine.products, c, lanes, g * normed);
       accumulate(mine.slopes, c, lanes, g);
+      lanes.put(p.dx + at + c, g * chunk.affine.slope(c, lanes));  // z, which is read again below
     });
   });
   for (int64_t b = 0; b < p.B; ++b) {
     const Affine affine{p.weight, p.bias_affine, p.scale ? p.scale + b * C : nullptr, nullptr};
     group_means(p, affine, sums + b * chunks.per_sample * 3 * C, chunks.per_sample, means + b * 2 * C);
   }
-  over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t i) {
+  NormSiluArgs undropped = p;
+  undropped.keep_threshold = 0;
+  over_chunks(undropped, chunks, [&](const NormChunk& chunk, int64_t i) {
     float* inputs = p.dbias ? sums + (i * 3 + 2) * C : nullptr;
     const float *rstd = spread + (chunk.sample * 2 + 1) * C, *mean = means + chunk.sample * 2 * C;
-    over_rows(chunk, [&](int64_t at, int64_t c, auto lanes, vf normed, vf g) {
-      const vf z = g * chunk.affine.slope(c, lanes) - lanes.get(mean + c) - normed * lanes.get(mean + C + c);
+    over_rows(chunk, [&](int64_t, int64_t at, int64_t c, auto lanes, vf normed) {
+      const vf z = lanes.get(p.dx + at + c) - lanes.get(mean + c) - normed * lanes.get(mean + C + c);
       const vf d = z * lanes.get(rstd + c);
       if (inputs) accumulate(inputs, c, lanes, d);
       lanes.put(p.dx + at + c, d);
