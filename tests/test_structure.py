@@ -35,7 +35,7 @@ ROWS = [
     ["ops/*/op"],
     ["ops/*/kernel", "ops/*/reference"],
     ["ops/*/launch"],
-    ["ops/common/kernel"],
+    ["ops/common/kernel", "ops/common/reference"],
     ["dispatch", "tuning", "_extension", "noise", "schedules", "_version"],
 ]
 
@@ -81,7 +81,8 @@ def test_imports_form_layers(module):
             continue
         assert row_of(imported) > row_of(module), f"{module} imports {imported}, which is not below it"
         if module.startswith("ops/") and imported.startswith("ops/"):
-            shared = imported == "ops/common/kernel" and module.endswith("/kernel")
+            kind = module.split("/")[2]
+            shared = imported == f"ops/common/{kind}" and kind in ("kernel", "reference")
             same_room = module.split("/")[1] == imported.split("/")[1]
             assert same_room or shared, f"{module} imports another room, {imported}"
 

@@ -1,11 +1,14 @@
 // The kernels of simd/, which are compiled once for every instruction set, as tables of functions; free of torch.
 #pragma once
 
+#include "linear_attention.h"
+
 namespace ddpm_fast {
 
 struct Kernels {
   const char* name;
   int lanes;  // floats of a vector
+  LinearAttentionKernels linear_attention;
 };
 
 // The table of the widest instruction set that this processor has, or of the one chosen by `use_instruction_set`.

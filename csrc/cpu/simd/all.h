@@ -3,10 +3,13 @@
 
 #include "../kernels.h"
 #include "gemm.h"
+#include "linear_attention_backward.h"
 #include "parallel.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr Kernels make_kernels(const char* name) { return {name, kLanes}; }
+constexpr Kernels make_kernels(const char* name) {
+  return {name, kLanes, {linear_attention::forward, linear_attention::backward}};
+}
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA
