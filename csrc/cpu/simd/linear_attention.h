@@ -49,6 +49,8 @@ struct Weights {
   float *folded, *q, *k;           // W·gain (3HD, C); q's and k's part packed as (C, HD)
   float *q_back, *k_back;          // packed as (HD, C)
   float *v, *v_back, *out, *out_back;  // per head, packed: (C, D), (D, C); (D, C), (C, D)
+  float* memory;                   // mem_kv with entries before channels, (2, M, `channels`)
+  int64_t channels;
 
   void place(const Plan& plan, Arena& arena, bool backward) {
     const int64_t C = plan.in.C, D = plan.in.D, heads = plan.in.heads;
@@ -59,6 +61,8 @@ struct Weights {
       v = arena.take(heads * packed_size(C, D));
     }
     out = arena.take(heads * packed_size(D, C));
+    channels = round_up(plan.HD, 16);
+    memory = arena.take(2 * plan.in.M * channels);
     if (!backward) return;
     if (plan.block) {
       q_back = arena.take(packed_size(plan.HD, C));
@@ -79,6 +83,11 @@ struct Weights {
         pack_rows(folded, C, HD, C, q_back);
         pack_rows(folded + HD * C, C, HD, C, k_back);
       }
+    }
+    for (int64_t m = 0; m < 2 * in.M; ++m) {
+      const float* from = in.mem_kv + m / in.M * HD * in.M + m % in.M;
+      for (int64_t c = 0; c < HD; ++c) memory[m * channels + c] = from[c * in.M];
+      for (int64_t c = HD; c < channels; ++c) memory[m * channels + c] = 0;
     }
     for (int64_t h = 0; h < in.heads; ++h) {
       const float* folded_v = folded + (2 * HD + h * D) * C;
@@ -196,7 +205,7 @@ inline void sum_group(
     const Plan& plan, const Tile& tile, const float* weight_k, int64_t sample, int64_t group, float* sums, float* largest,
     float* total) {
   const int64_t HD = plan.HD, V = plan.V;
-  for (int64_t c = 0; c < HD; ++c) tile.largest[c] = kLowest, tile.total[c] = 0;
+  for (int64_t c = 0; c < HD; c += kLanes) store(tile.largest + c, splat(kLowest)), store(tile.total + c, vf{});
   bool first = true;
   for_tiles(plan, group, [&](int64_t n, int64_t t) {
     make_values(plan, tile, sample, n, t, true);
@@ -213,48 +222,64 @@ inline void sum_group(
     }
     first = false;
   });
-  for (int64_t c = 0; c < HD; ++c) largest[c] = tile.largest[c], total[c] = tile.total[c];
+  for (int64_t c = 0; c < HD; c += kLanes) {
+    store(largest + c, load(tile.largest + c));
+    store(total + c, load(tile.total + c));
+  }
 }
 
-DDPM_FAST_INLINE float exp_of(float x) { return exp(splat(x))[0]; }
-
-// Softmax over positions and memory from its groups: statistics (2, HD) and sums (HD, V) of one sample.
+// Softmax over positions and memory from its groups: statistics (2, HD) and sums (HD, V) of one sample. The groups'
+// statistics (groups, 2, `channels`) become the factors of their sums.
 inline void merge_groups(
-    const Plan& plan, const float* group_sums, const float* group_statistics, float* statistics, float* sums) {
-  const int64_t HD = plan.HD, V = plan.V, M = plan.in.M;
-  for (int64_t c = 0; c < HD; ++c) {
-    const float* memory = plan.in.mem_kv + c * M;
-    float largest = kLowest, total = 0;
-    for (int64_t m = 0; m < M; ++m) largest = memory[m] > largest ? memory[m] : largest;
-    for (int64_t g = 0; g < plan.groups; ++g) largest = larger(largest, group_statistics[2 * g * HD + c]);
-    for (int64_t m = 0; m < M; ++m) total += exp_of(memory[m] - largest);
+    const Plan& plan, const Weights& weights, const float* group_sums, float* group_statistics, float* statistics,
+    float* sums) {
+  const int64_t HD = plan.HD, V = plan.V, M = plan.in.M, channels = weights.channels;
+  for (int64_t c = 0; c < HD; c += kLanes) {
+    vf largest = splat(kLowest), total = {};
+    for (int64_t m = 0; m < M; ++m) largest = vmax(load(weights.memory + m * channels + c), largest);
+    for (int64_t g = 0; g < plan.groups; ++g) largest = vmax(load(group_statistics + 2 * g * channels + c), largest);
+    for (int64_t m = 0; m < M; ++m) total += exp(load(weights.memory + m * channels + c) - largest);
     for (int64_t g = 0; g < plan.groups; ++g) {
-      total += group_statistics[(2 * g + 1) * HD + c] * exp_of(group_statistics[2 * g * HD + c] - largest);
+      float* group = group_statistics + 2 * g * channels + c;
+      const vf factor = exp(load(group) - largest);
+      total += load(group + channels) * factor;
+      store(group, factor);
     }
     // Nothing but -inf: 0/0, as a softmax has it.
-    const float inverse = largest > kLowest ? 1.0f / total : __builtin_nanf("");
-    statistics[c] = largest;
-    statistics[HD + c] = inverse;
+    const vf inverse = select(largest > splat(kLowest), splat(1.0f) / total, splat(__builtin_nanf("")));
     for (int64_t g = 0; g < plan.groups; ++g) {
-      const vf factor = splat(exp_of(group_statistics[2 * g * HD + c] - largest) * inverse);
-      const float* from = group_sums + g * plan.sums_size() + c * V;
-      float* to = sums + c * V;
-      for (int64_t i = 0; i < V; i += kLanes) {
-        const vf before = g == 0 ? vf{} : load_upto(to + i, V - i);
-        store_upto(to + i, load_upto(from + i, V - i) * factor + before, V - i);
+      float* group = group_statistics + 2 * g * channels + c;
+      store(group, load(group) * inverse);
+    }
+    store_upto(statistics + c, largest, HD - c);
+    store_upto(statistics + HD + c, inverse, HD - c);
+  }
+  for (int64_t c = 0; c < HD; ++c) {
+    for (int64_t i = 0; i < V; i += kLanes) {
+      vf sum = {};
+      for (int64_t g = 0; g < plan.groups; ++g) {
+        const vf factor = splat(group_statistics[2 * g * channels + c]);
+        sum = load_upto(group_sums + g * plan.sums_size() + c * V + i, V - i) * factor + sum;
       }
+      store_upto(sums + c * V + i, sum, V - i);
     }
   }
 }
 
-// softmax(k) of memory entry m in channel c.
-DDPM_FAST_INLINE float memory_weight(const Plan& plan, const float* statistics, int64_t c, int64_t m) {
-  return exp_of(plan.in.mem_kv[c * plan.in.M + m] - statistics[c]) * statistics[plan.HD + c];
+// softmax(k) of the memory, (M, `channels`).
+inline void memory_softmax(const Plan& plan, const Weights& weights, const float* statistics, float* to) {
+  for (int64_t m = 0; m < plan.in.M; ++m) {
+    for (int64_t c = 0; c < plan.HD; c += kLanes) {
+      const int64_t count = plan.HD - c, at = m * weights.channels + c;
+      const vf largest = load_upto(statistics + c, count), inverse = load_upto(statistics + plan.HD + c, count);
+      store(to + at, exp(load(weights.memory + at) - largest) * inverse);
+    }
+  }
 }
 
-// The context (HD, D) without its scale, with the memory's share.
+// The context (HD, D) without its scale, with the share of the memory.
 inline void make_context(
-    const Plan& plan, const Weights& weights, const float* statistics, const float* sums, float* context) {
+    const Plan& plan, const Weights& weights, const float* sums, const float* memory_weights, float* context) {
   const int64_t D = plan.in.D, V = plan.V, M = plan.in.M;
   for (int64_t h = 0; h < plan.in.heads; ++h) {
     float* to = context + h * D * D;
@@ -263,11 +288,15 @@ inline void make_context(
     } else {
       __builtin_memcpy(to, sums + h * D * D, static_cast<unsigned long>(D * D) * 4);
     }
-    const float* memory_v = plan.in.mem_kv + (plan.HD + h * D) * M;
+    const float* memory_v = weights.memory + M * weights.channels + h * D;
     for (int64_t d = 0; d < D; ++d) {
-      for (int64_t m = 0; m < M; ++m) {
-        const float weight = memory_weight(plan, statistics, h * D + d, m);
-        for (int64_t e = 0; e < D; ++e) to[d * D + e] += weight * memory_v[e * M + m];
+      for (int64_t e = 0; e < D; e += kLanes) {
+        vf sum = load_upto(to + d * D + e, D - e);
+        for (int64_t m = 0; m < M; ++m) {
+          const vf weight = splat(memory_weights[m * weights.channels + h * D + d]);
+          sum = load_upto(memory_v + m * weights.channels + e, D - e) * weight + sum;
+        }
+        store_upto(to + d * D + e, sum, D - e);
       }
     }
   }
@@ -287,11 +316,12 @@ inline void make_projection(const Plan& plan, const Weights& weights, const floa
 
 // A sample's context and projection, in memory of the thread.
 struct SampleScratch {
-  float *context, *projection;  // (HD, D), (HD, C)
+  float *context, *projection, *memory;  // (HD, D), (HD, C), softmax(k) of the memory
 
   void place(const Plan& plan, Arena& arena) {
     context = arena.take(plan.HD * plan.in.D);
     projection = arena.take(plan.HD * plan.in.C);
+    memory = arena.take(plan.in.M * round_up(plan.HD, 16));
   }
 };
 
@@ -319,12 +349,12 @@ inline void write_output(const Plan& plan, float* y, const float* residual, floa
 
 struct ForwardScratch {
   Weights weights;
-  float *sums, *statistics, *projections;  // (samples·groups, HD, V), (samples·groups, 2, HD), packed (samples, HD, C)
+  float *sums, *statistics, *projections;  // (samples·groups, HD, V), (…, 2, channels), packed (samples, HD, C)
 
   void place(const Plan& plan, Arena& arena) {
     weights.place(plan, arena, false);
     sums = arena.take(plan.samples * plan.groups * plan.sums_size());
-    statistics = arena.take(plan.samples * plan.groups * 2 * plan.HD);
+    statistics = arena.take(plan.samples * plan.groups * 2 * weights.channels);
     projections = arena.take(plan.samples * packed_size(plan.HD, plan.in.C));
   }
 };
@@ -332,7 +362,7 @@ struct ForwardScratch {
 inline void forward(const LinearAttentionForward& args) {
   const Plan plan(args.in);
   const int64_t N = args.in.N, C = args.in.C, HD = plan.HD, groups = plan.groups;
-  const int64_t packed = packed_size(HD, C);
+  const int64_t packed = packed_size(HD, C), channels = round_up(HD, 16);
   ForwardScratch shared;
   place_in_scratch(shared, kSharedSlot, plan);
   shared.weights.pack(plan, false);
@@ -342,9 +372,9 @@ inline void forward(const LinearAttentionForward& args) {
       Tile tile;
       place_in_scratch(tile, kTileSlot, plan);
       for (int64_t item = begin; item < end; ++item) {
-        float* statistics = shared.statistics + item * 2 * HD;
+        float* statistics = shared.statistics + item * 2 * channels;
         sum_group(plan, tile, shared.weights.k, first + item / groups, item % groups,
-                  shared.sums + item * plan.sums_size(), statistics, statistics + HD);
+                  shared.sums + item * plan.sums_size(), statistics, statistics + channels);
       }
     });
     parallel(samples, 1, [&](int64_t begin, int64_t end) {
@@ -353,9 +383,10 @@ inline void forward(const LinearAttentionForward& args) {
       for (int64_t s = begin; s < end; ++s) {
         float* statistics = args.statistics + (first + s) * 2 * HD;
         float* sums = args.sums + (first + s) * HD * plan.V;
-        merge_groups(plan, shared.sums + s * groups * plan.sums_size(), shared.statistics + s * groups * 2 * HD,
-                     statistics, sums);
-        make_context(plan, shared.weights, statistics, sums, scratch.context);
+        merge_groups(plan, shared.weights, shared.sums + s * groups * plan.sums_size(),
+                     shared.statistics + s * groups * 2 * channels, statistics, sums);
+        memory_softmax(plan, shared.weights, statistics, scratch.memory);
+        make_context(plan, shared.weights, sums, scratch.memory, scratch.context);
         make_projection(plan, shared.weights, scratch.context, scratch.projection);
         pack_rows(scratch.projection, C, HD, C, shared.projections + s * packed);
       }

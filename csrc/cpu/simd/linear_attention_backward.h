@@ -14,13 +14,13 @@ namespace ddpm_fast::DDPM_FAST_ISA::linear_attention {
 // Sums for the parameters, one of each for every item (a group of a sample) or sample that is taken at a time.
 struct ParameterSums {
   float *qk, *gain, *bias;       // of an item: (2HD, C) with x, (C), (C)
-  float *v, *weight, *memory;    // of a sample: (HD, C) with x, (C, HD), (2, HD, M)
+  float *v, *weight, *memory;    // of a sample: (HD, C) with x, (C, HD), (2, M, channels)
   int64_t qk_size, weight_size, memory_size, row_size;
 
   void place(const Plan& plan, Arena& arena) {
     const int64_t C = plan.in.C, items = plan.samples * plan.groups;
     weight_size = round_up(plan.HD * C, 16);
-    memory_size = round_up(2 * plan.HD * plan.in.M, 16);
+    memory_size = 2 * plan.in.M * round_up(plan.HD, 16);
     qk_size = plan.block ? 2 * weight_size : 0;
     row_size = round_up(C, 16);
     qk = arena.take(items * qk_size);
@@ -188,11 +188,12 @@ inline void keys_pass(
 
 // Matrices of one head or sample, in memory of the thread.
 struct SampleBackwardScratch {
-  float *projection, *dcontext, *dsums, *packed_context, *packed_sums;
+  float *projection, *memory, *dcontext, *dsums, *packed_context, *packed_sums;
 
   void place(const Plan& plan, Arena& arena) {
     const int64_t D = plan.in.D;
     projection = arena.take(plan.HD * plan.in.C);
+    memory = arena.take(plan.in.M * round_up(plan.HD, 16));
     dcontext = arena.take(D * D);
     dsums = arena.take(plan.HD * plan.V);
     packed_context = arena.take(packed_size(D, D));
@@ -205,29 +206,33 @@ inline void projection_again(
     int64_t local, int64_t sample) {
   const int64_t C = plan.in.C, HD = plan.HD;
   float* context = shared.context + local * HD * plan.in.D;
-  make_context(plan, shared.weights, args.statistics + sample * 2 * HD, args.sums + sample * HD * plan.V, context);
+  memory_softmax(plan, shared.weights, args.statistics + sample * 2 * HD, scratch.memory);
+  make_context(plan, shared.weights, args.sums + sample * HD * plan.V, scratch.memory, context);
   make_projection(plan, shared.weights, context, scratch.projection);
   pack_rows(scratch.projection, C, HD, C, shared.projection + local * packed_size(HD, C));
   pack_columns(scratch.projection, C, C, HD, shared.projection_back + local * packed_size(C, HD));
 }
 
-// δ of one head, and the gradient of its memory's keys and values, added.
+// δ of one head, and the gradient of its memory's keys and values, added to (2, M, channels).
 inline void memory_backward(
-    const Plan& plan, const float* statistics, const float* context, const float* dcontext, int64_t h, float* delta,
-    float* dmemory) {
-  const int64_t D = plan.in.D, M = plan.in.M;
-  const float* memory_v = plan.in.mem_kv + (plan.HD + h * D) * M;
-  float* dmemory_v = dmemory + (plan.HD + h * D) * M;
-  for (int64_t d = 0; d < D; ++d) {
-    delta[d] = row_dot(context + d * D, dcontext + d * D, D);
-    for (int64_t m = 0; m < M; ++m) {
-      const float weight = memory_weight(plan, statistics, h * D + d, m);
-      float dweight = 0;
-      for (int64_t e = 0; e < D; ++e) {
-        dweight += dcontext[d * D + e] * (memory_v[e * M + m] - context[d * D + e]);  // δ taken off already
-        dmemory_v[e * M + m] += weight * dcontext[d * D + e];
+    const Plan& plan, const Weights& weights, const float* memory_weights, const float* context, const float* dcontext,
+    int64_t h, float* delta, float* dmemory) {
+  const int64_t D = plan.in.D, M = plan.in.M, channels = weights.channels;
+  for (int64_t d = 0; d < D; ++d) delta[d] = row_dot(context + d * D, dcontext + d * D, D);
+  for (int64_t m = 0; m < M; ++m) {
+    const int64_t key = m * channels + h * D, value = (M + m) * channels + h * D;
+    for (int64_t d = 0; d < D; ++d) {
+      const float* row = dcontext + d * D;
+      const vf weight = splat(memory_weights[key + d]);
+      vf sum = {};
+      for (int64_t e = 0; e < D; e += kLanes) {
+        const int64_t count = D - e;
+        const vf dc = load_upto(row + e, count);
+        // δ is taken off before the sum.
+        sum = dc * (load_upto(weights.memory + value + e, count) - load_upto(context + d * D + e, count)) + sum;
+        store_upto(dmemory + value + e, weight * dc + load_upto(dmemory + value + e, count), count);
       }
-      dmemory[(h * D + d) * M + m] += weight * dweight;
+      dmemory[key + d] += memory_weights[key + d] * reduce_add(sum);
     }
   }
 }
@@ -236,7 +241,8 @@ inline void sample_backward(
     const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared, const SampleBackwardScratch& scratch,
     int64_t local, int64_t sample) {
   const int64_t C = plan.in.C, D = plan.in.D, HD = plan.HD, V = plan.V;
-  const float *statistics = args.statistics + sample * 2 * HD, *sums = args.sums + sample * HD * V;
+  const float* sums = args.sums + sample * HD * V;
+  memory_softmax(plan, shared.weights, args.statistics + sample * 2 * HD, scratch.memory);
   float* dprojection = shared.dprojection + local * plan.groups * shared.sums.weight_size;
   for (int64_t g = 1; g < plan.groups; ++g) add_to(dprojection, dprojection + g * shared.sums.weight_size, HD * C);
   const vf scale = splat(1.0f / __builtin_sqrtf(static_cast<float>(D)));
@@ -248,7 +254,8 @@ inline void sample_backward(
     pack_rows(context, D, D, D, scratch.packed_context);
     product(dprojection + h * D * C, 1, C, scratch.packed_context, C, D, D,
             shared.sums.weight + local * shared.sums.weight_size + h * D, HD, true);
-    memory_backward(plan, statistics, context, scratch.dcontext, h, shared.delta + local * round_up(HD, 16) + h * D,
+    memory_backward(plan, shared.weights, scratch.memory, context, scratch.dcontext, h,
+                    shared.delta + local * round_up(HD, 16) + h * D,
                     shared.sums.memory + local * shared.sums.memory_size);
     float* dsums = scratch.dsums + h * D * V;
     if (plan.block) {
@@ -286,7 +293,11 @@ inline void parameters_backward(const Plan& plan, const LinearAttentionBackward&
   sum_slots(sums.gain, items, sums.row_size, C, args.dgain);
   sum_slots(sums.bias, items, sums.row_size, C, args.dbias);
   sum_slots(sums.weight, samples, sums.weight_size, HD * C, args.dweight);
-  sum_slots(sums.memory, samples, sums.memory_size, 2 * HD * plan.in.M, args.dmem_kv);
+  sum_slots(sums.memory, samples, sums.memory_size, sums.memory_size, sums.memory);
+  const int64_t M = plan.in.M, channels = shared.weights.channels;
+  for (int64_t i = 0; i < 2 * HD * M; ++i) {
+    args.dmem_kv[i] = sums.memory[(i / (HD * M) * M + i % M) * channels + i / M % HD];
+  }
   if (!plan.block) return;
   sum_slots(sums.qk, items, sums.qk_size, 2 * HD * C, shared.dfolded);
   sum_slots(sums.v, samples, sums.weight_size, HD * C, shared.dfolded + 2 * HD * C);
