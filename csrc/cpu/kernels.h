@@ -1,6 +1,7 @@
 // The kernels of simd/, which are compiled once for every instruction set, as tables of functions; free of torch.
 #pragma once
 
+#include "attention.h"
 #include "linear_attention.h"
 
 namespace ddpm_fast {
@@ -8,6 +9,7 @@ namespace ddpm_fast {
 struct Kernels {
   const char* name;
   int lanes;  // floats of a vector
+  AttentionKernels attention;
   LinearAttentionKernels linear_attention;
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels.h"
+#include "attention_block.h"
 #include "gemm.h"
 #include "linear_attention_backward.h"
 #include "parallel.h"
@@ -9,7 +10,9 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, kLanes, {linear_attention::forward, linear_attention::backward}};
+  return {name, kLanes,
+          {attention::forward, attention::backward, attention::block_forward, attention::block_backward},
+          {linear_attention::forward, linear_attention::backward}};
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -47,10 +47,10 @@ typedef float v4 __attribute__((vector_size(16)));
 typedef float v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t v4i __attribute__((vector_size(16)));
 
-// Four rows of four at from[row·stride] become four columns at to[column·kPanel].
-DDPM_FAST_INLINE void transpose4(const float* from, int64_t stride, float* to) {
+// Four rows of four at from[row·stride] become four columns at to[column·apart].
+DDPM_FAST_INLINE void transpose4(const float* from, int64_t stride, float* to, int64_t apart = kPanel) {
   const auto at = [&](int64_t row) -> v4 { return *reinterpret_cast<const v4_unaligned*>(from + row * stride); };
-  const auto put = [&](int64_t column, v4 value) { *reinterpret_cast<v4_unaligned*>(to + column * kPanel) = value; };
+  const auto put = [&](int64_t column, v4 value) { *reinterpret_cast<v4_unaligned*>(to + column * apart) = value; };
   const v4 a = at(0), b = at(1), c = at(2), d = at(3);
   const v4 ab_low = __builtin_shuffle(a, b, v4i{0, 4, 1, 5}), ab_high = __builtin_shuffle(a, b, v4i{2, 6, 3, 7});
   const v4 cd_low = __builtin_shuffle(c, d, v4i{0, 4, 1, 5}), cd_high = __builtin_shuffle(c, d, v4i{2, 6, 3, 7});
@@ -79,6 +79,29 @@ inline void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, i
 }
 inline void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, float* packed) {
   pack_columns(b, stride, K, N, 0, panels(N), packed);
+}
+
+// (rows, columns) to (columns, rows), both without gaps.
+inline void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    int64_t c = 0;
+    if (r + 4 <= rows) {
+      for (; c + 4 <= columns; c += 4) transpose4(from + r * columns + c, columns, to + c * rows + r, rows);
+    }
+    for (; c < columns; ++c) {
+      for (int64_t i = r; i < smaller(r + 4, rows); ++i) to[c * rows + i] = from[i * columns + c];
+    }
+  }
+}
+
+// Of panels of K rows: row k times by[k].
+inline void scale_packed_rows(float* packed, int64_t K, int64_t count, const float* by) {
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t k = 0; k < K; ++k, packed += kPanel) {
+      store(packed, load(packed) * splat(by[k]));
+      store(packed + kLanes, load(packed + kLanes) * splat(by[k]));
+    }
+  }
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -48,18 +48,18 @@ inline void scale_columns(const float* x, const float* gain, int64_t rows, int64
   }
 }
 
-// Gradients of weight (rows, C) and gain (C) where folded = weight·gain by columns; dweight may be dfolded.
+// Gradients of weight (rows, C) and gain (C) where folded = weight·gain by columns.
 inline void scale_columns_backward(
     const float* dfolded, const float* weight, const float* gain, int64_t rows, int64_t C, float* dweight, float* dgain) {
-  for (int64_t c = 0; c < C; c += kLanes) {
-    const int64_t count = C - c;
-    vf sum = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      sum = load_upto(dfolded + r * C + c, count) * load_upto(weight + r * C + c, count) + sum;
+  for (int64_t c = 0; c < C; c += kLanes) store_upto(dgain + c, vf{}, C - c);
+  for (int64_t r = 0; r < rows; ++r, dfolded += C, weight += C, dweight += C) {
+    for (int64_t c = 0; c < C; c += kLanes) {
+      const int64_t count = C - c;
+      const vf d = load_upto(dfolded + c, count);
+      store_upto(dgain + c, d * load_upto(weight + c, count) + load_upto(dgain + c, count), count);
+      store_upto(dweight + c, d * load_upto(gain + c, count), count);
     }
-    store_upto(dgain + c, sum, count);
   }
-  scale_columns(dfolded, gain, rows, C, dweight);
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA
