@@ -35,7 +35,7 @@ ROWS = [
     ["ops/*/op"],
     ["ops/*/kernel", "ops/*/native", "ops/*/reference"],
     ["ops/*/launch"],
-    ["ops/common/kernel", "ops/common/norm"],
+    ["ops/common/kernel", "ops/common/norm", "ops/common/reference"],
     ["dispatch", "tuning", "_extension", "noise", "schedules", "_version"],
 ]
 

@@ -5,6 +5,8 @@
 #include "linear.h"
 #include "norm_linear.h"
 #include "norm_silu.h"
+#include "attention.h"
+#include "linear_attention.h"
 
 namespace ddpm_fast {
 
@@ -15,6 +17,8 @@ struct Kernels {
   NormSiluKernels norm_silu;
   LinearKernels linear;
   NormLinearKernels norm_linear;
+  AttentionKernels attention;
+  LinearAttentionKernels linear_attention;
 };
 
 // The table of the widest instruction set that this processor has, or of the one chosen by `use_instruction_set`.

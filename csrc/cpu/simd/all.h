@@ -2,8 +2,10 @@
 #pragma once
 
 #include "../kernels.h"
+#include "attention_block.h"
 #include "conv3x3.h"
 #include "linear.h"
+#include "linear_attention_backward.h"
 #include "norm_linear.h"
 #include "norm_silu.h"
 
@@ -17,6 +19,8 @@ constexpr Kernels make_kernels(const char* name) {
       .norm_silu = {norm_silu_forward, norm_silu_backward},
       .linear = {linear_forward, linear_data_gradient, linear_weight_gradient},
       .norm_linear = {norm_linear_forward, norm_linear_data_gradient},
+      .attention = {attention::forward, attention::backward, attention::block_forward, attention::block_backward},
+      .linear_attention = {linear_attention::forward, linear_attention::backward},
   };
 }
 

@@ -1,0 +1,88 @@
+"""RMSNorm and a 1×1 convolution in plain torch: specification and oracle of norm_linear and of the attention blocks.
+
+The normed map is made again in backward instead of being kept: it is one elementwise pass, and x is kept anyway by what
+made it. The norm computes in float32 at least, so that half types round once before the convolution,
+whatever autocast says.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from ddpm_fast.dispatch import no_autocast
+
+
+def norm_linear(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See `ddpm_fast.ops.norm_linear.op.norm_linear`."""
+    return _NormLinear.apply(x, g, weight)
+
+
+def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """See `ddpm_fast.ops.norm_linear.op.linear_residual`."""
+    with no_autocast(x.device.type):
+        return (F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)) + residual).to(x.dtype)
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, g, weight):
+        ctx.save_for_backward(x, g, weight)
+        with no_autocast(x.device.type):
+            return _product(_matrix(weight, x), _times_gain(_normed(x)[0], g).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable  # the normed map is made again without a graph: a second derivative would be wrong
+    def backward(ctx, grad):
+        with no_autocast(grad.device.type):
+            return _gradients(*ctx.saved_tensors, grad, ctx.needs_input_grad)
+
+
+def _gradients(x, g, weight, grad, needs) -> tuple[torch.Tensor | None, ...]:
+    """Of x, g and weight, those that are needed."""
+    needs_x, needs_g, needs_weight = needs
+    normed, factor, clamped = _normed(x)
+    dx = dg = dweight = None
+    if needs_weight:
+        h = _times_gain(normed, g).to(x.dtype)
+        dweight = torch.bmm(grad.flatten(2), h.flatten(2).transpose(1, 2)).sum(0)
+        dweight = dweight.reshape(weight.shape).to(weight.dtype)
+    if needs_x or needs_g:
+        dh = _product(_matrix(weight, x).t(), grad)
+    if needs_g:
+        dg = (dh * normed).sum((0, 2, 3)).reshape(g.shape).to(g.dtype)
+    if needs_x:
+        z = _times_gain(dh, g)
+        projection = (z * normed).mean(1, keepdim=True)
+        # A clamped norm is a constant: nothing flows through it.
+        dx = (torch.addcmul(z, normed, projection.masked_fill(clamped, 0), value=-1) * factor).to(x.dtype)
+    return dx, dg, dweight
+
+
+def _matrix(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:  # (M, C, 1, 1) -> (M, C) in the dtype of x
+    return weight.reshape(weight.shape[:2]).to(x.dtype)
+
+
+def _product(matrix: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:  # (M, C), (B, C, H, W) -> (B, M, H, W)
+    """The matrix times every pixel; the result lies as the maps do."""
+    B, _, H, W = maps.shape
+    columns = maps.flatten(2)  # (B, C, N)
+    matrix = matrix.expand(B, -1, -1)
+    if maps.is_contiguous(memory_format=torch.channels_last):
+        out = torch.bmm(columns.transpose(1, 2), matrix.transpose(1, 2)).transpose(1, 2)
+    else:
+        out = torch.bmm(matrix, columns)
+    return out.unflatten(2, (H, W))
+
+
+def _normed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x̂ = x·√C / n of every pixel, √C / n, and where n = max(‖x‖₂, 1e-12) is that bound; float32 at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    factor = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
+    return x * factor, factor, norm <= 1e-12
+
+
+def _times_gain(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    return x * g.reshape(1, -1, 1, 1).to(torch.promote_types(x.dtype, torch.float32))
