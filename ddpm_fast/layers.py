@@ -18,11 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import noise
 from ddpm_fast.frozen import DerivesWeights
-from ddpm_fast.ops.attention.op import attention
-from ddpm_fast.ops.linear_attention.op import linear_attention
+from ddpm_fast.ops.attention.op import attention, attention_block
+from ddpm_fast.ops.conv3x3.op import conv3x3
+from ddpm_fast.ops.linear_attention.op import linear_attention, linear_attention_block
 from ddpm_fast.ops.linear_attention.reference import context_and_queries
 from ddpm_fast.ops.norm_linear.op import linear_residual, norm_linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
+from ddpm_fast.ops.resnet_block.op import resnet_block, runs_natively
 
 
 def weights_format(device: torch.device) -> torch.memory_format:
@@ -31,6 +33,11 @@ def weights_format(device: torch.device) -> torch.memory_format:
     cuDNN would copy them in every call otherwise. oneDNN copies them into blocks of its own in either case.
     """
     return torch.channels_last if device.type in ("cuda", "meta") else torch.contiguous_format
+
+
+def has_native_maps(x: torch.Tensor) -> bool:
+    """Whether a network of maps like x, in whatever layout, had best be channels-last for the CPU's native kernels."""
+    return x.device.type == "cpu" and runs_natively(x.contiguous(memory_format=torch.channels_last))
 
 
 def is_plain(*modules: nn.Module) -> bool:
@@ -52,6 +59,18 @@ def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3×3 convolution of stride 1 with padding 1, by the native kernel where that runs: (B, C, H, W) → (B, K, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if runs_natively(x):
+            return conv3x3(*_autocast(x), self.weight, self.bias)
+        return super().forward(x)
+
+
 class _UpsampleConv2d(nn.Conv2d, DerivesWeights):
     """Nearest 2× upsampling and a 3×3 convolution as one transposed 4×4 convolution of stride 2.
 
@@ -65,6 +84,8 @@ class _UpsampleConv2d(nn.Conv2d, DerivesWeights):
         return _upsampling_taps(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, dim_out, 2H, 2W)
+        if runs_natively(x):
+            return conv3x3(*_autocast(x), self.weight, self.bias, upsampled=True)
         if torch.is_grad_enabled():
             return _UpsampleConv.apply(*_autocast(x, self.weight, self.bias))
         x, taps, bias = _autocast(x, self.derived(), self.bias)
@@ -422,15 +443,37 @@ class ResnetBlock(nn.Module):
         if not self._as_made():
             x = torch.cat(x, dim=1) if isinstance(x, tuple) else x
             return self.block2.by_modules(self.block1.by_modules(x, scale_shift)) + self.res_conv(x)
+        parts = x if isinstance(x, tuple) else (x,)
+        if len(parts) <= 2 and all(runs_natively(part) for part in parts):
+            return self._as_one_op(*_autocast(*parts), scale_shift=scale_shift)
         make, sources, residual = self._last_pass(x, scale_shift)
         return make(*sources, residual=residual)
+
+    def _as_one_op(self, x, beside=None, *, scale_shift) -> torch.Tensor:
+        """The block by the op that keeps two maps for backward, `low_memory` or not."""
+        block1, block2 = self.block1, self.block2
+        scale, shift = (None, None) if scale_shift is None else scale_shift
+        dropout_p = block1.dropout.p if block1.dropout.training else 0.0
+        options = {"dropout_p": dropout_p, "seed": noise.draw_seed(x.device)} if dropout_p > 0 else {}
+        if isinstance(block1.norm, RMSNorm):
+            gain1, gain2 = block1.norm.g, block2.norm.g
+        else:
+            gain1, gain2 = block1.norm.weight, block2.norm.weight
+            options |= {"affine1": block1.norm.bias, "affine2": block2.norm.bias}
+            options |= {"groups": block1.norm.num_groups, "eps": block1.norm.eps}
+        if isinstance(self.res_conv, nn.Conv2d):
+            options |= {"res_weight": self.res_conv.weight, "res_bias": self.res_conv.bias}
+        return resnet_block(
+            x, block1.proj.weight, block1.proj.bias, gain1, block2.proj.weight, block2.proj.bias, gain2,
+            beside=beside, scale=scale, shift=shift, **options,
+        )  # fmt: skip
 
     def _as_made(self) -> bool:
         return self.block1.modules_as_made() and self.block2.modules_as_made() and is_plain(self.res_conv)
 
     def followed_by(self, conv: nn.Conv2d, x, scale_shift=None) -> torch.Tensor:
         """A 1×1 convolution of the block's output, for x in parts; with `low_memory` that output is not kept."""
-        if not (self._as_made() and is_plain(conv)):
+        if not (self._as_made() and is_plain(conv)) or all(runs_natively(part) for part in x):
             return conv(self(x, scale_shift=scale_shift))
         make, sources, residual = self._last_pass(x, scale_shift)
         h = make(*sources, residual=residual)
@@ -490,6 +533,12 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of x, plus `residual` of its shape where one is given."""
+        if runs_natively(x) and is_plain(self.norm, self.to_qkv, self.to_out, *self.to_out):
+            project, norm = self.to_out
+            return linear_attention_block(
+                *_autocast(x), self.norm.g, self.to_qkv.weight, self.mem_kv, project.weight, project.bias, norm.g,
+                heads=self.heads, residual=residual,
+            )  # fmt: skip
         if self.low_memory and torch.is_grad_enabled():
             return checkpoint(self._attend, x, residual, use_reentrant=False, preserve_rng_state=False)
         return self._attend(x, residual)
@@ -526,6 +575,11 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of x, plus `residual` of its shape where one is given."""
+        if runs_natively(x) and is_plain(self.norm, self.to_qkv, self.to_out):
+            return attention_block(
+                *_autocast(x), self.norm.g, self.to_qkv.weight, self.mem_kv, self.to_out.weight, self.to_out.bias,
+                heads=self.heads, residual=residual,
+            )  # fmt: skip
         qkv = _norm_linear(x, self.norm, self.to_qkv)
         out = attention(qkv, self.mem_kv, heads=self.heads)
         if residual is None or not is_plain(self.to_out):
@@ -533,4 +587,4 @@ class Attention(nn.Module):
         return linear_residual(out, self.to_out.weight, self.to_out.bias, residual)
 
 
-_PLAIN = (nn.Conv2d, nn.Linear, nn.Identity, nn.SiLU, nn.Dropout, nn.GroupNorm, nn.Sequential, RMSNorm)
+_PLAIN = (nn.Conv2d, Conv3x3, nn.Linear, nn.Identity, nn.SiLU, nn.Dropout, nn.GroupNorm, nn.Sequential, RMSNorm)

@@ -11,12 +11,14 @@ from torch import nn
 from ddpm_fast.frozen import DerivesWeights
 from ddpm_fast.layers import (
     Attention,
+    Conv3x3,
     Downsample,
     LinearAttention,
     RandomOrLearnedSinusoidalPosEmb,
     ResnetBlock,
     SinusoidalPosEmb,
     Upsample,
+    has_native_maps,
     is_plain,
     linears_of_one_input,
     weights_format,
@@ -158,7 +160,7 @@ class Unet(DerivesWeights):
                         resnet_block(dim_in, dim_in),
                         resnet_block(dim_in, dim_in),
                         attention(dim_in, stage, full_attn[stage]),
-                        nn.Conv2d(dim_in, dim_out, 3, padding=1) if is_last else Downsample(dim_in, dim_out),
+                        Conv3x3(dim_in, dim_out) if is_last else Downsample(dim_in, dim_out),
                     ]
                 )
             )
@@ -176,7 +178,7 @@ class Unet(DerivesWeights):
                         resnet_block(dim_out + dim_in, dim_out),
                         resnet_block(dim_out + dim_in, dim_out),
                         attention(dim_out, stage, full_attn[stage]),
-                        nn.Conv2d(dim_out, dim_in, 3, padding=1) if is_last else Upsample(dim_out, dim_in),
+                        Conv3x3(dim_out, dim_in) if is_last else Upsample(dim_out, dim_in),
                     ]
                 )
             )
@@ -282,12 +284,14 @@ class Unet(DerivesWeights):
                         tensor.data = tensor.data.contiguous(memory_format=weights_format(tensor.device))
 
     def _maps_format(self, x: torch.Tensor) -> torch.memory_format:
-        """How the network's maps lie: channels-last on CUDA, and on the CPU in most sampling runs (`frozen_weights`).
+        """How the network's maps lie: channels-last on CUDA, and on the CPU where the native kernels run.
 
-        On the CPU that makes a forward pass up to 20% faster, but no training step; those, and single passes, round
+        Where they do not, channels-last on the CPU in most sampling runs (`frozen_weights`) only: that makes a forward pass up to 20% faster, but no training step; those, and single passes, round
         like the peer's. oneDNN lays out weights anew for channels-last maps in every call: where few pixels meet wide
         weights that takes longer than the product, and the maps stay as they come.
         """
+        if has_native_maps(x):
+            return torch.channels_last
         weights = weights_format(self.init_conv.weight.device)
         if not self.is_frozen or torch.is_grad_enabled():
             return weights

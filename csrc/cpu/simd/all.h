@@ -3,7 +3,7 @@
 
 #include "../kernels.h"
 #include "attention_block.h"
-#include "conv3x3.h"
+#include "conv3x3_gradient.h"
 #include "linear.h"
 #include "linear_attention_backward.h"
 #include "norm_linear.h"
@@ -15,7 +15,7 @@ constexpr Kernels make_kernels(const char* name) {
   return {
       .name = name,
       .lanes = kLanes,
-      .conv3x3 = conv3x3_kernels,
+      .conv3x3 = {conv3x3_forward, conv3x3_weight_gradient},
       .norm_silu = {norm_silu_forward, norm_silu_backward},
       .linear = {linear_forward, linear_data_gradient, linear_weight_gradient},
       .norm_linear = {norm_linear_forward, norm_linear_data_gradient},
