@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
@@ -58,21 +59,40 @@ DDPM_FAST_INLINE void for_runs(const Layout& layout, int64_t first, int64_t coun
   }
 }
 
-// A tile of one sample as float32, 8-bit images divided by 255.
+// A tile of one sample as float32, 8-bit images divided by 255: where it lies already, else in `room`.
 template <typename T>
-void load_tile(float* to, const T* sample, const Layout& layout, int64_t first, int64_t count, bool mirrored) {
+const float* load_tile(
+    float* room, const T* sample, const Layout& layout, int64_t first, int64_t count, bool mirrored) {
   const bool in_order = layout.dense && !mirrored;
-  if (in_order) return convert(to, sample + first, count);
+  if constexpr (std::is_same_v<T, float>) {
+    if (in_order) return sample + first;
+  }
+  if (in_order) {
+    convert(room, sample + first, count);
+    return room;
+  }
   T gathered[kTile];
   for_runs(layout, first, count, mirrored, [&](int64_t done, int64_t size, int64_t offset, int64_t step) {
     const T* from = sample + offset;
     for (int64_t i = 0; i < size; ++i) gathered[done + i] = from[i * step];
   });
-  convert(to, gathered, count);
+  convert(room, gathered, count);
+  return room;
 }
 
+// Where a tile is to be computed: in the result itself where that is possible, else in `room`.
+template <typename T>
+float* place_of_tile(float* room, T* sample, const Layout& layout, int64_t first) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (layout.dense) return sample + first;
+  }
+  return room;
+}
+
+// Writes a tile that was computed at place_of_tile.
 template <typename T>
 void store_tile(T* sample, const float* from, const Layout& layout, int64_t first, int64_t count) {
+  if (static_cast<const void*>(from) == static_cast<const void*>(sample + first)) return;
   if (layout.dense) return convert(sample + first, from, count);
   T converted[kTile];
   convert(converted, from, count);
@@ -168,10 +188,11 @@ struct Images {
     for (int64_t i = 0; i < columns; ++i) row[i] = inside ? from[i] : NAN;
   }
 
-  void load_x_start(float* to, int64_t sample, int64_t first, int64_t count) const {
+  const float* load_x_start(float* room, int64_t sample, int64_t first, int64_t count) const {
     const bool mirrored = flip != nullptr && flip[sample] != 0;
+    const float* x = nullptr;
     const auto load = [&](auto* from) {
-      load_tile(to, from + sample * x_layout.elements, x_layout, first, count, mirrored);
+      x = load_tile(room, from + sample * x_layout.elements, x_layout, first, count, mirrored);
     };
     AT_DISPATCH_SWITCH(
         x_start.scalar_type(), "x_start",
@@ -179,56 +200,67 @@ struct Images {
         AT_DISPATCH_CASE(at::kFloat, [&] { load(static_cast<const scalar_t*>(x_start.const_data_ptr())); })
         AT_DISPATCH_CASE(at::kHalf, [&] { load(static_cast<const scalar_t*>(x_start.const_data_ptr())); })
         AT_DISPATCH_CASE(at::kBFloat16, [&] { load(static_cast<const scalar_t*>(x_start.const_data_ptr())); }));
+    return x;
   }
 
-  // `to` has room for count rounded up to a multiple of 4.
-  void load_noise(float* to, int64_t sample, int64_t first, int64_t count) const {
+  // `room` holds count rounded up to a multiple of 4.
+  const float* load_noise(float* room, int64_t sample, int64_t first, int64_t count) const {
+    const float* eps = room;
     if (noise != nullptr) {
       DDPM_FAST_FLOATS(noise_type, "noise", [&] {
         const scalar_t* from = static_cast<const scalar_t*>(noise) + sample * noise_layout.elements;
-        load_tile(to, from, noise_layout, first, count, false);
+        eps = load_tile(room, from, noise_layout, first, count, false);
       });
     } else {
       NoiseIndex mine = index;
       mine.sample = static_cast<uint32_t>(sample);
-      normal_tile(to, mine, first, count);
+      normal_tile(room, mine, first, count);
     }
-    if (offset.empty()) return;
+    if (offset.empty()) return eps;
     const float* of_sample = offset.data() + sample * x_start.size(1);
     int64_t channel = first / x_layout.pixels, at = first % x_layout.pixels;
     for (int64_t done = 0; done < count; ++channel, at = 0) {
       const int64_t size = std::min(x_layout.pixels - at, count - done);
-      for (int64_t i = done; i < done + size; ++i) to[i] += of_sample[channel];
+      for (int64_t i = done; i < done + size; ++i) room[i] = eps[i] + of_sample[channel];
       done += size;
     }
+    return room;
   }
 };
 
-DDPM_FAST_VECTORISED void normalize_tile(float* x, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] = x[i] * 2.0f - 1.0f;
+// p·ε + q·x0, where x0 is x or, normalised, 2·x − 1.
+DDPM_FAST_VECTORISED void combine_tile(
+    float* __restrict__ to,
+    const float* __restrict__ x,
+    const float* __restrict__ eps,
+    float p,
+    float q,
+    bool normalize,
+    int64_t count) {
+  if (normalize) {
+    for (int64_t i = 0; i < count; ++i) to[i] = p * eps[i] + q * (x[i] * 2.0f - 1.0f);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = p * eps[i] + q * x[i];
+  }
 }
 
-// x ← p·ε + q·x
-DDPM_FAST_VECTORISED void combine_tile(float* x, const float* eps, float p, float q, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] = p * eps[i] + q * x[i];
-}
-
-// output ← output − target; returns Σ of its squares, in an order that depends on count alone.
-DDPM_FAST_VECTORISED float error_tile(float* output, const float* target, int64_t count) {
+// error ← output − target; returns Σ of its squares, in an order that depends on count alone.
+DDPM_FAST_VECTORISED float error_tile(
+    float* __restrict__ error, const float* __restrict__ output, const float* __restrict__ target, int64_t count) {
   constexpr int kSums = 32;
   float sums[kSums] = {};
   int64_t i = 0;
   for (; i + kSums <= count; i += kSums) {
     for (int k = 0; k < kSums; ++k) {
-      const float error = output[i + k] - target[i + k];
-      output[i + k] = error;
-      sums[k] += error * error;
+      const float difference = output[i + k] - target[i + k];
+      error[i + k] = difference;
+      sums[k] += difference * difference;
     }
   }
   for (int k = 0; i < count; ++i, ++k) {
-    const float error = output[i] - target[i];
-    output[i] = error;
-    sums[k] += error * error;
+    const float difference = output[i] - target[i];
+    error[i] = difference;
+    sums[k] += difference * difference;
   }
   for (int half = kSums / 2; half > 0; half /= 2) {
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
@@ -236,8 +268,9 @@ DDPM_FAST_VECTORISED float error_tile(float* output, const float* target, int64_
   return sums[0];
 }
 
-DDPM_FAST_VECTORISED void scale_tile(float* x, float factor, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] *= factor;
+DDPM_FAST_VECTORISED void scale_tile(
+    float* __restrict__ to, const float* __restrict__ from, float factor, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
 }
 
 // body(tile, sample, first, count) over all tiles, on torch's threads.
@@ -272,14 +305,15 @@ at::Tensor q_sample(
   DDPM_FAST_FLOATS(dtype, "q_sample", [&] {
     scalar_t* out = x_t.data_ptr<scalar_t>();
     for_tiles(images.batch, layout.elements, [&](int64_t, int64_t sample, int64_t first, int64_t count) {
-      alignas(64) float x[kTile], eps[kTile];
+      alignas(64) float x_room[kTile], eps_room[kTile], room[kTile];
+      scalar_t* of_sample = out + sample * layout.elements;
       float ab[2];
       images.coefficients(ab, sample);
-      images.load_x_start(x, sample, first, count);
-      if (images.normalize) normalize_tile(x, count);
-      images.load_noise(eps, sample, first, count);
-      combine_tile(x, eps, ab[1], ab[0], count);
-      store_tile(out + sample * layout.elements, x, layout, first, count);
+      const float* x = images.load_x_start(x_room, sample, first, count);
+      const float* eps = images.load_noise(eps_room, sample, first, count);
+      float* result = place_of_tile(room, of_sample, layout, first);
+      combine_tile(result, x, eps, ab[1], ab[0], images.normalize, count);
+      store_tile(of_sample, result, layout, first, count);
     });
   });
   return x_t;
@@ -309,16 +343,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> diffusion_loss(
     const scalar_t* out = model_output.const_data_ptr<scalar_t>();
     scalar_t* errors = with_gradient ? error.data_ptr<scalar_t>() : nullptr;
     for_tiles(images.batch, layout.elements, [&](int64_t tile, int64_t sample, int64_t first, int64_t count) {
-      alignas(64) float target[kTile], other[kTile];  // other: ε, then the model's output, then the error
+      alignas(64) float x_room[kTile], eps_room[kTile], target[kTile];
+      const int64_t offset = sample * layout.elements;
       float cdw[3];
       images.coefficients(cdw, sample);
-      images.load_x_start(target, sample, first, count);
-      if (images.normalize) normalize_tile(target, count);
-      images.load_noise(other, sample, first, count);
-      combine_tile(target, other, cdw[0], cdw[1], count);
-      load_tile(other, out + sample * layout.elements, layout, first, count, false);
-      sums[tile] = error_tile(other, target, count);
-      if (with_gradient) store_tile(errors + sample * layout.elements, other, layout, first, count);
+      const float* x = images.load_x_start(x_room, sample, first, count);
+      const float* eps = images.load_noise(eps_room, sample, first, count);
+      combine_tile(target, x, eps, cdw[0], cdw[1], images.normalize, count);
+      // The target is made, and x0 and ε may go.
+      const float* output = load_tile(x_room, out + offset, layout, first, count, false);
+      float* difference = with_gradient ? place_of_tile(eps_room, errors + offset, layout, first) : eps_room;
+      sums[tile] = error_tile(difference, output, target, count);
+      if (with_gradient) store_tile(errors + offset, difference, layout, first, count);
     });
   });
   for (int64_t sample = 0; sample < images.batch; ++sample) {
@@ -337,7 +373,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> diffusion_loss(
 at::Tensor diffusion_loss_backward(const at::Tensor& error, const at::Tensor& factor, const at::Tensor& dloss) {
   TORCH_CHECK_VALUE(error.dim() >= 2 && error.numel() > 0, "error must be (B, C, ...) and not empty, got ",
                     error.sizes());
-  layout_of(error, "error");
+  Layout in_memory = layout_of(error, "error");
+  in_memory.dense = true;  // the gradient lies like the error, so that one walks through both
   for (const at::Tensor* tensor : {&factor, &dloss}) {
     TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, "factor and dloss must be float32, got ",
                      tensor->scalar_type());
@@ -352,10 +389,12 @@ at::Tensor diffusion_loss_backward(const at::Tensor& error, const at::Tensor& fa
     const scalar_t* from = error.const_data_ptr<scalar_t>();
     scalar_t* to = doutput.data_ptr<scalar_t>();
     for_tiles(batch, elements, [&](int64_t, int64_t sample, int64_t first, int64_t count) {
-      alignas(64) float tile[kTile];
-      convert(tile, from + sample * elements + first, count);
-      scale_tile(tile, of_sample[sample] * above[sample], count);
-      convert(to + sample * elements + first, tile, count);
+      alignas(64) float error_room[kTile], room[kTile];
+      const int64_t offset = sample * elements;
+      const float* errors = load_tile(error_room, from + offset, in_memory, first, count, false);
+      float* result = place_of_tile(room, to + offset, in_memory, first);
+      scale_tile(result, errors, of_sample[sample] * above[sample], count);
+      store_tile(to + offset, result, in_memory, first, count);
     });
   });
   return doutput;
