@@ -99,13 +99,17 @@ class Op:
                     return implementation
         refusals = []
         for implementation in self.implementations:
-            reason = implementation.why_not(*args, **kwargs)
+            # `why_not` without its calls, which cost microseconds: small networks choose a hundred times in one.
+            reason = implementation.refuses(*args, **kwargs)
+            if reason is None and implementation.yields is not never_refuses:
+                reason = implementation.yields(*args, **kwargs)
             if reason is None:
                 if _watched is not None:
                     key = (self.name, implementation.name, "; ".join(refusals) or "accepts")
                     _watched[key] = _watched.get(key, 0) + 1
                 return implementation
-            refusals.append(f"{implementation.name}: {reason}")
+            if _watched is not None:
+                refusals.append(f"{implementation.name}: {reason}")
         raise AssertionError(f"{self.name}: no implementation accepted, not even the last")
 
     def __call__(self, *args, **kwargs):
@@ -168,7 +172,7 @@ class watch_choices:
 
 def no_autocast(device_type: str):
     """A context without autocast: references compute in the dtype of what they are given, as the kernels do."""
-    if not torch.amp.is_autocast_available(device_type):
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 

@@ -31,6 +31,7 @@ from ddpm_fast.data import Dataset, DigitsDataset, save_image_grid
 from ddpm_fast.fid import FIDEvaluation, FIDUnavailableError
 from ddpm_fast.gaussian_diffusion import GaussianDiffusion
 from ddpm_fast.history import LossHistory
+from ddpm_fast.training_step import lay_out_state
 
 # Only rank 0 samples at a milestone; the others wait in their next all-reduce for as long as that takes.
 _LONGEST_WAIT = timedelta(hours=12)
@@ -140,7 +141,9 @@ class Trainer:
             num_workers=_choose_workers(num_workers, self.ds, self.world_size),
         )
 
-        self.opt = Adam(diffusion_model.parameters(), lr=train_lr, betas=adam_betas)
+        # Adam in one pass: at 35.7 million parameters a quarter of the time of its default on the CPU.
+        self._adam_options = {"fused": True} if self.device.type == "cpu" else {}
+        self.opt = Adam(diffusion_model.parameters(), lr=train_lr, betas=adam_betas, **self._adam_options)
         self._ema_config = {"beta": ema_decay, "update_every": ema_update_every}
         if self.accelerator.is_main_process:
             self.ema = EMA(diffusion_model, **self._ema_config, use_foreach=True)
@@ -214,7 +217,10 @@ class Trainer:
             raise CheckpointError(f"checkpoint {path} is no trainer's file: step, model, opt or ema is missing")
         self._check_objective(data, path)
         load_matching(self._diffusion, data["model"], path)
-        self.opt.load_state_dict(data["opt"])
+        # What a file says of speed is of the device that wrote it.
+        groups = [{**group, "fused": self._adam_options.get("fused")} for group in data["opt"]["param_groups"]]
+        self.opt.load_state_dict({**data["opt"], "param_groups": groups})
+        lay_out_state(self.opt)
         if self.accelerator.is_main_process:
             load_ema(self.ema, data["ema"], path)
         if self.accelerator.scaler is not None and data.get("scaler") is not None:

@@ -35,7 +35,7 @@ def capture_training_step(
     the weights, which are bound to the stream of then, and a capture cannot take that in.
 
     Args:
-        optimizer: Adam or AdamW over parameters of `diffusion`; on CUDA with `capturable=True`, best also `fused=True`.
+        optimizer: Adam or AdamW over parameters of `diffusion`, best with `fused=True`; on CUDA with `capturable=True`.
         batch_shape: (B, C, H, W) of every batch.
         ema: an `ema_pytorch.EMA` of `diffusion`; a call does what `ema.update()` after the step would.
         max_grad_norm: the gradients' norm is clipped to this; None leaves them.
@@ -120,6 +120,7 @@ class TrainingStep:
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point in [0, 1] (divide 8-bit images by 255), got {images.dtype}")
         self._images.copy_(images, non_blocking=True)
+        lay_out_state(self.optimizer)
         heads = None
         if self.recorder.freezes_decisions:  # the coin is the host's, so that each side has a graph of its own
             reason = _why_not_recorded(self.diffusion, self.optimizer, self.any_module)
@@ -127,7 +128,6 @@ class TrainingStep:
                 raise ValueError(f"a graph cannot stand for the step: {reason}; graph=False runs it without one")
             heads = self.diffusion.tosses_heads()
             self._hold_rates()
-            _lay_out_state(self.optimizer)
             if self._holds() != self._held:
                 self.clear()
         if heads not in self._recordings:
@@ -269,8 +269,11 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def _lay_out_state(optimizer: Adam) -> None:
-    """Give moments that were loaded from elsewhere the layout of their parameters, which fused Adam wants."""
+def lay_out_state(optimizer: Adam) -> None:
+    """Give moments that were loaded from elsewhere the layout of their parameters.
+
+    Fused Adam walks through memory: on the CPU, moments in another order would be those of other weights.
+    """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():

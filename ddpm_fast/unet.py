@@ -239,9 +239,13 @@ class Unet(DerivesWeights):
 
     def _blocks(self) -> list[ResnetBlock]:
         """The residual blocks in the order in which they run."""
-        stages = [block for stage in self.downs for block in stage[:2]]
-        stages += [self.mid_block1, self.mid_block2]
-        return [*stages, *(block for stage in self.ups for block in stage[:2]), self.final_res_block]
+        blocks = []
+        for block1, block2, *_ in self.downs:  # a slice of a ModuleList would be a new module
+            blocks += (block1, block2)
+        blocks += (self.mid_block1, self.mid_block2)
+        for block1, block2, *_ in self.ups:
+            blocks += (block1, block2)
+        return [*blocks, self.final_res_block]
 
     def _scales_and_shifts(self, time: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What each of `_blocks` gets from the timestep: (B,) → two of (B, dim_out) for every block."""

@@ -132,3 +132,14 @@ def test_uint8_and_int32_times_are_taken():
     expected = diffusion(x, times=torch.tensor([3, 4]), noise=eps)
     for dtype in (torch.int32, torch.uint8):
         assert torch.equal(diffusion(x, times=torch.tensor([3, 4], dtype=dtype), noise=eps), expected)
+
+
+def test_a_sum_that_overflows_is_no_nan():
+    """The search for NaN adds numbers up first."""
+    diffusion = GaussianDiffusion(Unet(8, dim_mults=(1,)), image_size=8, timesteps=20, auto_normalize=False)
+    for dtype, value in ((torch.float32, 3e37), (torch.float16, 6e4)):
+        images = torch.full((2, 3, 8, 8), value, dtype=dtype)
+        diffusion._check_images("img", images)
+        images[1, 0, 0, 0] = float("-inf")
+        with pytest.raises(ValueError, match=r"img must be finite, got NaN or infinity in images \[1\]"):
+            diffusion._check_images("img", images)

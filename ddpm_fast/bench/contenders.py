@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NEEDS = {
     "ours": None,
     "ours-low-memory": None,
-    "ours-captured": None,  # capture_training_step, and Adam fused on CUDA; samples as "ours" does
+    "ours-captured": None,  # capture_training_step, and Adam fused; samples as "ours" does
     "peer": "denoising_diffusion_pytorch",
     "peer-channels-last": "denoising_diffusion_pytorch",
     "peer-compiled": "denoising_diffusion_pytorch",
@@ -340,8 +340,8 @@ def _captured(diffusion, images: torch.Tensor, configuration: Configuration) -> 
     """The training step as one CUDA graph; on the CPU the same step, not recorded."""
     from ddpm_fast.training_step import capture_training_step
 
-    options = {"fused": True, "capturable": True} if images.device.type == "cuda" else {}
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-5, **options)
+    capturable = images.device.type == "cuda"
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-5, fused=True, capturable=capturable)
     dtype = None if configuration.dtype == "fp32" else DTYPES[configuration.dtype]
     step = capture_training_step(diffusion, optimizer, images.shape, max_grad_norm=None, autocast=dtype)
     return lambda: step(images)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from ddpm_fast import _extension, tuning
 from ddpm_fast import noise as noise_function
-from ddpm_fast import tuning
 from ddpm_fast.dispatch import Implementation, Op
 from ddpm_fast.ops.forward_diffusion import reference
 
@@ -23,14 +23,18 @@ _MAX_ELEMENTS = 2**31 - 2**16  # positions within a sample are 32-bit
 _IMAGES = "Tensor x_start, Tensor t, Tensor table, Tensor? noise, Tensor? seed, Tensor? flip"
 _OPTIONS = "bool normalize, float offset_noise_strength"
 
-_library = torch.library.Library("ddpm_fast", "FRAGMENT")
-for _schema in (
-    f"q_sample({_IMAGES}, {_OPTIONS}, ScalarType dtype, bool channels_last) -> Tensor",
-    f"diffusion_loss(Tensor model_output, {_IMAGES}, {_OPTIONS}, bool with_gradient)"
+# The operators of the Triton kernels, and with `native_` before their names those of the C++ ones.
+_SCHEMAS = {
+    "q_sample": f"({_IMAGES}, {_OPTIONS}, ScalarType dtype, bool channels_last) -> Tensor",
+    "diffusion_loss": f"(Tensor model_output, {_IMAGES}, {_OPTIONS}, bool with_gradient)"
     " -> (Tensor loss, Tensor factor, Tensor error)",
-    "diffusion_loss_backward(Tensor error, Tensor factor, Tensor dloss) -> Tensor",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    "diffusion_loss_backward": "(Tensor error, Tensor factor, Tensor dloss) -> Tensor",
+}
+_PREFIXES = ("", "native_")
+_library = torch.library.Library("ddpm_fast", "FRAGMENT")
+for _prefix in _PREFIXES:
+    for _name, _schema in _SCHEMAS.items():
+        _library.define(f"{_prefix}{_name}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _launcher(name: str):
@@ -44,12 +48,11 @@ def _launcher(name: str):
     return launch
 
 
-for _name in ("q_sample", "diffusion_loss", "diffusion_loss_backward"):
+for _name in _SCHEMAS:
     for _device in ("CPU", "CUDA"):  # on the CPU, Triton's interpreter
         _library.impl(_name, _launcher(_name), _device)
 
 
-@torch.library.register_fake("ddpm_fast::q_sample", lib=_library)
 def _q_sample_fake(
     x_start, t, table, noise, seed, flip, normalize, offset_noise_strength, dtype, channels_last
 ):
@@ -57,7 +60,6 @@ def _q_sample_fake(
     return torch.empty(x_start.shape, dtype=dtype, device=x_start.device, memory_format=memory_format)
 
 
-@torch.library.register_fake("ddpm_fast::diffusion_loss", lib=_library)
 def _diffusion_loss_fake(
     model_output, x_start, t, table, noise, seed, flip, normalize, offset_noise_strength, with_gradient
 ):
@@ -66,7 +68,6 @@ def _diffusion_loss_fake(
     return loss, torch.empty_like(loss), error
 
 
-@torch.library.register_fake("ddpm_fast::diffusion_loss_backward", lib=_library)
 def _diffusion_loss_backward_fake(error, factor, dloss):
     return torch.empty_like(error)
 
@@ -78,22 +79,32 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(error, factor)
 
 
-def _backward(ctx, dloss, dfactor, derror):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "diffusion_loss: the Triton kernel's gradient cannot be differentiated again (create_graph=True); "
-            'use ddpm_fast.use_backend("reference") for second derivatives'
-        )
-    doutput = None
-    if dloss is not None:
-        error, factor = ctx.saved_tensors
-        doutput = torch.ops.ddpm_fast.diffusion_loss_backward(error, factor, dloss.contiguous())
-    return doutput, *(None,) * 9
+def _backward_by(operator: str):
+    def backward(ctx, dloss, dfactor, derror):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "diffusion_loss: the kernel's gradient cannot be differentiated again (create_graph=True); "
+                'use ddpm_fast.use_backend("reference") for second derivatives'
+            )
+        doutput = None
+        if dloss is not None:
+            error, factor = ctx.saved_tensors
+            doutput = getattr(torch.ops.ddpm_fast, operator)(error, factor, dloss.contiguous())
+        return doutput, *(None,) * 9
+
+    return backward
 
 
-torch.library.register_autograd(
-    "ddpm_fast::diffusion_loss", _backward, setup_context=_setup_context, lib=_library
-)
+_FAKES = (_q_sample_fake, _diffusion_loss_fake, _diffusion_loss_backward_fake)
+for _prefix in _PREFIXES:
+    for _name, _fake in zip(_SCHEMAS, _FAKES, strict=True):
+        torch.library.register_fake(f"ddpm_fast::{_prefix}{_name}", _fake, lib=_library)
+    torch.library.register_autograd(
+        f"ddpm_fast::{_prefix}diffusion_loss",
+        _backward_by(f"{_prefix}diffusion_loss_backward"),
+        setup_context=_setup_context,
+        lib=_library,
+    )
 
 
 def q_sample(
@@ -163,7 +174,7 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """w · mean((out − (c·ε + d·x0))²) of each sample (Ho et al. 2020, eq. 14, for every objective).
 
-    The Triton kernel is differentiable in model_output, once; the reference in everything, as often as wanted.
+    The kernels are differentiable in model_output, once; the reference in everything, as often as wanted.
 
     Args:
         model_output: (B, ...), of x_start's shape, any floating point dtype; the loss is computed in float32 at least.
@@ -205,7 +216,7 @@ def makes_noise_in_its_pass(
 ) -> bool:
     """Whether `q_sample` with a seed stores no noise; where it would, storing it once beats making it twice."""
     options = {**_DEFAULTS, "memory_format": memory_format}
-    return _q_sample_op.choose(x_start, t, table, None, **options).name == "triton"
+    return _q_sample_op.choose(x_start, t, table, None, **options).name != "reference"
 
 
 def _check(x_start, t, table, noise, seed, flip, offset_noise_strength, columns) -> None:
@@ -244,21 +255,27 @@ def _check(x_start, t, table, noise, seed, flip, offset_noise_strength, columns)
         raise ValueError("seed must be given where noise or its offset is generated, got None")
 
 
-def _triton_q_sample(
-    x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength, dtype, memory_format
-) -> torch.Tensor:
-    if dtype is None:
-        dtype = reference.compute_dtype(table, x_start, noise)
-    options = (normalize, offset_noise_strength, dtype, _writes_channels_last(x_start, memory_format))
-    return torch.ops.ddpm_fast.q_sample(x_start, t, table, noise, seed, flip, *options)
+def _q_sample_by(operator: str):
+    def run(
+        x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength, dtype, memory_format
+    ) -> torch.Tensor:
+        if dtype is None:
+            dtype = reference.compute_dtype(table, x_start, noise)
+        options = (normalize, offset_noise_strength, dtype, _writes_channels_last(x_start, memory_format))
+        return getattr(torch.ops.ddpm_fast, operator)(x_start, t, table, noise, seed, flip, *options)
+
+    return run
 
 
-def _triton_diffusion_loss(
-    model_output, x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength
-) -> torch.Tensor:
-    with_gradient = torch.is_grad_enabled() and model_output.requires_grad
-    options = (normalize, offset_noise_strength, with_gradient)
-    return torch.ops.ddpm_fast.diffusion_loss(model_output, x_start, t, table, noise, seed, flip, *options)[0]
+def _diffusion_loss_by(operator: str):
+    def run(
+        model_output, x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength
+    ) -> torch.Tensor:
+        with_gradient = torch.is_grad_enabled() and model_output.requires_grad
+        options = (normalize, offset_noise_strength, with_gradient)
+        return getattr(torch.ops.ddpm_fast, operator)(model_output, x_start, t, table, noise, seed, flip, *options)[0]
+
+    return run
 
 
 def _writes_channels_last(x_start: torch.Tensor, memory_format: torch.memory_format | None) -> bool:
@@ -267,17 +284,21 @@ def _writes_channels_last(x_start: torch.Tensor, memory_format: torch.memory_for
     return not x_start.is_contiguous() and x_start.is_contiguous(memory_format=torch.channels_last)
 
 
-def _q_sample_refuses(x_start, t, table, noise, *, offset_noise_strength, dtype, memory_format, **others) -> str | None:
-    reason = _images_refused(x_start, t, table, noise, others["flip"])
+def _triton_q_sample_refuses(
+    x_start, t, table, noise, *, offset_noise_strength, dtype, memory_format, **others
+) -> str | None:
+    reason = _triton_refused(x_start) or _images_refused(x_start, t, table, noise, others["flip"])
     if reason is not None:
         return reason
     if dtype == torch.float64:
-        return "dtype is torch.float64, and Triton kernels compute in float32"
+        return "dtype is torch.float64, and the kernels compute in float32"
     return _channels_refused(x_start, _writes_channels_last(x_start, memory_format) or offset_noise_strength > 0)
 
 
-def _diffusion_loss_refuses(model_output, x_start, t, table, noise, *, offset_noise_strength, **others) -> str | None:
-    reason = _images_refused(x_start, t, table, noise, others["flip"])
+def _triton_diffusion_loss_refuses(
+    model_output, x_start, t, table, noise, *, offset_noise_strength, **others
+) -> str | None:
+    reason = _triton_refused(x_start) or _images_refused(x_start, t, table, noise, others["flip"])
     if reason is not None:
         return reason
     reason = _tensor_refused("model_output", model_output, _KERNEL_DTYPES)
@@ -286,19 +307,47 @@ def _diffusion_loss_refuses(model_output, x_start, t, table, noise, *, offset_no
     return _channels_refused(x_start, not model_output.is_contiguous() or offset_noise_strength > 0)
 
 
-def _images_refused(x_start, t, table, noise, flip) -> str | None:
-    """Why the kernels of this room cannot run on these inputs, in one clause; None where they can."""
+def _native_q_sample_refuses(x_start, t, table, noise, *, dtype, memory_format, **others) -> str | None:
+    reason = _native_refused(x_start) or _images_refused(x_start, t, table, noise, others["flip"])
+    if reason is not None:
+        return reason
+    if dtype is not None and dtype not in _KERNEL_DTYPES:
+        return f"dtype is {dtype}, and the kernels compute in float32"
+    if memory_format == torch.channels_last and x_start.ndim != 4:
+        return f"x_start has {x_start.ndim} dimensions, and only images (B, C, H, W) can be channels-last"
+    return None
+
+
+def _native_diffusion_loss_refuses(model_output, x_start, t, table, noise, **others) -> str | None:
+    reason = _native_refused(x_start) or _images_refused(x_start, t, table, noise, others["flip"])
+    return _tensor_refused("model_output", model_output, _KERNEL_DTYPES) if reason is None else reason
+
+
+def _triton_refused(x_start: torch.Tensor) -> str | None:
     reason = tuning.why_not_triton(x_start.device)
     if reason is not None:
         return reason
     if x_start.ndim != 4:
         return f"x_start has {x_start.ndim} dimensions, and the kernels read images (B, C, H, W)"
+    if x_start.numel() and x_start[0].numel() > _MAX_ELEMENTS:
+        return f"an image has {x_start[0].numel()} elements, and the kernels count up to {_MAX_ELEMENTS}"
+    return None
+
+
+def _native_refused(x_start: torch.Tensor) -> str | None:
+    if x_start.device.type != "cpu":
+        return f"tensors are on {x_start.device.type}, and native code runs on the CPU"
+    if x_start.ndim < 2:
+        return f"x_start has {x_start.ndim} dimensions, and native code reads (B, C, ...)"
+    return _extension.why_not(x_start.device)
+
+
+def _images_refused(x_start, t, table, noise, flip) -> str | None:
+    """Why no kernel of this room can run on these inputs, in one clause; None where both can."""
     if x_start.numel() == 0:
         return "the batch is empty"
-    if x_start[0].numel() > _MAX_ELEMENTS:
-        return f"an image has {x_start[0].numel()} elements, and the kernels count up to {_MAX_ELEMENTS}"
     if table.dtype != torch.float32:
-        return f"table is {table.dtype}, and Triton kernels compute in float32"
+        return f"table is {table.dtype}, and the kernels compute in float32"
     for name, tensor in (("t", t), ("table", table), ("flip", flip)):
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} is not contiguous"
@@ -354,7 +403,8 @@ def _example(columns: int):
 _q_sample_op = Op(
     "q_sample",
     [
-        Implementation("triton", _triton_q_sample, _q_sample_refuses),
+        Implementation("triton", _q_sample_by("q_sample"), _triton_q_sample_refuses),
+        Implementation("native", _q_sample_by("native_q_sample"), _native_q_sample_refuses),
         Implementation("reference", reference.q_sample),
     ],
     _example(2),
@@ -362,7 +412,8 @@ _q_sample_op = Op(
 _diffusion_loss_op = Op(
     "diffusion_loss",
     [
-        Implementation("triton", _triton_diffusion_loss, _diffusion_loss_refuses),
+        Implementation("triton", _diffusion_loss_by("diffusion_loss"), _triton_diffusion_loss_refuses),
+        Implementation("native", _diffusion_loss_by("native_diffusion_loss"), _native_diffusion_loss_refuses),
         Implementation("reference", reference.diffusion_loss),
     ],
     _example(3),
