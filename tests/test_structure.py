@@ -36,7 +36,8 @@ ROWS = [
     ["ops/*/kernel", "ops/*/reference"],
     ["ops/*/launch"],
     ["ops/common/kernel"],
-    ["dispatch", "tuning", "_extension", "noise", "schedules", "_version"],
+    ["dispatch", "tuning", "noise", "schedules", "_version"],
+    ["_extension"],
 ]
 
 
