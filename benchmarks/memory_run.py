@@ -3,8 +3,8 @@
 python benchmarks/memory_run.py CONTENDER CONFIGURATION-AS-JSON
 
 `before`: resident when everything is imported, the network and the optimizer are built, and no step is taken.
-`peak`: the most that is resident during a few steps. `kept`: what every side holds from its first step on, gradients and
-Adam's two averages.
+`peak`: the most that is resident during a few steps. `kept`: what every side holds from its first step on, gradients
+and Adam's two averages.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def sides_note(results: dict) -> str:
     both = " or ".join(str(n) for n in threads)
     text = f"Both sides have {both} thread{'s' if both != '1' else ''}."
     if len(optimizers) == 2:
-        text += f" Training takes `{optimizers['ours']}` here, and `{optimizers['peer']}` at its defaults in the others."
+        text += f" Training takes `{optimizers['ours']}` here, `{optimizers['peer']}` at its defaults in the others."
     return text
 
 

@@ -30,8 +30,8 @@ from tools import NCU_METRICS, OUR_KERNELS, read_ncu, read_sanitizer
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 # Seconds that each step may take of a run of nine minutes, in order; a device has the steps that stand here. A CPU
-# compiles slowly, before anything is timed since the cores are needed, and has no GPU to look at. A limit is no plan: on
-# a CPU they add up to more than there is, and what comes last makes do.
+# compiles slowly, before anything is timed since the cores are needed, and has no GPU to look at. A limit is no plan:
+# on a CPU they add up to more than there is, and what comes last makes do.
 SHARES = {
     "cuda": {
         "machine": 50, "extension": 100, "gpu tests": 100, "sanitizer": 45, "networks": 130, "ops": 40, "ncu": 25,
