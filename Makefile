@@ -1,6 +1,8 @@
 # make demo   train on handwritten digits on the CPU and draw some: demo/grid.png, demo/strip.png, demo/loss.png
 # make test   set up an environment and run every test, two at a time (WORKERS=8: eight)
 # make bench  measure this machine against the peer, in at most 15 minutes: bench/report.md, results.json, pictures
+# make bench-compiled  compile the peer for every benchmark ahead, once, in about ten minutes: make bench then meets it
+# make sanitize  the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer: build/sanitize
 # make wheels packages that a GPU machine without network lacks, for benchmarks/gpu_report.sh: .whl/
 # make clean  remove what these have made, the pictures excepted
 
@@ -23,7 +25,10 @@ SOURCES := $(shell find csrc ddpm_fast -name '*.cpp' -o -name '*.cu' -o -name '*
 # For maps of 8 x 8 pixels a second thread helps little, and on a busy machine the two mostly wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test bench wheels clean
+# The benchmarks' threads, the same for both sides.
+BENCH_THREADS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 2 ? n : 2)))
+
+.PHONY: demo test bench bench-compiled sanitize wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-ready
@@ -37,9 +42,16 @@ demo: $(VENV)/.demo-ready
 test: $(VENV)/.test-ready
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-# One thread: on a machine that others use too, a second one is mostly a second clock to wait for.
 bench: $(VENV)/.test-ready
-	$(ONE_THREAD) PYTHON=$(abspath $(BIN))/python bash benchmarks/gpu_report.sh bench --device cpu --minutes 14
+	OMP_NUM_THREADS=$(BENCH_THREADS) PYTHON=$(abspath $(BIN))/python \
+		bash benchmarks/gpu_report.sh bench --device cpu --minutes 14 --cache build/compiled
+
+bench-compiled: $(VENV)/.test-ready
+	OMP_NUM_THREADS=$(BENCH_THREADS) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/compiled \
+		$(BIN)/python benchmarks/warm.py cpu cpu
+
+sanitize: $(VENV)/.test-ready
+	$(ONE_THREAD) $(BIN)/python tests/sanitize.py
 
 wheels: $(VENV)/.build-ready
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest .whl $(WHEELS)

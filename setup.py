@@ -3,12 +3,18 @@
 DDPM_FAST_BUILD=auto|cpu|cuda|none. `auto` builds what it can: CUDA kernels where there are nvcc and a CUDA build of
 torch (a GPU is not needed), C++ alone otherwise, pure Python if nothing compiles. `cpu` and `cuda` fail instead. What
 was built, against what, and why the rest was left out goes to ddpm_fast/_build_info.json, which the loader reads.
+
+DDPM_FAST_MARCH=native|portable. `native` compiles for this processor, `portable` for any of its kind, with the kernels
+chosen while running. Not set, it is native where the extension stays beside its sources (in place, editable) on Linux
+and x86-64, and portable in a wheel, which may travel.
+DDPM_FAST_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer, for tests/sanitize.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -23,6 +29,9 @@ from setuptools.errors import CompileError, LinkError
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("DDPM_FAST_BUILD", "auto")
+MARCHES = ("native", "portable")
+MARCH = os.environ.get("DDPM_FAST_MARCH")
+SANITIZE = os.environ.get("DDPM_FAST_SANITIZE", "0") == "1"
 
 
 def files(*patterns: str) -> list[str]:
@@ -34,10 +43,26 @@ CUDA_SOURCES = files("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
 HEADERS = files("csrc/**/*.h", "csrc/**/*.cuh")
 # NaN has to work, so not -ffast-math: only errno and traps, which stand in the way of vectorised code, are given up.
 CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+if SANITIZE:
+    # gcc makes fused multiply-adds among its expensive optimisations: without them the tests would judge other numbers.
+    EXPENSIVE = ["-fexpensive-optimizations"] if sys.platform == "linux" else []
+    CXX_FLAGS = ["-O1", *EXPENSIVE, "-g", "-fno-omit-frame-pointer", *CXX_FLAGS[2:], *SANITIZE_FLAGS]
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 ARCHITECTURES = {"8.0": 80, "9.0": 90, "10.0": 100}
+CPUINFO = Path("/proc/cpuinfo")
+# Of x86-64, what a compiler may use of its own accord: its macro, and Linux's name where that is not the same in small
+# letters.
+FEATURES = {
+    "SSE3": "pni", "SSSE3": None, "SSE4_1": None, "SSE4_2": None, "SSE4A": None, "AVX": None, "AVX2": None, "FMA": None,
+    "FMA4": None, "XOP": None, "F16C": None, "BMI": "bmi1", "BMI2": None, "TBM": None, "LZCNT": "abm", "POPCNT": None,
+    "MOVBE": None, "GFNI": None, "AVXVNNI": "avx_vnni", "AVX512F": None, "AVX512CD": None, "AVX512BW": None,
+    "AVX512DQ": None, "AVX512VL": None, "AVX512IFMA": None, "AVX512VBMI": None, "AVX512VBMI2": "avx512_vbmi2",
+    "AVX512VNNI": "avx512_vnni", "AVX512BF16": "avx512_bf16", "AVX512FP16": "avx512_fp16",
+    "AVX512BITALG": "avx512_bitalg", "AVX512VPOPCNTDQ": "avx512_vpopcntdq",
+}  # fmt: skip
 
-info = {"mode": MODE, "built": [], "reason": None, "cuda_left_out": None}
+info = {"mode": MODE, "built": [], "reason": None, "cuda_left_out": None, "sanitized": SANITIZE}
 
 
 def run_nvcc(nvcc: str, *args: str) -> str:
@@ -79,10 +104,43 @@ def set_architectures(torch, toolkit: Path) -> None:
     os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen) + "+PTX"
 
 
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def cpu_features() -> list[str]:
+    """What the compiler takes for granted of this processor beyond x86-64, by Linux's names."""
+    if platform.machine() != "x86_64" or not CPUINFO.exists():
+        return []
+
+    def macros(*flags: str) -> set[str]:
+        command = [*compiler(), *flags, "-dM", "-E", "-x", "c++", os.devnull]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return set(re.findall(r"^#define __(\w+?)__ 1$", text, re.MULTILINE))
+
+    flags = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
+    present = set(flags[1].split()) if flags else set()
+    wanted = {FEATURES[name] or name.lower() for name in (macros("-march=native") - macros()) & FEATURES.keys()}
+    return sorted(wanted & present)
+
+
+def set_march(extension, stays: bool) -> None:
+    """Compile for this processor where the extension stays on it, or as asked; fills `info`."""
+    here = sys.platform == "linux" and platform.machine() == "x86_64"
+    march = MARCH or ("native" if here and stays and not SANITIZE else "portable")
+    info.update(march=march, cpu_features=cpu_features() if march == "native" else [])
+    if march == "native":
+        extension.define_macros = [*extension.define_macros, ("DDPM_FAST_NATIVE", None)]
+        arguments = extension.extra_compile_args
+        extension.extra_compile_args = {**arguments, "cxx": [*arguments["cxx"], "-march=native"]}
+
+
 def extensions() -> list:
     """The extension to build first and those to fall back to; fills `info` with what is known before compiling."""
     if MODE not in MODES:
         raise SystemExit(f"DDPM_FAST_BUILD must be one of {', '.join(MODES)}, got {MODE!r}")
+    if MARCH not in (None, *MARCHES):
+        raise SystemExit(f"DDPM_FAST_MARCH must be one of {', '.join(MARCHES)}, got {MARCH!r}")
     if MODE == "none":
         info["reason"] = "DDPM_FAST_BUILD=none asked for pure Python"
         return []
@@ -117,8 +175,15 @@ def make_extension(kind: type, sources: list[str], macros: list[tuple] = ()):
         depends=HEADERS,
         define_macros=list(macros),
         extra_compile_args={"cxx": CXX_FLAGS + OPENMP_FLAGS, "nvcc": ["-O3"]},
-        extra_link_args=list(OPENMP_FLAGS),
+        extra_link_args=[*OPENMP_FLAGS, *(SANITIZE_FLAGS[:1] if SANITIZE else [])],
     )
+
+
+def built_otherwise(package: Path) -> bool:
+    """Whether what is there was built with other flags, which the files' ages do not tell."""
+    file = package / "_build_info.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    return any(before.get(name) != info[name] for name in ("march", "sanitized"))
 
 
 def write_info(package: Path) -> None:
@@ -144,12 +209,16 @@ def with_fallback(base: type) -> type:
     class BuildExt(base):
         def run(self):
             (extension,) = self.extensions
-            compiler = self.compiler
+            fresh = self.compiler
+            stays = self.inplace or getattr(self, "editable_mode", False)
+            package = (ROOT if self.inplace else Path(self.build_lib)) / "ddpm_fast"
             for candidate in CANDIDATES:
                 # In place, since setuptools has left its own marks on the object; a run leaves its compiler behind.
                 vars(extension).update(vars(candidate))
-                self.compiler = compiler
+                self.compiler = fresh
                 try:
+                    set_march(extension, stays)
+                    self.force = self.force or built_otherwise(package)
                     super().run()
                 except (CompileError, LinkError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
                     if MODE != "auto":
@@ -160,16 +229,16 @@ def with_fallback(base: type) -> type:
                     break
             else:
                 self.extensions = []
-            write_info((ROOT if self.inplace else Path(self.build_lib)) / "ddpm_fast")
+            write_info(package)
 
         def record_success(self, extension):
             with_cuda = any(source.endswith(".cu") for source in extension.sources)
-            compiler = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
+            version = [*compiler(), "--version"]
             info.update(
                 built=["cpu", "cuda"] if with_cuda else ["cpu"],
                 reason=None,
                 bytes=Path(self.get_ext_fullpath(extension.name)).stat().st_size,
-                compiler=subprocess.run(compiler, capture_output=True, text=True).stdout.partition("\n")[0],
+                compiler=subprocess.run(version, capture_output=True, text=True).stdout.partition("\n")[0],
                 architectures=os.environ.get("TORCH_CUDA_ARCH_LIST", "the visible GPU") if with_cuda else None,
             )
 

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from network_cases import COMPILE_SECONDS, network_cases
+from network_cases import COMPILE_SECONDS, TRAINING_ONLY, network_cases
 from op_cases import size_of
 
 from ddpm_fast.bench import compare
@@ -62,6 +62,9 @@ def _prepare(config, case) -> tuple[dict, dict, dict]:
     warmed = _warmed(config.getoption("--warmed"))
     names, left_out = [], {}
     for rival in case.rivals:
+        if device == "cpu" and rival in COMPILE_SECONDS and (rival, str(case)) not in warmed:
+            left_out[rival] = "not compiled ahead; make bench-compiled does that once"
+            continue
         needed = COMPILE_SECONDS.get(rival, 0) * len(case.phases)
         if (rival, str(case)) in warmed:
             needed = _LOADING_SECONDS
@@ -88,9 +91,11 @@ def _warmed(file) -> set[tuple[str, str]]:
 def test_network(contest, record, device, prepared, case, phase):
     made, left_out, errors = prepared
     configuration = case.configuration
+    if phase != compare.PHASES[0]:
+        made = {name: contender for name, contender in made.items() if name not in TRAINING_ONLY}
     calls = {name: compare.phase_call(contender, phase) for name, contender in made.items()}
     left_out = left_out | first_calls(calls)
-    timings = contest(calls, compare.OURS, flush=False, least=3)
+    timings = contest(calls, compare.OURS, flush=False, least=3, warm=True)
     per_call = 1 if phase == compare.PHASES[0] else configuration.steps
     for name, numbers in timings.items():
         numbers.update({key: numbers[key] / per_call for key in ("median", "low", "high")})
@@ -101,7 +106,8 @@ def test_network(contest, record, device, prepared, case, phase):
         numbers |= compare.peak_memory(name, phase, calls[name], device)
     record(
         bench="network", phase=phase, case=str(configuration), configuration=configuration.as_dict(), errors=errors,
-        left_out=left_out, timings=timings,
+        left_out=left_out, timings=timings, targets=case.targets.get(phase, {}), threads=torch.get_num_threads(),
+        optimizers={name: contender.optimizer for name, contender in made.items()},
     )  # fmt: skip
     wrong = {n: reason for n, reason in left_out.items() if reason.startswith("not timed") or n.startswith("ours")}
     assert not wrong, wrong
@@ -110,6 +116,7 @@ def test_network(contest, record, device, prepared, case, phase):
 def first_calls(calls: dict) -> dict[str, str]:
     """Call each once; one of the others that fails, by its compiler or for memory, is taken out with its reason."""
     failed = {}
+    calls[compare.OURS]()
     for name in [name for name in calls if name != compare.OURS]:
         try:
             calls[name]()

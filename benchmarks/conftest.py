@@ -86,14 +86,17 @@ def contest(benchmark, request, device):
     """
 
     def run(
-        calls: dict[str, Callable[[], object]], ours: str, *, flush: bool = True, least: int = 5
+        calls: dict[str, Callable[[], object]], ours: str, *, flush: bool = True, least: int = 5, warm: bool = False
     ) -> dict[str, dict]:
+        """`warm`: every call has been made before; none is made just to warm up."""
         if benchmark.disabled:
             benchmark(calls[ours])
             return {}
-        turns = Interleaved(calls, device, flush=flush and device.type == "cuda")
         began = time.perf_counter()
-        turns.round()  # a rehearsal: how long is a round?
+        turns = Interleaved(calls, device, flush=flush and device.type == "cuda", warmup=0 if warm else 1)
+        if not warm or device.type == "cuda":  # else each call has just been made once, to choose its repetitions
+            began = time.perf_counter()
+            turns.round()  # a rehearsal: how long is a round?
         each = max(time.perf_counter() - began, 1e-6)
         for timing in turns.timings.values():
             timing.seconds.clear()

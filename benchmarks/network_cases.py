@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ddpm_fast.bench.compare import PHASES
 from ddpm_fast.bench.contenders import Configuration
@@ -17,17 +17,30 @@ COMPILE_SECONDS = {"peer-compiled": 90, "peer-max-autotune": 180}
 
 @dataclass(frozen=True, eq=False)
 class NetworkCase:
-    """A configuration, the phases in which it is timed, and whom ours meets there; each is held equal to ours first."""
+    """A configuration, the phases in which it is timed, and whom ours meets there; each is held equal to ours first.
+
+    Args:
+        targets: phase → contender → how many times as long as ours it is meant to take.
+        memory: whether the memory that training takes is measured as well.
+    """
 
     configuration: Configuration
     rivals: tuple[str, ...]
     phases: tuple[str, ...] = PHASES
+    targets: dict[str, dict[str, float]] = field(default_factory=dict)
+    memory: bool = False
 
     def __str__(self) -> str:
         return str(self.configuration)
 
 
-_CPU = Configuration(**SEED, image_size=32, batch=2, steps=20)
+_TRAINING, _SAMPLING = PHASES
+
+# What only training tells from ours.
+TRAINING_ONLY = ("ours-low-memory", "ours-captured")
+
+# The most that training may take of the peer's memory.
+MEMORY_TARGET = 1 / 2
 
 # Sampling runs take few steps, all of them alike; the report gives seconds per 1,000.
 _CASES = {
@@ -44,16 +57,33 @@ _CASES = {
         ),
         NetworkCase(Configuration(**SEED, image_size=128, batch=8, dtype="fp32", steps=20), EAGER),
     ],
-    # Compiling for a CPU takes minutes: first for training, for sampling where time is left.
+    # In the order in which they are compiled and timed, for as long as there is time.
     "cpu": [
-        NetworkCase(_CPU, ("ours-low-memory", *EAGER, "peer-compiled", "diffusers"), PHASES[:1]),
         NetworkCase(
-            Configuration(dim=32, dim_mults=(1, 2, 4), image_size=16, batch=1, steps=100), (*EAGER, "diffusers")
+            Configuration(**SEED, image_size=32, batch=16, steps=6),
+            ("ours-low-memory", *EAGER, "peer-compiled"),
+            targets={_TRAINING: {"peer": 2.5, "peer-compiled": 2.2}, _SAMPLING: {"peer": 3.2, "peer-compiled": 2.5}},
+            memory=True,
         ),
-        NetworkCase(_CPU, (*EAGER, "diffusers", "peer-compiled"), PHASES[1:]),
+        NetworkCase(
+            Configuration(dim=32, dim_mults=(1, 2, 4), image_size=16, batch=1, steps=100),
+            (*EAGER, "diffusers"),
+            targets={_SAMPLING: {"peer": 3.0}},
+        ),
+        NetworkCase(
+            Configuration(**SEED, image_size=128, batch=4, steps=3),
+            (*EAGER, "peer-compiled"),
+            targets={_TRAINING: {"peer": 2.4, "peer-compiled": 2.0}, _SAMPLING: {"peer": 3.0, "peer-compiled": 2.3}},
+            memory=True,
+        ),
     ],
     "quick": [
-        NetworkCase(Configuration(dim=16, dim_mults=(1, 2), image_size=8, batch=2, steps=3), ("peer", "diffusers"))
+        NetworkCase(
+            Configuration(dim=16, dim_mults=(1, 2), image_size=8, batch=2, steps=3),
+            ("peer", "diffusers"),
+            targets={_TRAINING: {"peer": 1.0}},
+            memory=True,
+        )
     ],
 }
 

@@ -39,6 +39,10 @@ def report(results: dict) -> str:
     for phase in PHASES:
         for record in select(results, "network", phase=phase):
             parts.append(f"## {phase}: {record['case']}\n\n{network_table(record)}")
+    for note in (sides_note(results),):
+        parts += [note] if note else []
+    if list(select(results, "memory")):
+        parts.append(f"## Resident memory of training, a process for each side\n\n{memory_table(results)}")
     compiled = results["steps"].get("networks", {}).get("compiled_beside")
     if compiled:
         parts.append(f"## Compiling, beside the build and the tests\n\n{compiled_table(compiled)}")
@@ -105,6 +109,7 @@ def network_table(record: dict) -> str:
     sizes = {name: errors["parameters"] for name, errors in record["errors"].items() if "parameters" in errors}
     speed = "s per 1,000 steps; images/s at 1,000" if sampling else "images/s"
     names = ["", "ms per step", "middle half", "time over ours", speed, "peak MiB"]
+    targets = record.get("targets", {})
     rows = []
     for name, t in record["timings"].items():
         speed = f"{t['images_per_second']:.3g}"
@@ -113,9 +118,54 @@ def network_table(record: dict) -> str:
         label = f"{name} ({sizes[name]:.1f} times the parameters)" if name in sizes else name
         memory = f"{t['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in t else "–"
         spread = f"{1e3 * t['low']:.3g} – {1e3 * t['high']:.3g}"
-        rows.append([label, f"{1e3 * t['median']:.4g}", spread, f"{t['median'] / ours:.2f}", speed, memory])
+        over = f"{t['median'] / ours:.2f}" + (f" (target {targets[name]:.1f})" if name in targets else "")
+        rows.append([label, f"{1e3 * t['median']:.4g}", spread, over, speed, memory])
     rows += [[name, "–", reason, "", "", ""] for name, reason in record["left_out"].items()]
     return columns(names, rows)
+
+
+def sides_note(results: dict) -> str:
+    """How many threads both sides had, and whose optimizers; empty for results that do not tell."""
+    threads, optimizers = {}, {}
+    for record in select(results, "network"):
+        if "threads" in record:
+            threads[record["threads"]] = None
+            optimizers |= {name: of for name, of in record["optimizers"].items() if name in ("ours", "peer")}
+    if not threads or results["device"] != "cpu":
+        return ""
+    both = " or ".join(str(n) for n in threads)
+    text = f"Both sides have {both} thread{'s' if both != '1' else ''}."
+    if len(optimizers) == 2:
+        text += f" Training takes `{optimizers['ours']}` here, `{optimizers['peer']}` at its defaults in the others."
+    return text
+
+
+def memory_table(results: dict) -> str:
+    """MiB of each side, absolute and above what is there before the first step, and the shares of the peer's."""
+    rows = []
+    for record in select(results, "memory"):
+        above = {name: b["peak"] - b["before"] for name, b in record["bytes"].items()}
+        maps = {name: above[name] - b["kept"] for name, b in record["bytes"].items()}
+        for name, b in record["bytes"].items():
+            shares = ["–", "–"]
+            if name != "peer" and "peer" in above:
+                shares = [f"{of[name] / of['peer']:.2f}" if of["peer"] > 0 else "–" for of in (above, maps)]
+                shares[0] += f" (target {record['target']:.2f})"
+            mib = [f"{n / 2**20:.0f}" for n in (b["peak"], b["before"], above[name], maps[name])]
+            rows.append([record["case"], name, *mib, *shares])
+        rows += [[record["case"], name, reason, *[""] * 5] for name, reason in record["left_out"].items()]
+    names = ["", "", "peak MiB", "before the first step", "above that", "less gradients and Adam's state"]
+    return columns([*names, "above that / peer's", "less gradients ... / peer's"], rows)
+
+
+def overview(results: dict) -> str:
+    """What the command prints at its end: the networks' ratios and memory."""
+    parts = []
+    if list(select(results, "network")):
+        parts += [networks_summary(results), sides_note(results)]
+    if list(select(results, "memory")):
+        parts.append(memory_table(results))
+    return "\n\n".join(part for part in parts if part)
 
 
 def compiled_table(compiled: list[dict]) -> str:
@@ -217,9 +267,14 @@ def measured() -> str:
         where = f"{machine_name(results)}, {results['date'].split()[0]}, commit {results['commit']}"
         parts.append(f"On {where}, torch {results['machine']['torch']}; medians of turns taken in one process:")
         parts.append(networks_summary(results))
+        note = sides_note(results)
+        parts += [note] if note else []
         for phase, file in zip(PHASES, ("training.png", "sampling.png"), strict=True):
             if (RESULTS / f"{stem}-{file}").exists():
                 parts.append(f"![{phase}](benchmarks/results/{stem}-{file})")
+        if list(select(results, "memory")):
+            parts.append("Resident memory of a few training steps, in a process for each side:")
+            parts.append(memory_table(results))
         first = list(select(results, "first step"))
         if first:
             parts.append(f"From a cold process, and memory in training ({first[0]['case']}):")
@@ -234,13 +289,15 @@ def measured() -> str:
 
 
 def networks_summary(results: dict) -> str:
-    """One row per configuration and phase: ours in milliseconds, and the others' times over ours."""
+    """One row per configuration and phase: ours in milliseconds, the others' times over ours, and what is aimed at."""
     records = [r for phase in PHASES for r in select(results, "network", phase=phase)]
     names = list(dict.fromkeys(n for r in records for n in r["timings"] if n != "ours"))
     rows = []
     for r in records:
         ours = r["timings"]["ours"]["median"]
+        targets = r.get("targets", {})
         over = [f"{r['timings'][n]['median'] / ours:.2f}" if n in r["timings"] else "–" for n in names]
+        over = [o + (f" (target {targets[n]:.1f})" if n in targets else "") for n, o in zip(names, over, strict=True)]
         rows.append([r["case"], r["phase"], f"{1e3 * ours:.4g}", *over])
     return columns(["", "", "ours, ms", *(f"{n} / ours" for n in names)], rows)
 

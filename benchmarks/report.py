@@ -29,15 +29,17 @@ from tools import NCU_METRICS, OUR_KERNELS, read_ncu, read_sanitizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-# Seconds that each step may take of a run of nine minutes. A CPU compiles slowly, and has no GPU to look at.
+# Seconds that each step may take of a run of nine minutes, in order; a device has the steps that stand here. A CPU
+# compiles slowly, before anything is timed since the cores are needed, and has no GPU to look at. A limit is no plan:
+# on a CPU they add up to more than there is, and what comes last makes do.
 SHARES = {
     "cuda": {
         "machine": 50, "extension": 100, "gpu tests": 100, "sanitizer": 45, "networks": 130, "ops": 40, "ncu": 25,
         "training run": 75, "first step": 60,
     },
     "cpu": {
-        "machine": 15, "extension": 60, "gpu tests": 20, "sanitizer": 15, "networks": 200, "ops": 70, "ncu": 5,
-        "training run": 65, "first step": 140,
+        "machine": 15, "extension": 60, "gpu tests": 20, "sanitizer": 15, "compile": 150, "networks": 240, "memory": 70,
+        "ops": 50, "ncu": 5, "training run": 50, "first step": 100,
     },
 }  # fmt: skip
 # Kept back from every step, for pictures and the last writing.
@@ -79,9 +81,14 @@ class Report:
         quick: smallest sizes, to try the whole logic out; the numbers are then worth nothing.
         minutes: for everything.
         revision: the commit that is measured; None asks git.
+        cache: a folder that keeps what torch.compile makes for the next run; None keeps nothing.
     """
 
-    def __init__(self, out: Path, device: str, quick: bool, minutes: float, revision: str | None = None):
+    def __init__(
+        self, out: Path, device: str, quick: bool, minutes: float, revision: str | None = None,
+        cache: Path | None = None,
+    ):  # fmt: skip
+        self.cache = cache.resolve() if cache else None
         self.out, self.device, self.quick = out.resolve(), device, quick
         self.end = time.time() + 60 * minutes
         self.scale = minutes / 9
@@ -108,7 +115,7 @@ class Report:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(p for p in path if p),
             "PYTHONUNBUFFERED": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.cache or self.work / "inductor"),
             "TRITON_CACHE_DIR": str(self.work / "triton"),
         }
 
@@ -128,17 +135,19 @@ class Report:
                 end(process)
             self._write(last=True)
             shutil.rmtree(self.work, ignore_errors=True)
+        import render
+
+        print("\n" + render.overview(self.results) + "\n")
         print(f"report: {self.out / 'report.md'}")
 
     def steps(self) -> list[Step]:
         """In order; what is right comes before what is fast, and what takes any time that is left comes last."""
-        share = SHARES[self.device]
         runs = {
             "machine": self.machine, "extension": self.extension, "gpu tests": self.gpu_tests,
-            "sanitizer": self.sanitizer, "networks": self.networks, "ops": self.ops, "ncu": self.ncu,
-            "training run": self.training_run, "first step": self.first_step,
+            "sanitizer": self.sanitizer, "compile": self.compile, "networks": self.networks, "memory": self.memory,
+            "ops": self.ops, "ncu": self.ncu, "training run": self.training_run, "first step": self.first_step,
         }  # fmt: skip
-        return [Step(name, run, share[name]) for name, run in runs.items()]
+        return [Step(name, runs[name], seconds) for name, seconds in SHARES[self.device].items()]
 
     def _one(self, step: Step) -> None:
         left = self.end - RESERVE - time.time()
@@ -179,8 +188,20 @@ class Report:
         self.results["ceilings"] = ceilings
         (self.work / "ceilings.json").write_text(json.dumps(ceilings))
         if self.device == "cuda":
-            self.background = self._start([sys.executable, str(BENCHMARKS / "warm.py"), "cuda", self.size], "warm.txt")
+            self._compile_beside()
         return {}
+
+    def _compile_beside(self) -> None:
+        """Have warm.py compile the peer, most wanted first."""
+        self.background = self._start([sys.executable, str(BENCHMARKS / "warm.py"), self.device, self.size], "warm.txt")
+
+    def compile(self, limit: float) -> dict:
+        """The peer's compiled form, as far as there is time; it waits in the cache for the networks or the next run."""
+        self._compile_beside()
+        ended = self._wait_for_background(limit)
+        lines = (self.work / "warm.txt").read_text().splitlines()
+        forms = [json.loads(line) for line in lines if line.startswith("{")]
+        return {"summary": f"{ended}; {len(forms)} networks", "forms": forms}
 
     def extension(self, limit: float) -> dict:
         """Build it in place unless it loads already."""
@@ -236,10 +257,14 @@ class Report:
             lines = (self.work / "warm.txt").read_text().splitlines()
             compiled = {"compiled_beside": [json.loads(line) for line in lines if line.startswith("{")]}
             compiled["compiling_ended"] = ended
+        if (self.work / "warm.txt").exists():
             options = ["--warmed", str(self.work / "warm.txt")]
         limit -= time.time() - began
         seconds = 0.2 if self.quick else 4.0 if self.device == "cuda" else 20.0
         return self._bench("bench_networks.py", limit, seconds, *options) | compiled
+
+    def memory(self, limit: float) -> dict:
+        return self._bench("bench_memory.py", limit, seconds=1.0)
 
     def first_step(self, limit: float) -> dict:
         return self._bench("bench_first_step.py", limit, seconds=1.0)
@@ -456,10 +481,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="smallest sizes, to try the logic out")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
+    parser.add_argument("--cache", type=Path, help="folder that keeps what torch.compile makes for the next run")
     parser.add_argument("--commit", help="the commit that is measured, where git cannot tell")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    Report(options.out, options.device, options.quick, options.minutes, options.commit).run()
+    Report(options.out, options.device, options.quick, options.minutes, options.commit, options.cache).run()
 
 
 if __name__ == "__main__":

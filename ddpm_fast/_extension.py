@@ -1,7 +1,8 @@
 """Loads the compiled module `ddpm_fast._C` on first need, and remembers why it could not.
 
 Loading registers the native implementations of the package's torch operators. Nothing is opened at import; a module
-built against another torch is refused before the loader sees it, since opening it could crash the process.
+built against another torch, or for a processor with instructions that this one lacks, is refused before the loader sees
+it, since opening or running it could crash the process.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +19,7 @@ import torch
 
 _PACKAGE = Path(__file__).parent
 _INFO = _PACKAGE / "_build_info.json"
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,19 @@ def reason() -> str | None:
 
 
 def info() -> dict:
-    """What setup.py recorded: torch, torch_cuda, built, cuda_left_out, compiler, architectures; empty if nothing."""
+    """What setup.py recorded: torch, torch_cuda, built, cuda_left_out, compiler, march, ...; empty if nothing."""
     return _decide().info
 
 
 def has_cuda() -> bool:
     """Whether the compiled module is loaded and has the CUDA kernels."""
     return load() is not None and "cuda" in info()["built"]
+
+
+def instruction_set() -> str | None:
+    """The vectors that the CPU's kernels use: "avx512", "avx2" or "portable"; None without a compiled module."""
+    module = load()
+    return None if module is None else module.instruction_set()
 
 
 def why_not(device: torch.device) -> str | None:
@@ -98,6 +107,12 @@ def _why_unfit(recorded: dict) -> str | None:
             f"the extension was built for {_flavour(recorded['torch_cuda'])} torch, "
             f"and this is {_flavour(torch.version.cuda)} torch"
         )
+    lacking = _lacking_features(recorded.get("cpu_features", []))
+    if lacking:
+        return (
+            f"the extension was built for a processor with {', '.join(lacking)}, which this one lacks: build it again, "
+            "here or with DDPM_FAST_MARCH=portable"
+        )
     candidates = [_PACKAGE / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     module = next((file for file in candidates if file.exists()), None)
     if module is None:
@@ -106,6 +121,15 @@ def _why_unfit(recorded: dict) -> str | None:
         # Opening a truncated file kills the process.
         return f"the extension's file is damaged: it has {module.stat().st_size} of {recorded['bytes']} bytes"
     return None
+
+
+def _lacking_features(features: list[str]) -> list[str]:
+    """Those that this processor does not have, by Linux's names; none where nothing can be read."""
+    if not features or not _CPUINFO.exists():
+        return []
+    flags = re.search(r"^flags\s*:(.*)$", _CPUINFO.read_text(), re.MULTILINE)
+    present = set(flags[1].split()) if flags else set(features)
+    return [feature for feature in features if feature not in present]
 
 
 def _minor(version: str) -> list[str]:

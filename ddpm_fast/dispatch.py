@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ddpm_fast import _extension
+
 BACKENDS = ("triton", "native", "sdpa", "reference")
 
 # A plain module global, not a ContextVar: dynamo guards on the one and cannot trace the other.
@@ -191,7 +193,8 @@ def explain(devices: list[torch.device] | None = None) -> str:
     """A table of op × device × implementation: which runs, which would refuse, and why.
 
     Returns:
-        Text, one line each; the implementation that runs is marked with `*`.
+        Text, one line each; the implementation that runs is marked with `*`. At the end, what is forced and which
+        instruction set native code uses.
     """
     rows = []
     for op in sorted(_ops.values(), key=lambda op: op.name):
@@ -209,4 +212,6 @@ def explain(devices: list[torch.device] | None = None) -> str:
         for row in [header, *rows]
     ]
     lines.append(f"* runs; forced by use_backend: {_forced or 'nothing'}")
+    if _extension.load() is not None:
+        lines.append(f"native code on the CPU uses the instruction set {_extension.instruction_set()}")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from ddpm_fast import _extension
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(_extension.__file__).parent
+CPUINFO = Path("/proc/cpuinfo")
+FLAGS = re.findall(r"^flags\s*:(.*)$", CPUINFO.read_text() if CPUINFO.exists() else "", re.MULTILINE)
 
 # Imports the package, says why the extension is not there, and runs a step in the reference.
 PROBE = """
@@ -41,7 +44,8 @@ print(json.dumps({
 
 
 def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DDPM_FAST_BUILD")}
+    ours = ("PYTHONPATH", "DDPM_FAST_BUILD", "DDPM_FAST_MARCH", "DDPM_FAST_SANITIZE")
+    environ = {k: v for k, v in os.environ.items() if k not in ours}
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**environ, **environment})
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
@@ -110,6 +114,7 @@ def test_an_intact_copy_loads(package):
     assert Path(found["file"]).parent == package
     assert found["loaded"] and found["reason"] is None
     assert "* native" in found["explain"]
+    assert f"on the CPU uses the instruction set {_extension.instruction_set()}" in found["explain"]
 
 
 def remove_module(package):
@@ -147,6 +152,10 @@ BROKEN = {
         lambda package: edit_info(package, torch_cuda="9.2"),
         "the extension was built for a CUDA 9.2 build of torch",
     ),
+    "another processor": (
+        lambda package: edit_info(package, cpu_features=["fpu", "warp9", "hyperdrive"]),
+        "the extension was built for a processor with warp9, hyperdrive, which this one lacks: build it again",
+    ),
     "not built": (
         lambda package: edit_info(package, built=[], reason="the compiler was on holiday"),
         "the extension was not built: the compiler was on holiday",
@@ -154,7 +163,15 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.skipif(not FLAGS, reason="Linux on x86-64 alone lists these flags"))
+        if case == "another processor"
+        else case
+        for case in BROKEN
+    ],
+)
 def test_a_broken_extension_leaves_the_reference_and_a_reason(package, case):
     break_it, reason = BROKEN[case]
     break_it(package)
@@ -190,6 +207,7 @@ def test_a_wheel_works_outside_the_source_tree(tmp_path, gate):
     gate("wheel bytes", "cpu", wheel_bytes(tmp_path))
     assert info["built"] == ["cpu"] and info["cuda_left_out"] == "DDPM_FAST_BUILD=cpu"
     assert info["torch"] == torch.__version__ and info["torch_cuda"] == torch.version.cuda and info["compiler"]
+    assert info["march"] == "portable" and info["cpu_features"] == [], "a wheel may travel"
     found = probe(installed)
     assert Path(found["file"]).parent == installed / "ddpm_fast"
     assert found["loaded"] and not found["has_cuda"] and "* native" in found["explain"]
@@ -210,6 +228,10 @@ def test_an_editable_build_puts_the_extension_beside_its_sources(tmp_path):
     )
     found = probe(source)
     assert found["loaded"] and Path(found["file"]).parent == source / "ddpm_fast"
+    info = json.loads((source / "ddpm_fast" / "_build_info.json").read_text())
+    assert info["march"] == ("native" if FLAGS else "portable"), "it stays on this machine"
+    assert info["march"] == "portable" or set(info["cpu_features"]) <= set(FLAGS[0].split())
+    assert (info["march"] == "native" and "avx2" in FLAGS[0].split()) == ("avx2" in info["cpu_features"])
 
 
 @pytest.mark.slow
@@ -267,6 +289,7 @@ def test_another_cuda_release_is_named(tmp_path):
     "environment, sentence",
     [
         ({"DDPM_FAST_BUILD": "everything"}, "DDPM_FAST_BUILD must be one of auto, cpu, cuda, none, got 'everything'"),
+        ({"DDPM_FAST_MARCH": "zen"}, "DDPM_FAST_MARCH must be one of native, portable, got 'zen'"),
         ({"DDPM_FAST_BUILD": "cuda", "CUDA_HOME": os.devnull}, "DDPM_FAST_BUILD=cuda cannot be done: "),
         ({"DDPM_FAST_BUILD": "cpu", "CXX": "false", "CC": "false"}, "rror"),
     ],

@@ -20,7 +20,8 @@ from helpers import alone
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_report.sh"
 STEPS = [
-    "machine", "extension", "gpu tests", "sanitizer", "networks", "ops", "ncu", "training run", "first step",
+    "machine", "extension", "gpu tests", "sanitizer", "compile", "networks", "memory", "ops", "ncu", "training run",
+    "first step",
 ]  # fmt: skip
 
 
@@ -42,10 +43,13 @@ def test_dry_run(tmp_path):
     assert all(status[name] == "ok" for name in STEPS if name not in ("sanitizer", "ncu")), (status, printed)
     assert results["steps"]["sanitizer"]["status"] == results["steps"]["ncu"]["status"] == "skipped"
     kinds = {record["bench"] for record in results["records"]}
-    assert kinds == {"op", "network", "first step"}
+    assert kinds == {"op", "network", "memory", "first step"}
     text = (tmp_path / "out" / "report.md").read_text()
     assert "A dry run on the smallest sizes: the numbers mean nothing." in text
     assert "| ours " in text and "| peer " in text and "| diffusers " in text
+    assert "(target 1.0)" in text and "Both sides have 1 thread." in text and "Adam" in text
+    assert "Resident memory of training" in text and "(target 0.50)" in text
+    assert "peer / ours" in printed and "less gradients" in printed
     for picture in ("training.png", "sampling.png", "ops.png", "first-step.png", "samples.png"):
         assert (tmp_path / "out" / picture).stat().st_size > 500, picture
     assert str(ROOT) not in (tmp_path / "out" / "log.txt").read_text()

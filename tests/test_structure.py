@@ -36,7 +36,8 @@ ROWS = [
     ["ops/*/kernel", "ops/*/native", "ops/*/reference"],
     ["ops/*/launch"],
     ["ops/common/kernel", "ops/common/norm", "ops/common/reference"],
-    ["dispatch", "tuning", "_extension", "noise", "schedules", "_version"],
+    ["dispatch", "tuning", "noise", "schedules", "_version"],
+    ["_extension"],
 ]
 
 

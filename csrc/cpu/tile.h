@@ -11,7 +11,10 @@
 #include "../philox.h"
 
 // Each marked function is compiled for AVX-512, AVX2 with FMA, and the baseline; the loader picks one (needs ifunc).
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+// A build for one processor (DDPM_FAST_MARCH=native in setup.py) compiles all its code for that.
+#if defined(DDPM_FAST_NATIVE)
+#define DDPM_FAST_VECTORISED
+#elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define DDPM_FAST_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
 #define DDPM_FAST_VECTORISED __attribute__((target_clones("avx512f", "avx2", "default")))

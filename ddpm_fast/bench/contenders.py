@@ -81,12 +81,14 @@ class Contender:
     Args:
         training_step: one step of Adam on one batch; returns the loss (a tensor, not waited for).
         sample: draws `batch` images in `steps` steps.
+        optimizer: whose Adam the training step takes.
     """
 
     name: str
     diffusion: torch.nn.Module
     training_step: Callable[[], torch.Tensor]
     sample: Callable[[], torch.Tensor]
+    optimizer: str
 
 
 def why_not(name: str) -> str | None:
@@ -129,12 +131,13 @@ def make(name: str, configuration: Configuration, device: torch.device, *, seed:
     images = _images(configuration, device)
     if name == "peer-channels-last":
         images = images.contiguous(memory_format=torch.channels_last)
-    return Contender(
-        name,
-        diffusion,
-        training_step=(_captured if name == "ours-captured" else _training_step)(diffusion, images, configuration),
-        sample=_sample(diffusion, configuration, device),
-    )
+    if name == "ours-captured":
+        optimizer, label = _fused_adam(diffusion, device)
+        training_step = _captured(diffusion, optimizer, images, configuration)
+    else:
+        optimizer, label = (_our_adam if name.startswith("ours") else _adam)(diffusion, device)
+        training_step = _training_step(diffusion, optimizer, images, configuration)
+    return Contender(name, diffusion, training_step, _sample(diffusion, configuration, device), label)
 
 
 def check(ours: Contender, other: Contender, configuration: Configuration, *, gradients: bool = True) -> dict:
@@ -321,8 +324,27 @@ def _images(configuration: Configuration, device: torch.device) -> torch.Tensor:
     return torch.rand(configuration.batch, configuration.channels, *configuration.size, generator=generator).to(device)
 
 
-def _training_step(diffusion, images: torch.Tensor, configuration: Configuration) -> Callable[[], torch.Tensor]:
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-5)
+def _adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
+    """What the peer's users write."""
+    return torch.optim.Adam(diffusion.parameters(), lr=1e-5), "torch.optim.Adam"
+
+
+def _fused_adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
+    options = {"fused": True, "capturable": True} if device.type == "cuda" else {"fused": True}
+    return torch.optim.Adam(diffusion.parameters(), lr=1e-5, **options), "torch.optim.Adam(fused=True)"
+
+
+def _our_adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
+    """What our users write: this package's Adam on the CPU, or torch's fused one where it has none."""
+    if device.type != "cpu":
+        return _adam(diffusion, device)
+    if importlib.util.find_spec("ddpm_fast.optim") is None:
+        return _fused_adam(diffusion, device)
+    optim = importlib.import_module("ddpm_fast.optim")
+    return optim.Adam(diffusion.parameters(), lr=1e-5), "ddpm_fast.optim.Adam"
+
+
+def _training_step(diffusion, optimizer, images: torch.Tensor, configuration: Configuration) -> Callable:
     device = images.device
 
     def step() -> torch.Tensor:
@@ -336,12 +358,10 @@ def _training_step(diffusion, images: torch.Tensor, configuration: Configuration
     return step
 
 
-def _captured(diffusion, images: torch.Tensor, configuration: Configuration) -> Callable[[], torch.Tensor]:
+def _captured(diffusion, optimizer, images: torch.Tensor, configuration: Configuration) -> Callable:
     """The training step as one CUDA graph; on the CPU the same step, not recorded."""
     from ddpm_fast.training_step import capture_training_step
 
-    capturable = images.device.type == "cuda"
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-5, fused=True, capturable=capturable)
     dtype = None if configuration.dtype == "fp32" else DTYPES[configuration.dtype]
     step = capture_training_step(diffusion, optimizer, images.shape, max_grad_norm=None, autocast=dtype)
     return lambda: step(images)

@@ -49,6 +49,7 @@ def describe(device: torch.device) -> dict:
         "triton": _version("triton"),
         "ddpm_fast": __version__,
         "extension": _extension.info() if _extension.load() is not None else f"not loaded: {_extension.reason()}",
+        "instruction_set": _extension.instruction_set(),
         "device": str(device.type),
     }
     if device.type == "cuda":

@@ -2,7 +2,6 @@
 #if defined(__x86_64__)
 #include <stdint.h>
 
-#include "../../philox.h"
 #include "../parallel.h"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)

@@ -1,7 +1,6 @@
 // The kernels for any processor: vectors of four, which are NEON on aarch64 and SSE2 on x86-64.
 #include <stdint.h>
 
-#include "../../philox.h"
 #include "../parallel.h"
 #define DDPM_FAST_ISA portable
 #define DDPM_FAST_LANES 4

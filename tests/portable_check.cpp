@@ -1,0 +1,110 @@
+// The portable kernels' building blocks in a program of its own, free of torch, so that a cross compiler can build it and
+// an emulator run it. Prints standard normals of the C++ side of ddpm_fast/noise.py for seed 5, stream 3, sample 7, step 2,
+// one a line; exits with 1 and a sentence where something is wrong.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../csrc/cpu/kernels.h"
+#include "../csrc/cpu/parallel.h"
+#include "../csrc/cpu/simd/portable.cpp"
+#include "../csrc/philox.h"
+
+namespace ddpm_fast {
+// parallel.cpp without torch: one thread.
+void run_parallel(int64_t count, int64_t, void (*task)(void*, int64_t, int64_t), void* context) {
+  if (count > 0) task(context, 0, count);
+}
+float* thread_scratch(int slot, int64_t floats) {
+  static std::vector<float> memory[kScratchSlots];
+  memory[slot].resize(static_cast<size_t>(floats) + 16);
+  const auto address = reinterpret_cast<uintptr_t>(memory[slot].data());
+  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+}  // namespace ddpm_fast
+
+namespace {
+
+using namespace ddpm_fast;
+using portable::kLanes;
+using portable::vf;
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("wrong: %s\n", what);
+  std::exit(1);
+}
+
+float random_number() { return static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.5f; }
+
+// Both orders of A, products added and stored, odd sizes; columns behind the matrix stay as they are.
+void check_products() {
+  for (int64_t M : {1, 5, 6, 13, 29}) {
+    for (int64_t N : {1, 7, 8, 17}) {
+      for (int64_t K : {1, 3, 64}) {
+        for (int form = 0; form < 4; ++form) {
+          const bool transposed = form & 1, add = form & 2;
+          const int64_t stride = N + 3, row = transposed ? 1 : K, step = transposed ? M : 1;
+          std::vector<float> a(M * K), b(K * N), packed(portable::packed_size(K, N)), c(M * stride, 2.0f);
+          for (float& x : a) x = random_number();
+          for (float& x : b) x = random_number();
+          portable::pack_panels(b.data(), N, 1, K, N, 0, portable::panels(N), packed.data());
+          portable::product(a.data(), row, step, packed.data(), M, K, N, c.data(), stride, add);
+          for (int64_t m = 0; m < M; ++m) {
+            for (int64_t n = 0; n < stride; ++n) {
+              double sum = n < N && !add ? 0.0 : 2.0;
+              for (int64_t k = 0; n < N && k < K; ++k) sum += double(a[m * row + k * step]) * b[k * N + n];
+              expect(std::abs(sum - c[m * stride + n]) <= 1e-5, "a product");
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+void check_exp() {
+  for (float x = -87.0f; x < 88.0f; x += 0.0137f) {
+    const double truth = std::exp(static_cast<double>(x));
+    expect(std::abs(portable::exp(portable::splat(x))[0] - truth) <= 2e-7 * truth, "exp");
+  }
+  expect(std::isnan(portable::exp(portable::splat(NAN))[1]), "exp of NaN");
+  expect(portable::exp(portable::splat(-INFINITY))[1] < 2e-38f, "exp of -inf");
+  expect(std::abs(portable::sigmoid(portable::splat(0.0f))[1] - 0.5f) < 1e-7f, "sigmoid of 0");
+}
+
+void check_vectors() {
+  float memory[2 * kLanes];
+  for (int i = 0; i < 2 * kLanes; ++i) memory[i] = static_cast<float>(i + 1);
+  const vf whole = portable::load(memory + 1);
+  for (int64_t count = 0; count <= kLanes; ++count) {
+    const vf part = portable::load_upto(memory + 1, count);
+    float to[kLanes + 1];
+    std::fill(to, to + kLanes + 1, -1.0f);
+    portable::store_upto(to, whole, count);
+    for (int i = 0; i < kLanes; ++i) {
+      expect(part[i] == (i < count ? whole[i] : 0.0f), "load_upto");
+      expect(to[i] == (i < count ? whole[i] : -1.0f), "store_upto");
+    }
+    expect(to[kLanes] == -1.0f, "store_upto wrote on");
+  }
+  expect(portable::reduce_add(whole) == kLanes * (kLanes + 3) / 2.0f, "reduce_add");
+  expect(portable::reduce_max(whole) == kLanes + 1.0f, "reduce_max");
+}
+
+}  // namespace
+
+int main() {
+  expect(std::strcmp(kPortableKernels.name, "portable") == 0 && kPortableKernels.lanes == kLanes, "the table");
+  check_vectors();
+  check_exp();
+  check_products();
+  for (uint32_t block = 0; block < 64; ++block) {
+    const Normal4 z = normal4(NoiseIndex{philox_key(5), 7, 2, 3}, block);
+    std::printf("%.9g\n%.9g\n%.9g\n%.9g\n", z.z0, z.z1, z.z2, z.z3);
+  }
+}

@@ -1,0 +1,101 @@
+"""A whole network in float32 on the CPU is as accurate as the eager peer: output and every gradient, tensor by tensor.
+
+The truth is the peer in float64 with the same weights. An error is ‖a − truth‖ / ‖truth‖, its root mean square over a
+few draws of the inputs, since in one draw either side may be lucky; ours is at most twice the peer's.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ddpm_fast import Unet
+
+DRAWS = 4
+# Below this share of a tensor of typical size, a gradient is the rounding of others: the loss hardly depends on it, as
+# on a bias before a norm. Errors are then held to that share.
+FLOOR = 1e-3
+# Two units in the last place, for what one rounding more costs on a short way.
+LEAST = 2 * 2**-24
+
+CONFIGS = {
+    "dim 16, 32x32": (dict(dim=16, dim_mults=(1, 2, 4)), 2, 32),
+    "dim 32, 32x32, flash": (dict(dim=32, dim_mults=(1, 2), flash_attn=True), 1, 32),
+    "dim 64, 16x16": (dict(dim=64, dim_mults=(1, 2, 4), flash_attn=True), 1, 16),
+    "dim 24, 16x16, batch 4": (dict(dim=24, dim_mults=(1, 2)), 4, 16),
+    "self-conditioned": (dict(dim=16, dim_mults=(1, 2), self_condition=True), 3, 16),
+    "full attention": (dict(dim=32, dim_mults=(1, 2), full_attn=True), 2, 16),
+    "grey, odd size": (dict(dim=20, dim_mults=(1, 3), channels=1, attn_heads=3, attn_dim_head=10), 2, 22),
+}
+
+
+def results(network, x, t, x_self_cond, weight) -> dict[str, torch.Tensor]:
+    """Output, and gradients of a random combination of its elements, in float64."""
+    dtype = next(network.parameters()).dtype
+    x = x.to(dtype).requires_grad_()
+    network.zero_grad(set_to_none=True)
+    out = network(x, t.to(dtype), None if x_self_cond is None else x_self_cond.to(dtype))
+    (out * weight.to(dtype)).sum().backward()
+    found = {"output": out, "gradient of x": x.grad}
+    found |= {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+    return {name: tensor.detach().double() for name, tensor in found.items()}
+
+
+def squared_errors(side: dict, truth: dict) -> dict[str, float]:
+    """Squares of the relative errors by tensor."""
+    assert side.keys() == truth.keys()
+    rms = {name: tensor.pow(2).mean().sqrt() for name, tensor in truth.items()}
+    typical = torch.stack([rms[name] for name in truth if name != "output"]).median().item()
+    scale = {name: max(rms[name].item(), FLOOR * typical) for name in truth}
+    return {name: (side[name] - truth[name]).pow(2).mean().item() / scale[name] ** 2 for name in truth}
+
+
+def assert_as_accurate(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    """Over all draws, each tensor's error is at most twice the peer's."""
+    worse = {}
+    for name in theirs[0]:
+        a, b = ((sum(draw[name] for draw in side) / len(side)) ** 0.5 for side in (ours, theirs))
+        if not a <= 2 * b + LEAST:
+            worse[name] = f"{a:.2e} against {b:.2e}"
+    assert not worse, worse
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_output_and_gradients(peer, name):
+    config, batch, size = CONFIGS[name]
+    torch.manual_seed(3)
+    theirs = peer.Unet(**config)
+    with torch.no_grad():  # gains of one and biases of zero hide errors
+        for p in theirs.parameters():
+            if p.ndim < 2 or p.shape[0] == 1:
+                p.add_(0.3 * torch.randn_like(p))
+    exact = copy.deepcopy(theirs).double()
+    sides = {memory: Unet(**config, memory=memory) for memory in ("fast", "low")} | {"peer": theirs}
+    errors: dict[str, list] = {side: [] for side in sides}
+    for network in sides.values():
+        network.load_state_dict(theirs.state_dict())
+    for _ in range(DRAWS):
+        x, x_self_cond, weight = torch.randn(3, batch, config.get("channels", 3), size, size)
+        t = torch.randint(0, 1000, (batch,))
+        inputs = x, t, x_self_cond if config.get("self_condition") else None, weight
+        truth = results(exact, *inputs)
+        for side, network in sides.items():
+            errors[side].append(squared_errors(results(network, *inputs), truth))
+    for memory in ("fast", "low"):
+        assert_as_accurate(errors[memory], errors["peer"])
+
+
+def test_a_sloppy_network_is_noticed():
+    exact, noise = torch.randn(2, 64, 64).double()
+    truth = {"output": exact, "weight": exact, "gain": exact, "bias": 1e-9 * exact}
+    noisy = {"output": exact, "gain": exact, "weight": exact + 3e-7 * noise, "bias": truth["bias"] + 1e-10 * noise}
+    noisier = {**noisy, "weight": exact + 8e-7 * noise, "bias": truth["bias"] + 3e-10 * noise}
+    theirs, ours = squared_errors(noisy, truth), squared_errors(noisier, truth)
+    assert_as_accurate([theirs], [theirs])
+    with pytest.raises(AssertionError, match="'weight': '8.*e-07 against 3.*e-07'}"):
+        assert_as_accurate([ours], [theirs])
+    missing = squared_errors({**truth, "weight": exact * float("nan")}, truth)
+    with pytest.raises(AssertionError, match="weight.*nan"):
+        assert_as_accurate([missing], [theirs])
