@@ -74,8 +74,8 @@ inline void pack_transposed(
   }
 }
 
-// Packs one panel of (k, n) = row_scale[k]·b[k·stride + n]·gain[n], k in [0, K), of which `columns` exist; row_scale and
-// gain may be null.
+// Packs one panel of (k, n) = row_scale[k]·b[k·stride + n]·gain[n], k in [0, K), of which `columns` exist; row_scale
+// and gain may be null.
 inline void pack_straight(
     const float* b, int64_t stride, const float* row_scale, const float* gain, int64_t K, int64_t columns,
     float* panel) {
