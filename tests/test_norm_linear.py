@@ -1,4 +1,5 @@
-"""norm_linear without a kernel: the reference and errors. The kernels run in a process apart."""
+"""norm_linear: the reference and errors. The Triton kernels run in a process apart, the native ones in
+test_norm_linear_native.py."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ def test_only_the_gradient_that_is_asked_for(wanted):
 def test_reference_keeps_nothing_but_its_arguments():
     tensors = {name: tensor.requires_grad_() for name, tensor in make(SHAPE, "nhwc").items()}
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks, use_backend("reference"):
         norm_linear(**tensors)
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in tensors.values()}
 
@@ -114,7 +116,9 @@ def test_reference_takes_what_kernels_do_not():
 
 def test_a_second_derivative_of_the_reference_is_refused():
     tensors = {name: tensor.requires_grad_() for name, tensor in make(SHAPE, "nhwc").items()}
-    (dx,) = torch.autograd.grad(norm_linear(**tensors).square().sum(), tensors["x"], create_graph=True)
+    with use_backend("reference"):
+        out = norm_linear(**tensors)
+    (dx,) = torch.autograd.grad(out.square().sum(), tensors["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
@@ -163,7 +167,10 @@ def test_errors_of_linear_residual_are_named(name):
 def test_linear_residual_is_a_convolution_and_a_sum():
     x, weight = make(SHAPE, "nhwc")["x"], make(SHAPE, "nhwc")["weight"]
     bias, residual = torch.randn(12), torch.randn(2, 12, 3, 4)
-    assert torch.equal(linear_residual(x, weight, bias, residual), F.conv2d(x, weight, bias) + residual)
+    expected = F.conv2d(x, weight, bias) + residual
+    with use_backend("reference"):
+        assert torch.equal(linear_residual(x, weight, bias, residual), expected)
+    torch.testing.assert_close(linear_residual(x, weight, bias, residual), expected)
 
 
 def test_on_the_cpu_triton_refuses_with_its_reason():

@@ -1,4 +1,5 @@
-"""norm_silu without a kernel: the reference, errors, and the blocks that use it. The kernels run in a process apart."""
+"""norm_silu: the reference, errors, and the blocks that use it. The Triton kernels run in a process apart, the native
+ones in test_norm_silu_native.py."""
 
 from __future__ import annotations
 

@@ -24,7 +24,10 @@ at::Tensor check_weight(const at::Tensor& weight, int64_t K) {
   return float_vector(weight);
 }
 
-at::Tensor empty_tensor(const at::Tensor& like) { return at::empty({0}, like.options()); }
+// A gradient in the dtype of what it is the gradient of; empty where it was not made.
+at::Tensor in_dtype_of(const at::Tensor& given, const at::Tensor& made) {
+  return made.defined() ? made.to(given.scalar_type()) : at::empty({0}, given.options());
+}
 
 // Room for sums over pixels: zeros where there are none to add.
 at::Tensor sums_like(const at::Tensor& tensor, int64_t rows) {
@@ -84,8 +87,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_linear_backward(
     weights.gain = args.gain;
     if (rows) kernels().linear.weight_gradient(weights);
   }
-  return {want_x_or_g ? dx.to(x.scalar_type()) : empty_tensor(x), want_x_or_g ? dg.to(g.scalar_type()) : empty_tensor(g),
-          want_weight ? dweight.to(weight.scalar_type()) : empty_tensor(weight)};
+  return {in_dtype_of(x, dx), in_dtype_of(g, dg), in_dtype_of(weight, dweight)};
 }
 
 // One map or two maps side by side, of one dtype.
@@ -183,11 +185,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward(
     weights.dbias = dbias.data_ptr<float>();
   }
   if (parts.rows) kernels().linear.weight_gradient(weights);
-  const auto result = [](const at::Tensor& made, const at::Tensor& given) {
-    return made.defined() ? made.to(given.scalar_type()) : empty_tensor(given);
-  };
-  return {result(maps[0], first), result(maps[1], second.value_or(first)), result(dweight, weight),
-          result(dbias, bias.value_or(weight))};
+  return {in_dtype_of(first, maps[0]), in_dtype_of(second.value_or(first), maps[1]), in_dtype_of(weight, dweight),
+          in_dtype_of(bias.value_or(weight), dbias)};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // 1×1 convolutions of one or two maps side by side as matrix products, with the bias, a residual and a scale per row.
 //
-// The weight is packed on the way, which pays from some sixteen rows on. Sums over rows are made per segment of rows, which
-// depends on the sizes alone, then over segments in order.
+// The weight is packed on the way, which pays from some sixteen rows on. Sums over rows are made per segment of rows,
+// which depends on the sizes alone, then over segments in order.
 #pragma once
 
 #include "../linear.h"
@@ -48,7 +48,8 @@ DDPM_FAST_INLINE void transpose_4x4(const float* from, int64_t stride, const flo
 
 // Packs panels [first, last) of (k, n) = gain[k]·w[n·stride + k], with k in [0, K) and n in [0, N); gain may be null.
 inline void pack_transposed(
-    const float* w, int64_t stride, const float* gain, int64_t K, int64_t N, int64_t first, int64_t last, float* packed) {
+    const float* w, int64_t stride, const float* gain, int64_t K, int64_t N, int64_t first, int64_t last,
+    float* packed) {
   for (int64_t p = first; p < last; ++p) {
     const int64_t columns = smaller<int64_t>(kPanel, N - p * kPanel);
     const float* from = w + p * kPanel * stride;
@@ -73,9 +74,11 @@ inline void pack_transposed(
   }
 }
 
-// Packs one panel of (k, n) = row_scale[k]·b[k·stride + n]·gain[n], k in [0, K), of which `columns` exist; both may be null.
+// Packs one panel of (k, n) = row_scale[k]·b[k·stride + n]·gain[n], k in [0, K), of which `columns` exist; row_scale
+// and gain may be null.
 inline void pack_straight(
-    const float* b, int64_t stride, const float* row_scale, const float* gain, int64_t K, int64_t columns, float* panel) {
+    const float* b, int64_t stride, const float* row_scale, const float* gain, int64_t K, int64_t columns,
+    float* panel) {
   const vf gain_left = gain ? load_upto(gain, columns) : splat(1.0f);
   const vf gain_right = gain && columns > kLanes ? load_upto(gain + kLanes, columns - kLanes) : splat(1.0f);
   for (int64_t k = 0; k < K; ++k, b += stride, panel += kPanel) {
@@ -134,8 +137,8 @@ struct BlockRows {
   int64_t stride[2];
 };
 
-// Rows 4 KB apart push one another out of the first-level cache: they are copied to where they do not. `fresh`: the thread
-// has not copied this block yet.
+// Rows 4 KB apart push one another out of the first-level cache: they are copied to where they do not. `fresh`: the
+// thread has not copied this block yet.
 inline BlockRows rows_of_block(const float* const* a, const int64_t* k, int64_t first, int64_t rows, bool fresh) {
   BlockRows block;
   for (int part = 0; part < 2; ++part) {
@@ -204,7 +207,7 @@ DDPM_FAST_INLINE int64_t task_grain(int64_t products) {
   return larger<int64_t>(1, kTaskProducts / larger<int64_t>(1, products));
 }
 
-// body(block, panel, fresh) for all of them; a block's panels stay together, and the first that a thread takes is fresh.
+// body(block, panel, fresh) for all of them; a block's panels stay together, the first that a thread takes is fresh.
 template <typename Body>
 inline void over_blocks(int64_t blocks, int64_t panel_count, int64_t products, const Body& body) {
   parallel(blocks * panel_count, task_grain(products), [&](int64_t begin, int64_t end) {
@@ -285,8 +288,8 @@ inline void weight_gradient_panel(
   const float* gain = p.gain ? p.gain + (part ? p.k[0] : 0) + panel * kPanel : nullptr;
   for (int64_t row = first; row < last; row += kChunk) {
     const int64_t rows = smaller(kChunk, last - row);
-    pack_straight(p.a[part] + row * k + panel * kPanel, k, p.row_scale ? p.row_scale + row : nullptr, gain, rows, columns,
-                  packed);
+    const float* row_scale = p.row_scale ? p.row_scale + row : nullptr;
+    pack_straight(p.a[part] + row * k + panel * kPanel, k, row_scale, gain, rows, columns, packed);
     product_panel(p.grad + row * p.N, 1, p.N, packed, p.N, rows, c, K, columns, row > first);
   }
 }
@@ -305,7 +308,9 @@ inline void linear_weight_gradient(const LinearWeightGradient& p) {
       float* sums = partials ? partials + segment * stride + p.N * K : p.dbias;
       over_channels(p.N, [&](int64_t n, auto lanes) { lanes.put(sums + n, vf{}); });
       for (int64_t row = first; row < last; ++row) {
-        over_channels(p.N, [&](int64_t n, auto lanes) { accumulate(sums, n, lanes, lanes.get(p.grad + row * p.N + n)); });
+        over_channels(p.N, [&](int64_t n, auto lanes) {
+          accumulate(sums, n, lanes, lanes.get(p.grad + row * p.N + n));
+        });
       }
       return;
     }

@@ -1,5 +1,5 @@
-// RMSNorm of one row (a pixel's channels, which stay in the first-level cache between two passes) with what stands around
-// it, forward and backward; norm_silu.h has the formulas.
+// RMSNorm of one row (a pixel's channels, which stay in the first-level cache between two passes) with what stands
+// around it, forward and backward; norm_silu.h has the formulas.
 #pragma once
 
 #include "vec.h"

@@ -3,8 +3,8 @@
 //   v = x + bias;  x̂ = v·√C / max(‖v‖₂, 1e-12)  or  x̂ = (v − mean)·rstd;  y = (x̂·gain + offset)·(1 + scale) + shift
 //   out = keep·SiLU(y) + residual
 //
-// Sums over pixels are made per chunk of a sample, then over chunks and samples in order, so that they do not depend on the
-// threads. norm_rows.h has the functions of one row.
+// Sums over pixels are made per chunk of a sample, then over chunks and samples in order, so that they do not depend on
+// the threads. norm_rows.h has the functions of one row.
 //
 // philox.h, which includes the standard library, stands in avx512.cpp, avx2.cpp and portable.cpp before the target.
 #pragma once
@@ -104,7 +104,9 @@ inline void chunk_moments(const NormSiluArgs& p, const NormChunk& chunk, float* 
   float *means = room, *sums = room + C;
   clear(sums, C);
   for (int64_t r = 0; r < chunk.rows; ++r) {
-    over_channels(C, [&](int64_t c, auto lanes) { accumulate(sums, c, lanes, get_biased(x + r * C, p.bias, c, lanes)); });
+    over_channels(C, [&](int64_t c, auto lanes) {
+      accumulate(sums, c, lanes, get_biased(x + r * C, p.bias, c, lanes));
+    });
   }
   const float count = static_cast<float>(width * chunk.rows);
   for (int64_t g = 0; g < p.groups; ++g) {
@@ -205,10 +207,10 @@ void group_forward(const NormSiluForwardArgs& p, const NormChunks& chunks) {
     const float* mine = spread + chunk.sample * 2 * C;
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t at = chunk.offset + r * C;
+      const float* residual = p.residual ? p.residual + at : nullptr;
       over_channels(C, [&](int64_t c, auto lanes) {
         const vf y = chunk.affine(group_normed(p.x + at, p.bias, mine, C, c, lanes), c, lanes);
-        lanes.put(p.out + at + c, after_norm<kActivation>(y, chunk.keep_row(r, C), p.residual ? p.residual + at : nullptr,
-                                                          c, lanes));
+        lanes.put(p.out + at + c, after_norm<kActivation>(y, chunk.keep_row(r, C), residual, c, lanes));
       });
     }
   });
