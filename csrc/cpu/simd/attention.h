@@ -89,7 +89,7 @@ inline void head_forward(const Plan& plan, const Head& head, const float* qkv, i
   for (int64_t n = 0; n < plan.in.N; n += plan.tile) {
     const int64_t t = smaller(plan.tile, plan.in.N - n);
     softmax_of_queries(plan, head, qkv + n * plan.qkv_row + h * D, t);
-    product(head.scores, plan.stride, 1, head.values_packed, t, plan.keys, D, out + n * plan.out_row + h * D, plan.out_row,
+    deep_product(head.scores, plan.stride, 1, head.values_packed, t, plan.keys, D, out + n * plan.out_row + h * D, plan.out_row,
             false);
   }
 }
@@ -111,15 +111,15 @@ inline void head_backward(
     const float *queries = qkv + n * plan.qkv_row + h * D, *dout = grad + n * plan.out_row + h * D;
     softmax_of_queries(plan, head, queries, t);
     if (out != nullptr) {
-      product(head.scores, stride, 1, head.values_packed, t, keys, D, out + n * plan.out_row + h * D, plan.out_row, false);
+      deep_product(head.scores, stride, 1, head.values_packed, t, keys, D, out + n * plan.out_row + h * D, plan.out_row, false);
     }
-    product(dout, plan.out_row, 1, head.values_back, t, D, keys, head.dscores, stride, false);
+    deep_product(dout, plan.out_row, 1, head.values_back, t, D, keys, head.dscores, stride, false);
     pack_rows(dout, plan.out_row, t, D, head.grad_packed);
     product(head.scores, 1, stride, head.grad_packed, keys, t, D, head.dvalues, D, n > 0);
     for (int64_t i = 0; i < t; ++i) {
       row_softmax_backward(head.scores + i * stride, head.dscores + i * stride, keys, plan.scale);
     }
-    product(head.dscores, stride, 1, head.keys_back, t, keys, D, dqkv + n * plan.qkv_row + h * D, plan.qkv_row, false);
+    deep_product(head.dscores, stride, 1, head.keys_back, t, keys, D, dqkv + n * plan.qkv_row + h * D, plan.qkv_row, false);
     pack_rows(queries, plan.qkv_row, t, D, head.queries_packed);
     product(head.dscores, 1, stride, head.queries_packed, keys, t, D, head.dkeys, D, n > 0);
   }

@@ -106,12 +106,12 @@ inline void block_forward(const AttentionBlockForward& args) {
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
       float* normed = thread_scratch(kTileSlot, t * plan.x_row);
       for (int64_t i = 0; i < t; ++i) normalise(args.block.x + at + (r + i) * C, C, normed + i * plan.x_row);
-      product(normed, plan.x_row, 1, shared.qkv_weight, t, C, 3 * HD, shared.qkv + r * qkv_row, qkv_row, false);
+      deep_product(normed, plan.x_row, 1, shared.qkv_weight, t, C, 3 * HD, shared.qkv + r * qkv_row, qkv_row, false);
     });
     heads_forward(plan.heads, samples, shared.qkv, shared.attended);
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
       float* out = args.out + at + r * C;
-      product(shared.attended + r * out_row, out_row, 1, shared.out_weight, t, HD, C, out, C, false);
+      deep_product(shared.attended + r * out_row, out_row, 1, shared.out_weight, t, HD, C, out, C, false);
       const float* residual = args.residual == nullptr ? nullptr : args.residual + at + r * C;
       for (int64_t i = 0; i < t; ++i) {
         for (int64_t c = 0; c < C; c += kLanes) {
@@ -183,13 +183,13 @@ inline void block_backward(const AttentionBlockBackward& args) {
       for (int64_t i = 0; i < t; ++i) {
         norms[r + i] = normalise(args.block.x + at + (r + i) * C, C, normed + i * plan.x_row);
       }
-      product(normed, plan.x_row, 1, shared.qkv_weight, t, C, 3 * HD, shared.qkv + r * qkv_row, qkv_row, false);
-      product(args.grad + at + r * C, C, 1, shared.out_back, t, C, HD, shared.dattended + r * out_row, out_row, false);
+      deep_product(normed, plan.x_row, 1, shared.qkv_weight, t, C, 3 * HD, shared.qkv + r * qkv_row, qkv_row, false);
+      deep_product(args.grad + at + r * C, C, 1, shared.out_back, t, C, HD, shared.dattended + r * out_row, out_row, false);
     });
     heads_backward(plan.heads, samples, shared.qkv, shared.dattended, shared.dqkv, shared.dmemory, shared.attended);
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
       float* dx = args.dx + at + r * C;
-      product(shared.dqkv + r * qkv_row, qkv_row, 1, shared.qkv_back, t, 3 * HD, C, dx, C, false);
+      deep_product(shared.dqkv + r * qkv_row, qkv_row, 1, shared.qkv_back, t, 3 * HD, C, dx, C, false);
       for (int64_t i = 0; i < t; ++i) {
         row_norm_backward(dx + i * C, shared.normed + (r + i) * plan.x_row, norms[r + i], C, dx + i * C);
       }

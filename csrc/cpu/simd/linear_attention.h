@@ -166,7 +166,7 @@ inline void make_values(const Plan& plan, const Tile& tile, int64_t sample, int6
 // Part 0 (q) or 1 (k) of qkv: a product of the normed rows with `weight`, or read.
 inline void make_projected(
     const Plan& plan, const Tile& tile, int64_t sample, int64_t n, int64_t t, int part, const float* weight, float* to) {
-  if (plan.block) return product(tile.normed, plan.row, 1, weight, t, plan.in.C, plan.HD, to, plan.stride, false);
+  if (plan.block) return deep_product(tile.normed, plan.row, 1, weight, t, plan.in.C, plan.HD, to, plan.stride, false);
   const float* from = plan.in.qkv + ((sample * plan.in.N + n) * 3 + part) * plan.HD;
   for (int64_t i = 0; i < t; ++i) {
     __builtin_memcpy(to + i * plan.stride, from + i * 3 * plan.HD, static_cast<unsigned long>(plan.HD) * 4);
@@ -284,7 +284,7 @@ inline void make_context(
   for (int64_t h = 0; h < plan.in.heads; ++h) {
     float* to = context + h * D * D;
     if (plan.block) {
-      product(sums + h * D * V, V, 1, weights.v + h * packed_size(V, D), D, V, D, to, D, false);
+      deep_product(sums + h * D * V, V, 1, weights.v + h * packed_size(V, D), D, V, D, to, D, false);
     } else {
       __builtin_memcpy(to, sums + h * D * D, static_cast<unsigned long>(D * D) * 4);
     }
@@ -400,8 +400,8 @@ inline void forward(const LinearAttentionForward& args) {
           make_values(plan, tile, sample, n, t, false);
           make_projected(plan, tile, sample, n, t, 0, shared.weights.q, tile.queries);
           softmax_of_heads(plan, tile.queries, t);
-          product(tile.queries, plan.stride, 1, shared.projections + item / groups * packed, t, HD, C, tile.y, plan.row,
-                  false);
+          deep_product(tile.queries, plan.stride, 1, shared.projections + item / groups * packed, t, HD, C, tile.y,
+                       plan.row, false);
           for (int64_t i = 0; i < t; ++i) {
             const int64_t position = (sample * N + n + i) * C;
             write_output(plan, tile.y + i * plan.row, args.residual == nullptr ? nullptr : args.residual + position,

@@ -5,6 +5,8 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
+constexpr int64_t kDeepest = 192;  // terms of a product's sum that are added one after another
+
 // Hands out aligned pieces of one buffer; from a null buffer it only counts what they take.
 struct Arena {
   float* buffer;
@@ -40,6 +42,21 @@ inline void pack_rows(const float* b, int64_t stride, int64_t K, int64_t N, floa
   for (int64_t k = 0; k < K; ++k) {
     const float* from = b + k * stride;
     pack_row([&](int64_t n, int64_t count) { return load_upto(from + n, count); }, K, N, packed + k * kPanel);
+  }
+}
+
+// `product` for K of any size: sums of many terms are taken in pieces, since a rounding error grows with what was summed.
+inline void deep_product(
+    const float* a, int64_t row, int64_t step, const float* packed, int64_t M, int64_t K, int64_t N, float* c, int64_t stride,
+    bool add) {
+  const int64_t pieces = ceil_div(K, kDeepest);
+  for (int64_t p = 0; p < panels(N); ++p) {
+    const int64_t columns = smaller<int64_t>(kPanel, N - p * kPanel);
+    for (int64_t i = 0; i < pieces; ++i) {
+      const int64_t k = i * K / pieces;
+      product_panel(a + k * step, row, step, packed + (p * K + k) * kPanel, M, (i + 1) * K / pieces - k, c + p * kPanel,
+                    stride, columns, add || i > 0);
+    }
   }
 }
 
