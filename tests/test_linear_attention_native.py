@@ -138,7 +138,7 @@ def test_small_and_large_numbers(name, scale):
     else:
         tensors["qkv"] = tensors["qkv"] * min(scale, 5)
         tensors["weight"], tensors["bias"] = tensors["weight"] * scale, tensors["bias"] * scale
-    # Where one key has all the weight, the reference takes a gradient from itself and ours the sum of the same products.
+    # Where one key has all the weight the reference takes a gradient from itself, and ours the sum of the products.
     assert_as_accurate_as_the_reference(OPS[name], tensors, options, floor=16.0)
 
 
@@ -214,7 +214,8 @@ def test_compiles_without_a_break(name):
         expected = OPS[name](**leaves, **options)
         actual = compiled(**leaves)
     assert torch.equal(actual, expected)
-    for a, e in zip(*(torch.autograd.grad(out.square().sum(), list(leaves.values())) for out in (actual, expected))):
+    gradients = (torch.autograd.grad(out.square().sum(), list(leaves.values())) for out in (actual, expected))
+    for a, e in zip(*gradients, strict=True):
         assert torch.equal(a, e)
 
 
