@@ -90,9 +90,11 @@ struct Weights {
       for (int64_t c = HD; c < channels; ++c) memory[m * channels + c] = 0;
     }
     for (int64_t h = 0; h < in.heads; ++h) {
-      const float* folded_v = folded + (2 * HD + h * D) * C;
-      if (plan.block) pack_columns(folded_v, C, C, D, v + h * packed_size(C, D));
-      if (plan.block && backward) pack_rows(folded_v, C, D, C, v_back + h * packed_size(D, C));
+      if (plan.block) {
+        const float* folded_v = folded + (2 * HD + h * D) * C;
+        pack_columns(folded_v, C, C, D, v + h * packed_size(C, D));
+        if (backward) pack_rows(folded_v, C, D, C, v_back + h * packed_size(D, C));
+      }
       pack_columns(in.weight + h * D, HD, D, C, out + h * packed_size(D, C));
       if (backward) pack_rows(in.weight + h * D, HD, C, D, out_back + h * packed_size(C, D));
     }
@@ -165,7 +167,8 @@ inline void make_values(const Plan& plan, const Tile& tile, int64_t sample, int6
 
 // Part 0 (q) or 1 (k) of qkv: a product of the normed rows with `weight`, or read.
 inline void make_projected(
-    const Plan& plan, const Tile& tile, int64_t sample, int64_t n, int64_t t, int part, const float* weight, float* to) {
+    const Plan& plan, const Tile& tile, int64_t sample, int64_t n, int64_t t, int part, const float* weight,
+    float* to) {
   if (plan.block) return deep_product(tile.normed, plan.row, 1, weight, t, plan.in.C, plan.HD, to, plan.stride, false);
   const float* from = plan.in.qkv + ((sample * plan.in.N + n) * 3 + part) * plan.HD;
   for (int64_t i = 0; i < t; ++i) {
@@ -202,8 +205,8 @@ inline void exponentials(const Plan& plan, const Tile& tile, int64_t t) {
 
 // Σ exp(k − largest)·values, the largest and Σ exp(k − largest) of one group.
 inline void sum_group(
-    const Plan& plan, const Tile& tile, const float* weight_k, int64_t sample, int64_t group, float* sums, float* largest,
-    float* total) {
+    const Plan& plan, const Tile& tile, const float* weight_k, int64_t sample, int64_t group, float* sums,
+    float* largest, float* total) {
   const int64_t HD = plan.HD, V = plan.V;
   for (int64_t c = 0; c < HD; c += kLanes) store(tile.largest + c, splat(kLowest)), store(tile.total + c, vf{});
   bool first = true;
@@ -363,7 +366,7 @@ inline void forward(const LinearAttentionForward& args) {
   const Plan plan(args.in);
   const int64_t N = args.in.N, C = args.in.C, HD = plan.HD, groups = plan.groups;
   const int64_t packed = packed_size(HD, C), channels = round_up(HD, 16);
-  ForwardScratch shared;
+  ForwardScratch shared{};
   place_in_scratch(shared, kSharedSlot, plan);
   shared.weights.pack(plan, false);
   for (int64_t first = 0; first < args.in.B; first += plan.samples) {
