@@ -24,7 +24,9 @@ struct LinearAttentionForward {
   const float* residual;  // (B, N, C) or null
   float* out;             // (B, N, C)
   float* statistics;      // (B, 2, heads·D): of k over positions and memory, the largest and 1 / Σ exp(k − largest)
-  float* sums;            // (B, heads·D, V): Σ softmax(k)·values over the positions, without the memory; V is D or, with x, C
+  // (B, heads·D, V): Σ softmax(k)·values over the positions, without the memory. Values are v, V = D, or with x its
+  // normed rows, V = C.
+  float* sums;
 };
 
 struct LinearAttentionBackward {

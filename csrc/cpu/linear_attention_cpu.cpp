@@ -83,7 +83,8 @@ Gradients run_backward(const Call& call, const Tensor& grad, const Tensor& stati
   Gradients d{empty(call.map), empty(call.gain_in), empty(call.weight_qkv), empty(call.mem_kv),
               empty(call.weight), empty(call.bias), empty(call.gain)};
   kernels().linear_attention.backward(
-      {call.in, dout.const_data_ptr<float>(), kept_statistics.const_data_ptr<float>(), kept_sums.const_data_ptr<float>(),
+      {call.in, dout.const_data_ptr<float>(), kept_statistics.const_data_ptr<float>(),
+       kept_sums.const_data_ptr<float>(),
        block ? nullptr : d.map.data_ptr<float>(), block ? d.map.data_ptr<float>() : nullptr,
        block ? d.gain_in.data_ptr<float>() : nullptr, block ? d.weight_qkv.data_ptr<float>() : nullptr,
        d.mem_kv.data_ptr<float>(), d.weight.data_ptr<float>(), d.bias.data_ptr<float>(), d.gain.data_ptr<float>()});

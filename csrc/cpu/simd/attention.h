@@ -1,5 +1,5 @@
-// softmax(q·kᵀ / √D)·v per sample and head, with M keys and values of the memory before those of the map (Vaswani et al.
-// 2017, eq. 1), and its backward, which makes the softmax again. A tile of queries has its scores for all keys at once.
+// softmax(q·kᵀ / √D)·v per sample and head, with M keys and values of the memory before those of the map (Vaswani et
+// al. 2017, eq. 1), and its backward, which makes the softmax again. A tile of queries has its scores for all keys.
 #pragma once
 
 #include "../attention.h"
@@ -89,8 +89,8 @@ inline void head_forward(const Plan& plan, const Head& head, const float* qkv, i
   for (int64_t n = 0; n < plan.in.N; n += plan.tile) {
     const int64_t t = smaller(plan.tile, plan.in.N - n);
     softmax_of_queries(plan, head, qkv + n * plan.qkv_row + h * D, t);
-    product(head.scores, plan.stride, 1, head.values_packed, t, plan.keys, D, out + n * plan.out_row + h * D, plan.out_row,
-            false);
+    deep_product(head.scores, plan.stride, 1, head.values_packed, t, plan.keys, D, out + n * plan.out_row + h * D,
+                 plan.out_row, false);
   }
 }
 
@@ -111,15 +111,17 @@ inline void head_backward(
     const float *queries = qkv + n * plan.qkv_row + h * D, *dout = grad + n * plan.out_row + h * D;
     softmax_of_queries(plan, head, queries, t);
     if (out != nullptr) {
-      product(head.scores, stride, 1, head.values_packed, t, keys, D, out + n * plan.out_row + h * D, plan.out_row, false);
+      deep_product(head.scores, stride, 1, head.values_packed, t, keys, D, out + n * plan.out_row + h * D, plan.out_row,
+                   false);
     }
-    product(dout, plan.out_row, 1, head.values_back, t, D, keys, head.dscores, stride, false);
+    deep_product(dout, plan.out_row, 1, head.values_back, t, D, keys, head.dscores, stride, false);
     pack_rows(dout, plan.out_row, t, D, head.grad_packed);
     product(head.scores, 1, stride, head.grad_packed, keys, t, D, head.dvalues, D, n > 0);
     for (int64_t i = 0; i < t; ++i) {
       row_softmax_backward(head.scores + i * stride, head.dscores + i * stride, keys, plan.scale);
     }
-    product(head.dscores, stride, 1, head.keys_back, t, keys, D, dqkv + n * plan.qkv_row + h * D, plan.qkv_row, false);
+    deep_product(head.dscores, stride, 1, head.keys_back, t, keys, D, dqkv + n * plan.qkv_row + h * D, plan.qkv_row,
+                 false);
     pack_rows(queries, plan.qkv_row, t, D, head.queries_packed);
     product(head.dscores, 1, stride, head.queries_packed, keys, t, D, head.dkeys, D, n > 0);
   }
@@ -128,7 +130,8 @@ inline void head_backward(
     const float* from = gradients[part - 1];
     float* memory = dmemory + ((part - 1) * plan.in.heads + h) * M * D;
     for (int64_t i = 0; i < M * D; ++i) memory[i] += from[i];
-    for (int64_t n = 0; n < plan.in.N; ++n) copy(dqkv + n * plan.qkv_row + part * plan.HD + h * D, from + (M + n) * D, D);
+    float* to = dqkv + part * plan.HD + h * D;
+    for (int64_t n = 0; n < plan.in.N; ++n) copy(to + n * plan.qkv_row, from + (M + n) * D, D);
   }
 }
 

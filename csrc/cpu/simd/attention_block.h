@@ -1,7 +1,7 @@
 // Attention with its norm and its products: out = attention(x̂·W_qkvᵀ)·Wᵀ + bias + residual with x̂ the normed x.
 //
-// Samples are taken some at a time, so that a weight is packed once and read once for all their rows. Backward makes x̂,
-// qkv and attention's output again. Gradients of weights go panel by panel over all rows, and need no sums of threads.
+// Samples are taken some at a time, so that a weight is packed once and read once for all their rows. Backward makes
+// x̂, qkv and attention's output again. Gradients of weights go panel by panel over all rows: no thread shares a sum.
 #pragma once
 
 #include "attention.h"
@@ -19,7 +19,8 @@ struct BlockPlan {
   int64_t C, HD, N, samples, x_row;
 
   explicit BlockPlan(const AttentionBlockInputs& inputs)
-      : block(inputs), heads(inputs.in, padded(3 * inputs.in.heads * inputs.in.D), padded(inputs.in.heads * inputs.in.D)),
+      : block(inputs),
+        heads(inputs.in, padded(3 * inputs.in.heads * inputs.in.D), padded(inputs.in.heads * inputs.in.D)),
         C(inputs.C), HD(heads.HD), N(inputs.in.N),
         samples(smaller(inputs.in.B, larger<int64_t>(1, kRowsAtOnce / inputs.in.N))), x_row(padded(inputs.C)) {}
   int64_t rows() const { return samples * N; }
@@ -97,7 +98,7 @@ DDPM_FAST_INLINE RowNorm normalise(const float* x, int64_t C, float* to) {
 inline void block_forward(const AttentionBlockForward& args) {
   const BlockPlan plan(args.block);
   const int64_t C = plan.C, HD = plan.HD, qkv_row = plan.heads.qkv_row, out_row = plan.heads.out_row;
-  BlockScratch shared;
+  BlockScratch shared{};
   place_in_scratch(shared, kSharedSlot, plan, false);
   pack_block_weights(plan, shared, false);
   for (int64_t first = 0; first < args.block.in.B; first += plan.samples) {
@@ -106,12 +107,12 @@ inline void block_forward(const AttentionBlockForward& args) {
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
       float* normed = thread_scratch(kTileSlot, t * plan.x_row);
       for (int64_t i = 0; i < t; ++i) normalise(args.block.x + at + (r + i) * C, C, normed + i * plan.x_row);
-      product(normed, plan.x_row, 1, shared.qkv_weight, t, C, 3 * HD, shared.qkv + r * qkv_row, qkv_row, false);
+      deep_product(normed, plan.x_row, 1, shared.qkv_weight, t, C, 3 * HD, shared.qkv + r * qkv_row, qkv_row, false);
     });
     heads_forward(plan.heads, samples, shared.qkv, shared.attended);
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
       float* out = args.out + at + r * C;
-      product(shared.attended + r * out_row, out_row, 1, shared.out_weight, t, HD, C, out, C, false);
+      deep_product(shared.attended + r * out_row, out_row, 1, shared.out_weight, t, HD, C, out, C, false);
       const float* residual = args.residual == nullptr ? nullptr : args.residual + at + r * C;
       for (int64_t i = 0; i < t; ++i) {
         for (int64_t c = 0; c < C; c += kLanes) {
@@ -155,11 +156,13 @@ inline void weights_backward(
         const bool more = add || r > 0;
         if (of_qkv) {
           pack_rows(shared.normed + r * plan.x_row + first, plan.x_row, t, columns, panel);
-          product_panel(shared.dqkv + r * qkv_row, 1, qkv_row, panel, 3 * HD, t, shared.dfolded + first, C, columns, more);
+          product_panel(shared.dqkv + r * qkv_row, 1, qkv_row, panel, 3 * HD, t, shared.dfolded + first, C, columns,
+                        more);
           continue;
         }
         pack_rows(grad + r * C + first, C, t, columns, panel);
-        product_panel(shared.attended + r * out_row, 1, out_row, panel, HD, t, shared.dout_weight + first, C, columns, more);
+        product_panel(shared.attended + r * out_row, 1, out_row, panel, HD, t, shared.dout_weight + first, C, columns,
+                      more);
         add_column_sums(panel, t, dbias + first, columns);
       }
     }
@@ -169,7 +172,7 @@ inline void weights_backward(
 inline void block_backward(const AttentionBlockBackward& args) {
   const BlockPlan plan(args.block);
   const int64_t C = plan.C, HD = plan.HD, qkv_row = plan.heads.qkv_row, out_row = plan.heads.out_row;
-  BlockScratch shared;
+  BlockScratch shared{};
   place_in_scratch(shared, kSharedSlot, plan, true);
   pack_block_weights(plan, shared, true);
   RowNorm* norms = reinterpret_cast<RowNorm*>(shared.norms);
@@ -183,13 +186,14 @@ inline void block_backward(const AttentionBlockBackward& args) {
       for (int64_t i = 0; i < t; ++i) {
         norms[r + i] = normalise(args.block.x + at + (r + i) * C, C, normed + i * plan.x_row);
       }
-      product(normed, plan.x_row, 1, shared.qkv_weight, t, C, 3 * HD, shared.qkv + r * qkv_row, qkv_row, false);
-      product(args.grad + at + r * C, C, 1, shared.out_back, t, C, HD, shared.dattended + r * out_row, out_row, false);
+      deep_product(normed, plan.x_row, 1, shared.qkv_weight, t, C, 3 * HD, shared.qkv + r * qkv_row, qkv_row, false);
+      deep_product(args.grad + at + r * C, C, 1, shared.out_back, t, C, HD, shared.dattended + r * out_row, out_row,
+                   false);
     });
     heads_backward(plan.heads, samples, shared.qkv, shared.dattended, shared.dqkv, shared.dmemory, shared.attended);
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
       float* dx = args.dx + at + r * C;
-      product(shared.dqkv + r * qkv_row, qkv_row, 1, shared.qkv_back, t, 3 * HD, C, dx, C, false);
+      deep_product(shared.dqkv + r * qkv_row, qkv_row, 1, shared.qkv_back, t, 3 * HD, C, dx, C, false);
       for (int64_t i = 0; i < t; ++i) {
         row_norm_backward(dx + i * C, shared.normed + (r + i) * plan.x_row, norms[r + i], C, dx + i * C);
       }

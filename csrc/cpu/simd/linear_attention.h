@@ -90,9 +90,11 @@ struct Weights {
       for (int64_t c = HD; c < channels; ++c) memory[m * channels + c] = 0;
     }
     for (int64_t h = 0; h < in.heads; ++h) {
-      const float* folded_v = folded + (2 * HD + h * D) * C;
-      if (plan.block) pack_columns(folded_v, C, C, D, v + h * packed_size(C, D));
-      if (plan.block && backward) pack_rows(folded_v, C, D, C, v_back + h * packed_size(D, C));
+      if (plan.block) {
+        const float* folded_v = folded + (2 * HD + h * D) * C;
+        pack_columns(folded_v, C, C, D, v + h * packed_size(C, D));
+        if (backward) pack_rows(folded_v, C, D, C, v_back + h * packed_size(D, C));
+      }
       pack_columns(in.weight + h * D, HD, D, C, out + h * packed_size(D, C));
       if (backward) pack_rows(in.weight + h * D, HD, C, D, out_back + h * packed_size(C, D));
     }
@@ -165,8 +167,9 @@ inline void make_values(const Plan& plan, const Tile& tile, int64_t sample, int6
 
 // Part 0 (q) or 1 (k) of qkv: a product of the normed rows with `weight`, or read.
 inline void make_projected(
-    const Plan& plan, const Tile& tile, int64_t sample, int64_t n, int64_t t, int part, const float* weight, float* to) {
-  if (plan.block) return product(tile.normed, plan.row, 1, weight, t, plan.in.C, plan.HD, to, plan.stride, false);
+    const Plan& plan, const Tile& tile, int64_t sample, int64_t n, int64_t t, int part, const float* weight,
+    float* to) {
+  if (plan.block) return deep_product(tile.normed, plan.row, 1, weight, t, plan.in.C, plan.HD, to, plan.stride, false);
   const float* from = plan.in.qkv + ((sample * plan.in.N + n) * 3 + part) * plan.HD;
   for (int64_t i = 0; i < t; ++i) {
     __builtin_memcpy(to + i * plan.stride, from + i * 3 * plan.HD, static_cast<unsigned long>(plan.HD) * 4);
@@ -202,8 +205,8 @@ inline void exponentials(const Plan& plan, const Tile& tile, int64_t t) {
 
 // Σ exp(k − largest)·values, the largest and Σ exp(k − largest) of one group.
 inline void sum_group(
-    const Plan& plan, const Tile& tile, const float* weight_k, int64_t sample, int64_t group, float* sums, float* largest,
-    float* total) {
+    const Plan& plan, const Tile& tile, const float* weight_k, int64_t sample, int64_t group, float* sums,
+    float* largest, float* total) {
   const int64_t HD = plan.HD, V = plan.V;
   for (int64_t c = 0; c < HD; c += kLanes) store(tile.largest + c, splat(kLowest)), store(tile.total + c, vf{});
   bool first = true;
@@ -284,7 +287,7 @@ inline void make_context(
   for (int64_t h = 0; h < plan.in.heads; ++h) {
     float* to = context + h * D * D;
     if (plan.block) {
-      product(sums + h * D * V, V, 1, weights.v + h * packed_size(V, D), D, V, D, to, D, false);
+      deep_product(sums + h * D * V, V, 1, weights.v + h * packed_size(V, D), D, V, D, to, D, false);
     } else {
       __builtin_memcpy(to, sums + h * D * D, static_cast<unsigned long>(D * D) * 4);
     }
@@ -363,7 +366,7 @@ inline void forward(const LinearAttentionForward& args) {
   const Plan plan(args.in);
   const int64_t N = args.in.N, C = args.in.C, HD = plan.HD, groups = plan.groups;
   const int64_t packed = packed_size(HD, C), channels = round_up(HD, 16);
-  ForwardScratch shared;
+  ForwardScratch shared{};
   place_in_scratch(shared, kSharedSlot, plan);
   shared.weights.pack(plan, false);
   for (int64_t first = 0; first < args.in.B; first += plan.samples) {
@@ -400,8 +403,8 @@ inline void forward(const LinearAttentionForward& args) {
           make_values(plan, tile, sample, n, t, false);
           make_projected(plan, tile, sample, n, t, 0, shared.weights.q, tile.queries);
           softmax_of_heads(plan, tile.queries, t);
-          product(tile.queries, plan.stride, 1, shared.projections + item / groups * packed, t, HD, C, tile.y, plan.row,
-                  false);
+          deep_product(tile.queries, plan.stride, 1, shared.projections + item / groups * packed, t, HD, C, tile.y,
+                       plan.row, false);
           for (int64_t i = 0; i < t; ++i) {
             const int64_t position = (sample * N + n + i) * C;
             write_output(plan, tile.y + i * plan.row, args.residual == nullptr ? nullptr : args.residual + position,

@@ -1,9 +1,9 @@
-// Backward of linear attention, see linear_attention.h. Three passes, in each of which a sum over positions is made that
-// the next one needs: of the queries' side, of a sample's small matrices, of the keys' side. With P for the gradient of
+// Backward of linear attention, see linear_attention.h. Three passes, each of which needs a sum over positions that the
+// one before makes: over the queries' side, a sample's small matrices, the keys' side. With P for the gradient of
 // `projection` and S for that of `sums`:
 //
 //   dy from the norm     dq̂ = dy·projectionᵀ     P = softmax(q)ᵀ·dy
-//   dcontext = D^−½·P·weight     S = dcontext·Wᵥ     δ = Σ context·dcontext = Σ softmax(k)·d softmax(k)
+//   dcontext = D^−½·P·weight     S = dcontext·Wᵥ     δ = Σ sums·S and the memory's share
 //   dk = softmax(k)·(V·Sᵀ − δ)     dV = softmax(k)·S     with x: dx̂ = dq·W_q + dk·W_k + dV, then the norm's backward
 #pragma once
 
@@ -66,7 +66,8 @@ struct BackwardScratch {
 };
 
 // Rows of a tile into part 0 (q) or 1 (k) of dqkv.
-inline void write_part(const Plan& plan, const float* from, int64_t sample, int64_t n, int64_t t, int part, float* dqkv) {
+inline void write_part(
+    const Plan& plan, const float* from, int64_t sample, int64_t n, int64_t t, int part, float* dqkv) {
   float* to = dqkv + ((sample * plan.in.N + n) * 3 + part) * plan.HD;
   for (int64_t i = 0; i < t; ++i) {
     __builtin_memcpy(to + i * 3 * plan.HD, from + i * plan.stride, static_cast<unsigned long>(plan.HD) * 4);
@@ -102,8 +103,8 @@ inline void output_backward(const Plan& plan, const Tile& tile, const float* gra
 }
 
 inline void queries_pass(
-    const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared, const Tile& tile, int64_t item,
-    int64_t first_sample) {
+    const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared, const Tile& tile,
+    int64_t item, int64_t first_sample) {
   const int64_t C = args.in.C, HD = plan.HD, local = item / plan.groups, sample = first_sample + local;
   float* dprojection = shared.dprojection + item * shared.sums.weight_size;
   bool first = true;
@@ -112,21 +113,23 @@ inline void queries_pass(
     make_values(plan, tile, sample, n, t, plan.block);
     make_projected(plan, tile, sample, n, t, 0, shared.weights.q, tile.queries);
     softmax_of_heads(plan, tile.queries, t);
-    product(tile.queries, plan.stride, 1, shared.projection + local * packed_size(HD, C), t, HD, C, tile.y, plan.row, false);
+    deep_product(tile.queries, plan.stride, 1, shared.projection + local * packed_size(HD, C), t, HD, C, tile.y,
+                 plan.row, false);
     output_backward(plan, tile, args.grad + position, t);
     add_to(shared.sums.gain + item * shared.sums.row_size, tile.dgain, C);
     add_to(shared.sums.bias + item * shared.sums.row_size, tile.dbias, C);
     product(tile.queries, 1, plan.stride, tile.dy_packed, HD, t, C, dprojection, C, !first);
-    product(tile.dy, plan.row, 1, shared.projection_back + local * packed_size(C, HD), t, C, HD, tile.dqueries, plan.stride,
-            false);
+    deep_product(tile.dy, plan.row, 1, shared.projection_back + local * packed_size(C, HD), t, C, HD, tile.dqueries,
+                 plan.stride, false);
     for (int64_t i = 0; i < t; ++i) {
       for (int64_t at = i * plan.stride, h = 0; h < args.in.heads; ++h, at += args.in.D) {
         row_softmax_backward(tile.queries + at, tile.dqueries + at, args.in.D, 1.0f);
       }
     }
     if (plan.block) {
-      product(tile.dqueries, plan.stride, 1, shared.weights.q_back, t, HD, C, args.dx + position, C, false);
-      product(tile.dqueries, 1, plan.stride, tile.values, HD, t, C, shared.sums.qk + item * shared.sums.qk_size, C, true);
+      deep_product(tile.dqueries, plan.stride, 1, shared.weights.q_back, t, HD, C, args.dx + position, C, false);
+      product(tile.dqueries, 1, plan.stride, tile.values, HD, t, C, shared.sums.qk + item * shared.sums.qk_size, C,
+              true);
     } else {
       write_part(plan, tile.dqueries, sample, n, t, 0, args.dqkv);
     }
@@ -151,8 +154,8 @@ inline void keys_backward(
 }
 
 inline void keys_pass(
-    const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared, const Tile& tile, int64_t item,
-    int64_t first_sample) {
+    const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared, const Tile& tile,
+    int64_t item, int64_t first_sample) {
   const int64_t C = args.in.C, D = args.in.D, HD = plan.HD, V = plan.V, width = plan.width;
   const int64_t local = item / plan.groups, sample = first_sample + local;
   const float* dsums = shared.dsums + local * plan.parts * packed_size(width, V);
@@ -163,21 +166,21 @@ inline void keys_pass(
     make_projected(plan, tile, sample, n, t, 1, shared.weights.k, tile.queries);
     for (int64_t p = 0; p < plan.parts; ++p) {
       const float* values = plan.block ? tile.normed : args.in.qkv + position * 3 * HD + 2 * HD + p * D;
-      product(values, plan.block ? plan.row : 3 * HD, 1, dsums_back + p * packed_size(V, width), t, V, width,
+      deep_product(values, plan.block ? plan.row : 3 * HD, 1, dsums_back + p * packed_size(V, width), t, V, width,
               tile.dqueries + p * width, plan.stride, false);
     }
     keys_backward(plan, tile, args.statistics + sample * 2 * HD, shared.delta + local * round_up(HD, 16), t);
     if (!plan.block) {
       write_part(plan, tile.dqueries, sample, n, t, 1, args.dqkv);
       for (int64_t p = 0; p < plan.parts; ++p) {
-        product(tile.queries + p * width, plan.stride, 1, dsums + p * packed_size(width, V), t, width, V,
+        deep_product(tile.queries + p * width, plan.stride, 1, dsums + p * packed_size(width, V), t, width, V,
                 args.dqkv + position * 3 * HD + 2 * HD + p * D, 3 * HD, false);
       }
       return;
     }
     float* dx = args.dx + position * C;
-    product(tile.queries, plan.stride, 1, dsums, t, HD, C, dx, C, true);
-    product(tile.dqueries, plan.stride, 1, shared.weights.k_back, t, HD, C, dx, C, true);
+    deep_product(tile.queries, plan.stride, 1, dsums, t, HD, C, dx, C, true);
+    deep_product(tile.dqueries, plan.stride, 1, shared.weights.k_back, t, HD, C, dx, C, true);
     product(tile.dqueries, 1, plan.stride, tile.values, HD, t, C,
             shared.sums.qk + item * shared.sums.qk_size + HD * C, C, true);
     for (int64_t i = 0; i < t; ++i) {
@@ -202,8 +205,8 @@ struct SampleBackwardScratch {
 };
 
 inline void projection_again(
-    const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared, const SampleBackwardScratch& scratch,
-    int64_t local, int64_t sample) {
+    const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
+    const SampleBackwardScratch& scratch, int64_t local, int64_t sample) {
   const int64_t C = plan.in.C, HD = plan.HD;
   float* context = shared.context + local * HD * plan.in.D;
   memory_softmax(plan, shared.weights, args.statistics + sample * 2 * HD, scratch.memory);
@@ -213,33 +216,32 @@ inline void projection_again(
   pack_columns(scratch.projection, C, C, HD, shared.projection_back + local * packed_size(C, HD));
 }
 
-// δ of one head, and the gradient of its memory's keys and values, added to (2, M, channels).
+// The memory's part of δ of one head, and the gradient of its keys and values, added to (2, M, channels).
 inline void memory_backward(
     const Plan& plan, const Weights& weights, const float* memory_weights, const float* context, const float* dcontext,
     int64_t h, float* delta, float* dmemory) {
   const int64_t D = plan.in.D, M = plan.in.M, channels = weights.channels;
-  for (int64_t d = 0; d < D; ++d) delta[d] = row_dot(context + d * D, dcontext + d * D, D);
   for (int64_t m = 0; m < M; ++m) {
     const int64_t key = m * channels + h * D, value = (M + m) * channels + h * D;
     for (int64_t d = 0; d < D; ++d) {
-      const float* row = dcontext + d * D;
       const vf weight = splat(memory_weights[key + d]);
-      vf sum = {};
+      vf sum = {}, centred = {};
       for (int64_t e = 0; e < D; e += kLanes) {
         const int64_t count = D - e;
-        const vf dc = load_upto(row + e, count);
-        // δ is taken off before the sum.
-        sum = dc * (load_upto(weights.memory + value + e, count) - load_upto(context + d * D + e, count)) + sum;
+        const vf dc = load_upto(dcontext + d * D + e, count), v = load_upto(weights.memory + value + e, count);
+        sum = dc * v + sum;
+        centred = dc * (v - load_upto(context + d * D + e, count)) + centred;  // δ is taken off before the sum
         store_upto(dmemory + value + e, weight * dc + load_upto(dmemory + value + e, count), count);
       }
-      dmemory[key + d] += memory_weights[key + d] * reduce_add(sum);
+      delta[d] += memory_weights[key + d] * reduce_add(sum);
+      dmemory[key + d] += memory_weights[key + d] * reduce_add(centred);
     }
   }
 }
 
 inline void sample_backward(
-    const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared, const SampleBackwardScratch& scratch,
-    int64_t local, int64_t sample) {
+    const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
+    const SampleBackwardScratch& scratch, int64_t local, int64_t sample) {
   const int64_t C = plan.in.C, D = plan.in.D, HD = plan.HD, V = plan.V;
   const float* sums = args.sums + sample * HD * V;
   memory_softmax(plan, shared.weights, args.statistics + sample * 2 * HD, scratch.memory);
@@ -249,14 +251,11 @@ inline void sample_backward(
   for (int64_t i = 0; i < HD * C; i += kLanes) store(dprojection + i, load(dprojection + i) * scale);
   for (int64_t h = 0; h < plan.in.heads; ++h) {
     const float* context = shared.context + (local * HD + h * D) * D;
-    product(dprojection + h * D * C, C, 1, shared.weights.out_back + h * packed_size(C, D), D, C, D, scratch.dcontext, D,
-            false);
+    deep_product(dprojection + h * D * C, C, 1, shared.weights.out_back + h * packed_size(C, D), D, C, D,
+                 scratch.dcontext, D, false);
     pack_rows(context, D, D, D, scratch.packed_context);
     product(dprojection + h * D * C, 1, C, scratch.packed_context, C, D, D,
             shared.sums.weight + local * shared.sums.weight_size + h * D, HD, true);
-    memory_backward(plan, shared.weights, scratch.memory, context, scratch.dcontext, h,
-                    shared.delta + local * round_up(HD, 16) + h * D,
-                    shared.sums.memory + local * shared.sums.memory_size);
     float* dsums = scratch.dsums + h * D * V;
     if (plan.block) {
       product(scratch.dcontext, D, 1, shared.weights.v_back + h * packed_size(D, V), D, D, V, dsums, V, false);
@@ -266,6 +265,11 @@ inline void sample_backward(
     } else {
       __builtin_memcpy(dsums, scratch.dcontext, static_cast<unsigned long>(D * D) * 4);
     }
+    // From sums and their gradient, as dk̂ is: where a position has nearly all the weight the two cancel.
+    float* delta = shared.delta + local * round_up(HD, 16) + h * D;
+    for (int64_t d = 0; d < D; ++d) delta[d] = row_dot(sums + (h * D + d) * V, dsums + d * V, V);
+    memory_backward(plan, shared.weights, scratch.memory, context, scratch.dcontext, h, delta,
+                    shared.sums.memory + local * shared.sums.memory_size);
   }
   for (int64_t p = 0; p < plan.parts; ++p) {
     const float* dsums = scratch.dsums + p * plan.width * V;
@@ -301,12 +305,13 @@ inline void parameters_backward(const Plan& plan, const LinearAttentionBackward&
   if (!plan.block) return;
   sum_slots(sums.qk, items, sums.qk_size, 2 * HD * C, shared.dfolded);
   sum_slots(sums.v, samples, sums.weight_size, HD * C, shared.dfolded + 2 * HD * C);
-  scale_columns_backward(shared.dfolded, args.in.weight_qkv, args.in.gain_in, 3 * HD, C, args.dweight_qkv, args.dgain_in);
+  scale_columns_backward(shared.dfolded, args.in.weight_qkv, args.in.gain_in, 3 * HD, C, args.dweight_qkv,
+                         args.dgain_in);
 }
 
 inline void backward(const LinearAttentionBackward& args) {
   const Plan plan(args.in);
-  BackwardScratch shared;
+  BackwardScratch shared{};
   place_in_scratch(shared, kSharedSlot, plan);
   shared.weights.pack(plan, true);
   shared.sums.clear(plan);
