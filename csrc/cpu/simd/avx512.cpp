@@ -1,6 +1,9 @@
 // The kernels for x86-64 with AVX-512 (F, BW, CD, DQ, VL).
 #if defined(__x86_64__)
-#include <stdint.h>
+// What philox.h includes of the standard library, before the target: those functions are everybody's.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #include "../parallel.h"
 #if defined(__clang__)

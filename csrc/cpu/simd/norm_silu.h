@@ -5,10 +5,9 @@
 //
 // Sums over pixels are made per chunk of a sample, then over chunks and samples in order, so that they do not depend on
 // the threads. norm_rows.h has the functions of one row.
-//
-// philox.h, which includes the standard library, stands in avx512.cpp, avx2.cpp and portable.cpp before the target.
 #pragma once
 
+#include "../../philox.h"
 #include "../norm_silu.h"
 #include "norm_rows.h"
 #include "parallel.h"
