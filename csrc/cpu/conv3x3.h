@@ -14,6 +14,16 @@ struct Conv3x3Weight {
   bool mirrored;
 };
 
+// RMSNorm of finished pixels, and what follows it: SiLU(normed·gain·(1 + scale) + shift) + residual, see norm_silu.h.
+struct PixelNorm {
+  const float* gain;      // (K)
+  const float* scale;     // (B, K) or null
+  const float* shift;     // (B, K) or null
+  const float* residual;  // (B, H, W, K) or null; may be out
+  float* out;             // (B, H, W, K); may be the convolution's output
+  float* norms;           // (B, H, W) or null
+};
+
 // output = conv3x3(input, weight) + bias + residual. Maps of several parts have their channels side by side.
 struct Conv3x3Forward {
   int64_t B, H, W;             // of the convolution
@@ -26,6 +36,7 @@ struct Conv3x3Forward {
   const float* residual[2];    // like output, or null
   float* output[2];            // (B, H, W, output_channels[i])
   int64_t output_channels[2];  // K in all
+  const PixelNorm* norm;       // of the output, or null; for an output of one part that is not pooled
 };
 
 // dweight (K, C, 3, 3) = Σ over pixels; maps as in the forward.

@@ -44,6 +44,11 @@ struct Norm {
     return groups == 0 ? at::empty({B, x.size(2) * x.size(3)}, at::kFloat) : at::empty({B, groups, 2}, at::kFloat);
   }
 
+  PixelNorm of_pixels(const at::Tensor& residual, const at::Tensor& out, const at::Tensor& norms) const {
+    return {gain.const_data_ptr<float>(), data_or_null(scale), data_or_null(shift), data_or_null(residual), out.data_ptr<float>(),
+            mutable_data_or_null(norms)};
+  }
+
   void forward(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& out, const at::Tensor& statistics) const {
     NormSiluForwardArgs a{args(x)};
     a.residual = data_or_null(residual);
@@ -157,34 +162,44 @@ Outputs forward(
   const Block block(x, beside, weight1, gain1, affine1, scale, shift, weight2, gain2, affine2, res_weight, seed, groups, eps, dropout_p);
   const at::Tensor b1 = float_vector(bias1, "bias1", block.K), b2 = float_vector(bias2, "bias2", block.K);
   const at::Tensor rb = float_vector(res_bias, "res_bias", block.K);
-  const at::Tensor y1 = block.empty_output(), y2 = block.empty_output(), h = block.empty_output();
-  const at::Tensor statistics1 = block.norm1.empty_statistics(y1), statistics2 = block.norm2.empty_statistics(y2);
+  // Where a pixel's norm needs nothing but the pixel, the convolution does it while the pixel is at hand.
+  const bool joined1 = groups == 0 && dropout_p == 0, joined2 = groups == 0;
+  const bool keeps1 = keep || !joined1, keeps2 = keep || !joined2;
+  const at::Tensor h = block.empty_output(), out = block.empty_output();
+  const at::Tensor y1 = keeps1 ? block.empty_output() : h, y2 = keeps2 ? block.empty_output() : out;
+  const at::Tensor statistics1 = keeps1 ? block.norm1.empty_statistics(y1) : at::Tensor();
+  const at::Tensor statistics2 = keeps2 ? block.norm2.empty_statistics(y2) : at::Tensor();
 
   Conv3x3Forward conv1 = block.first();
   conv1.bias = b1.const_data_ptr<float>();
   conv1.output[0] = y1.data_ptr<float>();
+  const PixelNorm norm1 = block.norm1.of_pixels(at::Tensor(), h, statistics1);
+  if (joined1) conv1.norm = &norm1;
   kernels().conv3x3.forward(conv1);
-  block.norm1.forward(y1, at::Tensor(), h, statistics1);
+  if (!joined1) block.norm1.forward(y1, at::Tensor(), h, statistics1);
 
-  Conv3x3Forward conv2 = block.second(h);
-  conv2.bias = b2.const_data_ptr<float>();
-  conv2.output[0] = y2.data_ptr<float>();
-  kernels().conv3x3.forward(conv2);
-
-  const at::Tensor out = h;  // the second convolution has read it
   at::Tensor residual = block.x;
   if (block.res_weight.defined()) {
+    // Into out, unless the second convolution writes there before its norm reads the residual.
+    residual = keeps2 ? out : block.empty_output();
     LinearForward linear = {};
     linear.a[0] = block.x.const_data_ptr<float>(), linear.a[1] = data_or_null(block.beside);
     linear.k[0] = block.channels[0], linear.k[1] = block.channels[1];
     linear.rows = block.B * block.H * block.W, linear.N = block.K;
     linear.weight = block.res_weight.const_data_ptr<float>();
     linear.bias = data_or_null(rb);
-    linear.out = out.data_ptr<float>();
+    linear.out = residual.data_ptr<float>();
     kernels().linear.forward(linear);
-    residual = out;
   }
-  block.norm2.forward(y2, residual, out, statistics2);
+
+  Conv3x3Forward conv2 = block.second(h);
+  conv2.bias = b2.const_data_ptr<float>();
+  conv2.output[0] = y2.data_ptr<float>();
+  const PixelNorm norm2 = block.norm2.of_pixels(residual, out, statistics2);
+  if (joined2) conv2.norm = &norm2;
+  kernels().conv3x3.forward(conv2);
+  if (!joined2) block.norm2.forward(y2, residual, out, statistics2);
+
   const auto kept = [&](const at::Tensor& t) { return keep ? t : at::empty({0}, at::kFloat); };
   return {out.to(x.scalar_type()), kept(y1), kept(statistics1), kept(y2), kept(statistics2)};
 }

@@ -15,6 +15,7 @@
 
 #include "../conv3x3.h"
 #include "gemm.h"
+#include "norm_rows.h"
 #include "parallel.h"
 #include "shuffle.h"
 #include "winograd.h"
@@ -319,6 +320,26 @@ inline void finish_panel(const Conv3x3Forward& p, const Tiles& tiles, int64_t be
   }
 }
 
+// The norm of `count` pixels from `first` on, all of one image.
+inline void norm_pixels(const Conv3x3Forward& p, int64_t b, int64_t first, int64_t count) {
+  const PixelNorm& norm = *p.norm;
+  const int64_t K = p.output_channels[0];
+  const float* scale = norm.scale == nullptr ? nullptr : norm.scale + b * K;
+  const float* shift = norm.shift == nullptr ? nullptr : norm.shift + b * K;
+  for (int64_t pixel = first; pixel < first + count; ++pixel) {
+    rms_row<true>(p.output[0] + pixel * K, nullptr, norm.gain, scale, shift,
+                  norm.residual == nullptr ? nullptr : norm.residual + pixel * K, norm.out + pixel * K,
+                  norm.norms == nullptr ? nullptr : norm.norms + pixel, K);
+  }
+}
+
+inline void norm_tile(const Conv3x3Forward& p, const Tiles& tiles, const Tile& tile) {
+  const int64_t height = smaller<int64_t>(4, tiles.H - tile.y), width = smaller<int64_t>(4, tiles.W - tile.x);
+  for (int64_t i = 0; i < height; ++i) {
+    norm_pixels(p, tile.b, (tile.b * tiles.H + tile.y + i) * tiles.W + tile.x, width);
+  }
+}
+
 inline void transform_inputs(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles, int64_t begin, int64_t end, float* v, int64_t row, int64_t plane) {
   const int64_t floats = 6 * larger(channels[0], channels[1]);
   float* zeros = thread_scratch(kScratchZeros, floats);
@@ -364,6 +385,7 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
         }
         finish_panel(p, tiles, begin, end, panel, m, m_plane);
       }
+      for (int64_t t = begin; p.norm != nullptr && t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
     }
   });
 }
@@ -407,6 +429,10 @@ inline void conv3x3_forward(const Conv3x3Forward& p) {
   for (int64_t first = 0; first < tiles.total; first += size) {
     forward_by_panels(p, tiles, C, K, first, smaller(tiles.total, first + size));
   }
+  if (p.norm == nullptr) return;
+  parallel(tiles.total, larger<int64_t>(1, 512 / K), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
+  });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA
