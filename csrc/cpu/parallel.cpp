@@ -39,6 +39,8 @@ void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int
   at::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { task(context, begin, end); });
 }
 
+int64_t thread_count() { return at::get_num_threads(); }
+
 float* thread_scratch(int slot, int64_t floats) {
   thread_local Buffer buffers[kScratchSlots];
   Buffer& buffer = buffers[slot];

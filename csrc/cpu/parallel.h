@@ -9,6 +9,9 @@ namespace ddpm_fast {
 // Which thread takes what depends on their number: a task must compute each index the same way whoever takes it.
 void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int64_t), void* context);
 
+// How many threads run_parallel may use: to cut work into even pieces where the cuts do not touch the results.
+int64_t thread_count();
+
 // Memory of the calling thread, kept for its next call with this slot, aligned to 64 bytes, not cleared. One slot is one
 // use at a time: a kernel that calls another must use other slots.
 float* thread_scratch(int slot, int64_t floats);

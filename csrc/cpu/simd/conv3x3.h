@@ -371,7 +371,9 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
                        u + panel * kPoints * point + c * kPanel, point);
     }
   });
-  const int64_t size = kGroup, row = row_stride(C);
+  // As many groups for each thread; a tile's result does not depend on its group.
+  const int64_t groups = round_up(ceil_div(tiles.total, kGroup), thread_count());
+  const int64_t size = ceil_div(tiles.total, groups), row = row_stride(C);
   const int64_t v_plane = plane_stride(size * row), m_plane = plane_stride(size * kPanel);
   parallel(ceil_div(tiles.total, size), 1, [&](int64_t first, int64_t last) {
     float* v = thread_scratch(kScratchV, kPoints * v_plane);
