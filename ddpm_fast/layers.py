@@ -227,7 +227,8 @@ class _ConvsOfParts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        parts, weights = ctx.saved_tensors[: ctx.num_parts], ctx.saved_tensors[ctx.num_parts :]
+        saved = ctx.saved_tensors  # asked for once: under torch's checkpoint a second time is an error
+        parts, weights = saved[: ctx.num_parts], saved[ctx.num_parts :]
         needs = ctx.needs_input_grad[1:]
         needs_parts, needs = needs[: len(parts)], needs[len(parts) :]
         dparts, gradients = [None] * len(parts), []

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close_to_truth
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ddpm_fast import Unet, layers
+from ddpm_fast import Unet, layers, use_backend
 from ddpm_fast.layers import Attention, Downsample, LinearAttention, ResnetBlock, Upsample
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -205,3 +206,17 @@ def test_some_parameters_without_gradient(memory):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
         else:
             assert p.grad is None
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_network_under_torchs_checkpoint(backend):
+    """Saved tensors may be asked for only once there."""
+    torch.manual_seed(0)
+    unet, images, t = Unet(16, dim_mults=(1, 2)), torch.randn(2, 3, 16, 16), torch.tensor([3, 5])
+    gradients = []
+    with use_backend(backend):
+        for run in (unet, lambda *inputs: checkpoint(unet, *inputs, use_reentrant=False)):
+            x = images.clone().requires_grad_()
+            run(x, t).square().mean().backward()
+            gradients.append(x.grad)
+    assert torch.equal(*gradients)

@@ -177,6 +177,8 @@ def test_operator_keeps_torchs_rules():
         ({"res_weight": None}, "res_weight must be given"),
         ({"groups": 5}, "groups must divide"),
         ({"groups": 4}, "affine1 and affine2 must be given"),
+        ({"affine1": torch.zeros(32)}, "must not be given with groups = 0"),
+        ({"affine2": torch.zeros(32)}, "must not be given with groups = 0"),
         ({"dropout_p": 0.5}, "seed must be given"),
         ({"bias1": 3.0}, "bias1 must be a tensor"),
     ],
@@ -185,3 +187,12 @@ def test_wrong_arguments(changes, message):
     tensors, others = make(2, 16, 8, 32, 6, 5)
     with pytest.raises((TypeError, ValueError), match=message):
         resnet_block(**tensors | others | changes)
+
+
+@pytest.mark.parametrize("name", ["beside", "scale", "shift", "res_weight", "res_bias"])
+def test_options_of_float64_run_the_reference(name):
+    tensors, others = make(2, 16, 8, 32, 6, 5)
+    tensors[name] = tensors[name].double()
+    assert torch.equal(resnet_block(**tensors, **others), reference.resnet_block(**tensors, **others))
+    with use_backend("native"), pytest.raises(RuntimeError, match="float64"):
+        resnet_block(**tensors, **others)

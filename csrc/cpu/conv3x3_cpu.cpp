@@ -30,6 +30,7 @@ struct Parts {
     channels[1] = second.defined() ? second.size(1) : 0;
     C = channels[0] + channels[1];
     TORCH_CHECK_VALUE(x.numel() > 0, "x must not be empty, got ", x.sizes());
+    check_floating(weight, "weight");
     TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) == C && weight.size(2) == 3 && weight.size(3) == 3,
                       "weight must have shape (K, ", C, ", 3, 3), got ", weight.sizes());
   }

@@ -90,6 +90,8 @@ struct Block {
       TORCH_CHECK_VALUE(C == K && channels[1] == 0, "res_weight must be given where the block changes the number of channels");
     }
     TORCH_CHECK_VALUE(groups >= 0 && (groups == 0 || K % groups == 0), "groups must divide ", K, " channels, got ", groups);
+    TORCH_CHECK_VALUE(groups > 0 || (!affine1.has_value() && !affine2.has_value()),
+                      "affine1 and affine2 must not be given with groups = 0");
     scale = float_vector(scale_in, "scale", B * K), shift = float_vector(shift_in, "shift", B * K);
     norm1.gain = float_vector(gain1, "gain1", K), norm1.affine = float_vector(affine1, "affine1", K);
     norm1.scale = data_or_null(scale), norm1.shift = data_or_null(shift);
@@ -147,6 +149,7 @@ struct Block {
   at::Tensor as_weight(const at::Tensor& weight, const char* name, int64_t C, int64_t side) const {
     TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(std::array<int64_t, 4>{K, C, side, side}), name, " must have shape (", K, ", ", C, ", ", side, ", ", side,
                       "), got ", weight.sizes());
+    check_floating(weight, name);
     return weight.to(at::kFloat).contiguous();
   }
 };

@@ -211,6 +211,8 @@ def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
         raise ValueError(f"groups must divide the {K} channels of the block, got {groups}")
     if groups > 0 and not ("affine1" in tensors and "affine2" in tensors):
         raise ValueError("affine1 and affine2 must be given with groups > 0")
+    if groups == 0 and ("affine1" in tensors or "affine2" in tensors):
+        raise ValueError("affine1 and affine2 are GroupNorm's, and must not be given with groups = 0")
     dropout_p, seed = options["dropout_p"], options["seed"]
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
@@ -238,7 +240,8 @@ def _native_refuses(x, *tensors, **options) -> str | None:
         return reason
     if x.device.type != "cpu":
         return f"tensors are on {x.device.type}, and the kernel is for the CPU"
-    if any(tensor.dtype == torch.float64 for tensor in (x, *tensors)):
+    given = (x, *tensors, *(option for option in options.values() if isinstance(option, torch.Tensor)))
+    if any(tensor.dtype == torch.float64 for tensor in given):
         return "an argument is torch.float64, and the kernel computes in float32"
     if x.numel() == 0:
         return "x is empty"
