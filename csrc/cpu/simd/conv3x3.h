@@ -361,10 +361,17 @@ inline void transform_inputs(const float* const* input, const int64_t* channels,
 constexpr int64_t kGroup = 14;
 constexpr int64_t kLargestSharedU = 2 << 20, kLeastTiles = 128, kLargestV = 2 << 20, kLargestVAndD = 2 << 20;
 
+// Rough cycles of a Zen 4: of a panel's taps and products for one channel (and tile), and of a tile's inputs for one.
+constexpr int64_t kCyclesOfTaps = 360, kCyclesOfProducts = 80, kCyclesOfInputs = 16;
+constexpr int64_t kCyclesOfPiece = 12000;  // less is not worth another thread
+
+// How many tasks of so many cycles make a piece.
+DDPM_FAST_INLINE int64_t pieces_of(int64_t cycles) { return larger<int64_t>(1, kCyclesOfPiece / larger<int64_t>(1, cycles)); }
+
 inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K) {
   float* u = thread_scratch(kScratchShared, kPoints * packed_size(C, K));
   const int64_t num_panels = panels(K), point = C * kPanel;
-  parallel(num_panels * ceil_div(C, 16), 1, [&](int64_t begin, int64_t end) {
+  parallel(num_panels * ceil_div(C, 16), pieces_of(16 * kCyclesOfTaps), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i % num_panels, c = i / num_panels * 16;
       transform_weight(p.weight, panel * kPanel, smaller<int64_t>(kPanel, K - panel * kPanel), c, smaller<int64_t>(C, c + 16),
@@ -375,7 +382,7 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
   const int64_t groups = round_up(ceil_div(tiles.total, kGroup), thread_count());
   const int64_t size = ceil_div(tiles.total, groups), row = row_stride(C);
   const int64_t v_plane = plane_stride(size * row), m_plane = plane_stride(size * kPanel);
-  parallel(ceil_div(tiles.total, size), 1, [&](int64_t first, int64_t last) {
+  parallel(ceil_div(tiles.total, size), pieces_of(size * C * num_panels * kCyclesOfProducts), [&](int64_t first, int64_t last) {
     float* v = thread_scratch(kScratchV, kPoints * v_plane);
     float* m = thread_scratch(kScratchM, kPoints * m_plane);
     for (int64_t g = first; g < last; ++g) {
@@ -397,10 +404,10 @@ constexpr int64_t kChannelBlock = 64;  // input channels whose taps are transfor
 inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K, int64_t first_tile, int64_t last_tile) {
   const int64_t T = last_tile - first_tile, row = row_stride(C), v_plane = plane_stride(T * row), m_plane = plane_stride(T * kPanel);
   float* v = thread_scratch(kScratchShared, kPoints * v_plane);
-  parallel(T, 1, [&](int64_t begin, int64_t end) {
+  parallel(T, pieces_of(C * kCyclesOfInputs), [&](int64_t begin, int64_t end) {
     transform_inputs(p.input, p.channels, p.upsampled, tiles, first_tile + begin, first_tile + end, v + begin * row, row, v_plane);
   });
-  parallel(panels(K), 1, [&](int64_t first, int64_t last) {
+  parallel(panels(K), pieces_of(C * (T * kCyclesOfProducts + kCyclesOfTaps)), [&](int64_t first, int64_t last) {
     const int64_t u_plane = plane_stride(kChannelBlock * kPanel);
     float* u = thread_scratch(kScratchU, kPoints * u_plane);
     float* m = thread_scratch(kScratchM, kPoints * m_plane);
@@ -432,7 +439,7 @@ inline void conv3x3_forward(const Conv3x3Forward& p) {
     forward_by_panels(p, tiles, C, K, first, smaller(tiles.total, first + size));
   }
   if (p.norm == nullptr) return;
-  parallel(tiles.total, larger<int64_t>(1, 512 / K), [&](int64_t begin, int64_t end) {
+  parallel(tiles.total, larger<int64_t>(1, 1024 / K), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
   });
 }

@@ -93,19 +93,20 @@ inline void sum_rows(const float* grad, int64_t rows, int64_t K, float* dbias) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t last = smaller(rows, (chunk + 1) * size);
       for (int64_t k = 0; k < K; k += kLanes) {
-        vf sum = {};
-        for (int64_t i = chunk * size; i < last; ++i) sum += load_upto(grad + i * K + k, K - k);
-        store(sums + chunk * stride + k, sum);
+        CarefulSum sum;
+        for (int64_t i = chunk * size; i < last; ++i) sum.add(load_upto(grad + i * K + k, K - k));
+        store(sums + chunk * stride + k, sum.sum);
       }
     }
   });
   for (int64_t k = 0; k < K; k += kLanes) {
-    vf sum = {};
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load(sums + chunk * stride + k);
-    store_upto(dbias + k, sum, K - k);
+    CarefulSum sum;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum.add(load(sums + chunk * stride + k));
+    store_upto(dbias + k, sum.sum, K - k);
   }
 }
 
+constexpr int64_t kTilesOfPiece = 32;
 constexpr int64_t kGradientBlock = 32;  // input channels of a task, whose sums stay in the second-level cache
 
 inline void conv3x3_weight_gradient(const Conv3x3WeightGradient& p) {
@@ -133,7 +134,11 @@ inline void conv3x3_weight_gradient(const Conv3x3WeightGradient& p) {
         const int64_t panel = task / blocks, c = task % blocks * kGradientBlock, count = smaller(kGradientBlock, C - c);
         float* s = kept == nullptr ? thread_scratch(kScratchM, sums) : kept + task * sums;
         for (int64_t i = 0; i < kPoints; ++i) {
-          product_panel(v + i * v_plane + c, 1, row, d + (panel * kPoints + i) * d_plane, count, T, s + i * s_plane, kPanel, kPanel, chunk > 0);
+          // In pieces: a sum of many terms rounds less as a sum of sums.
+          for (int64_t t = 0; t < T; t += kTilesOfPiece) {
+            product_panel(v + i * v_plane + t * row + c, 1, row, d + (panel * kPoints + i) * d_plane + t * kPanel, count,
+                          smaller(kTilesOfPiece, T - t), s + i * s_plane, kPanel, kPanel, chunk > 0 || t > 0);
+          }
         }
         if (chunk + 1 < chunks) continue;
         for (int64_t n = 0; n < count; n += kLanes) {

@@ -267,14 +267,22 @@ inline void linear_data_gradient(const LinearDataGradient& p) {
   }
 }
 
+// Σ over rows [first, last) of rows `stride` apart.
+template <typename Lanes>
+DDPM_FAST_INLINE vf sum_of_rows(const float* values, int64_t stride, int64_t first, int64_t last, Lanes lanes) {
+  CarefulSum sum;
+  for (int64_t row = first; row < last; ++row) sum.add(lanes.get(values + row * stride));
+  return sum.sum;
+}
+
 // sums (count) = Σ over parts of partials (parts, stride).
 inline void add_partials(const float* partials, int64_t parts, int64_t stride, int64_t count, float* sums) {
   parallel(ceil_div(count, kLanes), larger<int64_t>(1, 16384 / (kLanes * parts)), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kLanes, last = smaller(count, end * kLanes);
     over_channels(last - first, [&](int64_t c, auto lanes) {
-      vf sum = lanes.get(partials + first + c);
-      for (int64_t i = 1; i < parts; ++i) sum += lanes.get(partials + i * stride + first + c);
-      lanes.put(sums + first + c, sum);
+      CarefulSum sum;
+      for (int64_t i = 0; i < parts; ++i) sum.add(lanes.get(partials + i * stride + first + c));
+      lanes.put(sums + first + c, sum.sum);
     });
   });
 }
@@ -282,7 +290,7 @@ inline void add_partials(const float* partials, int64_t parts, int64_t stride, i
 // dweight of one segment of rows for one panel of one part: c (N, columns of the panel) with row stride K.
 inline void weight_gradient_panel(
     const LinearWeightGradient& p, int part, int64_t panel, int64_t first, int64_t last, float* c, int64_t K) {
-  constexpr int64_t kChunk = 128;
+  constexpr int64_t kChunk = 64;
   float packed[kChunk * kPanel] __attribute__((aligned(64)));
   const int64_t k = p.k[part], columns = smaller<int64_t>(kPanel, k - panel * kPanel);
   const float* gain = p.gain ? p.gain + (part ? p.k[0] : 0) + panel * kPanel : nullptr;
@@ -306,12 +314,9 @@ inline void linear_weight_gradient(const LinearWeightGradient& p) {
     const int64_t first = segment * length, last = smaller(p.rows, first + length);
     if (p.dweight == nullptr || task == all_panels) {
       float* sums = partials ? partials + segment * stride + p.N * K : p.dbias;
-      over_channels(p.N, [&](int64_t n, auto lanes) { lanes.put(sums + n, vf{}); });
-      for (int64_t row = first; row < last; ++row) {
-        over_channels(p.N, [&](int64_t n, auto lanes) {
-          accumulate(sums, n, lanes, lanes.get(p.grad + row * p.N + n));
-        });
-      }
+      over_channels(p.N, [&](int64_t n, auto lanes) {
+        lanes.put(sums + n, sum_of_rows(p.grad + n, p.N, first, last, lanes));
+      });
       return;
     }
     const int part = task >= first_panels;

@@ -15,7 +15,8 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 constexpr int kNormMaskSlot = 4, kNormSumsSlot = 5;  // of thread_scratch
-constexpr int64_t kNormChunk = 16384;                // elements of a chunk, about
+constexpr int64_t kNormChunk = 4096;                 // elements of a chunk, about; few, since a chunk's are summed plainly
+constexpr int64_t kNormPiece = 16384;                // elements that are worth a thread
 constexpr uint32_t kStreamDropout = 6;               // STREAM_DROPOUT of ddpm_fast/noise.py
 
 // A sample's pixels in chunks of `rows`, the same whatever the threads.
@@ -26,7 +27,7 @@ struct NormChunks {
     rows = larger<int64_t>(1, smaller(N, kNormChunk / C));
     per_sample = ceil_div(N, rows);
     total = B * per_sample;
-    grain = larger<int64_t>(1, kNormChunk / (rows * C));
+    grain = larger<int64_t>(1, kNormPiece / (rows * C));
   }
 };
 
@@ -282,29 +283,30 @@ void group_backward(const NormSiluBackwardArgs& p, const NormChunks& chunks, flo
 inline void finish_sums(const NormSiluBackwardArgs& p, int64_t chunks, const float* sums) {
   const int64_t C = p.C;
   const auto of_channels = [&](int64_t c, auto lanes) {
-    vf weight = {}, affine = {}, bias = {};
+    CarefulSum weight, affine, bias;
     for (int64_t b = 0; b < p.B; ++b) {
-      vf products = {}, slopes = {}, inputs = {};
+      CarefulSum all_products, all_slopes, all_inputs;
       for (int64_t k = b * chunks; k < (b + 1) * chunks; ++k) {
-        products += lanes.get(sums + k * 3 * C + c);
-        slopes += lanes.get(sums + (k * 3 + 1) * C + c);
-        inputs += lanes.get(sums + (k * 3 + 2) * C + c);
+        all_products.add(lanes.get(sums + k * 3 * C + c));
+        all_slopes.add(lanes.get(sums + (k * 3 + 1) * C + c));
+        all_inputs.add(lanes.get(sums + (k * 3 + 2) * C + c));
       }
+      const vf products = all_products.sum, slopes = all_slopes.sum, inputs = all_inputs.sum;
       if (p.dshift) lanes.put(p.dshift + b * C + c, slopes);
       if (p.dscale) {
         const vf offset = p.bias_affine ? lanes.get(p.bias_affine + c) : vf{};
         lanes.put(p.dscale + b * C + c, products * lanes.get(p.weight + c) + slopes * offset);
       }
       const vf factor = p.scale ? splat(1.0f) + lanes.get(p.scale + b * C + c) : splat(1.0f);
-      weight += products * factor;
-      affine += slopes * factor;
-      bias += inputs;
+      weight.add(products * factor);
+      affine.add(slopes * factor);
+      bias.add(inputs);
     }
-    if (p.dweight) lanes.put(p.dweight + c, weight);
-    if (p.dbias_affine) lanes.put(p.dbias_affine + c, affine);
-    if (p.dbias) lanes.put(p.dbias + c, bias);
+    if (p.dweight) lanes.put(p.dweight + c, weight.sum);
+    if (p.dbias_affine) lanes.put(p.dbias_affine + c, affine.sum);
+    if (p.dbias) lanes.put(p.dbias + c, bias.sum);
   };
-  const int64_t grain = larger<int64_t>(1, kNormChunk / (p.B * chunks * 3 * kLanes));
+  const int64_t grain = larger<int64_t>(1, kNormPiece / (p.B * chunks * 3 * kLanes));
   parallel(ceil_div(C, kLanes), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t c = i * kLanes;

@@ -95,6 +95,17 @@ DDPM_FAST_INLINE float reduce_max(vf value) {
   return lanes[0];
 }
 
+// A sum of many terms that rounds as if of two (Kahan 1965, "Further remarks on reducing truncation errors").
+struct CarefulSum {
+  vf sum = {}, excess = {};
+
+  DDPM_FAST_INLINE void add(vf term) {
+    const vf corrected = term - excess, next = sum + corrected;
+    excess = (next - sum) - corrected;
+    sum = next;
+  }
+};
+
 // e^x to 1 ulp or so for x in [-87, 88]; beyond, the value at that bound. NaN stays NaN.
 DDPM_FAST_INLINE vf exp(vf x) {
   x = x < splat(-87.0f) ? splat(-87.0f) : x;

@@ -172,10 +172,13 @@ def _native_yields(x, weight, bias, *, beside, residual, upsampled) -> str | Non
     return None
 
 
-def _example(device: torch.device) -> tuple[tuple, dict]:
-    x = torch.zeros(1, 8, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
-    options = {"beside": None, "residual": None, "upsampled": False}
-    return (x, torch.zeros(8, 8, 3, 3, device=device), None), options
+def _example(side: int):
+    def example(device: torch.device) -> tuple[tuple, dict]:
+        x = torch.zeros(1, 8, side, side, device=device).contiguous(memory_format=torch.channels_last)
+        options = {"beside": None, "residual": None, "upsampled": False}
+        return (x, torch.zeros(8, 8, 3, 3, device=device), None), options
+
+    return example
 
 
 _conv3x3_op = Op(
@@ -184,5 +187,6 @@ _conv3x3_op = Op(
         Implementation("native", _native, _native_refuses, _native_yields),
         Implementation("reference", reference.conv3x3),
     ],
-    _example,
+    _example(8),
+    {"conv3x3, 2 × 2 map": _example(2)},
 )

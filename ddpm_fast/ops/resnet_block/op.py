@@ -223,10 +223,11 @@ def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
         raise TypeError(f"seed must be a one-element int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
 
 
-def _native(
-    x, weight1, bias1, gain1, weight2, bias2, gain2, *, beside, affine1, affine2, scale, shift, res_weight, res_bias,
-    groups, eps, dropout_p, seed,
+def natively(
+    x, weight1, bias1, gain1, weight2, bias2, gain2, *, beside=None, affine1=None, affine2=None, scale=None, shift=None,
+    res_weight=None, res_bias=None, groups=0, eps=1e-5, dropout_p=0.0, seed=None,
 ) -> torch.Tensor:  # fmt: skip
+    """`resnet_block` without its checks, for callers that know that `runs_natively`; the operator checks shapes itself."""
     seed = seed if dropout_p > 0 else None
     return torch.ops.ddpm_fast.native_resnet_block(
         x, beside, weight1, bias1, gain1, affine1, scale, shift, weight2, bias2, gain2, affine2, res_weight, res_bias,
@@ -257,6 +258,6 @@ def _example(device: torch.device) -> tuple[tuple, dict]:
 
 _resnet_block_op = Op(
     "resnet_block",
-    [Implementation("native", _native, _native_refuses), Implementation("reference", reference.resnet_block)],
+    [Implementation("native", natively, _native_refuses), Implementation("reference", reference.resnet_block)],
     _example,
 )
