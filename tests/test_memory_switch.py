@@ -9,7 +9,14 @@ from cases import UNETS
 from helpers import assert_close_to_truth
 from test_unet_peer import assert_equal_networks, inputs, randomise, run
 
-from ddpm_fast import Unet, layers
+from ddpm_fast import Unet, _extension, layers, use_backend
+
+
+@pytest.fixture(autouse=True)
+def single_steps():
+    """What CUDA runs: native code keeps the same maps and computes the same whatever `memory` is."""
+    with use_backend("reference"):
+        yield
 
 
 @pytest.mark.parametrize("name", ["plain", "full_attn_per_stage", "self_condition", "one_stage"])
@@ -74,6 +81,24 @@ def test_a_second_derivative_is_refused_and_not_wrong():
     (dx,) = torch.autograd.grad(model(x, torch.tensor([4])).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.square().sum().backward()
+
+
+@pytest.mark.skipif(_extension.load() is None, reason="the extension is not built")
+def test_native_code_refuses_a_second_derivative():
+    model, x = Unet(8, dim_mults=(1, 2)), torch.randn(1, 3, 8, 8, requires_grad=True)
+    with use_backend(None), pytest.raises(RuntimeError, match="native kernel's gradient cannot be differentiated again"):
+        torch.autograd.grad(model(x, torch.tensor([4])).sum(), x, create_graph=True)
+
+
+def test_low_is_fast_in_native_code():
+    fast, low = Unet(8, dim_mults=(1, 2)), Unet(8, dim_mults=(1, 2), memory="low")
+    low.load_state_dict(fast.state_dict())
+    args = inputs({}, (8, 8))
+    with use_backend(None):
+        (out, grads), (out_low, grads_low) = run(fast, *args), run(low, *args)
+    assert torch.equal(out, out_low) or _extension.load() is None
+    for name in grads:
+        torch.testing.assert_close(grads_low[name], grads[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import _extension
-from ddpm_fast.dispatch import Implementation, Op
+from ddpm_fast import _extension, tuning
+from ddpm_fast.dispatch import Implementation, Op, forced_backend
 from ddpm_fast.ops.resnet_block import reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -169,6 +169,9 @@ def resnet_block(
 
 def runs_natively(x: torch.Tensor) -> bool:
     """Whether a block of a map like x would be one native op: what layers.py asks before it takes the single steps."""
+    forced = forced_backend()
+    if forced == "triton" or (forced is None and tuning.why_not_triton(x.device) is None):
+        return False  # Triton has the single steps, and comes first where it runs
     return _resnet_block_op.choose(x).name == "native"
 
 
