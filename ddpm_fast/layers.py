@@ -61,7 +61,7 @@ def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3×3 convolution of stride 1 with padding 1, by the native kernel where that runs: (B, C, H, W) → (B, K, H, W)."""
+    """A 3×3 convolution of stride 1 with padding 1, natively where that runs: (B, C, H, W) → (B, K, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -589,4 +589,6 @@ class Attention(nn.Module):
         return linear_residual(out, self.to_out.weight, self.to_out.bias, residual)
 
 
-_PLAIN = frozenset((nn.Conv2d, Conv3x3, nn.Linear, nn.Identity, nn.SiLU, nn.Dropout, nn.GroupNorm, nn.Sequential, RMSNorm))
+_PLAIN = frozenset(
+    (nn.Conv2d, Conv3x3, nn.Linear, nn.Identity, nn.SiLU, nn.Dropout, nn.GroupNorm, nn.Sequential, RMSNorm)
+)

@@ -1,8 +1,8 @@
 """A whole network in float32 on the CPU against the eager peer's accuracy: output and every gradient, tensor by tensor.
 
 The truth is the peer in float64 with the same weights. An error is ‖a − truth‖ / ‖truth‖, its root mean square over a
-few draws of the inputs, since in one draw either side may be lucky. Winograd's convolutions round more than direct ones,
-most where channels are few, and gradients pass through twice as many: the output is held to twice the peer's error
+few draws of the inputs, since in one draw either side may be lucky. Winograd's convolutions round more than direct ones
+do, most where channels are few, and gradients pass through twice as many: the output is held to twice the peer's error
 (measured: 1.0 to 1.4 times), the gradients together and that of the input to 2.5 times (1.2 to 2.4), and each single
 tensor to seven times (in the median of a network 2.1 to 3.4, at most 5.9).
 """

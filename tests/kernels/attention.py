@@ -192,7 +192,8 @@ def test_refuses_and_another_runs(name):
 
 
 def test_many_positions_are_left_to_torch_unless_forced():
-    rows = [line for line in dispatch.explain([torch.device(DEVICE)]).splitlines() if line.startswith(("attention ", "attention,"))]
+    lines = dispatch.explain([torch.device(DEVICE)]).splitlines()
+    rows = [line for line in lines if line.startswith(("attention ", "attention,"))]
     assert [row.split("* ")[1].split()[0] for row in rows if "* " in row] == ["triton", "sdpa", "sdpa", "sdpa"]
     whys = [row for row in rows if " up to which ours is assumed faster than sdpa in " in row]
     assert ["N = 4096 is past the 256 " in row for row in whys] == [True, False, False]

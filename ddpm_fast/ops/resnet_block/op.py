@@ -229,7 +229,7 @@ def natively(
     x, weight1, bias1, gain1, weight2, bias2, gain2, *, beside=None, affine1=None, affine2=None, scale=None, shift=None,
     res_weight=None, res_bias=None, groups=0, eps=1e-5, dropout_p=0.0, seed=None,
 ) -> torch.Tensor:  # fmt: skip
-    """`resnet_block` without its checks, for callers that know that `runs_natively`; the operator checks shapes itself."""
+    """`resnet_block` without its checks, where `runs_natively` is known; the operator checks shapes itself."""
     seed = seed if dropout_p > 0 else None
     return torch.ops.ddpm_fast.native_resnet_block(
         x, beside, weight1, bias1, gain1, affine1, scale, shift, weight2, bias2, gain2, affine2, res_weight, res_bias,
