@@ -293,8 +293,9 @@ class Unet(DerivesWeights):
         """How the network's maps lie: channels-last on CUDA, and on the CPU where the native kernels run.
 
         Where they do not, channels-last on the CPU in most sampling runs (`frozen_weights`) only: that makes a forward
-        pass up to 20% faster, but no training step; those, and single passes, round like the peer's. oneDNN lays out weights anew for channels-last maps in every call: where few pixels meet wide
-        weights that takes longer than the product, and the maps stay as they come.
+        pass up to 20% faster, but no training step; those, and single passes, round like the peer's. oneDNN lays out
+        weights anew for channels-last maps in every call: where few pixels meet wide weights that takes longer than the
+        product, and the maps stay as they come.
         """
         if has_native_maps(x):
             return torch.channels_last
