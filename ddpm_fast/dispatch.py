@@ -106,13 +106,17 @@ class Op:
             if reason is None and implementation.yields is not never_refuses:
                 reason = implementation.yields(*args, **kwargs)
             if reason is None:
-                if _watched is not None:
-                    key = (self.name, implementation.name, "; ".join(refusals) or "accepts")
-                    _watched[key] = _watched.get(key, 0) + 1
+                self.count(implementation.name, "; ".join(refusals) or "accepts")
                 return implementation
             if _watched is not None:
                 refusals.append(f"{implementation.name}: {reason}")
         raise AssertionError(f"{self.name}: no implementation accepted, not even the last")
+
+    def count(self, implementation: str, reasons: str = "accepts") -> None:
+        """Count a choice for `watch_choices`; callers that choose by themselves call it, too."""
+        if _watched is not None:
+            key = (self.name, implementation, reasons)
+            _watched[key] = _watched.get(key, 0) + 1
 
     def __call__(self, *args, **kwargs):
         return self.choose(*args, **kwargs).function(*args, **kwargs)

@@ -19,7 +19,7 @@ namespace ddpm_fast {
 void run_parallel(int64_t count, int64_t, void (*task)(void*, int64_t, int64_t), void* context) {
   if (count > 0) task(context, 0, count);
 }
-int thread_count() { return 1; }
+int64_t thread_count() { return 1; }
 float* thread_scratch(int slot, int64_t floats) {
   static std::vector<float> memory[kScratchSlots];
   memory[slot].resize(static_cast<size_t>(floats) + 16);

@@ -170,9 +170,11 @@ def resnet_block(
 def runs_natively(x: torch.Tensor) -> bool:
     """Whether a block of a map like x would be one native op: what layers.py asks before it takes the single steps."""
     forced = forced_backend()
-    if forced == "triton" or (forced is None and tuning.why_not_triton(x.device) is None):
+    if forced == "native":
+        return _resnet_block_op.choose(x).name == "native"  # or raises with the reason why not
+    if forced in ("triton", "reference") or tuning.why_not_triton(x.device) is None:
         return False  # Triton has the single steps, and comes first where it runs
-    return _resnet_block_op.choose(x).name == "native"
+    return _native_refuses(x) is None
 
 
 def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
@@ -225,7 +227,13 @@ def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
         raise TypeError(f"seed must be a one-element int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
 
 
-def natively(
+def natively(*tensors, **options) -> torch.Tensor:
+    """`resnet_block` without its checks, for callers that know that it `runs_natively`; the operator checks shapes."""
+    _resnet_block_op.count("native")
+    return _native(*tensors, **options)
+
+
+def _native(
     x, weight1, bias1, gain1, weight2, bias2, gain2, *, beside=None, affine1=None, affine2=None, scale=None, shift=None,
     res_weight=None, res_bias=None, groups=0, eps=1e-5, dropout_p=0.0, seed=None,
 ) -> torch.Tensor:  # fmt: skip
@@ -261,6 +269,6 @@ def _example(device: torch.device) -> tuple[tuple, dict]:
 
 _resnet_block_op = Op(
     "resnet_block",
-    [Implementation("native", natively, _native_refuses), Implementation("reference", reference.resnet_block)],
+    [Implementation("native", _native, _native_refuses), Implementation("reference", reference.resnet_block)],
     _example,
 )
