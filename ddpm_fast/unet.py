@@ -214,7 +214,8 @@ class Unet(DerivesWeights):
         # All maps lie like this one from here on: every convolution and op keeps what it is given.
         maps_format = self._maps_format(x)
         x = self.init_conv(x.contiguous(memory_format=maps_format))
-        x = x.contiguous(memory_format=maps_format)  # torch takes an image of one channel to lie either way
+        if x.device.type == "cpu":  # an image of one channel lies either way, and torch's convolution then chooses
+            x = x.contiguous(memory_format=maps_format)
         residual = x
         rows = iter(self._scales_and_shifts(time))
 
@@ -292,10 +293,10 @@ class Unet(DerivesWeights):
     def _maps_format(self, x: torch.Tensor) -> torch.memory_format:
         """How the network's maps lie: channels-last on CUDA, and on the CPU where the native kernels run.
 
-        Where they do not, channels-last on the CPU in most sampling runs (`frozen_weights`) only: that makes a forward
-        pass up to 20% faster, but no training step; those, and single passes, round like the peer's. oneDNN lays out
-        weights anew for channels-last maps in every call: where few pixels meet wide weights that takes longer than the
-        product, and the maps stay as they come.
+        Where they do not, channels-last on the CPU in most sampling runs (`frozen_weights`) only: that makes a
+        forward pass up to 20% faster, but no training step; those, and single passes, round like the peer's. oneDNN
+        lays out weights anew for channels-last maps in every call: where few pixels meet wide weights that takes
+        longer than the product, and the maps stay as they come.
         """
         if has_native_maps(x):
             return torch.channels_last
