@@ -53,9 +53,6 @@ DDPM_FAST_INLINE void product_rows(const float* a, int64_t row, int64_t step, co
   Sums<R> sums;
   sums.clear();
   for (int64_t k = 0; k < K; ++k) {
-    // What follows a panel in memory is, nearly always, the next one to be wanted.
-    __builtin_prefetch(panel + K * kPanel);
-    __builtin_prefetch(panel + K * kPanel + kLanes);
     sums.add(a, row, load(panel), load(panel + kLanes));
     a += step;
     panel += kPanel;

@@ -159,6 +159,12 @@ inline BlockRows rows_of_block(const float* const* a, const int64_t* k, int64_t 
 template <int R>
 inline __attribute__((noinline)) void linear_tile(
     const LinearForward& p, const BlockRows& block, int64_t local, int64_t row, int64_t column, const float* panel) {
+  const int64_t columns = smaller<int64_t>(kPanel, p.N - column);
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t at = (row + r) * p.N + column;
+    fetch_to_write(p.out + at, columns);
+    if (p.residual != nullptr) fetch(p.residual + at, columns);
+  }
   float before[R * kPanel];
   Pile pile{before, true};
   Sums<R> sums;
@@ -201,6 +207,11 @@ DDPM_FAST_INLINE void linear_tile_of(
 
 // Rows of a block for a matrix of K columns: whole tiles, the same whatever the threads.
 DDPM_FAST_INLINE int64_t block_rows(int64_t K) { return larger<int64_t>(1, kBlockFloats / K / kRows) * kRows; }
+// The same cut so that all threads get as many, for sums along rows, which do not depend on the cuts.
+DDPM_FAST_INLINE int64_t even_block_rows(int64_t rows, int64_t K) {
+  const int64_t blocks = round_up(larger<int64_t>(1, ceil_div(rows, block_rows(K))), thread_count());
+  return larger<int64_t>(1, ceil_div(rows, blocks));
+}
 
 // Tasks that make up enough work for a thread, each of so many multiplications.
 DDPM_FAST_INLINE int64_t task_grain(int64_t products) {
@@ -225,7 +236,7 @@ inline void linear_forward(const LinearForward& p) {
   parallel(panels(p.N), task_grain(K * kPanel * 16), [&](int64_t begin, int64_t end) {
     pack_transposed(p.weight, K, p.gain, K, p.N, begin, end, packed);
   });
-  const int64_t block = block_rows(larger<int64_t>(K, 1)), blocks = ceil_div(p.rows, block);
+  const int64_t block = even_block_rows(p.rows, larger<int64_t>(K, 1)), blocks = ceil_div(p.rows, block);
   over_blocks(blocks, panels(p.N), smaller(block, p.rows) * K * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
     const int64_t first = b * block, count = smaller(block, p.rows - first), groups = ceil_div(count, kRows);
     const BlockRows from = rows_of_block(p.a, p.k, first, count, fresh);
@@ -248,7 +259,7 @@ inline void pack_weight(const float* weight, int64_t N, int64_t K, int64_t first
 }
 
 inline void linear_data_gradient(const LinearDataGradient& p) {
-  const int64_t K = p.k[0] + p.k[1], block = block_rows(larger<int64_t>(p.N, 1)), blocks = ceil_div(p.rows, block);
+  const int64_t K = p.k[0] + p.k[1], block = even_block_rows(p.rows, larger<int64_t>(p.N, 1)), blocks = ceil_div(p.rows, block);
   for (int part = 0; part < 2; ++part) {
     const int64_t k = p.k[part];
     if (p.dx[part] == nullptr || k == 0) continue;
