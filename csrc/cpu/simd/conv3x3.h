@@ -410,7 +410,7 @@ constexpr int64_t kLargestSharedU = 2 << 20, kLeastTiles = 128, kLargestV = 2 <<
 
 // Rough cycles of a Zen 4: of a panel's taps and products for one channel (and tile), and of a tile's inputs for one.
 constexpr int64_t kCyclesOfTaps = 360, kCyclesOfProducts = 80, kCyclesOfInputs = 16;
-constexpr int64_t kCyclesOfPiece = 12000;  // less is not worth another thread
+constexpr int64_t kCyclesOfPiece = 80000;  // less is not worth another thread
 
 // How many tasks of so many cycles make a piece.
 DDPM_FAST_INLINE int64_t pieces_of(int64_t cycles) { return larger<int64_t>(1, kCyclesOfPiece / larger<int64_t>(1, cycles)); }

@@ -211,6 +211,14 @@ def attention_block(
     return _attention_block_op(*given.values(), heads=heads, residual=residual)
 
 
+def attention_block_natively(
+    x, g_in, weight_qkv, mem_kv, weight, bias, *, heads: int, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`attention_block` without its checks, for callers that know that it runs natively."""
+    _attention_block_op.count("native")
+    return _native_block(x, g_in, weight_qkv, mem_kv, weight, bias, heads=heads, residual=residual)
+
+
 def _check(qkv, mem_kv, heads) -> None:
     """The checks of every implementation."""
     _check_kinds({"qkv": qkv, "mem_kv": mem_kv}, heads)
@@ -301,7 +309,8 @@ def _native_refuses(qkv, mem_kv, *, heads) -> str | None:
 
 
 def _native_block(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> torch.Tensor:
-    return torch.ops.ddpm_fast.native_attention_block(x, g_in, weight_qkv, mem_kv, weight, bias, residual, heads)
+    arguments = (x, g_in, weight_qkv, mem_kv, weight, bias, residual, heads)
+    return torch.ops.ddpm_fast.native_attention_block.default(*arguments)
 
 
 def _native_block_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> str | None:

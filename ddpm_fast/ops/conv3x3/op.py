@@ -145,7 +145,7 @@ def _check(x, weight, bias, beside, residual, upsampled) -> None:
 
 
 def _native(x, weight, bias, *, beside, residual, upsampled) -> torch.Tensor:
-    return torch.ops.ddpm_fast.native_conv3x3(x, beside, weight, bias, residual, upsampled)
+    return torch.ops.ddpm_fast.native_conv3x3.default(x, beside, weight, bias, residual, upsampled)
 
 
 def _native_refuses(x, weight, bias, *, beside, residual, upsampled) -> str | None:

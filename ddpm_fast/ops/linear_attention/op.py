@@ -233,6 +233,14 @@ def linear_attention_block(
     return _linear_attention_block_op(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads=heads, residual=residual)
 
 
+def linear_attention_block_natively(
+    x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads: int, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`linear_attention_block` without its checks, for callers that know that it runs natively."""
+    _linear_attention_block_op.count("native")
+    return _native_block(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads=heads, residual=residual)
+
+
 def _check(qkv, mem_kv, weight, bias, g, heads, residual) -> None:
     """The checks of every implementation."""
     _check_kinds({"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g, "residual": residual}, heads)
@@ -331,7 +339,7 @@ def _native_refuses(qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | N
 
 def _native_block(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads, residual) -> torch.Tensor:
     arguments = (x, g_in, weight_qkv, mem_kv, weight, bias, g, residual, heads)
-    return torch.ops.ddpm_fast.native_linear_attention_block(*arguments)[0]
+    return torch.ops.ddpm_fast.native_linear_attention_block.default(*arguments)[0]
 
 
 def _native_block_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | None:

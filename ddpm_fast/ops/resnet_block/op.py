@@ -167,14 +167,17 @@ def resnet_block(
     return _resnet_block_op(x, weight1, bias1, gain1, weight2, bias2, gain2, **options)
 
 
-def runs_natively(x: torch.Tensor) -> bool:
-    """Whether a block of a map like x would be one native op: what layers.py asks before it takes the single steps."""
+def runs_natively(*maps: torch.Tensor) -> bool:
+    """Whether a block of maps like these would be one native op: layers.py asks before it takes the single steps."""
     forced = forced_backend()
-    if forced == "native":
-        return _resnet_block_op.choose(x).name == "native"  # or raises with the reason why not
-    if forced in ("triton", "reference") or tuning.why_not_triton(x.device) is None:
-        return False  # Triton has the single steps, and comes first where it runs
-    return _native_refuses(x) is None
+    for x in maps:
+        if forced == "native":
+            _resnet_block_op.choose(x)  # raises with the reason why not
+        elif forced in ("triton", "reference") or tuning.why_not_triton(x.device) is None:
+            return False  # Triton has the single steps, and comes first where it runs
+        elif _native_refuses(x) is not None:
+            return False
+    return True
 
 
 def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
@@ -239,7 +242,7 @@ def _native(
 ) -> torch.Tensor:  # fmt: skip
     """`resnet_block` without its checks, where `runs_natively` is known; the operator checks shapes itself."""
     seed = seed if dropout_p > 0 else None
-    return torch.ops.ddpm_fast.native_resnet_block(
+    return torch.ops.ddpm_fast.native_resnet_block.default(
         x, beside, weight1, bias1, gain1, affine1, scale, shift, weight2, bias2, gain2, affine2, res_weight, res_bias,
         seed, groups, eps, dropout_p, torch.is_grad_enabled(),
     )[0]  # fmt: skip
@@ -251,8 +254,8 @@ def _native_refuses(x, *tensors, **options) -> str | None:
         return reason
     if x.device.type != "cpu":
         return f"tensors are on {x.device.type}, and the kernel is for the CPU"
-    given = (x, *tensors, *(option for option in options.values() if isinstance(option, torch.Tensor)))
-    if any(tensor.dtype == torch.float64 for tensor in given):
+    given = (*tensors, *(option for option in options.values() if isinstance(option, torch.Tensor))) if tensors else ()
+    if x.dtype == torch.float64 or any(tensor.dtype == torch.float64 for tensor in given):
         return "an argument is torch.float64, and the kernel computes in float32"
     if x.numel() == 0:
         return "x is empty"
