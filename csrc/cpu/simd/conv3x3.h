@@ -320,16 +320,20 @@ inline void finish_panel(const Conv3x3Forward& p, const Tiles& tiles, int64_t be
   }
 }
 
-// The norm of `count` pixels from `first` on, all of one image.
+// The norm of `count` pixels from `first` on, at most four and all of one image. First the norms of all, each of which is a
+// chain of additions, a division and a square root: one by one they would be waited for.
 inline void norm_pixels(const Conv3x3Forward& p, int64_t b, int64_t first, int64_t count) {
   const PixelNorm& norm = *p.norm;
   const int64_t K = p.output_channels[0];
-  const float* scale = norm.scale == nullptr ? nullptr : norm.scale + b * K;
-  const float* shift = norm.shift == nullptr ? nullptr : norm.shift + b * K;
-  for (int64_t pixel = first; pixel < first + count; ++pixel) {
-    rms_row<true>(p.output[0] + pixel * K, nullptr, norm.gain, scale, shift,
-                  norm.residual == nullptr ? nullptr : norm.residual + pixel * K, norm.out + pixel * K,
-                  norm.norms == nullptr ? nullptr : norm.norms + pixel, K);
+  const Affine affine{norm.gain, nullptr, norm.scale == nullptr ? nullptr : norm.scale + b * K,
+                      norm.shift == nullptr ? nullptr : norm.shift + b * K};
+  float norms[4];
+  for (int64_t i = 0; i < count; ++i) norms[i] = row_norm(p.output[0] + (first + i) * K, nullptr, K);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t pixel = first + i;
+    if (norm.norms != nullptr) norm.norms[pixel] = norms[i];
+    rms_apply<true>(p.output[0] + pixel * K, norms[i], nullptr, affine,
+                    norm.residual == nullptr ? nullptr : norm.residual + pixel * K, norm.out + pixel * K, K, nullptr);
   }
 }
 
