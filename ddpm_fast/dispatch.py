@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ddpm_fast import _extension
 
@@ -92,13 +93,19 @@ class Op:
         Raises:
             BackendRefused: `use_backend` forces one that this op has and that refuses the call.
         """
+        last = self.implementations[-1]
         if _forced is not None:
             for implementation in self.implementations:
                 if implementation.name == _forced:
                     reason = implementation.refuses(*args, **kwargs)
+                    if reason is None and implementation is not last and in_forward_mode():
+                        reason = _NO_TANGENTS
                     if reason is not None:
                         raise BackendRefused(f"{self.name}: backend {_forced!r} was forced and refuses: {reason}")
                     return implementation
+        if in_forward_mode():
+            self.count(last.name, _NO_TANGENTS)
+            return last
         refusals = []
         for implementation in self.implementations:
             # `why_not` without its calls, which cost microseconds: small networks choose a hundred times in one.
@@ -181,6 +188,17 @@ def no_autocast(device_type: str):
     if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+_NO_TANGENTS = "forward-mode differentiation is on, and only the reference has tangents"
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives are taken in forward mode (torch.func.jvp, dual tensors).
+
+    torch does not ask operators of libraries for tangents then, but takes what they give for constants.
+    """
+    return forward_ad._current_level >= 0
 
 
 def forced_backend() -> str | None:

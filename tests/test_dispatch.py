@@ -118,3 +118,11 @@ def test_explain_covers_every_op_of_the_package():
     for name in ("diffusion_loss", "fill_normal_", "q_sample", "sampler_step", "sampler_step_"):
         lines = [line for line in text.splitlines() if line.startswith(name + " ")]
         assert any("reference" in line for line in lines) and sum("* " in line for line in lines) == 1
+
+
+def test_forward_mode_runs_the_reference(op):
+    with torch.autograd.forward_ad.dual_level():
+        assert op(4) == ("reference", 2.0)
+        with use_backend("native"), pytest.raises(dispatch.BackendRefused, match="forward-mode differentiation is on"):
+            op(4)
+    assert op(4) == ("native", 2)

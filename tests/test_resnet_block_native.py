@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_fast import _extension, use_backend
+from ddpm_fast.ops.conv3x3.op import conv3x3
+from ddpm_fast.ops.norm_silu.op import rms_norm_silu
 from ddpm_fast.ops.resnet_block import reference
 from ddpm_fast.ops.resnet_block.op import resnet_block
 
@@ -196,3 +198,19 @@ def test_options_of_float64_run_the_reference(name):
     assert torch.equal(resnet_block(**tensors, **others), reference.resnet_block(**tensors, **others))
     with use_backend("native"), pytest.raises(RuntimeError, match="float64"):
         resnet_block(**tensors, **others)
+
+
+def test_tangents_agree_with_gradients():
+    """<u, J·v> = <Jᵀ·u, v>: the tangents are the reference's, the gradients native."""
+    torch.manual_seed(0)
+    x, v, u = (torch.randn(2, 8, 8, 8).contiguous(memory_format=torch.channels_last) for _ in range(3))
+    weight, row = torch.randn(8, 8, 3, 3), torch.randn(8)
+    for block in (
+        lambda x: conv3x3(x, weight, row),
+        lambda x: resnet_block(x, weight, row, row, weight, row, row),
+        lambda x: rms_norm_silu(x, row),
+    ):
+        _, tangent = torch.func.jvp(block, (x,), (v,))
+        given = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(block(given), given, u)
+        torch.testing.assert_close((u * tangent).sum(), (gradient * v).sum(), rtol=1e-4, atol=1e-4)

@@ -5,8 +5,8 @@
 #include <optional>
 #include <tuple>
 
-#include "float_maps.h"
 #include "kernels.h"
+#include "maps.h"
 
 namespace ddpm_fast {
 
@@ -34,7 +34,7 @@ struct Call {
     check_memory(memory, heads);
     TORCH_CHECK_VALUE(qkv.size(1) == 3 * heads * memory.size(3), "qkv must have ", 3 * heads * memory.size(3),
                       " channels, got ", qkv.size(1));
-    mem_kv = float_parameter(memory, "mem_kv", memory.numel());
+    mem_kv = float_vector(memory, "mem_kv", memory.numel());
     in = inputs_of(qkv, mem_kv);
   }
 };
@@ -67,10 +67,10 @@ struct BlockCall {
       : x(float_map(given, "x")) {
     check_memory(memory, heads);
     const int64_t C = x.size(1), hidden = heads * memory.size(3);
-    gain_in = float_parameter(g_in, "g_in", C);
-    weight_qkv = float_parameter(qkv_weight, "weight_qkv", 3 * hidden * C);
-    mem_kv = float_parameter(memory, "mem_kv", memory.numel());
-    weight = float_parameter(output_weight, "weight", C * hidden);
+    gain_in = float_vector(g_in, "g_in", C);
+    weight_qkv = float_vector(qkv_weight, "weight_qkv", 3 * hidden * C);
+    mem_kv = float_vector(memory, "mem_kv", memory.numel());
+    weight = float_vector(output_weight, "weight", C * hidden);
     in = {inputs_of(x, mem_kv), C, x.const_data_ptr<float>(), gain_in.const_data_ptr<float>(),
           weight_qkv.const_data_ptr<float>(), weight.const_data_ptr<float>()};
   }
@@ -80,7 +80,7 @@ Tensor attention_block(
     const Tensor& x, const Tensor& g_in, const Tensor& weight_qkv, const Tensor& mem_kv, const Tensor& weight,
     const Tensor& bias, const std::optional<Tensor>& residual, int64_t heads) {
   const BlockCall call(x, g_in, weight_qkv, mem_kv, weight, heads);
-  const Tensor added_bias = float_parameter(bias, "bias", call.in.C);
+  const Tensor added_bias = float_vector(bias, "bias", call.in.C);
   Tensor added;
   if (residual.has_value()) added = float_map_like(*residual, "residual", x, call.in.C);
   const Tensor out = at::empty_like(call.x);
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backw
   const Tensor dout = float_map_like(grad, "grad", x, call.in.C);
   const Tensor dx = at::empty_like(call.x), dg_in = at::empty_like(call.gain_in);
   const Tensor dweight_qkv = at::empty_like(call.weight_qkv), dmem_kv = at::empty_like(call.mem_kv);
-  const Tensor dweight = at::empty_like(call.weight), dbias = at::empty_like(float_parameter(bias, "bias", call.in.C));
+  const Tensor dweight = at::empty_like(call.weight), dbias = at::empty_like(float_vector(bias, "bias", call.in.C));
   kernels().attention.block_backward({call.in, dout.const_data_ptr<float>(), dx.data_ptr<float>(),
                                       dg_in.data_ptr<float>(), dweight_qkv.data_ptr<float>(), dmem_kv.data_ptr<float>(),
                                       dweight.data_ptr<float>(), dbias.data_ptr<float>()});

@@ -5,8 +5,8 @@
 #include <optional>
 #include <tuple>
 
-#include "float_maps.h"
 #include "kernels.h"
+#include "maps.h"
 
 namespace ddpm_fast {
 
@@ -33,10 +33,10 @@ struct Call {
     const int64_t channels = block ? C : 3 * heads * D;
     TORCH_CHECK_VALUE(map.size(1) == channels, block ? "x" : "qkv", " must have ", channels, " channels, got ",
                       map.size(1));
-    mem_kv = float_parameter(memory, "mem_kv", 2 * heads * D * memory.size(3));
-    weight = float_parameter(output_weight, "weight", C * heads * D);
-    bias = float_parameter(output_bias, "bias", C);
-    gain = float_parameter(output_gain, "g", C);
+    mem_kv = float_vector(memory, "mem_kv", 2 * heads * D * memory.size(3));
+    weight = float_vector(output_weight, "weight", C * heads * D);
+    bias = float_vector(output_bias, "bias", C);
+    gain = float_vector(output_gain, "g", C);
     const float* data = map.const_data_ptr<float>();
     in = {map.size(0), map.size(2) * map.size(3), heads, D, C, memory.size(3), block ? nullptr : data,
           block ? data : nullptr, nullptr, nullptr, mem_kv.const_data_ptr<float>(), weight.const_data_ptr<float>(),
@@ -44,8 +44,8 @@ struct Call {
   }
 
   void set_input_product(const Tensor& g_in, const Tensor& qkv_weight) {
-    gain_in = float_parameter(g_in, "g_in", in.C);
-    weight_qkv = float_parameter(qkv_weight, "weight_qkv", 3 * in.heads * in.D * in.C);
+    gain_in = float_vector(g_in, "g_in", in.C);
+    weight_qkv = float_vector(qkv_weight, "weight_qkv", 3 * in.heads * in.D * in.C);
     in.gain_in = gain_in.const_data_ptr<float>();
     in.weight_qkv = weight_qkv.const_data_ptr<float>();
   }
@@ -77,8 +77,8 @@ struct Gradients {
 Gradients run_backward(const Call& call, const Tensor& grad, const Tensor& statistics, const Tensor& sums) {
   const bool block = call.in.x != nullptr;
   const Tensor dout = float_map_like(grad, "grad", call.map, call.in.C);
-  const Tensor kept_statistics = float_parameter(statistics, "statistics", call.in.B * 2 * call.hidden());
-  const Tensor kept_sums = float_parameter(sums, "sums", call.in.B * call.hidden() * call.values());
+  const Tensor kept_statistics = float_vector(statistics, "statistics", call.in.B * 2 * call.hidden());
+  const Tensor kept_sums = float_vector(sums, "sums", call.in.B * call.hidden() * call.values());
   const auto empty = [](const Tensor& like) { return like.defined() ? at::empty_like(like) : Tensor(); };
   Gradients d{empty(call.map), empty(call.gain_in), empty(call.weight_qkv), empty(call.mem_kv),
               empty(call.weight), empty(call.bias), empty(call.gain)};

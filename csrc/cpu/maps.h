@@ -38,6 +38,18 @@ inline at::Tensor float_map(const at::Tensor& map) {
   return map.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
 }
 
+// A map that is read in place: channels-last, and not empty.
+inline at::Tensor float_map(const at::Tensor& map, const char* name) {
+  check_map(map, name);
+  TORCH_CHECK_VALUE(map.numel() > 0, name, " must have elements, got shape ", map.sizes());
+  return map.to(at::kFloat);
+}
+
+// Where a map lies in both formats its outputs are contiguous.
+inline at::MemoryFormat format_of(const at::Tensor& map) {
+  return map.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+}
+
 inline at::Tensor float_vector(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
 
 inline at::Tensor empty_map(int64_t B, int64_t C, int64_t H, int64_t W, const at::TensorOptions& options) {
@@ -48,6 +60,11 @@ inline at::Tensor empty_map(int64_t B, int64_t C, int64_t H, int64_t W, const at
 inline at::Tensor float_map(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {
   check_sizes(tensor, name, sizes);
   return float_map(tensor);
+}
+
+// The same, of the batch and the positions of another map.
+inline at::Tensor float_map_like(const at::Tensor& tensor, const char* name, const at::Tensor& other, int64_t channels) {
+  return float_map(tensor, name, {other.size(0), channels, other.size(2), other.size(3)});
 }
 
 inline at::Tensor empty_float_map(at::IntArrayRef sizes) {

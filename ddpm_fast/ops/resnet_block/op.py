@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from ddpm_fast import _extension, tuning
-from ddpm_fast.dispatch import Implementation, Op, forced_backend
+from ddpm_fast.dispatch import Implementation, Op, forced_backend, in_forward_mode
 from ddpm_fast.ops.resnet_block import reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -170,6 +170,8 @@ def resnet_block(
 def runs_natively(*maps: torch.Tensor) -> bool:
     """Whether a block of maps like these would be one native op: layers.py asks before it takes the single steps."""
     forced = forced_backend()
+    if in_forward_mode() and forced != "native":
+        return False
     for x in maps:
         if forced == "native":
             _resnet_block_op.choose(x)  # raises with the reason why not
