@@ -14,6 +14,7 @@
 #pragma once
 
 #include "../conv3x3.h"
+#include "conv3x3_fetch.h"
 #include "gemm.h"
 #include "norm_rows.h"
 #include "parallel.h"
@@ -22,13 +23,6 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-struct Tiles {
-  int64_t B, H, W, rows, columns, total;
-
-  DDPM_FAST_INLINE Tiles(int64_t batch, int64_t height, int64_t width)
-      : B(batch), H(height), W(width), rows(ceil_div(height, 4)), columns(ceil_div(width, 4)), total(batch * rows * columns) {}
-};
-
 enum ConvScratch { kScratchV, kScratchM, kScratchU, kScratchShared, kScratchZeros, kScratchGradients, kScratchSums };
 
 struct Yes {
@@ -36,17 +30,6 @@ struct Yes {
 };
 struct No {
   static constexpr bool value = false;
-};
-
-struct Tile {
-  int64_t b, y, x;  // of its first output
-
-  DDPM_FAST_INLINE Tile(const Tiles& tiles, int64_t index) {
-    const int64_t per_image = tiles.rows * tiles.columns, rest = index % per_image;
-    b = index / per_image;
-    y = rest / tiles.columns * 4;
-    x = rest % tiles.columns * 4;
-  }
 };
 
 // Planes that are a multiple of 4 KB apart share cache lines: 16 floats more between them.
@@ -353,55 +336,6 @@ inline void transform_inputs(const float* const* input, const int64_t* channels,
     float* to = v + (t - begin) * row;
     transform_input(input[0], channels[0], upsampled, tiles, tile, zeros, to, plane);
     if (channels[1] > 0) transform_input(input[1], channels[1], upsampled, tiles, tile, zeros, to + channels[0], plane);
-  }
-}
-
-
-
-// What is wanted soon is asked for while a product runs, which leaves the memory idle: transforms alone would wait for it
-// two thirds of their time.
-//
-// Row i of five rows of a tile's inputs: its own four, and the first below.
-constexpr int64_t kRowsToFetch = 5;
-inline void fetch_input_row(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles, int64_t index, int64_t i) {
-  const Tile tile(tiles, index);
-  const int64_t up = upsampled ? 1 : 0, y = smaller(tile.y + i, tiles.H - 1) >> up, x = tile.x >> up;
-  const int64_t width = (smaller<int64_t>(4, tiles.W - tile.x) + up) >> up;
-  const int64_t pixel = (tile.b * (tiles.H >> up) + y) * (tiles.W >> up) + x;
-  for (int part = 0; part < 2 && channels[part] > 0; ++part) {
-    fetch(input[part] + pixel * channels[part], width * channels[part]);
-  }
-}
-
-// Row i of four rows of outputs of a tile, and of what the norm reads and writes, for a panel.
-inline void fetch_output_row(const Conv3x3Forward& p, const Tiles& tiles, int64_t index, int64_t i, int64_t panel) {
-  const Tile tile(tiles, index);
-  const int64_t K = p.output_channels[0], k = panel * kPanel, columns = smaller<int64_t>(kPanel, K - k);
-  if (tile.y + i >= tiles.H || columns <= 0 || p.pooled) return;  // a second part's outputs are left to come by themselves
-  const int64_t first = (tile.b * tiles.H + tile.y + i) * tiles.W + tile.x, width = smaller<int64_t>(4, tiles.W - tile.x);
-  for (int64_t pixel = first; pixel < first + width; ++pixel) {
-    const int64_t at = pixel * K + k;
-    fetch_to_write(p.output[0] + at, columns);
-    if (p.residual[0] != nullptr) fetch(p.residual[0] + at, columns);
-    if (p.norm == nullptr) continue;
-    if (p.norm->out != p.output[0]) fetch_to_write(p.norm->out + at, columns);
-    if (p.norm->residual != nullptr) fetch(p.norm->residual + at, columns);
-  }
-}
-
-// The share of `count` things that falls to step i of `steps`.
-template <typename Body>
-DDPM_FAST_INLINE void share(int64_t count, int64_t i, int64_t steps, const Body& body) {
-  for (int64_t n = count * i / steps; n < count * (i + 1) / steps; ++n) body(n);
-}
-
-// The weights of input channels [c, c + count) for a panel, in kPoints steps.
-inline void fetch_weights(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t c, int64_t count, int64_t step) {
-  const float* from = w.data + first * w.out_stride + c * w.in_stride;
-  if (w.in_stride == 9) {
-    share(columns, step, kPoints, [&](int64_t k) { fetch(from + k * w.out_stride, 9 * count); });
-  } else {
-    share(count, step, kPoints, [&](int64_t n) { fetch(from + n * w.in_stride, 9 * columns); });
   }
 }
 
