@@ -51,6 +51,12 @@ def is_plain(*modules: nn.Module) -> bool:
     return True
 
 
+def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+    """module.name, found in a fraction of the time where it is a parameter, as it nearly always is."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors as autocast hands them to a convolution; None stays None."""
     device_type = tensors[0].device.type
@@ -454,25 +460,24 @@ class ResnetBlock(nn.Module):
 
     def _as_one_op(self, x, beside=None, *, scale_shift) -> torch.Tensor:
         """The block by the op that keeps two maps for backward, `low_memory` or not."""
-        # By dicts: an attribute of a module that is a parameter or a module takes twenty times as long to find.
-        modules = self._modules
-        block1, block2 = modules["block1"]._modules, modules["block2"]._modules
-        proj1, proj2 = block1["proj"]._parameters, block2["proj"]._parameters
+        modules = self._modules  # see `_parameter`
+        block1, block2, res_conv = modules["block1"]._modules, modules["block2"]._modules, modules["res_conv"]
+        proj1, proj2 = block1["proj"], block2["proj"]
         scale, shift = (None, None) if scale_shift is None else scale_shift
         dropout = block1["dropout"]
         dropout_p = dropout.p if dropout.training else 0.0
         options = {"dropout_p": dropout_p, "seed": noise.draw_seed(x.device)} if dropout_p > 0 else {}
         norm1, norm2 = block1["norm"], block2["norm"]
         if isinstance(norm1, RMSNorm):
-            gain1, gain2 = norm1._parameters["g"], norm2._parameters["g"]
+            gain1, gain2 = _parameter(norm1, "g"), _parameter(norm2, "g")
         else:
             gain1, gain2 = norm1.weight, norm2.weight
             options |= {"affine1": norm1.bias, "affine2": norm2.bias, "groups": norm1.num_groups, "eps": norm1.eps}
-        residual = modules["res_conv"]._parameters
-        if residual:
-            options |= {"res_weight": residual["weight"], "res_bias": residual["bias"]}
+        if isinstance(res_conv, nn.Conv2d):
+            options |= {"res_weight": _parameter(res_conv, "weight"), "res_bias": _parameter(res_conv, "bias")}
         return natively(
-            x, proj1["weight"], proj1["bias"], gain1, proj2["weight"], proj2["bias"], gain2,
+            x, _parameter(proj1, "weight"), _parameter(proj1, "bias"), gain1,
+            _parameter(proj2, "weight"), _parameter(proj2, "bias"), gain2,
             beside=beside, scale=scale, shift=shift, **options,
         )  # fmt: skip
 

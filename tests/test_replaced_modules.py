@@ -165,3 +165,17 @@ def test_a_model_may_write_into_its_timesteps():
 
     diffusion = GaussianDiffusion(Writes(), image_size=4, timesteps=5)
     assert diffusion.sample(3, seed=0, progress=False).shape == (3, 3, 4, 4)
+
+
+def test_weights_may_be_plain_tensors():
+    """As where parameters are made elsewhere, by FSDP or a hypernetwork."""
+    torch.manual_seed(0)
+    unet = Unet(8, dim_mults=(1, 2))
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 5])
+    expected = unet(x, t)
+    for block in unet._blocks():
+        for module in block.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                setattr(module, name, parameter.detach().clone())
+    torch.testing.assert_close(unet(x, t), expected, rtol=0, atol=0)
