@@ -343,7 +343,7 @@ inline void transform_inputs(const float* const* input, const int64_t* channels,
 // best at every shape of a Unet(64): tiles of a group, of which one pass of the product's kernel takes kRows; the largest
 // transform of the taps that is made as a whole; the least tiles for which that pays; the floats of V, and of V and D,
 // that are made at a time.
-constexpr int64_t kGroup = 14;
+constexpr int64_t kGroup = kLanes == 16 ? 14 : 18;
 constexpr int64_t kLargestSharedU = 2 << 20, kLeastTiles = 128, kLargestV = 2 << 20, kLargestVAndD = 2 << 20;
 
 // Rough cycles of a Zen 4: of a panel's taps and products for one channel (and tile), and of a tile's inputs for one.

@@ -52,11 +52,21 @@ template <int R, typename Out>
 DDPM_FAST_INLINE void product_rows(const float* a, int64_t row, int64_t step, const float* panel, int64_t K, Out& out) {
   Sums<R> sums;
   sums.clear();
-  for (int64_t k = 0; k < K; ++k) {
+  const auto next = [&]() DDPM_FAST_LAMBDA {
     sums.add(a, row, load(panel), load(panel + kLanes));
     a += step;
     panel += kPanel;
+  };
+  int64_t k = 0;
+  if constexpr (R <= 6) {  // so few sums are waited for; more terms at a time let the loop's own instructions run beside
+    for (; k + 4 <= K; k += 4) {
+      next();
+      next();
+      next();
+      next();
+    }
   }
+  for (; k < K; ++k) next();
   sums.write(out);
 }
 
