@@ -1,7 +1,7 @@
 // 3×3 convolutions by Winograd's F(4×4, 3×3), channels-last. The map is cut into tiles of 4×4 outputs:
 //
 //   V[point][tile][c]  = transform of the tile's 6×6 inputs
-//   U[panel][point][c] = transform of the taps, kPanel output channels side by side
+//   U[point][panel][c] = transform of the taps, kPanel output channels side by side
 //   M[point][tile][k]  = V[point] · U[point]
 //   output tile        = transform of M + bias + residual
 //
@@ -83,9 +83,11 @@ DDPM_FAST_INLINE void transform_rows(const float* const* rows, int64_t pixel, in
   }
 }
 
-// V of one tile and one part: v + point·plane gets `channels` floats. `zeros` are 6·channels of them.
+// V of one tile and some of a part's channels, which lie `pixel` floats apart: v + point·plane gets `channels` floats.
+// `zeros` are 6·pixel of them.
 inline void transform_input(
-    const float* input, int64_t channels, bool upsampled, const Tiles& tiles, const Tile& tile, const float* zeros, float* v, int64_t plane) {
+    const float* input, int64_t pixel, int64_t channels, bool upsampled, const Tiles& tiles, const Tile& tile, const float* zeros,
+    float* v, int64_t plane) {
   const int64_t height = upsampled ? tiles.H / 2 : tiles.H, width = upsampled ? tiles.W / 2 : tiles.W;
   int64_t done = 0;
   if (tile.x + 4 <= tiles.W) {
@@ -94,10 +96,10 @@ inline void transform_input(
     for (int i = 0; i < 6; ++i) {
       const int64_t y = tile.y - 1 + i;
       const int64_t row = upsampled ? y >> 1 : y;
-      rows[i] = y < 0 || y >= tiles.H ? zeros : input + ((tile.b * height + row) * width + column) * channels;
+      rows[i] = y < 0 || y >= tiles.H ? zeros : input + ((tile.b * height + row) * width + column) * pixel;
     }
     const bool left = tile.x == 0, right = tile.x + 4 == tiles.W;
-    const auto go = [&](auto up, auto l, auto r) { transform_rows<decltype(up)::value, decltype(l)::value, decltype(r)::value>(rows, channels, channels, v, plane); };
+    const auto go = [&](auto up, auto l, auto r) { transform_rows<decltype(up)::value, decltype(l)::value, decltype(r)::value>(rows, pixel, channels, v, plane); };
     const auto go2 = [&](auto up) {
       if (left && right) go(up, Yes{}, Yes{});
       else if (left) go(up, Yes{}, No{});
@@ -114,7 +116,7 @@ inline void transform_input(
     const int64_t y = tile.y - 1 + i / 6, x = tile.x - 1 + i % 6;
     const bool inside = y >= 0 && y < tiles.H && x >= 0 && x < tiles.W;
     const int64_t row = upsampled ? y >> 1 : y, column = upsampled ? x >> 1 : x;
-    from[i] = inside ? input + ((tile.b * height + row) * width + column) * channels : kZeroVector;
+    from[i] = inside ? input + ((tile.b * height + row) * width + column) * pixel : kZeroVector;
     step[i] = inside ? 1 : 0;
   }
   for (int64_t c = done; c < channels; c += kLanes) {
@@ -230,26 +232,30 @@ struct OutputSlice {
   int64_t channels;  // of the part, its pixels' stride
 };
 
-// The 4×4 outputs of a tile for up to kLanes channels from m + point·plane; with kPooled the sums of 2×2 of them.
-template <bool kPooled>
+// The 4×4 outputs of a tile for up to kLanes channels from m + point·plane; with kPooled the sums of 2×2 of them. kWhole:
+// the tile lies inside the map, and there are kLanes channels. The two outer rows of each axis' four are made apart from
+// the inner two, from values loaded again, so that all stays in registers.
+template <bool kPooled, bool kWhole, bool kResidual>
 DDPM_FAST_INLINE void transform_output(
     const float* m, int64_t plane, const Tiles& tiles, const Tile& tile, const OutputSlice& slice, int64_t count) {
-  const auto column = [&](int j) DDPM_FAST_LAMBDA {
-    const float* from = m + j * plane;
-    return outputs({load(from), load(from + 6 * plane), load(from + 12 * plane), load(from + 18 * plane),
-                    load(from + 24 * plane), load(from + 30 * plane)});
-  };
-  const Four a = column(0), b = column(1), c = column(2), d = column(3), e = column(4), f = column(5);
-  const vf bias = slice.bias == nullptr ? vf{} : load_upto(slice.bias, count);
+  const vf bias = slice.bias == nullptr ? vf{} : kWhole ? load(slice.bias) : load_upto(slice.bias, count);
   const auto put = [&](int64_t pixel, vf value) DDPM_FAST_LAMBDA {
     const int64_t at = pixel * slice.channels;
     value += bias;
-    if (slice.residual != nullptr) value += load_upto(slice.residual + at, count);
-    store_upto(slice.output + at, value, count);
+    if constexpr (kWhole) {
+      if constexpr (kResidual) value += load(slice.residual + at);
+      store(slice.output + at, value);
+    } else {
+      if constexpr (kResidual) value += load_upto(slice.residual + at, count);
+      store_upto(slice.output + at, value, count);
+    }
   };
-  const int64_t height = tiles.H - tile.y, width = tiles.W - tile.x;
+  const int64_t height = kWhole ? 4 : tiles.H - tile.y, width = kWhole ? 4 : tiles.W - tile.x;
+  const auto at = [&](int i, int j) DDPM_FAST_LAMBDA { return load(m + (i * 6 + j) * plane); };
   if constexpr (kPooled) {
     const int64_t half = tiles.W / 2, first = (tile.b * (tiles.H / 2) + tile.y / 2) * half + tile.x / 2;
+    const auto column = [&](int j) DDPM_FAST_LAMBDA { return outputs({at(0, j), at(1, j), at(2, j), at(3, j), at(4, j), at(5, j)}); };
+    const Four a = column(0), b = column(1), c = column(2), d = column(3), e = column(4), f = column(5);
     const auto row = [&](int64_t pixel, const Four& upper, const Four& lower) DDPM_FAST_LAMBDA {
       put(pixel, (upper.a0 + upper.a1) + (lower.a0 + lower.a1));
       if (width > 2) put(pixel + 1, (upper.a2 + upper.a3) + (lower.a2 + lower.a3));
@@ -268,37 +274,42 @@ DDPM_FAST_INLINE void transform_output(
       if (width > 2) put(pixel + 2, y.a2);
       if (width > 3) put(pixel + 3, y.a3);
     };
-    row(0, outputs({a.a0, b.a0, c.a0, d.a0, e.a0, f.a0}));
-    row(1, outputs({a.a1, b.a1, c.a1, d.a1, e.a1, f.a1}));
-    row(2, outputs({a.a2, b.a2, c.a2, d.a2, e.a2, f.a2}));
-    row(3, outputs({a.a3, b.a3, c.a3, d.a3, e.a3, f.a3}));
+    const auto even = [&](int j) DDPM_FAST_LAMBDA { return even_outputs(at(0, j), at(1, j), at(2, j), at(3, j), at(4, j)); };
+    const auto odd = [&](int j) DDPM_FAST_LAMBDA { return odd_outputs(at(1, j), at(2, j), at(3, j), at(4, j), at(5, j)); };
+    const auto rows = [&](int i, Two a, Two b, Two c, Two d, Two e, Two f) DDPM_FAST_LAMBDA {
+      row(i, outputs({a.a0, b.a0, c.a0, d.a0, e.a0, f.a0}));
+      row(i + 2, outputs({a.a1, b.a1, c.a1, d.a1, e.a1, f.a1}));
+    };
+    rows(0, even(0), even(1), even(2), even(3), even(4), even(5));
+    rows(1, odd(0), odd(1), odd(2), odd(3), odd(4), odd(5));
   }
 }
 
-// The outputs of tiles [begin, end) for one panel; m holds kPanel floats per tile and point.
-inline void finish_panel(const Conv3x3Forward& p, const Tiles& tiles, int64_t begin, int64_t end, int64_t panel, const float* m, int64_t plane) {
-  for (int half = 0; half < kPanel; half += kLanes) {
-    int64_t k = panel * kPanel + half;
-    int64_t left = smaller<int64_t>(kLanes, p.output_channels[0] + p.output_channels[1] - k);
-    int64_t offset = half;
-    while (left > 0) {  // a second time where the vector spans both parts
+// Columns [first, first + columns) of the outputs of tiles [begin, end); m holds their sums, `row` floats from tile to tile.
+inline void finish_columns(
+    const Conv3x3Forward& p, const Tiles& tiles, int64_t begin, int64_t end, int64_t first, int64_t columns, const float* m,
+    int64_t row, int64_t plane) {
+  const int64_t last = smaller(first + columns, p.output_channels[0] + p.output_channels[1]);
+  for (int64_t t = begin; t < end; ++t) {
+    const Tile tile(tiles, t);
+    const bool inside = tile.y + 4 <= tiles.H && tile.x + 4 <= tiles.W;
+    for (int64_t k = first, count; k < last; k += count) {
       const int part = k < p.output_channels[0] ? 0 : 1;
       const int64_t channel = k - (part == 0 ? 0 : p.output_channels[0]);
-      const int64_t count = smaller<int64_t>(left, p.output_channels[part] - channel);
+      count = smaller(smaller<int64_t>(kLanes, last - k), p.output_channels[part] - channel);
       const OutputSlice slice{
           p.output[part] + channel, p.residual[part] == nullptr ? nullptr : p.residual[part] + channel,
           p.bias == nullptr ? nullptr : p.bias + k, p.output_channels[part]};
-      for (int64_t t = begin; t < end; ++t) {
-        const float* from = m + (t - begin) * kPanel + offset;
-        if (p.pooled) {
-          transform_output<true>(from, plane, tiles, Tile(tiles, t), slice, count);
-        } else {
-          transform_output<false>(from, plane, tiles, Tile(tiles, t), slice, count);
-        }
-      }
-      k += count;
-      left -= count;
-      offset += count;
+      const auto go = [&](auto pooled, auto whole, auto residual) {
+        transform_output<decltype(pooled)::value, decltype(whole)::value, decltype(residual)::value>(
+            m + (t - begin) * row + (k - first), plane, tiles, tile, slice, count);
+      };
+      const auto go_residual = [&](auto pooled, auto whole) {
+        if (slice.residual != nullptr) go(pooled, whole, Yes{}); else go(pooled, whole, No{});
+      };
+      if (p.pooled) go_residual(Yes{}, No{});
+      else if (inside && count == kLanes) go_residual(No{}, Yes{});
+      else go_residual(No{}, No{});
     }
   }
 }
@@ -327,24 +338,29 @@ inline void norm_tile(const Conv3x3Forward& p, const Tiles& tiles, const Tile& t
   }
 }
 
-inline void transform_inputs(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles, int64_t begin, int64_t end, float* v, int64_t row, int64_t plane) {
+// V of tiles [begin, end) and channels [c, c + count) of both parts: v + point·plane + tile·row.
+inline void transform_inputs(
+    const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles, int64_t begin, int64_t end, int64_t c,
+    int64_t count, float* v, int64_t row, int64_t plane) {
   const int64_t floats = 6 * larger(channels[0], channels[1]);
   float* zeros = thread_scratch(kScratchZeros, floats);
   for (int64_t i = 0; i < floats; ++i) zeros[i] = 0;
+  const int64_t left = larger<int64_t>(0, smaller(c + count, channels[0]) - c), skipped = larger<int64_t>(0, c - channels[0]);
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile(tiles, t);
     float* to = v + (t - begin) * row;
-    transform_input(input[0], channels[0], upsampled, tiles, tile, zeros, to, plane);
-    if (channels[1] > 0) transform_input(input[1], channels[1], upsampled, tiles, tile, zeros, to + channels[0], plane);
+    if (left > 0) transform_input(input[0] + c, channels[0], left, upsampled, tiles, tile, zeros, to, plane);
+    if (left < count) {
+      transform_input(input[1] + skipped, channels[1], count - left, upsampled, tiles, tile, zeros, to + left, plane);
+    }
   }
 }
 
-// Measured on two cores of a Zen 4 (1 MB of second-level cache each, 32 MB of third-level), where each is within 5% of the
-// best at every shape of a Unet(64): tiles of a group, of which one pass of the product's kernel takes kRows; the largest
-// transform of the taps that is made as a whole; the least tiles for which that pays; the floats of V, and of V and D,
-// that are made at a time.
+// Measured on two cores of a Zen 4 and of a Zen 3 (1 MB and 512 KB of second-level cache each, 32 MB of third-level): tiles
+// of a group, a whole number of passes of the product's kernel of kRows; the largest transform of the taps that is made as
+// a whole; the least tiles for which that pays; the floats of V that are made at a time.
 constexpr int64_t kGroup = kLanes == 16 ? 14 : 18;
-constexpr int64_t kLargestSharedU = 2 << 20, kLeastTiles = 128, kLargestV = 2 << 20, kLargestVAndD = 2 << 20;
+constexpr int64_t kLargestSharedU = 2 << 20, kLeastTiles = 128, kLargestV = 2 << 20;
 
 // Rough cycles of a Zen 4: of a panel's taps and products for one channel (and tile), and of a tile's inputs for one.
 constexpr int64_t kCyclesOfTaps = 360, kCyclesOfProducts = 80, kCyclesOfInputs = 16;
@@ -360,31 +376,31 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i % num_panels, c = i / num_panels * 16;
       transform_weight(p.weight, panel * kPanel, smaller<int64_t>(kPanel, K - panel * kPanel), c, smaller<int64_t>(C, c + 16),
-                       u + panel * kPoints * point + c * kPanel, point);
+                       u + panel * point + c * kPanel, num_panels * point);
     }
   });
   // As many groups for each thread; a tile's result does not depend on its group.
   const int64_t groups = round_up(ceil_div(tiles.total, kGroup), thread_count());
-  const int64_t size = ceil_div(tiles.total, groups), row = row_stride(C);
-  const int64_t v_plane = plane_stride(size * row), m_plane = plane_stride(size * kPanel);
+  const int64_t size = ceil_div(tiles.total, groups), v_row = row_stride(C), m_row = row_stride(num_panels * kPanel);
+  const int64_t v_plane = plane_stride(size * v_row), m_plane = plane_stride(size * m_row);
   parallel(ceil_div(tiles.total, size), pieces_of(size * C * num_panels * kCyclesOfProducts), [&](int64_t first, int64_t last) {
     float* v = thread_scratch(kScratchV, kPoints * v_plane);
     float* m = thread_scratch(kScratchM, kPoints * m_plane);
     for (int64_t g = first; g < last; ++g) {
       const int64_t begin = g * size, end = smaller(tiles.total, begin + size);
-      const int64_t next = smaller(tiles.total, end + size);
-      transform_inputs(p.input, p.channels, p.upsampled, tiles, begin, end, v, row, v_plane);
-      for (int64_t panel = 0; panel < num_panels; ++panel) {
-        for (int64_t i = 0; i < kPoints; ++i) {
-          if (g + 1 < last && panel + 1 == num_panels) {
-            share((next - end) * kRowsToFetch, i, kPoints,
-                  [&](int64_t n) { fetch_input_row(p.input, p.channels, p.upsampled, tiles, end + n / kRowsToFetch, n % kRowsToFetch); });
-          }
-          share((end - begin) * 4, i, kPoints, [&](int64_t n) { fetch_output_row(p, tiles, begin + n / 4, n % 4, panel); });
-          product_panel(v + i * v_plane, row, 1, u + (panel * kPoints + i) * point, end - begin, C, m + i * m_plane, kPanel, kPanel, false);
+      const int64_t next = g + 1 < last ? smaller(tiles.total, end + size) : end;
+      transform_inputs(p.input, p.channels, p.upsampled, tiles, begin, end, 0, C, v, v_row, v_plane);
+      // All panels of a point, one after another: the point's V stays in the first-level cache.
+      for (int64_t i = 0; i < kPoints; ++i) {
+        for (int64_t panel = 0; panel < num_panels; ++panel) {
+          const int64_t step = i * num_panels + panel, steps = kPoints * num_panels;
+          share((next - end) * kRowsToFetch, step, steps,
+                [&](int64_t n) { fetch_input_row(p.input, p.channels, p.upsampled, tiles, end + n / kRowsToFetch, n % kRowsToFetch); });
+          share((end - begin) * 4, step, steps, [&](int64_t n) { fetch_output_row(p, tiles, begin + n / 4, n % 4); });
+          product_panel(v + i * v_plane, v_row, 1, u + step * point, end - begin, C, m + i * m_plane + panel * kPanel, m_row, kPanel, false);
         }
-        finish_panel(p, tiles, begin, end, panel, m, m_plane);
       }
+      finish_columns(p, tiles, begin, end, 0, K, m, m_row, m_plane);
       for (int64_t t = begin; p.norm != nullptr && t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
     }
   });
@@ -392,11 +408,18 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
 
 constexpr int64_t kChannelBlock = 64;  // input channels whose taps are transformed at a time
 
+// V lies block by block of channels: what one product reads is one piece of memory.
 inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K, int64_t first_tile, int64_t last_tile) {
-  const int64_t T = last_tile - first_tile, row = row_stride(C), v_plane = plane_stride(T * row), m_plane = plane_stride(T * kPanel);
-  float* v = thread_scratch(kScratchShared, kPoints * v_plane);
-  parallel(T, pieces_of(C * kCyclesOfInputs), [&](int64_t begin, int64_t end) {
-    transform_inputs(p.input, p.channels, p.upsampled, tiles, first_tile + begin, first_tile + end, v + begin * row, row, v_plane);
+  const int64_t T = last_tile - first_tile, blocks = ceil_div(C, kChannelBlock), row = round_up(smaller(C, kChannelBlock), 16);
+  const int64_t v_plane = plane_stride(T * row), v_block = kPoints * v_plane, m_plane = plane_stride(T * kPanel);
+  float* v = thread_scratch(kScratchShared, blocks * v_block);
+  parallel(blocks * T, pieces_of(row * kCyclesOfInputs), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin, count; n < end; n += count) {
+      const int64_t block = n / T, t = n % T, c = block * kChannelBlock;
+      count = smaller(end - n, T - t);
+      transform_inputs(p.input, p.channels, p.upsampled, tiles, first_tile + t, first_tile + t + count, c,
+                       smaller(kChannelBlock, C - c), v + block * v_block + t * row, row, v_plane);
+    }
   });
   parallel(panels(K), pieces_of(C * (T * kCyclesOfProducts + kCyclesOfTaps)), [&](int64_t first, int64_t last) {
     const int64_t u_plane = plane_stride(kChannelBlock * kPanel);
@@ -404,8 +427,8 @@ inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64
     float* m = thread_scratch(kScratchM, kPoints * m_plane);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t columns = smaller<int64_t>(kPanel, K - panel * kPanel);
-      for (int64_t c = 0; c < C; c += kChannelBlock) {
-        const int64_t count = smaller<int64_t>(kChannelBlock, C - c);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t c = block * kChannelBlock, count = smaller<int64_t>(kChannelBlock, C - c);
         transform_weight(p.weight, panel * kPanel, columns, c, c + count, u, u_plane);
         const int64_t c_next = c + count < C ? c + count : 0, panel_next = c_next > 0 ? panel : panel + 1;
         for (int64_t i = 0; i < kPoints; ++i) {
@@ -413,10 +436,10 @@ inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64
             fetch_weights(p.weight, panel_next * kPanel, smaller<int64_t>(kPanel, K - panel_next * kPanel), c_next,
                           smaller<int64_t>(kChannelBlock, C - c_next), i);
           }
-          product_panel(v + i * v_plane + c, row, 1, u + i * u_plane, T, count, m + i * m_plane, kPanel, kPanel, c > 0);
+          product_panel(v + block * v_block + i * v_plane, row, 1, u + i * u_plane, T, count, m + i * m_plane, kPanel, kPanel, block > 0);
         }
       }
-      finish_panel(p, tiles, first_tile, last_tile, panel, m, m_plane);
+      finish_columns(p, tiles, first_tile, last_tile, panel * kPanel, columns, m, kPanel, m_plane);
     }
   });
 }

@@ -21,20 +21,17 @@ inline void fetch_input_row(const float* const* input, const int64_t* channels, 
   }
 }
 
-// Row i of four rows of outputs of a tile, and of what the norm reads and writes, for a panel.
-inline void fetch_output_row(const Conv3x3Forward& p, const Tiles& tiles, int64_t index, int64_t i, int64_t panel) {
+// Row i of four rows of outputs of a tile, and of what the norm reads and writes.
+inline void fetch_output_row(const Conv3x3Forward& p, const Tiles& tiles, int64_t index, int64_t i) {
   const Tile tile(tiles, index);
-  const int64_t K = p.output_channels[0], k = panel * kPanel, columns = smaller<int64_t>(kPanel, K - k);
-  if (tile.y + i >= tiles.H || columns <= 0 || p.pooled) return;  // a second part's outputs are left to come by themselves
-  const int64_t first = (tile.b * tiles.H + tile.y + i) * tiles.W + tile.x, width = smaller<int64_t>(4, tiles.W - tile.x);
-  for (int64_t pixel = first; pixel < first + width; ++pixel) {
-    const int64_t at = pixel * K + k;
-    fetch_to_write(p.output[0] + at, columns);
-    if (p.residual[0] != nullptr) fetch(p.residual[0] + at, columns);
-    if (p.norm == nullptr) continue;
-    if (p.norm->out != p.output[0]) fetch_to_write(p.norm->out + at, columns);
-    if (p.norm->residual != nullptr) fetch(p.norm->residual + at, columns);
-  }
+  if (tile.y + i >= tiles.H || p.pooled) return;  // a second part's outputs are left to come by themselves
+  const int64_t K = p.output_channels[0], width = smaller<int64_t>(4, tiles.W - tile.x), floats = width * K;
+  const int64_t at = ((tile.b * tiles.H + tile.y + i) * tiles.W + tile.x) * K;
+  fetch_to_write(p.output[0] + at, floats);
+  if (p.residual[0] != nullptr) fetch(p.residual[0] + at, floats);
+  if (p.norm == nullptr) return;
+  if (p.norm->out != p.output[0]) fetch_to_write(p.norm->out + at, floats);
+  if (p.norm->residual != nullptr) fetch(p.norm->residual + at, floats);
 }
 
 // The share of `count` things that falls to step i of `steps`.

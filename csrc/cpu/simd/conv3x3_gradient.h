@@ -7,11 +7,18 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 // The gradient of the weight is a convolution of inputs and output gradients with the same transforms, transposed:
 //
-//   V[point][tile][c] as above      D[panel][point][tile][k] = transposed output transform of the gradient's 4×4 tile
-//   S[point][c][k] = Σ over tiles of V·D      dweight = transposed transform of the taps of S
+//   V[point][tile][c] as in conv3x3.h      D[point][tile][k] = transposed output transform of the gradient's 4×4 tile
+//   S[point][c][k] = Σ over tiles of V·D   dweight = transposed transform of the taps of S
+//
+// Two orders of work, chosen by sizes alone:
+// - by points: V and D of some hundred tiles, then each thread takes points and adds to all of their sums: V and D are
+//   read once, from one piece of memory each. For many tiles.
+// - by blocks: V and D of all tiles, then each thread takes blocks of the weight, whose sums never leave its second-level
+//   cache. For few tiles with many channels, where the sums are what has to be moved.
 
-// D of one tile: d + (panel·kPoints + point)·plane.
-inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles, const Tile& tile, float* d, int64_t plane) {
+// D of one tile: d + panel·apart + point·plane.
+inline void transform_gradient(
+    const float* grad, int64_t K, const Tiles& tiles, const Tile& tile, float* d, int64_t plane, int64_t apart) {
   const int64_t height = tiles.H - tile.y, width = tiles.W - tile.x;
   const float* first = grad + ((tile.b * tiles.H + tile.y) * tiles.W + tile.x) * K;
   for (int64_t k = 0; k < round_up(K, kPanel); k += kLanes) {
@@ -23,7 +30,7 @@ inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles,
     const Six b = output_gradients({read(0, 1), read(1, 1), read(2, 1), read(3, 1)});
     const Six c = output_gradients({read(0, 2), read(1, 2), read(2, 2), read(3, 2)});
     const Six e = output_gradients({read(0, 3), read(1, 3), read(2, 3), read(3, 3)});
-    float* to = d + k / kPanel * kPoints * plane + k % kPanel;
+    float* to = d + k / kPanel * apart + k % kPanel;
     const auto put = [&](int i, vf w, vf x, vf y, vf z) DDPM_FAST_LAMBDA {
       const Six points = output_gradients({w, x, y, z});
       float* at = to + i * 6 * plane;
@@ -106,50 +113,114 @@ inline void sum_rows(const float* grad, int64_t rows, int64_t K, float* dbias) {
   }
 }
 
-constexpr int64_t kTilesOfPiece = 32;
-constexpr int64_t kGradientBlock = 32;  // input channels of a task, whose sums stay in the second-level cache
+// Sums are taken in pieces, since a sum of many terms rounds less as a sum of sums; the kernel of few rows needs longer ones
+// to earn what it takes to add a piece.
+constexpr int64_t kTilesOfPiece = kLanes == 16 ? 32 : 64;
+constexpr int64_t kGradientBlock = 32;  // input channels of a block
+
+// Measured on two cores of a Zen 3 (512 KB of second-level cache each): the largest S that is made as a whole, and of V and
+// D together what is made at a time, by points and by blocks.
+constexpr int64_t kLargestSums = 2 << 20, kLargestOfPoints = 3 << 18, kLargestOfBlocks = 2 << 20;
+
+// S (count × columns of a panel) from all or some tiles; v: (tile, channel), v_row floats from tile to tile; d: (tile, kPanel).
+inline void add_products(const float* v, int64_t v_row, const float* d, int64_t T, int64_t count, float* s, bool add) {
+  for (int64_t t = 0; t < T; t += kTilesOfPiece) {
+    product_panel(v + t * v_row, 1, v_row, d + t * kPanel, count, smaller(kTilesOfPiece, T - t), s, kPanel, kPanel, add || t > 0);
+  }
+}
+
+// dweight of a panel's output channels and of kLanes or fewer input channels from c on; s: (channel, kPanel).
+inline void finish_panel_taps(const Conv3x3WeightGradient& p, const float* s, int64_t plane, int64_t panel, int64_t c, int64_t count) {
+  for (int half = 0; half < kPanel; half += kLanes) {
+    const int64_t k = panel * kPanel + half;
+    if (k >= p.K) return;
+    finish_taps(s + half, plane, p.dweight, p.channels[0] + p.channels[1], c, count, k, smaller<int64_t>(kLanes, p.K - k));
+  }
+}
+
+// Tiles that a piece of `most` floats of V and D holds, all pieces alike; per_tile: of one point.
+DDPM_FAST_INLINE int64_t tiles_at_a_time(const Tiles& tiles, int64_t most, int64_t per_tile) {
+  return ceil_div(tiles.total, ceil_div(tiles.total, larger<int64_t>(kLanes, most / (kPoints * per_tile))));
+}
+
+inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
+  const int64_t num_panels = panels(p.K), row = row_stride(C);
+  const int64_t size = tiles_at_a_time(tiles, kLargestOfPoints, row + num_panels * kPanel);
+  const int64_t d_panel = round_up(size, 4) * kPanel, s_panel = C * kPanel;
+  const int64_t v_plane = plane_stride(size * row), d_plane = plane_stride(num_panels * d_panel), s_plane = plane_stride(num_panels * s_panel);
+  float* v = thread_scratch(kScratchShared, kPoints * v_plane);
+  float* d = thread_scratch(kScratchGradients, kPoints * d_plane);
+  float* s = thread_scratch(kScratchSums, kPoints * s_plane);
+  for (int64_t first = 0; first < tiles.total; first += size) {
+    const int64_t T = smaller(size, tiles.total - first);
+    parallel(T, 1, [&](int64_t begin, int64_t end) {
+      transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, 0, C, v + begin * row, row, v_plane);
+      for (int64_t t = begin; t < end; ++t) {
+        transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane, d_panel);
+      }
+    });
+    parallel(kPoints * num_panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t point = i / num_panels, panel = i % num_panels;
+        add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T, C, s + point * s_plane + panel * s_panel, first > 0);
+      }
+    });
+  }
+  const int64_t steps = ceil_div(C, kLanes);
+  parallel(num_panels * steps, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = i / steps, c = i % steps * kLanes;
+      finish_panel_taps(p, s + panel * s_panel + c * kPanel, s_plane, panel, c, smaller<int64_t>(kLanes, C - c));
+    }
+  });
+}
+
+inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
+  const int64_t num_panels = panels(p.K), blocks = ceil_div(C, kGradientBlock), row = round_up(smaller(C, kGradientBlock), 16);
+  const int64_t size = tiles_at_a_time(tiles, kLargestOfBlocks, blocks * row + num_panels * kPanel);
+  const int64_t v_plane = plane_stride(size * row), v_block = kPoints * v_plane;
+  const int64_t d_plane = plane_stride(size * kPanel), d_panel = kPoints * d_plane;
+  const int64_t s_plane = plane_stride(kGradientBlock * kPanel), sums = kPoints * s_plane;
+  float* v = thread_scratch(kScratchShared, blocks * v_block);
+  float* d = thread_scratch(kScratchGradients, num_panels * d_panel);
+  float* kept = size >= tiles.total ? nullptr : thread_scratch(kScratchSums, num_panels * blocks * sums);
+  for (int64_t first = 0; first < tiles.total; first += size) {
+    const int64_t T = smaller(size, tiles.total - first);
+    parallel(T, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t c = block * kGradientBlock;
+        transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, c, smaller(kGradientBlock, C - c),
+                         v + block * v_block + begin * row, row, v_plane);
+      }
+      for (int64_t t = begin; t < end; ++t) {
+        transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane, d_panel);
+      }
+    });
+    parallel(num_panels * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t panel = task / blocks, block = task % blocks, c = block * kGradientBlock, count = smaller(kGradientBlock, C - c);
+        float* s = kept == nullptr ? thread_scratch(kScratchM, sums) : kept + task * sums;
+        for (int64_t i = 0; i < kPoints; ++i) {
+          add_products(v + block * v_block + i * v_plane, row, d + panel * d_panel + i * d_plane, T, count, s + i * s_plane, first > 0);
+        }
+        if (first + T < tiles.total) continue;
+        for (int64_t n = 0; n < count; n += kLanes) {
+          finish_panel_taps(p, s + n * kPanel, s_plane, panel, c + n, smaller<int64_t>(kLanes, count - n));
+        }
+      }
+    });
+  }
+}
 
 inline void conv3x3_weight_gradient(const Conv3x3WeightGradient& p) {
   if (p.dbias != nullptr) sum_rows(p.grad, p.B * p.H * p.W, p.K, p.dbias);
   if (p.dweight == nullptr) return;
   const Tiles tiles(p.B, p.H, p.W);
-  const int64_t C = p.channels[0] + p.channels[1], K = p.K, num_panels = panels(K), blocks = ceil_div(C, kGradientBlock);
-  const int64_t row = row_stride(C), per_tile = kPoints * (row + num_panels * kPanel);
-  const int64_t chunks = ceil_div(tiles.total, larger<int64_t>(kLanes, kLargestVAndD / per_tile));
-  const int64_t size = ceil_div(tiles.total, chunks), s_plane = plane_stride(kGradientBlock * kPanel), sums = kPoints * s_plane;
-  const int64_t v_plane = plane_stride(size * row), d_plane = plane_stride(size * kPanel);
-  float* v = thread_scratch(kScratchShared, kPoints * v_plane);
-  float* d = thread_scratch(kScratchGradients, num_panels * kPoints * d_plane);
-  float* kept = chunks == 1 ? nullptr : thread_scratch(kScratchSums, num_panels * blocks * sums);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t first = chunk * size, T = smaller(size, tiles.total - first);
-    parallel(T, 1, [&](int64_t begin, int64_t end) {
-      transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, v + begin * row, row, v_plane);
-      for (int64_t t = begin; t < end; ++t) {
-        transform_gradient(p.grad, K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane);
-      }
-    });
-    parallel(num_panels * blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t panel = task / blocks, c = task % blocks * kGradientBlock, count = smaller(kGradientBlock, C - c);
-        float* s = kept == nullptr ? thread_scratch(kScratchM, sums) : kept + task * sums;
-        for (int64_t i = 0; i < kPoints; ++i) {
-          // In pieces: a sum of many terms rounds less as a sum of sums.
-          for (int64_t t = 0; t < T; t += kTilesOfPiece) {
-            product_panel(v + i * v_plane + t * row + c, 1, row, d + (panel * kPoints + i) * d_plane + t * kPanel, count,
-                          smaller(kTilesOfPiece, T - t), s + i * s_plane, kPanel, kPanel, chunk > 0 || t > 0);
-          }
-        }
-        if (chunk + 1 < chunks) continue;
-        for (int64_t n = 0; n < count; n += kLanes) {
-          for (int half = 0; half < kPanel; half += kLanes) {
-            const int64_t k = panel * kPanel + half;
-            if (k >= K) break;
-            finish_taps(s + n * kPanel + half, s_plane, p.dweight, C, c + n, smaller<int64_t>(kLanes, count - n), k, smaller<int64_t>(kLanes, K - k));
-          }
-        }
-      }
-    });
+  const int64_t C = p.channels[0] + p.channels[1];
+  if (kPoints * C * p.K <= kLargestSums && tiles.total >= kLeastTiles) {
+    weight_gradient_by_points(p, tiles, C);
+  } else {
+    weight_gradient_by_blocks(p, tiles, C);
   }
 }
 

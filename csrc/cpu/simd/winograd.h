@@ -53,13 +53,19 @@ DDPM_FAST_INLINE Six tap_points(const Three& g) {
   return {g.a0, even_p + odd_p, even_p - odd_p, even_q + odd_q, even_q - odd_q, g.a2};
 }
 
+// y0 and y2.
+DDPM_FAST_INLINE Two even_outputs(vf m0, vf m1, vf m2, vf m3, vf m4) {
+  const vf p = m1 + m2, q = m3 + m4;
+  return {m0 + p + q, p * splat(0.5f) + q * splat(2.0f)};
+}
+// y1 and y3.
+DDPM_FAST_INLINE Two odd_outputs(vf m1, vf m2, vf m3, vf m4, vf m5) {
+  const vf p = m1 - m2, q = m3 - m4;
+  return {p * splat(kP) + q * splat(kQ), p * splat(kP / 2.0f) + (q * splat(2.0f * kQ) + m5)};
+}
 DDPM_FAST_INLINE Four outputs(const Six& m) {
-  const vf even_p = m.a1 + m.a2, odd_p = m.a1 - m.a2, even_q = m.a3 + m.a4, odd_q = m.a3 - m.a4;
-  return {
-      m.a0 + even_p + even_q,
-      odd_p * splat(kP) + odd_q * splat(kQ),
-      even_p * splat(0.5f) + even_q * splat(2.0f),
-      odd_p * splat(kP / 2.0f) + (odd_q * splat(2.0f * kQ) + m.a5)};
+  const Two even = even_outputs(m.a0, m.a1, m.a2, m.a3, m.a4), odd = odd_outputs(m.a1, m.a2, m.a3, m.a4, m.a5);
+  return {even.a0, odd.a0, even.a1, odd.a1};
 }
 
 // The transpose of `outputs`.
