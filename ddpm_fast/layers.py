@@ -22,7 +22,7 @@ from ddpm_fast.ops.attention.op import attention, attention_block_natively
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.linear_attention.op import linear_attention, linear_attention_block_natively
 from ddpm_fast.ops.linear_attention.reference import context_and_queries
-from ddpm_fast.ops.norm_linear.op import linear_residual, norm_linear
+from ddpm_fast.ops.norm_linear.op import linear, linear_residual, linears, norm_linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
 from ddpm_fast.ops.resnet_block.op import natively, runs_natively
 
@@ -154,15 +154,27 @@ class _PixelUnshuffleConv2d(nn.Conv2d, DerivesWeights):
     """Pixel-unshuffle by 2 and a 1×1 convolution, computed as one 2×2 convolution of stride 2.
 
     The weight keeps the shape (dim_out, 4·dim, 1, 1) of the 1×1 convolution; its input channels are ordered
-    (channel, row, column), so the same numbers are a (dim_out, dim, 2, 2) kernel.
+    (channel, row, column), so the same numbers are a (dim_out, dim, 2, 2) kernel. Channels-last, that kernel is a 1×1
+    one again, of the four pixels' channels side by side: natively it is a matrix product.
     """
 
     def derive(self) -> torch.Tensor:
         weight = self.weight.reshape(self.out_channels, self.in_channels // 4, 2, 2)
-        return weight.contiguous(memory_format=weights_format(weight.device))
+        return weight.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, dim_out, H/2, W/2)
-        return F.conv2d(x, self.derived(), self.bias, stride=2)
+        weight = self.derived()
+        if x.shape[2] % 2 or x.shape[3] % 2 or not runs_natively(x):
+            return F.conv2d(x, weight, self.bias, stride=2)
+        weight = weight.permute(0, 2, 3, 1).reshape(self.weight.shape)
+        return linear(_pixels_side_by_side(*_autocast(x)), weight, self.bias)
+
+
+def _pixels_side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """Channels of 2×2 pixels side by side, as (row, column, channel): channels-last (B, C, H, W) → (B, 4·C, H/2, W/2)."""
+    B, C, H, W = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2 * C)
+    return rows.transpose(2, 3).reshape(B, H // 2, W // 2, 4 * C).permute(0, 3, 1, 2)
 
 
 def Downsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
@@ -315,33 +327,10 @@ class RandomOrLearnedSinusoidalPosEmb(nn.Module):
         return torch.cat((x, angles.sin(), angles.cos()), dim=-1)
 
 
-class _LinearsOfOneInput(torch.autograd.Function):
-    """Several linear layers of the same input as one product, (B, D) → (B, sum of their outputs).
-
-    The layers' weights are put side by side in forward and again in backward, which is cheaper to do than to keep.
-    """
-
-    @staticmethod
-    def forward(ctx, x, count, *parameters):
-        weights, biases = parameters[:count], parameters[count:]
-        ctx.save_for_backward(x, *weights)
-        ctx.bias_dtype = biases[0].dtype
-        return torch.addmm(torch.cat(biases).to(x.dtype), x, torch.cat(weights).to(x.dtype).t())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, *weights = ctx.saved_tensors
-        sizes = [weight.shape[0] for weight in weights]
-        dx = grad @ torch.cat(weights).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        dweights = (grad.t() @ x).to(weights[0].dtype).split(sizes)
-        return dx, None, *dweights, *grad.sum(0).to(ctx.bias_dtype).split(sizes)
-
-
 def linears_of_one_input(x: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
     """The outputs of linear layers with bias side by side, (B, D) → (B, sum of their out_features), as one product."""
-    parameters = (*(layer.weight for layer in layers), *(layer.bias for layer in layers))
-    return _LinearsOfOneInput.apply(*_autocast(x), len(layers), *parameters)
+    weights = [_parameter(layer, "weight") for layer in layers]
+    return linears(*_autocast(x), weights, [_parameter(layer, "bias") for layer in layers])
 
 
 def make_norm(norm: str, dim: int, groups: int) -> nn.Module:
@@ -488,8 +477,10 @@ class ResnetBlock(nn.Module):
 
     def followed_by(self, conv: nn.Conv2d, x, scale_shift=None) -> torch.Tensor:
         """A 1×1 convolution of the block's output, for x in parts; with `low_memory` that output is not kept."""
-        if not (self._as_made() and is_plain(conv)) or runs_natively(*x):
+        if not (self._as_made() and is_plain(conv)):
             return conv(self(x, scale_shift=scale_shift))
+        if runs_natively(*x):
+            return linear(self(x, scale_shift=scale_shift), _parameter(conv, "weight"), _parameter(conv, "bias"))
         make, sources, residual = self._last_pass(x, scale_shift)
         h = make(*sources, residual=residual)
         if not (self.low_memory and torch.is_grad_enabled()):

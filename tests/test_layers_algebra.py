@@ -129,7 +129,7 @@ def test_linear_layers_of_one_input():
     leaves = {"x": normal(3, 6)} | {name: getattr(modules[int(name[-1])], name[:-1]) for name in names}
 
     def ours(x, **parameters):
-        return layers._LinearsOfOneInput.apply(x, 3, *(parameters[name] for name in names))
+        return layers.linears(x, *([parameters[f"{kind}{i}"] for i in range(3)] for kind in ("weight", "bias")))
 
     def plain(x, **parameters):
         return torch.cat([F.linear(x, parameters[f"weight{i}"], parameters[f"bias{i}"]) for i in range(3)], dim=1)

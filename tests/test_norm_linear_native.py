@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_fast import _extension, dispatch, use_backend
-from ddpm_fast.ops.norm_linear.op import linear, linear_residual, norm_linear
+from ddpm_fast.ops.norm_linear.op import linear, linear_residual, linears, norm_linear
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
@@ -331,3 +331,58 @@ def test_empty_maps_of_the_operators_give_zero_gradients():
     assert all(not tensor.any() for tensor in ops.native_norm_linear_backward(out, x, norms, g, weight, True, True))
     gradients = ops.native_linear_backward(out, x, None, weight, bias, True, True, True, True)
     assert gradients[2].shape == weight.shape and all(not tensor.any() for tensor in gradients)
+
+
+def layers_of_one_input(B, K, widths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = [normal(generator, width, K) for width in widths]
+    return normal(generator, B, K), weights, [normal(generator, width) for width in widths]
+
+
+# B: up to 3 rows are dot products, more a packed product; K: up to a vector, several, longer than a piece of a sum.
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 20), st.sampled_from([1, 5, 16, 31, 128, 300]), st.lists(st.integers(0, 40), min_size=1, max_size=5))
+def test_layers_of_one_input_on_any_shape(B, K, widths):
+    x, weights, biases = layers_of_one_input(B, K, widths)
+    with use_backend("native"):
+        actual = linears(x, weights, biases)
+    truth = linears(x.double(), [w.double() for w in weights], [b.double() for b in biases])
+    magnitude = x.double().abs() @ torch.cat(weights).double().abs().t() + torch.cat(biases).double().abs()
+    assert actual.shape == truth.shape
+    assert ((actual - truth).abs() <= 4 * 2**-24 * K**0.5 * magnitude).all()
+
+
+def test_layers_of_one_input_for_every_instruction_set(instruction_set):
+    for B in (1, 3, 4, 16):
+        x, weights, biases = layers_of_one_input(B, 260, [48, 17, 1, 64])
+        with use_backend("native"):
+            actual = linears(x, weights, biases)
+        truth = torch.cat([x.double() @ w.double().t() + b for w, b in zip(weights, biases)], dim=1)
+        torch.testing.assert_close(actual.double(), truth, rtol=0, atol=5e-5)
+
+
+def test_gradients_of_layers_of_one_input():
+    x, weights, biases = layers_of_one_input(5, 7, [4, 10, 2])
+    leaves = [tensor.requires_grad_() for tensor in (x, *weights, *biases)]
+    grad = torch.linspace(-1, 1, 80).reshape(5, 16)
+    with use_backend("native"):
+        actual = torch.autograd.grad(linears(x, weights, biases), leaves, grad)
+    plain = torch.cat([x @ w.t() + b for w, b in zip(weights, biases)], dim=1)
+    for a, e in zip(actual, torch.autograd.grad(plain, leaves, grad)):
+        torch.testing.assert_close(a, e)
+
+
+def test_layers_of_one_input_that_do_not_fit_are_named():
+    x, weights, biases = layers_of_one_input(5, 7, [4, 10])
+    with pytest.raises(ValueError, match="as many"):
+        linears(x, weights, biases[:1])
+    with pytest.raises(ValueError, match=r"\(B, K\)"):
+        linears(x[0], weights, biases)
+    with pytest.raises(ValueError, match=r"\(N, 7\)"):
+        linears(x, [weights[0], weights[1][:, :6]], biases)
+    with pytest.raises(ValueError, match=r"shape \(10,\)"):
+        linears(x, weights, [biases[0], biases[1][:9]])
+    with pytest.raises(TypeError, match="int64"):
+        linears(x, weights, [biases[0], biases[1].long()])
+    with use_backend("native"), pytest.raises(Exception, match="bfloat16"):
+        linears(x.bfloat16(), weights, biases)

@@ -44,8 +44,20 @@ struct LinearWeightGradient {
   const float* gain = nullptr;       // (K) or null
 };
 
+// Several layers of one input, their outputs side by side: out = [x·W₀ᵀ + b₀ | x·W₁ᵀ + b₁ | …].
+struct LinearsForward {
+  const float* x;  // (rows, K)
+  int64_t rows, K, count;
+  const float* const* weights;  // (widths[i], K), `count` of them
+  const float* const* biases;   // (widths[i])
+  const int64_t* widths;
+  float* out;  // (rows, N), N = Σ widths
+  int64_t N;
+};
+
 struct LinearKernels {
   void (*forward)(const LinearForward&);
+  void (*forward_many)(const LinearsForward&);
   void (*data_gradient)(const LinearDataGradient&);
   void (*weight_gradient)(const LinearWeightGradient&);
 };

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "kernels.h"
 #include "maps.h"
@@ -189,6 +190,40 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward(
           in_dtype_of(bias.value_or(weight), dbias)};
 }
 
+// (B, K) times each of (N_i, K), plus its bias, side by side; all float32.
+at::Tensor linears(const at::Tensor& x, at::TensorList weights, at::TensorList biases) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "x must have shape (B, K), got ", x.sizes());
+  TORCH_CHECK_VALUE(weights.size() == biases.size(), "there must be as many biases as weights, got ", biases.size(), " and ",
+                    weights.size());
+  const int64_t K = x.size(1), count = static_cast<int64_t>(weights.size());
+  std::vector<at::Tensor> kept;  // copies of what does not lie as the kernel reads it
+  kept.reserve(2 * weights.size() + 1);
+  const auto read = [&](const at::Tensor& tensor, const char* name) {
+    TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, name, " must be float32, got ", tensor.scalar_type());
+    TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU, got ", tensor.device());
+    if (tensor.is_contiguous()) return tensor.const_data_ptr<float>();
+    kept.push_back(tensor.contiguous());
+    return kept.back().const_data_ptr<float>();
+  };
+  std::vector<const float*> matrices, vectors;
+  std::vector<int64_t> widths;
+  int64_t N = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK_VALUE(weights[i].dim() == 2 && weights[i].size(1) == K, "weights must have shape (N, ", K, "), got ",
+                      weights[i].sizes());
+    widths.push_back(weights[i].size(0));
+    TORCH_CHECK_VALUE(biases[i].dim() == 1 && biases[i].size(0) == widths[i], "a bias must have shape (", widths[i], "), got ",
+                      biases[i].sizes());
+    matrices.push_back(read(weights[i], "weights"));
+    vectors.push_back(read(biases[i], "biases"));
+    N += widths[i];
+  }
+  const at::Tensor out = at::empty({x.size(0), N}, x.options());
+  kernels().linear.forward_many({read(x, "x"), x.size(0), K, count, matrices.data(), vectors.data(), widths.data(),
+                                 out.data_ptr<float>(), N});
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
@@ -196,6 +231,7 @@ TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("native_norm_linear_backward", &norm_linear_backward);
   m.impl("native_linear", &linear);
   m.impl("native_linear_backward", &linear_backward);
+  m.impl("native_linears", &linears);
 }
 
 }  // namespace ddpm_fast

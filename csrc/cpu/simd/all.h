@@ -17,7 +17,7 @@ constexpr Kernels make_kernels(const char* name) {
       .lanes = kLanes,
       .conv3x3 = {conv3x3_forward, conv3x3_weight_gradient},
       .norm_silu = {norm_silu_forward, norm_silu_backward},
-      .linear = {linear_forward, linear_data_gradient, linear_weight_gradient},
+      .linear = {linear_forward, linears_forward, linear_data_gradient, linear_weight_gradient},
       .norm_linear = {norm_linear_forward, norm_linear_data_gradient},
       .attention = {attention::forward, attention::backward, attention::block_forward, attention::block_backward},
       .linear_attention = {linear_attention::forward, linear_attention::backward},

@@ -47,11 +47,9 @@ struct Sums<0> {
   DDPM_FAST_INLINE void write(Out&) {}
 };
 
-// R rows of the product with one panel; element (m, k) of A lies at a[m·row + k·step]. out(m, left, right) takes row m.
-template <int R, typename Out>
-DDPM_FAST_INLINE void product_rows(const float* a, int64_t row, int64_t step, const float* panel, int64_t K, Out& out) {
-  Sums<R> sums;
-  sums.clear();
+// Adds K terms of R rows, and moves on; element (m, k) of A lies at a[m·row + k·step].
+template <int R>
+DDPM_FAST_INLINE void add_terms(Sums<R>& sums, const float*& a, int64_t row, int64_t step, const float*& panel, int64_t K) {
   const auto next = [&]() DDPM_FAST_LAMBDA {
     sums.add(a, row, load(panel), load(panel + kLanes));
     a += step;
@@ -67,6 +65,14 @@ DDPM_FAST_INLINE void product_rows(const float* a, int64_t row, int64_t step, co
     }
   }
   for (; k < K; ++k) next();
+}
+
+// R rows of the product with one panel. out(m, left, right) takes row m.
+template <int R, typename Out>
+DDPM_FAST_INLINE void product_rows(const float* a, int64_t row, int64_t step, const float* panel, int64_t K, Out& out) {
+  Sums<R> sums;
+  sums.clear();
+  add_terms(sums, a, row, step, panel, K);
   sums.write(out);
 }
 

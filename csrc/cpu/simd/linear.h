@@ -175,11 +175,7 @@ inline __attribute__((noinline)) void linear_tile(
     const float* a = block.a[part] + local * stride;
     for (int64_t remaining = p.k[part]; remaining > 0;) {
       const int64_t steps = smaller(remaining, room);
-      for (int64_t k = 0; k < steps; ++k) {
-        sums.add(a, stride, load(panel), load(panel + kLanes));
-        ++a;
-        panel += kPanel;
-      }
+      add_terms(sums, a, stride, 1, panel, steps);
       remaining -= steps;
       room -= steps;
       left -= steps;
@@ -244,6 +240,48 @@ inline void linear_forward(const LinearForward& p) {
       const int64_t rows = (count - row + groups - g - 1) / (groups - g);
       linear_tile_of(rows, p, from, row, first + row, panel * kPanel, packed + panel * K * kPanel);
       row += rows;
+    }
+  });
+}
+
+// Of one row of x and the weights of up to kPanel outputs: to[n·step] = x·w[n·K] + bias[n]. A single row has too few sums to
+// hide a product's waits, and packing takes longer than what follows.
+inline void dot_outputs(const float* x, const float* w, const float* bias, int64_t K, int64_t count, float* to) {
+  for (int64_t n = 0; n < count; ++n, w += K) {
+    vf even = {}, odd = {};
+    int64_t k = 0;
+    for (; k + 2 * kLanes <= K; k += 2 * kLanes) {
+      even = load(x + k) * load(w + k) + even;
+      odd = load(x + k + kLanes) * load(w + k + kLanes) + odd;
+    }
+    for (; k < K; k += kLanes) even = load_upto(x + k, K - k) * load_upto(w + k, K - k) + even;
+    to[n] = reduce_add(even + odd) + bias[n];
+  }
+}
+
+inline void linears_forward(const LinearsForward& p) {
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < p.count; ++i) tasks += panels(p.widths[i]);
+  parallel(tasks, task_grain(p.K * kPanel * larger<int64_t>(p.rows, 4)), [&](int64_t begin, int64_t end) {
+    float* packed = thread_scratch(kRowsSlot, p.K * kPanel);
+    int64_t i = 0, column = 0, panel = begin;  // `panel` of layer i, whose outputs begin at `column`
+    for (; i < p.count && panel >= panels(p.widths[i]); ++i) panel -= panels(p.widths[i]), column += p.widths[i];
+    for (int64_t task = begin; task < end; ++task, ++panel) {
+      while (panel == panels(p.widths[i])) panel = 0, column += p.widths[i++];
+      const int64_t first = panel * kPanel, columns = smaller<int64_t>(kPanel, p.widths[i] - first);
+      const float *weight = p.weights[i] + first * p.K, *bias = p.biases[i] + first;
+      float* out = p.out + column + first;
+      if (p.rows <= 3) {
+        for (int64_t r = 0; r < p.rows; ++r) dot_outputs(p.x + r * p.K, weight, bias, p.K, columns, out + r * p.N);
+        continue;
+      }
+      pack_transposed(weight, p.K, nullptr, p.K, columns, 0, 1, packed);
+      for (int64_t k = 0; k < p.K; k += kSumLength) {
+        product_panel(p.x + k, p.K, 1, packed + k * kPanel, p.rows, smaller(kSumLength, p.K - k), out, p.N, columns, k > 0);
+      }
+      for (int64_t r = 0; r < p.rows; ++r) {
+        for (int64_t n = 0; n < columns; ++n) out[r * p.N + n] += bias[n];
+      }
     }
   });
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ddpm_fast import _extension
@@ -15,6 +17,8 @@ for _schema in (
     "native_linear(Tensor x, Tensor? second, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
     "native_linear_backward(Tensor grad, Tensor x, Tensor? second, Tensor weight, Tensor? bias, bool want_x, "
     "bool want_second, bool want_weight, bool want_bias) -> (Tensor dx, Tensor dsecond, Tensor dweight, Tensor dbias)",
+    # (B, K) times each of (N, K), plus its bias, side by side. No gradients: `op.linears` has them.
+    "native_linears(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -106,6 +110,11 @@ torch.library.register_autograd(
 )
 
 
+@torch.library.register_fake("ddpm_fast::native_linears", lib=_library)
+def _linears_fake(x, weights, biases):
+    return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in weights)))
+
+
 def norm_linear(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.ddpm_fast.native_norm_linear(x, g, weight)[0]
 
@@ -116,6 +125,24 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
 
 def linear(maps: tuple[torch.Tensor, ...], weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.ddpm_fast.native_linear(maps[0], maps[1] if len(maps) == 2 else None, weight, bias, None)
+
+
+def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.ops.ddpm_fast.native_linears(x, weights, biases)
+
+
+def linears_refuses(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> str | None:
+    reason = _extension.why_not(x.device)
+    if reason is not None:
+        return reason
+    if x.device.type != "cpu":
+        return f"tensors are on {x.device.type}, and the native kernels run on the CPU"
+    if x.numel() == 0:
+        return "x is empty"
+    for tensor in (x, *weights, *biases):
+        if tensor.dtype != torch.float32:
+            return f"an argument is {tensor.dtype}, and the kernel is for torch.float32"
+    return None
 
 
 def refuses(x: torch.Tensor, *others: torch.Tensor) -> str | None:

@@ -8,7 +8,10 @@ Backward keeps x and one float per pixel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch.autograd.function import once_differentiable
 
 from ddpm_fast import tuning
 from ddpm_fast.dispatch import Implementation, Op
@@ -209,6 +212,72 @@ def linear(
     return _linear_op(maps, weight, bias)
 
 
+def linears(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Several linear layers of one input, their outputs side by side.
+
+    Args:
+        x: (B, K), of a floating dtype.
+        weights: (N_i, K) each, at least one.
+        biases: (N_i,) each.
+
+    Returns:
+        (B, Σ N_i) of the dtype of x. Gradients flow to everything, once.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+    """
+    _check_linears(x, weights, biases)
+    return _Linears.apply(x, len(weights), *weights, *biases)
+
+
+class _Linears(torch.autograd.Function):
+    """Keeps x; weights are put side by side again in backward, which is cheaper than to keep them so."""
+
+    @staticmethod
+    def forward(ctx, x, count, *parameters):
+        weights, biases = parameters[:count], parameters[count:]
+        ctx.save_for_backward(x, *weights)
+        ctx.bias_dtypes = [bias.dtype for bias in biases]
+        return _linears_op(x, weights, biases)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, *weights = ctx.saved_tensors
+        needs_x, _, *needs = ctx.needs_input_grad
+        sizes = [weight.shape[0] for weight in weights]
+        dx = grad @ torch.cat(weights).to(grad.dtype) if needs_x else None
+        dweights, dbiases = [None] * len(weights), [None] * len(weights)
+        if any(needs[: len(weights)]):
+            made = (grad.t() @ x).split(sizes)
+            dweights = [part.to(weight.dtype) for part, weight in zip(made, weights, strict=True)]
+        if any(needs[len(weights) :]):
+            dbiases = [part.to(dtype) for part, dtype in zip(grad.sum(0).split(sizes), ctx.bias_dtypes, strict=True)]
+        return dx, None, *dweights, *dbiases
+
+
+def _check_linears(x, weights, biases) -> None:
+    if len(weights) == 0 or len(weights) != len(biases):
+        raise ValueError(f"weights and biases must be as many, at least one, got {len(weights)} and {len(biases)}")
+    for name, tensors in (("x", (x,)), ("weights", weights), ("biases", biases)):
+        for tensor in tensors:
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} must be tensors, got {type(tensor).__name__}")
+            if tensor.dtype not in _DTYPES:
+                raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+            if tensor.device != x.device:
+                raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape (B, K), got {tuple(x.shape)}")
+    for weight, bias in zip(weights, biases, strict=True):
+        if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+            raise ValueError(f"weights must have shape (N, {x.shape[1]}), got {tuple(weight.shape)}")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"a bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
 def _check(given: dict[str, torch.Tensor]) -> None:
     """The checks of every implementation."""
     _check_tensors(given)
@@ -283,6 +352,11 @@ def _linear_example(device: torch.device) -> tuple[tuple, dict]:
     return ((_map(device), _map(device, 4)), weight, bias), {}
 
 
+def _linears_example(device: torch.device) -> tuple[tuple, dict]:
+    weights = (torch.zeros(8, 16, device=device), torch.zeros(12, 16, device=device))
+    return (torch.zeros(2, 16, device=device), weights, tuple(weight[:, 0] for weight in weights)), {}
+
+
 _norm_linear_op = Op(
     "norm_linear",
     [
@@ -308,4 +382,12 @@ _linear_op = Op(
         Implementation("reference", reference.linear),
     ],
     _linear_example,
+)
+_linears_op = Op(
+    "linears",
+    [
+        Implementation("native", native.linears, native.linears_refuses),
+        Implementation("reference", reference.linears),
+    ],
+    _linears_example,
 )
