@@ -3,6 +3,7 @@
 
 #include "../kernels.h"
 #include "attention_block.h"
+#include "conv3x3_forward.h"
 #include "conv3x3_gradient.h"
 #include "linear.h"
 #include "linear_attention_backward.h"

@@ -11,6 +11,7 @@
 // - by panels: V of all tiles first; then each thread takes panels of output channels, transforming their taps on the
 //   way, block by block: the weights are read once and their transform, four times their size, never leaves the cache.
 //   For few tiles with many channels, where the weights are what has to be moved.
+// conv3x3_forward.h chooses, or takes conv3x3_direct.h for a tile or two.
 #pragma once
 
 #include "../conv3x3.h"
@@ -224,12 +225,23 @@ inline void transform_weight(
   }
 }
 
-// Where a panel's columns [first, first + columns) of the output lie: in one part or in two.
+// Output channels from k on, at most kLanes and below `last`, that lie in one part.
 struct OutputSlice {
   float* output;
   const float* residual;
   const float* bias;
   int64_t channels;  // of the part, its pixels' stride
+  int64_t count;
+
+  DDPM_FAST_INLINE OutputSlice(const Conv3x3Forward& p, int64_t k, int64_t last) {
+    const int part = k < p.output_channels[0] ? 0 : 1;
+    const int64_t channel = k - (part == 0 ? 0 : p.output_channels[0]);
+    output = p.output[part] + channel;
+    residual = p.residual[part] == nullptr ? nullptr : p.residual[part] + channel;
+    bias = p.bias == nullptr ? nullptr : p.bias + k;
+    channels = p.output_channels[part];
+    count = smaller(smaller<int64_t>(kLanes, last - k), channels - channel);
+  }
 };
 
 // The 4×4 outputs of a tile for up to kLanes channels from m + point·plane; with kPooled the sums of 2×2 of them. kWhole:
@@ -237,7 +249,8 @@ struct OutputSlice {
 // the inner two, from values loaded again, so that all stays in registers.
 template <bool kPooled, bool kWhole, bool kResidual>
 DDPM_FAST_INLINE void transform_output(
-    const float* m, int64_t plane, const Tiles& tiles, const Tile& tile, const OutputSlice& slice, int64_t count) {
+    const float* m, int64_t plane, const Tiles& tiles, const Tile& tile, const OutputSlice& slice) {
+  const int64_t count = slice.count;
   const vf bias = slice.bias == nullptr ? vf{} : kWhole ? load(slice.bias) : load_upto(slice.bias, count);
   const auto put = [&](int64_t pixel, vf value) DDPM_FAST_LAMBDA {
     const int64_t at = pixel * slice.channels;
@@ -294,15 +307,11 @@ inline void finish_columns(
     const Tile tile(tiles, t);
     const bool inside = tile.y + 4 <= tiles.H && tile.x + 4 <= tiles.W;
     for (int64_t k = first, count; k < last; k += count) {
-      const int part = k < p.output_channels[0] ? 0 : 1;
-      const int64_t channel = k - (part == 0 ? 0 : p.output_channels[0]);
-      count = smaller(smaller<int64_t>(kLanes, last - k), p.output_channels[part] - channel);
-      const OutputSlice slice{
-          p.output[part] + channel, p.residual[part] == nullptr ? nullptr : p.residual[part] + channel,
-          p.bias == nullptr ? nullptr : p.bias + k, p.output_channels[part]};
+      const OutputSlice slice(p, k, last);
+      count = slice.count;
       const auto go = [&](auto pooled, auto whole, auto residual) {
         transform_output<decltype(pooled)::value, decltype(whole)::value, decltype(residual)::value>(
-            m + (t - begin) * row + (k - first), plane, tiles, tile, slice, count);
+            m + (t - begin) * row + (k - first), plane, tiles, tile, slice);
       };
       const auto go_residual = [&](auto pooled, auto whole) {
         if (slice.residual != nullptr) go(pooled, whole, Yes{}); else go(pooled, whole, No{});
@@ -441,25 +450,6 @@ inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64
       }
       finish_columns(p, tiles, first_tile, last_tile, panel * kPanel, columns, m, kPanel, m_plane);
     }
-  });
-}
-
-DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K) {
-  if (kPoints * C * K > kLargestSharedU) return false;
-  return tiles.total >= kLeastTiles || (panels(K) == 1 && tiles.total > kGroup);
-}
-
-inline void conv3x3_forward(const Conv3x3Forward& p) {
-  const Tiles tiles(p.B, p.H, p.W);
-  const int64_t C = p.channels[0] + p.channels[1], K = p.output_channels[0] + p.output_channels[1];
-  if (by_tiles(tiles, C, K)) return forward_by_tiles(p, tiles, C, K);
-  const int64_t size = larger<int64_t>(kRows, kLargestV / (kPoints * C));
-  for (int64_t first = 0; first < tiles.total; first += size) {
-    forward_by_panels(p, tiles, C, K, first, smaller(tiles.total, first + size));
-  }
-  if (p.norm == nullptr) return;
-  parallel(tiles.total, larger<int64_t>(1, 1024 / K), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
   });
 }
 

@@ -33,6 +33,11 @@ struct Sums {
     right = x * b1 + right;
     rest.add(a, stride, b0, b1);
   }
+  DDPM_FAST_INLINE void join(const Sums& other) {
+    left += other.left;
+    right += other.right;
+    rest.join(other.rest);
+  }
   template <typename Out>
   DDPM_FAST_INLINE void write(Out& out) {
     rest.write(out);
@@ -43,28 +48,40 @@ template <>
 struct Sums<0> {
   DDPM_FAST_INLINE void clear() {}
   DDPM_FAST_INLINE void add(const float*, int64_t, vf, vf) {}
+  DDPM_FAST_INLINE void join(const Sums&) {}
   template <typename Out>
   DDPM_FAST_INLINE void write(Out&) {}
 };
 
-// Adds K terms of R rows, and moves on; element (m, k) of A lies at a[m·row + k·step].
+// Adds K terms of R rows, and moves on; element (m, k) of A lies at a[m·row + k·step]. So few sums that an addition would
+// wait for the one before are made in several chains; few sums in several terms at a time, so that the loop's own
+// instructions run beside them.
 template <int R>
 DDPM_FAST_INLINE void add_terms(Sums<R>& sums, const float*& a, int64_t row, int64_t step, const float*& panel, int64_t K) {
-  const auto next = [&]() DDPM_FAST_LAMBDA {
-    sums.add(a, row, load(panel), load(panel + kLanes));
+  const auto next = [&](Sums<R>& chain) DDPM_FAST_LAMBDA {
+    chain.add(a, row, load(panel), load(panel + kLanes));
     a += step;
     panel += kPanel;
   };
   int64_t k = 0;
-  if constexpr (R <= 6) {  // so few sums are waited for; more terms at a time let the loop's own instructions run beside
-    for (; k + 4 <= K; k += 4) {
-      next();
-      next();
-      next();
-      next();
+  if constexpr (R <= 3) {
+    Sums<R> odd;
+    odd.clear();
+    if constexpr (R == 1) {
+      Sums<R> second, third;
+      second.clear();
+      third.clear();
+      for (; k + 4 <= K; k += 4) next(sums), next(odd), next(second), next(third);
+      second.join(third);
+      sums.join(second);
+    } else {
+      for (; k + 4 <= K; k += 4) next(sums), next(odd), next(sums), next(odd);
     }
+    sums.join(odd);
+  } else if constexpr (R <= 6) {
+    for (; k + 4 <= K; k += 4) next(sums), next(sums), next(sums), next(sums);
   }
-  for (; k < K; ++k) next();
+  for (; k < K; ++k) next(sums);
 }
 
 // R rows of the product with one panel. out(m, left, right) takes row m.
