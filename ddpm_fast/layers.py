@@ -25,6 +25,7 @@ from ddpm_fast.ops.linear_attention.reference import context_and_queries
 from ddpm_fast.ops.norm_linear.op import linear, linear_residual, linears, norm_linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
 from ddpm_fast.ops.resnet_block.op import natively, runs_natively
+from ddpm_fast.ops.stem_conv.op import stem_conv
 
 
 def weights_format(device: torch.device) -> torch.memory_format:
@@ -76,6 +77,18 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if runs_natively(x):
             return conv3x3(*_autocast(x), self.weight, self.bias)
+        return super().forward(x)
+
+
+class StemConv(nn.Conv2d):
+    """The network's first convolution, of odd side and stride 1: (B, C, H, W) → (B, K, H, W), natively where that runs."""
+
+    def __init__(self, in_channels: int, out_channels: int, side: int):
+        super().__init__(in_channels, out_channels, side, padding=side // 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if runs_natively(x):
+            return stem_conv(*_autocast(x), self.weight, self.bias)
         return super().forward(x)
 
 

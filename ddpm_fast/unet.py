@@ -17,6 +17,7 @@ from ddpm_fast.layers import (
     RandomOrLearnedSinusoidalPosEmb,
     ResnetBlock,
     SinusoidalPosEmb,
+    StemConv,
     Upsample,
     has_native_maps,
     is_plain,
@@ -111,7 +112,7 @@ class Unet(DerivesWeights):
         self.channels = channels
         self.self_condition = self_condition
         init_dim = dim if init_dim is None else init_dim
-        self.init_conv = nn.Conv2d(channels * (2 if self_condition else 1), init_dim, 7, padding=3)
+        self.init_conv = StemConv(channels * (2 if self_condition else 1), init_dim, 7)
 
         dims = [init_dim, *(dim * m for m in dim_mults)]
         in_out = list(zip(dims[:-1], dims[1:], strict=True))

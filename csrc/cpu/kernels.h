@@ -7,6 +7,7 @@
 #include "norm_silu.h"
 #include "attention.h"
 #include "linear_attention.h"
+#include "stem.h"
 
 namespace ddpm_fast {
 
@@ -19,6 +20,7 @@ struct Kernels {
   NormLinearKernels norm_linear;
   AttentionKernels attention;
   LinearAttentionKernels linear_attention;
+  StemKernels stem;
 };
 
 // The table of the widest instruction set that this processor has, or of the one chosen by `use_instruction_set`.

@@ -9,6 +9,7 @@
 #include "linear_attention_backward.h"
 #include "norm_linear.h"
 #include "norm_silu.h"
+#include "stem.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
@@ -22,6 +23,7 @@ constexpr Kernels make_kernels(const char* name) {
       .norm_linear = {norm_linear_forward, norm_linear_data_gradient},
       .attention = {attention::forward, attention::backward, attention::block_forward, attention::block_backward},
       .linear_attention = {linear_attention::forward, linear_attention::backward},
+      .stem = {stem_forward, stem_weight_gradient},
   };
 }
 

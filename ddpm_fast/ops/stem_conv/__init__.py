@@ -1,0 +1,1 @@
+"""A network's first convolution: a large odd kernel on few channels."""

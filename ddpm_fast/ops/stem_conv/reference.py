@@ -1,0 +1,15 @@
+"""The convolution in plain torch: the specification and the oracle, and what runs on CUDA."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ddpm_fast.dispatch import no_autocast
+
+
+def stem_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """See `ddpm_fast.ops.stem_conv.op.stem_conv`."""
+    with no_autocast(x.device.type):
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[2] // 2)
