@@ -413,7 +413,8 @@ def _group_block(y, weight, affine, bias, scale, shift, seed, *, groups, eps, dr
 class ResnetBlock(nn.Module):
     """Two blocks around a residual; the first is scaled and shifted by the time embedding.
 
-    With `low_memory` the map between the two blocks is made again in backward instead of being kept.
+    With `low_memory` the map between the two blocks is made again in backward instead of being kept; natively, where a
+    block is one op that keeps the two convolutions' outputs, the whole block is.
     """
 
     def __init__(
@@ -461,7 +462,7 @@ class ResnetBlock(nn.Module):
         return make(*sources, residual=residual)
 
     def _as_one_op(self, x, beside=None, *, scale_shift) -> torch.Tensor:
-        """The block by the op that keeps two maps for backward, `low_memory` or not."""
+        """The block by the op that keeps x and two maps for backward; with `low_memory` x alone, from which it is run again."""
         modules = self._modules  # see `_parameter`
         block1, block2, res_conv = modules["block1"]._modules, modules["block2"]._modules, modules["res_conv"]
         proj1, proj2 = block1["proj"], block2["proj"]
@@ -477,7 +478,11 @@ class ResnetBlock(nn.Module):
             options |= {"affine1": norm1.bias, "affine2": norm2.bias, "groups": norm1.num_groups, "eps": norm1.eps}
         if isinstance(res_conv, nn.Conv2d):
             options |= {"res_weight": _parameter(res_conv, "weight"), "res_bias": _parameter(res_conv, "bias")}
-        return natively(
+        if self.low_memory and torch.is_grad_enabled():
+            run = partial(checkpoint, natively, use_reentrant=False, preserve_rng_state=False)
+        else:
+            run = natively
+        return run(
             x, _parameter(proj1, "weight"), _parameter(proj1, "bias"), gain1,
             _parameter(proj2, "weight"), _parameter(proj2, "bias"), gain2,
             beside=beside, scale=scale, shift=shift, **options,

@@ -10,11 +10,12 @@ from helpers import assert_close_to_truth
 from test_unet_peer import assert_equal_networks, inputs, randomise, run
 
 from ddpm_fast import Unet, _extension, layers, use_backend
+from ddpm_fast.dispatch import watch_choices
 
 
 @pytest.fixture(autouse=True)
 def single_steps():
-    """What CUDA runs: native code keeps the same maps and computes the same whatever `memory` is."""
+    """What CUDA runs; native code has tests of its own below."""
     with use_backend("reference"):
         yield
 
@@ -90,15 +91,22 @@ def test_native_code_refuses_a_second_derivative():
         torch.autograd.grad(model(x, torch.tensor([4])).sum(), x, create_graph=True)
 
 
-def test_low_is_fast_in_native_code():
-    fast, low = Unet(8, dim_mults=(1, 2)), Unet(8, dim_mults=(1, 2), memory="low")
+@pytest.mark.skipif(_extension.load() is None, reason="the extension is not built")
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_native_blocks_run_again_in_backward(dropout):
+    fast, low = (Unet(8, dim_mults=(1, 2), dropout=dropout, memory=memory) for memory in ("fast", "low"))
     low.load_state_dict(fast.state_dict())
     args = inputs({}, (8, 8))
-    with use_backend(None):
-        (out, grads), (out_low, grads_low) = run(fast, *args), run(low, *args)
-    assert torch.equal(out, out_low) or _extension.load() is None
-    for name in grads:
-        torch.testing.assert_close(grads_low[name], grads[name], rtol=1e-4, atol=1e-5, msg=name)
+    results, runs = [], []
+    for model in (fast, low):
+        torch.manual_seed(5)
+        with use_backend(None), watch_choices() as seen:
+            results.append(run(model, *args))
+        runs.append(sum(count for (op, name, _), count in seen.items() if (op, name) == ("resnet_block", "native")))
+    (out, grads), (out_low, grads_low) = results
+    assert torch.equal(out, out_low)
+    assert all(torch.equal(grads_low[name], grads[name]) for name in grads)
+    assert runs[1] == 2 * runs[0] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
