@@ -81,7 +81,7 @@ class Conv3x3(nn.Conv2d):
 
 
 class StemConv(nn.Conv2d):
-    """The network's first convolution, of odd side and stride 1: (B, C, H, W) → (B, K, H, W), natively where that runs."""
+    """The network's first convolution, of odd side, natively where that runs: (B, C, H, W) → (B, K, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, side: int):
         super().__init__(in_channels, out_channels, side, padding=side // 2)
@@ -184,7 +184,7 @@ class _PixelUnshuffleConv2d(nn.Conv2d, DerivesWeights):
 
 
 def _pixels_side_by_side(x: torch.Tensor) -> torch.Tensor:
-    """Channels of 2×2 pixels side by side, as (row, column, channel): channels-last (B, C, H, W) → (B, 4·C, H/2, W/2)."""
+    """Channels of 2×2 pixels side by side, (row, column, channel): channels-last (B, C, H, W) → (B, 4·C, H/2, W/2)."""
     B, C, H, W = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2 * C)
     return rows.transpose(2, 3).reshape(B, H // 2, W // 2, 4 * C).permute(0, 3, 1, 2)
@@ -462,7 +462,7 @@ class ResnetBlock(nn.Module):
         return make(*sources, residual=residual)
 
     def _as_one_op(self, x, beside=None, *, scale_shift) -> torch.Tensor:
-        """The block by the op that keeps x and two maps for backward; with `low_memory` x alone, from which it is run again."""
+        """The block by the op that keeps x and two maps for backward; with `low_memory` x alone, to run again."""
         modules = self._modules  # see `_parameter`
         block1, block2, res_conv = modules["block1"]._modules, modules["block2"]._modules, modules["res_conv"]
         proj1, proj2 = block1["proj"], block2["proj"]

@@ -341,7 +341,11 @@ def layers_of_one_input(B, K, widths, seed=0):
 
 # B: up to 3 rows are dot products, more a packed product; K: up to a vector, several, longer than a piece of a sum.
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 20), st.sampled_from([1, 5, 16, 31, 128, 300]), st.lists(st.integers(0, 40), min_size=1, max_size=5))
+@given(
+    st.integers(1, 20),
+    st.sampled_from([1, 5, 16, 31, 128, 300]),
+    st.lists(st.integers(0, 40), min_size=1, max_size=5),
+)
 def test_layers_of_one_input_on_any_shape(B, K, widths):
     x, weights, biases = layers_of_one_input(B, K, widths)
     with use_backend("native"):
@@ -357,7 +361,7 @@ def test_layers_of_one_input_for_every_instruction_set(instruction_set):
         x, weights, biases = layers_of_one_input(B, 260, [48, 17, 1, 64])
         with use_backend("native"):
             actual = linears(x, weights, biases)
-        truth = torch.cat([x.double() @ w.double().t() + b for w, b in zip(weights, biases)], dim=1)
+        truth = linears(x.double(), [w.double() for w in weights], [b.double() for b in biases])
         torch.testing.assert_close(actual.double(), truth, rtol=0, atol=5e-5)
 
 
@@ -367,8 +371,8 @@ def test_gradients_of_layers_of_one_input():
     grad = torch.linspace(-1, 1, 80).reshape(5, 16)
     with use_backend("native"):
         actual = torch.autograd.grad(linears(x, weights, biases), leaves, grad)
-    plain = torch.cat([x @ w.t() + b for w, b in zip(weights, biases)], dim=1)
-    for a, e in zip(actual, torch.autograd.grad(plain, leaves, grad)):
+    plain = torch.cat([x @ w.t() + b for w, b in zip(weights, biases, strict=True)], dim=1)
+    for a, e in zip(actual, torch.autograd.grad(plain, leaves, grad), strict=True):
         torch.testing.assert_close(a, e)
 
 

@@ -58,9 +58,7 @@ def test_contiguous_maps_and_no_bias():
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    *(st.integers(1, high) for high in (3, 16, 12, 20, 70)), st.sampled_from([1, 3, 5, 7, 9]), st.booleans()
-)
+@given(*(st.integers(1, high) for high in (3, 16, 12, 20, 70)), st.sampled_from([1, 3, 5, 7, 9]), st.booleans())
 def test_random_shapes(B, C, H, W, K, side, bias):
     check(make(B, C, H, W, K, side, bias))
 
@@ -140,7 +138,12 @@ def test_operator_checks_shapes_itself():
     """What keeps memory safe where the operator is called without the function before it."""
     x, weight, grad = torch.zeros(1, 3, 8, 8), torch.zeros(6, 3, 7, 7), torch.zeros(1, 6, 8, 8)
     forward, backward = torch.ops.ddpm_fast.native_stem_conv, torch.ops.ddpm_fast.native_stem_conv_backward
-    for arguments in ((x[0], weight, None), (x, weight[..., :6, :6], None), (x, weight, torch.zeros(5)), (x[:0], weight, None)):
+    for arguments in (
+        (x[0], weight, None),
+        (x, weight[..., :6, :6], None),
+        (x, weight, torch.zeros(5)),
+        (x[:0], weight, None),
+    ):
         with pytest.raises(ValueError):
             forward(*arguments)
     for arguments in ((grad[:, :5], x, weight, True), (grad, x[..., :7], weight, True), (grad, x, weight[:, :2], True)):

@@ -244,7 +244,7 @@ inline void linear_forward(const LinearForward& p) {
   });
 }
 
-// Of one row of x and the weights of up to kPanel outputs: to[n·step] = x·w[n·K] + bias[n]. A single row has too few sums to
+// Of one row of x and the weights of up to kPanel outputs: to[n] = x·w[n·K] + bias[n]. A single row has too few sums to
 // hide a product's waits, and packing takes longer than what follows.
 inline void dot_outputs(const float* x, const float* w, const float* bias, int64_t K, int64_t count, float* to) {
   for (int64_t n = 0; n < count; ++n, w += K) {

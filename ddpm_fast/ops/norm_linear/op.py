@@ -212,9 +212,7 @@ def linear(
     return _linear_op(maps, weight, bias)
 
 
-def linears(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
-) -> torch.Tensor:
+def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
     """Several linear layers of one input, their outputs side by side.
 
     Args:

@@ -59,9 +59,7 @@ def _backward(ctx, grad):
     return dx, dweight if needs_weight else None, dbias.to(ctx.bias_dtype) if needs_bias else None
 
 
-torch.library.register_autograd(
-    "ddpm_fast::native_stem_conv", _backward, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd("ddpm_fast::native_stem_conv", _backward, setup_context=_setup_context, lib=_library)
 
 
 def stem_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
