@@ -16,10 +16,10 @@ IMPORT = """
 import json, sys, time
 start = time.process_time()
 import torch
-middle, t1, before = time.process_time(), time.perf_counter(), len(sys.modules)
+middle, before = time.process_time(), len(sys.modules)
 import ddpm_fast
 ratio = (time.process_time() - middle) / (middle - start)
-print(json.dumps([ratio, time.perf_counter() - t1, len(sys.modules) - before]))
+print(json.dumps([ratio, len(sys.modules) - before]))
 """
 
 
@@ -31,8 +31,7 @@ def test_import(tmp_path, gate):
         command = [sys.executable, "-c", IMPORT]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
         runs.append(json.loads(result.stdout))
-    ratios, seconds, modules = zip(*runs[1:], strict=True)
-    assert statistics.median(seconds) < 0.3, seconds
+    ratios, modules = zip(*runs[1:], strict=True)
     assert len(set(modules)) == 1
     gate("import modules", "beyond torch's", modules[0])
     gate("import time", "over torch's own", statistics.median(ratios))

@@ -390,3 +390,10 @@ def test_layers_of_one_input_that_do_not_fit_are_named():
         linears(x, weights, [biases[0], biases[1].long()])
     with use_backend("native"), pytest.raises(Exception, match="bfloat16"):
         linears(x.bfloat16(), weights, biases)
+
+
+def test_layers_of_nothing_give_their_biases():
+    for rows in (0, 2, 5):
+        bias = torch.arange(20.0)
+        out = torch.ops.ddpm_fast.native_linears(torch.empty(rows, 0), [torch.empty(20, 0)], [bias])
+        assert torch.equal(out, bias.expand(rows, 20))

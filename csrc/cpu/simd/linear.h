@@ -276,7 +276,7 @@ inline void linears_forward(const LinearsForward& p) {
         continue;
       }
       pack_transposed(weight, p.K, nullptr, p.K, columns, 0, 1, packed);
-      for (int64_t k = 0; k < p.K; k += kSumLength) {
+      for (int64_t k = 0; k == 0 || k < p.K; k += kSumLength) {  // once where K = 0: zeros
         product_panel(p.x + k, p.K, 1, packed + k * kPanel, p.rows, smaller(kSumLength, p.K - k), out, p.N, columns, k > 0);
       }
       for (int64_t r = 0; r < p.rows; ++r) {
