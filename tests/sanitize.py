@@ -90,7 +90,7 @@ def run(folder: Path, pytest_options: list[str], every: int = 1, seconds: float 
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "sanitize"]
     # faulthandler would take the sanitizer's signals; output must reach the terminal before the process is ended.
     command += ["-p", "no:faulthandler", "-s", f"--every={every}", *pytest_options, *files]
-    command += [] if seconds is None else [f"--end={time.time() + seconds}"]
+    command += [] if seconds is None else [f"--seconds={seconds}"]
     return subprocess.run(command, cwd=folder, env=environment(folder), check=False).returncode
 
 
@@ -105,7 +105,7 @@ def native_tests(folder: Path) -> list[str]:
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--every", type=int, default=1, help="run each so many-th test")
-    parser.addoption("--end", type=float, default=None, help="epoch seconds after which tests are left out")
+    parser.addoption("--seconds", type=float, default=None, help="from the first test on, after which tests are left out")
 
 
 def pytest_configure(config) -> None:
@@ -121,11 +121,16 @@ def pytest_collection_modifyitems(config, items) -> None:
     items[:] = items[::every]
 
 
+_started: list[float] = []
+
+
 def pytest_runtest_setup(item) -> None:
     import pytest
 
-    end = item.config.getoption("--end")
-    if end is not None and time.time() > end:
+    if not _started:  # not before: on a busy machine it takes longer to start than the tests have
+        _started.append(time.monotonic())
+    seconds = item.config.getoption("--seconds")
+    if seconds is not None and time.monotonic() - _started[0] > seconds:
         pytest.skip("out of time")
 
 

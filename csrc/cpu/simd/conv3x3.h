@@ -11,7 +11,7 @@
 // - by panels: V of all tiles first; then each thread takes panels of output channels, transforming their taps on the
 //   way, block by block: the weights are read once and their transform, four times their size, never leaves the cache.
 //   For few tiles with many channels, where the weights are what has to be moved.
-// conv3x3_forward.h chooses, or takes conv3x3_direct.h for a tile or two.
+// conv3x3_forward.h chooses, or takes conv3x3_direct.h for the smallest maps.
 #pragma once
 
 #include "../conv3x3.h"

@@ -5,7 +5,13 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr int64_t kMostTilesDirectly = 2;
+// Maps of a pixel or two in height or width fill tiles so badly that Winograd's form has no fewer products.
+constexpr int64_t kMostPixelsDirectly = 32, kWorthATile = 6;
+
+DDPM_FAST_INLINE bool directly(const Conv3x3Forward& p, const Tiles& tiles) {
+  const int64_t pixels = p.B * p.H * p.W;
+  return !p.pooled && (pixels <= kMostPixelsDirectly || pixels <= kWorthATile * tiles.total);
+}
 
 DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K) {
   if (kPoints * C * K > kLargestSharedU) return false;
@@ -15,8 +21,9 @@ DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K) {
 inline void conv3x3_forward(const Conv3x3Forward& p) {
   const Tiles tiles(p.B, p.H, p.W);
   const int64_t C = p.channels[0] + p.channels[1], K = p.output_channels[0] + p.output_channels[1];
-  if (by_tiles(tiles, C, K)) return forward_by_tiles(p, tiles, C, K);
-  if (tiles.total <= kMostTilesDirectly && !p.pooled) {
+  const bool direct = directly(p, tiles);
+  if (!direct && by_tiles(tiles, C, K)) return forward_by_tiles(p, tiles, C, K);
+  if (direct) {
     forward_directly(p, C, K);
   } else {
     const int64_t size = larger<int64_t>(kRows, kLargestV / (kPoints * C));
