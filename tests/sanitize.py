@@ -105,7 +105,7 @@ def native_tests(folder: Path) -> list[str]:
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--every", type=int, default=1, help="run each so many-th test")
-    parser.addoption("--seconds", type=float, default=None, help="from the first test on, after which tests are left out")
+    parser.addoption("--seconds", type=float, default=None, help="from the first test on: later ones are left out")
 
 
 def pytest_configure(config) -> None:
