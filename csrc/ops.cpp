@@ -1,10 +1,11 @@
-// The Python side of the extension: build information, and Philox itself for its known answers. The operators register
-// themselves with torch when the module is loaded; their schemas stand in ddpm_fast/ops/*/op.py.
+// The Python side of the extension: tapes, build information, and Philox itself for its known answers. The operators
+// register themselves with torch when the module is loaded; their schemas stand in ddpm_fast/ops/*/op.py.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
 #include "cpu/kernels.h"
 #include "philox.h"
+#include "tape.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
@@ -24,6 +25,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return before;
       },
       "Take the kernels of \"avx512\", \"avx2\" or \"portable\"; returns what was taken before. For tests.");
+  ddpm_fast::bind_tape(m);
   m.attr("torch_version") = TORCH_VERSION;
 #ifdef DDPM_FAST_WITH_CUDA
   m.attr("with_cuda") = true;

@@ -149,9 +149,10 @@ class GaussianDiffusion(DiffusionProcess):
             start_index: index of the first image: `sample(6, seed=7)` is `sample(2, seed=7)` followed by
                 `sample(4, seed=7, start_index=2)`.
             progress: show a progress bar.
-            graph: record a step as a CUDA graph and replay it; the result is the same. None does so where it can
-                (`explain_graphs` says why not), True raises where it cannot, False never does. What Python changes in
-                the model besides its weights, settings of torch and train/eval needs `clear_graphs`.
+            graph: record a step (as a CUDA graph, on the CPU as a tape of operator calls) and replay it; the result is
+                the same. None does so where it can (`explain_graphs` says why not), True raises where it cannot, False
+                never does. What Python changes in the model besides its weights, settings of torch and train/eval needs
+                `clear_graphs`.
 
         Returns:
             (B, C, H, W) float32 in [0, 1] with `auto_normalize`; (B, S + 1, C, H, W) with `return_all_timesteps`.
@@ -178,11 +179,12 @@ class GaussianDiffusion(DiffusionProcess):
         )
 
     def explain_graphs(self, batch_size: int = 16) -> str:
-        """Whether `sample(batch_size)` replays a CUDA graph now, and if not, why; one sentence."""
+        """Whether `sample(batch_size)` replays a recorded step now, and if not, why; one sentence."""
         x = torch.empty((batch_size, self.channels, 1, 1), device=self.device)
         reason = self._why_not_recorded(self.sampler or ("ddim" if self.is_ddim_sampling else "ddpm"), x, False)
-        kept = f"{len(self.graphs)} graphs are kept, {self.graphs.limit} at most"
-        return f"sampling replays a CUDA graph; {kept}" if reason is None else f"sampling runs step by step: {reason}"
+        kept = f"{len(self.graphs)} are kept, {self.graphs.limit} at most"
+        what = self.graphs.recorder_on(self.device).what
+        return f"sampling replays {what}; {kept}" if reason is None else f"sampling runs step by step: {reason}"
 
     def clear_graphs(self) -> None:
         """Drop recorded graphs and the memory they hold, derived weights included; the next `sample` records anew."""

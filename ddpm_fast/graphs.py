@@ -1,8 +1,8 @@
-"""Work that is recorded once and replayed: CUDA graphs, when they may stand for a model, and how few are kept.
+"""Work that is recorded once and replayed: how, when a recording may stand for a model, and how few are kept.
 
 A body is a function without arguments that acts on tensors made before it: they are all that it reads and writes, so
-that a replay does what a call would. `CudaRecorder` captures a body as a CUDA graph; `EagerRecorder` stands in for it
-where there is no CUDA, and calls the body again.
+that a replay does what a call would. `CudaRecorder` captures a body as a CUDA graph; `TapeRecorder` writes down the
+operators that it calls on the CPU, which a replay calls without Python; `EagerRecorder` calls the body again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast import dispatch
+from ddpm_fast import _extension, dispatch
 
 _WARM_UPS = 2  # calls before a capture: libraries choose their algorithms and kernels compile in the first
 
@@ -32,6 +33,7 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 class CudaRecorder:
     """Captures bodies on one device. They share one memory pool: nothing made inside a body outlives its replay."""
 
+    what = "a CUDA graph"
     # What the host decides while a body runs is decided once, for every replay.
     freezes_decisions = True
 
@@ -79,9 +81,62 @@ class CudaRecorder:
         return graph.replay
 
 
+class TapeRecorder:
+    """Writes down bodies on the CPU, where calling operators from Python is most of what a small network costs."""
+
+    what = "a tape of operator calls"
+    freezes_decisions = True
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @staticmethod
+    def why_not(device: torch.device) -> str | None:
+        """See `CudaRecorder.why_not`."""
+        if device.type != "cpu":
+            return f"tensors are on {device.type}, and tapes are for the CPU"
+        return _extension.why_not(device)
+
+    def record(self, body: Body, reset: Body) -> Body:
+        """See `CudaRecorder.record`; the first call runs the body and writes it down, so that nothing runs in vain.
+
+        Raises (that call):
+            RuntimeError: the body reads a value of a tensor, which a replay would not look at.
+        """
+        tape = None
+
+        def run() -> None:
+            nonlocal tape
+            if tape is not None:
+                tape.replay()
+                return
+            written = _extension.load().Tape()
+            with _WritesDown(written):
+                body()
+            written.finish()
+            tape = written
+
+        return run
+
+
+class _WritesDown(TorchDispatchMode):
+    """Every operator that is called in the block, below autograd and autocast, goes to the tape as well."""
+
+    def __init__(self, tape):
+        super().__init__()
+        self._tape = tape
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        returned = func(*args, **kwargs)
+        self._tape.append(func._schema.name, func._schema.overload_name, args, kwargs, returned)
+        return returned
+
+
 class EagerRecorder:
     """The same calls without a capture: what it records is the body itself."""
 
+    what = "the step itself"
     freezes_decisions = False
 
     def __init__(self, device: torch.device):
@@ -104,10 +159,10 @@ class GraphCache:
 
     Args:
         limit: recordings kept.
-        recorder: makes them, by device.
+        recorder: makes them, by device; None: tapes on the CPU and CUDA graphs elsewhere.
     """
 
-    def __init__(self, limit: int = 4, recorder: type = CudaRecorder):
+    def __init__(self, limit: int = 4, recorder: type | None = None):
         self.limit = limit
         self.recorder = recorder
         self._busy = threading.Lock()
@@ -119,6 +174,10 @@ class GraphCache:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def recorder_on(self, device: torch.device) -> type:
+        """The class of what records on a device."""
+        return self.recorder or (TapeRecorder if device.type == "cpu" else CudaRecorder)
 
     @contextmanager
     def borrowed(self, device: torch.device) -> Iterator[bool]:
@@ -160,7 +219,7 @@ class GraphCache:
             if not self._entries:
                 self._recorders.clear()  # a pool whose graphs are all gone cannot be captured into again
             if device not in self._recorders:
-                self._recorders[device] = self.recorder(device)
+                self._recorders[device] = self.recorder_on(device)(device)
             self._entries[key] = make(self._recorders[device])
         self._entries.move_to_end(key)
         return self._entries[key]

@@ -2,7 +2,7 @@
 
 DDPM, DDIM and DPM-Solver++ differ only in the numbers of the table (schedules.py); nothing here knows which one runs.
 A step reads all that changes from one to the next on the device, so that the same code runs step by step, or is
-recorded once as a CUDA graph and replayed.
+recorded once (as a CUDA graph, on the CPU as a tape of operator calls) and replayed.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def why_not_recorded(
     Args:
         any_module: trust modules that are neither torch's nor this package's.
     """
-    reason = cache.recorder.why_not(x.device) or graphs.why_not_recorded(model)
+    reason = cache.recorder_on(x.device).why_not(x.device) or graphs.why_not_recorded(model)
     if reason is not None:
         return reason
     if x.shape[0] == 0:

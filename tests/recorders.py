@@ -1,10 +1,10 @@
-"""Stands in for the CUDA recorder on the CPU, as far as that can be told apart: it runs bodies before it records."""
+"""Recorders that count: one stands in for CUDA's, as far as that can be told apart on the CPU; one makes tapes."""
 
 from __future__ import annotations
 
 import torch
 
-from ddpm_fast.graphs import EagerRecorder
+from ddpm_fast.graphs import EagerRecorder, TapeRecorder
 
 
 class FrozenRecorder(EagerRecorder):
@@ -21,3 +21,11 @@ class FrozenRecorder(EagerRecorder):
                 body()
             reset()
         return body
+
+
+class CountedTape(TapeRecorder):
+    recorded = 0
+
+    def record(self, body, reset):
+        CountedTape.recorded += 1
+        return super().record(body, reset)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("csrc", "ddpm_fast", "tests", "benchmarks", "setup.py", "pyproject.toml", "README.md")
-TESTS = ("test_*_native.py", "test_sampler_step.py")
+TESTS = ("test_*_native.py", "test_sampler_step.py", "test_tape.py")
 # The run's exit status where a sanitizer found something; pytest's own are below 6.
 FOUND = 86
 

@@ -1,4 +1,4 @@
-"""Recorded sampling, its cache and its progress, with a recorder that stands in for CUDA's (see recorders.py)."""
+"""Recorded sampling, its cache and its progress: with tapes, and with a stand-in for CUDA's recorder (recorders.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from recorders import FrozenRecorder
+from recorders import CountedTape, FrozenRecorder
 
 from ddpm_fast import GaussianDiffusion, Unet, graphs, samplers, use_backend
 
@@ -17,19 +17,25 @@ SAMPLERS = {
     "dpmpp_2m": dict(sampling_timesteps=4, sampler="dpmpp_2m"),
 }
 
+Recorder = None  # the one of the test
+
+
+@pytest.fixture(autouse=True, params=[FrozenRecorder, CountedTape])
+def _recorder(request, monkeypatch):
+    reason = request.param.why_not(torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
+    request.param.recorded = 0
+    monkeypatch.setitem(globals(), "Recorder", request.param)
+
 
 def make(self_condition: bool = False, **kwargs) -> GaussianDiffusion:
     """A small diffusion that records on the CPU."""
     torch.manual_seed(0)
     model = Unet(8, dim_mults=(1,), self_condition=self_condition, attn_heads=1, attn_dim_head=4)
     diffusion = GaussianDiffusion(model, image_size=4, timesteps=6, **kwargs)
-    diffusion.graphs = graphs.GraphCache(recorder=FrozenRecorder)
+    diffusion.graphs = graphs.GraphCache(recorder=Recorder)
     return diffusion
-
-
-@pytest.fixture(autouse=True)
-def _count_from_zero():
-    FrozenRecorder.recorded = 0
 
 
 def both(diffusion, batch: int = 2, **kwargs) -> torch.Tensor:
@@ -48,7 +54,7 @@ def test_replays_equal_steps(sampler, self_condition):
     for seed in (4, torch.tensor([5])):  # seed, state and what was x0 are set anew
         assert not torch.equal(both(diffusion, seed=seed), first)
     assert torch.equal(both(diffusion), first)
-    assert FrozenRecorder.recorded == 1
+    assert Recorder.recorded == 1
     states = both(diffusion, return_all_timesteps=True)
     assert torch.equal(states[:, -1], first) and states.shape[1] == diffusion.sampling_timesteps + 1
     images = torch.rand(2, 3, 4, 4)
@@ -64,7 +70,7 @@ def test_tables_are_read_anew():
         results.append(both(diffusion))
     diffusion.objective = "pred_noise"
     results.append(both(diffusion))
-    assert FrozenRecorder.recorded == 1, "schedules, samplers and objectives are numbers in one recording"
+    assert Recorder.recorded == 1, "schedules, samplers and objectives are numbers in one recording"
     assert len({tuple(r.flatten().tolist()) for r in results}) == 4
 
 
@@ -81,7 +87,7 @@ def test_a_recording_for_each_setting_that_it_holds_fast():
     for number, change in enumerate(changes, start=2):
         change()
         change()
-        assert FrozenRecorder.recorded == number
+        assert Recorder.recorded == number
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = both(diffusion)
     with use_backend("reference"):
@@ -89,9 +95,9 @@ def test_a_recording_for_each_setting_that_it_holds_fast():
     torch.use_deterministic_algorithms(True)
     both(diffusion)
     torch.use_deterministic_algorithms(False)
-    assert FrozenRecorder.recorded == len(diffusion.graphs) == 8
+    assert Recorder.recorded == len(diffusion.graphs) == 8
     both(diffusion)
-    assert not torch.equal(low, both(diffusion)) and FrozenRecorder.recorded == 8, "every one of them is still there"
+    assert not torch.equal(low, both(diffusion)) and Recorder.recorded == 8, "every one of them is still there"
 
 
 def test_few_are_kept_and_the_least_recently_used_goes():
@@ -99,13 +105,13 @@ def test_few_are_kept_and_the_least_recently_used_goes():
     diffusion.graphs.limit = 2
     for batch in (1, 2, 1, 3, 1):
         both(diffusion, batch=batch)
-    assert (FrozenRecorder.recorded, len(diffusion.graphs)) == (3, 2)
+    assert (Recorder.recorded, len(diffusion.graphs)) == (3, 2)
     both(diffusion, batch=2)
-    assert FrozenRecorder.recorded == 4
+    assert Recorder.recorded == 4
     diffusion.clear_graphs()
     assert len(diffusion.graphs) == 0
     both(diffusion, batch=2)
-    assert FrozenRecorder.recorded == 5
+    assert Recorder.recorded == 5
 
 
 def load_other_weights(diffusion):
@@ -179,21 +185,21 @@ def test_what_changes_no_number_changes_no_recording():
     diffusion(torch.rand(2, 3, 4, 4))
     with torch.no_grad():
         assert torch.equal(both(diffusion), before)
-    assert FrozenRecorder.recorded == 1
+    assert Recorder.recorded == 1
     diffusion.eval()
     both(diffusion)
-    assert FrozenRecorder.recorded == 2, "dropout may be switched by this"
+    assert Recorder.recorded == 2, "dropout may be switched by this"
 
 
 def test_copies_and_pickles_record_anew():
     diffusion = make()
     before = both(diffusion)
     for other in (copy.deepcopy(diffusion), pickle.loads(pickle.dumps(diffusion))):
-        assert len(other.graphs) == 0 and other.graphs.recorder is FrozenRecorder
+        assert len(other.graphs) == 0 and other.graphs.recorder is Recorder
         load_other_weights(other)
         assert not torch.equal(both(other), before)
         assert torch.equal(both(diffusion), before)
-    assert FrozenRecorder.recorded == 3
+    assert Recorder.recorded == 3
 
 
 def test_recording_leaves_torchs_generator_alone():
@@ -244,16 +250,16 @@ REFUSALS = [
 @pytest.mark.parametrize("change, reason", REFUSALS)
 def test_refusals_have_reasons(change, reason):
     diffusion = make()
-    assert diffusion.explain_graphs() == "sampling replays a CUDA graph; 0 graphs are kept, 4 at most"
+    assert diffusion.explain_graphs() == f"sampling replays {Recorder.what}; 0 are kept, 4 at most"
     change(diffusion)
     assert diffusion.explain_graphs().startswith(f"sampling runs step by step: {reason}")
     if change is foreign:
         diffusion.sample(1, progress=False, graph=True)  # asked for: the module is trusted
-        assert FrozenRecorder.recorded == 1
+        assert Recorder.recorded == 1
         return
     with pytest.raises(RuntimeError, match=f"graph=True, and a graph cannot stand for the steps: {reason}"):
         diffusion.sample(1, progress=False, graph=True)
-    assert FrozenRecorder.recorded == 0
+    assert Recorder.recorded == 0
 
 
 def test_global_hooks_are_seen():
@@ -280,16 +286,16 @@ def test_a_foreign_self_conditioned_model_gets_none_first():
     assert "no Unet" in diffusion.explain_graphs()
     diffusion.sample(1, progress=False)
     assert diffusion.model.given == [True] + [False] * 5
-    assert FrozenRecorder.recorded == 0
+    assert Recorder.recorded == 0
 
 
 def test_empty_batches_are_not_recorded():
     diffusion = make()
-    assert diffusion.sample(0, progress=False).shape == (0, 3, 4, 4) and FrozenRecorder.recorded == 0
+    assert diffusion.sample(0, progress=False).shape == (0, 3, 4, 4) and Recorder.recorded == 0
 
 
 def test_errors_while_recording_surface():
-    class Broken(FrozenRecorder):
+    class Broken(Recorder):
         def record(self, body, reset):
             raise RuntimeError("operation not permitted when stream is capturing")
 

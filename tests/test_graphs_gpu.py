@@ -74,7 +74,7 @@ def test_narrow_networks(dtype):
 
 def test_it_is_what_sample_does_by_itself():
     diffusion = make()
-    assert diffusion.explain_graphs() == "sampling replays a CUDA graph; 0 graphs are kept, 4 at most"
+    assert diffusion.explain_graphs() == "sampling replays a CUDA graph; 0 are kept, 4 at most"
     diffusion.sample(2, progress=False)
     assert len(diffusion.graphs) == 1
 
