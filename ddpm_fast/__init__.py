@@ -7,6 +7,7 @@ can use it, and the trainer's libraries by the first use of the trainer.
 from importlib import import_module
 
 from ddpm_fast import noise
+from ddpm_fast._extension import empty_cache
 from ddpm_fast._version import __version__
 from ddpm_fast.dispatch import explain, use_backend
 from ddpm_fast.frozen import frozen_weights
@@ -28,6 +29,7 @@ __all__ = [
     "Unet",
     "__version__",
     "cosine_beta_schedule",
+    "empty_cache",
     "explain",
     "frozen_weights",
     "linear_beta_schedule",

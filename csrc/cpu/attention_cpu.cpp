@@ -1,5 +1,3 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -42,8 +40,7 @@ struct Call {
 Tensor attention(const Tensor& qkv, const Tensor& mem_kv, int64_t heads) {
   const Call call(qkv, mem_kv, heads);
   const at::MemoryFormat format = at::MemoryFormat::ChannelsLast;
-  const Tensor out = at::empty({qkv.size(0), call.in.heads * call.in.D, qkv.size(2), qkv.size(3)},
-                               call.qkv.options().memory_format(format));
+  const Tensor out = empty_tensor({qkv.size(0), call.in.heads * call.in.D, qkv.size(2), qkv.size(3)}, at::kFloat, format);
   kernels().attention.forward({call.in, call.qkv.const_data_ptr<float>(), out.data_ptr<float>()});
   return out.to(qkv.scalar_type());
 }
@@ -52,7 +49,7 @@ std::tuple<Tensor, Tensor> attention_backward(
     const Tensor& grad, const Tensor& qkv, const Tensor& mem_kv, int64_t heads) {
   const Call call(qkv, mem_kv, heads);
   const Tensor dout = float_map_like(grad, "grad", qkv, call.in.heads * call.in.D);
-  const Tensor dqkv = at::empty_like(call.qkv), dmem_kv = at::empty_like(call.mem_kv);
+  const Tensor dqkv = empty_tensor_like(call.qkv), dmem_kv = empty_tensor_like(call.mem_kv);
   kernels().attention.backward({call.in, call.qkv.const_data_ptr<float>(), dout.const_data_ptr<float>(),
                                 dqkv.data_ptr<float>(), dmem_kv.data_ptr<float>()});
   return {dqkv.to(qkv.scalar_type()), dmem_kv.to(mem_kv.scalar_type())};
@@ -83,7 +80,7 @@ Tensor attention_block(
   const Tensor added_bias = float_vector(bias, "bias", call.in.C);
   Tensor added;
   if (residual.has_value()) added = float_map_like(*residual, "residual", x, call.in.C);
-  const Tensor out = at::empty_like(call.x);
+  const Tensor out = empty_tensor_like(call.x);
   kernels().attention.block_forward({call.in, added_bias.const_data_ptr<float>(),
                                      added.defined() ? added.const_data_ptr<float>() : nullptr, out.data_ptr<float>()});
   return out.to(x.scalar_type());
@@ -94,9 +91,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backw
     const Tensor& weight, const Tensor& bias, int64_t heads) {
   const BlockCall call(x, g_in, weight_qkv, mem_kv, weight, heads);
   const Tensor dout = float_map_like(grad, "grad", x, call.in.C);
-  const Tensor dx = at::empty_like(call.x), dg_in = at::empty_like(call.gain_in);
-  const Tensor dweight_qkv = at::empty_like(call.weight_qkv), dmem_kv = at::empty_like(call.mem_kv);
-  const Tensor dweight = at::empty_like(call.weight), dbias = at::empty_like(float_vector(bias, "bias", call.in.C));
+  const Tensor dx = empty_tensor_like(call.x), dg_in = empty_tensor_like(call.gain_in);
+  const Tensor dweight_qkv = empty_tensor_like(call.weight_qkv), dmem_kv = empty_tensor_like(call.mem_kv);
+  const Tensor dweight = empty_tensor_like(call.weight), dbias = empty_tensor_like(float_vector(bias, "bias", call.in.C));
   kernels().attention.block_backward({call.in, dout.const_data_ptr<float>(), dx.data_ptr<float>(),
                                       dg_in.data_ptr<float>(), dweight_qkv.data_ptr<float>(), dmem_kv.data_ptr<float>(),
                                       dweight.data_ptr<float>(), dbias.data_ptr<float>()});

@@ -1,4 +1,4 @@
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -81,7 +81,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     if (d1.defined()) dbeside = d1.to(beside->scalar_type());
   }
   if (wanted[1] || wanted[2]) {
-    const at::Tensor dw = wanted[1] ? at::empty(weight.sizes(), at::kFloat) : at::Tensor();
+    const at::Tensor dw = wanted[1] ? empty_tensor(weight.sizes()) : at::Tensor();
     const at::Tensor db = wanted[2] ? at::empty({K}, at::kFloat) : at::Tensor();
     kernels().conv3x3.weight_gradient(
         {parts.B, parts.H, parts.W, upsampled, {data_or_null(parts.first), data_or_null(parts.second)},

@@ -1,5 +1,3 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -55,14 +53,13 @@ struct Call {
 };
 
 Forward run_forward(const Call& call, const Tensor& given, const std::optional<Tensor>& residual) {
-  const at::TensorOptions options = call.map.options();
   Tensor added;
   if (residual.has_value()) added = float_map_like(*residual, "residual", given, call.in.C);
   const Tensor out = call.in.x != nullptr
-      ? at::empty_like(call.map)
-      : at::empty({given.size(0), call.in.C, given.size(2), given.size(3)}, options.memory_format(format_of(given)));
-  const Tensor statistics = at::empty({call.in.B, 2, call.hidden()}, options);
-  const Tensor sums = at::empty({call.in.B, call.hidden(), call.values()}, options);
+      ? empty_tensor_like(call.map)
+      : empty_tensor({given.size(0), call.in.C, given.size(2), given.size(3)}, at::kFloat, format_of(given));
+  const Tensor statistics = empty_tensor({call.in.B, 2, call.hidden()});
+  const Tensor sums = empty_tensor({call.in.B, call.hidden(), call.values()});
   kernels().linear_attention.forward(
       {call.in, added.defined() ? added.const_data_ptr<float>() : nullptr, out.data_ptr<float>(),
        statistics.data_ptr<float>(), sums.data_ptr<float>()});
@@ -79,7 +76,7 @@ Gradients run_backward(const Call& call, const Tensor& grad, const Tensor& stati
   const Tensor dout = float_map_like(grad, "grad", call.map, call.in.C);
   const Tensor kept_statistics = float_vector(statistics, "statistics", call.in.B * 2 * call.hidden());
   const Tensor kept_sums = float_vector(sums, "sums", call.in.B * call.hidden() * call.values());
-  const auto empty = [](const Tensor& like) { return like.defined() ? at::empty_like(like) : Tensor(); };
+  const auto empty = [](const Tensor& like) { return like.defined() ? empty_tensor_like(like) : Tensor(); };
   Gradients d{empty(call.map), empty(call.gain_in), empty(call.weight_qkv), empty(call.mem_kv),
               empty(call.weight), empty(call.bias), empty(call.gain)};
   kernels().linear_attention.backward(

@@ -2,10 +2,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <optional>
+
+#include "memory.h"
 
 namespace ddpm_fast {
 
@@ -52,10 +53,6 @@ inline at::MemoryFormat format_of(const at::Tensor& map) {
 
 inline at::Tensor float_vector(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
 
-inline at::Tensor empty_map(int64_t B, int64_t C, int64_t H, int64_t W, const at::TensorOptions& options) {
-  return at::empty({B, C, H, W}, options, at::MemoryFormat::ChannelsLast);
-}
-
 // The same of any tensor of these sizes, in any layout.
 inline at::Tensor float_map(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {
   check_sizes(tensor, name, sizes);
@@ -68,7 +65,7 @@ inline at::Tensor float_map_like(const at::Tensor& tensor, const char* name, con
 }
 
 inline at::Tensor empty_float_map(at::IntArrayRef sizes) {
-  return at::empty(sizes, at::TensorOptions(at::kFloat).memory_format(at::MemoryFormat::ChannelsLast));
+  return empty_tensor(sizes, at::kFloat, at::MemoryFormat::ChannelsLast);
 }
 
 // Float32 numbers side by side, of `elements` in any shape.

@@ -1,5 +1,4 @@
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -33,7 +32,7 @@ at::Tensor in_dtype_of(const at::Tensor& given, const at::Tensor& made) {
 // Room for sums over pixels: zeros where there are none to add.
 at::Tensor sums_like(const at::Tensor& tensor, int64_t rows) {
   const auto options = tensor.options().dtype(at::kFloat);
-  return rows ? at::empty(tensor.sizes(), options) : at::zeros(tensor.sizes(), options);
+  return rows ? empty_tensor(tensor.sizes()) : at::zeros(tensor.sizes(), options);
 }
 
 std::tuple<at::Tensor, at::Tensor> norm_linear(const at::Tensor& x, const at::Tensor& g, const at::Tensor& weight) {
@@ -41,9 +40,8 @@ std::tuple<at::Tensor, at::Tensor> norm_linear(const at::Tensor& x, const at::Te
   const int64_t C = x.size(1), M = weight.size(0);
   check_elements(g, "g", C);
   const at::Tensor matrix = check_weight(weight, C), map = float_map(x), gain = float_vector(g);
-  const auto floats = x.options().dtype(at::kFloat);
-  const at::Tensor out = empty_map(x.size(0), M, x.size(2), x.size(3), floats);
-  const at::Tensor norms = at::empty({x.size(0), x.size(2) * x.size(3)}, floats);
+  const at::Tensor out = empty_float_map({x.size(0), M, x.size(2), x.size(3)});
+  const at::Tensor norms = empty_tensor({x.size(0), x.size(2) * x.size(3)});
   kernels().norm_linear.forward({map.const_data_ptr<float>(), gain.const_data_ptr<float>(),
                                  matrix.const_data_ptr<float>(), pixels(x), C, M, out.data_ptr<float>(),
                                  norms.data_ptr<float>()});
@@ -63,13 +61,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_linear_backward(
   const at::Tensor matrix = check_weight(weight, C), map = float_map(x), gain = float_vector(g),
                    gradient = float_map(grad), lengths = norms.contiguous();
   at::Tensor dx, dg, dweight;
-  const at::Tensor factors = want_weight ? at::empty({rows}, map.options()) : at::Tensor();
+  const at::Tensor factors = want_weight ? empty_tensor({rows}) : at::Tensor();
   NormLinearDataGradient args{
       gradient.const_data_ptr<float>(), map.const_data_ptr<float>(), lengths.const_data_ptr<float>(),
       gain.const_data_ptr<float>(), matrix.const_data_ptr<float>(), rows, C, M, nullptr, nullptr,
       want_weight ? factors.data_ptr<float>() : nullptr};
   if (want_x_or_g) {
-    dx = at::empty_like(map);
+    dx = empty_tensor_like(map);
     dg = sums_like(g, rows);
     args.dx = dx.data_ptr<float>();
     args.dgain = dg.data_ptr<float>();
@@ -131,8 +129,7 @@ at::Tensor linear(
     check_sizes(*residual, "residual", {first.size(0), M, first.size(2), first.size(3)});
     added = {float_map(*residual)};
   }
-  const at::Tensor out =
-      empty_map(first.size(0), M, first.size(2), first.size(3), first.options().dtype(at::kFloat));
+  const at::Tensor out = empty_float_map({first.size(0), M, first.size(2), first.size(3)});
   LinearForward args{};
   for (int i = 0; i < 2; ++i) {
     args.a[i] = parts.data(i);
@@ -172,7 +169,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward(
     data.k[i] = weights.k[i] = parts.k[i];
     weights.a[i] = parts.data(i);
     if (!(i ? want_second : want_first)) continue;
-    maps[i] = at::empty_like(parts.maps[i]);
+    maps[i] = empty_tensor_like(parts.maps[i]);
     data.dx[i] = maps[i].data_ptr<float>();
   }
   kernels().linear.data_gradient(data);

@@ -1,5 +1,4 @@
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -84,10 +83,9 @@ std::tuple<at::Tensor, at::Tensor> norm_silu(
     check_sizes(*residual, "residual", x.sizes());
     added = {float_map(*residual)};
   }
-  const auto floats = x.options().dtype(at::kFloat);
-  const at::Tensor out = at::empty_like(x, floats);
+  const at::Tensor out = empty_tensor_like(x, at::kFloat);
   const at::Tensor statistics =
-      groups ? at::empty({x.size(0), groups, 2}, floats) : at::empty({x.size(0), inputs.args.N}, floats);
+      groups ? empty_tensor({x.size(0), groups, 2}) : empty_tensor({x.size(0), inputs.args.N});
   NormSiluForwardArgs args{inputs.args};
   args.eps = static_cast<float>(eps);
   args.residual = added.data();
@@ -118,9 +116,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const auto floats = x.options().dtype(at::kFloat);
   const auto like = [&](const at::Tensor& given) {
     if (!given.defined()) return given;
-    return x.numel() ? at::empty(given.sizes(), floats) : at::zeros(given.sizes(), floats);
+    return x.numel() ? empty_tensor(given.sizes()) : at::zeros(given.sizes(), floats);
   };
-  const at::Tensor dx = at::empty_like(x, floats), dweight = like(inputs.weight),
+  const at::Tensor dx = empty_tensor_like(x, at::kFloat), dweight = like(inputs.weight),
                    dbias_affine = like(inputs.bias_affine.tensor), dbias = like(inputs.bias.tensor),
                    dscale = like(inputs.scale.tensor), dshift = like(inputs.shift.tensor);
   const auto data = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.data_ptr<float>() : nullptr; };

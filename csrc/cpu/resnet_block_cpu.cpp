@@ -1,7 +1,6 @@
 // A residual block as one operator: two 3×3 convolutions, norms, and the 1×1 convolution of the residual, by the kernels of
 // their own rooms. What is between the first norm and the second convolution is made again in backward.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -205,10 +204,10 @@ Outputs forward(
   const at::Tensor statistics1 = keeps1 ? block.norm1.empty_statistics(y1) : at::Tensor();
   const at::Tensor statistics2 = keeps2 ? block.norm2.empty_statistics(y2) : at::Tensor();
   const int64_t count = groups == 0 && dropout_p == 0 ? block.images_at_once() : B;
-  const at::Tensor h_room = at::empty({count * pixels * K}, at::kFloat);
+  const at::Tensor h_room = empty_tensor({count * pixels * K});
   // The residual's convolution goes into out, unless the second convolution writes there before its norm reads it.
   const bool convolved = block.res_weight.defined(), apart = convolved && !keeps2;
-  const at::Tensor residual_room = apart ? at::empty({count * pixels * K}, at::kFloat) : at::Tensor();
+  const at::Tensor residual_room = apart ? empty_tensor({count * pixels * K}) : at::Tensor();
 
   for (int64_t first = 0; first < B; first += count) {
     const Block images = block.images(first, std::min(count, B - first));
@@ -288,8 +287,16 @@ std::vector<at::Tensor> backward(
     TORCH_CHECK_VALUE(s->numel() == (groups == 0 ? B * H * W : 2 * B * groups) && s->scalar_type() == at::kFloat && s->is_contiguous(),
                       "statistics1 and statistics2 must be what the forward gave");
   }
-  const auto floats = [](at::IntArrayRef shape) { return at::empty(shape, at::kFloat); };
+  const auto floats = [](at::IntArrayRef shape) { return empty_tensor(shape); };
   const auto row = [&](const at::Tensor& given) { return given.defined() ? floats(given.sizes()) : at::Tensor(); };
+
+  // First what outlives this call, so that what does not lies above it, and leaves one free piece (memory.cpp).
+  const int64_t C = block.channels[0] + block.channels[1];
+  const at::Tensor dweight1 = floats({K, C, 3, 3}), dweight2 = floats({K, K, 3, 3});
+  at::Tensor dres_weight, dres_bias, dx, dbeside;
+  if (block.res_weight.defined()) dres_weight = floats({K, C, 1, 1}), dres_bias = floats({K});
+  if (wants_dx && block.beside_map.defined()) dbeside = empty_float_map(block.beside_map.sizes());
+  if (wants_dx) dx = empty_float_map(block.x_map.sizes());
 
   // The second norm and convolution.
   const at::Tensor dgain2 = floats({K}), daffine2 = row(block.norm2.affine), dbias2 = floats({K});
@@ -310,7 +317,7 @@ std::vector<at::Tensor> backward(
   };
   backward_norm(block.norm2, y2, statistics2, g, dgain2, daffine2, dbias2, at::Tensor(), at::Tensor());
 
-  const at::Tensor h = block.empty_output(), dweight2 = floats({K, K, 3, 3});
+  const at::Tensor h = block.empty_output();
   const at::Tensor unused = block.norm1.empty_statistics(y1);
   block.norm1.forward(block, y1.const_data_ptr<float>(), nullptr, h.data_ptr<float>(), unused.data_ptr<float>());
   kernels().conv3x3.weight_gradient(
@@ -325,20 +332,16 @@ std::vector<at::Tensor> backward(
   kernels().conv3x3.forward(to_h);
 
   // The first norm and convolution.
-  const int64_t C = block.channels[0] + block.channels[1];
   const at::Tensor dgain1 = floats({K}), daffine1 = row(block.norm1.affine), dbias1 = floats({K});
   const at::Tensor dscale = block.scale.defined() ? floats({B, K}) : at::Tensor();
   const at::Tensor dshift = block.shift.defined() ? floats({B, K}) : at::Tensor();
   backward_norm(block.norm1, y1, statistics1, h, dgain1, daffine1, dbias1, dscale, dshift);
-  const at::Tensor dweight1 = floats({K, C, 3, 3});
   kernels().conv3x3.weight_gradient(
       {B, H, W, false, {block.x, block.beside}, {block.channels[0], block.channels[1]},
        dy.const_data_ptr<float>(), K, dweight1.data_ptr<float>(), nullptr});
 
   // The residual, and the input.
-  at::Tensor dres_weight, dres_bias, dx, dbeside;
   if (block.res_weight.defined()) {
-    dres_weight = floats({K, C, 1, 1}), dres_bias = floats({K});
     LinearWeightGradient linear = {};
     linear.grad = g.const_data_ptr<float>();
     linear.a[0] = block.x, linear.a[1] = block.beside;
@@ -349,8 +352,6 @@ std::vector<at::Tensor> backward(
     kernels().linear.weight_gradient(linear);
   }
   if (wants_dx) {
-    dx = empty_float_map(block.x_map.sizes());
-    if (block.beside_map.defined()) dbeside = empty_float_map(block.beside_map.sizes());
     Conv3x3Forward to_x = {};
     to_x.B = B, to_x.H = H, to_x.W = W;
     to_x.input[0] = dy.const_data_ptr<float>();

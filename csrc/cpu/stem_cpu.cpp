@@ -31,7 +31,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const std::opt
 std::tuple<at::Tensor, at::Tensor> weight_gradient(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool want_bias) {
   const StemSizes sizes = sizes_of(x, weight);
   const at::Tensor map = float_map(x), gradient = float_map(grad, "grad", {sizes.B, sizes.K, sizes.H, sizes.W});
-  const at::Tensor dweight = at::empty(weight.sizes(), at::kFloat), dbias = at::empty({want_bias ? sizes.K : 0}, at::kFloat);
+  const at::Tensor dweight = empty_tensor(weight.sizes()), dbias = at::empty({want_bias ? sizes.K : 0}, at::kFloat);
   kernels().stem.weight_gradient({sizes, map.const_data_ptr<float>(), gradient.const_data_ptr<float>(), dweight.data_ptr<float>(),
                                   want_bias ? dbias.data_ptr<float>() : nullptr});
   return {dweight.to(weight.scalar_type()), dbias};
