@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -112,14 +113,15 @@ def test_an_unequal_rival_can_be_left_out(monkeypatch):
 
 def test_watching_choices():
     network = contenders.make("ours", TINY, CPU)
+    sample = partial(network.diffusion.sample, TINY.batch, progress=False, graph=False)  # a recording chooses once
     with dispatch.watch_choices() as choices:
-        network.sample()
+        sample()
     taken = {op: implementation for op, implementation, _ in choices}
     reasons = {op: why for op, _, why in choices}
     blocks = "resnet_block" if _extension.load() is not None else "rms_norm_silu"
     assert taken[blocks] == ("native" if blocks == "resnet_block" else "reference")
     with use_backend("reference"), dispatch.watch_choices() as choices_of_forced:
-        network.sample()
+        sample()
     assert not choices_of_forced
     assert choices["sampler_step_", taken["sampler_step_"], reasons["sampler_step_"]] == TINY.steps
     with dispatch.watch_choices() as choices:

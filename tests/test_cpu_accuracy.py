@@ -2,9 +2,9 @@
 
 The truth is the peer in float64 with the same weights. An error is ‖a − truth‖ / ‖truth‖, its root mean square over a
 few draws of the inputs, since in one draw either side may be lucky. Output, gradients together and the gradient of the
-input are held to twice the peer's error (measured: 0.7 to 0.8, 0.9 to 1.3 and 1.1 to 1.5 times). Winograd's convolutions
-round more than direct ones do, most where channels are few, and gradients pass through twice as many: each single tensor
-is held to five times (in the median of a network 1.4 to 2.4, at most 3.7).
+input are held to twice the peer's error (measured: 0.7 to 0.8, 0.9 to 1.3 and 1.1 to 1.5 times). Winograd's
+convolutions round more than direct ones do, most where channels are few, and gradients pass through twice as many: each
+single tensor is held to five times (in the median of a network 1.4 to 2.4, at most 3.7).
 """
 
 from __future__ import annotations
