@@ -38,7 +38,7 @@ SHARES = {
         "training run": 75, "first step": 60,
     },
     "cpu": {
-        "machine": 15, "extension": 60, "gpu tests": 20, "sanitizer": 15, "compile": 150, "networks": 240, "memory": 70,
+        "machine": 15, "extension": 60, "gpu tests": 20, "sanitizer": 15, "compile": 150, "networks": 310, "memory": 70,
         "ops": 50, "ncu": 5, "training run": 50, "first step": 100,
     },
 }  # fmt: skip

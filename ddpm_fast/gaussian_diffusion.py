@@ -151,8 +151,8 @@ class GaussianDiffusion(DiffusionProcess):
             progress: show a progress bar.
             graph: record a step (as a CUDA graph, on the CPU as a tape of operator calls) and replay it; the result is
                 the same. None does so where it can (`explain_graphs` says why not), True raises where it cannot, False
-                never does. What Python changes in the model besides its weights, settings of torch and train/eval needs
-                `clear_graphs`.
+                never does. CUDA graphs are kept: what Python changes in the model besides its weights, settings of
+                torch and train/eval needs `clear_graphs`.
 
         Returns:
             (B, C, H, W) float32 in [0, 1] with `auto_normalize`; (B, S + 1, C, H, W) with `return_all_timesteps`.
@@ -182,9 +182,12 @@ class GaussianDiffusion(DiffusionProcess):
         """Whether `sample(batch_size)` replays a recorded step now, and if not, why; one sentence."""
         x = torch.empty((batch_size, self.channels, 1, 1), device=self.device)
         reason = self._why_not_recorded(self.sampler or ("ddim" if self.is_ddim_sampling else "ddpm"), x, False)
-        kept = f"{len(self.graphs)} are kept, {self.graphs.limit} at most"
-        what = self.graphs.recorder_on(self.device).what
-        return f"sampling replays {what}; {kept}" if reason is None else f"sampling runs step by step: {reason}"
+        if reason is not None:
+            return f"sampling runs step by step: {reason}"
+        recorder = self.graphs.recorder_on(self.device)
+        if not recorder.is_kept:
+            return f"sampling replays {recorder.what}; every run makes one"
+        return f"sampling replays {recorder.what}; {len(self.graphs)} are kept, {self.graphs.limit} at most"
 
     def clear_graphs(self) -> None:
         """Drop recorded graphs and the memory they hold, derived weights included; the next `sample` records anew."""

@@ -34,6 +34,8 @@ class CudaRecorder:
     """Captures bodies on one device. They share one memory pool: nothing made inside a body outlives its replay."""
 
     what = "a CUDA graph"
+    # Whether a recording is kept for the next run, since it takes long to make.
+    is_kept = True
     # What the host decides while a body runs is decided once, for every replay.
     freezes_decisions = True
 
@@ -85,6 +87,7 @@ class TapeRecorder:
     """Writes down bodies on the CPU, where calling operators from Python is most of what a small network costs."""
 
     what = "a tape of operator calls"
+    is_kept = False
     freezes_decisions = True
 
     def __init__(self, device: torch.device):
@@ -137,6 +140,7 @@ class EagerRecorder:
     """The same calls without a capture: what it records is the body itself."""
 
     what = "the step itself"
+    is_kept = True
     freezes_decisions = False
 
     def __init__(self, device: torch.device):
@@ -203,13 +207,16 @@ class GraphCache:
         self._weights: object = None
 
     def find(self, device: torch.device, key: Hashable, weights: object, make: Callable[[object], object]) -> object:
-        """The entry of a key, made where there is none.
+        """The entry of a key, made where there is none, or where none is kept.
 
         Args:
             key: all that a recording depends on besides the weights.
             weights: `weights_of` the model now; others than at the last call drop everything.
             make: the new entry, from the device's recorder.
         """
+        recorder = self.recorder_on(device)
+        if not recorder.is_kept:
+            return make(recorder(device))
         if weights != self._weights:
             self.clear()
             self._weights = weights
@@ -219,7 +226,7 @@ class GraphCache:
             if not self._entries:
                 self._recorders.clear()  # a pool whose graphs are all gone cannot be captured into again
             if device not in self._recorders:
-                self._recorders[device] = self.recorder_on(device)(device)
+                self._recorders[device] = recorder(device)
             self._entries[key] = make(self._recorders[device])
         self._entries.move_to_end(key)
         return self._entries[key]

@@ -35,7 +35,7 @@ ROWS = [
     ["ops/*/op"],
     ["ops/*/kernel", "ops/*/native", "ops/*/reference"],
     ["ops/*/launch"],
-    ["ops/common/kernel", "ops/common/norm", "ops/common/reference"],
+    ["ops/common/arguments", "ops/common/kernel", "ops/common/norm", "ops/common/reference"],
     ["dispatch", "tuning", "noise", "schedules", "_version"],
     ["_extension"],
 ]
@@ -82,8 +82,9 @@ def test_imports_form_layers(module):
             continue
         assert row_of(imported) > row_of(module), f"{module} imports {imported}, which is not below it"
         if module.startswith("ops/") and imported.startswith("ops/"):
-            kind = "kernel" if module.endswith("/kernel") else "reference"
-            shared = imported in (f"ops/common/{kind}", "ops/common/norm") and module.endswith(f"/{kind}")
+            kind = module.split("/")[-1]
+            of_kind = ("norm", kind) if kind in ("kernel", "reference") else ("arguments",)
+            shared = imported in [f"ops/common/{name}" for name in of_kind]
             same_room = module.split("/")[1] == imported.split("/")[1]
             assert same_room or shared, f"{module} imports another room, {imported}"
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import _extension, tuning
+from ddpm_fast import tuning
 from ddpm_fast.dispatch import Implementation, Op, never_refuses
 from ddpm_fast.ops.attention import reference
+from ddpm_fast.ops.common.arguments import check_tensors, why_not_on_cpu
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LARGEST_HEAD = 128  # dimensions of a head that a program of the kernels holds
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
 
@@ -251,15 +251,7 @@ def _check_block(given: dict[str, torch.Tensor], heads: int, residual: torch.Ten
 
 def _check_kinds(given: dict[str, torch.Tensor], heads: int) -> None:
     """Types, dtypes and devices; the first is the map."""
-    first, map = next(iter(given.items()))
-    for name, tensor in given.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-    for name, tensor in given.items():
-        if tensor.device != map.device:
-            raise ValueError(f"{name} must be on the device of {first}, {map.device}, got {tensor.device}")
+    check_tensors(given)
     if not isinstance(heads, int) or heads < 1:
         raise ValueError(f"heads must be a positive integer, got {heads!r}")
 
@@ -320,20 +312,7 @@ def _native_block_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, r
 
 def _why_not_native(given: dict[str, torch.Tensor]) -> str | None:
     """Of the arguments by name, the map first."""
-    first, map = next(iter(given.items()))
-    if map.device.type != "cpu":
-        return f"{first} is on {map.device}, and this native code is the CPU's"
-    reason = _extension.why_not(map.device)
-    if reason is not None:
-        return reason
-    for name, tensor in given.items():
-        if tensor.dtype == torch.float64:
-            return f"{name} is torch.float64, and native code computes in float32"
-    if map.numel() == 0:
-        return f"{first} is empty"
-    if not map.is_contiguous(memory_format=torch.channels_last):
-        return f"{first} is not channels-last, its strides are {map.stride()}"
-    return None
+    return why_not_on_cpu(given, maps=[next(iter(given))], may_be_empty=("mem_kv",))
 
 
 def _example(side: int, D: int = 16, dtype: torch.dtype = torch.float32):

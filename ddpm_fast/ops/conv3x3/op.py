@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import _extension
 from ddpm_fast.dispatch import Implementation, Op
+from ddpm_fast.ops.common.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.conv3x3 import reference
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _SMALLEST_SIDE = 3  # of maps for which a tile of 4×4 outputs pays
 
@@ -117,15 +115,7 @@ def conv3x3(
 def _check(x, weight, bias, beside, residual, upsampled) -> None:
     """The checks of every implementation."""
     given = {"x": x, "weight": weight, "bias": bias, "beside": beside, "residual": residual}
-    for name, tensor in given.items():
-        if tensor is None and name not in ("x", "weight"):
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    check_tensors(given, optional=("bias", "beside", "residual"))
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
     B, C, H, W = x.shape
@@ -149,19 +139,8 @@ def _native(x, weight, bias, *, beside, residual, upsampled) -> torch.Tensor:
 
 
 def _native_refuses(x, weight, bias, *, beside, residual, upsampled) -> str | None:
-    reason = _extension.why_not(x.device)
-    if reason is not None:
-        return reason
-    if x.device.type != "cpu":
-        return f"tensors are on {x.device.type}, and the kernel is for the CPU"
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("beside", beside), ("residual", residual)):
-        if tensor is not None and tensor.dtype == torch.float64:
-            return f"{name} is torch.float64, and the kernel computes in float32"
-        if tensor is not None and tensor.numel() == 0:
-            return f"{name} is empty"
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return f"x is not channels-last, its strides are {x.stride()}"
-    return None
+    given = {"x": x, "weight": weight, "bias": bias, "beside": beside, "residual": residual}
+    return why_not_on_cpu(given, maps=("x",))
 
 
 def _native_yields(x, weight, bias, *, beside, residual, upsampled) -> str | None:

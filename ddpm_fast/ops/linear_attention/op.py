@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import _extension, tuning
+from ddpm_fast import tuning
 from ddpm_fast.dispatch import Implementation, Op
+from ddpm_fast.ops.common.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.linear_attention import reference
 from ddpm_fast.ops.linear_attention.launch import empty_output, why_too_large
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
 
 _ARGUMENTS = "Tensor qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor g"
@@ -278,16 +278,7 @@ def _check_block(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads, residual) 
 
 def _check_kinds(given: dict[str, torch.Tensor | None], heads: int) -> None:
     """Types, dtypes and devices; the first is the map, and residual may be None."""
-    first, map = next(iter(given.items()))
-    for name, tensor in given.items():
-        if name == "residual" and tensor is None:
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-        if tensor.device != map.device:
-            raise ValueError(f"{name} must be on the device of {first}, {map.device}, got {tensor.device}")
+    check_tensors(given, optional=("residual",))
     if not isinstance(heads, int) or heads < 1:
         raise ValueError(f"heads must be a positive integer, got {heads!r}")
 
@@ -349,20 +340,7 @@ def _native_block_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads
 
 def _why_not_native(given: dict[str, torch.Tensor | None]) -> str | None:
     """Of the arguments by name, the map first."""
-    first, map = next(iter(given.items()))
-    if map.device.type != "cpu":
-        return f"{first} is on {map.device}, and this native code is the CPU's"
-    reason = _extension.why_not(map.device)
-    if reason is not None:
-        return reason
-    for name, tensor in given.items():
-        if tensor is not None and tensor.dtype == torch.float64:
-            return f"{name} is torch.float64, and native code computes in float32"
-    if map.numel() == 0 or given["weight"].numel() == 0:
-        return f"{first if map.numel() == 0 else 'weight'} is empty"
-    if not map.is_contiguous(memory_format=torch.channels_last):
-        return f"{first} is not channels-last, its strides are {map.stride()}"
-    return None
+    return why_not_on_cpu(given, maps=[next(iter(given))], may_be_empty=("mem_kv",))
 
 
 def _example(device: torch.device) -> tuple[tuple, dict]:

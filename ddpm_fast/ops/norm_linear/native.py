@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ddpm_fast import _extension
+from ddpm_fast.ops.common.arguments import why_not_on_cpu
 
 _library = torch.library.Library("ddpm_fast", "FRAGMENT")
 for _schema in (
@@ -132,38 +132,22 @@ def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
 
 
 def linears_refuses(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> str | None:
-    reason = _extension.why_not(x.device)
-    if reason is not None:
-        return reason
-    if x.device.type != "cpu":
-        return f"tensors are on {x.device.type}, and the native kernels run on the CPU"
-    if x.numel() == 0:
-        return "x is empty"
     for tensor in (x, *weights, *biases):
         if tensor.dtype != torch.float32:
             return f"an argument is {tensor.dtype}, and the kernel is for torch.float32"
-    return None
+    return why_not_on_cpu({"x": x})
 
 
-def refuses(x: torch.Tensor, *others: torch.Tensor) -> str | None:
-    return linear_refuses((x,), *others)
+def norm_linear_refuses(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> str | None:
+    return why_not_on_cpu({"x": x, "g": g, "weight": weight}, maps=("x",))
 
 
-def linear_refuses(maps: tuple[torch.Tensor, ...], *others: torch.Tensor | None) -> str | None:
-    x = maps[0]
-    reason = _extension.why_not(x.device)
-    if reason is not None:
-        return reason
-    if x.device.type != "cpu":
-        return f"tensors are on {x.device.type}, and the native kernels run on the CPU"
-    given = [*maps, *(tensor for tensor in others if tensor is not None)]
-    if any(tensor.dtype == torch.float64 for tensor in given):
-        return "an argument is torch.float64, and native code computes in float32"
-    if any(tensor.dtype != x.dtype for tensor in maps):
+def linear_residual_refuses(x, weight, bias, residual) -> str | None:
+    return why_not_on_cpu({"x": x, "weight": weight, "bias": bias, "residual": residual}, maps=("x",))
+
+
+def linear_refuses(maps: tuple[torch.Tensor, ...], weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    named = {f"x[{i}]" if len(maps) > 1 else "x": tensor for i, tensor in enumerate(maps)}
+    if any(tensor.dtype != maps[0].dtype for tensor in maps):
         return f"the maps are {' and '.join(str(tensor.dtype) for tensor in maps)}, and native code takes one dtype"
-    if any(tensor.numel() == 0 for tensor in given):
-        return "an argument is empty"
-    for tensor in maps:
-        if not tensor.is_contiguous(memory_format=torch.channels_last):
-            return f"x is not channels-last, its strides are {tensor.stride()}"
-    return None
+    return why_not_on_cpu({**named, "weight": weight, "bias": bias}, maps=tuple(named))

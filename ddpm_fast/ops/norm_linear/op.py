@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from ddpm_fast import tuning
 from ddpm_fast.dispatch import Implementation, Op
+from ddpm_fast.ops.common.arguments import check_tensors
 from ddpm_fast.ops.norm_linear import native, reference
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LARGEST_ROW = 1024  # channels that the kernel of dx keeps in one program's registers
 _LARGEST_EXACT_ROW = 512  # the same where float32 products use no tensor cores and take more registers
 _LARGEST_ROWS = 2**31 - 2**16  # pixels that the kernels' 32-bit indices count
@@ -259,14 +259,9 @@ class _Linears(torch.autograd.Function):
 def _check_linears(x, weights, biases) -> None:
     if len(weights) == 0 or len(weights) != len(biases):
         raise ValueError(f"weights and biases must be as many, at least one, got {len(weights)} and {len(biases)}")
-    for name, tensors in (("x", (x,)), ("weights", weights), ("biases", biases)):
-        for tensor in tensors:
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name} must be tensors, got {type(tensor).__name__}")
-            if tensor.dtype not in _DTYPES:
-                raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-            if tensor.device != x.device:
-                raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    numbered = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+    numbered |= {f"biases[{i}]": bias for i, bias in enumerate(biases)}
+    check_tensors({"x": x, **numbered})
     if x.dim() != 2:
         raise ValueError(f"x must have shape (B, K), got {tuple(x.shape)}")
     for weight, bias in zip(weights, biases, strict=True):
@@ -284,15 +279,7 @@ def _check(given: dict[str, torch.Tensor]) -> None:
 
 def _check_tensors(given: dict[str, torch.Tensor]) -> None:
     """Types, devices, and the dimensions of maps, whose names begin with x."""
-    device = None
-    for name, tensor in given.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-        device = tensor.device if device is None else device
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on the device of x, {device}, got {tensor.device}")
+    check_tensors(given)
     for name, tensor in given.items():
         if name.startswith("x") and tensor.dim() != 4:
             raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(tensor.shape)}")
@@ -359,7 +346,7 @@ _norm_linear_op = Op(
     "norm_linear",
     [
         Implementation("triton", _triton, _triton_norm_refuses),
-        Implementation("native", native.norm_linear, native.refuses),
+        Implementation("native", native.norm_linear, native.norm_linear_refuses),
         Implementation("reference", reference.norm_linear),
     ],
     _example,
@@ -368,7 +355,7 @@ _linear_residual_op = Op(
     "linear_residual",
     [
         Implementation("triton", torch.ops.ddpm_fast.linear_residual, _triton_refuses),
-        Implementation("native", native.linear_residual, native.refuses),
+        Implementation("native", native.linear_residual, native.linear_residual_refuses),
         Implementation("reference", reference.linear_residual),
     ],
     _residual_example,

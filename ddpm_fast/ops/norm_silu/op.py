@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import _extension, tuning
+from ddpm_fast import tuning
 from ddpm_fast.dispatch import Implementation, Op
+from ddpm_fast.ops.common.arguments import check_seed, check_tensors, why_not_on_cpu
 from ddpm_fast.ops.norm_silu import reference
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LARGEST_ROW = 8192  # channels that the RMSNorm kernels keep in one program's registers
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
 
@@ -209,22 +209,10 @@ def group_norm_silu(
 
 def _check(x, weight, bias_affine, bias, scale, shift, residual, dropout_p, seed) -> None:
     """The checks of every implementation."""
-    optional = {
-        "bias_affine": bias_affine,
-        "bias": bias,
-        "scale": scale,
-        "shift": shift,
-        "residual": residual,
-        "seed": seed,
-    }
+    optional = {"bias_affine": bias_affine, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
     given = {"x": x, "weight": weight, **{name: tensor for name, tensor in optional.items() if tensor is not None}}
-    for name, tensor in given.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if name != "seed" and tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    check_tensors(given)
+    check_seed(dropout_p, seed, x.device)
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
     B, C, _, _ = x.shape
@@ -234,12 +222,6 @@ def _check(x, weight, bias_affine, bias, scale, shift, residual, dropout_p, seed
     for name, shape in shapes.items():
         if name in given and given[name].shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(given[name].shape)}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if dropout_p > 0 and seed is None:
-        raise ValueError("seed must be given where dropout_p > 0, got None")
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
-        raise TypeError(f"seed must be a one-element int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
 
 
 def _rms(operator):
@@ -285,19 +267,8 @@ def _triton_rms_refuses(x, weight, **options) -> str | None:
 
 
 def _native_refuses(x, weight, bias_affine=None, **options) -> str | None:
-    reason = _extension.why_not(x.device)
-    if reason is not None:
-        return reason
-    if x.device.type != "cpu":
-        return f"tensors are on {x.device.type}, and the native kernels run on the CPU"
-    for name, tensor in {"x": x, "weight": weight, "bias_affine": bias_affine, **options}.items():
-        if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
-            return f"{name} is torch.float64, and native code computes in float32"
-    if x.numel() == 0:
-        return "x is empty"
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return f"x is not channels-last, its strides are {x.stride()}"
-    return None
+    given = {name: option for name, option in options.items() if isinstance(option, torch.Tensor)}
+    return why_not_on_cpu({"x": x, "weight": weight, "bias_affine": bias_affine, **given}, maps=("x",))
 
 
 def _example(affine: bool):

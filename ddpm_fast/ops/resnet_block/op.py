@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import _extension, tuning
+from ddpm_fast import tuning
 from ddpm_fast.dispatch import Implementation, Op, forced_backend, in_forward_mode
+from ddpm_fast.ops.common.arguments import check_seed, check_tensors, why_not_on_cpu
 from ddpm_fast.ops.resnet_block import reference
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _FIRST = "Tensor x, Tensor? beside, Tensor weight1{bias1}, Tensor gain1, Tensor? affine1, Tensor? scale, Tensor? shift"
 _SECOND = "Tensor weight2{bias2}, Tensor gain2, Tensor? affine2, Tensor? res_weight{res_bias}, Tensor? seed"
@@ -185,15 +184,10 @@ def runs_natively(*maps: torch.Tensor) -> bool:
 def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
     """The checks of every implementation."""
     tensors = {"weight1": weight1, "bias1": bias1, "gain1": gain1, "weight2": weight2, "bias2": bias2, "gain2": gain2}
-    optional = ("beside", "affine1", "affine2", "scale", "shift", "res_weight", "res_bias", "seed")
+    optional = ("beside", "affine1", "affine2", "scale", "shift", "res_weight", "res_bias")
     tensors |= {name: options[name] for name in optional if options[name] is not None}
-    for name, tensor in {"x": x, **tensors}.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if name != "seed" and tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    check_tensors({"x": x, **tensors})
+    check_seed(options["dropout_p"], options["seed"], x.device)
     if x.dim() != 4 or weight1.dim() != 4:
         raise ValueError(
             f"x and weight1 must have four dimensions, got shapes {tuple(x.shape)} and {tuple(weight1.shape)}"
@@ -223,13 +217,6 @@ def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
         raise ValueError("affine1 and affine2 must be given with groups > 0")
     if groups == 0 and ("affine1" in tensors or "affine2" in tensors):
         raise ValueError("affine1 and affine2 are GroupNorm's, and must not be given with groups = 0")
-    dropout_p, seed = options["dropout_p"], options["seed"]
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if dropout_p > 0 and seed is None:
-        raise ValueError("seed must be given where dropout_p > 0, got None")
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
-        raise TypeError(f"seed must be a one-element int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
 
 
 def natively(*tensors, **options) -> torch.Tensor:
@@ -251,19 +238,11 @@ def _native(
 
 
 def _native_refuses(x, *tensors, **options) -> str | None:
-    reason = _extension.why_not(x.device)
-    if reason is not None:
-        return reason
-    if x.device.type != "cpu":
-        return f"tensors are on {x.device.type}, and the kernel is for the CPU"
-    given = (*tensors, *(option for option in options.values() if isinstance(option, torch.Tensor))) if tensors else ()
-    if x.dtype == torch.float64 or any(tensor.dtype == torch.float64 for tensor in given):
-        return "an argument is torch.float64, and the kernel computes in float32"
-    if x.numel() == 0:
-        return "x is empty"
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return f"x is not channels-last, its strides are {x.stride()}"
-    return None
+    if not tensors:  # `runs_natively` knows the map alone
+        return why_not_on_cpu({"x": x}, maps=("x",))
+    names = ("weight1", "bias1", "gain1", "weight2", "bias2", "gain2")
+    given = {name: option for name, option in options.items() if isinstance(option, torch.Tensor)}
+    return why_not_on_cpu({"x": x, **dict(zip(names, tensors, strict=True)), **given}, maps=("x",))
 
 
 def _example(device: torch.device) -> tuple[tuple, dict]:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import _extension
 from ddpm_fast.dispatch import Implementation, Op
+from ddpm_fast.ops.common.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.stem_conv import reference
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _MOST_CHANNELS = 16  # with more, a direct convolution's own blocks of channels are filled
 
@@ -83,15 +81,7 @@ def stem_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 
 def _check(x, weight, bias) -> None:
     """The checks of every implementation."""
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    check_tensors({"x": x, "weight": weight, "bias": bias}, optional=("bias",))
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
     shape, C = tuple(weight.shape), x.shape[1]
@@ -106,17 +96,7 @@ def _native(x, weight, bias) -> torch.Tensor:
 
 
 def _native_refuses(x, weight, bias) -> str | None:
-    reason = _extension.why_not(x.device)
-    if reason is not None:
-        return reason
-    if x.device.type != "cpu":
-        return f"tensors are on {x.device.type}, and the kernel is for the CPU"
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype == torch.float64:
-            return f"{name} is torch.float64, and the kernel computes in float32"
-        if tensor is not None and tensor.numel() == 0:
-            return f"{name} is empty"
-    return None
+    return why_not_on_cpu({"x": x, "weight": weight, "bias": bias})
 
 
 def _native_yields(x, weight, bias) -> str | None:
