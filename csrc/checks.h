@@ -53,24 +53,17 @@ inline OutputLayout output_layout(const at::Tensor& output) {
   }
   const bool has_channels = output.dim() >= 2 && output.size(1) != 1;
   if (has_channels) layout.channel_stride = output.stride(1);
-  layout.dense = (layout.pixels == 1 || layout.pixel_stride == 1) &&
-      (!has_channels || layout.channel_stride == layout.pixels);
+  layout.dense =
+      (layout.pixels == 1 || layout.pixel_stride == 1) && (!has_channels || layout.channel_stride == layout.pixels);
   return layout;
 }
 
-inline SamplerStepParams check_sampler_step(
-    const at::Tensor& x,
-    const at::Tensor& model_output,
-    const at::Tensor& table,
-    const at::Tensor& step,
-    const at::Tensor& seed,
-    const std::optional<at::Tensor>& previous,
-    const std::optional<at::Tensor>& noise,
-    const at::Tensor& x_next,
-    const std::optional<at::Tensor>& x_start,
-    bool clip_x_start,
-    int64_t start_index,
-    int64_t stream) {
+inline SamplerStepParams check_sampler_step(const at::Tensor& x, const at::Tensor& model_output,
+                                            const at::Tensor& table, const at::Tensor& step, const at::Tensor& seed,
+                                            const std::optional<at::Tensor>& previous,
+                                            const std::optional<at::Tensor>& noise, const at::Tensor& x_next,
+                                            const std::optional<at::Tensor>& x_start, bool clip_x_start,
+                                            int64_t start_index, int64_t stream) {
   check_counter_range(x, start_index, stream);
   check_state(x, "x", x);
   check_state(x_next, "x_next", x);
@@ -83,23 +76,22 @@ inline SamplerStepParams check_sampler_step(
   TORCH_CHECK_VALUE(model_output.sizes() == x.sizes() && model_output.device() == x.device(),
                     "model_output must have shape ", x.sizes(), " on ", x.device(), ", got ", model_output.sizes(),
                     " on ", model_output.device());
-  return {
-      x.data_ptr<float>(),
-      model_output.data_ptr(),
-      table.data_ptr<float>(),
-      step.data_ptr<int64_t>(),
-      seed.data_ptr<int64_t>(),
-      state_or_null(previous, "x_start_previous", x),
-      state_or_null(noise, "noise", x),
-      x_next.data_ptr<float>(),
-      state_or_null(x_start, "x_start", x),
-      x.numel() == 0 ? OutputLayout{1, 0, 0, 0, true} : output_layout(model_output),
-      x.size(0),
-      x.numel() == 0 ? 0 : x.numel() / x.size(0),
-      table.size(0),
-      start_index,
-      static_cast<uint32_t>(stream),
-      clip_x_start};
+  return {x.data_ptr<float>(),
+          model_output.data_ptr(),
+          table.data_ptr<float>(),
+          step.data_ptr<int64_t>(),
+          seed.data_ptr<int64_t>(),
+          state_or_null(previous, "x_start_previous", x),
+          state_or_null(noise, "noise", x),
+          x_next.data_ptr<float>(),
+          state_or_null(x_start, "x_start", x),
+          x.numel() == 0 ? OutputLayout{1, 0, 0, 0, true} : output_layout(model_output),
+          x.size(0),
+          x.numel() == 0 ? 0 : x.numel() / x.size(0),
+          table.size(0),
+          start_index,
+          static_cast<uint32_t>(stream),
+          clip_x_start};
 }
 
 }  // namespace ddpm_fast

@@ -17,8 +17,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return pybind11::make_tuple(words.x0, words.x1, words.x2, words.x3);
       },
       "Philox4x32-10 of counter c0 ... c3 and key k0, k1: four 32-bit words.");
-  m.def(
-      "instruction_set", [] { return ddpm_fast::kernels().name; }, "The vectors that the CPU's kernels use now.");
+  m.def("instruction_set", [] { return ddpm_fast::kernels().name; }, "The vectors that the CPU's kernels use now.");
   m.def(
       "use_instruction_set",
       [](const std::string& name) {
@@ -31,9 +30,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "empty_tensor", [](const std::vector<int64_t>& sizes) { return ddpm_fast::empty_tensor(sizes); },
       "A float32 tensor where native operators have theirs. For tests.");
-  m.def(
-      "keep_memory_for", &ddpm_fast::keep_memory_for,
-      "How many seconds memory that no step needs stays with the process. For tests.");
+  m.def("keep_memory_for", &ddpm_fast::keep_memory_for,
+        "How many seconds memory that no step needs stays with the process. For tests.");
   ddpm_fast::bind_tape(m);
   m.attr("torch_version") = TORCH_VERSION;
 #ifdef DDPM_FAST_WITH_CUDA

@@ -60,16 +60,11 @@ DDPM_FAST_INLINE PhiloxKey philox_key(int64_t seed) {
 DDPM_FAST_INLINE PhiloxWords philox_round(PhiloxWords counter, PhiloxKey key) {
   const uint64_t product0 = static_cast<uint64_t>(counter.x0) * 0xD2511F53u;
   const uint64_t product1 = static_cast<uint64_t>(counter.x2) * 0xCD9E8D57u;
-  return {
-      static_cast<uint32_t>(product1 >> 32) ^ counter.x1 ^ key.k0,
-      static_cast<uint32_t>(product1),
-      static_cast<uint32_t>(product0 >> 32) ^ counter.x3 ^ key.k1,
-      static_cast<uint32_t>(product0)};
+  return {static_cast<uint32_t>(product1 >> 32) ^ counter.x1 ^ key.k0, static_cast<uint32_t>(product1),
+          static_cast<uint32_t>(product0 >> 32) ^ counter.x3 ^ key.k1, static_cast<uint32_t>(product0)};
 }
 
-DDPM_FAST_INLINE PhiloxKey next_round_key(PhiloxKey key) {
-  return {key.k0 + 0x9E3779B9u, key.k1 + 0xBB67AE85u};
-}
+DDPM_FAST_INLINE PhiloxKey next_round_key(PhiloxKey key) { return {key.k0 + 0x9E3779B9u, key.k1 + 0xBB67AE85u}; }
 
 constexpr int kPhiloxRounds = 10;
 

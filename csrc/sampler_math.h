@@ -45,15 +45,15 @@ struct OutputLayout {
 
 // One call of the operator; every tensor but the model's output is contiguous.
 struct SamplerStepParams {
-  const float* x;          // (B, ...)
-  const void* output;      // (B, ...) by `layout`; float, half or bfloat16
-  const float* table;      // (S, 6)
-  const int64_t* step;     // (1,)
-  const int64_t* seed;     // (1,)
-  const float* previous;   // (B, ...) or null; may be x_start
-  const float* noise;      // (B, ...) or null
-  float* x_next;           // (B, ...); may be x
-  float* x_start;          // (B, ...) or null
+  const float* x;         // (B, ...)
+  const void* output;     // (B, ...) by `layout`; float, half or bfloat16
+  const float* table;     // (S, 6)
+  const int64_t* step;    // (1,)
+  const int64_t* seed;    // (1,)
+  const float* previous;  // (B, ...) or null; may be x_start
+  const float* noise;     // (B, ...) or null
+  float* x_next;          // (B, ...); may be x
+  float* x_start;         // (B, ...) or null
   OutputLayout layout;
   int64_t batch, elements;  // elements of one sample
   int64_t table_rows;

@@ -33,7 +33,8 @@ class Tape {
  public:
   // One call, as a dispatch mode sees it: below autograd and autocast. Tensors that an earlier call returned are taken
   // from that call in a replay; all others, and every number, are held fast.
-  void append(const std::string& name, const std::string& overload, const py::tuple& args, const py::dict& kwargs, py::handle returned) {
+  void append(const std::string& name, const std::string& overload, const py::tuple& args, const py::dict& kwargs,
+              py::handle returned) {
     Call call{c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str())};
     const c10::FunctionSchema& schema = call.op.schema();
     const auto& arguments = schema.arguments();
@@ -76,11 +77,13 @@ class Tape {
     TORCH_CHECK(returns.size() < 2 || py::len(returned) == returns.size(), schema.name(), " returned something else");
     for (size_t i = 0; i < returns.size(); ++i) {
       TORCH_CHECK(holds_tensors(returns[i]), schema.name(), " hands Python a value, which a replay would not look at");
-      const py::object one = returns.size() == 1 ? py::reinterpret_borrow<py::object>(returned) : py::object(returned[py::int_(i)]);
+      const py::object one =
+          returns.size() == 1 ? py::reinterpret_borrow<py::object>(returned) : py::object(returned[py::int_(i)]);
       const IValue value = torch::jit::toIValue(one, returns[i].type());
       for_each_tensor(value, [&](const at::Tensor& tensor, int64_t element) {
         const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-        const bool is_new = tensor.defined() && made_.count(impl) == 0 && std::find(given.begin(), given.end(), impl) == given.end();
+        const bool is_new =
+            tensor.defined() && made_.count(impl) == 0 && std::find(given.begin(), given.end(), impl) == given.end();
         if (!is_new) return;
         call.results.push_back({static_cast<int64_t>(i), element, num_slots_});
         made_.emplace(impl, Made{c10::weak_intrusive_ptr<c10::TensorImpl>(tensor.getIntrusivePtr()), num_slots_});

@@ -33,8 +33,19 @@ _STRIP_ROWS = 4
 # Defaults that depend on the data: photographs in a folder, or scikit-learn's handwritten digits of 8 x 8 pixels.
 # The average is taken every 10 steps: 0.95 looks back over 200 of them, which suits a run of minutes; 0.995 over 2,000.
 _FOLDER_DEFAULTS = dict(
-    image_size=64, channels=3, dim=64, dim_mults=(1, 2, 4, 8), timesteps=1000, sampling_timesteps=250,
-    beta_schedule="sigmoid", steps=100_000, batch_size=16, lr=1e-4, ema_decay=0.995, save_every=1000, flip=True,
+    image_size=64,
+    channels=3,
+    dim=64,
+    dim_mults=(1, 2, 4, 8),
+    timesteps=1000,
+    sampling_timesteps=250,
+    beta_schedule="sigmoid",
+    steps=100_000,
+    batch_size=16,
+    lr=1e-4,
+    ema_decay=0.995,
+    save_every=1000,
+    flip=True,
 )
 _DIGITS_DEFAULTS = dict(
     image_size=8, channels=1, dim=32, dim_mults=(1, 2), timesteps=1000, sampling_timesteps=50,
@@ -218,7 +229,9 @@ Command = (
 def main(arguments=None):
     """Run `ddpm-fast`; errors that the user can put right end with one line and exit code 2."""
     command = tyro.cli(
-        Command, prog="ddpm-fast", args=arguments,
+        Command,
+        prog="ddpm-fast",
+        args=arguments,
         description="Denoising diffusion, fast: train, sample, bench, doctor.",
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
@@ -269,8 +282,10 @@ def sample(options):
 
     _check_positive(num_samples=options.num_samples, batch_size=options.batch_size, scale=options.scale)
     overrides = {
-        "image_size": _image_size(options.image_size), "sampler": options.sampler,
-        "sampling_timesteps": options.sampling_timesteps, "ddim_sampling_eta": options.eta,
+        "image_size": _image_size(options.image_size),
+        "sampler": options.sampler,
+        "sampling_timesteps": options.sampling_timesteps,
+        "ddim_sampling_eta": options.eta,
     }
     given = {name: value for name, value in overrides.items() if value is not None}
     path = _checkpoint_file(options.checkpoint)
@@ -306,15 +321,24 @@ def bench(options):
         raise UserError(f"{reason}, and --against peer needs it")
     device = _device(options.device)
     given = {
-        "dim": options.dim, "dim_mults": options.dim_mults, "channels": options.channels, "steps": options.steps,
-        "image_size": _image_size(options.image_size), "batch": options.batch_size,
+        "dim": options.dim,
+        "dim_mults": options.dim_mults,
+        "channels": options.channels,
+        "steps": options.steps,
+        "image_size": _image_size(options.image_size),
+        "batch": options.batch_size,
         "dtype": None if options.amp == "no" else options.amp,
     }
     checkpoint = None if options.checkpoint is None else _checkpoint_file(options.checkpoint)
     configuration = command.configuration_from(checkpoint, given, device)
     command.run(
-        configuration, device, against=list(options.against), seconds=options.seconds, out=options.out,
-        json_file=options.json, with_profile=options.profile,
+        configuration,
+        device,
+        against=list(options.against),
+        seconds=options.seconds,
+        out=options.out,
+        json_file=options.json,
+        with_profile=options.profile,
     )
 
 
@@ -347,13 +371,22 @@ def _make_trainer(options, values):
     if options.seed is not None:
         torch.manual_seed(options.seed)
     network = Unet(
-        values["dim"], dim_mults=values["dim_mults"], channels=values["channels"], flash_attn=options.flash,
-        self_condition=options.self_condition, memory=options.memory,
+        values["dim"],
+        dim_mults=values["dim_mults"],
+        channels=values["channels"],
+        flash_attn=options.flash,
+        self_condition=options.self_condition,
+        memory=options.memory,
     )
     diffusion = GaussianDiffusion(
-        network, image_size=values["image_size"], timesteps=values["timesteps"], objective=options.objective,
-        sampling_timesteps=min(values["sampling_timesteps"], values["timesteps"]), sampler=options.sampler,
-        beta_schedule=values["beta_schedule"], min_snr_loss_weight=options.min_snr,
+        network,
+        image_size=values["image_size"],
+        timesteps=values["timesteps"],
+        objective=options.objective,
+        sampling_timesteps=min(values["sampling_timesteps"], values["timesteps"]),
+        sampler=options.sampler,
+        beta_schedule=values["beta_schedule"],
+        min_snr_loss_weight=options.min_snr,
     )
     return Trainer(
         diffusion,
@@ -410,9 +443,7 @@ def _draw(diffusion, count, batch_size, seed):
     import torch
 
     starts = range(0, count, batch_size)
-    batches = [
-        diffusion.sample(min(batch_size, count - start), seed=seed, start_index=start).cpu() for start in starts
-    ]
+    batches = [diffusion.sample(min(batch_size, count - start), seed=seed, start_index=start).cpu() for start in starts]
     return torch.cat(batches)
 
 

@@ -207,9 +207,7 @@ class GaussianDiffusion(DiffusionProcess):
     ) -> torch.Tensor:
         seed = self._seed(seed)
         plan = self._plan(sampler, sampling_timesteps)
-        x = normal(
-            shape, seed=seed, stream=noise_function.STREAM_INITIAL, start_index=start_index, device=self.device
-        )
+        x = normal(shape, seed=seed, stream=noise_function.STREAM_INITIAL, start_index=start_index, device=self.device)
         keep = None
         if return_all_timesteps:
             states = x.new_empty(x.shape[0], len(plan.times) + 1, *x.shape[1:])  # (B, S + 1, C, H, W)
@@ -296,9 +294,7 @@ class GaussianDiffusion(DiffusionProcess):
         now, after = self._alphas_cumprod_pair(plan, row)
         _, _, r, s, u, sigma = plan.table[row].tolist()
         t = torch.full((x.shape[0],), plan.times[row], device=x.device, dtype=torch.long)
-        pred_noise, x_start = self.model_predictions(
-            x, t, x_self_cond, clip_x_start=True, rederive_pred_noise=True
-        )[:2]
+        pred_noise, x_start = self.model_predictions(x, t, x_self_cond, clip_x_start=True, rederive_pred_noise=True)[:2]
         # s·x = s·√ᾱ·x0 + s·√(1 − ᾱ)·ε, with the ε that was predicted.
         x_next = (r + s * now**0.5) * x_start + s * (1 - now) ** 0.5 * pred_noise
         if u != 0:

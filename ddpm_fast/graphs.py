@@ -75,9 +75,7 @@ class CudaRecorder:
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Only this thread's calls count: a loader that pins memory in another must not spoil the capture.
-            capture = torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            )
+            capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
             with capture:
                 body()
         return graph.replay

@@ -166,6 +166,4 @@ def check_counter_range(shape: tuple[int, ...], *, stream: int, start_index: int
     if not 0 <= stream <= _MASK:
         raise ValueError(f"stream must be in [0, 2^32), got {stream}")
     if start_index < 0 or start_index + shape[0] > 2**32:
-        raise ValueError(
-            f"start_index must be in [0, 2^32 - batch size], got {start_index} with a batch of {shape[0]}"
-        )
+        raise ValueError(f"start_index must be in [0, 2^32 - batch size], got {start_index} with a batch of {shape[0]}")

@@ -299,9 +299,7 @@ class DiffusionProcess(nn.Module):
         if not isinstance(img, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(img).__name__}")
         if not img.is_floating_point():
-            raise TypeError(
-                f"{name} must be floating point in [0, 1] (divide 8-bit images by 255), got {img.dtype}"
-            )
+            raise TypeError(f"{name} must be floating point in [0, 1] (divide 8-bit images by 255), got {img.dtype}")
         if self.image_size is None and sized:
             raise ValueError(
                 "image_size is not known, since the loaded checkpoint does not record it: set "

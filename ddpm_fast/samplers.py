@@ -88,9 +88,7 @@ def narrow_dtype(model: Model) -> torch.dtype | None:
     return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
 
-def call_model(
-    model: Model, x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None = None
-) -> torch.Tensor:
+def call_model(model: Model, x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None = None) -> torch.Tensor:
     """model(x, t, x_self_cond), with x and x_self_cond in the dtype of narrow weights."""
     dtype = narrow_dtype(model)
     if dtype is not None:

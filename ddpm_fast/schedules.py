@@ -55,9 +55,7 @@ def sigmoid_beta_schedule(
     # The two ends are float32 in the peer, and its buffers and checkpoints carry that rounding.
     v_start = torch.tensor(start / tau, dtype=torch.float32).sigmoid()
     v_end = torch.tensor(end / tau, dtype=torch.float32).sigmoid()
-    return _betas_from_alphas_cumprod(
-        (-((t * (end - start) + start) / tau).sigmoid() + v_end) / (v_end - v_start)
-    )
+    return _betas_from_alphas_cumprod((-((t * (end - start) + start) / tau).sigmoid() + v_end) / (v_end - v_start))
 
 
 def _betas_from_alphas_cumprod(alphas_cumprod: torch.Tensor) -> torch.Tensor:

@@ -492,8 +492,7 @@ def _check_first_image(dataset, shape):
         raise TypeError(f"folder must give image tensors in [0, 1]; its first item is a {type(image).__name__}")
     if not image.is_floating_point() or tuple(image.shape) != shape:
         raise ValueError(
-            f"folder must give float images of shape {shape} in [0, 1]; its first is {image.dtype} "
-            f"{tuple(image.shape)}"
+            f"folder must give float images of shape {shape} in [0, 1]; its first is {image.dtype} {tuple(image.shape)}"
         )
 
 

@@ -1,6 +1,6 @@
-// The portable kernels' building blocks in a program of its own, free of torch, so that a cross compiler can build it and
-// an emulator run it. Prints standard normals of the C++ side of ddpm_fast/noise.py for seed 5, stream 3, sample 7, step 2,
-// one a line; exits with 1 and a sentence where something is wrong.
+// The portable kernels' building blocks in a program of its own, free of torch, so that a cross compiler can build it
+// and an emulator run it. Prints standard normals of the C++ side of ddpm_fast/noise.py for seed 5, stream 3, sample 7,
+// step 2, one a line; exits with 1 and a sentence where something is wrong.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -45,8 +45,16 @@ def make_trainer(folder, unet=SMALL, **diffusion):
     model = ddpm_fast.Unet(**unet)
     process = ddpm_fast.GaussianDiffusion(model, **{"image_size": 8, "timesteps": 20, **diffusion})
     return Trainer(
-        process, DigitsDataset(), results_folder=folder, train_batch_size=16, train_num_steps=3, calculate_fid=False,
-        augment_horizontal_flip=False, save_and_sample_every=100, progress=False, ema_update_every=1,
+        process,
+        DigitsDataset(),
+        results_folder=folder,
+        train_batch_size=16,
+        train_num_steps=3,
+        calculate_fid=False,
+        augment_horizontal_flip=False,
+        save_and_sample_every=100,
+        progress=False,
+        ema_update_every=1,
     )
 
 
@@ -56,8 +64,15 @@ def make_peer_trainer(peer, folder, image_folder, unet=SMALL, image_size=8, **di
     model = peer.Unet(**unet)
     process = peer.GaussianDiffusion(model, **{"image_size": image_size, "timesteps": 20, **diffusion})
     return peer.Trainer(
-        process, str(image_folder), results_folder=str(folder), train_batch_size=16, train_num_steps=3,
-        calculate_fid=False, save_and_sample_every=100, num_samples=4, ema_update_every=1,
+        process,
+        str(image_folder),
+        results_folder=str(folder),
+        train_batch_size=16,
+        train_num_steps=3,
+        calculate_fid=False,
+        save_and_sample_every=100,
+        num_samples=4,
+        ema_update_every=1,
     )
 
 
@@ -214,8 +229,13 @@ class RunsOnLoading:
 class TestOurFiles:
     def test_everything_comes_back(self, tmp_path):
         trainer = make_trainer(
-            tmp_path, objective="pred_noise", beta_schedule="cosine", schedule_fn_kwargs={"s": 0.02},
-            sampling_timesteps=5, sampler="dpmpp_2m", min_snr_loss_weight=True,
+            tmp_path,
+            objective="pred_noise",
+            beta_schedule="cosine",
+            schedule_fn_kwargs={"s": 0.02},
+            sampling_timesteps=5,
+            sampler="dpmpp_2m",
+            min_snr_loss_weight=True,
         )
         trainer.train()
         loaded = load_checkpoint(tmp_path / "model-last.pt")
@@ -345,7 +365,9 @@ def test_unet_arguments_are_read_off_the_shapes(peer, unet):
     ours = Unet(**infer_unet_config(theirs.state_dict(), "file"))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert (ours.channels, ours.out_dim, ours.self_condition) == (
-        theirs.channels, theirs.out_dim, theirs.self_condition,
+        theirs.channels,
+        theirs.out_dim,
+        theirs.self_condition,
     )
 
 
@@ -373,8 +395,12 @@ def test_the_process_is_read_off_the_buffers(peer, objective, beta_schedule, gam
 
 def test_an_unknown_schedule_keeps_its_buffers(peer, tmp_path):
     theirs = peer.GaussianDiffusion(
-        peer.Unet(**SMALL), image_size=8, timesteps=50, beta_schedule="sigmoid",
-        schedule_fn_kwargs=dict(start=-2, end=4, tau=0.7), objective="pred_x0",
+        peer.Unet(**SMALL),
+        image_size=8,
+        timesteps=50,
+        beta_schedule="sigmoid",
+        schedule_fn_kwargs=dict(start=-2, end=4, tau=0.7),
+        objective="pred_x0",
     )
     torch.save(theirs.state_dict(), tmp_path / "weights.pt")
     loaded = load_quietly(tmp_path / "weights.pt", image_size=8)

@@ -26,7 +26,11 @@ def run(*arguments, code=0, cwd=None):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(
         [sys.executable, "-m", "ddpm_fast", *map(str, arguments)],
-        capture_output=True, text=True, env=environment, cwd=cwd, timeout=120,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        timeout=120,
     )
     assert finished.returncode == code, finished.stdout + finished.stderr
     return finished.stdout, finished.stderr
@@ -83,8 +87,22 @@ def test_a_folder_trains_resumes_and_samples(tmp_path, images):
     assert (results / "loss.png").exists() and (results / "sample-5.png").exists()
 
     out, _ = run(
-        "sample", results, "--out", tmp_path / "new" / "grid.png", "--num-samples", 5, "--seed", 3,
-        "--sampler", "dpmpp_2m", "--sampling-timesteps", 4, "--raw", tmp_path / "raw", "--scale", 2,
+        "sample",
+        results,
+        "--out",
+        tmp_path / "new" / "grid.png",
+        "--num-samples",
+        5,
+        "--seed",
+        3,
+        "--sampler",
+        "dpmpp_2m",
+        "--sampling-timesteps",
+        4,
+        "--raw",
+        tmp_path / "raw",
+        "--scale",
+        2,
     )
     assert "step 10" in out and "seed 3" in out
     assert Image.open(tmp_path / "new" / "grid.png").size == (3 * 34 + 2, 2 * 18 + 2)
@@ -134,7 +152,10 @@ def test_resume_takes_the_largest_step_not_the_largest_name(trained, tmp_path):
 def test_stopping_saves_says_so_and_can_be_continued(tmp_path, number, code):
     command = [sys.executable, "-m", "ddpm_fast", "train", "digits", "--results-folder", str(tmp_path), *TINY]
     process = subprocess.Popen(
-        [*command, "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*command, "--steps", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 60

@@ -137,9 +137,7 @@ def test_ten_million_draws_within_four_units():
 
 
 def test_seed_and_step_as_tensors():
-    assert torch.equal(
-        normal((2, 9), seed=torch.tensor([-3]), step=torch.tensor(6)), normal((2, 9), seed=-3, step=6)
-    )
+    assert torch.equal(normal((2, 9), seed=torch.tensor([-3]), step=torch.tensor(6)), normal((2, 9), seed=-3, step=6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

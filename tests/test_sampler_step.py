@@ -95,9 +95,7 @@ def test_the_reference_is_the_formula():
     p, q, r, s, u, sigma = ROWS["all"]
     x_start = torch.clamp(p * x + q * output, -1, 1)
     assert (x_start.abs() == 1).any() and (x_start.abs() < 1).any()
-    x_next, actual_start = reference.sampler_step(
-        x, output, table, step, seed, x_start_previous=previous, noise=eps
-    )
+    x_next, actual_start = reference.sampler_step(x, output, table, step, seed, x_start_previous=previous, noise=eps)
     torch.testing.assert_close(actual_start, x_start)
     torch.testing.assert_close(x_next, r * x_start + s * x + u * previous + sigma * eps)
 

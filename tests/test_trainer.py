@@ -47,8 +47,17 @@ def make_diffusion(**options):
 def make_trainer(folder, diffusion=None, dataset=None, **options):
     torch.manual_seed(0)
     defaults = dict(
-        train_batch_size=16, train_num_steps=4, calculate_fid=False, augment_horizontal_flip=False, progress=False,
-        save_and_sample_every=100, num_samples=4, log_every=1, ema_update_every=1, seed=0, train_lr=1e-3,
+        train_batch_size=16,
+        train_num_steps=4,
+        calculate_fid=False,
+        augment_horizontal_flip=False,
+        progress=False,
+        save_and_sample_every=100,
+        num_samples=4,
+        log_every=1,
+        ema_update_every=1,
+        seed=0,
+        train_lr=1e-3,
     )
     dataset = DigitsDataset() if dataset is None else dataset
     return Trainer(diffusion or make_diffusion(), dataset, results_folder=folder, **{**defaults, **options})
@@ -62,7 +71,10 @@ def run_training(folder, *arguments, processes=1, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(
         [*command, str(RUN), str(folder), json.dumps(options), *arguments],
-        capture_output=True, text=True, env=environment, timeout=120,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout + finished.stderr
@@ -114,7 +126,11 @@ class TestExactResume:
             diffusion = make_diffusion()
             torch.manual_seed(seed)
             trainer = Trainer(
-                diffusion, DigitsDataset(), results_folder=tmp_path / name, train_num_steps=1, calculate_fid=False,
+                diffusion,
+                DigitsDataset(),
+                results_folder=tmp_path / name,
+                train_num_steps=1,
+                calculate_fid=False,
                 progress=False,
             )
             assert (trainer.seed == getattr(self, "seed", trainer.seed)) == (name != "c")
@@ -188,8 +204,11 @@ class TestOrder:
 
     def test_the_stream_leaves_the_global_generator_alone(self):
         stream = BatchStream(
-            Images(torch.rand(20, 1, 4, 4)), BatchOrder(20, 4, seed=0), device=torch.device("cpu"),
-            augment_horizontal_flip=True, num_workers=0,
+            Images(torch.rand(20, 1, 4, 4)),
+            BatchOrder(20, 4, seed=0),
+            device=torch.device("cpu"),
+            augment_horizontal_flip=True,
+            num_workers=0,
         )
         before = torch.get_rng_state()
         next(stream)
@@ -212,9 +231,7 @@ class Images(torch.utils.data.Dataset):
 class TestManyProcesses:
     def test_gradients_are_reduced_once_per_step_and_ranks_stay_equal(self, tmp_path):
         """The peer reduces in each of the accumulation's backwards."""
-        output = run_training(
-            tmp_path, "count-reductions", processes=2, train_num_steps=2, gradient_accumulate_every=4
-        )
+        output = run_training(tmp_path, "count-reductions", processes=2, train_num_steps=2, gradient_accumulate_every=4)
         assert re.findall(r"reductions (\d+)", output) == ["2", "2"]
         assert "ranks equal" in output and "noise differs" in output
 
@@ -256,7 +273,13 @@ class TestOutputs:
         trainer = make_trainer(tmp_path, save_and_sample_every=2, num_samples=7, train_num_steps=5)
         trainer.train()
         assert sorted(os.listdir(tmp_path)) == [
-            "loss.csv", "loss.png", "model-1.pt", "model-2.pt", "model-last.pt", "sample-1.png", "sample-2.png",
+            "loss.csv",
+            "loss.png",
+            "model-1.pt",
+            "model-2.pt",
+            "model-last.pt",
+            "sample-1.png",
+            "sample-2.png",
         ]
         assert Image.open(tmp_path / "sample-1.png").size == (3 * 10 + 2, 3 * 10 + 2)
         with open(tmp_path / "loss.csv", newline="") as file:
@@ -363,7 +386,9 @@ class TestFailures:
         command = [sys.executable, str(RUN), str(tmp_path)]
         options = json.dumps(dict(train_num_steps=10_000, save_and_sample_every=1, num_samples=1, num_workers=0))
         process = subprocess.Popen(
-            [*command, options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [*command, options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         deadline = time.monotonic() + 120
@@ -454,7 +479,13 @@ class TestFid:
                 return data[start : start + batch_size] + noise_level * torch.randn(batch_size, 1, 8, 8)
 
         scorer = FIDEvaluation(
-            100, data.split(100), Sampler(), channels=1, stats_dir=folder, device="cpu", num_fid_samples=550,
+            100,
+            data.split(100),
+            Sampler(),
+            channels=1,
+            stats_dir=folder,
+            device="cpu",
+            num_fid_samples=550,
             feature_extractor=lambda images: images.mean(1).flatten(1)[:, ::4],
         )
         first = scorer.fid_score()

@@ -18,9 +18,7 @@ RATE = 1e-2
 
 def make(dropout: float = 0.1, self_condition: bool = False, **kwargs) -> GaussianDiffusion:
     torch.manual_seed(1)
-    model = Unet(
-        8, dim_mults=(1,), dropout=dropout, self_condition=self_condition, attn_heads=1, attn_dim_head=4
-    )
+    model = Unet(8, dim_mults=(1,), dropout=dropout, self_condition=self_condition, attn_heads=1, attn_dim_head=4)
     return GaussianDiffusion(model, image_size=4, timesteps=20, **kwargs)
 
 
@@ -59,9 +57,7 @@ def plain_step(diffusion, optimizer, batch, ema=None, max_grad_norm=1.0, autocas
 
 
 @pytest.mark.parametrize("recorder", [graphs.EagerRecorder, FrozenRecorder])
-@pytest.mark.parametrize(
-    "options", [{}, {"max_grad_norm": 0.01, "autocast": torch.bfloat16}, {"max_grad_norm": None}]
-)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.01, "autocast": torch.bfloat16}, {"max_grad_norm": None}])
 def test_every_step_equals_the_plain_loop(recorder, options):
     plain, ours = make(), make()
     plain_ema, our_ema = average(plain), average(ours)

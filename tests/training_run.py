@@ -20,8 +20,16 @@ def main():
     model = ddpm_fast.Unet(8, dim_mults=(1, 2), channels=1, self_condition=True, dropout=0.1)
     diffusion = ddpm_fast.GaussianDiffusion(model, image_size=8, timesteps=20)
     defaults = dict(
-        train_batch_size=16, gradient_accumulate_every=2, calculate_fid=False, save_and_sample_every=1000,
-        ema_update_every=1, progress=False, log_every=1, seed=0, num_workers=1, train_lr=1e-3,
+        train_batch_size=16,
+        gradient_accumulate_every=2,
+        calculate_fid=False,
+        save_and_sample_every=1000,
+        ema_update_every=1,
+        progress=False,
+        log_every=1,
+        seed=0,
+        num_workers=1,
+        train_lr=1e-3,
     )
     trainer = Trainer(diffusion, DigitsDataset(), results_folder=folder, **{**defaults, **json.loads(options)})
     if what == ["count-reductions"]:

@@ -6,8 +6,9 @@
 namespace ddpm_fast {
 
 // The weight of a convolution from C to K channels: element (k, c, i, j) lies at
-// data[k·out_stride + c·in_stride + 3i + j], or with the taps mirrored at ... + 8 - (3i + j). A torch weight (K, C, 3, 3) has
-// strides 9·C and 9; for the gradient of the input, the same memory is a mirrored weight from K to C channels with 9 and 9·C.
+// data[k·out_stride + c·in_stride + 3i + j], or with the taps mirrored at ... + 8 - (3i + j). A torch weight (K, C, 3,
+// 3) has strides 9·C and 9; for the gradient of the input, the same memory is a mirrored weight from K to C channels
+// with 9 and 9·C.
 struct Conv3x3Weight {
   const float* data;
   int64_t out_stride, in_stride;
@@ -26,11 +27,11 @@ struct PixelNorm {
 
 // output = conv3x3(input, weight) + bias + residual. Maps of several parts have their channels side by side.
 struct Conv3x3Forward {
-  int64_t B, H, W;             // of the convolution
-  bool upsampled;              // the input has half the height and width, and each of its pixels stands for 2×2
-  bool pooled;                 // the output has half the height and width: sums of 2×2 pixels; H and W are even then
-  const float* input[2];       // (B, H, W, channels[i])
-  int64_t channels[2];         // C in all; channels[1] is 0 where there is one part
+  int64_t B, H, W;        // of the convolution
+  bool upsampled;         // the input has half the height and width, and each of its pixels stands for 2×2
+  bool pooled;            // the output has half the height and width: sums of 2×2 pixels; H and W are even then
+  const float* input[2];  // (B, H, W, channels[i])
+  int64_t channels[2];    // C in all; channels[1] is 0 where there is one part
   Conv3x3Weight weight;
   const float* bias;           // (K) or null
   const float* residual[2];    // like output, or null
@@ -47,8 +48,8 @@ struct Conv3x3WeightGradient {
   int64_t channels[2];
   const float* grad;  // (B, H, W, K)
   int64_t K;
-  float* dweight;     // contiguous, or null
-  float* dbias;       // (K), Σ over pixels of grad, or null
+  float* dweight;  // contiguous, or null
+  float* dbias;    // (K), Σ over pixels of grad, or null
 };
 
 struct Conv3x3Kernels {

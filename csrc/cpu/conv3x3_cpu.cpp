@@ -25,44 +25,45 @@ struct Parts {
     B = x.size(0);
     H = x.size(2) * (up ? 2 : 1);
     W = x.size(3) * (up ? 2 : 1);
-    if (beside.has_value()) second = float_map(*beside, "beside", {B, beside->dim() == 4 ? beside->size(1) : 0, x.size(2), x.size(3)});
+    if (beside.has_value())
+      second = float_map(*beside, "beside", {B, beside->dim() == 4 ? beside->size(1) : 0, x.size(2), x.size(3)});
     channels[0] = x.size(1);
     channels[1] = second.defined() ? second.size(1) : 0;
     C = channels[0] + channels[1];
     TORCH_CHECK_VALUE(x.numel() > 0, "x must not be empty, got ", x.sizes());
     check_floating(weight, "weight");
-    TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) == C && weight.size(2) == 3 && weight.size(3) == 3,
-                      "weight must have shape (K, ", C, ", 3, 3), got ", weight.sizes());
+    TORCH_CHECK_VALUE(
+        weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) == C && weight.size(2) == 3 && weight.size(3) == 3,
+        "weight must have shape (K, ", C, ", 3, 3), got ", weight.sizes());
   }
 };
 
-at::Tensor forward(
-    const at::Tensor& x,
-    const std::optional<at::Tensor>& beside,
-    const at::Tensor& weight,
-    const std::optional<at::Tensor>& bias,
-    const std::optional<at::Tensor>& residual,
-    bool upsampled) {
+at::Tensor forward(const at::Tensor& x, const std::optional<at::Tensor>& beside, const at::Tensor& weight,
+                   const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual, bool upsampled) {
   const Parts parts(x, beside, weight, upsampled);
   const int64_t K = weight.size(0);
   const at::Tensor w = weight.to(at::kFloat).contiguous(), b = float_vector(bias, "bias", K);
   const at::Tensor out = empty_float_map({parts.B, K, parts.H, parts.W});
   const at::Tensor r = residual.has_value() ? float_map(*residual, "residual", out.sizes()) : at::Tensor();
-  kernels().conv3x3.forward(
-      {parts.B, parts.H, parts.W, upsampled, false,
-       {data_or_null(parts.first), data_or_null(parts.second)}, {parts.channels[0], parts.channels[1]},
-       {w.const_data_ptr<float>(), 9 * parts.C, 9, false}, data_or_null(b), {data_or_null(r), nullptr},
-       {out.data_ptr<float>(), nullptr}, {K, 0}});
+  kernels().conv3x3.forward({parts.B,
+                             parts.H,
+                             parts.W,
+                             upsampled,
+                             false,
+                             {data_or_null(parts.first), data_or_null(parts.second)},
+                             {parts.channels[0], parts.channels[1]},
+                             {w.const_data_ptr<float>(), 9 * parts.C, 9, false},
+                             data_or_null(b),
+                             {data_or_null(r), nullptr},
+                             {out.data_ptr<float>(), nullptr},
+                             {K, 0}});
   return out.to(x.scalar_type());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
-    const at::Tensor& grad,
-    const at::Tensor& x,
-    const std::optional<at::Tensor>& beside,
-    const at::Tensor& weight,
-    bool upsampled,
-    std::array<bool, 3> wanted) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x,
+                                                                    const std::optional<at::Tensor>& beside,
+                                                                    const at::Tensor& weight, bool upsampled,
+                                                                    std::array<bool, 3> wanted) {
   const Parts parts(x, beside, weight, upsampled);
   const int64_t K = weight.size(0);
   const at::Tensor w = weight.to(at::kFloat).contiguous();
@@ -73,19 +74,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   if (wanted[0]) {
     const at::Tensor d0 = empty_float_map(parts.first.sizes());
     const at::Tensor d1 = parts.second.defined() ? empty_float_map(parts.second.sizes()) : at::Tensor();
-    kernels().conv3x3.forward(
-        {parts.B, parts.H, parts.W, false, upsampled, {g.const_data_ptr<float>(), nullptr}, {K, 0},
-         {w.const_data_ptr<float>(), 9, 9 * parts.C, true}, nullptr, {nullptr, nullptr},
-         {d0.data_ptr<float>(), mutable_data_or_null(d1)}, {parts.channels[0], parts.channels[1]}});
+    kernels().conv3x3.forward({parts.B,
+                               parts.H,
+                               parts.W,
+                               false,
+                               upsampled,
+                               {g.const_data_ptr<float>(), nullptr},
+                               {K, 0},
+                               {w.const_data_ptr<float>(), 9, 9 * parts.C, true},
+                               nullptr,
+                               {nullptr, nullptr},
+                               {d0.data_ptr<float>(), mutable_data_or_null(d1)},
+                               {parts.channels[0], parts.channels[1]}});
     dx = d0.to(x.scalar_type());
     if (d1.defined()) dbeside = d1.to(beside->scalar_type());
   }
   if (wanted[1] || wanted[2]) {
     const at::Tensor dw = wanted[1] ? empty_tensor(weight.sizes()) : at::Tensor();
     const at::Tensor db = wanted[2] ? at::empty({K}, at::kFloat) : at::Tensor();
-    kernels().conv3x3.weight_gradient(
-        {parts.B, parts.H, parts.W, upsampled, {data_or_null(parts.first), data_or_null(parts.second)},
-         {parts.channels[0], parts.channels[1]}, g.const_data_ptr<float>(), K, mutable_data_or_null(dw), mutable_data_or_null(db)});
+    kernels().conv3x3.weight_gradient({parts.B,
+                                       parts.H,
+                                       parts.W,
+                                       upsampled,
+                                       {data_or_null(parts.first), data_or_null(parts.second)},
+                                       {parts.channels[0], parts.channels[1]},
+                                       g.const_data_ptr<float>(),
+                                       K,
+                                       mutable_data_or_null(dw),
+                                       mutable_data_or_null(db)});
     if (wanted[1]) dweight = dw.to(weight.scalar_type());
     if (wanted[2]) dbias = db;
   }

@@ -20,7 +20,8 @@ inline void set_dropout(NormSiluArgs& args, const std::optional<at::Tensor>& see
   TORCH_CHECK_VALUE(seed.has_value(), "seed must be given where dropout_p > 0");
   TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong && seed->numel() == 1 && seed->device().is_cpu(),
                    "seed must be one int64 element on the CPU");
-  TORCH_CHECK_VALUE(args.C * args.N <= (int64_t{1} << 34), "at most 2^34 elements per sample are possible, got ", args.C * args.N);
+  TORCH_CHECK_VALUE(args.C * args.N <= (int64_t{1} << 34), "at most 2^34 elements per sample are possible, got ",
+                    args.C * args.N);
   args.seed = *seed->const_data_ptr<int64_t>();
 }
 

@@ -61,8 +61,8 @@ DDPM_FAST_INLINE void for_runs(const Layout& layout, int64_t first, int64_t coun
 
 // A tile of one sample as float32, 8-bit images divided by 255: where it lies already, else in `room`.
 template <typename T>
-const float* load_tile(
-    float* room, const T* sample, const Layout& layout, int64_t first, int64_t count, bool mirrored) {
+const float* load_tile(float* room, const T* sample, const Layout& layout, int64_t first, int64_t count,
+                       bool mirrored) {
   const bool in_order = layout.dense && !mirrored;
   if constexpr (std::is_same_v<T, float>) {
     if (in_order) return sample + first;
@@ -102,12 +102,10 @@ void store_tile(T* sample, const float* from, const Layout& layout, int64_t firs
   });
 }
 
-#define DDPM_FAST_FLOATS(TYPE, NAME, ...)             \
-  AT_DISPATCH_SWITCH(                                 \
-      TYPE, NAME,                                     \
-      AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)       \
-      AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__)        \
-      AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+#define DDPM_FAST_FLOATS(TYPE, NAME, ...)                                                               \
+  AT_DISPATCH_SWITCH(TYPE, NAME,                                                                        \
+                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__) \
+                         AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
 
 // What both ops read: x0 and ε of a tile.
 struct Images {
@@ -121,16 +119,9 @@ struct Images {
   bool normalize;
   std::vector<float> offset;  // of ε, for every image and channel; empty for none
 
-  Images(
-      const at::Tensor& x_start_in,
-      const at::Tensor& t_in,
-      const at::Tensor& table_in,
-      const std::optional<at::Tensor>& noise_in,
-      const std::optional<at::Tensor>& seed,
-      const std::optional<at::Tensor>& flip_in,
-      bool normalize_in,
-      double strength,
-      int64_t columns_in)
+  Images(const at::Tensor& x_start_in, const at::Tensor& t_in, const at::Tensor& table_in,
+         const std::optional<at::Tensor>& noise_in, const std::optional<at::Tensor>& seed,
+         const std::optional<at::Tensor>& flip_in, bool normalize_in, double strength, int64_t columns_in)
       : x_start(x_start_in), t(t_in), table(table_in), columns(columns_in), normalize(normalize_in) {
     TORCH_CHECK_VALUE(x_start.dim() >= 2 && x_start.numel() > 0, "x_start must be (B, C, ...) and not empty, got ",
                       x_start.sizes());
@@ -141,9 +132,9 @@ struct Images {
     TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == batch && t.is_contiguous() && t.device() == x_start.device(),
                       "t must be contiguous, of shape (B,), got ", t.sizes());
     TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, "table must be float32, got ", table.scalar_type());
-    TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == columns && table.is_contiguous() &&
-                          table.device() == x_start.device(),
-                      "table must be contiguous, of shape (T, ", columns, "), got ", table.sizes());
+    TORCH_CHECK_VALUE(
+        table.dim() == 2 && table.size(1) == columns && table.is_contiguous() && table.device() == x_start.device(),
+        "table must be contiguous, of shape (T, ", columns, "), got ", table.sizes());
     if (noise_in.has_value()) {
       TORCH_CHECK_VALUE(noise_in->sizes() == x_start.sizes() && noise_in->device() == x_start.device(),
                         "noise must have x_start's shape, got ", noise_in->sizes());
@@ -154,9 +145,9 @@ struct Images {
     if (flip_in.has_value()) {
       TORCH_CHECK_TYPE(flip_in->scalar_type() == at::kBool || flip_in->scalar_type() == at::kByte,
                        "flip must be bool or uint8, got ", flip_in->scalar_type());
-      TORCH_CHECK_VALUE(flip_in->sizes() == t.sizes() && flip_in->is_contiguous() &&
-                            flip_in->device() == x_start.device(),
-                        "flip must be contiguous, of shape (B,), got ", flip_in->sizes());
+      TORCH_CHECK_VALUE(
+          flip_in->sizes() == t.sizes() && flip_in->is_contiguous() && flip_in->device() == x_start.device(),
+          "flip must be contiguous, of shape (B,), got ", flip_in->sizes());
       flip = static_cast<const uint8_t*>(flip_in->const_data_ptr());
     }
     if (noise == nullptr || strength > 0) {
@@ -197,9 +188,10 @@ struct Images {
     AT_DISPATCH_SWITCH(
         x_start.scalar_type(), "x_start",
         AT_DISPATCH_CASE(at::kByte, [&] { load(static_cast<const scalar_t*>(x_start.const_data_ptr())); })
-        AT_DISPATCH_CASE(at::kFloat, [&] { load(static_cast<const scalar_t*>(x_start.const_data_ptr())); })
-        AT_DISPATCH_CASE(at::kHalf, [&] { load(static_cast<const scalar_t*>(x_start.const_data_ptr())); })
-        AT_DISPATCH_CASE(at::kBFloat16, [&] { load(static_cast<const scalar_t*>(x_start.const_data_ptr())); }));
+            AT_DISPATCH_CASE(at::kFloat, [&] { load(static_cast<const scalar_t*>(x_start.const_data_ptr())); })
+                AT_DISPATCH_CASE(at::kHalf, [&] { load(static_cast<const scalar_t*>(x_start.const_data_ptr())); })
+                    AT_DISPATCH_CASE(at::kBFloat16,
+                                     [&] { load(static_cast<const scalar_t*>(x_start.const_data_ptr())); }));
     return x;
   }
 
@@ -229,14 +221,8 @@ struct Images {
 };
 
 // p·ε + q·x0, where x0 is x or, normalised, 2·x − 1.
-DDPM_FAST_VECTORISED void combine_tile(
-    float* __restrict__ to,
-    const float* __restrict__ x,
-    const float* __restrict__ eps,
-    float p,
-    float q,
-    bool normalize,
-    int64_t count) {
+DDPM_FAST_VECTORISED void combine_tile(float* __restrict__ to, const float* __restrict__ x,
+                                       const float* __restrict__ eps, float p, float q, bool normalize, int64_t count) {
   if (normalize) {
     for (int64_t i = 0; i < count; ++i) to[i] = p * eps[i] + q * (x[i] * 2.0f - 1.0f);
   } else {
@@ -245,8 +231,8 @@ DDPM_FAST_VECTORISED void combine_tile(
 }
 
 // error ← output − target; returns Σ of its squares, in an order that depends on count alone.
-DDPM_FAST_VECTORISED float error_tile(
-    float* __restrict__ error, const float* __restrict__ output, const float* __restrict__ target, int64_t count) {
+DDPM_FAST_VECTORISED float error_tile(float* __restrict__ error, const float* __restrict__ output,
+                                      const float* __restrict__ target, int64_t count) {
   constexpr int kSums = 32;
   float sums[kSums] = {};
   int64_t i = 0;
@@ -268,8 +254,8 @@ DDPM_FAST_VECTORISED float error_tile(
   return sums[0];
 }
 
-DDPM_FAST_VECTORISED void scale_tile(
-    float* __restrict__ to, const float* __restrict__ from, float factor, int64_t count) {
+DDPM_FAST_VECTORISED void scale_tile(float* __restrict__ to, const float* __restrict__ from, float factor,
+                                     int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
 }
 
@@ -285,17 +271,10 @@ void for_tiles(int64_t batch, int64_t elements, const Body& body) {
   });
 }
 
-at::Tensor q_sample(
-    const at::Tensor& x_start,
-    const at::Tensor& t,
-    const at::Tensor& table,
-    const std::optional<at::Tensor>& noise,
-    const std::optional<at::Tensor>& seed,
-    const std::optional<at::Tensor>& flip,
-    bool normalize,
-    double offset_noise_strength,
-    at::ScalarType dtype,
-    bool channels_last) {
+at::Tensor q_sample(const at::Tensor& x_start, const at::Tensor& t, const at::Tensor& table,
+                    const std::optional<at::Tensor>& noise, const std::optional<at::Tensor>& seed,
+                    const std::optional<at::Tensor>& flip, bool normalize, double offset_noise_strength,
+                    at::ScalarType dtype, bool channels_last) {
   const Images images(x_start, t, table, noise, seed, flip, normalize, offset_noise_strength, 2);
   const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   TORCH_CHECK_VALUE(!channels_last || x_start.dim() == 4, "only (B, C, H, W) can be channels-last, got ",
@@ -319,17 +298,12 @@ at::Tensor q_sample(
   return x_t;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> diffusion_loss(
-    const at::Tensor& model_output,
-    const at::Tensor& x_start,
-    const at::Tensor& t,
-    const at::Tensor& table,
-    const std::optional<at::Tensor>& noise,
-    const std::optional<at::Tensor>& seed,
-    const std::optional<at::Tensor>& flip,
-    bool normalize,
-    double offset_noise_strength,
-    bool with_gradient) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> diffusion_loss(const at::Tensor& model_output, const at::Tensor& x_start,
+                                                              const at::Tensor& t, const at::Tensor& table,
+                                                              const std::optional<at::Tensor>& noise,
+                                                              const std::optional<at::Tensor>& seed,
+                                                              const std::optional<at::Tensor>& flip, bool normalize,
+                                                              double offset_noise_strength, bool with_gradient) {
   const Images images(x_start, t, table, noise, seed, flip, normalize, offset_noise_strength, 3);
   TORCH_CHECK_VALUE(model_output.sizes() == x_start.sizes() && model_output.device() == x_start.device(),
                     "model_output must have x_start's shape ", x_start.sizes(), ", got ", model_output.sizes());

@@ -1,12 +1,12 @@
 // The kernels of simd/, which are compiled once for every instruction set, as tables of functions; free of torch.
 #pragma once
 
+#include "attention.h"
 #include "conv3x3.h"
 #include "linear.h"
+#include "linear_attention.h"
 #include "norm_linear.h"
 #include "norm_silu.h"
-#include "attention.h"
-#include "linear_attention.h"
 #include "stem.h"
 
 namespace ddpm_fast {

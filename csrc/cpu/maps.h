@@ -60,7 +60,8 @@ inline at::Tensor float_map(const at::Tensor& tensor, const char* name, at::IntA
 }
 
 // The same, of the batch and the positions of another map.
-inline at::Tensor float_map_like(const at::Tensor& tensor, const char* name, const at::Tensor& other, int64_t channels) {
+inline at::Tensor float_map_like(const at::Tensor& tensor, const char* name, const at::Tensor& other,
+                                 int64_t channels) {
   return float_map(tensor, name, {other.size(0), channels, other.size(2), other.size(3)});
 }
 

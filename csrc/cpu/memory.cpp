@@ -178,7 +178,8 @@ struct PoolAllocator final : c10::Allocator {
 
 at::Tensor empty_tensor(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format) {
   static PoolAllocator* const allocator = new PoolAllocator;
-  return at::Tensor(at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), type, format));
+  return at::Tensor(
+      at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), type, format));
 }
 
 int64_t empty_cache() { return Pool::the().empty_cache(); }

@@ -41,9 +41,7 @@ void normal_tile(float* z, const NoiseIndex& index, int64_t first, int64_t count
   }
 }
 
-void convert(float* to, const float* from, int64_t count) {
-  std::copy(from, from + count, to);
-}
+void convert(float* to, const float* from, int64_t count) { std::copy(from, from + count, to); }
 
 DDPM_FAST_VECTORISED void convert(float* to, const c10::Half* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = c10::detail::fp16_ieee_to_fp32_value(from[i].x);
@@ -80,8 +78,8 @@ void fill(T* out, int64_t batch, int64_t elements, int64_t start_index, NoiseInd
   });
 }
 
-void fill_normal_(
-    at::Tensor& out, const at::Tensor& seed, const at::Tensor& step, int64_t stream, int64_t start_index) {
+void fill_normal_(at::Tensor& out, const at::Tensor& seed, const at::Tensor& step, int64_t stream,
+                  int64_t start_index) {
   check_counter_range(out, start_index, stream);
   check_one_int64(seed, "seed", out.device());
   check_one_int64(step, "step", out.device());
@@ -91,16 +89,15 @@ void fill_normal_(
   const NoiseIndex index{philox_key(*seed.const_data_ptr<int64_t>()), 0,
                          static_cast<uint32_t>(*step.const_data_ptr<int64_t>()), static_cast<uint32_t>(stream)};
   AT_DISPATCH_SWITCH(
-      out.scalar_type(), "fill_normal_",
-      AT_DISPATCH_CASE(at::kFloat, [&] { fill(out.data_ptr<scalar_t>(), batch, elements, start_index, index); })
-      AT_DISPATCH_CASE(at::kHalf, [&] { fill(out.data_ptr<scalar_t>(), batch, elements, start_index, index); })
-      AT_DISPATCH_CASE(at::kBFloat16, [&] { fill(out.data_ptr<scalar_t>(), batch, elements, start_index, index); }));
+      out.scalar_type(), "fill_normal_", AT_DISPATCH_CASE(at::kFloat, [&] {
+        fill(out.data_ptr<scalar_t>(), batch, elements, start_index, index);
+      }) AT_DISPATCH_CASE(at::kHalf, [&] {
+        fill(out.data_ptr<scalar_t>(), batch, elements, start_index, index);
+      }) AT_DISPATCH_CASE(at::kBFloat16, [&] { fill(out.data_ptr<scalar_t>(), batch, elements, start_index, index); }));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
-  m.impl("fill_normal_", &fill_normal_);
-}
+TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) { m.impl("fill_normal_", &fill_normal_); }
 
 }  // namespace ddpm_fast

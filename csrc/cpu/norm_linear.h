@@ -11,8 +11,8 @@ struct NormLinearForward {
   const float* gain;    // (C)
   const float* weight;  // (M, C)
   int64_t rows, C, M;
-  float* out;     // (rows, M)
-  float* norms;   // (rows), ‖x‖₂
+  float* out;    // (rows, M)
+  float* norms;  // (rows), ‖x‖₂
 };
 
 // The gradients of x and gain; that of the weight is linear's, with the factors √C / max(‖x‖₂, 1e-12) as its row_scale.

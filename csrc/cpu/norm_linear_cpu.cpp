@@ -49,9 +49,10 @@ std::tuple<at::Tensor, at::Tensor> norm_linear(const at::Tensor& x, const at::Te
 }
 
 // dx and dg are made together; what is not wanted is empty.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_linear_backward(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& norms, const at::Tensor& g, const at::Tensor& weight,
-    bool want_x_or_g, bool want_weight) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_linear_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                                    const at::Tensor& norms, const at::Tensor& g,
+                                                                    const at::Tensor& weight, bool want_x_or_g,
+                                                                    bool want_weight) {
   check_map(x, "x");
   const int64_t C = x.size(1), M = weight.size(0), rows = pixels(x);
   check_elements(g, "g", C);
@@ -62,10 +63,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_linear_backward(
                    gradient = float_map(grad), lengths = norms.contiguous();
   at::Tensor dx, dg, dweight;
   const at::Tensor factors = want_weight ? empty_tensor({rows}) : at::Tensor();
-  NormLinearDataGradient args{
-      gradient.const_data_ptr<float>(), map.const_data_ptr<float>(), lengths.const_data_ptr<float>(),
-      gain.const_data_ptr<float>(), matrix.const_data_ptr<float>(), rows, C, M, nullptr, nullptr,
-      want_weight ? factors.data_ptr<float>() : nullptr};
+  NormLinearDataGradient args{gradient.const_data_ptr<float>(),
+                              map.const_data_ptr<float>(),
+                              lengths.const_data_ptr<float>(),
+                              gain.const_data_ptr<float>(),
+                              matrix.const_data_ptr<float>(),
+                              rows,
+                              C,
+                              M,
+                              nullptr,
+                              nullptr,
+                              want_weight ? factors.data_ptr<float>() : nullptr};
   if (want_x_or_g) {
     dx = empty_tensor_like(map);
     dg = sums_like(g, rows);
@@ -102,9 +110,9 @@ struct Parts {
     rows = pixels(first);
     if (!second.has_value()) return;
     check_map(*second, "the second map");
-    TORCH_CHECK_VALUE(second->size(0) == first.size(0) && second->size(2) == first.size(2) &&
-                          second->size(3) == first.size(3),
-                      "the maps must agree in all but their channels, got ", first.sizes(), " and ", second->sizes());
+    TORCH_CHECK_VALUE(
+        second->size(0) == first.size(0) && second->size(2) == first.size(2) && second->size(3) == first.size(3),
+        "the maps must agree in all but their channels, got ", first.sizes(), " and ", second->sizes());
     TORCH_CHECK_TYPE(second->scalar_type() == first.scalar_type(), "the maps must be of one dtype, got ",
                      first.scalar_type(), " and ", second->scalar_type());
     maps[1] = float_map(*second);
@@ -114,9 +122,8 @@ struct Parts {
   const float* data(int part) const { return maps[part].defined() ? maps[part].const_data_ptr<float>() : nullptr; }
 };
 
-at::Tensor linear(
-    const at::Tensor& first, const OptionalTensor& second, const at::Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual) {
+at::Tensor linear(const at::Tensor& first, const OptionalTensor& second, const at::Tensor& weight,
+                  const OptionalTensor& bias, const OptionalTensor& residual) {
   const Parts parts(first, second);
   const at::Tensor matrix = check_weight(weight, parts.k[0] + parts.k[1]);
   const int64_t M = matrix.size(0);
@@ -190,8 +197,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward(
 // (B, K) times each of (N_i, K), plus its bias, side by side; all float32.
 at::Tensor linears(const at::Tensor& x, at::TensorList weights, at::TensorList biases) {
   TORCH_CHECK_VALUE(x.dim() == 2, "x must have shape (B, K), got ", x.sizes());
-  TORCH_CHECK_VALUE(weights.size() == biases.size(), "there must be as many biases as weights, got ", biases.size(), " and ",
-                    weights.size());
+  TORCH_CHECK_VALUE(weights.size() == biases.size(), "there must be as many biases as weights, got ", biases.size(),
+                    " and ", weights.size());
   const int64_t K = x.size(1), count = static_cast<int64_t>(weights.size());
   std::vector<at::Tensor> kept;  // copies of what does not lie as the kernel reads it
   kept.reserve(2 * weights.size() + 1);
@@ -209,15 +216,15 @@ at::Tensor linears(const at::Tensor& x, at::TensorList weights, at::TensorList b
     TORCH_CHECK_VALUE(weights[i].dim() == 2 && weights[i].size(1) == K, "weights must have shape (N, ", K, "), got ",
                       weights[i].sizes());
     widths.push_back(weights[i].size(0));
-    TORCH_CHECK_VALUE(biases[i].dim() == 1 && biases[i].size(0) == widths[i], "a bias must have shape (", widths[i], "), got ",
-                      biases[i].sizes());
+    TORCH_CHECK_VALUE(biases[i].dim() == 1 && biases[i].size(0) == widths[i], "a bias must have shape (", widths[i],
+                      "), got ", biases[i].sizes());
     matrices.push_back(read(weights[i], "weights"));
     vectors.push_back(read(biases[i], "biases"));
     N += widths[i];
   }
   const at::Tensor out = at::empty({x.size(0), N}, x.options());
-  kernels().linear.forward_many({read(x, "x"), x.size(0), K, count, matrices.data(), vectors.data(), widths.data(),
-                                 out.data_ptr<float>(), N});
+  kernels().linear.forward_many(
+      {read(x, "x"), x.size(0), K, count, matrices.data(), vectors.data(), widths.data(), out.data_ptr<float>(), N});
   return out;
 }
 

@@ -21,17 +21,9 @@ struct Inputs {
   Optional bias_affine, bias, scale, shift;
   NormSiluArgs args{};
 
-  Inputs(
-      const at::Tensor& map,
-      const at::Tensor& gain,
-      const OptionalTensor& bias_affine_,
-      const OptionalTensor& bias_,
-      const OptionalTensor& scale_,
-      const OptionalTensor& shift_,
-      const OptionalTensor& seed,
-      int64_t groups,
-      bool activation,
-      double dropout_p) {
+  Inputs(const at::Tensor& map, const at::Tensor& gain, const OptionalTensor& bias_affine_, const OptionalTensor& bias_,
+         const OptionalTensor& scale_, const OptionalTensor& shift_, const OptionalTensor& seed, int64_t groups,
+         bool activation, double dropout_p) {
     check_map(map, "x");
     const int64_t B = map.size(0), C = map.size(1), N = map.size(2) * map.size(3);
     check_elements(gain, "weight", C);
@@ -64,19 +56,11 @@ struct Inputs {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> norm_silu(
-    const at::Tensor& x,
-    const at::Tensor& weight,
-    const OptionalTensor& bias_affine,
-    const OptionalTensor& bias,
-    const OptionalTensor& scale,
-    const OptionalTensor& shift,
-    const OptionalTensor& residual,
-    const OptionalTensor& seed,
-    int64_t groups,
-    double eps,
-    bool activation,
-    double dropout_p) {
+std::tuple<at::Tensor, at::Tensor> norm_silu(const at::Tensor& x, const at::Tensor& weight,
+                                             const OptionalTensor& bias_affine, const OptionalTensor& bias,
+                                             const OptionalTensor& scale, const OptionalTensor& shift,
+                                             const OptionalTensor& residual, const OptionalTensor& seed, int64_t groups,
+                                             double eps, bool activation, double dropout_p) {
   const Inputs inputs(x, weight, bias_affine, bias, scale, shift, seed, groups, activation, dropout_p);
   Optional added;
   if (residual.has_value()) {
@@ -96,18 +80,9 @@ std::tuple<at::Tensor, at::Tensor> norm_silu(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_silu_backward(
-    const at::Tensor& grad,
-    const at::Tensor& x,
-    const at::Tensor& statistics,
-    const at::Tensor& weight,
-    const OptionalTensor& bias_affine,
-    const OptionalTensor& bias,
-    const OptionalTensor& scale,
-    const OptionalTensor& shift,
-    const OptionalTensor& seed,
-    int64_t groups,
-    bool activation,
-    double dropout_p) {
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& statistics, const at::Tensor& weight,
+    const OptionalTensor& bias_affine, const OptionalTensor& bias, const OptionalTensor& scale,
+    const OptionalTensor& shift, const OptionalTensor& seed, int64_t groups, bool activation, double dropout_p) {
   const Inputs inputs(x, weight, bias_affine, bias, scale, shift, seed, groups, activation, dropout_p);
   check_sizes(grad, "grad", x.sizes());
   TORCH_CHECK_TYPE(statistics.scalar_type() == at::kFloat, "statistics must be float32");
@@ -136,8 +111,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const auto result = [&](const at::Tensor& made, const OptionalTensor& given) {
     return given.has_value() ? made.to(given->scalar_type()) : at::empty({0}, x.options());
   };
-  return {dx.to(x.scalar_type()), result(dweight, weight), result(dbias_affine, bias_affine), result(dbias, bias),
-          result(dscale, scale), result(dshift, shift)};
+  return {dx.to(x.scalar_type()), result(dweight, weight), result(dbias_affine, bias_affine),
+          result(dbias, bias),    result(dscale, scale),   result(dshift, shift)};
 }
 
 }  // namespace

@@ -12,8 +12,8 @@ void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int
 // How many threads run_parallel may use: to cut work into even pieces where the cuts do not touch the results.
 int64_t thread_count();
 
-// Memory of the calling thread, kept for its next call with this slot, aligned to 64 bytes, not cleared. One slot is one
-// use at a time: a kernel that calls another must use other slots.
+// Memory of the calling thread, kept for its next call with this slot, aligned to 64 bytes, not cleared. One slot is
+// one use at a time: a kernel that calls another must use other slots.
 float* thread_scratch(int slot, int64_t floats);
 constexpr int kScratchSlots = 8;
 

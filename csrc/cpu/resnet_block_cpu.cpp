@@ -1,5 +1,5 @@
-// A residual block as one operator: two 3×3 convolutions, norms, and the 1×1 convolution of the residual, by the kernels of
-// their own rooms. What is between the first norm and the second convolution is made again in backward.
+// A residual block as one operator: two 3×3 convolutions, norms, and the 1×1 convolution of the residual, by the
+// kernels of their own rooms. What is between the first norm and the second convolution is made again in backward.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -51,25 +51,15 @@ struct Block {
   Norm norm1, norm2;
   int64_t B, H, W, K, channels[2];
 
-  Block(
-      const at::Tensor& x_in,
-      const std::optional<at::Tensor>& beside_in,
-      const at::Tensor& weight1_in,
-      const at::Tensor& gain1,
-      const std::optional<at::Tensor>& affine1,
-      const std::optional<at::Tensor>& scale_in,
-      const std::optional<at::Tensor>& shift_in,
-      const at::Tensor& weight2_in,
-      const at::Tensor& gain2,
-      const std::optional<at::Tensor>& affine2,
-      const std::optional<at::Tensor>& res_weight_in,
-      const std::optional<at::Tensor>& seed,
-      int64_t groups,
-      double eps,
-      double dropout_p)
+  Block(const at::Tensor& x_in, const std::optional<at::Tensor>& beside_in, const at::Tensor& weight1_in,
+        const at::Tensor& gain1, const std::optional<at::Tensor>& affine1, const std::optional<at::Tensor>& scale_in,
+        const std::optional<at::Tensor>& shift_in, const at::Tensor& weight2_in, const at::Tensor& gain2,
+        const std::optional<at::Tensor>& affine2, const std::optional<at::Tensor>& res_weight_in,
+        const std::optional<at::Tensor>& seed, int64_t groups, double eps, double dropout_p)
       : norm1{{}, {}, nullptr, nullptr, seed, groups, eps, dropout_p},
         norm2{{}, {}, nullptr, nullptr, no_seed, groups, eps, 0.0} {
-    TORCH_CHECK_VALUE(x_in.dim() == 4 && x_in.numel() > 0, "x must have shape (B, C, H, W) and not be empty, got ", x_in.sizes());
+    TORCH_CHECK_VALUE(x_in.dim() == 4 && x_in.numel() > 0, "x must have shape (B, C, H, W) and not be empty, got ",
+                      x_in.sizes());
     check_floating(x_in, "x");
     B = x_in.size(0), H = x_in.size(2), W = x_in.size(3);
     x_map = float_map(x_in);
@@ -79,16 +69,19 @@ struct Block {
     x = x_map.const_data_ptr<float>(), beside = data_or_null(beside_map);
     channels[0] = x_map.size(1), channels[1] = beside_map.defined() ? beside_map.size(1) : 0;
     const int64_t C = channels[0] + channels[1];
-    TORCH_CHECK_VALUE(weight1_in.dim() == 4 && weight1_in.size(0) > 0, "weight1 must have shape (K, C, 3, 3), got ", weight1_in.sizes());
+    TORCH_CHECK_VALUE(weight1_in.dim() == 4 && weight1_in.size(0) > 0, "weight1 must have shape (K, C, 3, 3), got ",
+                      weight1_in.sizes());
     K = weight1_in.size(0);
     weight1 = as_weight(weight1_in, "weight1", C, 3);
     weight2 = as_weight(weight2_in, "weight2", K, 3);
     if (res_weight_in.has_value()) {
       res_weight = as_weight(*res_weight_in, "res_weight", C, 1);
     } else {
-      TORCH_CHECK_VALUE(C == K && channels[1] == 0, "res_weight must be given where the block changes the number of channels");
+      TORCH_CHECK_VALUE(C == K && channels[1] == 0,
+                        "res_weight must be given where the block changes the number of channels");
     }
-    TORCH_CHECK_VALUE(groups >= 0 && (groups == 0 || K % groups == 0), "groups must divide ", K, " channels, got ", groups);
+    TORCH_CHECK_VALUE(groups >= 0 && (groups == 0 || K % groups == 0), "groups must divide ", K, " channels, got ",
+                      groups);
     TORCH_CHECK_VALUE(groups > 0 || (!affine1.has_value() && !affine2.has_value()),
                       "affine1 and affine2 must not be given with groups = 0");
     scale = float_vector(scale_in, "scale", B * K), shift = float_vector(shift_in, "shift", B * K);
@@ -110,8 +103,8 @@ struct Block {
     return some;
   }
 
-  // Images whose maps stay in the cache from one convolution to the next, with tiles enough to keep the kernels busy. Maps so
-  // small that the weights are what has to be moved are taken all at once.
+  // Images whose maps stay in the cache from one convolution to the next, with tiles enough to keep the kernels busy.
+  // Maps so small that the weights are what has to be moved are taken all at once.
   int64_t images_at_once() const {
     const int64_t tiles = (H + 3) / 4 * ((W + 3) / 4);
     const int64_t fitting = kCachedFloats / (H * W * std::max(K, channels[0] + channels[1]));
@@ -146,8 +139,8 @@ struct Block {
   static inline const std::optional<at::Tensor> no_seed;
 
   at::Tensor as_weight(const at::Tensor& weight, const char* name, int64_t C, int64_t side) const {
-    TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(std::array<int64_t, 4>{K, C, side, side}), name, " must have shape (", K, ", ", C, ", ", side, ", ", side,
-                      "), got ", weight.sizes());
+    TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(std::array<int64_t, 4>{K, C, side, side}), name,
+                      " must have shape (", K, ", ", C, ", ", side, ", ", side, "), got ", weight.sizes());
     check_floating(weight, name);
     return weight.to(at::kFloat).contiguous();
   }
@@ -172,27 +165,15 @@ NormSiluArgs Norm::args(const Block& block, const float* x) const {
 
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Outputs forward(
-    const at::Tensor& x,
-    const std::optional<at::Tensor>& beside,
-    const at::Tensor& weight1,
-    const at::Tensor& bias1,
-    const at::Tensor& gain1,
-    const std::optional<at::Tensor>& affine1,
-    const std::optional<at::Tensor>& scale,
-    const std::optional<at::Tensor>& shift,
-    const at::Tensor& weight2,
-    const at::Tensor& bias2,
-    const at::Tensor& gain2,
-    const std::optional<at::Tensor>& affine2,
-    const std::optional<at::Tensor>& res_weight,
-    const std::optional<at::Tensor>& res_bias,
-    const std::optional<at::Tensor>& seed,
-    int64_t groups,
-    double eps,
-    double dropout_p,
-    bool keep) {
-  const Block block(x, beside, weight1, gain1, affine1, scale, shift, weight2, gain2, affine2, res_weight, seed, groups, eps, dropout_p);
+Outputs forward(const at::Tensor& x, const std::optional<at::Tensor>& beside, const at::Tensor& weight1,
+                const at::Tensor& bias1, const at::Tensor& gain1, const std::optional<at::Tensor>& affine1,
+                const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
+                const at::Tensor& weight2, const at::Tensor& bias2, const at::Tensor& gain2,
+                const std::optional<at::Tensor>& affine2, const std::optional<at::Tensor>& res_weight,
+                const std::optional<at::Tensor>& res_bias, const std::optional<at::Tensor>& seed, int64_t groups,
+                double eps, double dropout_p, bool keep) {
+  const Block block(x, beside, weight1, gain1, affine1, scale, shift, weight2, gain2, affine2, res_weight, seed, groups,
+                    eps, dropout_p);
   const at::Tensor b1 = float_vector(bias1, "bias1", block.K), b2 = float_vector(bias2, "bias2", block.K);
   const at::Tensor rb = float_vector(res_bias, "res_bias", block.K);
   // Where a pixel's norm needs nothing but the pixel, the convolution does it while the pixel is at hand.
@@ -212,11 +193,15 @@ Outputs forward(
   for (int64_t first = 0; first < B; first += count) {
     const Block images = block.images(first, std::min(count, B - first));
     const int64_t offset = first * pixels * K;
-    const auto at_images = [&](const at::Tensor& map) { return map.defined() ? map.data_ptr<float>() + offset : nullptr; };
+    const auto at_images = [&](const at::Tensor& map) {
+      return map.defined() ? map.data_ptr<float>() + offset : nullptr;
+    };
     float* const h = h_room.data_ptr<float>();
     float* const y1_now = keeps1 ? at_images(y1) : h;
     const int64_t per_image = groups == 0 ? pixels : 2 * groups;
-    const auto at_statistics = [&](const at::Tensor& t) { return t.defined() ? t.data_ptr<float>() + first * per_image : nullptr; };
+    const auto at_statistics = [&](const at::Tensor& t) {
+      return t.defined() ? t.data_ptr<float>() + first * per_image : nullptr;
+    };
 
     Conv3x3Forward conv1 = images.first_convolution();
     conv1.bias = b1.const_data_ptr<float>();
@@ -253,38 +238,28 @@ Outputs forward(
   return {out.to(x.scalar_type()), kept(y1), kept(statistics1), kept(y2), kept(statistics2)};
 }
 
-std::vector<at::Tensor> backward(
-    const at::Tensor& grad,
-    const at::Tensor& x,
-    const std::optional<at::Tensor>& beside,
-    const at::Tensor& weight1,
-    const at::Tensor& gain1,
-    const std::optional<at::Tensor>& affine1,
-    const std::optional<at::Tensor>& scale,
-    const std::optional<at::Tensor>& shift,
-    const at::Tensor& weight2,
-    const at::Tensor& gain2,
-    const std::optional<at::Tensor>& affine2,
-    const std::optional<at::Tensor>& res_weight,
-    const std::optional<at::Tensor>& seed,
-    const at::Tensor& y1,
-    const at::Tensor& statistics1,
-    const at::Tensor& y2,
-    const at::Tensor& statistics2,
-    int64_t groups,
-    double eps,
-    double dropout_p,
-    bool wants_dx) {
-  const Block block(x, beside, weight1, gain1, affine1, scale, shift, weight2, gain2, affine2, res_weight, seed, groups, eps, dropout_p);
+std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& beside,
+                                 const at::Tensor& weight1, const at::Tensor& gain1,
+                                 const std::optional<at::Tensor>& affine1, const std::optional<at::Tensor>& scale,
+                                 const std::optional<at::Tensor>& shift, const at::Tensor& weight2,
+                                 const at::Tensor& gain2, const std::optional<at::Tensor>& affine2,
+                                 const std::optional<at::Tensor>& res_weight, const std::optional<at::Tensor>& seed,
+                                 const at::Tensor& y1, const at::Tensor& statistics1, const at::Tensor& y2,
+                                 const at::Tensor& statistics2, int64_t groups, double eps, double dropout_p,
+                                 bool wants_dx) {
+  const Block block(x, beside, weight1, gain1, affine1, scale, shift, weight2, gain2, affine2, res_weight, seed, groups,
+                    eps, dropout_p);
   const int64_t B = block.B, K = block.K, H = block.H, W = block.W;
   const std::array<int64_t, 4> map{B, K, H, W};
   const at::Tensor g = float_map(grad, "grad", map);
   for (const at::Tensor* y : {&y1, &y2}) {
-    TORCH_CHECK_VALUE(y->sizes() == at::IntArrayRef(map) && y->scalar_type() == at::kFloat && y->is_contiguous(at::MemoryFormat::ChannelsLast),
+    TORCH_CHECK_VALUE(y->sizes() == at::IntArrayRef(map) && y->scalar_type() == at::kFloat &&
+                          y->is_contiguous(at::MemoryFormat::ChannelsLast),
                       "y1 and y2 must be what the forward gave");
   }
   for (const at::Tensor* s : {&statistics1, &statistics2}) {
-    TORCH_CHECK_VALUE(s->numel() == (groups == 0 ? B * H * W : 2 * B * groups) && s->scalar_type() == at::kFloat && s->is_contiguous(),
+    TORCH_CHECK_VALUE(s->numel() == (groups == 0 ? B * H * W : 2 * B * groups) && s->scalar_type() == at::kFloat &&
+                          s->is_contiguous(),
                       "statistics1 and statistics2 must be what the forward gave");
   }
   const auto floats = [](at::IntArrayRef shape) { return empty_tensor(shape); };
@@ -301,9 +276,9 @@ std::vector<at::Tensor> backward(
   // The second norm and convolution.
   const at::Tensor dgain2 = floats({K}), daffine2 = row(block.norm2.affine), dbias2 = floats({K});
   const at::Tensor dy = block.empty_output();
-  const auto backward_norm = [&](const Norm& norm, const at::Tensor& y, const at::Tensor& statistics, const at::Tensor& incoming,
-                                 const at::Tensor& dgain, const at::Tensor& daffine, const at::Tensor& dbias, const at::Tensor& dscale,
-                                 const at::Tensor& dshift) {
+  const auto backward_norm = [&](const Norm& norm, const at::Tensor& y, const at::Tensor& statistics,
+                                 const at::Tensor& incoming, const at::Tensor& dgain, const at::Tensor& daffine,
+                                 const at::Tensor& dbias, const at::Tensor& dscale, const at::Tensor& dshift) {
     NormSiluBackwardArgs a{norm.args(block, y.const_data_ptr<float>())};
     a.grad = incoming.const_data_ptr<float>();
     a.statistics = statistics.const_data_ptr<float>();
@@ -320,8 +295,16 @@ std::vector<at::Tensor> backward(
   const at::Tensor h = block.empty_output();
   const at::Tensor unused = block.norm1.empty_statistics(y1);
   block.norm1.forward(block, y1.const_data_ptr<float>(), nullptr, h.data_ptr<float>(), unused.data_ptr<float>());
-  kernels().conv3x3.weight_gradient(
-      {B, H, W, false, {h.const_data_ptr<float>(), nullptr}, {K, 0}, dy.const_data_ptr<float>(), K, dweight2.data_ptr<float>(), nullptr});
+  kernels().conv3x3.weight_gradient({B,
+                                     H,
+                                     W,
+                                     false,
+                                     {h.const_data_ptr<float>(), nullptr},
+                                     {K, 0},
+                                     dy.const_data_ptr<float>(),
+                                     K,
+                                     dweight2.data_ptr<float>(),
+                                     nullptr});
   Conv3x3Forward to_h = {};
   to_h.B = B, to_h.H = H, to_h.W = W;
   to_h.input[0] = dy.const_data_ptr<float>();
@@ -336,9 +319,16 @@ std::vector<at::Tensor> backward(
   const at::Tensor dscale = block.scale.defined() ? floats({B, K}) : at::Tensor();
   const at::Tensor dshift = block.shift.defined() ? floats({B, K}) : at::Tensor();
   backward_norm(block.norm1, y1, statistics1, h, dgain1, daffine1, dbias1, dscale, dshift);
-  kernels().conv3x3.weight_gradient(
-      {B, H, W, false, {block.x, block.beside}, {block.channels[0], block.channels[1]},
-       dy.const_data_ptr<float>(), K, dweight1.data_ptr<float>(), nullptr});
+  kernels().conv3x3.weight_gradient({B,
+                                     H,
+                                     W,
+                                     false,
+                                     {block.x, block.beside},
+                                     {block.channels[0], block.channels[1]},
+                                     dy.const_data_ptr<float>(),
+                                     K,
+                                     dweight1.data_ptr<float>(),
+                                     nullptr});
 
   // The residual, and the input.
   if (block.res_weight.defined()) {
@@ -379,22 +369,23 @@ std::vector<at::Tensor> backward(
   const auto like_optional = [&](const at::Tensor& t, const std::optional<at::Tensor>& given) {
     return given.has_value() ? like(t, *given) : at::empty({0}, at::kFloat);
   };
-  const auto map_like = [](const at::Tensor& t, const at::Tensor& given) { return t.defined() ? t.to(given.scalar_type()) : at::empty({0}, given.options()); };
-  return {
-      map_like(dx, x),
-      beside.has_value() ? map_like(dbeside, *beside) : at::empty({0}, at::kFloat),
-      like(dweight1, weight1),
-      dbias1,
-      like(dgain1, gain1),
-      like_optional(daffine1, affine1),
-      like_optional(dscale, scale),
-      like_optional(dshift, shift),
-      like(dweight2, weight2),
-      dbias2,
-      like(dgain2, gain2),
-      like_optional(daffine2, affine2),
-      like_optional(dres_weight, res_weight),
-      dres_bias.defined() ? dres_bias : at::empty({0}, at::kFloat)};
+  const auto map_like = [](const at::Tensor& t, const at::Tensor& given) {
+    return t.defined() ? t.to(given.scalar_type()) : at::empty({0}, given.options());
+  };
+  return {map_like(dx, x),
+          beside.has_value() ? map_like(dbeside, *beside) : at::empty({0}, at::kFloat),
+          like(dweight1, weight1),
+          dbias1,
+          like(dgain1, gain1),
+          like_optional(daffine1, affine1),
+          like_optional(dscale, scale),
+          like_optional(dshift, shift),
+          like(dweight2, weight2),
+          dbias2,
+          like(dgain2, gain2),
+          like_optional(daffine2, affine2),
+          like_optional(dres_weight, res_weight),
+          dres_bias.defined() ? dres_bias : at::empty({0}, at::kFloat)};
 }
 
 }  // namespace

@@ -13,16 +13,9 @@ namespace ddpm_fast {
 namespace {
 
 // x_next may be x, and x_start may be previous: element i reads before it writes and touches nothing else.
-DDPM_FAST_VECTORISED void step_tile(
-    const SamplerRow& row_in,
-    bool clip,
-    const float* x,
-    const float* output,
-    const float* previous,
-    const float* eps,
-    float* x_next,
-    float* x_start,
-    int64_t count) {
+DDPM_FAST_VECTORISED void step_tile(const SamplerRow& row_in, bool clip, const float* x, const float* output,
+                                    const float* previous, const float* eps, float* x_next, float* x_start,
+                                    int64_t count) {
   const SamplerRow row = row_in;
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC ivdep
@@ -82,24 +75,17 @@ void run(const SamplerStepParams& p, at::ScalarType output_type) {
                     "), the rows of table, got ", *p.step);
   const SamplerRow row = sampler_row(p.table, p.table_rows, *p.step);
   TORCH_CHECK_VALUE(row.u == 0 || p.previous, "the previous x_start is needed where u of the table is not 0");
-  AT_DISPATCH_SWITCH(
-      output_type, "sampler_step",
-      AT_DISPATCH_CASE(at::kFloat, [&] { step_samples<scalar_t>(p, row); })
-      AT_DISPATCH_CASE(at::kHalf, [&] { step_samples<scalar_t>(p, row); })
-      AT_DISPATCH_CASE(at::kBFloat16, [&] { step_samples<scalar_t>(p, row); }));
+  AT_DISPATCH_SWITCH(output_type, "sampler_step",
+                     AT_DISPATCH_CASE(at::kFloat, [&] { step_samples<scalar_t>(p, row); })
+                         AT_DISPATCH_CASE(at::kHalf, [&] { step_samples<scalar_t>(p, row); })
+                             AT_DISPATCH_CASE(at::kBFloat16, [&] { step_samples<scalar_t>(p, row); }));
 }
 
-std::tuple<at::Tensor, at::Tensor> sampler_step(
-    const at::Tensor& x,
-    const at::Tensor& model_output,
-    const at::Tensor& table,
-    const at::Tensor& step,
-    const at::Tensor& seed,
-    const std::optional<at::Tensor>& x_start_previous,
-    const std::optional<at::Tensor>& noise,
-    bool clip_x_start,
-    int64_t start_index,
-    int64_t stream) {
+std::tuple<at::Tensor, at::Tensor> sampler_step(const at::Tensor& x, const at::Tensor& model_output,
+                                                const at::Tensor& table, const at::Tensor& step, const at::Tensor& seed,
+                                                const std::optional<at::Tensor>& x_start_previous,
+                                                const std::optional<at::Tensor>& noise, bool clip_x_start,
+                                                int64_t start_index, int64_t stream) {
   const at::Tensor x_next = at::empty_like(x), x_start = at::empty_like(x);
   run(check_sampler_step(x, model_output, table, step, seed, x_start_previous, noise, x_next, x_start, clip_x_start,
                          start_index, stream),
@@ -107,17 +93,9 @@ std::tuple<at::Tensor, at::Tensor> sampler_step(
   return {x_next, x_start};
 }
 
-void sampler_step_(
-    at::Tensor& x,
-    const at::Tensor& model_output,
-    const at::Tensor& table,
-    const at::Tensor& step,
-    const at::Tensor& seed,
-    const std::optional<at::Tensor>& x_start,
-    const std::optional<at::Tensor>& noise,
-    bool clip_x_start,
-    int64_t start_index,
-    int64_t stream) {
+void sampler_step_(at::Tensor& x, const at::Tensor& model_output, const at::Tensor& table, const at::Tensor& step,
+                   const at::Tensor& seed, const std::optional<at::Tensor>& x_start,
+                   const std::optional<at::Tensor>& noise, bool clip_x_start, int64_t start_index, int64_t stream) {
   run(check_sampler_step(x, model_output, table, step, seed, x_start, noise, x, x_start, clip_x_start, start_index,
                          stream),
       model_output.scalar_type());

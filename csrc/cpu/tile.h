@@ -24,7 +24,7 @@
 
 namespace ddpm_fast {
 
-constexpr int64_t kTile = 2048;            // elements; a few tiles fit the first-level cache. A multiple of 4.
+constexpr int64_t kTile = 2048;              // elements; a few tiles fit the first-level cache. A multiple of 4.
 constexpr int64_t kElementsPerTask = 16384;  // less work than this does not pay for waking a thread
 
 // Work is cut into tiles the same way whatever the number of threads, so results do not depend on it.

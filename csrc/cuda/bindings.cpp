@@ -19,8 +19,7 @@ Element element_of(const at::Tensor& tensor, const char* name) {
     case at::kFloat: return Element::kFloat;
     case at::kHalf: return Element::kHalf;
     case at::kBFloat16: return Element::kBFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, name, " must be float32, float16 or bfloat16, got ", tensor.scalar_type());
+    default: TORCH_CHECK_TYPE(false, name, " must be float32, float16 or bfloat16, got ", tensor.scalar_type());
   }
 }
 
@@ -31,17 +30,11 @@ void run(const SamplerStepParams& params, const at::Tensor& model_output) {
   C10_CUDA_CHECK(launch_sampler_step(params, element, c10::cuda::getCurrentCUDAStream()));
 }
 
-std::tuple<at::Tensor, at::Tensor> sampler_step(
-    const at::Tensor& x,
-    const at::Tensor& model_output,
-    const at::Tensor& table,
-    const at::Tensor& step,
-    const at::Tensor& seed,
-    const std::optional<at::Tensor>& x_start_previous,
-    const std::optional<at::Tensor>& noise,
-    bool clip_x_start,
-    int64_t start_index,
-    int64_t stream) {
+std::tuple<at::Tensor, at::Tensor> sampler_step(const at::Tensor& x, const at::Tensor& model_output,
+                                                const at::Tensor& table, const at::Tensor& step, const at::Tensor& seed,
+                                                const std::optional<at::Tensor>& x_start_previous,
+                                                const std::optional<at::Tensor>& noise, bool clip_x_start,
+                                                int64_t start_index, int64_t stream) {
   const at::Tensor x_next = at::empty_like(x), x_start = at::empty_like(x);
   run(check_sampler_step(x, model_output, table, step, seed, x_start_previous, noise, x_next, x_start, clip_x_start,
                          start_index, stream),
@@ -49,24 +42,16 @@ std::tuple<at::Tensor, at::Tensor> sampler_step(
   return {x_next, x_start};
 }
 
-void sampler_step_(
-    at::Tensor& x,
-    const at::Tensor& model_output,
-    const at::Tensor& table,
-    const at::Tensor& step,
-    const at::Tensor& seed,
-    const std::optional<at::Tensor>& x_start,
-    const std::optional<at::Tensor>& noise,
-    bool clip_x_start,
-    int64_t start_index,
-    int64_t stream) {
+void sampler_step_(at::Tensor& x, const at::Tensor& model_output, const at::Tensor& table, const at::Tensor& step,
+                   const at::Tensor& seed, const std::optional<at::Tensor>& x_start,
+                   const std::optional<at::Tensor>& noise, bool clip_x_start, int64_t start_index, int64_t stream) {
   run(check_sampler_step(x, model_output, table, step, seed, x_start, noise, x, x_start, clip_x_start, start_index,
                          stream),
       model_output);
 }
 
-void fill_normal_(
-    at::Tensor& out, const at::Tensor& seed, const at::Tensor& step, int64_t stream, int64_t start_index) {
+void fill_normal_(at::Tensor& out, const at::Tensor& seed, const at::Tensor& step, int64_t stream,
+                  int64_t start_index) {
   check_counter_range(out, start_index, stream);
   check_one_int64(seed, "seed", out.device());
   check_one_int64(step, "step", out.device());
@@ -74,8 +59,13 @@ void fill_normal_(
   const Element element = element_of(out, "out");
   if (out.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(out.device());
-  const FillNormalParams params{out.data_ptr(), seed.const_data_ptr<int64_t>(), step.const_data_ptr<int64_t>(),
-                                out.size(0), out.numel() / out.size(0), start_index, static_cast<uint32_t>(stream)};
+  const FillNormalParams params{out.data_ptr(),
+                                seed.const_data_ptr<int64_t>(),
+                                step.const_data_ptr<int64_t>(),
+                                out.size(0),
+                                out.numel() / out.size(0),
+                                start_index,
+                                static_cast<uint32_t>(stream)};
   C10_CUDA_CHECK(launch_fill_normal(params, element, c10::cuda::getCurrentCUDAStream()));
 }
 

@@ -10,9 +10,9 @@ namespace ddpm_fast {
 enum class Element { kFloat, kHalf, kBFloat16 };
 
 struct FillNormalParams {
-  void* out;            // (B, ...) contiguous
-  const int64_t* seed;  // (1,)
-  const int64_t* step;  // (1,)
+  void* out;                // (B, ...) contiguous
+  const int64_t* seed;      // (1,)
+  const int64_t* step;      // (1,)
   int64_t batch, elements;  // elements of one sample
   int64_t start_index;
   uint32_t stream;

@@ -36,8 +36,8 @@ __device__ __forceinline__ void store_state(float* to, const float (&from)[N], i
 
 // Elements [e, e + N) of one sample of the model's output.
 template <Access kAccess, typename T, int N>
-__device__ __forceinline__ void load_output(
-    float (&to)[N], const T* sample, const OutputLayout& layout, int64_t e, int64_t left) {
+__device__ __forceinline__ void load_output(float (&to)[N], const T* sample, const OutputLayout& layout, int64_t e,
+                                            int64_t left) {
   if constexpr (kAccess == Access::kWide) {
     load_wide(to, sample + e);
   } else {
@@ -113,10 +113,10 @@ cudaError_t launch_with(const SamplerStepParams& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t launch(const SamplerStepParams& p, cudaStream_t stream) {
-  const bool state_is_aligned = is_aligned(p.x) && is_aligned(p.x_next) && is_aligned(p.x_start) &&
-      is_aligned(p.previous) && is_aligned(p.noise);
+  const bool state_is_aligned =
+      is_aligned(p.x) && is_aligned(p.x_next) && is_aligned(p.x_start) && is_aligned(p.previous) && is_aligned(p.noise);
   const bool output_is_wide = p.layout.dense && is_aligned(p.output) &&
-      (p.batch == 1 || p.layout.batch_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0);
+                              (p.batch == 1 || p.layout.batch_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0);
   if (state_is_aligned && output_is_wide && p.elements % 8 == 0) return launch_with<T, Access::kWide>(p, stream);
   if (state_is_aligned && p.elements % 4 == 0) return launch_with<T, Access::kStrided>(p, stream);
   return launch_with<T, Access::kAny>(p, stream);

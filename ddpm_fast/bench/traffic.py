@@ -163,6 +163,7 @@ SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
     "ddpm_fast::attention_backward": _attention_backward_scratch,
 }
 
+
 # From the arguments and the result to operations by kind (see `KINDS`).
 def _norm_linear_flops(products: int) -> Callable[[Arguments, Any], dict[str, int]]:
     return lambda a, _: {"convolution": 2 * products * a["x"].numel() * a["weight"].shape[0]}

@@ -157,8 +157,9 @@ def test_options(normalize, flip, offset, memory_format):
 def test_objectives(objective, memory_format):
     shape = (4, 3, 5, 6)
     output = torch.randn(shape, device=DEVICE).contiguous(memory_format=FORMATS[memory_format])
-    check_loss(output, make_images(shape, torch.float32, "contiguous"), None, make_options(shape, random.Random(2)),
-               objective)
+    check_loss(
+        output, make_images(shape, torch.float32, "contiguous"), None, make_options(shape, random.Random(2)), objective
+    )
 
 
 def test_float16_gradients_of_large_images_do_not_underflow():
@@ -217,8 +218,10 @@ def test_runs_repeat_bit_for_bit_and_inputs_stay():
     copies = [tensor.clone() for tensor in (x, t, output)]
     dloss = torch.randn(2, device=DEVICE)
     results = [
-        (q_sample(x, t, forward_table, **options),
-         *loss_and_gradient(diffusion_loss, output, x, t, table, None, dloss=dloss, **options))
+        (
+            q_sample(x, t, forward_table, **options),
+            *loss_and_gradient(diffusion_loss, output, x, t, table, None, dloss=dloss, **options),
+        )
         for _ in range(2)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

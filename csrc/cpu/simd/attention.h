@@ -9,9 +9,9 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA::attention {
 
-constexpr int kSharedSlot = 0, kTileSlot = 1;   // of thread_scratch
-constexpr int64_t kScores = 32768;              // floats of a tile's scores, of which backward has two
-constexpr int64_t kFewest = 28, kMost = 128;    // queries of a tile
+constexpr int kSharedSlot = 0, kTileSlot = 1;  // of thread_scratch
+constexpr int64_t kScores = 32768;             // floats of a tile's scores, of which backward has two
+constexpr int64_t kFewest = 28, kMost = 128;   // queries of a tile
 
 template <typename Places, typename Plan, typename... Options>
 inline void place_in_scratch(Places& places, int slot, const Plan& plan, Options... options) {
@@ -29,8 +29,13 @@ struct Plan {
   float scale;
 
   Plan(const AttentionInputs& inputs, int64_t qkv_stride, int64_t out_stride)
-      : in(inputs), HD(inputs.heads * inputs.D), keys(inputs.M + inputs.N), stride(padded(keys)), qkv_row(qkv_stride),
-        out_row(out_stride), scale(1.0f / __builtin_sqrtf(static_cast<float>(inputs.D))) {
+      : in(inputs),
+        HD(inputs.heads * inputs.D),
+        keys(inputs.M + inputs.N),
+        stride(padded(keys)),
+        qkv_row(qkv_stride),
+        out_row(out_stride),
+        scale(1.0f / __builtin_sqrtf(static_cast<float>(inputs.D))) {
     const int64_t target = larger(kFewest, smaller(kMost, kScores / stride));
     tile = ceil_div(in.N, ceil_div(in.N, target));
   }
@@ -38,12 +43,12 @@ struct Plan {
 
 // One head of one sample, in memory of the thread.
 struct Head {
-  float *keys, *values;                      // (keys, D), the memory's first
-  float *keys_packed, *values_packed;        // as (D, keys) and as (keys, D)
-  float *keys_back, *values_back;            // as (keys, D) and as (D, keys)
-  float *scores, *dscores;                   // (tile, keys)
-  float *queries_packed, *grad_packed;       // (tile, D)
-  float *dkeys, *dvalues;                    // (keys, D)
+  float *keys, *values;                 // (keys, D), the memory's first
+  float *keys_packed, *values_packed;   // as (D, keys) and as (keys, D)
+  float *keys_back, *values_back;       // as (keys, D) and as (D, keys)
+  float *scores, *dscores;              // (tile, keys)
+  float *queries_packed, *grad_packed;  // (tile, D)
+  float *dkeys, *dvalues;               // (keys, D)
 
   void place(const Plan& plan, Arena& arena, bool backward) {
     const int64_t D = plan.in.D;
@@ -96,9 +101,8 @@ inline void head_forward(const Plan& plan, const Head& head, const float* qkv, i
 
 // Gradients of one head: of its part of the sample's qkv, and of the memory, added to `dmemory` (2, heads, M, D). Where
 // `out` is not null, what forward gave is made again.
-inline void head_backward(
-    const Plan& plan, const Head& head, const float* qkv, const float* grad, int64_t h, float* dqkv, float* dmemory,
-    float* out) {
+inline void head_backward(const Plan& plan, const Head& head, const float* qkv, const float* grad, int64_t h,
+                          float* dqkv, float* dmemory, float* out) {
   const int64_t D = plan.in.D, M = plan.in.M, keys = plan.keys, stride = plan.stride;
   gather(plan, qkv, h, 1, head.keys);
   gather(plan, qkv, h, 2, head.values);
@@ -148,8 +152,8 @@ inline void heads_forward(const Plan& plan, int64_t samples, const float* qkv, f
 }
 
 // dmemory: (samples, 2, heads, M, D), added to.
-inline void heads_backward(
-    const Plan& plan, int64_t samples, const float* qkv, const float* grad, float* dqkv, float* dmemory, float* out) {
+inline void heads_backward(const Plan& plan, int64_t samples, const float* qkv, const float* grad, float* dqkv,
+                           float* dmemory, float* out) {
   const int64_t heads = plan.in.heads, N = plan.in.N, memory = 2 * heads * plan.in.M * plan.in.D;
   parallel(samples * heads, 1, [&](int64_t begin, int64_t end) {
     Head head;

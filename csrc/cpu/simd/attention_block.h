@@ -21,8 +21,11 @@ struct BlockPlan {
   explicit BlockPlan(const AttentionBlockInputs& inputs)
       : block(inputs),
         heads(inputs.in, padded(3 * inputs.in.heads * inputs.in.D), padded(inputs.in.heads * inputs.in.D)),
-        C(inputs.C), HD(heads.HD), N(inputs.in.N),
-        samples(smaller(inputs.in.B, larger<int64_t>(1, kRowsAtOnce / inputs.in.N))), x_row(padded(inputs.C)) {}
+        C(inputs.C),
+        HD(heads.HD),
+        N(inputs.in.N),
+        samples(smaller(inputs.in.B, larger<int64_t>(1, kRowsAtOnce / inputs.in.N))),
+        x_row(padded(inputs.C)) {}
   int64_t rows() const { return samples * N; }
   int64_t memory() const { return 2 * block.in.heads * block.in.M * block.in.D; }
 };
@@ -63,9 +66,8 @@ inline void pack_block_weights(const BlockPlan& plan, const BlockScratch& shared
     scale_packed_rows(shared.qkv_weight + begin * C * kPanel, C, end - begin, block.gain_in);
   });
   if (!backward) {
-    parallel(panels(C), 1, [&](int64_t begin, int64_t end) {
-      pack_columns(block.weight, HD, HD, C, begin, end, shared.out_weight);
-    });
+    parallel(panels(C), 1,
+             [&](int64_t begin, int64_t end) { pack_columns(block.weight, HD, HD, C, begin, end, shared.out_weight); });
     return;
   }
   parallel(3 * HD, 64, [&](int64_t begin, int64_t end) {
@@ -143,8 +145,8 @@ DDPM_FAST_INLINE void add_column_sums(const float* panel, int64_t t, float* dbia
 }
 
 // Adds the rows' share to dfolded, dout_weight and dbias; each panel of columns is one task.
-inline void weights_backward(
-    const BlockPlan& plan, const BlockScratch& shared, const float* grad, int64_t rows, bool add, float* dbias) {
+inline void weights_backward(const BlockPlan& plan, const BlockScratch& shared, const float* grad, int64_t rows,
+                             bool add, float* dbias) {
   const int64_t C = plan.C, HD = plan.HD, qkv_row = plan.heads.qkv_row, out_row = plan.heads.out_row;
   parallel(2 * panels(C), 1, [&](int64_t begin, int64_t end) {
     float* panel = thread_scratch(kTileSlot, kDepth * kPanel);

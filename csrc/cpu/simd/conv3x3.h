@@ -55,13 +55,18 @@ DDPM_FAST_INLINE void transform_tile(const Read& read, const Write& write, float
     write(to + 4 * plane, points.a4);
     write(to + 5 * plane, points.a5);
   };
-  const auto outer = [&](int j, int first) DDPM_FAST_LAMBDA { return outer_input_point(read(first, j), read(first + 2, j), read(first + 4, j)); };
+  const auto outer = [&](int j, int first) DDPM_FAST_LAMBDA {
+    return outer_input_point(read(first, j), read(first + 2, j), read(first + 4, j));
+  };
 #pragma GCC unroll 2
   for (int first = 0; first < 2; ++first) {
-    put(first * 5, outer(0, first), outer(1, first), outer(2, first), outer(3, first), outer(4, first), outer(5, first));
+    put(first * 5, outer(0, first), outer(1, first), outer(2, first), outer(3, first), outer(4, first),
+        outer(5, first));
   }
   const auto inner = [&](float factor, float point, int i) DDPM_FAST_LAMBDA {
-    const auto pair = [&](int j) DDPM_FAST_LAMBDA { return inner_input_points(read(1, j), read(2, j), read(3, j), read(4, j), factor, point); };
+    const auto pair = [&](int j) DDPM_FAST_LAMBDA {
+      return inner_input_points(read(1, j), read(2, j), read(3, j), read(4, j), factor, point);
+    };
     const Two a = pair(0), b = pair(1), c = pair(2), d = pair(3), e = pair(4), f = pair(5);
     put(i, a.a0, b.a0, c.a0, d.a0, e.a0, f.a0);
     put(i + 1, a.a1, b.a1, c.a1, d.a1, e.a1, f.a1);
@@ -71,7 +76,8 @@ DDPM_FAST_INLINE void transform_tile(const Read& read, const Write& write, float
 }
 
 template <bool kUpsampled, bool kLeft, bool kRight>
-DDPM_FAST_INLINE void transform_rows(const float* const* rows, int64_t pixel, int64_t channels, float* v, int64_t plane) {
+DDPM_FAST_INLINE void transform_rows(const float* const* rows, int64_t pixel, int64_t channels, float* v,
+                                     int64_t plane) {
   const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3], *r4 = rows[4], *r5 = rows[5];
   for (int64_t c = 0; c + kLanes <= channels; c += kLanes) {
     transform_tile(
@@ -86,9 +92,8 @@ DDPM_FAST_INLINE void transform_rows(const float* const* rows, int64_t pixel, in
 
 // V of one tile and some of a part's channels, which lie `pixel` floats apart: v + point·plane gets `channels` floats.
 // `zeros` are 6·pixel of them.
-inline void transform_input(
-    const float* input, int64_t pixel, int64_t channels, bool upsampled, const Tiles& tiles, const Tile& tile, const float* zeros,
-    float* v, int64_t plane) {
+inline void transform_input(const float* input, int64_t pixel, int64_t channels, bool upsampled, const Tiles& tiles,
+                            const Tile& tile, const float* zeros, float* v, int64_t plane) {
   const int64_t height = upsampled ? tiles.H / 2 : tiles.H, width = upsampled ? tiles.W / 2 : tiles.W;
   int64_t done = 0;
   if (tile.x + 4 <= tiles.W) {
@@ -100,14 +105,23 @@ inline void transform_input(
       rows[i] = y < 0 || y >= tiles.H ? zeros : input + ((tile.b * height + row) * width + column) * pixel;
     }
     const bool left = tile.x == 0, right = tile.x + 4 == tiles.W;
-    const auto go = [&](auto up, auto l, auto r) { transform_rows<decltype(up)::value, decltype(l)::value, decltype(r)::value>(rows, pixel, channels, v, plane); };
-    const auto go2 = [&](auto up) {
-      if (left && right) go(up, Yes{}, Yes{});
-      else if (left) go(up, Yes{}, No{});
-      else if (right) go(up, No{}, Yes{});
-      else go(up, No{}, No{});
+    const auto go = [&](auto up, auto l, auto r) {
+      transform_rows<decltype(up)::value, decltype(l)::value, decltype(r)::value>(rows, pixel, channels, v, plane);
     };
-    if (upsampled) go2(Yes{}); else go2(No{});
+    const auto go2 = [&](auto up) {
+      if (left && right)
+        go(up, Yes{}, Yes{});
+      else if (left)
+        go(up, Yes{}, No{});
+      else if (right)
+        go(up, No{}, Yes{});
+      else
+        go(up, No{}, No{});
+    };
+    if (upsampled)
+      go2(Yes{});
+    else
+      go2(No{});
     done = channels / kLanes * kLanes;
   }
   if (done == channels) return;
@@ -122,9 +136,9 @@ inline void transform_input(
   }
   for (int64_t c = done; c < channels; c += kLanes) {
     const int64_t count = smaller<int64_t>(kLanes, channels - c);
-    transform_tile(
-        [&](int i, int j) DDPM_FAST_LAMBDA { return load_upto(from[6 * i + j] + c * step[6 * i + j], count); },
-        [=](float* to, vf value) DDPM_FAST_LAMBDA { store_upto(to, value, count); }, v + c, plane);
+    transform_tile([&](int i, int j)
+                       DDPM_FAST_LAMBDA { return load_upto(from[6 * i + j] + c * step[6 * i + j], count); },
+                   [=](float* to, vf value) DDPM_FAST_LAMBDA { store_upto(to, value, count); }, v + c, plane);
   }
 }
 
@@ -135,7 +149,12 @@ DDPM_FAST_INLINE void gather_tap(const vf (&parts)[9], float (*to)[kLanes]) {
 #pragma GCC unroll 9
   for (int part = 1; part < 9; ++part) {
     // Lane 9·l + tap - kLanes·part of this part, where that is a lane.
-    const auto here = [&](int place) { return ((place - kTap + kLanes * part) % 9 == 0 && place - kTap + kLanes * part >= 0 && (place - kTap + kLanes * part) / 9 < kLanes) ? -1 : 0; };
+    const auto here = [&](int place) {
+      return ((place - kTap + kLanes * part) % 9 == 0 && place - kTap + kLanes * part >= 0 &&
+              (place - kTap + kLanes * part) / 9 < kLanes)
+                 ? -1
+                 : 0;
+    };
     mixed = lanes_of(here) ? parts[part] : mixed;
   }
   constexpr auto place = [](int l) constexpr { return (9 * l + kTap) % kLanes; };
@@ -143,7 +162,15 @@ DDPM_FAST_INLINE void gather_tap(const vf (&parts)[9], float (*to)[kLanes]) {
 }
 
 DDPM_FAST_INLINE void deinterleave(const float* from, float (*to)[kLanes]) {
-  const vf parts[9] = {load(from), load(from + kLanes), load(from + 2 * kLanes), load(from + 3 * kLanes), load(from + 4 * kLanes), load(from + 5 * kLanes), load(from + 6 * kLanes), load(from + 7 * kLanes), load(from + 8 * kLanes)};
+  const vf parts[9] = {load(from),
+                       load(from + kLanes),
+                       load(from + 2 * kLanes),
+                       load(from + 3 * kLanes),
+                       load(from + 4 * kLanes),
+                       load(from + 5 * kLanes),
+                       load(from + 6 * kLanes),
+                       load(from + 7 * kLanes),
+                       load(from + 8 * kLanes)};
   gather_tap<0>(parts, to);
   gather_tap<1>(parts, to);
   gather_tap<2>(parts, to);
@@ -156,8 +183,10 @@ DDPM_FAST_INLINE void deinterleave(const float* from, float (*to)[kLanes]) {
 }
 
 // The taps of input channels [c, c + count) for the output channels [first, first + columns) of one vector, count and
-// columns at most kLanes: tap (i, j) of channel c + n as taps[n·9 + 3i + j], output channels side by side, 0 past `columns`.
-DDPM_FAST_INLINE void load_taps(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t c, int64_t count, float (*taps)[kLanes]) {
+// columns at most kLanes: tap (i, j) of channel c + n as taps[n·9 + 3i + j], output channels side by side, 0 past
+// `columns`.
+DDPM_FAST_INLINE void load_taps(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t c, int64_t count,
+                                float (*taps)[kLanes]) {
   const float* from = w.data + first * w.out_stride + c * w.in_stride;
   if (columns == kLanes && count == kLanes && !w.mirrored && w.in_stride == 9) {
     // Every output channel has 9·kLanes floats in a row: nine transpositions.
@@ -182,16 +211,17 @@ DDPM_FAST_INLINE void load_taps(const Conv3x3Weight& w, int64_t first, int64_t c
   for (int64_t n = 0; n < count; ++n) {
     for (int64_t k = 0; k < kLanes; ++k) {
       for (int tap = 0; tap < 9; ++tap) {
-        taps[n * 9 + (w.mirrored ? 8 - tap : tap)][k] = k < columns ? from[n * w.in_stride + k * w.out_stride + tap] : 0;
+        taps[n * 9 + (w.mirrored ? 8 - tap : tap)][k] =
+            k < columns ? from[n * w.in_stride + k * w.out_stride + tap] : 0;
       }
     }
   }
 }
 
-// U of output channels [first, first + columns) and input channels [begin, end): u + point·plane gets (end - begin) rows of
-// kPanel floats, of which those past `columns` are 0.
-inline void transform_weight(
-    const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t begin, int64_t end, float* u, int64_t plane) {
+// U of output channels [first, first + columns) and input channels [begin, end): u + point·plane gets (end - begin)
+// rows of kPanel floats, of which those past `columns` are 0.
+inline void transform_weight(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t begin, int64_t end,
+                             float* u, int64_t plane) {
   alignas(64) float taps[9 * kLanes][kLanes];
   for (int64_t c = begin; c < end; c += kLanes) {
     const int64_t count = smaller<int64_t>(kLanes, end - c);
@@ -244,12 +274,12 @@ struct OutputSlice {
   }
 };
 
-// The 4×4 outputs of a tile for up to kLanes channels from m + point·plane; with kPooled the sums of 2×2 of them. kWhole:
-// the tile lies inside the map, and there are kLanes channels. The two outer rows of each axis' four are made apart from
-// the inner two, from values loaded again, so that all stays in registers.
+// The 4×4 outputs of a tile for up to kLanes channels from m + point·plane; with kPooled the sums of 2×2 of them.
+// kWhole: the tile lies inside the map, and there are kLanes channels. The two outer rows of each axis' four are made
+// apart from the inner two, from values loaded again, so that all stays in registers.
 template <bool kPooled, bool kWhole, bool kResidual>
-DDPM_FAST_INLINE void transform_output(
-    const float* m, int64_t plane, const Tiles& tiles, const Tile& tile, const OutputSlice& slice) {
+DDPM_FAST_INLINE void transform_output(const float* m, int64_t plane, const Tiles& tiles, const Tile& tile,
+                                       const OutputSlice& slice) {
   const int64_t count = slice.count;
   const vf bias = slice.bias == nullptr ? vf{} : kWhole ? load(slice.bias) : load_upto(slice.bias, count);
   const auto put = [&](int64_t pixel, vf value) DDPM_FAST_LAMBDA {
@@ -267,7 +297,9 @@ DDPM_FAST_INLINE void transform_output(
   const auto at = [&](int i, int j) DDPM_FAST_LAMBDA { return load(m + (i * 6 + j) * plane); };
   if constexpr (kPooled) {
     const int64_t half = tiles.W / 2, first = (tile.b * (tiles.H / 2) + tile.y / 2) * half + tile.x / 2;
-    const auto column = [&](int j) DDPM_FAST_LAMBDA { return outputs({at(0, j), at(1, j), at(2, j), at(3, j), at(4, j), at(5, j)}); };
+    const auto column = [&](int j) DDPM_FAST_LAMBDA {
+      return outputs({at(0, j), at(1, j), at(2, j), at(3, j), at(4, j), at(5, j)});
+    };
     const Four a = column(0), b = column(1), c = column(2), d = column(3), e = column(4), f = column(5);
     const auto row = [&](int64_t pixel, const Four& upper, const Four& lower) DDPM_FAST_LAMBDA {
       put(pixel, (upper.a0 + upper.a1) + (lower.a0 + lower.a1));
@@ -287,8 +319,10 @@ DDPM_FAST_INLINE void transform_output(
       if (width > 2) put(pixel + 2, y.a2);
       if (width > 3) put(pixel + 3, y.a3);
     };
-    const auto even = [&](int j) DDPM_FAST_LAMBDA { return even_outputs(at(0, j), at(1, j), at(2, j), at(3, j), at(4, j)); };
-    const auto odd = [&](int j) DDPM_FAST_LAMBDA { return odd_outputs(at(1, j), at(2, j), at(3, j), at(4, j), at(5, j)); };
+    const auto even = [&](int j)
+                          DDPM_FAST_LAMBDA { return even_outputs(at(0, j), at(1, j), at(2, j), at(3, j), at(4, j)); };
+    const auto odd = [&](int j)
+                         DDPM_FAST_LAMBDA { return odd_outputs(at(1, j), at(2, j), at(3, j), at(4, j), at(5, j)); };
     const auto rows = [&](int i, Two a, Two b, Two c, Two d, Two e, Two f) DDPM_FAST_LAMBDA {
       row(i, outputs({a.a0, b.a0, c.a0, d.a0, e.a0, f.a0}));
       row(i + 2, outputs({a.a1, b.a1, c.a1, d.a1, e.a1, f.a1}));
@@ -298,10 +332,10 @@ DDPM_FAST_INLINE void transform_output(
   }
 }
 
-// Columns [first, first + columns) of the outputs of tiles [begin, end); m holds their sums, `row` floats from tile to tile.
-inline void finish_columns(
-    const Conv3x3Forward& p, const Tiles& tiles, int64_t begin, int64_t end, int64_t first, int64_t columns, const float* m,
-    int64_t row, int64_t plane) {
+// Columns [first, first + columns) of the outputs of tiles [begin, end); m holds their sums, `row` floats from tile to
+// tile.
+inline void finish_columns(const Conv3x3Forward& p, const Tiles& tiles, int64_t begin, int64_t end, int64_t first,
+                           int64_t columns, const float* m, int64_t row, int64_t plane) {
   const int64_t last = smaller(first + columns, p.output_channels[0] + p.output_channels[1]);
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile(tiles, t);
@@ -314,17 +348,23 @@ inline void finish_columns(
             m + (t - begin) * row + (k - first), plane, tiles, tile, slice);
       };
       const auto go_residual = [&](auto pooled, auto whole) {
-        if (slice.residual != nullptr) go(pooled, whole, Yes{}); else go(pooled, whole, No{});
+        if (slice.residual != nullptr)
+          go(pooled, whole, Yes{});
+        else
+          go(pooled, whole, No{});
       };
-      if (p.pooled) go_residual(Yes{}, No{});
-      else if (inside && count == kLanes) go_residual(No{}, Yes{});
-      else go_residual(No{}, No{});
+      if (p.pooled)
+        go_residual(Yes{}, No{});
+      else if (inside && count == kLanes)
+        go_residual(No{}, Yes{});
+      else
+        go_residual(No{}, No{});
     }
   }
 }
 
-// The norm of `count` pixels from `first` on, at most four and all of one image. First the norms of all, each of which is a
-// chain of additions, a division and a square root: one by one they would be waited for.
+// The norm of `count` pixels from `first` on, at most four and all of one image. First the norms of all, each of which
+// is a chain of additions, a division and a square root: one by one they would be waited for.
 inline void norm_pixels(const Conv3x3Forward& p, int64_t b, int64_t first, int64_t count) {
   const PixelNorm& norm = *p.norm;
   const int64_t K = p.output_channels[0];
@@ -348,13 +388,14 @@ inline void norm_tile(const Conv3x3Forward& p, const Tiles& tiles, const Tile& t
 }
 
 // V of tiles [begin, end) and channels [c, c + count) of both parts: v + point·plane + tile·row.
-inline void transform_inputs(
-    const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles, int64_t begin, int64_t end, int64_t c,
-    int64_t count, float* v, int64_t row, int64_t plane) {
+inline void transform_inputs(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles,
+                             int64_t begin, int64_t end, int64_t c, int64_t count, float* v, int64_t row,
+                             int64_t plane) {
   const int64_t floats = 6 * larger(channels[0], channels[1]);
   float* zeros = thread_scratch(kScratchZeros, floats);
   for (int64_t i = 0; i < floats; ++i) zeros[i] = 0;
-  const int64_t left = larger<int64_t>(0, smaller(c + count, channels[0]) - c), skipped = larger<int64_t>(0, c - channels[0]);
+  const int64_t left = larger<int64_t>(0, smaller(c + count, channels[0]) - c),
+                skipped = larger<int64_t>(0, c - channels[0]);
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile(tiles, t);
     float* to = v + (t - begin) * row;
@@ -365,9 +406,9 @@ inline void transform_inputs(
   }
 }
 
-// Measured on two cores of a Zen 4 and of a Zen 3 (1 MB and 512 KB of second-level cache each, 32 MB of third-level): tiles
-// of a group, a whole number of passes of the product's kernel of kRows; the largest transform of the taps that is made as
-// a whole; the least tiles for which that pays; the floats of V that are made at a time.
+// Measured on two cores of a Zen 4 and of a Zen 3 (1 MB and 512 KB of second-level cache each, 32 MB of third-level):
+// tiles of a group, a whole number of passes of the product's kernel of kRows; the largest transform of the taps that
+// is made as a whole; the least tiles for which that pays; the floats of V that are made at a time.
 constexpr int64_t kGroup = kLanes == 16 ? 14 : 18;
 constexpr int64_t kLargestSharedU = 2 << 20, kLeastTiles = 128, kLargestV = 2 << 20;
 
@@ -376,7 +417,9 @@ constexpr int64_t kCyclesOfTaps = 360, kCyclesOfProducts = 80, kCyclesOfInputs =
 constexpr int64_t kCyclesOfPiece = 80000;  // less is not worth another thread
 
 // How many tasks of so many cycles make a piece.
-DDPM_FAST_INLINE int64_t pieces_of(int64_t cycles) { return larger<int64_t>(1, kCyclesOfPiece / larger<int64_t>(1, cycles)); }
+DDPM_FAST_INLINE int64_t pieces_of(int64_t cycles) {
+  return larger<int64_t>(1, kCyclesOfPiece / larger<int64_t>(1, cycles));
+}
 
 inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K) {
   float* u = thread_scratch(kScratchShared, kPoints * packed_size(C, K));
@@ -384,42 +427,48 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
   parallel(num_panels * ceil_div(C, 16), pieces_of(16 * kCyclesOfTaps), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i % num_panels, c = i / num_panels * 16;
-      transform_weight(p.weight, panel * kPanel, smaller<int64_t>(kPanel, K - panel * kPanel), c, smaller<int64_t>(C, c + 16),
-                       u + panel * point + c * kPanel, num_panels * point);
+      transform_weight(p.weight, panel * kPanel, smaller<int64_t>(kPanel, K - panel * kPanel), c,
+                       smaller<int64_t>(C, c + 16), u + panel * point + c * kPanel, num_panels * point);
     }
   });
   // As many groups for each thread; a tile's result does not depend on its group.
   const int64_t groups = round_up(ceil_div(tiles.total, kGroup), thread_count());
   const int64_t size = ceil_div(tiles.total, groups), v_row = row_stride(C), m_row = row_stride(num_panels * kPanel);
   const int64_t v_plane = plane_stride(size * v_row), m_plane = plane_stride(size * m_row);
-  parallel(ceil_div(tiles.total, size), pieces_of(size * C * num_panels * kCyclesOfProducts), [&](int64_t first, int64_t last) {
-    float* v = thread_scratch(kScratchV, kPoints * v_plane);
-    float* m = thread_scratch(kScratchM, kPoints * m_plane);
-    for (int64_t g = first; g < last; ++g) {
-      const int64_t begin = g * size, end = smaller(tiles.total, begin + size);
-      const int64_t next = g + 1 < last ? smaller(tiles.total, end + size) : end;
-      transform_inputs(p.input, p.channels, p.upsampled, tiles, begin, end, 0, C, v, v_row, v_plane);
-      // All panels of a point, one after another: the point's V stays in the first-level cache.
-      for (int64_t i = 0; i < kPoints; ++i) {
-        for (int64_t panel = 0; panel < num_panels; ++panel) {
-          const int64_t step = i * num_panels + panel, steps = kPoints * num_panels;
-          share((next - end) * kRowsToFetch, step, steps,
-                [&](int64_t n) { fetch_input_row(p.input, p.channels, p.upsampled, tiles, end + n / kRowsToFetch, n % kRowsToFetch); });
-          share((end - begin) * 4, step, steps, [&](int64_t n) { fetch_output_row(p, tiles, begin + n / 4, n % 4); });
-          product_panel(v + i * v_plane, v_row, 1, u + step * point, end - begin, C, m + i * m_plane + panel * kPanel, m_row, kPanel, false);
-        }
-      }
-      finish_columns(p, tiles, begin, end, 0, K, m, m_row, m_plane);
-      for (int64_t t = begin; p.norm != nullptr && t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
-    }
-  });
+  parallel(ceil_div(tiles.total, size), pieces_of(size * C * num_panels * kCyclesOfProducts),
+           [&](int64_t first, int64_t last) {
+             float* v = thread_scratch(kScratchV, kPoints * v_plane);
+             float* m = thread_scratch(kScratchM, kPoints * m_plane);
+             for (int64_t g = first; g < last; ++g) {
+               const int64_t begin = g * size, end = smaller(tiles.total, begin + size);
+               const int64_t next = g + 1 < last ? smaller(tiles.total, end + size) : end;
+               transform_inputs(p.input, p.channels, p.upsampled, tiles, begin, end, 0, C, v, v_row, v_plane);
+               // All panels of a point, one after another: the point's V stays in the first-level cache.
+               for (int64_t i = 0; i < kPoints; ++i) {
+                 for (int64_t panel = 0; panel < num_panels; ++panel) {
+                   const int64_t step = i * num_panels + panel, steps = kPoints * num_panels;
+                   share((next - end) * kRowsToFetch, step, steps, [&](int64_t n) {
+                     fetch_input_row(p.input, p.channels, p.upsampled, tiles, end + n / kRowsToFetch, n % kRowsToFetch);
+                   });
+                   share((end - begin) * 4, step, steps,
+                         [&](int64_t n) { fetch_output_row(p, tiles, begin + n / 4, n % 4); });
+                   product_panel(v + i * v_plane, v_row, 1, u + step * point, end - begin, C,
+                                 m + i * m_plane + panel * kPanel, m_row, kPanel, false);
+                 }
+               }
+               finish_columns(p, tiles, begin, end, 0, K, m, m_row, m_plane);
+               for (int64_t t = begin; p.norm != nullptr && t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
+             }
+           });
 }
 
 constexpr int64_t kChannelBlock = 64;  // input channels whose taps are transformed at a time
 
 // V lies block by block of channels: what one product reads is one piece of memory.
-inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K, int64_t first_tile, int64_t last_tile) {
-  const int64_t T = last_tile - first_tile, blocks = ceil_div(C, kChannelBlock), row = round_up(smaller(C, kChannelBlock), 16);
+inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K, int64_t first_tile,
+                              int64_t last_tile) {
+  const int64_t T = last_tile - first_tile, blocks = ceil_div(C, kChannelBlock),
+                row = round_up(smaller(C, kChannelBlock), 16);
   const int64_t v_plane = plane_stride(T * row), v_block = kPoints * v_plane, m_plane = plane_stride(T * kPanel);
   float* v = thread_scratch(kScratchShared, blocks * v_block);
   parallel(blocks * T, pieces_of(row * kCyclesOfInputs), [&](int64_t begin, int64_t end) {
@@ -445,7 +494,8 @@ inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64
             fetch_weights(p.weight, panel_next * kPanel, smaller<int64_t>(kPanel, K - panel_next * kPanel), c_next,
                           smaller<int64_t>(kChannelBlock, C - c_next), i);
           }
-          product_panel(v + block * v_block + i * v_plane, row, 1, u + i * u_plane, T, count, m + i * m_plane, kPanel, kPanel, block > 0);
+          product_panel(v + block * v_block + i * v_plane, row, 1, u + i * u_plane, T, count, m + i * m_plane, kPanel,
+                        kPanel, block > 0);
         }
       }
       finish_columns(p, tiles, first_tile, last_tile, panel * kPanel, columns, m, kPanel, m_plane);

@@ -40,7 +40,8 @@ inline void pack_taps(const Conv3x3Weight& w, int64_t first, int64_t columns, in
     for (int half = 0; half < kPanel; half += kLanes) {
       load_taps(w, first + half, smaller<int64_t>(kLanes, larger<int64_t>(0, columns - half)), c, count, taps);
       for (int64_t n = 0; n < count; ++n) {
-        for (int64_t tap = 0; tap < 9; ++tap) store(packed + (tap * C + c + n) * kPanel + half, load(taps[9 * n + tap]));
+        for (int64_t tap = 0; tap < 9; ++tap)
+          store(packed + (tap * C + c + n) * kPanel + half, load(taps[9 * n + tap]));
       }
     }
   }

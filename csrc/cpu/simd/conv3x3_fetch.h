@@ -11,7 +11,8 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 // Row i of five rows of a tile's inputs: its own four, and the first below.
 constexpr int64_t kRowsToFetch = 5;
-inline void fetch_input_row(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles, int64_t index, int64_t i) {
+inline void fetch_input_row(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles,
+                            int64_t index, int64_t i) {
   const Tile tile(tiles, index);
   const int64_t up = upsampled ? 1 : 0, y = smaller(tile.y + i, tiles.H - 1) >> up, x = tile.x >> up;
   const int64_t width = (smaller<int64_t>(4, tiles.W - tile.x) + up) >> up;
@@ -41,7 +42,8 @@ DDPM_FAST_INLINE void share(int64_t count, int64_t i, int64_t steps, const Body&
 }
 
 // The weights of input channels [c, c + count) for a panel, in kPoints steps.
-inline void fetch_weights(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t c, int64_t count, int64_t step) {
+inline void fetch_weights(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t c, int64_t count,
+                          int64_t step) {
   const float* from = w.data + first * w.out_stride + c * w.in_stride;
   if (w.in_stride == 9) {
     share(columns, step, kPoints, [&](int64_t k) { fetch(from + k * w.out_stride, 9 * count); });

@@ -13,12 +13,13 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 // Two orders of work, chosen by sizes alone:
 // - by points: V and D of some hundred tiles, then each thread takes points and adds to all of their sums: V and D are
 //   read once, from one piece of memory each. For many tiles.
-// - by blocks: V and D of all tiles, then each thread takes blocks of the weight, whose sums never leave its second-level
+// - by blocks: V and D of all tiles, then each thread takes blocks of the weight, whose sums never leave its
+// second-level
 //   cache. For few tiles with many channels, where the sums are what has to be moved.
 
 // D of one tile: d + panel·apart + point·plane.
-inline void transform_gradient(
-    const float* grad, int64_t K, const Tiles& tiles, const Tile& tile, float* d, int64_t plane, int64_t apart) {
+inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles, const Tile& tile, float* d,
+                               int64_t plane, int64_t apart) {
   const int64_t height = tiles.H - tile.y, width = tiles.W - tile.x;
   const float* first = grad + ((tile.b * tiles.H + tile.y) * tiles.W + tile.x) * K;
   for (int64_t k = 0; k < round_up(K, kPanel); k += kLanes) {
@@ -52,13 +53,15 @@ inline void transform_gradient(
 
 // dweight of input channels [c, c + count) and output channels [k, k + columns), at most kLanes each, from
 // s + point·plane + row·kPanel.
-inline void finish_taps(const float* s, int64_t plane, float* dweight, int64_t C, int64_t c, int64_t count, int64_t k, int64_t columns) {
+inline void finish_taps(const float* s, int64_t plane, float* dweight, int64_t C, int64_t c, int64_t count, int64_t k,
+                        int64_t columns) {
   alignas(64) float taps[9 * kLanes][kLanes];
   for (int64_t n = 0; n < count; ++n) {
     const float* from = s + n * kPanel;
     const auto line = [&](int i) DDPM_FAST_LAMBDA {
       const float* at = from + i * 6 * plane;
-      return tap_gradients({load(at), load(at + plane), load(at + 2 * plane), load(at + 3 * plane), load(at + 4 * plane), load(at + 5 * plane)});
+      return tap_gradients({load(at), load(at + plane), load(at + 2 * plane), load(at + 3 * plane),
+                            load(at + 4 * plane), load(at + 5 * plane)});
     };
     const Three a = line(0), b = line(1), d = line(2), e = line(3), f = line(4), g = line(5);
     const Three left = tap_gradients({a.a0, b.a0, d.a0, e.a0, f.a0, g.a0});
@@ -113,28 +116,32 @@ inline void sum_rows(const float* grad, int64_t rows, int64_t K, float* dbias) {
   }
 }
 
-// Sums are taken in pieces, since a sum of many terms rounds less as a sum of sums; the kernel of few rows needs longer ones
-// to earn what it takes to add a piece.
+// Sums are taken in pieces, since a sum of many terms rounds less as a sum of sums; the kernel of few rows needs longer
+// ones to earn what it takes to add a piece.
 constexpr int64_t kTilesOfPiece = kLanes == 16 ? 32 : 64;
 constexpr int64_t kGradientBlock = 32;  // input channels of a block
 
-// Measured on two cores of a Zen 3 (512 KB of second-level cache each): the largest S that is made as a whole, and of V and
-// D together what is made at a time, by points and by blocks.
+// Measured on two cores of a Zen 3 (512 KB of second-level cache each): the largest S that is made as a whole, and of V
+// and D together what is made at a time, by points and by blocks.
 constexpr int64_t kLargestSums = 2 << 20, kLargestOfPoints = 3 << 18, kLargestOfBlocks = 2 << 20;
 
-// S (count × columns of a panel) from all or some tiles; v: (tile, channel), v_row floats from tile to tile; d: (tile, kPanel).
+// S (count × columns of a panel) from all or some tiles; v: (tile, channel), v_row floats from tile to tile; d: (tile,
+// kPanel).
 inline void add_products(const float* v, int64_t v_row, const float* d, int64_t T, int64_t count, float* s, bool add) {
   for (int64_t t = 0; t < T; t += kTilesOfPiece) {
-    product_panel(v + t * v_row, 1, v_row, d + t * kPanel, count, smaller(kTilesOfPiece, T - t), s, kPanel, kPanel, add || t > 0);
+    product_panel(v + t * v_row, 1, v_row, d + t * kPanel, count, smaller(kTilesOfPiece, T - t), s, kPanel, kPanel,
+                  add || t > 0);
   }
 }
 
 // dweight of a panel's output channels and of kLanes or fewer input channels from c on; s: (channel, kPanel).
-inline void finish_panel_taps(const Conv3x3WeightGradient& p, const float* s, int64_t plane, int64_t panel, int64_t c, int64_t count) {
+inline void finish_panel_taps(const Conv3x3WeightGradient& p, const float* s, int64_t plane, int64_t panel, int64_t c,
+                              int64_t count) {
   for (int half = 0; half < kPanel; half += kLanes) {
     const int64_t k = panel * kPanel + half;
     if (k >= p.K) return;
-    finish_taps(s + half, plane, p.dweight, p.channels[0] + p.channels[1], c, count, k, smaller<int64_t>(kLanes, p.K - k));
+    finish_taps(s + half, plane, p.dweight, p.channels[0] + p.channels[1], c, count, k,
+                smaller<int64_t>(kLanes, p.K - k));
   }
 }
 
@@ -147,14 +154,16 @@ inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tile
   const int64_t num_panels = panels(p.K), row = row_stride(C);
   const int64_t size = tiles_at_a_time(tiles, kLargestOfPoints, row + num_panels * kPanel);
   const int64_t d_panel = round_up(size, 4) * kPanel, s_panel = C * kPanel;
-  const int64_t v_plane = plane_stride(size * row), d_plane = plane_stride(num_panels * d_panel), s_plane = plane_stride(num_panels * s_panel);
+  const int64_t v_plane = plane_stride(size * row), d_plane = plane_stride(num_panels * d_panel),
+                s_plane = plane_stride(num_panels * s_panel);
   float* v = thread_scratch(kScratchShared, kPoints * v_plane);
   float* d = thread_scratch(kScratchGradients, kPoints * d_plane);
   float* s = thread_scratch(kScratchSums, kPoints * s_plane);
   for (int64_t first = 0; first < tiles.total; first += size) {
     const int64_t T = smaller(size, tiles.total - first);
     parallel(T, 1, [&](int64_t begin, int64_t end) {
-      transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, 0, C, v + begin * row, row, v_plane);
+      transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, 0, C, v + begin * row, row,
+                       v_plane);
       for (int64_t t = begin; t < end; ++t) {
         transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane, d_panel);
       }
@@ -162,7 +171,8 @@ inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tile
     parallel(kPoints * num_panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t point = i / num_panels, panel = i % num_panels;
-        add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T, C, s + point * s_plane + panel * s_panel, first > 0);
+        add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T, C,
+                     s + point * s_plane + panel * s_panel, first > 0);
       }
     });
   }
@@ -176,7 +186,8 @@ inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tile
 }
 
 inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
-  const int64_t num_panels = panels(p.K), blocks = ceil_div(C, kGradientBlock), row = round_up(smaller(C, kGradientBlock), 16);
+  const int64_t num_panels = panels(p.K), blocks = ceil_div(C, kGradientBlock),
+                row = round_up(smaller(C, kGradientBlock), 16);
   const int64_t size = tiles_at_a_time(tiles, kLargestOfBlocks, blocks * row + num_panels * kPanel);
   const int64_t v_plane = plane_stride(size * row), v_block = kPoints * v_plane;
   const int64_t d_plane = plane_stride(size * kPanel), d_panel = kPoints * d_plane;
@@ -189,8 +200,8 @@ inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tile
     parallel(T, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t c = block * kGradientBlock;
-        transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, c, smaller(kGradientBlock, C - c),
-                         v + block * v_block + begin * row, row, v_plane);
+        transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, c,
+                         smaller(kGradientBlock, C - c), v + block * v_block + begin * row, row, v_plane);
       }
       for (int64_t t = begin; t < end; ++t) {
         transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane, d_panel);
@@ -198,10 +209,12 @@ inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tile
     });
     parallel(num_panels * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t panel = task / blocks, block = task % blocks, c = block * kGradientBlock, count = smaller(kGradientBlock, C - c);
+        const int64_t panel = task / blocks, block = task % blocks, c = block * kGradientBlock,
+                      count = smaller(kGradientBlock, C - c);
         float* s = kept == nullptr ? thread_scratch(kScratchM, sums) : kept + task * sums;
         for (int64_t i = 0; i < kPoints; ++i) {
-          add_products(v + block * v_block + i * v_plane, row, d + panel * d_panel + i * d_plane, T, count, s + i * s_plane, first > 0);
+          add_products(v + block * v_block + i * v_plane, row, d + panel * d_panel + i * d_plane, T, count,
+                       s + i * s_plane, first > 0);
         }
         if (first + T < tiles.total) continue;
         for (int64_t n = 0; n < count; n += kLanes) {

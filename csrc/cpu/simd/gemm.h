@@ -8,8 +8,9 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr int kPanel = 2 * kLanes;               // columns of a panel: two vectors
-constexpr int kRows = kLanes == 16 ? 14 : 6;     // with two vectors each, one for the broadcast and two of B: 31 of 32, 15 of 16
+constexpr int kPanel = 2 * kLanes;  // columns of a panel: two vectors
+constexpr int kRows =
+    kLanes == 16 ? 14 : 6;  // with two vectors each, one for the broadcast and two of B: 31 of 32, 15 of 16
 
 DDPM_FAST_INLINE constexpr int64_t panels(int64_t N) { return ceil_div(N, kPanel); }
 // Floats that K × N packed take: (panels, K, kPanel), the last panel filled up with zeros.
@@ -53,11 +54,12 @@ struct Sums<0> {
   DDPM_FAST_INLINE void write(Out&) {}
 };
 
-// Adds K terms of R rows, and moves on; element (m, k) of A lies at a[m·row + k·step]. So few sums that an addition would
-// wait for the one before are made in several chains; few sums in several terms at a time, so that the loop's own
+// Adds K terms of R rows, and moves on; element (m, k) of A lies at a[m·row + k·step]. So few sums that an addition
+// would wait for the one before are made in several chains; few sums in several terms at a time, so that the loop's own
 // instructions run beside them.
 template <int R>
-DDPM_FAST_INLINE void add_terms(Sums<R>& sums, const float*& a, int64_t row, int64_t step, const float*& panel, int64_t K) {
+DDPM_FAST_INLINE void add_terms(Sums<R>& sums, const float*& a, int64_t row, int64_t step, const float*& panel,
+                                int64_t K) {
   const auto next = [&](Sums<R>& chain) DDPM_FAST_LAMBDA {
     chain.add(a, row, load(panel), load(panel + kLanes));
     a += step;
@@ -118,27 +120,25 @@ struct Store {
 };
 
 template <int R>
-inline __attribute__((noinline)) void product_tile(
-    const float* a, int64_t row, int64_t step, const float* panel, int64_t K, float* c, int64_t stride, int64_t columns, bool add) {
+inline __attribute__((noinline)) void product_tile(const float* a, int64_t row, int64_t step, const float* panel,
+                                                   int64_t K, float* c, int64_t stride, int64_t columns, bool add) {
   Store out{c, stride, columns, add};
   product_rows<R>(a, row, step, panel, K, out);
 }
 
 template <int R = kRows>
-DDPM_FAST_INLINE void product_tile_of(
-    int64_t rows, const float* a, int64_t row, int64_t step, const float* panel, int64_t K, float* c, int64_t stride,
-    int64_t columns, bool add) {
+DDPM_FAST_INLINE void product_tile_of(int64_t rows, const float* a, int64_t row, int64_t step, const float* panel,
+                                      int64_t K, float* c, int64_t stride, int64_t columns, bool add) {
   if constexpr (R > 0) {
     if (rows == R) return product_tile<R>(a, row, step, panel, K, c, stride, columns, add);
     product_tile_of<R - 1>(rows, a, row, step, panel, K, c, stride, columns, add);
   }
 }
 
-// C (M × columns of one panel) = A · panel, or += with `add`. A: (m, k) at a[m·row + k·step]; C: (m, n) at c[m·stride + n].
-// Rows are taken in balanced groups: 15 rows are 8 and 7, not 14 and 1.
-inline void product_panel(
-    const float* a, int64_t row, int64_t step, const float* panel, int64_t M, int64_t K, float* c, int64_t stride,
-    int64_t columns, bool add) {
+// C (M × columns of one panel) = A · panel, or += with `add`. A: (m, k) at a[m·row + k·step]; C: (m, n) at c[m·stride +
+// n]. Rows are taken in balanced groups: 15 rows are 8 and 7, not 14 and 1.
+inline void product_panel(const float* a, int64_t row, int64_t step, const float* panel, int64_t M, int64_t K, float* c,
+                          int64_t stride, int64_t columns, bool add) {
   const int64_t groups = ceil_div(M, kRows);
   for (int64_t g = 0, m = 0; g < groups; ++g) {
     const int64_t rows = (M - m + groups - g - 1) / (groups - g);
@@ -148,9 +148,8 @@ inline void product_panel(
 }
 
 // C = A · B over all panels.
-inline void product(
-    const float* a, int64_t row, int64_t step, const float* packed, int64_t M, int64_t K, int64_t N, float* c, int64_t stride,
-    bool add) {
+inline void product(const float* a, int64_t row, int64_t step, const float* packed, int64_t M, int64_t K, int64_t N,
+                    float* c, int64_t stride, bool add) {
   for (int64_t p = 0; p < panels(N); ++p) {
     product_panel(a, row, step, packed + p * K * kPanel, M, K, c + p * kPanel, stride,
                   smaller<int64_t>(kPanel, N - p * kPanel), add);
@@ -158,7 +157,8 @@ inline void product(
 }
 
 // Packs panels [first, last) of B, (k, n) at b[k·row + n·step].
-inline void pack_panels(const float* b, int64_t row, int64_t step, int64_t K, int64_t N, int64_t first, int64_t last, float* packed) {
+inline void pack_panels(const float* b, int64_t row, int64_t step, int64_t K, int64_t N, int64_t first, int64_t last,
+                        float* packed) {
   for (int64_t p = first; p < last; ++p) {
     const int64_t columns = smaller<int64_t>(kPanel, N - p * kPanel);
     for (int64_t k = 0; k < K; ++k) {

@@ -15,13 +15,17 @@ DDPM_FAST_INLINE vf swapped(vf value) {
 // The largest lane and the sum of all lanes, in every lane; in registers, where rows are as short as these.
 template <int distance = kLanes / 2>
 DDPM_FAST_INLINE vf all_max(vf value) {
-  if constexpr (distance == 0) return value;
-  else return all_max<distance / 2>(vmax(value, swapped<distance>(value)));
+  if constexpr (distance == 0)
+    return value;
+  else
+    return all_max<distance / 2>(vmax(value, swapped<distance>(value)));
 }
 template <int distance = kLanes / 2>
 DDPM_FAST_INLINE vf all_sum(vf value) {
-  if constexpr (distance == 0) return value;
-  else return all_sum<distance / 2>(value + swapped<distance>(value));
+  if constexpr (distance == 0)
+    return value;
+  else
+    return all_sum<distance / 2>(value + swapped<distance>(value));
 }
 
 // exp(scale·(x − max)) / Σ in place, of a row of n.

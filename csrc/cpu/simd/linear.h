@@ -47,9 +47,8 @@ DDPM_FAST_INLINE void transpose_4x4(const float* from, int64_t stride, const flo
 }
 
 // Packs panels [first, last) of (k, n) = gain[k]·w[n·stride + k], with k in [0, K) and n in [0, N); gain may be null.
-inline void pack_transposed(
-    const float* w, int64_t stride, const float* gain, int64_t K, int64_t N, int64_t first, int64_t last,
-    float* packed) {
+inline void pack_transposed(const float* w, int64_t stride, const float* gain, int64_t K, int64_t N, int64_t first,
+                            int64_t last, float* packed) {
   for (int64_t p = first; p < last; ++p) {
     const int64_t columns = smaller<int64_t>(kPanel, N - p * kPanel);
     const float* from = w + p * kPanel * stride;
@@ -76,9 +75,8 @@ inline void pack_transposed(
 
 // Packs one panel of (k, n) = row_scale[k]·b[k·stride + n]·gain[n], k in [0, K), of which `columns` exist; row_scale
 // and gain may be null.
-inline void pack_straight(
-    const float* b, int64_t stride, const float* row_scale, const float* gain, int64_t K, int64_t columns,
-    float* panel) {
+inline void pack_straight(const float* b, int64_t stride, const float* row_scale, const float* gain, int64_t K,
+                          int64_t columns, float* panel) {
   const vf gain_left = gain ? load_upto(gain, columns) : splat(1.0f);
   const vf gain_right = gain && columns > kLanes ? load_upto(gain + kLanes, columns - kLanes) : splat(1.0f);
   for (int64_t k = 0; k < K; ++k, b += stride, panel += kPanel) {
@@ -157,8 +155,8 @@ inline BlockRows rows_of_block(const float* const* a, const int64_t* k, int64_t 
 
 // R rows, from row `local` of a block on, which is row `row` of out.
 template <int R>
-inline __attribute__((noinline)) void linear_tile(
-    const LinearForward& p, const BlockRows& block, int64_t local, int64_t row, int64_t column, const float* panel) {
+inline __attribute__((noinline)) void linear_tile(const LinearForward& p, const BlockRows& block, int64_t local,
+                                                  int64_t row, int64_t column, const float* panel) {
   const int64_t columns = smaller<int64_t>(kPanel, p.N - column);
   for (int64_t r = 0; r < R; ++r) {
     const int64_t at = (row + r) * p.N + column;
@@ -192,9 +190,8 @@ inline __attribute__((noinline)) void linear_tile(
 }
 
 template <int R = kRows>
-DDPM_FAST_INLINE void linear_tile_of(
-    int64_t rows, const LinearForward& p, const BlockRows& block, int64_t local, int64_t row, int64_t column,
-    const float* panel) {
+DDPM_FAST_INLINE void linear_tile_of(int64_t rows, const LinearForward& p, const BlockRows& block, int64_t local,
+                                     int64_t row, int64_t column, const float* panel) {
   if constexpr (R > 0) {
     if (rows == R) return linear_tile<R>(p, block, local, row, column, panel);
     linear_tile_of<R - 1>(rows, p, block, local, row, column, panel);
@@ -229,9 +226,8 @@ inline void linear_forward(const LinearForward& p) {
   const int64_t K = p.k[0] + p.k[1];
   if (p.rows * p.N == 0) return;
   float* packed = thread_scratch(kPackedSlot, packed_size(K, p.N));
-  parallel(panels(p.N), task_grain(K * kPanel * 16), [&](int64_t begin, int64_t end) {
-    pack_transposed(p.weight, K, p.gain, K, p.N, begin, end, packed);
-  });
+  parallel(panels(p.N), task_grain(K * kPanel * 16),
+           [&](int64_t begin, int64_t end) { pack_transposed(p.weight, K, p.gain, K, p.N, begin, end, packed); });
   const int64_t block = even_block_rows(p.rows, larger<int64_t>(K, 1)), blocks = ceil_div(p.rows, block);
   over_blocks(blocks, panels(p.N), smaller(block, p.rows) * K * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
     const int64_t first = b * block, count = smaller(block, p.rows - first), groups = ceil_div(count, kRows);
@@ -277,7 +273,8 @@ inline void linears_forward(const LinearsForward& p) {
       }
       pack_transposed(weight, p.K, nullptr, p.K, columns, 0, 1, packed);
       for (int64_t k = 0; k == 0 || k < p.K; k += kSumLength) {  // once where K = 0: zeros
-        product_panel(p.x + k, p.K, 1, packed + k * kPanel, p.rows, smaller(kSumLength, p.K - k), out, p.N, columns, k > 0);
+        product_panel(p.x + k, p.K, 1, packed + k * kPanel, p.rows, smaller(kSumLength, p.K - k), out, p.N, columns,
+                      k > 0);
       }
       for (int64_t r = 0; r < p.rows; ++r) {
         for (int64_t n = 0; n < columns; ++n) out[r * p.N + n] += bias[n];
@@ -297,7 +294,8 @@ inline void pack_weight(const float* weight, int64_t N, int64_t K, int64_t first
 }
 
 inline void linear_data_gradient(const LinearDataGradient& p) {
-  const int64_t K = p.k[0] + p.k[1], block = even_block_rows(p.rows, larger<int64_t>(p.N, 1)), blocks = ceil_div(p.rows, block);
+  const int64_t K = p.k[0] + p.k[1], block = even_block_rows(p.rows, larger<int64_t>(p.N, 1)),
+                blocks = ceil_div(p.rows, block);
   for (int part = 0; part < 2; ++part) {
     const int64_t k = p.k[part];
     if (p.dx[part] == nullptr || k == 0) continue;
@@ -337,8 +335,8 @@ inline void add_partials(const float* partials, int64_t parts, int64_t stride, i
 }
 
 // dweight of one segment of rows for one panel of one part: c (N, columns of the panel) with row stride K.
-inline void weight_gradient_panel(
-    const LinearWeightGradient& p, int part, int64_t panel, int64_t first, int64_t last, float* c, int64_t K) {
+inline void weight_gradient_panel(const LinearWeightGradient& p, int part, int64_t panel, int64_t first, int64_t last,
+                                  float* c, int64_t K) {
   constexpr int64_t kChunk = 64;
   float packed[kChunk * kPanel] __attribute__((aligned(64)));
   const int64_t k = p.k[part], columns = smaller<int64_t>(kPanel, k - panel * kPanel);
@@ -363,9 +361,8 @@ inline void linear_weight_gradient(const LinearWeightGradient& p) {
     const int64_t first = segment * length, last = smaller(p.rows, first + length);
     if (p.dweight == nullptr || task == all_panels) {
       float* sums = partials ? partials + segment * stride + p.N * K : p.dbias;
-      over_channels(p.N, [&](int64_t n, auto lanes) {
-        lanes.put(sums + n, sum_of_rows(p.grad + n, p.N, first, last, lanes));
-      });
+      over_channels(
+          p.N, [&](int64_t n, auto lanes) { lanes.put(sums + n, sum_of_rows(p.grad + n, p.N, first, last, lanes)); });
       return;
     }
     const int part = task >= first_panels;

@@ -26,15 +26,21 @@ constexpr float kLowest = -3.402823466e38f;
 // Sizes, and how the work is cut up.
 struct Plan {
   LinearAttentionInputs in;
-  bool block;                   // x is given
-  int64_t HD, V, parts, width;  // values (N, parts·V); `width` of the HD channels belong to one part
+  bool block;                         // x is given
+  int64_t HD, V, parts, width;        // values (N, parts·V); `width` of the HD channels belong to one part
   int64_t groups, tile, stride, row;  // of a sample; positions; of tiles with HD columns and with larger(C, V·parts)
-  int64_t samples;              // that are taken together
+  int64_t samples;                    // that are taken together
 
   explicit Plan(const LinearAttentionInputs& inputs)
-      : in(inputs), block(inputs.x != nullptr), HD(inputs.heads * inputs.D), V(block ? inputs.C : inputs.D),
-        parts(block ? 1 : inputs.heads), width(HD / parts),
-        groups(smaller(kMaxGroups, ceil_div(inputs.N, kGroup))), stride(padded(HD)), row(padded(inputs.C)) {
+      : in(inputs),
+        block(inputs.x != nullptr),
+        HD(inputs.heads * inputs.D),
+        V(block ? inputs.C : inputs.D),
+        parts(block ? 1 : inputs.heads),
+        width(HD / parts),
+        groups(smaller(kMaxGroups, ceil_div(inputs.N, kGroup))),
+        stride(padded(HD)),
+        row(padded(inputs.C)) {
     const int64_t largest = ceil_div(inputs.N, groups), target = inputs.C <= 128 ? 128 : 64;
     tile = ceil_div(largest, ceil_div(largest, target));
     samples = smaller(inputs.B, larger<int64_t>(1, kRuns / groups));
@@ -46,10 +52,10 @@ struct Plan {
 
 // Weights as the products need them, made once a call and shared by all threads.
 struct Weights {
-  float *folded, *q, *k;           // W·gain (3HD, C); q's and k's part packed as (C, HD)
-  float *q_back, *k_back;          // packed as (HD, C)
+  float *folded, *q, *k;               // W·gain (3HD, C); q's and k's part packed as (C, HD)
+  float *q_back, *k_back;              // packed as (HD, C)
   float *v, *v_back, *out, *out_back;  // per head, packed: (C, D), (D, C); (D, C), (C, D)
-  float* memory;                   // mem_kv with entries before channels, (2, M, `channels`)
+  float* memory;                       // mem_kv with entries before channels, (2, M, `channels`)
   int64_t channels;
 
   void place(const Plan& plan, Arena& arena, bool backward) {
@@ -166,9 +172,8 @@ inline void make_values(const Plan& plan, const Tile& tile, int64_t sample, int6
 }
 
 // Part 0 (q) or 1 (k) of qkv: a product of the normed rows with `weight`, or read.
-inline void make_projected(
-    const Plan& plan, const Tile& tile, int64_t sample, int64_t n, int64_t t, int part, const float* weight,
-    float* to) {
+inline void make_projected(const Plan& plan, const Tile& tile, int64_t sample, int64_t n, int64_t t, int part,
+                           const float* weight, float* to) {
   if (plan.block) return deep_product(tile.normed, plan.row, 1, weight, t, plan.in.C, plan.HD, to, plan.stride, false);
   const float* from = plan.in.qkv + ((sample * plan.in.N + n) * 3 + part) * plan.HD;
   for (int64_t i = 0; i < t; ++i) {
@@ -204,9 +209,8 @@ inline void exponentials(const Plan& plan, const Tile& tile, int64_t t) {
 }
 
 // Σ exp(k − largest)·values, the largest and Σ exp(k − largest) of one group.
-inline void sum_group(
-    const Plan& plan, const Tile& tile, const float* weight_k, int64_t sample, int64_t group, float* sums,
-    float* largest, float* total) {
+inline void sum_group(const Plan& plan, const Tile& tile, const float* weight_k, int64_t sample, int64_t group,
+                      float* sums, float* largest, float* total) {
   const int64_t HD = plan.HD, V = plan.V;
   for (int64_t c = 0; c < HD; c += kLanes) store(tile.largest + c, splat(kLowest)), store(tile.total + c, vf{});
   bool first = true;
@@ -233,9 +237,8 @@ inline void sum_group(
 
 // Softmax over positions and memory from its groups: statistics (2, HD) and sums (HD, V) of one sample. The groups'
 // statistics (groups, 2, `channels`) become the factors of their sums.
-inline void merge_groups(
-    const Plan& plan, const Weights& weights, const float* group_sums, float* group_statistics, float* statistics,
-    float* sums) {
+inline void merge_groups(const Plan& plan, const Weights& weights, const float* group_sums, float* group_statistics,
+                         float* statistics, float* sums) {
   const int64_t HD = plan.HD, V = plan.V, M = plan.in.M, channels = weights.channels;
   for (int64_t c = 0; c < HD; c += kLanes) {
     vf largest = splat(kLowest), total = {};
@@ -281,8 +284,8 @@ inline void memory_softmax(const Plan& plan, const Weights& weights, const float
 }
 
 // The context (HD, D) without its scale, with the share of the memory.
-inline void make_context(
-    const Plan& plan, const Weights& weights, const float* sums, const float* memory_weights, float* context) {
+inline void make_context(const Plan& plan, const Weights& weights, const float* sums, const float* memory_weights,
+                         float* context) {
   const int64_t D = plan.in.D, V = plan.V, M = plan.in.M;
   for (int64_t h = 0; h < plan.in.heads; ++h) {
     float* to = context + h * D * D;

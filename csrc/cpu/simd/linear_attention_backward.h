@@ -13,8 +13,8 @@ namespace ddpm_fast::DDPM_FAST_ISA::linear_attention {
 
 // Sums for the parameters, one of each for every item (a group of a sample) or sample that is taken at a time.
 struct ParameterSums {
-  float *qk, *gain, *bias;       // of an item: (2HD, C) with x, (C), (C)
-  float *v, *weight, *memory;    // of a sample: (HD, C) with x, (C, HD), (2, M, channels)
+  float *qk, *gain, *bias;     // of an item: (2HD, C) with x, (C), (C)
+  float *v, *weight, *memory;  // of a sample: (HD, C) with x, (C, HD), (2, M, channels)
   int64_t qk_size, weight_size, memory_size, row_size;
 
   void place(const Plan& plan, Arena& arena) {
@@ -32,8 +32,8 @@ struct ParameterSums {
   }
   void clear(const Plan& plan) {
     const int64_t items = plan.samples * plan.groups;
-    const int64_t floats = items * (qk_size + 2 * row_size) +
-        plan.samples * ((plan.block ? 2 : 1) * weight_size + memory_size);
+    const int64_t floats =
+        items * (qk_size + 2 * row_size) + plan.samples * ((plan.block ? 2 : 1) * weight_size + memory_size);
     parallel(ceil_div(floats, kChunk), 4, [&](int64_t begin, int64_t end) {
       const int64_t last = smaller(end * kChunk, floats);
       __builtin_memset(qk + begin * kChunk, 0, static_cast<unsigned long>(last - begin * kChunk) * 4);
@@ -66,8 +66,8 @@ struct BackwardScratch {
 };
 
 // Rows of a tile into part 0 (q) or 1 (k) of dqkv.
-inline void write_part(
-    const Plan& plan, const float* from, int64_t sample, int64_t n, int64_t t, int part, float* dqkv) {
+inline void write_part(const Plan& plan, const float* from, int64_t sample, int64_t n, int64_t t, int part,
+                       float* dqkv) {
   float* to = dqkv + ((sample * plan.in.N + n) * 3 + part) * plan.HD;
   for (int64_t i = 0; i < t; ++i) {
     __builtin_memcpy(to + i * 3 * plan.HD, from + i * plan.stride, static_cast<unsigned long>(plan.HD) * 4);
@@ -102,9 +102,8 @@ inline void output_backward(const Plan& plan, const Tile& tile, const float* gra
   }
 }
 
-inline void queries_pass(
-    const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared, const Tile& tile,
-    int64_t item, int64_t first_sample) {
+inline void queries_pass(const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
+                         const Tile& tile, int64_t item, int64_t first_sample) {
   const int64_t C = args.in.C, HD = plan.HD, local = item / plan.groups, sample = first_sample + local;
   float* dprojection = shared.dprojection + item * shared.sums.weight_size;
   bool first = true;
@@ -138,8 +137,7 @@ inline void queries_pass(
 }
 
 // softmax(k) of a tile in place, and dk from its gradient.
-inline void keys_backward(
-    const Plan& plan, const Tile& tile, const float* statistics, const float* delta, int64_t t) {
+inline void keys_backward(const Plan& plan, const Tile& tile, const float* statistics, const float* delta, int64_t t) {
   for (int64_t c = 0; c < plan.HD; c += kLanes) {
     const int64_t count = plan.HD - c;
     const vf largest = load_upto(statistics + c, count), inverse = load_upto(statistics + plan.HD + c, count);
@@ -153,9 +151,8 @@ inline void keys_backward(
   }
 }
 
-inline void keys_pass(
-    const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared, const Tile& tile,
-    int64_t item, int64_t first_sample) {
+inline void keys_pass(const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
+                      const Tile& tile, int64_t item, int64_t first_sample) {
   const int64_t C = args.in.C, D = args.in.D, HD = plan.HD, V = plan.V, width = plan.width;
   const int64_t local = item / plan.groups, sample = first_sample + local;
   const float* dsums = shared.dsums + local * plan.parts * packed_size(width, V);
@@ -167,22 +164,22 @@ inline void keys_pass(
     for (int64_t p = 0; p < plan.parts; ++p) {
       const float* values = plan.block ? tile.normed : args.in.qkv + position * 3 * HD + 2 * HD + p * D;
       deep_product(values, plan.block ? plan.row : 3 * HD, 1, dsums_back + p * packed_size(V, width), t, V, width,
-              tile.dqueries + p * width, plan.stride, false);
+                   tile.dqueries + p * width, plan.stride, false);
     }
     keys_backward(plan, tile, args.statistics + sample * 2 * HD, shared.delta + local * round_up(HD, 16), t);
     if (!plan.block) {
       write_part(plan, tile.dqueries, sample, n, t, 1, args.dqkv);
       for (int64_t p = 0; p < plan.parts; ++p) {
         deep_product(tile.queries + p * width, plan.stride, 1, dsums + p * packed_size(width, V), t, width, V,
-                args.dqkv + position * 3 * HD + 2 * HD + p * D, 3 * HD, false);
+                     args.dqkv + position * 3 * HD + 2 * HD + p * D, 3 * HD, false);
       }
       return;
     }
     float* dx = args.dx + position * C;
     deep_product(tile.queries, plan.stride, 1, dsums, t, HD, C, dx, C, true);
     deep_product(tile.dqueries, plan.stride, 1, shared.weights.k_back, t, HD, C, dx, C, true);
-    product(tile.dqueries, 1, plan.stride, tile.values, HD, t, C,
-            shared.sums.qk + item * shared.sums.qk_size + HD * C, C, true);
+    product(tile.dqueries, 1, plan.stride, tile.values, HD, t, C, shared.sums.qk + item * shared.sums.qk_size + HD * C,
+            C, true);
     for (int64_t i = 0; i < t; ++i) {
       row_norm_backward(dx + i * C, tile.normed + i * plan.row, tile.norm()[i], C, dx + i * C);
     }
@@ -204,9 +201,8 @@ struct SampleBackwardScratch {
   }
 };
 
-inline void projection_again(
-    const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
-    const SampleBackwardScratch& scratch, int64_t local, int64_t sample) {
+inline void projection_again(const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
+                             const SampleBackwardScratch& scratch, int64_t local, int64_t sample) {
   const int64_t C = plan.in.C, HD = plan.HD;
   float* context = shared.context + local * HD * plan.in.D;
   memory_softmax(plan, shared.weights, args.statistics + sample * 2 * HD, scratch.memory);
@@ -217,9 +213,8 @@ inline void projection_again(
 }
 
 // The memory's part of δ of one head, and the gradient of its keys and values, added to (2, M, channels).
-inline void memory_backward(
-    const Plan& plan, const Weights& weights, const float* memory_weights, const float* context, const float* dcontext,
-    int64_t h, float* delta, float* dmemory) {
+inline void memory_backward(const Plan& plan, const Weights& weights, const float* memory_weights, const float* context,
+                            const float* dcontext, int64_t h, float* delta, float* dmemory) {
   const int64_t D = plan.in.D, M = plan.in.M, channels = weights.channels;
   for (int64_t m = 0; m < M; ++m) {
     const int64_t key = m * channels + h * D, value = (M + m) * channels + h * D;
@@ -239,9 +234,8 @@ inline void memory_backward(
   }
 }
 
-inline void sample_backward(
-    const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
-    const SampleBackwardScratch& scratch, int64_t local, int64_t sample) {
+inline void sample_backward(const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
+                            const SampleBackwardScratch& scratch, int64_t local, int64_t sample) {
   const int64_t C = plan.in.C, D = plan.in.D, HD = plan.HD, V = plan.V;
   const float* sums = args.sums + sample * HD * V;
   memory_softmax(plan, shared.weights, args.statistics + sample * 2 * HD, scratch.memory);

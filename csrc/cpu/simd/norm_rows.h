@@ -70,8 +70,8 @@ DDPM_FAST_INLINE vf after_norm(vf y, const float* keep, const float* residual, i
 
 // The gradient with respect to y.
 template <bool kActivation, typename Lanes>
-DDPM_FAST_INLINE vf before_activation(
-    const float* grad, const float* keep, const Affine& affine, vf normed, int64_t c, Lanes lanes) {
+DDPM_FAST_INLINE vf before_activation(const float* grad, const float* keep, const Affine& affine, vf normed, int64_t c,
+                                      Lanes lanes) {
   vf g = lanes.get(grad + c);
   if (keep) {
     const vf k = lanes.get(keep + c);
@@ -113,9 +113,8 @@ DDPM_FAST_INLINE float rms_factor(float norm, int64_t C) {
 
 // What follows the norm of a row, see rms_row.
 template <bool kActivation>
-DDPM_FAST_INLINE void rms_apply(
-    const float* v, float norm, const float* bias, const Affine& affine, const float* residual, float* out, int64_t C,
-    const float* keep) {
+DDPM_FAST_INLINE void rms_apply(const float* v, float norm, const float* bias, const Affine& affine,
+                                const float* residual, float* out, int64_t C, const float* keep) {
   const vf factor = splat(rms_factor(norm, C));
   over_channels(C, [&](int64_t c, auto lanes) {
     const vf y = affine(get_biased(v, bias, c, lanes) * factor, c, lanes);
@@ -126,9 +125,9 @@ DDPM_FAST_INLINE void rms_apply(
 // One finished row: out = keep·SiLU(x̂·gain·(1 + scale) + shift) + residual. gain is the norm's weight without √C.
 // Everything after gain but out may be null; out may be v or residual; norm_out receives ‖v + bias‖₂.
 template <bool kActivation>
-DDPM_FAST_INLINE void rms_row(
-    const float* v, const float* bias, const float* gain, const float* scale, const float* shift, const float* residual,
-    float* out, float* norm_out, int64_t C, const float* keep = nullptr) {
+DDPM_FAST_INLINE void rms_row(const float* v, const float* bias, const float* gain, const float* scale,
+                              const float* shift, const float* residual, float* out, float* norm_out, int64_t C,
+                              const float* keep = nullptr) {
   const float norm = row_norm(v, bias, C);
   if (norm_out) *norm_out = norm;
   rms_apply<kActivation>(v, norm, bias, {gain, nullptr, scale, shift}, residual, out, C, keep);
@@ -145,9 +144,9 @@ struct NormSums {
 
 // The gradient of rms_row. norm is what it gave; dx may be grad. The sums are added to.
 template <bool kActivation>
-DDPM_FAST_INLINE void rms_row_backward(
-    const float* grad, const float* v, float norm, const float* bias, const float* gain, const float* scale,
-    const float* shift, float* dx, const NormSums& sums, int64_t C, const float* keep = nullptr) {
+DDPM_FAST_INLINE void rms_row_backward(const float* grad, const float* v, float norm, const float* bias,
+                                       const float* gain, const float* scale, const float* shift, float* dx,
+                                       const NormSums& sums, int64_t C, const float* keep = nullptr) {
   const Affine affine{gain, nullptr, scale, shift};
   const vf factor = splat(rms_factor(norm, C));
   vf dot = {};

@@ -15,9 +15,9 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 constexpr int kNormMaskSlot = 4, kNormSumsSlot = 5;  // of thread_scratch
-constexpr int64_t kNormChunk = 4096;                 // elements of a chunk, about; few, since a chunk's are summed plainly
-constexpr int64_t kNormPiece = 16384;                // elements that are worth a thread
-constexpr uint32_t kStreamDropout = 6;               // STREAM_DROPOUT of ddpm_fast/noise.py
+constexpr int64_t kNormChunk = 4096;    // elements of a chunk, about; few, since a chunk's are summed plainly
+constexpr int64_t kNormPiece = 16384;   // elements that are worth a thread
+constexpr uint32_t kStreamDropout = 6;  // STREAM_DROPOUT of ddpm_fast/noise.py
 
 // A sample's pixels in chunks of `rows`, the same whatever the threads.
 struct NormChunks {
@@ -92,8 +92,8 @@ inline void spread_statistics(const float* statistics, int64_t groups, int64_t C
 }
 
 template <typename Lanes>
-DDPM_FAST_INLINE vf group_normed(
-    const float* v, const float* bias, const float* spread, int64_t C, int64_t c, Lanes lanes) {
+DDPM_FAST_INLINE vf group_normed(const float* v, const float* bias, const float* spread, int64_t C, int64_t c,
+                                 Lanes lanes) {
   return (get_biased(v, bias, c, lanes) - lanes.get(spread + c)) * lanes.get(spread + C + c);
 }
 
@@ -104,9 +104,8 @@ inline void chunk_moments(const NormSiluArgs& p, const NormChunk& chunk, float* 
   float *means = room, *sums = room + C;
   clear(sums, C);
   for (int64_t r = 0; r < chunk.rows; ++r) {
-    over_channels(C, [&](int64_t c, auto lanes) {
-      accumulate(sums, c, lanes, get_biased(x + r * C, p.bias, c, lanes));
-    });
+    over_channels(C,
+                  [&](int64_t c, auto lanes) { accumulate(sums, c, lanes, get_biased(x + r * C, p.bias, c, lanes)); });
   }
   const float count = static_cast<float>(width * chunk.rows);
   for (int64_t g = 0; g < p.groups; ++g) {

@@ -46,9 +46,8 @@ inline void pack_rows(const float* b, int64_t stride, int64_t K, int64_t N, floa
 }
 
 // `product` for K of any size: long sums are taken in pieces, since a rounding error grows with what was summed.
-inline void deep_product(
-    const float* a, int64_t row, int64_t step, const float* packed, int64_t M, int64_t K, int64_t N, float* c,
-    int64_t stride, bool add) {
+inline void deep_product(const float* a, int64_t row, int64_t step, const float* packed, int64_t M, int64_t K,
+                         int64_t N, float* c, int64_t stride, bool add) {
   const int64_t pieces = ceil_div(K, kDeepest);
   for (int64_t p = 0; p < panels(N); ++p) {
     const int64_t columns = smaller<int64_t>(kPanel, N - p * kPanel);
@@ -78,8 +77,8 @@ DDPM_FAST_INLINE void transpose4(const float* from, int64_t stride, float* to, i
 }
 
 // Panels [first, last) of B (K, N), (k, n) at b[n·stride + k]: the transpose of a matrix of N rows.
-inline void pack_columns(
-    const float* b, int64_t stride, int64_t K, int64_t N, int64_t first, int64_t last, float* packed) {
+inline void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, int64_t first, int64_t last,
+                         float* packed) {
   for (int64_t p = first; p < last; ++p) {
     const int64_t columns = smaller<int64_t>(kPanel, N - p * kPanel);
     float* panel = packed + p * K * kPanel;

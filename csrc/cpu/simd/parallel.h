@@ -10,8 +10,7 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 template <typename Body>
 inline void parallel(int64_t count, int64_t grain, const Body& body) {
   run_parallel(
-      count, grain,
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
+      count, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<Body*>(&body));
 }
 

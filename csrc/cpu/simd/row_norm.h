@@ -49,9 +49,8 @@ inline void scale_columns(const float* x, const float* gain, int64_t rows, int64
 }
 
 // Gradients of weight (rows, C) and gain (C) where folded = weight·gain by columns.
-inline void scale_columns_backward(
-    const float* dfolded, const float* weight, const float* gain, int64_t rows, int64_t C, float* dweight,
-    float* dgain) {
+inline void scale_columns_backward(const float* dfolded, const float* weight, const float* gain, int64_t rows,
+                                   int64_t C, float* dweight, float* dgain) {
   for (int64_t c = 0; c < C; c += kLanes) store_upto(dgain + c, vf{}, C - c);
   for (int64_t r = 0; r < rows; ++r, dfolded += C, weight += C, dweight += C) {
     for (int64_t c = 0; c < C; c += kLanes) {

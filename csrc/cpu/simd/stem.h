@@ -1,5 +1,6 @@
-// Convolutions of few channels as products without a matrix of neighbours. With zeros written around it, a channels-last
-// map has the side·C numbers that a row of the kernel sees of a pixel side by side, and those of the next pixel C further:
+// Convolutions of few channels as products without a matrix of neighbours. With zeros written around it, a
+// channels-last map has the side·C numbers that a row of the kernel sees of a pixel side by side, and those of the next
+// pixel C further:
 //
 //   out[x] = Σ over i of padded[y + i][C·x … C·(x + side)] · W[i]       W[i] (side·C, K), packed panel by panel
 //
@@ -44,9 +45,8 @@ DDPM_FAST_INLINE int64_t stem_tap(const StemSizes& in, int64_t n, int64_t r) {
 }
 
 template <int R>
-inline __attribute__((noinline)) void stem_tile(
-    const PaddedMap& map, const StemSizes& in, const float* from, const float* panel, const float* bias, float* out,
-    int64_t columns) {
+inline __attribute__((noinline)) void stem_tile(const PaddedMap& map, const StemSizes& in, const float* from,
+                                                const float* panel, const float* bias, float* out, int64_t columns) {
   Sums<R> sums;
   sums.clear();
   for (int64_t i = 0; i < in.side; ++i) {
@@ -60,9 +60,8 @@ inline __attribute__((noinline)) void stem_tile(
 }
 
 template <int R = kRows>
-DDPM_FAST_INLINE void stem_tile_of(
-    int64_t rows, const PaddedMap& map, const StemSizes& in, const float* from, const float* panel, const float* bias,
-    float* out, int64_t columns) {
+DDPM_FAST_INLINE void stem_tile_of(int64_t rows, const PaddedMap& map, const StemSizes& in, const float* from,
+                                   const float* panel, const float* bias, float* out, int64_t columns) {
   if constexpr (R > 0) {
     if (rows == R) return stem_tile<R>(map, in, from, panel, bias, out, columns);
     stem_tile_of<R - 1>(rows, map, in, from, panel, bias, out, columns);
@@ -124,8 +123,8 @@ inline void stem_weight_gradient(const StemWeightGradient& p) {
           store(packed + x * kPanel + kLanes, count > kLanes ? load_upto(from + kLanes, count - kLanes) : vf{});
         }
         for (int64_t i = 0; i < in.side; ++i) {
-          product_panel(map.at(line / in.H, line % in.H + i), 1, in.C, packed, map.depth, in.W, s + i * map.depth * kPanel,
-                        kPanel, kPanel, line > first);
+          product_panel(map.at(line / in.H, line % in.H + i), 1, in.C, packed, map.depth, in.W,
+                        s + i * map.depth * kPanel, kPanel, kPanel, line > first);
         }
       }
     }

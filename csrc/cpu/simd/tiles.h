@@ -9,7 +9,12 @@ struct Tiles {
   int64_t B, H, W, rows, columns, total;
 
   DDPM_FAST_INLINE Tiles(int64_t batch, int64_t height, int64_t width)
-      : B(batch), H(height), W(width), rows(ceil_div(height, 4)), columns(ceil_div(width, 4)), total(batch * rows * columns) {}
+      : B(batch),
+        H(height),
+        W(width),
+        rows(ceil_div(height, 4)),
+        columns(ceil_div(width, 4)),
+        total(batch * rows * columns) {}
 };
 
 struct Tile {

@@ -1,6 +1,6 @@
 // One vector of floats of the instruction set that the including file was compiled for, by the compiler's own vector
-// types: AVX-512, AVX2 and the portable build (NEON, SSE2) are one source. See avx512.cpp, avx2.cpp, portable.cpp, which
-// define DDPM_FAST_ISA (the namespace) and DDPM_FAST_LANES before they include anything.
+// types: AVX-512, AVX2 and the portable build (NEON, SSE2) are one source. See avx512.cpp, avx2.cpp, portable.cpp,
+// which define DDPM_FAST_ISA (the namespace) and DDPM_FAST_LANES before they include anything.
 //
 // Nothing of the standard library is used here: a function of it that is emitted for AVX-512 might be the one that the
 // linker keeps for everybody.
@@ -35,8 +35,8 @@ DDPM_FAST_INLINE constexpr T larger(T a, T b) {
 DDPM_FAST_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DDPM_FAST_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Minus zero, which changes nothing: 0 + value is an addition to the compiler, since it makes 0 of -0, and was a third of a
-// product's time.
+// Minus zero, which changes nothing: 0 + value is an addition to the compiler, since it makes 0 of -0, and was a third
+// of a product's time.
 DDPM_FAST_INLINE vf splat(float value) { return value - vf{}; }
 DDPM_FAST_INLINE vf load(const float* from) { return *reinterpret_cast<const vf_unaligned*>(from); }
 DDPM_FAST_INLINE void store(float* to, vf value) { *reinterpret_cast<vf_unaligned*>(to) = value; }
@@ -61,8 +61,8 @@ DDPM_FAST_INLINE void store_upto(float* to, vf value, int64_t count) {
   }
 }
 
-// Asks for memory that will be read, or written, a while from now. gcc 12 takes a function that does nothing else for one
-// without effect, and its calls away: the empty statement is an effect.
+// Asks for memory that will be read, or written, a while from now. gcc 12 takes a function that does nothing else for
+// one without effect, and its calls away: the empty statement is an effect.
 constexpr int64_t kCacheLine = 16;  // floats
 
 DDPM_FAST_INLINE void fetch(const float* from, int64_t floats) {

@@ -1,8 +1,8 @@
 // The transforms of Winograd's F(4×4, 3×3) (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks",
 // section 4): 4×4 outputs from 6×6 inputs with 36 products per pair of channels, where the plain form takes 144.
 //
-// The interpolation points are 0, ±p, ±q and infinity with p = 1/√2 and q = √2. Their errors are 1.5 to 2 times those of
-// a direct convolution; the textbook's 0, ±1, ±2 lose a digit. Along one axis, with d the inputs, g the taps, y the
+// The interpolation points are 0, ±p, ±q and infinity with p = 1/√2 and q = √2. Their errors are 1.5 to 2 times those
+// of a direct convolution; the textbook's 0, ±1, ±2 lose a digit. Along one axis, with d the inputs, g the taps, y the
 // outputs:
 //
 //   input    v0 = d0 - 5/2·d2 + d4         v1, v2 = (d4 - 2·d2) ± p·(d3 - 2·d1)
@@ -43,7 +43,8 @@ DDPM_FAST_INLINE Two inner_input_points(vf d1, vf d2, vf d3, vf d4, float factor
   return {odd * splat(point) + even, odd * splat(-point) + even};
 }
 DDPM_FAST_INLINE Six input_points(const Six& d) {
-  const Two p = inner_input_points(d.a1, d.a2, d.a3, d.a4, -2.0f, kP), q = inner_input_points(d.a1, d.a2, d.a3, d.a4, -0.5f, kQ);
+  const Two p = inner_input_points(d.a1, d.a2, d.a3, d.a4, -2.0f, kP),
+            q = inner_input_points(d.a1, d.a2, d.a3, d.a4, -0.5f, kQ);
   return {outer_input_point(d.a0, d.a2, d.a4), p.a0, p.a1, q.a0, q.a1, outer_input_point(d.a1, d.a3, d.a5)};
 }
 
@@ -78,10 +79,9 @@ DDPM_FAST_INLINE Six output_gradients(const Four& y) {
 // The transpose of `tap_points`.
 DDPM_FAST_INLINE Three tap_gradients(const Six& u) {
   const vf even_p = u.a1 + u.a2, odd_p = u.a1 - u.a2, even_q = u.a3 + u.a4, odd_q = u.a3 - u.a4;
-  return {
-      even_p * splat(-2.0f / 3.0f) + (even_q * splat(1.0f / 6.0f) + u.a0),
-      odd_p * splat(-kP * 2.0f / 3.0f) + odd_q * splat(kQ / 6.0f),
-      even_p * splat(-1.0f / 3.0f) + (even_q * splat(1.0f / 3.0f) + u.a5)};
+  return {even_p * splat(-2.0f / 3.0f) + (even_q * splat(1.0f / 6.0f) + u.a0),
+          odd_p * splat(-kP * 2.0f / 3.0f) + odd_q * splat(kQ / 6.0f),
+          even_p * splat(-1.0f / 3.0f) + (even_q * splat(1.0f / 3.0f) + u.a5)};
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -75,9 +75,7 @@ def _backward(ctx, grad):
     )
 
 
-torch.library.register_autograd(
-    "ddpm_fast::native_conv3x3", _backward, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd("ddpm_fast::native_conv3x3", _backward, setup_context=_setup_context, lib=_library)
 
 
 def conv3x3(
@@ -129,9 +127,7 @@ def _check(x, weight, bias, beside, residual, upsampled) -> None:
         raise ValueError(f"bias must have shape ({K},), got {tuple(bias.shape)}")
     factor = 2 if upsampled else 1
     if residual is not None and residual.shape != (B, K, factor * H, factor * W):
-        raise ValueError(
-            f"residual must have shape {(B, K, factor * H, factor * W)}, got {tuple(residual.shape)}"
-        )
+        raise ValueError(f"residual must have shape {(B, K, factor * H, factor * W)}, got {tuple(residual.shape)}")
 
 
 def _native(x, weight, bias, *, beside, residual, upsampled) -> torch.Tensor:

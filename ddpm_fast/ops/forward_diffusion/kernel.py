@@ -45,9 +45,7 @@ def tile_position(tile, HW, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def read(
-    ptr, m, c, p, mask, HW, C: tl.constexpr, IN_PLACE: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
+def read(ptr, m, c, p, mask, HW, C: tl.constexpr, IN_PLACE: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Elements (c, p) of one sample as float32.
 
     Args:

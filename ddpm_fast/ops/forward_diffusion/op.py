@@ -53,9 +53,7 @@ for _name in _SCHEMAS:
         _library.impl(_name, _launcher(_name), _device)
 
 
-def _q_sample_fake(
-    x_start, t, table, noise, seed, flip, normalize, offset_noise_strength, dtype, channels_last
-):
+def _q_sample_fake(x_start, t, table, noise, seed, flip, normalize, offset_noise_strength, dtype, channels_last):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(x_start.shape, dtype=dtype, device=x_start.device, memory_format=memory_format)
 
@@ -268,9 +266,7 @@ def _q_sample_by(operator: str):
 
 
 def _diffusion_loss_by(operator: str):
-    def run(
-        model_output, x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength
-    ) -> torch.Tensor:
+    def run(model_output, x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength) -> torch.Tensor:
         with_gradient = torch.is_grad_enabled() and model_output.requires_grad
         options = (normalize, offset_noise_strength, with_gradient)
         return getattr(torch.ops.ddpm_fast, operator)(model_output, x_start, t, table, noise, seed, flip, *options)[0]

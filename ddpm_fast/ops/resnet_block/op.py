@@ -112,9 +112,7 @@ def _backward(ctx, grad, *_):
     return *(g.to(dtype) if needs else None for g, dtype, needs in needed), *nothing
 
 
-torch.library.register_autograd(
-    "ddpm_fast::native_resnet_block", _backward, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd("ddpm_fast::native_resnet_block", _backward, setup_context=_setup_context, lib=_library)
 
 
 def resnet_block(
