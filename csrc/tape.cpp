@@ -152,12 +152,15 @@ class Tape {
   };
 
   static IValue as_value(py::handle given, const c10::Argument& argument) {
-    const bool is_number = PyLong_Check(given.ptr()) || PyFloat_Check(given.ptr());
+    PyObject* const object = given.ptr();
+    const bool is_number = PyLong_Check(object) || PyFloat_Check(object) || PyComplex_Check(object);
     if (!is_number || argument.type()->kind() != c10::TypeKind::TensorType) {
       return torch::jit::toIValue(given, argument.type(), argument.N());
     }
     // `x += 1` comes with the number; torch calls the operator with a tensor that leaves the type of x as it is.
-    at::Tensor number = c10::scalar_to_tensor(torch::jit::toIValue(given, c10::NumberType::get()).toScalar());
+    const c10::Scalar scalar = PyBool_Check(object) ? c10::Scalar(object == Py_True)
+                                                    : torch::jit::toIValue(given, c10::NumberType::get()).toScalar();
+    at::Tensor number = c10::scalar_to_tensor(scalar);
     number.unsafeGetTensorImpl()->set_wrapped_number(true);
     return number;
   }
