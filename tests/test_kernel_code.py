@@ -27,8 +27,9 @@ def test_a_term_of_a_product_is_loads_and_multiply_adds(tmp_path, name):
     source = tmp_path / "tile.cpp"
     source.write_text(
         f'#define DDPM_FAST_ISA {name}\n#define DDPM_FAST_LANES {lanes}\n#include "{SIMD / "gemm.h"}"\n'
-        f"void tile(const float* a, int64_t row, const float* panel, int64_t K, float* c) {{\n"
-        f"  ddpm_fast::{name}::product_tile<{rows}>(a, row, 1, panel, K, c, {2 * lanes}, {2 * lanes}, false);\n}}\n"
+        f"void tile(const float* a, int64_t row, const float* panel, int64_t K, float* c, int64_t piece) {{\n"
+        f"  ddpm_fast::{name}::product_tile<{rows}>(a, row, 1, panel, K, c, {2 * lanes}, {2 * lanes}, false,\n"
+        "    piece);\n}\n"
     )
     flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", f"-march={architecture}"]
     built = subprocess.run(["g++", *flags, "-S", str(source), "-o", "-"], capture_output=True, text=True)

@@ -421,9 +421,17 @@ DDPM_FAST_INLINE int64_t pieces_of(int64_t cycles) {
   return larger<int64_t>(1, kCyclesOfPiece / larger<int64_t>(1, cycles));
 }
 
+// Channels of a piece of M's sums, whose rounding is most of Winograd's. A gradient has shorter ones: backward passes
+// it through every layer, and gradients of gains and biases sum what it has gathered. They cost a sixth of the product.
+constexpr int64_t kForwardPiece = 64, kGradientPiece = 16;
+
+DDPM_FAST_INLINE int64_t channels_of_piece(const Conv3x3Forward& p, int64_t C) {
+  return piece_of(C, p.weight.mirrored ? kGradientPiece : kForwardPiece);
+}
+
 inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K) {
   float* u = thread_scratch(kScratchShared, kPoints * packed_size(C, K));
-  const int64_t num_panels = panels(K), point = C * kPanel;
+  const int64_t num_panels = panels(K), point = C * kPanel, piece = channels_of_piece(p, C);
   parallel(num_panels * ceil_div(C, 16), pieces_of(16 * kCyclesOfTaps), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i % num_panels, c = i / num_panels * 16;
@@ -453,7 +461,7 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
                    share((end - begin) * 4, step, steps,
                          [&](int64_t n) { fetch_output_row(p, tiles, begin + n / 4, n % 4); });
                    product_panel(v + i * v_plane, v_row, 1, u + step * point, end - begin, C,
-                                 m + i * m_plane + panel * kPanel, m_row, kPanel, false);
+                                 m + i * m_plane + panel * kPanel, m_row, kPanel, false, piece);
                  }
                }
                finish_columns(p, tiles, begin, end, 0, K, m, m_row, m_plane);
@@ -468,7 +476,7 @@ constexpr int64_t kChannelBlock = 64;  // input channels whose taps are transfor
 inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K, int64_t first_tile,
                               int64_t last_tile) {
   const int64_t T = last_tile - first_tile, blocks = ceil_div(C, kChannelBlock),
-                row = round_up(smaller(C, kChannelBlock), 16);
+                row = round_up(smaller(C, kChannelBlock), 16), piece = channels_of_piece(p, smaller(C, kChannelBlock));
   const int64_t v_plane = plane_stride(T * row), v_block = kPoints * v_plane, m_plane = plane_stride(T * kPanel);
   float* v = thread_scratch(kScratchShared, blocks * v_block);
   parallel(blocks * T, pieces_of(row * kCyclesOfInputs), [&](int64_t begin, int64_t end) {
@@ -495,7 +503,7 @@ inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64
                           smaller<int64_t>(kChannelBlock, C - c_next), i);
           }
           product_panel(v + block * v_block + i * v_plane, row, 1, u + i * u_plane, T, count, m + i * m_plane, kPanel,
-                        kPanel, block > 0);
+                        kPanel, block > 0, piece);
         }
       }
       finish_columns(p, tiles, first_tile, last_tile, panel * kPanel, columns, m, kPanel, m_plane);

@@ -121,28 +121,41 @@ struct Store {
 
 template <int R>
 inline __attribute__((noinline)) void product_tile(const float* a, int64_t row, int64_t step, const float* panel,
-                                                   int64_t K, float* c, int64_t stride, int64_t columns, bool add) {
+                                                   int64_t K, float* c, int64_t stride, int64_t columns, bool add,
+                                                   int64_t piece) {
   Store out{c, stride, columns, add};
-  product_rows<R>(a, row, step, panel, K, out);
+  for (int64_t k = 0; k == 0 || k < K; k += piece) {  // once where K = 0: zeros
+    product_rows<R>(a + k * step, row, step, panel + k * kPanel, smaller(piece, K - k), out);
+    out.add = true;
+  }
 }
 
 template <int R = kRows>
 DDPM_FAST_INLINE void product_tile_of(int64_t rows, const float* a, int64_t row, int64_t step, const float* panel,
-                                      int64_t K, float* c, int64_t stride, int64_t columns, bool add) {
+                                      int64_t K, float* c, int64_t stride, int64_t columns, bool add, int64_t piece) {
   if constexpr (R > 0) {
-    if (rows == R) return product_tile<R>(a, row, step, panel, K, c, stride, columns, add);
-    product_tile_of<R - 1>(rows, a, row, step, panel, K, c, stride, columns, add);
+    if (rows == R) return product_tile<R>(a, row, step, panel, K, c, stride, columns, add, piece);
+    product_tile_of<R - 1>(rows, a, row, step, panel, K, c, stride, columns, add, piece);
   }
 }
 
+// Terms of each of the equal pieces, of at most `most` terms, that a sum of K terms is cut into. The rounding error of
+// a sum in one row grows with √K, that of a sum of pieces with √(most + K/most).
+DDPM_FAST_INLINE int64_t piece_of(int64_t K, int64_t most) {
+  return larger<int64_t>(1, ceil_div(K, larger<int64_t>(1, ceil_div(K, most))));
+}
+
+constexpr int64_t kOnePiece = int64_t{1} << 40;
+
 // C (M × columns of one panel) = A · panel, or += with `add`. A: (m, k) at a[m·row + k·step]; C: (m, n) at c[m·stride +
-// n]. Rows are taken in balanced groups: 15 rows are 8 and 7, not 14 and 1.
+// n]. Rows are taken in balanced groups: 15 rows are 8 and 7, not 14 and 1. Sums over k are made of pieces of `piece`
+// terms.
 inline void product_panel(const float* a, int64_t row, int64_t step, const float* panel, int64_t M, int64_t K, float* c,
-                          int64_t stride, int64_t columns, bool add) {
+                          int64_t stride, int64_t columns, bool add, int64_t piece = kOnePiece) {
   const int64_t groups = ceil_div(M, kRows);
   for (int64_t g = 0, m = 0; g < groups; ++g) {
     const int64_t rows = (M - m + groups - g - 1) / (groups - g);
-    product_tile_of(rows, a + m * row, row, step, panel, K, c + m * stride, stride, columns, add);
+    product_tile_of(rows, a + m * row, row, step, panel, K, c + m * stride, stride, columns, add, piece);
     m += rows;
   }
 }
