@@ -80,12 +80,15 @@ inline void add_to(float* to, const float* from, int64_t count) {
   }
 }
 
-// Through the output's norm: from y without bias to dy, in rows and packed; dgain and dbias of the tile.
-inline void output_backward(const Plan& plan, const Tile& tile, const float* grad, int64_t t) {
+// Through the output's norm: from y without bias to dy, in rows and packed; adds to dgain and dbias (C).
+inline void output_backward(const Plan& plan, const Tile& tile, const float* grad, int64_t t, float* dgain,
+                            float* dbias) {
   const int64_t C = plan.in.C;
-  __builtin_memset(tile.dgain, 0, static_cast<unsigned long>(C) * 4);
-  __builtin_memset(tile.dbias, 0, static_cast<unsigned long>(C) * 4);
   for (int64_t i = 0; i < t; ++i, grad += C) {
+    if (i % kRowsOfPiece == 0) {
+      __builtin_memset(tile.dgain, 0, static_cast<unsigned long>(C) * 4);
+      __builtin_memset(tile.dbias, 0, static_cast<unsigned long>(C) * 4);
+    }
     float *y = tile.y + i * plan.row, *dy = tile.dy + i * plan.row;
     const RowNorm norm = add_bias(plan, y);
     const vf factor = splat(norm.factor);
@@ -99,6 +102,10 @@ inline void output_backward(const Plan& plan, const Tile& tile, const float* gra
     row_norm_backward(dy, y, norm, C, dy);
     add_to(tile.dbias, dy, C);
     pack_row([&](int64_t c, int64_t count) { return load_upto(dy + c, count); }, t, C, tile.dy_packed + i * kPanel);
+    if (i % kRowsOfPiece == kRowsOfPiece - 1 || i == t - 1) {
+      add_to(dgain, tile.dgain, C);
+      add_to(dbias, tile.dbias, C);
+    }
   }
 }
 
@@ -114,9 +121,8 @@ inline void queries_pass(const Plan& plan, const LinearAttentionBackward& args, 
     softmax_of_heads(plan, tile.queries, t);
     deep_product(tile.queries, plan.stride, 1, shared.projection + local * packed_size(HD, C), t, HD, C, tile.y,
                  plan.row, false);
-    output_backward(plan, tile, args.grad + position, t);
-    add_to(shared.sums.gain + item * shared.sums.row_size, tile.dgain, C);
-    add_to(shared.sums.bias + item * shared.sums.row_size, tile.dbias, C);
+    output_backward(plan, tile, args.grad + position, t, shared.sums.gain + item * shared.sums.row_size,
+                    shared.sums.bias + item * shared.sums.row_size);
     product(tile.queries, 1, plan.stride, tile.dy_packed, HD, t, C, dprojection, C, !first);
     deep_product(tile.dy, plan.row, 1, shared.projection_back + local * packed_size(C, HD), t, C, HD, tile.dqueries,
                  plan.stride, false);

@@ -14,7 +14,7 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr int kNormMaskSlot = 4, kNormSumsSlot = 5;  // of thread_scratch
+constexpr int kNormMaskSlot = 4, kNormSumsSlot = 5, kNormPieceSlot = 6;  // of thread_scratch
 constexpr int64_t kNormChunk = 4096;    // elements of a chunk, about; few, since a chunk's are summed plainly
 constexpr int64_t kNormPiece = 16384;   // elements that are worth a thread
 constexpr uint32_t kStreamDropout = 6;  // STREAM_DROPOUT of ddpm_fast/noise.py
@@ -215,25 +215,51 @@ void group_forward(const NormSiluForwardArgs& p, const NormChunks& chunks) {
   });
 }
 
-// Where chunk i puts its sums, cleared.
-inline NormSums sums_of_chunk(const NormSiluBackwardArgs& p, float* sums, int64_t i) {
-  float* mine = sums + i * 3 * p.C;
-  clear(mine, 3 * p.C);
-  const bool slopes = p.dbias_affine || p.dshift || p.dscale || p.groups;
-  return {mine, slopes ? mine + p.C : nullptr, p.dbias ? mine + 2 * p.C : nullptr};
-}
+// The sums of a chunk, as sums of pieces of kRowsOfPiece rows.
+class ChunkSums {
+ public:
+  // Sums of chunk i, which go on from `sums` if they are `begun`, else from 0.
+  ChunkSums(const NormSiluBackwardArgs& p, float* sums, int64_t i, bool begun = false)
+      : chunk_(sums + i * 3 * p.C), piece_(thread_scratch(kNormPieceSlot, 3 * p.C)), C_(p.C) {
+    const bool slopes = p.dbias_affine || p.dshift || p.dscale || p.groups;
+    rows = {piece_, slopes ? piece_ + C_ : nullptr, p.dbias ? piece_ + 2 * C_ : nullptr};
+    if (!begun) clear(chunk_, 3 * C_);
+    clear(piece_, 3 * C_);
+  }
+
+  // To be called after every row, by its number within the chunk.
+  DDPM_FAST_INLINE void end_row(int64_t row) {
+    if (row % kRowsOfPiece == kRowsOfPiece - 1) finish();
+  }
+
+  // To be called after the last row; adding a piece of zeros changes nothing.
+  void finish() {
+    over_channels(3 * C_, [&](int64_t c, auto lanes) {
+      accumulate(chunk_, c, lanes, lanes.get(piece_ + c));
+      lanes.put(piece_ + c, vf{});
+    });
+  }
+
+  NormSums rows;  // where the rows of a piece add
+
+ private:
+  float *chunk_, *piece_;
+  int64_t C_;
+};
 
 template <bool kActivation>
 void rms_backward(const NormSiluBackwardArgs& p, const NormChunks& chunks, float* sums) {
   const int64_t C = p.C;
   over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t i) {
-    const NormSums mine = sums_of_chunk(p, sums, i);
+    ChunkSums mine(p, sums, i);
     const float* norms = p.statistics + chunk.sample * p.N + chunk.first;
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t at = chunk.offset + r * C;
       rms_row_backward<kActivation>(p.grad + at, p.x + at, norms[r], p.bias, chunk.affine.gain, chunk.affine.scale,
-                                    chunk.affine.shift, p.dx + at, mine, C, chunk.keep_row(r, C));
+                                    chunk.affine.shift, p.dx + at, mine.rows, C, chunk.keep_row(r, C));
+      mine.end_row(r);
     }
+    mine.finish();
   });
 }
 
@@ -243,20 +269,22 @@ void group_backward(const NormSiluBackwardArgs& p, const NormChunks& chunks, flo
   float* means = spread + p.B * 2 * C;
   for (int64_t b = 0; b < p.B; ++b) spread_statistics(p.statistics + b * p.groups * 2, p.groups, C, spread + b * 2 * C);
   // body(row of the chunk, index of its first element, channel, lanes, x̂) for every vector.
-  const auto over_rows = [&](const NormChunk& chunk, const auto& body) {
+  const auto over_rows = [&](const NormChunk& chunk, ChunkSums& mine, const auto& body) {
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t at = chunk.offset + r * C;
       over_channels(C, [&](int64_t c, auto lanes) {
         body(r, at, c, lanes, group_normed(p.x + at, p.bias, spread + chunk.sample * 2 * C, C, c, lanes));
       });
+      mine.end_row(r);
     }
+    mine.finish();
   };
   over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t i) {
-    const NormSums mine = sums_of_chunk(p, sums, i);
-    over_rows(chunk, [&](int64_t r, int64_t at, int64_t c, auto lanes, vf normed) {
+    ChunkSums mine(p, sums, i);
+    over_rows(chunk, mine, [&](int64_t r, int64_t at, int64_t c, auto lanes, vf normed) {
       const vf g = before_activation<kActivation>(p.grad + at, chunk.keep_row(r, C), chunk.affine, normed, c, lanes);
-      accumulate(mine.products, c, lanes, g * normed);
-      accumulate(mine.slopes, c, lanes, g);
+      accumulate(mine.rows.products, c, lanes, g * normed);
+      accumulate(mine.rows.slopes, c, lanes, g);
       lanes.put(p.dx + at + c, g * chunk.affine.slope(c, lanes));  // z, which is read again below
     });
   });
@@ -267,12 +295,12 @@ void group_backward(const NormSiluBackwardArgs& p, const NormChunks& chunks, flo
   NormSiluArgs undropped = p;
   undropped.keep_threshold = 0;
   over_chunks(undropped, chunks, [&](const NormChunk& chunk, int64_t i) {
-    float* inputs = p.dbias ? sums + (i * 3 + 2) * C : nullptr;
+    ChunkSums mine(p, sums, i, true);
     const float *rstd = spread + (chunk.sample * 2 + 1) * C, *mean = means + chunk.sample * 2 * C;
-    over_rows(chunk, [&](int64_t, int64_t at, int64_t c, auto lanes, vf normed) {
+    over_rows(chunk, mine, [&](int64_t, int64_t at, int64_t c, auto lanes, vf normed) {
       const vf z = lanes.get(p.dx + at + c) - lanes.get(mean + c) - normed * lanes.get(mean + C + c);
       const vf d = z * lanes.get(rstd + c);
-      if (inputs) accumulate(inputs, c, lanes, d);
+      if (mine.rows.inputs) accumulate(mine.rows.inputs, c, lanes, d);
       lanes.put(p.dx + at + c, d);
     });
   });

@@ -125,6 +125,10 @@ struct CarefulSum {
   }
 };
 
+// Rows whose sums are made before they are added to those of more rows: the rounding of n terms in one row grows with
+// √n.
+constexpr int64_t kRowsOfPiece = 16;
+
 // e^x to 1 ulp or so for x in [-87, 88]; beyond, the value at that bound. NaN stays NaN.
 DDPM_FAST_INLINE vf exp(vf x) {
   x = x < splat(-87.0f) ? splat(-87.0f) : x;
