@@ -12,7 +12,7 @@ extern const Kernels kAvx2Kernels, kAvx512Kernels;
 namespace {
 
 bool has_avx512() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DDPM_FAST_EMULATE_AVX512)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
 #else
@@ -32,6 +32,9 @@ const Kernels* table_of(const char* name) {
   if (std::strcmp(name, "portable") == 0) return &kPortableKernels;
 #if defined(__x86_64__)
   if (std::strcmp(name, "avx2") == 0 && has_avx2()) return &kAvx2Kernels;
+#if defined(DDPM_FAST_EMULATE_AVX512)
+  if (std::strcmp(name, "avx512") == 0 && has_avx2()) return &kAvx512Kernels;
+#endif
   if (std::strcmp(name, "avx512") == 0 && has_avx512()) return &kAvx512Kernels;
 #endif
   return nullptr;

@@ -6,8 +6,16 @@
 #include <cstring>
 
 #include "../parallel.h"
+// DDPM_FAST_EMULATE_AVX512: the same vectors of 16 in halves, for tests of their arithmetic on a processor with AVX2.
+#if defined(DDPM_FAST_EMULATE_AVX512)
+#define DDPM_FAST_TARGET "arch=x86-64-v3"
+#else
+#define DDPM_FAST_TARGET "arch=x86-64-v4"
+#endif
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target(DDPM_FAST_TARGET))), apply_to = function)
+#elif defined(DDPM_FAST_EMULATE_AVX512)
+#pragma GCC target("arch=x86-64-v3")
 #else
 #pragma GCC target("arch=x86-64-v4")
 #endif
