@@ -238,44 +238,78 @@ class Traffic:
         return sorted(self.by_operator.items(), key=lambda item: -item[1].bytes_moved)[:count]
 
 
-class _Counter(TorchDispatchMode):
-    """Counts every operator that is not a view."""
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator that is not a view.
 
-    def __init__(self, traffic: Traffic):
-        super().__init__()
-        self.traffic = traffic
+    Args:
+        name: of the operator, such as "aten::add".
+        arguments: by name, with defaults.
+        bytes_moved: see the module.
+        flops: by kind; empty for operators that are none of `KINDS`.
+    """
+
+    name: str
+    arguments: Arguments
+    result: Any
+    bytes_moved: int
+    flops: dict[str, int]
+
+
+class Observer(TorchDispatchMode):
+    """Sees every operator that is not a view; a subclass says in `see` what becomes of it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if _only_calls_others(func):
             with self:
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
-        result = func(*args, **kwargs)
+        result = self.run(func, args, kwargs)
         if not _is_view(func):
-            self._count(func, args, kwargs, result)
+            arguments = _bind(func, args, kwargs)
+            flops = _flops(func, args, kwargs, arguments, result)
+            self.see(Call(func._schema.name, arguments, result, _bytes_moved(func, args, kwargs, result), flops))
         return result
 
-    def _count(self, func, args: tuple, kwargs: dict, result) -> None:
-        name = func._schema.name
-        arguments = _bind(func, args, kwargs)
-        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
-        if name in SECOND_READS:
-            tensors += SECOND_READS[name](arguments)
-        moved = sum(t.numel() * t.element_size() for t in tensors)
-        if name in LOOKED_UP:
-            table = arguments[LOOKED_UP[name]]
-            moved += (result.numel() - table.numel()) * table.element_size()
-        if name in SCRATCH_BYTES:
-            moved += SCRATCH_BYTES[name](arguments)
-        flops = _flops(func, args, kwargs, arguments, result)
+    def run(self, func, args: tuple, kwargs: dict) -> Any:
+        """The result of an operator."""
+        return func(*args, **kwargs)
+
+    def see(self, call: Call) -> None:
+        """Called after every operator that is not a view."""
+        raise NotImplementedError
+
+
+class _Counter(Observer):
+    """Adds up what it sees."""
+
+    def __init__(self, traffic: Traffic):
+        super().__init__()
+        self.traffic = traffic
+
+    def see(self, call: Call) -> None:
         self.traffic.operators += 1
-        self.traffic.bytes_moved += moved
-        operator = self.traffic.by_operator.setdefault(name, Operator())
+        self.traffic.bytes_moved += call.bytes_moved
+        operator = self.traffic.by_operator.setdefault(call.name, Operator())
         operator.calls += 1
-        operator.bytes_moved += moved
-        for kind, number in flops.items():
+        operator.bytes_moved += call.bytes_moved
+        for kind, number in call.flops.items():
             self.traffic.flops[kind] += number
             operator.flops += number
+
+
+def _bytes_moved(func, args: tuple, kwargs: dict, result) -> int:
+    name, arguments = func._schema.name, _bind(func, args, kwargs)
+    tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+    if name in SECOND_READS:
+        tensors += SECOND_READS[name](arguments)
+    moved = sum(t.numel() * t.element_size() for t in tensors)
+    if name in LOOKED_UP:
+        table = arguments[LOOKED_UP[name]]
+        moved += (result.numel() - table.numel()) * table.element_size()
+    if name in SCRATCH_BYTES:
+        moved += SCRATCH_BYTES[name](arguments)
+    return moved
 
 
 def _only_calls_others(func) -> bool:

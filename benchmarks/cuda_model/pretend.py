@@ -1,0 +1,112 @@
+"""Meta tensors that behave as tensors of a CUDA device do: nothing is computed, and every choice is the GPU's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from ddpm_fast.bench.traffic import kernels_take_meta_tensors
+
+META = torch.device("meta")
+
+# Functions whose tensors autocast casts on CUDA, of those that this package's networks call.
+_CAST = (
+    F.conv2d,
+    F.conv_transpose2d,
+    F.linear,
+    torch.conv2d,
+    torch.conv_transpose2d,
+    torch.matmul,
+    torch.Tensor.matmul,
+)
+
+
+class _Autocast(TorchFunctionMode):
+    """torch.autocast for meta tensors, which torch knows none for."""
+
+    dtype: torch.dtype | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.dtype is not None and func in _CAST:
+            args = [self._cast(value) for value in args]
+            kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _cast(self, value):
+        narrow = isinstance(value, torch.Tensor) and value.is_meta and value.dtype == torch.float32
+        return value.to(self.dtype) if narrow else value
+
+    @contextlib.contextmanager
+    def region(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, cache_enabled=None):
+        """What torch.autocast is called with; a cast is made at every use, as without its cache."""
+        if device_type != "meta":
+            with _real_autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled):
+                yield
+            return
+        before, self.dtype = self.dtype, (dtype or torch.bfloat16) if enabled else None
+        try:
+            yield
+        finally:
+            self.dtype = before
+
+
+_real_autocast = torch.autocast
+
+
+@contextlib.contextmanager
+def cuda_on_meta() -> Iterator[None]:
+    """Inside, meta tensors take the way of CUDA tensors: our kernels, autocast, fused and foreach optimizers."""
+    autocast = _Autocast()
+    is_available, is_enabled = torch.amp.is_autocast_available, torch.is_autocast_enabled
+    dtype_of = torch.get_autocast_dtype
+    foreach = torch.utils._foreach_utils._get_foreach_kernels_supported_devices()
+    fused = torch.utils._foreach_utils._get_fused_kernels_supported_devices()
+    patches = (
+        mock.patch.object(torch, "autocast", autocast.region),
+        mock.patch.object(torch.amp, "is_autocast_available", lambda kind: kind == "meta" or is_available(kind)),
+        mock.patch.object(
+            torch,
+            "is_autocast_enabled",
+            lambda kind="cuda": autocast.dtype is not None if kind == "meta" else is_enabled(kind),
+        ),
+        mock.patch.object(
+            torch, "get_autocast_dtype", lambda kind: autocast.dtype if kind == "meta" else dtype_of(kind)
+        ),
+        mock.patch("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", lambda: [*foreach, "meta"]),
+        mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: [*fused, "meta"]),
+    )
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        stack.enter_context(kernels_take_meta_tensors())
+        stack.enter_context(autocast)
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    """Random tensors of this block are not drawn: they are meta tensors of the same shape and dtype."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.randn, torch.rand):
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("generator", "device")}
+            return func(*args, **kwargs, device=META)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Inside, a generator may be asked for on the meta device, and what is drawn from one is a meta tensor."""
+    real = torch.Generator
+
+    def generator(device=None):
+        return real() if device is None or torch.device(device).type == "meta" else real(device)
+
+    with mock.patch.object(torch, "Generator", generator), _Undrawn():
+        yield

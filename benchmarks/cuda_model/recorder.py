@@ -1,0 +1,278 @@
+"""Every launch of a step on a CUDA device, counted on meta tensors.
+
+Operators of torch are counted one launch each, but for those in `LAUNCHES` and for convolutions, whose parts are
+launches of their own. Operators of this package run their CUDA implementation, so that the Triton launches and torch's
+operators inside them are counted one by one. Bytes are those of ddpm_fast/bench/traffic.py: each input read once, each
+output written once; of a Triton launch, the tensors that it is given, and of those in `PARTS` what it reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch._prims_common import suggest_memory_format
+from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
+
+from cuda_model import driver
+from cuda_model.pretend import cuda_on_meta
+from ddpm_fast.bench.traffic import Call, Observer
+
+SMALL_BYTES = 4e6  # a launch that moves less takes as long as an empty one, or nearly so
+
+# Operators of this package that are one launch of a CUDA kernel and not of Triton's.
+NATIVE = {"ddpm_fast::fill_normal_", "ddpm_fast::sampler_step_", "ddpm_fast::sampler_step"}
+
+# Of q, k and v in one tensor, what a kernel reads or writes.
+PARTS: dict[str, dict[str, float]] = {
+    "attention_dq_kernel": {"dqkv_ptr": 1 / 3},
+    "attention_dkv_kernel": {"dqkv_ptr": 2 / 3},
+    "linear_attention_context_kernel": {"qkv_ptr": 2 / 3},
+    "linear_attention_rows_fwd_kernel": {"qkv_ptr": 1 / 3},
+    "linear_attention_rows_bwd_kernel": {"qkv_ptr": 1 / 3, "dqkv_ptr": 1 / 3},
+    "linear_attention_sums_bwd_kernel": {"qkv_ptr": 1 / 3},
+    "linear_attention_kv_bwd_kernel": {"qkv_ptr": 2 / 3, "dqkv_ptr": 2 / 3},
+}
+
+_CUDA = torch._C.DispatchKey.CUDA
+
+
+@dataclass
+class Launch:
+    """A launch, or several alike.
+
+    Args:
+        name: the Triton kernel, the operator, or "convolution", "input gradient", "weight gradient", "bias gradient",
+            "bias" (added in a pass of its own), "layout" (a copy into the convolution's layout).
+        operator: the outermost operator in which it is made.
+        count: how many launches.
+        bytes_moved: by all of them.
+        flops: of all of them; a Triton operator's are spread over its launches as their bytes are.
+        width: of a convolution or an operator with matrix products, the fewer of its input and output channels.
+        taps: of a convolution, pixels of its kernel.
+        grid, variant: of a Triton launch.
+    """
+
+    name: str
+    operator: str
+    bytes_moved: int
+    flops: float = 0.0
+    count: int = 1
+    width: int | None = None
+    taps: int | None = None
+    grid: tuple[int, int, int] | None = None
+    variant: driver.Variant | None = None
+
+    @property
+    def is_small(self) -> bool:
+        return self.bytes_moved / self.count < SMALL_BYTES
+
+
+@dataclass
+class Step:
+    """The launches of a step, in order."""
+
+    launches: list[Launch] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return sum(launch.count for launch in self.launches)
+
+    @property
+    def small(self) -> int:
+        return sum(launch.count for launch in self.launches if launch.is_small)
+
+    @property
+    def triton(self) -> list[Launch]:
+        return [launch for launch in self.launches if launch.variant is not None]
+
+    @property
+    def bytes_moved(self) -> int:
+        return sum(launch.bytes_moved for launch in self.launches)
+
+    @property
+    def flops(self) -> float:
+        return sum(launch.flops for launch in self.launches)
+
+    @property
+    def variants(self) -> dict[tuple, driver.Variant]:
+        """What Triton compiles before the first such step, by key."""
+        return {launch.variant.key: launch.variant for launch in self.triton}
+
+
+def _lists(count: int, tensors: int) -> Callable[[Call], int]:
+    """Launches of torch's multi_tensor_apply over `count` lists: so many tensors, or 320 chunks of 65536, in each."""
+
+    def launches(call: Call) -> int:
+        of_one_list = next(value for value in call.arguments.values() if isinstance(value, list | tuple))
+        made, in_launch, chunks = 0, 0, 0
+        for tensor in of_one_list:
+            in_launch += 1
+            chunks += math.ceil(tensor.numel() / 65536)
+            made += chunks // 320
+            chunks %= 320
+            if in_launch == tensors or chunks == 0:
+                made += chunks > 0
+                in_launch = chunks = 0
+        return made + (chunks > 0)
+
+    return launches
+
+
+def _norms(call: Call) -> int:
+    """Zeroed partial results, and a second launch that ends each."""
+    partial = _lists(1, 110)(call)
+    return 1 + 2 * partial
+
+
+# Operators of torch that are not one launch, from torch's CUDA sources (ForeachUtils, FusedAdam, ForeachReduceOp).
+LAUNCHES: dict[str, Callable[[Call], int]] = {
+    "aten::_foreach_norm": _norms,
+    "aten::_foreach_mul_": _lists(1, 110),
+    "aten::_foreach_add_": _lists(1, 110),
+    "aten::_foreach_copy_": _lists(2, 64),
+    "aten::_foreach_lerp_": lambda call: len(call.arguments["self"]),
+    "aten::_fused_adam_": _lists(4, 36),
+    "aten::slice_backward": lambda call: 2,
+    "aten::select_backward": lambda call: 2,
+}
+_ALLOCATE = ("aten::empty", "aten::new_empty")
+
+
+class Recorder(Observer):
+    """Writes down the launches of the block, on meta tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.step = Step()
+        self._operators: list[str] = []
+        self._begun = 0
+
+    def run(self, func, args: tuple, kwargs: dict):
+        name = func._schema.name
+        if name.startswith("ddpm_fast::") and name not in NATIVE:
+            self._operators.append(name)
+            begun = len(self.step.launches)
+            with self:
+                result = func._op_dk(_CUDA, *args, **kwargs)
+            self._operators.pop()
+            self._begun = begun
+            return result
+        result = func(*args, **kwargs)
+        if name in ("aten::convolution", "aten::convolution_backward"):
+            return _laid_out(name, args, result)
+        return result
+
+    def see(self, call: Call) -> None:
+        if call.name.startswith("ddpm_fast::") and call.name not in NATIVE:
+            self._spread(call)
+        elif call.name == "aten::convolution":
+            self._convolution(call)
+        elif call.name == "aten::convolution_backward":
+            self._convolution_backward(call)
+        elif call.name.startswith("aten::") and not call.name.startswith(_ALLOCATE):
+            count = LAUNCHES[call.name](call) if call.name in LAUNCHES else 1
+            self._add(Launch(call.name, "", call.bytes_moved, sum(call.flops.values()), count))
+
+    def launched(self, variant: driver.Variant, grid: tuple[int, int, int], arguments: tuple) -> None:
+        """A Triton launch; see `driver.recording`."""
+        parts = PARTS.get(variant.kernel, {})
+        moved = sum(
+            _size(value) * parts.get(name, 1)
+            for name, value in zip(variant.signature, arguments, strict=True)
+            if isinstance(value, torch.Tensor)
+        )
+        self._add(Launch(variant.kernel, "", round(moved), grid=grid, variant=variant))
+
+    def _add(self, launch: Launch) -> None:
+        launch.operator = self._operators[0] if self._operators else launch.name
+        self.step.launches.append(launch)
+
+    def _spread(self, call: Call) -> None:
+        """Give the operations of an operator to its Triton launches."""
+        flops = sum(call.flops.values())
+        launches = [launch for launch in self.step.launches[self._begun :] if launch.variant is not None]
+        moved = sum(launch.bytes_moved for launch in launches)
+        weights = [t.shape[0:2] for t in tree_leaves(call.arguments) if isinstance(t, torch.Tensor) and t.ndim == 4]
+        for launch in launches if flops else ():
+            launch.flops += flops * launch.bytes_moved / moved
+            launch.width = min(channels for _, channels in weights)
+
+    def _convolution(self, call: Call) -> None:
+        x, weight, bias = (call.arguments[name] for name in ("input", "weight", "bias"))
+        self._layout(x, weight, x)
+        geometry = {"width": min(weight.shape[:2]), "taps": weight.shape[2:].numel()}
+        operator = call.name
+        self._add(Launch("convolution", operator, call.bytes_moved, sum(call.flops.values()), **geometry))
+        if bias is not None:  # torch adds it to cuDNN's output
+            self._add(Launch("bias", operator, 2 * _size(call.result) + _size(bias)))
+
+    def _convolution_backward(self, call: Call) -> None:
+        grad, x, weight, wanted = (call.arguments[name] for name in ("grad_output", "input", "weight", "output_mask"))
+        self._layout(x, weight, grad, x)
+        geometry = {"width": min(weight.shape[:2]), "taps": weight.shape[2:].numel()}
+        flops = sum(call.flops.values()) / max(1, wanted[0] + wanted[1])
+        for i, name in enumerate(("input gradient", "weight gradient")):
+            if wanted[i]:
+                moved = _size(grad) + _size((weight, x)[i]) + _size(call.result[i])
+                self._add(Launch(name, call.name, moved, flops, **geometry))
+        if wanted[2]:
+            self._add(Launch("bias gradient", call.name, _size(grad) + _size(call.result[2])))
+
+    def _layout(self, x: torch.Tensor, weight: torch.Tensor, *tensors: torch.Tensor) -> None:
+        """The copies that cuDNN's callers make of what does not lie as it computes."""
+        for tensor in (*tensors, weight):
+            if not tensor.is_contiguous(memory_format=_cudnn_format(x, weight)):
+                self._add(Launch("layout", "", 2 * _size(tensor)))
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _cudnn_format(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
+    """Channels-last where either is: torch's rule for cuDNN."""
+    is_last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
+def _laid_out(name: str, args: tuple, result):
+    """A convolution's results as cuDNN lays them out; meta tensors do not say."""
+    x, weight = args[:2] if name == "aten::convolution" else args[1:3]
+    kind = _cudnn_format(x, weight)
+    if isinstance(result, torch.Tensor):
+        return torch.empty_like(result, memory_format=kind)
+    return tuple(torch.empty_like(t, memory_format=kind) if t is not None and t.ndim == 4 else t for t in result)
+
+
+@contextlib.contextmanager
+def recording(
+    target: GPUTarget, found: Callable[[driver.Variant], None] = lambda variant: None
+) -> Iterator[Callable[[], contextlib.AbstractContextManager[Step]]]:
+    """Inside, meta tensors are a CUDA device's. Yields a function that makes a block whose launches are written down.
+
+    Args:
+        found: called with every variant before its first launch, in such a block or outside.
+    """
+    recorders: list[Recorder] = []
+
+    def launched(*launch) -> None:
+        if recorders:
+            recorders[-1].launched(*launch)
+
+    @contextlib.contextmanager
+    def block() -> Iterator[Step]:
+        recorder = Recorder()
+        recorders.append(recorder)
+        try:
+            with recorder:
+                yield recorder.step
+        finally:
+            recorders.pop()
+
+    with cuda_on_meta(), driver.recording(target, launched, found):
+        yield block
