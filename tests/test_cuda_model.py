@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +18,10 @@ import precompile  # noqa: E402
 from cuda_model import driver, pretend, recorder, steps  # noqa: E402
 from cuda_model.compiler import Pool, compile_variant  # noqa: E402
 
+import ddpm_fast  # noqa: E402
 from ddpm_fast.layers import rms_norm_silu  # noqa: E402
 
+OPS = Path(ddpm_fast.__file__).parent / "ops"
 TARGET = driver.target_of("sm_90")
 
 
@@ -86,6 +92,21 @@ def test_what_is_compiled_ahead_is_found_by_the_launch(tmp_path, monkeypatch):
         with recorder.Recorder():
             a_norm()
     assert loaded == [(kernel, False)]
+
+
+def test_cache_keys_do_not_depend_on_what_was_launched_before():
+    """See `hash_functions` of ddpm_fast/ops/common/kernel.py."""
+    modules = [f"ddpm_fast.ops.{op}.kernel" for op in os.listdir(OPS) if (OPS / op / "kernel.py").exists()]
+    program = f"""
+import importlib, triton
+for module in map(importlib.import_module, {modules}):
+    for name, value in vars(module).items():
+        if isinstance(value, triton.JITFunction) and value.hash is None:
+            print(module.__name__, name)
+"""
+    command = [sys.executable, "-c", program]
+    assert len(modules) >= 6
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
 
 
 def test_a_variant_that_does_not_compile_is_reported(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ddpm_fast import tuning
-from ddpm_fast.ops.common.kernel import cast, dot
+from ddpm_fast.ops.common.kernel import cast, dot, hash_functions
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -352,3 +352,6 @@ class _Launch:
             "num_stages": self.tile.num_stages,
         }
         self.memory_constants = {"M": M, "BLOCK_M": block_of_memory(M)}
+
+
+hash_functions(globals())

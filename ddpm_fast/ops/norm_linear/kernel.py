@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ddpm_fast import tuning
-from ddpm_fast.ops.common.kernel import cast, dot
+from ddpm_fast.ops.common.kernel import cast, dot, hash_functions
 
 _SMALLEST_NORM = tl.constexpr(1e-12)
 
@@ -329,3 +329,6 @@ def _laid_out_for(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     """Maps in the memory format of x: themselves, or a copy."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     return maps.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+hash_functions(globals())
