@@ -2,6 +2,7 @@
 # make test   set up an environment and run every test, two at a time (WORKERS=8: eight)
 # make bench  measure this machine against the peer, in at most 21 minutes: bench/report.md, results.json, pictures
 # make bench-compiled  compile the peer for every benchmark ahead, once, in about ten minutes: make bench then meets it
+# make cuda-model  what a step launches on a CUDA device, and the time of its parts on an H100 and an A100; no GPU
 # make sanitize  the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer: build/sanitize
 # make wheels packages that a GPU machine without network lacks, for benchmarks/gpu_report.sh: .whl/
 # make clean  remove what these have made, the pictures excepted
@@ -28,7 +29,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 # The benchmarks' threads, the same for both sides.
 BENCH_THREADS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 2 ? n : 2)))
 
-.PHONY: demo test bench bench-compiled sanitize wheels clean
+.PHONY: demo test bench bench-compiled cuda-model sanitize wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-ready
@@ -49,6 +50,9 @@ bench: $(VENV)/.test-ready
 bench-compiled: $(VENV)/.test-ready
 	OMP_NUM_THREADS=$(BENCH_THREADS) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/compiled \
 		$(BIN)/python benchmarks/warm.py cpu cpu
+
+cuda-model: $(VENV)/.test-ready
+	@$(ONE_THREAD) $(BIN)/python benchmarks/roofline.py
 
 sanitize: $(VENV)/.test-ready
 	$(ONE_THREAD) $(BIN)/python tests/sanitize.py

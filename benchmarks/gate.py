@@ -57,6 +57,11 @@ KINDS = {
     # The hardware gives out registers in eights: a bound in the next eight could cost a program per multiprocessor.
     "registers": Kind("triton", step=8, elsewhere=255),
     "cuda registers": Kind("nvcc", step=8),
+    # Counts of cuda_model, exact: one launch or one compiled kernel more is a failure.
+    "launches": Kind("torch", slack=1.0),
+    "cold start": Kind("triton", slack=1.0),
+    # The processor's time of an op, as a multiple of an empty operator's.
+    "host time": Kind(None, slack=1.5, exact=False),
     "import modules": Kind("torch"),
     "import time": Kind(None, slack=1.5, exact=False),
     "wheel bytes": Kind("compiler"),

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
+import gate as gate_rules
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 triton = pytest.importorskip("triton")
 
 import precompile  # noqa: E402
-from cuda_model import driver, pretend, recorder, steps  # noqa: E402
+import roofline as roofline_command  # noqa: E402
+from cuda_model import cards, driver, host, pretend, recorder, roofline, steps  # noqa: E402
 from cuda_model.compiler import Pool, compile_variant  # noqa: E402
 
 import ddpm_fast  # noqa: E402
+from ddpm_fast.bench import traffic  # noqa: E402
 from ddpm_fast.layers import rms_norm_silu  # noqa: E402
 
 OPS = Path(ddpm_fast.__file__).parent / "ops"
@@ -158,3 +168,185 @@ def test_the_command_says_what_is_not_done_in_time(capsys):
     *lines, total = map(json.loads, capsys.readouterr().out.splitlines())
     assert [line["error"] for line in lines] == ["not recorded within 0 s"] * 3
     assert total["failed"] == 3 and total["variants"] == 0
+
+
+class Plain(TorchDispatchMode):
+    """Counts operators by a rule of its own: one that writes, or whose result is memory that no argument had."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name.startswith("ddpm_fast::"):
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CUDA, *args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        given, made = ({t.untyped_storage()._cdata for t in tree_leaves(x) if isinstance(t, torch.Tensor)} for x in (
+            (args, kwargs), result,
+        ))  # fmt: skip
+        if name.startswith("aten::") and "empty" not in name and (made - given or func._schema.is_mutable):
+            self.operators[name] += 1
+        if name == "aten::convolution":
+            self.operators["bias"] += args[2] is not None
+            return recorder._laid_out(name, args, result)
+        if name == "aten::convolution_backward":
+            self.operators["convolution parts"] += sum(args[-1]) - 1
+            return recorder._laid_out(name, args, result)
+        return result
+
+
+def test_launches_against_an_independent_count(tiny):
+    """Loss and backward of a tiny network: Triton's run is replaced, and operators are counted by another rule."""
+    x, t = torch.rand(2, 3, 16, 16, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    kernels = collections.Counter()
+    tiny.zero_grad()
+
+    def run(kernel, *args, grid, warmup, **kwargs) -> None:
+        kernels[kernel.fn.__name__] += 1
+
+    with pretend.cuda_on_meta(), mock.patch.object(triton.JITFunction, "run", run), Plain() as plain:
+        tiny(x, times=t).backward()
+    tiny.zero_grad()  # a gradient that is there is added to
+    with recorder.recording(TARGET) as block, block() as step:
+        tiny(x, times=t).backward()
+    assert collections.Counter(launch.name for launch in step.triton) == kernels
+    others = sum(launch.count for launch in step.launches if launch.variant is None)
+    layouts = sum(launch.name == "layout" for launch in step.launches)
+    assert others - layouts == plain.operators.total() > 100
+    assert step.count == others + kernels.total()
+
+
+def test_launches_are_those_of_the_network(tiny):
+    """11 residual blocks of two norms, two linear and three softmax attentions."""
+    step = steps.record_training(TARGET, 2, "fp32", diffusion=tiny)
+    kernels = collections.Counter(launch.name for launch in step.triton)
+    assert kernels["rms_norm_silu_fwd_kernel"] == kernels["rms_norm_silu_bwd_kernel"] == 22
+    assert kernels["norm_linear_fwd_kernel"] == 2 + 3 + 3  # the last three are what follows a softmax attention
+    assert kernels["linear_attention_rows_fwd_kernel"] == 2 and kernels["attention_fwd_kernel"] == 3
+    optimizer = [launch for launch in step.launches if launch.name == "aten::_fused_adam_"]
+    assert len(optimizer) == 1 and optimizer[0].count >= len(list(tiny.parameters())) / 36
+
+
+@pytest.mark.parametrize("launch", ["torch", "triton"])
+def test_one_more_operator_is_seen(tiny, launch):
+    """So that the bounds, which are exact, fail."""
+    norm = {"torch": lambda out: out * 2.0, "triton": lambda out: rms_norm_silu(out, torch.empty(3, device="meta"))}
+    counts = []
+    for hook in (None, lambda module, inputs, out: norm[launch](out)):
+        handle = tiny.model.register_forward_hook(hook) if hook else contextlib.nullcontext()
+        with handle:
+            counts.append(steps.record_sampling(TARGET, 2, "fp32", diffusion=tiny))
+    before, after = counts
+    assert after.count == before.count + 1 and after.small == before.small + 1
+    assert len(after.variants) == len(before.variants) + (launch == "triton")
+    name = f"sampling step, fp32: {'launches' if launch == 'torch' else 'small launches'}"
+    file = {"measured with": {"torch": gate_rules.version("torch")}, "launches": {name: before.count}}
+    assert gate_rules.verdict("launches", name, before.count, file) is None
+    assert gate_rules.verdict("launches", name, after.count, file) is not None
+
+
+@pytest.fixture(scope="module")
+def production():
+    """The steps that have bounds, by name."""
+    return {
+        "training step, bf16": steps.record_training(TARGET, dtype="bf16"),
+        "training step, fp32": steps.record_training(TARGET, dtype="fp32"),
+        "sampling step, bf16": steps.record_sampling(TARGET, dtype="bf16"),
+    }
+
+
+def test_bytes_of_launches_add_up_to_those_of_operators(production):
+    """Two counts of the same step: by a kernel's arguments, and by an operator's with what traffic.py knows of it."""
+    with traffic.kernels_take_meta_tensors():
+        counted = traffic.measure_training(steps.make_diffusion(), batch=steps.TRAINING_BATCH)
+    moved = collections.Counter()
+    for launch in production["training step, fp32"].launches:
+        moved[launch.operator] += launch.bytes_moved
+    ours = {name: operator for name, operator in counted.by_operator.items() if name.startswith("ddpm_fast::")}
+    assert len(ours) == 12
+    for name, operator in ours.items():
+        assert moved[name] == pytest.approx(operator.bytes_moved, rel=0.03), name
+    assert production["training step, fp32"].flops == pytest.approx(counted.total_flops, rel=1e-3)
+
+
+def test_bounds_of_launches(production, gate):
+    for name, step in production.items():
+        gate("launches", f"{name}: launches", step.count)
+        gate("launches", f"{name}: small launches", step.small)
+
+
+def test_bounds_of_a_cold_start(production, gate):
+    """Kernels that a fresh machine compiles before the first step."""
+    training, _, sampling = (step.variants for step in production.values())
+    gate("cold start", "training step, bf16", len(training))
+    gate("cold start", "training step, bf16, and sampling step, bf16", len(training | sampling))
+
+
+def test_what_is_recorded_is_what_is_compiled_ahead(production):
+    """Nothing is launched in the step that was not launched, and found, before it."""
+    found = []
+    step = steps.record_training(TARGET, found=found.append)
+    assert {variant.key for variant in found} == set(step.variants) == set(production["training step, bf16"].variants)
+
+
+def test_bounds_of_the_hosts_time(gate):
+    for (name, direction), ratio in host.measure_ops(TARGET, rounds=30, calls=10).items():
+        if name != host.EMPTY:
+            gate("host time", f"{name}, {direction}", ratio)
+
+
+def test_the_hosts_time_of_a_step():
+    """The tiny network that is timed launches nearly as much as the one that is meant."""
+    network = steps.make_diffusion(image_size=host.TINY_SIZE, dim=host.TINY["dim"])
+    assert steps.record_sampling(TARGET, 1, diffusion=network).count == steps.record_sampling(TARGET).count
+    before = F.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
+    times = host.measure_steps(TARGET, "fp32", least=0.2)
+    assert times["training"] > 2 * times["sampling"] > 0
+    assert torch.equal(F.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)), before) and before == 9
+
+
+def test_seconds_of_a_launch():
+    card = replace(cards.H100, copy=1e12, launch=1e-6, share={64: 0.5}, peak={"bf16": 1e14}, processors=100)
+    of = partial(roofline.seconds, card=card, dtype="bf16")
+    assert of(recorder.Launch("aten::add", "", 10**9)) == pytest.approx(1e-3)
+    assert of(recorder.Launch("aten::add", "", 1, count=3)) == pytest.approx(3e-6)
+    assert of(recorder.Launch("convolution", "", 1, 5e11, width=64, tiles=1000)) == pytest.approx(10e-3)
+    assert of(recorder.Launch("convolution", "", 1, 5e11, width=64, tiles=10)) == pytest.approx(100e-3)
+    assert of(recorder.Launch("weight gradient", "", 1, 5e11, width=64)) == pytest.approx(10e-3 / 0.75)
+
+
+@pytest.mark.parametrize("name", ["training step, bf16", "sampling step, bf16"])
+def test_the_table_has_every_launch(production, name):
+    step = production[name]
+    parts = roofline.parts(step, "bf16")
+    assert sum(part.launches for part in parts.values()) == step.count
+    assert sum(part.bytes_moved for part in parts.values()) == step.bytes_moved
+    assert sum(part.flops for part in parts.values()) == pytest.approx(step.flops)
+    for card in cards.CARDS:
+        took = sum(part.seconds[card.name] for part in parts.values())
+        assert took > max(step.bytes_moved / card.copy, step.flops / card.peak["bf16"], step.small * card.launch)
+    assert parts[roofline.SMALL].launches <= step.small
+
+
+def test_the_report(tiny, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(steps, "make_diffusion", lambda: tiny)
+    monkeypatch.setattr(host, "measure_steps", lambda target, dtype: {"training": 0.5, "sampling": 0.25})
+    monkeypatch.setattr(sys, "argv", ["roofline.py", "--keep", str(tmp_path / "model.md")])
+    roofline_command.main()
+    printed = capsys.readouterr().out
+    assert (tmp_path / "model.md").read_text() == printed
+    for line in (
+        "**recorded step**",
+        "**eager step**",
+        "floor: the bytes alone",
+        roofline.SMALL,
+        "Cold start",
+        "cuDNN",
+    ):
+        assert line in printed
+    assert printed.count("## Training step") == 2 and printed.count("## Sampling step") == 1
+    monkeypatch.setattr(sys, "argv", ["roofline.py"])
+    roofline_command.main()
+    assert capsys.readouterr().out == printed and len(list(tmp_path.iterdir())) == 1

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch._prims_common import suggest_memory_format
-from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 
 from cuda_model import driver
@@ -52,8 +51,9 @@ class Launch:
         count: how many launches.
         bytes_moved: by all of them.
         flops: of all of them; a Triton operator's are spread over its launches as their bytes are.
-        width: of a convolution or an operator with matrix products, the fewer of its input and output channels.
-        taps: of a convolution, pixels of its kernel.
+        width: of a convolution the fewer of its input and output channels, of a Triton operator with matrix products
+            the channels of what it reads.
+        tiles: of a convolution that makes a map, tiles of 128 × 128 pixels and channels in the map.
         grid, variant: of a Triton launch.
     """
 
@@ -63,7 +63,7 @@ class Launch:
     flops: float = 0.0
     count: int = 1
     width: int | None = None
-    taps: int | None = None
+    tiles: int | None = None
     grid: tuple[int, int, int] | None = None
     variant: driver.Variant | None = None
 
@@ -197,31 +197,32 @@ class Recorder(Observer):
         flops = sum(call.flops.values())
         launches = [launch for launch in self.step.launches[self._begun :] if launch.variant is not None]
         moved = sum(launch.bytes_moved for launch in launches)
-        weights = [t.shape[0:2] for t in tree_leaves(call.arguments) if isinstance(t, torch.Tensor) and t.ndim == 4]
         for launch in launches if flops else ():
             launch.flops += flops * launch.bytes_moved / moved
-            launch.width = min(channels for _, channels in weights)
+            launch.width = (
+                call.arguments["x"].shape[1] if "x" in call.arguments else call.arguments["qkv"].shape[1] // 3
+            )
 
     def _convolution(self, call: Call) -> None:
         x, weight, bias = (call.arguments[name] for name in ("input", "weight", "bias"))
         self._layout(x, weight, x)
-        geometry = {"width": min(weight.shape[:2]), "taps": weight.shape[2:].numel()}
-        operator = call.name
-        self._add(Launch("convolution", operator, call.bytes_moved, sum(call.flops.values()), **geometry))
+        width, flops = min(weight.shape[:2]), sum(call.flops.values())
+        self._add(Launch("convolution", "", call.bytes_moved, flops, width=width, tiles=_tiles(call.result)))
         if bias is not None:  # torch adds it to cuDNN's output
-            self._add(Launch("bias", operator, 2 * _size(call.result) + _size(bias)))
+            self._add(Launch("bias", "", 2 * _size(call.result) + _size(bias)))
 
     def _convolution_backward(self, call: Call) -> None:
         grad, x, weight, wanted = (call.arguments[name] for name in ("grad_output", "input", "weight", "output_mask"))
         self._layout(x, weight, grad, x)
-        geometry = {"width": min(weight.shape[:2]), "taps": weight.shape[2:].numel()}
+        width = min(weight.shape[:2])
         flops = sum(call.flops.values()) / max(1, wanted[0] + wanted[1])
         for i, name in enumerate(("input gradient", "weight gradient")):
             if wanted[i]:
-                moved = _size(grad) + _size((weight, x)[i]) + _size(call.result[i])
-                self._add(Launch(name, call.name, moved, flops, **geometry))
+                result = call.result[i]
+                moved = _size(grad) + _size((weight, x)[i]) + _size(result)
+                self._add(Launch(name, "", moved, flops, width=width, tiles=None if i else _tiles(result)))
         if wanted[2]:
-            self._add(Launch("bias gradient", call.name, _size(grad) + _size(call.result[2])))
+            self._add(Launch("bias gradient", "", _size(grad) + _size(call.result[2])))
 
     def _layout(self, x: torch.Tensor, weight: torch.Tensor, *tensors: torch.Tensor) -> None:
         """The copies that cuDNN's callers make of what does not lie as it computes."""
@@ -232,6 +233,12 @@ class Recorder(Observer):
 
 def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _tiles(x: torch.Tensor) -> int:
+    """Tiles of 128 pixels and 128 channels, what a program of a convolution makes."""
+    B, C, H, W = x.shape
+    return math.ceil(B * H * W / 128) * math.ceil(C / 128)
 
 
 def _cudnn_format(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
