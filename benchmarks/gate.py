@@ -5,7 +5,8 @@
 
 Tests measure, those marked `gate`, and hand each number to `check`: operators, bytes moved and bytes kept per image
 (test_traffic.py), registers of every kernel (test_*_aot.py, test_cuda_compile.py; spills are always zero), modules that
-the import loads and its time relative to torch's own (test_gate.py), bytes of a wheel (test_extension_build.py).
+the import loads and its time relative to torch's own (test_gate.py), bytes of a wheel (test_extension_build.py),
+launches of a step on CUDA, kernels of its cold start, the host's time of an op (test_cuda_model.py).
 
 A bound is at most 5% above what was measured. A number above its bound fails, and so does one more than 10% below it,
 which asks for the bound to be lowered, so that what was won stays won. A bound is raised by hand, in view of whoever

@@ -69,6 +69,7 @@ def cuda_on_meta() -> Iterator[None]:
     fused = torch.utils._foreach_utils._get_fused_kernels_supported_devices()
     patches = (
         mock.patch.object(torch, "autocast", autocast.region),
+        mock.patch.object(torch.amp, "autocast", autocast.region),  # torch's checkpoint
         mock.patch.object(torch.amp, "is_autocast_available", lambda kind: kind == "meta" or is_available(kind)),
         mock.patch.object(
             torch,
@@ -89,8 +90,8 @@ def cuda_on_meta() -> Iterator[None]:
         yield
 
 
-class _Undrawn(TorchFunctionMode):
-    """Random tensors of this block are not drawn: they are meta tensors of the same shape and dtype."""
+class Undrawn(TorchFunctionMode):
+    """Inside, random numbers are not drawn: a meta tensor of the same shape and dtype stands for them."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -98,15 +99,3 @@ class _Undrawn(TorchFunctionMode):
             kwargs = {name: value for name, value in kwargs.items() if name not in ("generator", "device")}
             return func(*args, **kwargs, device=META)
         return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def undrawn() -> Iterator[None]:
-    """Inside, a generator may be asked for on the meta device, and what is drawn from one is a meta tensor."""
-    real = torch.Generator
-
-    def generator(device=None):
-        return real() if device is None or torch.device(device).type == "meta" else real(device)
-
-    with mock.patch.object(torch, "Generator", generator), _Undrawn():
-        yield

@@ -104,39 +104,38 @@ class Step:
         return {launch.variant.key: launch.variant for launch in self.triton}
 
 
-def _lists(count: int, tensors: int) -> Callable[[Call], int]:
-    """Launches of torch's multi_tensor_apply over `count` lists: so many tensors, or 320 chunks of 65536, in each."""
+def _lists(lists: int) -> Callable[[Call], int]:
+    """Launches of torch's multi_tensor_apply over so many lists of tensors.
+
+    A launch ends with its last tensor or its last chunk (of 65536 numbers) that fits into its arguments, which have
+    32 KB since CUDA 13: ATen/native/cuda/MultiTensorApply.cuh.
+    """
+    most_tensors, most_chunks = {1: 770, 2: 448, 3: 336, 4: 252}[lists], 2240
 
     def launches(call: Call) -> int:
-        of_one_list = next(value for value in call.arguments.values() if isinstance(value, list | tuple))
-        made, in_launch, chunks = 0, 0, 0
-        for tensor in of_one_list:
-            in_launch += 1
-            chunks += math.ceil(tensor.numel() / 65536)
-            made += chunks // 320
-            chunks %= 320
-            if in_launch == tensors or chunks == 0:
-                made += chunks > 0
-                in_launch = chunks = 0
+        made = tensors = chunks = 0
+        for tensor in next(value for value in call.arguments.values() if isinstance(value, list | tuple)):
+            tensors += 1
+            of_tensor = math.ceil(tensor.numel() / 65536)
+            for chunk in range(of_tensor):
+                chunks += 1
+                is_last = chunk == of_tensor - 1
+                if chunks == most_chunks or (is_last and tensors == most_tensors):
+                    made, chunks, tensors = made + 1, 0, 0 if is_last else 1
         return made + (chunks > 0)
 
     return launches
 
 
-def _norms(call: Call) -> int:
-    """Zeroed partial results, and a second launch that ends each."""
-    partial = _lists(1, 110)(call)
-    return 1 + 2 * partial
-
-
-# Operators of torch that are not one launch, from torch's CUDA sources (ForeachUtils, FusedAdam, ForeachReduceOp).
+# Operators of torch that are not one launch, from its CUDA sources.
 LAUNCHES: dict[str, Callable[[Call], int]] = {
-    "aten::_foreach_norm": _norms,
-    "aten::_foreach_mul_": _lists(1, 110),
-    "aten::_foreach_add_": _lists(1, 110),
-    "aten::_foreach_copy_": _lists(2, 64),
-    "aten::_foreach_lerp_": lambda call: len(call.arguments["self"]),
-    "aten::_fused_adam_": _lists(4, 36),
+    # Partial results are zeroed, made, and added up: ForeachReduceOp.cu.
+    "aten::_foreach_norm": lambda call: 2 + _lists(1)(call),
+    "aten::_foreach_mul_": _lists(1),
+    "aten::_foreach_add_": _lists(1),
+    "aten::_foreach_copy_": _lists(2),
+    "aten::_fused_adam_": _lists(4),
+    # Zeros, and a copy into a part of them.
     "aten::slice_backward": lambda call: 2,
     "aten::select_backward": lambda call: 2,
 }

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from network_cases import SEED
+from network_cases import SEED, network_cases
 from op_cases import DTYPES, op_cases
 from triton.backends.compiler import GPUTarget
 
 from cuda_model.driver import Variant
-from cuda_model.pretend import META, undrawn
+from cuda_model.pretend import META, Undrawn
 from cuda_model.recorder import Step, recording
 from ddpm_fast import GaussianDiffusion, Unet, graphs, noise
+from ddpm_fast.bench.compare import PHASES
 from ddpm_fast.frozen import frozen_weights
 from ddpm_fast.samplers import SamplingState
 from ddpm_fast.training_step import TrainingStep
@@ -21,8 +23,15 @@ from ddpm_fast.training_step import TrainingStep
 IMAGE_SIZE = 128
 AUTOCAST = {"bf16": torch.bfloat16, "fp32": None}
 
-# Batches of a training and of a sampling step, those of the benchmarks' networks.
-TRAINING_BATCH, SAMPLING_BATCH, FP32_BATCH = 32, 4, 8
+# Batches of the steps that have bounds and a roofline.
+TRAINING_BATCH, SAMPLING_BATCH = 32, 4
+
+Found = Callable[[Variant], None]
+_Record = Callable[[GPUTarget, Found], Step]
+
+
+def nothing(variant: Variant) -> None:
+    """What is done with a variant that is found, by default."""
 
 
 def make_diffusion(image_size: int = IMAGE_SIZE, **unet) -> GaussianDiffusion:
@@ -45,7 +54,7 @@ def record_training(
     target: GPUTarget,
     batch: int = TRAINING_BATCH,
     dtype: str = "bf16",
-    found: Callable[[Variant], None] = lambda variant: None,
+    found: Found = nothing,
     diffusion: GaussianDiffusion | None = None,
 ) -> Step:
     """Loss, backward, clipping and Adam on a batch."""
@@ -83,7 +92,7 @@ def record_sampling(
     target: GPUTarget,
     batch: int = SAMPLING_BATCH,
     dtype: str = "bf16",
-    found: Callable[[Variant], None] = lambda variant: None,
+    found: Found = nothing,
     diffusion: GaussianDiffusion | None = None,
 ) -> Step:
     """The network and the sampler's update, with frozen weights."""
@@ -95,9 +104,9 @@ def record_sampling(
     return step
 
 
-def record_ops(target: GPUTarget, found: Callable[[Variant], None] = lambda variant: None, size: str = "full") -> Step:
+def record_ops(target: GPUTarget, found: Found = nothing, size: str = "full") -> Step:
     """Every op of the benchmarks, forward and backward, in bf16 and fp32."""
-    with recording(target, found) as block, undrawn():
+    with recording(target, found) as block, Undrawn():
         with block() as step:
             for case in op_cases(size):
                 for dtype in ("bf16", "fp32"):
@@ -108,16 +117,20 @@ def record_ops(target: GPUTarget, found: Callable[[Variant], None] = lambda vari
     return step
 
 
+def _networks(phase: str, record: Callable[..., Step], *more: tuple[int, str]) -> list[_Record]:
+    """A phase of every network that a GPU's report times, by batch and dtype, and more."""
+    timed = [case.configuration for case in network_cases("full") if phase in case.phases]
+    wanted = dict.fromkeys([*((network.batch, network.dtype) for network in timed), *more])
+    return [partial(_record, record, batch, dtype) for batch, dtype in wanted]
+
+
+def _record(record: Callable[..., Step], batch: int, dtype: str, target: GPUTarget, found: Found) -> Step:
+    return record(target, batch, dtype, found)
+
+
 # What precompile.py takes by name: the steps whose kernels are compiled.
-CASES: dict[str, list[Callable[[GPUTarget, Callable[[Variant], None]], Step]]] = {
-    "training": [
-        lambda target, found: record_training(target, TRAINING_BATCH, "bf16", found),
-        lambda target, found: record_training(target, TRAINING_BATCH, "fp32", found),
-        lambda target, found: record_training(target, FP32_BATCH, "fp32", found),
-    ],
-    "sampling": [
-        lambda target, found: record_sampling(target, SAMPLING_BATCH, "bf16", found),
-        lambda target, found: record_sampling(target, FP32_BATCH, "fp32", found),
-    ],
+CASES: dict[str, list[_Record]] = {
+    "training": _networks(PHASES[0], record_training, (TRAINING_BATCH, "bf16"), (TRAINING_BATCH, "fp32")),
+    "sampling": _networks(PHASES[1], record_sampling, (SAMPLING_BATCH, "bf16")),
     "ops": [record_ops],
 }
