@@ -218,6 +218,19 @@ def test_launches_against_an_independent_count(tiny):
     assert step.count == others + kernels.total()
 
 
+def test_casts_are_those_of_autocast():
+    """Autocast on the CPU, which casts what autocast on CUDA does in this network."""
+    network = ddpm_fast.GaussianDiffusion(ddpm_fast.Unet(16, dim_mults=(1, 2)), image_size=16)
+    x, t = torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
+    options = {"dtype": torch.bfloat16, "cache_enabled": False}
+    with host.launching_nothing(TARGET), Plain() as real, torch.autocast("cpu", **options):
+        network(x, times=t)
+    network, x, t = network.to("meta"), x.to("meta"), t.to("meta")
+    with recorder.recording(TARGET), Plain() as emulated, torch.autocast("meta", **options):
+        network(x, times=t)
+    assert emulated.operators["aten::_to_copy"] == real.operators["aten::_to_copy"] > 40
+
+
 def test_launches_are_those_of_the_network(tiny):
     """11 residual blocks of two norms, two linear and three softmax attentions."""
     step = steps.record_training(TARGET, 2, "fp32", diffusion=tiny)

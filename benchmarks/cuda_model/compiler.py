@@ -25,6 +25,8 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from cuda_model.driver import Variant
 
+_OPS = ("norm_silu", "norm_linear", "linear_attention", "attention", "forward_diffusion")
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -88,9 +90,9 @@ class Pool:
     """
 
     def __init__(self, processes: int, target: GPUTarget):
-        # A server forks the processes: it has imported torch once, and has no threads that a fork would cut off.
+        # A server forks the processes: it has imported the kernels once, and has no threads that a fork would cut off.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "triton.compiler", "triton.language"])
+        self._context.set_forkserver_preload(["triton.compiler", *(f"ddpm_fast.ops.{op}.kernel" for op in _OPS)])
         self.target = target
         self._waiting: deque[Variant] = deque()
         self._workers = [_Worker(self._context, target) for _ in range(processes)]

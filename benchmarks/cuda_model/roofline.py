@@ -133,9 +133,10 @@ def assumptions(cards: tuple[Card, ...] = CARDS, dtype: str = "bf16") -> str:
     rows.append(["driver's call of a launch, on the host", *(f"{card.call * 1e6:g} us" for card in cards)])
     lines = ["## What the times assume", "", *_aligned([head, *rows]), ""]
     lines.append(
-        "Sources: peaks are NVIDIA's datasheets; 3.0 TB/s is a copy as measured on an H100; cuDNN's rates are an "
-        "outside review's estimate for an H100, scaled by the peaks for others, and no measurement. Host times are "
-        "this machine's."
+        "Channels are the fewer of a convolution's input and output channels. Triton's kernels are assumed to move "
+        "bytes as fast as a copy. Sources: peaks are NVIDIA's datasheets; 3.0 TB/s is a copy as measured on an H100; "
+        "cuDNN's rates are an outside review's estimate for an H100, scaled by the peaks for others, and no "
+        "measurement. Host times are this machine's."
     )
     return "\n".join(lines)
 
