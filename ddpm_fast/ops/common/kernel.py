@@ -18,7 +18,7 @@ _INTERPRETED = tl.constexpr(tuning.interpreted())
 def hash_functions(module: dict[str, object]) -> None:
     """Have Triton hash a module's functions now, callees before callers; call it where all of them are defined.
 
-    In Triton up to 3.6 a kernel's hash, part of its name in the cache, depends on which of its callees have been hashed
+    In Triton 3.6 a kernel's hash, part of its name in the cache, depends on which of its callees have been hashed
     before it, and so on what the process has launched before.
     """
     for function in module.values():
