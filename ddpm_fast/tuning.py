@@ -71,6 +71,18 @@ def interpreted() -> bool:
     return installed() and importlib.import_module("triton").knobs.runtime.interpret
 
 
+def hash_functions(module: dict[str, object]) -> None:
+    """Have Triton hash a module's functions now, callees before callers; called where all of them are defined.
+
+    In Triton 3.6 a kernel's hash, part of its name in the cache, depends on which of its callees have been hashed
+    before it, and so on what the process has launched before.
+    """
+    jitted = importlib.import_module("triton").JITFunction
+    for function in module.values():
+        if isinstance(function, jitted):  # none in the interpreter
+            _ = function.cache_key
+
+
 def why_not_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of a device, in one clause; None where they can."""
     if not installed():

@@ -105,7 +105,7 @@ def test_what_is_compiled_ahead_is_found_by_the_launch(tmp_path, monkeypatch):
 
 
 def test_cache_keys_do_not_depend_on_what_was_launched_before():
-    """See `hash_functions` of ddpm_fast/ops/common/kernel.py."""
+    """See `hash_functions` of ddpm_fast/tuning.py."""
     modules = [f"ddpm_fast.ops.{op}.kernel" for op in os.listdir(OPS) if (OPS / op / "kernel.py").exists()]
     program = f"""
 import importlib, triton

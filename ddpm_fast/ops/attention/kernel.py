@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ddpm_fast import tuning
-from ddpm_fast.ops.common.kernel import cast, dot, hash_functions
+from ddpm_fast.ops.common.kernel import cast, dot
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -354,4 +354,4 @@ class _Launch:
         self.memory_constants = {"M": M, "BLOCK_M": block_of_memory(M)}
 
 
-hash_functions(globals())
+tuning.hash_functions(globals())

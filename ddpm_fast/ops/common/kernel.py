@@ -15,17 +15,6 @@ from ddpm_fast import tuning
 _INTERPRETED = tl.constexpr(tuning.interpreted())
 
 
-def hash_functions(module: dict[str, object]) -> None:
-    """Have Triton hash a module's functions now, callees before callers; call it where all of them are defined.
-
-    In Triton 3.6 a kernel's hash, part of its name in the cache, depends on which of its callees have been hashed
-    before it, and so on what the process has launched before.
-    """
-    for function in module.values():
-        if isinstance(function, triton.JITFunction):  # none in the interpreter
-            _ = function.cache_key
-
-
 @triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10 (Salmon et al. 2011, section 3.3).
@@ -171,4 +160,4 @@ def cast(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-hash_functions(globals())
+tuning.hash_functions(globals())

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ddpm_fast import noise as noise_function
 from ddpm_fast import tuning
-from ddpm_fast.ops.common.kernel import hash_functions, normal, philox_key
+from ddpm_fast.ops.common.kernel import normal, philox_key
 
 STREAM_TRAINING = tl.constexpr(noise_function.STREAM_TRAINING)
 STREAM_OFFSET = tl.constexpr(noise_function.STREAM_OFFSET)
@@ -389,4 +389,4 @@ def diffusion_loss_backward(error: torch.Tensor, factor: torch.Tensor, dloss: to
     return doutput
 
 
-hash_functions(globals())
+tuning.hash_functions(globals())

@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 
 from ddpm_fast import tuning
-from ddpm_fast.ops.common.kernel import hash_functions
 from ddpm_fast.ops.linear_attention.launch import Launch, choose_launch, empty_output, output_format
 
 _SMALLEST_NORM = tl.constexpr(1e-12)
@@ -650,4 +649,4 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
     return (C * H * W, 1, C) if x.is_contiguous(memory_format=torch.channels_last) else (C * H * W, H * W, 1)
 
 
-hash_functions(globals())
+tuning.hash_functions(globals())

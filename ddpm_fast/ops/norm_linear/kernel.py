@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ddpm_fast import tuning
-from ddpm_fast.ops.common.kernel import cast, dot, hash_functions
+from ddpm_fast.ops.common.kernel import cast, dot
 
 _SMALLEST_NORM = tl.constexpr(1e-12)
 
@@ -331,4 +331,4 @@ def _laid_out_for(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return maps.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-hash_functions(globals())
+tuning.hash_functions(globals())

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from ddpm_fast import tuning
 from ddpm_fast.noise import STREAM_DROPOUT
-from ddpm_fast.ops.common.kernel import hash_functions, philox4x32, philox_key, silu, silu_derivative
+from ddpm_fast.ops.common.kernel import philox4x32, philox_key, silu, silu_derivative
 
 _STREAM_DROPOUT = tl.constexpr(STREAM_DROPOUT)
 _SMALLEST_NORM = tl.constexpr(1e-12)
@@ -628,4 +628,4 @@ def _laid_out_like(x: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride() == x.stride() else torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
 
 
-hash_functions(globals())
+tuning.hash_functions(globals())
