@@ -166,8 +166,9 @@ def test_the_command_prints_a_line_per_variant_and_a_sum(tmp_path, monkeypatch, 
 def test_the_command_says_what_is_not_done_in_time(capsys):
     assert precompile.run(1, ["ops", "sampling"], "sm_90", 0) == 1
     *lines, total = map(json.loads, capsys.readouterr().out.splitlines())
-    assert [line["error"] for line in lines] == ["not recorded within 0 s"] * 3
-    assert total["failed"] == 3 and total["variants"] == 0
+    left = len(steps.CASES["ops"]) + len(steps.CASES["sampling"])
+    assert [line["error"] for line in lines] == ["not recorded within 0 s"] * left
+    assert total["failed"] == left >= 2 and total["variants"] == 0
 
 
 class Plain(TorchDispatchMode):
