@@ -8,10 +8,12 @@ operators that it calls on the CPU, which a replay calls without Python; `EagerR
 from __future__ import annotations
 
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -61,7 +63,8 @@ class CudaRecorder:
             reset: undoes what the body did; called before every one of those runs and before the capture.
 
         Raises:
-            RuntimeError: the body does what cannot be captured, such as waiting for the device.
+            RuntimeError: the body does what cannot be captured, such as waiting for the device; the message says where.
+                Stream, device, generator and memory are as they were, and the next body may be recorded.
         """
         # The stream is set again at the end: torch's capture leaves its own one on when it fails.
         here = torch.cuda.stream(torch.cuda.current_stream(self.device))
@@ -73,12 +76,64 @@ class CudaRecorder:
                     body()
                 reset()
             torch.cuda.current_stream().wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Only this thread's calls count: a loader that pins memory in another must not spoil the capture.
-            capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+            return self._capture(body).replay
+
+    def _capture(self, body: Body) -> torch.cuda.CUDAGraph:
+        """One call of the body, captured and not run."""
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls count: a loader that pins memory in another must not spoil the capture.
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        has_begun, failure = False, None
+        try:
             with capture:
-                body()
-        return graph.replay
+                has_begun = True
+                try:
+                    body()
+                except BaseException as error:
+                    failure = error
+                    raise
+        except BaseException as error:
+            if has_begun:
+                # A body that raises ends its capture in order, unless CUDA had already given the capture up.
+                self._forget(graph, is_ended=error is failure)
+                error = failure or error
+            if not has_begun or not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+                raise error
+            reason = str(error).partition("\n")[0]
+            raise RuntimeError(
+                f"{_place_of(error)} cannot be captured into a CUDA graph: {reason}; graph=False runs without one"
+            ) from error
+        finally:
+            failure = None  # its traceback holds this frame, and the body's tensors with it
+        return graph
+
+    def _forget(self, graph: torch.cuda.CUDAGraph, *, is_ended: bool) -> None:
+        """Undo a capture that failed; nothing is captured into its pool again.
+
+        Where cudaStreamEndCapture fails, `CUDAGraph::capture_end` throws: before torch 2.13 the allocator goes on
+        recording into the pool and the generator stays in capture mode, before 2.14 the pool is never released.
+        """
+        graph.reset()
+        pool, self._pool = self._pool, torch.cuda.graph_pool_handle()
+        if is_ended:
+            return
+        device = torch.cuda.current_device()
+        if torch.__version__ < (2, 13):
+            torch._C._cuda_endAllocateToPool(device, pool)
+        if torch.__version__ < (2, 14):
+            torch._C._cuda_releasePool(device, pool)
+        # A capture that succeeds, of one small kernel, takes the generator out of capture mode.
+        number, whole = torch.zeros((), device=self.device), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(whole, stream=self._stream, capture_error_mode="thread_local"):
+            number.zero_()
+
+
+def _place_of(error: BaseException) -> str:
+    """The line that raised an error, the innermost outside of torch's own files."""
+    torch_files = str(Path(torch.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [f for f in frames if not f.filename.startswith(torch_files)][-1]
+    return f"`{frame.line}` in {frame.name} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 class TapeRecorder:
@@ -210,7 +265,7 @@ class GraphCache:
         Args:
             key: all that a recording depends on besides the weights.
             weights: `weights_of` the model now; others than at the last call drop everything.
-            make: the new entry, from the device's recorder.
+            make: the new entry, from the device's recorder; where it raises, everything is dropped.
         """
         recorder = self.recorder_on(device)
         if not recorder.is_kept:
@@ -225,7 +280,11 @@ class GraphCache:
                 self._recorders.clear()  # a pool whose graphs are all gone cannot be captured into again
             if device not in self._recorders:
                 self._recorders[device] = recorder(device)
-            self._entries[key] = make(self._recorders[device])
+            try:
+                self._entries[key] = make(self._recorders[device])
+            except BaseException:
+                self.clear()
+                raise
         self._entries.move_to_end(key)
         return self._entries[key]
 

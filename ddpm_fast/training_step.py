@@ -136,6 +136,8 @@ class TrainingStep:
                 self._recordings[heads] = self.recorder.record(partial(self._body, heads), reset)
             except BaseException:
                 reset()  # the weights as they were, not as a warm-up left them
+                self._drop_gradients()
+                self.clear()
                 raise
             self._held = self._holds()
         self._recordings[heads]()
@@ -145,8 +147,7 @@ class TrainingStep:
         return self._loss.clone()
 
     def _body(self, heads: bool | None) -> None:
-        for parameter in self.diffusion.parameters():
-            parameter.grad = None
+        self._drop_gradients()
         chosen = {} if heads is None else {"self_conditioned": heads}
         with torch.autocast(
             self._images.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
@@ -158,8 +159,11 @@ class TrainingStep:
             self.grad_norm.copy_(norm)
         self.optimizer.step()
         self._loss.copy_(loss.detach())
+        self._drop_gradients()  # they lie in the graphs' memory, where the next replay writes something else
+
+    def _drop_gradients(self) -> None:
         for parameter in self.diffusion.parameters():
-            parameter.grad = None  # lies in the graphs' memory, where the next replay writes something else
+            parameter.grad = None
 
     def _make_reset(self):
         """A function that puts weights and optimizer state back to what they are now."""
@@ -221,8 +225,8 @@ class _Average:
         ema.step += 1
         is_due = step % ema.update_every == 0
         if not ema.initted or (is_due and step <= ema.update_after_step):
-            ema.initted.fill_(True)
             self._replay("copy")
+            ema.initted.fill_(True)
         elif is_due and not ema.is_frozen:
             self._weight.fill_(1 - ema.get_current_decay())
             self._replay("move")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from ema_pytorch import EMA
+from failing_capture import bytes_in_pools
 
 from ddpm_fast import GaussianDiffusion, Unet, capture_training_step, graphs
 
@@ -133,34 +137,20 @@ def test_weights_of_now_are_used():
 
 
 def test_memory_is_returned():
-    diffusion = make()
-
-    def held_after(batches) -> tuple[int, int]:
-        for batch in batches:
-            diffusion.sample(batch, progress=False)
-        kept = len(diffusion.graphs)
-        diffusion.clear_graphs()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_allocated(), kept
-
-    before, _ = held_after([1])  # with what libraries keep for the capture's stream
-    after, kept = held_after([1, 2, 3, 4, 5, 6])
-    assert kept == 4 and after <= before
+    """What graphs hold, and not what libraries keep for a stream: that is theirs, and may grow at any capture."""
+    diffusion, before = make(), bytes_in_pools()
+    for batch in (1, 2, 3, 4, 5, 6):
+        diffusion.sample(batch, progress=False)
+    assert len(diffusion.graphs) == 4 and bytes_in_pools() > before
+    diffusion.clear_graphs()
+    assert bytes_in_pools() == before
 
 
-def test_what_cannot_be_captured_raises_its_own_error():
-    class Waits(torch.nn.SiLU):
-        def forward(self, x):
-            assert x.sum().item() != 12345
-            return super().forward(x)
-
-    diffusion = make()
-    diffusion.model.time_mlp[2] = Waits()
-    assert "is a Waits" in diffusion.explain_graphs()
-    diffusion.sample(1, progress=False)
-    with pytest.raises(RuntimeError, match="captur"):
-        diffusion.sample(1, progress=False, graph=True)
+def test_what_cannot_be_captured_raises_and_leaves_nothing_behind():
+    """In a process of its own, which is lost where something stays."""
+    script = Path(__file__).parent / "failing_capture.py"
+    finished = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0 and "all as before" in finished.stdout, finished.stdout + finished.stderr
 
 
 def trained(graph, steps=8, unet=None, autocast=None, average=True, **kwargs):
