@@ -9,6 +9,8 @@ import signal
 import torch
 from torch.utils.data import DataLoader
 
+from ddpm_fast.training_step import send
+
 
 def derive_seed(*parts) -> int:
     """A seed in [0, 2⁶³) that is a hash of the parts: unlike sums, it does not repeat for neighbouring parts."""
@@ -59,7 +61,7 @@ class BatchOrder(torch.utils.data.Sampler):
 
 
 class BatchStream:
-    """Endless iterator over float32 batches (B, C, h, w) on `device`, flipped at random there.
+    """Endless iterator over float32 batches (B, C, h, w) on `device`, flipped at random there; it waits for no device.
 
     `position` counts the images that all ranks have consumed; `seek` goes to any position.
     """
@@ -88,9 +90,9 @@ class BatchStream:
     def __next__(self):
         if self._batches is None:
             self._batches = iter(self._loader)
-        images = next(self._batches).to(self.device, non_blocking=True)
+        images = send(next(self._batches), self.device)
         if self.augment_horizontal_flip:
-            flips = self._flip_order.batch_at(self.position)[1].to(self.device)
+            flips = send(self._flip_order.batch_at(self.position)[1], self.device)
             images = torch.where(flips[:, None, None, None], images.flip(-1), images)
         self.position += self.order.global_batch_size
         return images

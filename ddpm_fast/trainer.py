@@ -49,7 +49,8 @@ class Trainer:
     num_samples: any number; the grid has ceil(sqrt(num_samples)) columns.
     seed: fixes order, flips and noise. None draws it from torch's generator, so that `torch.manual_seed` fixes a run.
     num_workers: DataLoader processes per training process; None chooses.
-    log_every: steps between two readings of the loss, the only times when the host waits for the device.
+    log_every: steps between two readings of the loss, besides milestones the only times when the host waits for the
+        device.
 
     The randomness of a step is a function of (seed, rank, step), and its images are one of (seed, step): a run that
     loads a checkpoint of step k computes what it would have computed without stopping, bit for bit on the CPU.
@@ -141,8 +142,9 @@ class Trainer:
             num_workers=_choose_workers(num_workers, self.ds, self.world_size),
         )
 
-        # Adam in one pass: at 35.7 million parameters a quarter of the time of its default on the CPU.
-        self._adam_options = {"fused": True} if self.device.type == "cpu" else {}
+        # Adam in one pass: at 35.7 million parameters a quarter of the time of its default on the CPU. On CUDA it is
+        # also the one that skips a step of fp16's scaler without asking the device whether to.
+        self._adam_options = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
         self.opt = Adam(diffusion_model.parameters(), lr=train_lr, betas=adam_betas, **self._adam_options)
         self._ema_config = {"beta": ema_decay, "update_every": ema_update_every}
         if self.accelerator.is_main_process:

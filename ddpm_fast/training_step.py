@@ -109,8 +109,8 @@ class TrainingStep:
         """Train on a batch.
 
         Args:
-            images: of `batch_shape`, floating point, in [0, 1] with `auto_normalize`; on the device, or in (pinned)
-                memory of the host.
+            images: of `batch_shape`, floating point, in [0, 1] with `auto_normalize`; on the device, or in memory of
+                the host, best pinned.
 
         Returns:
             The loss, a scalar on the device; nothing waits for it.
@@ -119,7 +119,7 @@ class TrainingStep:
             raise ValueError(f"images must have shape {tuple(self._images.shape)}, got {tuple(images.shape)}")
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point in [0, 1] (divide 8-bit images by 255), got {images.dtype}")
-        self._images.copy_(images, non_blocking=True)
+        self._images.copy_(_pinned(images, self._images.device), non_blocking=True)
         lay_out_state(self.optimizer)
         heads = None
         if self.recorder.freezes_decisions:  # the coin is the host's, so that each side has a graph of its own
@@ -266,6 +266,17 @@ class _Average:
             for (key, average), (_, current) in both
             if name == "copy" or not (key in ema.ignore_names or key.startswith(ignored))
         ]
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, without waiting for the device; itself where it is there already."""
+    return _pinned(tensor, device).to(device, non_blocking=True)
+
+
+def _pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What CUDA copies while the host goes on: from pageable memory it waits until all work before is done."""
+    is_pageable = device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned()
+    return tensor.pin_memory() if is_pageable else tensor
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

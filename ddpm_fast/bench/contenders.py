@@ -336,9 +336,7 @@ def _fused_adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer,
 
 def _our_adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
     """What our users write: this package's Adam on the CPU, or torch's fused one where it has none."""
-    if device.type != "cpu":
-        return _adam(diffusion, device)
-    if importlib.util.find_spec("ddpm_fast.optim") is None:
+    if device.type != "cpu" or importlib.util.find_spec("ddpm_fast.optim") is None:
         return _fused_adam(diffusion, device)
     optim = importlib.import_module("ddpm_fast.optim")
     return optim.Adam(diffusion.parameters(), lr=1e-5), "ddpm_fast.optim.Adam"
