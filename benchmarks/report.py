@@ -230,7 +230,7 @@ class Report:
         files = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "tests").glob("test_*gpu*.py"))]
         files += ["tests/test_native_cuda.py", "tests/test_benchmarks.py"]
         if self.quick:  # reading all test files takes longer than the dry run of one
-            files = ["tests/test_norm_silu_gpu.py"]
+            files = ["tests/test_graphs_gpu.py"]
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "--durations=5"]
         command += ["--continue-on-collection-errors", *files]
         if self.device == "cuda" and importlib.util.find_spec("xdist") is not None:

@@ -22,7 +22,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_kernels_in_the_interpreter():
-    run_kernel_tests("attention", interpreted=True)
+    run_kernel_tests("attention")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

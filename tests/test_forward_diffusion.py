@@ -25,7 +25,7 @@ def make_inputs():
 @needs_triton
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
-    run_kernel_tests("forward_diffusion", interpreted=True)
+    run_kernel_tests("forward_diffusion")
 
 
 def test_the_reference_is_the_formula():

@@ -21,7 +21,7 @@ both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_kernels_in_the_interpreter():
-    run_kernel_tests("linear_attention", interpreted=True)
+    run_kernel_tests("linear_attention")
 
 
 def peers_tail(attention: torch.nn.Module, qkv: torch.Tensor, residual: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ SHAPE = (2, 8, 3, 4, 12)
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_kernels_in_the_interpreter():
-    run_kernel_tests("norm_linear", interpreted=True)
+    run_kernel_tests("norm_linear")
 
 
 def plain(x, g, weight):

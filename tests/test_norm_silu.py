@@ -26,7 +26,7 @@ both_norms = pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_kernels_in_the_interpreter():
-    run_kernel_tests("norm_silu", interpreted=True)
+    run_kernel_tests("norm_silu")
 
 
 @both_norms

@@ -1,6 +1,6 @@
 """The Triton kernels of forward diffusion against the reference in float64.
 
-Runs on the CPU in Triton's interpreter, else on CUDA; see helpers.run_kernel_tests.
+Runs on the CPU in Triton's interpreter, else on CUDA; see conftest.py.
 """
 
 from __future__ import annotations
@@ -110,6 +110,19 @@ def check_loss(output, x, noise, options, objective="pred_v") -> None:
     assert actual[1].dtype == output.dtype and actual[1].stride() == output.stride()
     for name, ours, theirs, true in zip(("loss", "gradient"), actual, expected, truth, strict=True):
         assert_close_to_truth(ours, theirs, true, name=name)
+
+
+@pytest.mark.production
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_images_of_production(dtype):
+    """x_t written channels-last in the network's dtype, and the loss of its output; small ones in the interpreter."""
+    shape = (2, 3, 16, 16) if tuning.interpreted() else (32, 3, 128, 128)
+    x, rng = make_images(shape, torch.float32, "contiguous"), random.Random(7)
+    for flip in (False, True):
+        options = make_options(shape, rng, normalize=True, flip=flip, offset=flip)
+        check_q_sample(x, None, options, dtype, "channels_last")
+        output = torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
+        check_loss(output, x, None, options)
 
 
 @pytest.mark.parametrize("out_format", FORMATS)

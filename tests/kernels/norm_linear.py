@@ -1,6 +1,6 @@
 """The Triton kernels of norm_linear against the reference in float64.
 
-Runs on the CPU in Triton's interpreter, else on CUDA; see helpers.run_kernel_tests.
+Runs on the CPU in Triton's interpreter, else on CUDA; see conftest.py.
 """
 
 from __future__ import annotations
