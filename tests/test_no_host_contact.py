@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ddpm_fast import GaussianDiffusion, Unet, noise, use_backend
+from ddpm_fast.bench import contenders
 from ddpm_fast.graphs import EagerRecorder
 from ddpm_fast.samplers import SamplingState
 from ddpm_fast.trainer import Trainer
@@ -204,6 +205,15 @@ def test_a_step_of_the_trainer(cuda, precision, tmp_path, monkeypatch):
         trainer._read_losses()
         assert contacts.found, "the losses are read"
     assert all(p.device.type == "cuda" for p in trainer.model.parameters()) and int(trainer.ema.step) == 4
+
+
+def test_the_benchmarks_adam_is_the_trainers(cuda):
+    """Upstream's keeps its default, which is what its users write."""
+    diffusion = make()
+    pretend(diffusion)
+    optimizer, label = contenders._our_adam(diffusion, cuda)
+    assert optimizer.defaults["fused"] is True and label == "torch.optim.Adam(fused=True)"
+    assert contenders._adam(diffusion, cuda)[0].defaults["fused"] is None
 
 
 @pytest.mark.parametrize("recorder", [FrozenRecorder, EagerRecorder])

@@ -24,7 +24,7 @@ HEADS, HEAD_CHANNELS, MEMORY = 4, 32, 4
 
 pytestmark = [pytest.mark.production]
 
-both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 stages = pytest.mark.parametrize("channels", STAGES)
 
 
