@@ -8,8 +8,10 @@ Same weights, images and precision, turns in one process, after output, loss and
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +25,10 @@ _LOADING_SECONDS = 25
 
 
 def pytest_generate_tests(metafunc) -> None:
-    cases = network_cases(size_of(metafunc.config))
+    option = metafunc.config.getoption
+    cases = [case for case in network_cases(size_of(metafunc.config)) if option("--case") in (None, case.name)]
+    if option("--steps"):
+        cases = [replace(case, configuration=replace(case.configuration, steps=option("--steps"))) for case in cases]
     pairs = [pytest.param(case, phase, id=f"{case}, {phase}") for case in cases for phase in case.phases]
     metafunc.parametrize("case, phase", pairs)
 
@@ -34,7 +39,8 @@ _held: dict = {}
 
 @pytest.fixture
 def prepared(request, case):
-    """Contenders found equal, reasons of those left out, and errors; made once for the phases of one case."""
+    """Contenders found equal, reasons of those left out, errors, and how long each took to be found equal, its
+    compilation included; made once for the phases of one case."""
     if case not in _held:
         _let_go()
         _held[case] = _prepare(request.config, case)
@@ -55,29 +61,36 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def _prepare(config, case) -> tuple[dict, dict, dict]:
+def _prepare(config, case) -> tuple[dict, dict, dict, dict]:
     device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
     deadline = config.getoption("--deadline")
     left = float("inf") if deadline is None else deadline - time.time()
     warmed = _warmed(config.getoption("--warmed"))
     names, left_out = [], {}
-    for rival in case.rivals:
+    asked = config.getoption("--rivals")
+    for rival in case.rivals if asked is None else asked.split(","):
+        if rival in TRAINING_ONLY and compare.PHASES[0] not in case.phases:
+            continue
         if device == "cpu" and rival in COMPILE_SECONDS and (rival, str(case)) not in warmed:
             left_out[rival] = "not compiled ahead; make bench-compiled does that once"
             continue
         needed = COMPILE_SECONDS.get(rival, 0) * len(case.phases)
         if (rival, str(case)) in warmed:
             needed = _LOADING_SECONDS
-        if needed > left:
+        if needed > left and asked is None:
             left_out[rival] = f"not run: compiling may take {needed} s, and {left:.0f} s were left"
         else:
             names.append(rival)
             left -= needed
     gradients = compare.PHASES[0] in case.phases
+    told = []
     made, unavailable, errors = compare.prepare(
-        names, case.configuration, torch.device(device), gradients=gradients, leave_unequal_out=True
-    )
-    return made, left_out | unavailable, errors
+        names, case.configuration, torch.device(device), lambda text: told.append((text.split()[-1], time.time())),
+        gradients=gradients, leave_unequal_out=True,
+    )  # fmt: skip
+    told.append(("", time.time()))
+    seconds = {name: round(after - began, 1) for (name, began), (_, after) in itertools.pairwise(told)}
+    return made, left_out | unavailable, errors, seconds
 
 
 def _warmed(file) -> set[tuple[str, str]]:
@@ -89,7 +102,7 @@ def _warmed(file) -> set[tuple[str, str]]:
 
 
 def test_network(contest, record, device, prepared, case, phase):
-    made, left_out, errors = prepared
+    made, left_out, errors, seconds = prepared
     configuration = case.configuration
     if phase != compare.PHASES[0]:
         made = {name: contender for name, contender in made.items() if name not in TRAINING_ONLY}
@@ -107,7 +120,7 @@ def test_network(contest, record, device, prepared, case, phase):
     record(
         bench="network", phase=phase, case=str(configuration), configuration=configuration.as_dict(), errors=errors,
         left_out=left_out, timings=timings, targets=case.targets.get(phase, {}), threads=torch.get_num_threads(),
-        optimizers={name: contender.optimizer for name, contender in made.items()},
+        optimizers={name: contender.optimizer for name, contender in made.items()}, check_seconds=seconds,
     )  # fmt: skip
     wrong = {n: reason for n, reason in left_out.items() if reason.startswith("not timed") or n.startswith("ours")}
     assert not wrong, wrong

@@ -29,6 +29,11 @@ def pytest_addoption(parser) -> None:
     group.addoption(
         "--warmed", type=Path, default=None, help="what warm.py printed: compilations that are in the cache"
     )
+    group.addoption("--case", default=None, help="the network case of this name alone")
+    group.addoption("--rivals", default=None, help="whom ours meets there, with commas between them; all are tried")
+    group.addoption("--steps", type=int, default=None, help="of a sampling run")
+    group.addoption("--dtypes", default=None, help="of ops, with commas between them: fp32, bf16")
+    group.addoption("--without-compiled", action="store_true", help="leave out the compiled ways to compute an op")
     group.addoption("--ceilings", type=Path, default=None, help="JSON with the ceilings; measured where not given")
 
 

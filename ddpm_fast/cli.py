@@ -166,7 +166,13 @@ class Sample:
 
 
 Rival = Literal[
-    "peer", "peer-channels-last", "peer-compiled", "peer-max-autotune", "diffusers", "ours-low-memory", "ours-captured"
+    "peer",
+    "peer-channels-last",
+    "peer-compiled",
+    "peer-max-autotune",
+    "diffusers",
+    "ours-low-memory",
+    "ours-step-by-step",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -60,12 +61,26 @@ def test_ceilings_and_description():
     assert facts["torch"] == torch.__version__ and machine.name(facts).endswith("1 thread")
 
 
-@pytest.mark.parametrize("name", ["peer", "peer-channels-last", "ours-low-memory", "ours-captured", "diffusers"])
+@pytest.mark.parametrize("name", ["peer", "peer-channels-last", "ours-low-memory", "ours-step-by-step", "diffusers"])
 def test_contenders_are_held_equal(name):
     made, left_out, errors = compare.prepare([name], TINY, CPU)
     assert list(made) == ["ours", name] and not left_out
     assert all(error < 1e-3 for what, error in errors[name].items() if what != "parameters")
     assert made[name].training_step().isfinite() and made[name].sample().shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name, dtype, graph", [("ours", "bf16", True), ("ours-step-by-step", "fp32", False)])
+def test_ours_is_recorded_on_cuda(monkeypatch, name, dtype, graph):
+    asked = []
+    network = torch.nn.Linear(1, 1)
+    network.to = lambda *args: network
+    monkeypatch.setattr(contenders, "_ours", lambda *args: network)
+    monkeypatch.setattr(contenders, "_images", lambda *args: torch.zeros(1))
+    monkeypatch.setattr(contenders, "_captured", lambda *args, graph: asked.append(graph))
+    made = contenders.make(name, replace(TINY, dtype=dtype), torch.device("cuda"))
+    assert asked == [graph] and "fused" in made.optimizer
+    contenders.make(name, replace(TINY, dtype="fp16"), torch.device("cuda"))
+    assert asked == [graph], "float16 needs a scaler, which is not recorded"
 
 
 def test_a_red_equality_check_refuses_to_time(monkeypatch):

@@ -122,10 +122,10 @@ def phase_call(contender: Contender, phase: str) -> Callable[[], object]:
 def peak_memory(name: str, phase: str, call: Callable[[], object], device: torch.device) -> dict[str, int]:
     """Memory that a training step allocates at its peak, above what is kept between steps, as {"peak_bytes": ...}.
 
-    Empty for what runs from CUDA graphs, as sampling does and `peer-max-autotune`: their maps lie in a pool that was
+    Empty for what runs from CUDA graphs (sampling, `ours`, `peer-max-autotune`): their maps lie in a pool that was
     allocated when they were recorded. Empty on the CPU, where benchmarks/first_step.py measures processes.
     """
-    if device.type != "cuda" or phase != PHASES[0] or name == "peer-max-autotune":
+    if device.type != "cuda" or phase != PHASES[0] or name in (OURS, "peer-max-autotune"):
         return {}
     gc.collect()
     torch.cuda.synchronize(device)

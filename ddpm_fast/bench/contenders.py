@@ -20,9 +20,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Name → what it needs to be importable.
 NEEDS = {
-    "ours": None,
+    "ours": None,  # recorded: on CUDA both steps, on the CPU sampling
     "ours-low-memory": None,
-    "ours-captured": None,  # capture_training_step, and Adam fused; samples as "ours" does
+    "ours-step-by-step": None,  # the same without a recording
     "peer": "denoising_diffusion_pytorch",
     "peer-channels-last": "denoising_diffusion_pytorch",
     "peer-compiled": "denoising_diffusion_pytorch",
@@ -131,13 +131,16 @@ def make(name: str, configuration: Configuration, device: torch.device, *, seed:
     images = _images(configuration, device)
     if name == "peer-channels-last":
         images = images.contiguous(memory_format=torch.channels_last)
-    if name == "ours-captured":
+    recorded = name == "ours" and device.type == "cuda"
+    # A captured step takes no float16, whose gradients need a scaler.
+    if (recorded or name == "ours-step-by-step") and configuration.dtype != "fp16":
         optimizer, label = _fused_adam(diffusion, device)
-        training_step = _captured(diffusion, optimizer, images, configuration)
+        training_step = _captured(diffusion, optimizer, images, configuration, graph=recorded)
     else:
         optimizer, label = (_our_adam if name.startswith("ours") else _adam)(diffusion, device)
         training_step = _training_step(diffusion, optimizer, images, configuration)
-    return Contender(name, diffusion, training_step, _sample(diffusion, configuration, device), label)
+    options = {"graph": False} if name == "ours-step-by-step" else {}
+    return Contender(name, diffusion, training_step, _sample(diffusion, configuration, device, options), label)
 
 
 def check(ours: Contender, other: Contender, configuration: Configuration, *, gradients: bool = True) -> dict:
@@ -356,19 +359,19 @@ def _training_step(diffusion, optimizer, images: torch.Tensor, configuration: Co
     return step
 
 
-def _captured(diffusion, optimizer, images: torch.Tensor, configuration: Configuration) -> Callable:
-    """The training step as one CUDA graph; on the CPU the same step, not recorded."""
+def _captured(diffusion, optimizer, images: torch.Tensor, configuration: Configuration, graph: bool) -> Callable:
+    """The training step as one CUDA graph, or without it: the same operators on the same numbers."""
     from ddpm_fast.training_step import capture_training_step
 
     dtype = None if configuration.dtype == "fp32" else DTYPES[configuration.dtype]
-    step = capture_training_step(diffusion, optimizer, images.shape, max_grad_norm=None, autocast=dtype)
+    step = capture_training_step(diffusion, optimizer, images.shape, max_grad_norm=None, autocast=dtype, graph=graph)
     return lambda: step(images)
 
 
-def _sample(diffusion, configuration: Configuration, device: torch.device) -> Callable[[], torch.Tensor]:
+def _sample(diffusion, configuration: Configuration, device: torch.device, options: dict) -> Callable:
     def sample() -> torch.Tensor:
         # The progress bars of both sides run, into nothing.
         with autocast(configuration, device), contextlib.redirect_stderr(io.StringIO()):
-            return diffusion.sample(batch_size=configuration.batch)
+            return diffusion.sample(batch_size=configuration.batch, **options)
 
     return sample

@@ -1,8 +1,8 @@
 """Where the time goes: what a step must do at the least on this machine, what it takes, and what dominates.
 
 The floor of an operator is the larger of two times: its convolution and matrix operations at the measured matrix peak,
-and its bytes at the measured copy bandwidth. On a GPU the host needs its own time for every launch; the step takes at
-least the larger of the two sums. Counts are `bench/traffic.py`'s, from operator dispatch.
+and its bytes at the measured copy bandwidth. On a CPU the step takes at least what calling its operators does; on a GPU
+it is recorded, and its launches are not the host's. Counts are `bench/traffic.py`'s, from operator dispatch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def profile(configuration: Configuration, device: torch.device, *, seconds: floa
         measured, by_operator = _measure(call, device, steps, seconds / 3)
         phases[phase] = {
             "seconds": measured,
-            **_floor(counted[phase], configuration, ceilings, launch),
+            **_floor(counted[phase], configuration, ceilings, launch, recorded=device.type == "cuda"),
             "measured_by_operator": by_operator,
         }
     return {
@@ -91,7 +91,9 @@ def _count(configuration: Configuration, device: torch.device) -> dict[str, traf
         }
 
 
-def _floor(counted: traffic.Traffic, configuration: Configuration, ceilings: machine.Ceilings, launch: float) -> dict:
+def _floor(
+    counted: traffic.Traffic, configuration: Configuration, ceilings: machine.Ceilings, launch: float, recorded: bool
+) -> dict:
     # Counted in float32; autocast halves the maps, which are nearly all of the bytes.
     width = 1.0 if configuration.dtype == "fp32" else 0.5
     peak = _peak(ceilings.matmul, configuration.dtype)
@@ -103,7 +105,7 @@ def _floor(counted: traffic.Traffic, configuration: Configuration, ceilings: mac
     total = sum(parts.values())
     largest = sorted(parts.items(), key=lambda item: -item[1])[:_ROWS]
     return {
-        "floor_seconds": max(total, launches),
+        "floor_seconds": total if recorded else max(total, launches),
         "matrix_seconds": counted.total_flops / peak,
         "byte_seconds": width * counted.bytes_moved / ceilings.copy,
         "launch_total_seconds": launches,
@@ -143,22 +145,28 @@ def _measure(call, device: torch.device, steps: int, seconds: float) -> tuple[fl
     began = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - began < seconds and len(times) < 50):
         times.append(watch.time(call) / steps)
+    found = kernels(call, device)
+    total = sum(t for _, t, _ in found) or 1.0
+    return statistics.median(times), [(name, t / total) for name, t, _ in found[:_ROWS]]
+
+
+def kernels(call, device: torch.device) -> list[tuple[str, float, int]]:
+    """Name, seconds and launches of every kernel of one call by torch's profiler, of every operator on the CPU; the
+    longest first."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         call()
-        watch.synchronize()
+        Stopwatch(device).synchronize()
     averages = profiler.key_averages()
     if device.type == "cuda":  # kernels alone: the operators' rows hold the same time once more
         kinds = torch.autograd.DeviceType.CUDA
         found = [e for e in averages if e.device_type == kinds and not getattr(e, "is_user_annotation", False)]
-        events = [(event.key, event.self_device_time_total) for event in found]
+        events = [(event.key, event.self_device_time_total / 1e6, event.count) for event in found]
     else:
-        events = [(event.key, event.self_cpu_time_total) for event in averages]
-    total = sum(t for _, t in events) or 1.0
-    shares = sorted(((key, t / total) for key, t in events), key=lambda item: -item[1])
-    return statistics.median(times), shares[:_ROWS]
+        events = [(event.key, event.self_cpu_time_total / 1e6, event.count) for event in averages]
+    return sorted(events, key=lambda event: -event[1])
 
 
 def _ms(seconds: float) -> str:
