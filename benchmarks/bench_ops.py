@@ -23,13 +23,30 @@ PASSES = ("forward", "forward+backward")
 
 def pytest_generate_tests(metafunc) -> None:
     cases = op_cases(size_of(metafunc.config))
+    wanted = (metafunc.config.getoption("--dtypes") or ",".join(DTYPES)).split(",")
     grid = [
         pytest.param(case, dtype, direction, id=f"{case.name}-{dtype}-{direction}")
         for case in cases
         for dtype in case.dtypes
         for direction in PASSES
+        if dtype in wanted
     ]
     metafunc.parametrize("case, dtype, direction", grid)
+
+
+# Inputs of the case that is timed now, in its dtype and in float64: both its passes use them.
+_held: dict = {}
+
+
+@pytest.fixture
+def prepared(device, case, dtype) -> tuple[Inputs, Inputs]:
+    """The inputs of a case, and the same numbers in float64."""
+    if (case.name, dtype) not in _held:
+        _held.clear()  # before there are others: these may take gigabytes
+        _held[case.name, dtype] = tuple(
+            case.make(case.shape, device, DTYPES[dtype], compute) for compute in (DTYPES[dtype], torch.float64)
+        )
+    return _held[case.name, dtype]
 
 
 def with_gradients(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], tuple]:
@@ -86,13 +103,13 @@ def without_graph(call: Callable) -> Callable:
     return run
 
 
-def check(case: OpCase, device, dtype, inputs: Inputs, calls: dict[str, Callable], direction: str) -> None:
+def check(case: OpCase, dtype, inputs: Inputs, exact: Inputs, calls: dict[str, Callable], direction: str) -> None:
     """Our implementations are as accurate as the reference, by the tests' rule; the others compute the same numbers.
 
     Raises:
         AssertionError: one is not, or does not.
     """
-    exact = case.make(case.shape, device, dtype, torch.float64)
+    exact.fresh()
     with use_backend("reference"):
         truth = as_tuple(calls_of_reference(exact, direction)())
     inputs.fresh()
@@ -135,12 +152,13 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def test_op(contest, record, device, size, ceilings, case, dtype, direction):
-    inputs = case.make(case.shape, device, DTYPES[dtype], DTYPES[dtype])
+def test_op(contest, record, request, prepared, size, ceilings, case, dtype, direction):
+    inputs, exact = prepared
     if direction == PASSES[1] and not inputs.leaves:
         pytest.skip("the op has no gradient")
-    calls = calls_of(case, inputs, direction, compiled=size != "quick")
-    check(case, device, DTYPES[dtype], inputs, calls, direction)
+    compiled = size != "quick" and not request.config.getoption("--without-compiled")
+    calls = calls_of(case, inputs, direction, compiled)
+    check(case, DTYPES[dtype], inputs, exact, calls, direction)
     ours = next(iter(calls))
     timings = contest(calls, ours)
     if not timings:

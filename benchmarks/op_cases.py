@@ -82,23 +82,24 @@ class OpCase:
 
 
 class _Draw:
-    """Random tensors of a case: the same numbers on every device and in every dtype, up to rounding."""
+    """Random tensors of a case, drawn on its device: there the same numbers in every dtype, up to rounding."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, compute: torch.dtype):
-        self.generator = torch.Generator().manual_seed(0)
+        # Meta tensors have no numbers, and no generator.
+        self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
         self.device, self.dtype, self.compute = device, dtype, compute
 
     def normal(self, *shape: int, full: bool = False, channels_last: bool = False) -> torch.Tensor:
         """`full`: float32 whatever the dtype of the case, as parameters under autocast are."""
-        x = torch.randn(*shape, generator=self.generator)
+        x = torch.randn(*shape, generator=self.generator, device=self.device)
         rounded = x if full else x.to(self.dtype)
         wide = torch.float64 if self.compute == torch.float64 else torch.float32 if full else self.compute
-        x = rounded.to(device=self.device, dtype=wide)
+        x = rounded.to(wide)
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
     def uniform(self, *shape: int) -> torch.Tensor:
         wide = torch.float64 if self.compute == torch.float64 else torch.float32
-        return torch.rand(*shape, generator=self.generator).to(device=self.device, dtype=wide)
+        return torch.rand(*shape, generator=self.generator, device=self.device).to(wide)
 
 
 def _schedule() -> schedules.Schedule:
