@@ -16,9 +16,10 @@ PEER_1X ?= denoising-diffusion-pytorch==1.11.1
 
 # Processes that share the tests; each takes one processor and up to a gigabyte.
 WORKERS ?= 2
-# What the benchmarks need and a machine made for torch may not have. All are pure Python.
+# What the benchmarks need and a machine made for torch may not have. All are pure Python. The report takes those that are
+# not installed there: pytest-benchmark times, and pytest-xdist runs the tests on all cores.
 WHEELS ?= "denoising-diffusion-pytorch>=2.3.4,<2.4" ema-pytorch pytorch-fid einops diffusers importlib-metadata zipp \
-	"tyro>=0.9" docstring-parser typeguard
+	"tyro>=0.9" docstring-parser typeguard pytest-benchmark py-cpuinfo pytest-xdist execnet
 
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc ddpm_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h') setup.py pyproject.toml

@@ -1,6 +1,7 @@
 """From a cold process to the first training step, and peak memory in training: `pytest benchmarks/bench_first_step.py`.
 
-Every contender runs in processes of its own, in turns, with empty compile caches.
+Every contender runs in processes of its own, in turns, with empty compile caches. `ours-precompiled` is ours after
+benchmarks/precompile.py has compiled the kernels with all cores, which counts.
 """
 
 from __future__ import annotations
@@ -21,24 +22,35 @@ from ddpm_fast.bench import contenders
 from ddpm_fast.bench.timing import Timing
 
 ROUNDS = {"quick": 1, "cpu": 2, "full": 3}
-SCRIPT = Path(__file__).parent / "first_step.py"
+FOLDER = Path(__file__).parent
+PRECOMPILED = "ours-precompiled"
 
 
 def first_step(name: str, configuration, device) -> dict:
     """What first_step.py prints."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
-        command = [
-            sys.executable,
-            str(SCRIPT),
-            name,
-            json.dumps(configuration.as_dict()),
-            str(device),
-            str(time.time()),
-        ]
-        result = subprocess.run(command, env={**os.environ, **caches}, capture_output=True, text=True, check=False)
+        started = time.time()
+        if name == PRECOMPILED:
+            run([str(FOLDER / "precompile.py"), "--processes", str(os.cpu_count()), "--case", "training"], caches)
+        contender = "ours" if name == PRECOMPILED else name
+        arguments = [contender, json.dumps(configuration.as_dict()), str(device), str(started)]
+        return json.loads(run([str(FOLDER / "first_step.py"), *arguments], caches).splitlines()[-1])
+
+
+def run(command: list[str], caches: dict[str, str]) -> str:
+    result = subprocess.run(
+        [sys.executable, *command], env={**os.environ, **caches}, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return result.stdout
+
+
+def order(rivals: tuple[str, ...], device) -> list[str]:
+    """Upstream before ours, which may compile for longer than there is time, and what compiles longest last."""
+    others = [name for name in rivals if name != "peer"]
+    names = [*[name for name in rivals if name == "peer"], *([PRECOMPILED] if device.type == "cuda" else []), "ours"]
+    return names + sorted(others, key=lambda name: COMPILE_SECONDS.get(name, 0))
 
 
 @pytest.fixture
@@ -47,11 +59,9 @@ def case(request):
 
 
 def test_first_step(benchmark, record, device, size, case, deadline):
-    """In rounds, ours first, for as long as there is time; what was found is recorded after every process."""
+    """In rounds, for as long as there is time; what was found is recorded after every process."""
     configuration = case.configuration
-    left_out, found = {}, {}
-    rivals = sorted(case.rivals, key=lambda name: (name in COMPILE_SECONDS, name != "peer"))
-    longest = 0.0
+    left_out, found, took = {}, {}, {}
 
     def keep() -> None:
         timings = {}
@@ -65,34 +75,25 @@ def test_first_step(benchmark, record, device, size, case, deadline):
             timings=timings,
         )  # fmt: skip
 
-    def run(name: str) -> None:
-        nonlocal longest
-        began = time.time()
-        found.setdefault(name, []).append(first_step(name, configuration, device))
-        if name not in COMPILE_SECONDS:
-            longest = max(longest, time.time() - began)
+    def why_not(name: str) -> str | None:
+        reason = None if name == PRECOMPILED else contenders.why_not(name)
+        expected = took.get(name, COMPILE_SECONDS.get(name, max(took.values(), default=0.0)))
+        return reason or ("not run: out of time" if time.time() + expected > deadline else None)
+
+    def rounds() -> None:
+        for _ in range(ROUNDS[size]):
+            for name in order(case.rivals, device):
+                if name in COMPILE_SECONDS and name in found:
+                    continue  # one compilation is telling enough, and long
+                reason = why_not(name)
+                if reason is None:
+                    began = time.time()
+                    found.setdefault(name, []).append(first_step(name, configuration, device))
+                    took[name] = time.time() - began
+                    left_out.pop(name, None)
+                    keep()
+                elif name not in found:
+                    left_out[name] = reason
         keep()
 
-    def run_rivals() -> None:
-        for name in rivals:
-            if name in COMPILE_SECONDS and found.get(name):
-                continue  # one compilation is telling enough, and long
-            reason = contenders.why_not(name)
-            if reason is None and time.time() + COMPILE_SECONDS.get(name, longest) > deadline:
-                reason = "not run: out of time"
-            if reason is None:
-                run(name)
-                left_out.pop(name, None)
-            elif name not in found:
-                left_out[name] = reason
-
-    def ours() -> None:
-        if not found.get("ours") or time.time() + longest < deadline:
-            run("ours")
-
-    benchmark.pedantic(ours, rounds=1, iterations=1)
-    for i in range(ROUNDS[size]):
-        if i:
-            ours()
-        run_rivals()
-    keep()
+    benchmark.pedantic(rounds, rounds=1, iterations=1)

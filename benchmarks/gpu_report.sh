@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# One command that turns a machine into a report:
+# One command that turns a machine into numbers:
 #
-#     bash benchmarks/gpu_report.sh OUT [--device cpu] [--quick] [--minutes 9]
+#     bash benchmarks/gpu_report.sh OUT --triage               a GPU in 90 seconds: triage.json and triage.log
+#     bash benchmarks/gpu_report.sh OUT --minutes 4|6|9        the report: results.json, report.md and log.txt
+#     bash benchmarks/gpu_report.sh OUT --device cpu [--quick] [--minutes 20]
 #
 # From a copy without git, say what is measured: --commit "$(git rev-parse --short=12 HEAD)".
 #
-# Needs python3 with torch, triton, numpy, pillow and matplotlib, and nvcc for the extension; installs nothing and needs no
-# network. Packages that are missing (the peer, diffusers, tyro) are taken from wheels in the folder .whl, which
-# `make wheels` fills on a machine that has a network. OUT then holds results.json, report.md, log.txt and pictures; whatever
-# stops the run, what was measured before is there.
+# Needs python3 with torch, triton, numpy, pillow, matplotlib and pytest, and nvcc for the extension; installs nothing and
+# needs no network. Packages that are missing are taken from wheels in the folder .whl, which `make wheels` fills on a
+# machine that has a network. Whatever stops the run, what was measured before is in OUT. Pictures of a GPU's report are
+# drawn elsewhere, by render.py --draw OUT or --keep OUT.
 set -euo pipefail
 exec "${PYTHON:-python3}" "$(dirname "$0")/report.py" "$@"

@@ -3,6 +3,7 @@
 python benchmarks/render.py                     write the README's measured part from benchmarks/results/
 python benchmarks/render.py --check             only say whether it is what would be written
 python benchmarks/render.py --keep OUT          take the results of a report over into benchmarks/results/ first
+python benchmarks/render.py --draw OUT          only draw the pictures of a report, beside its results.json
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- rendered by benchmarks/render.py: begin -->", "<!-- rendered by benchmarks/render.py: end -->"
 PHASES = ("training step", "sampling step")
+COMPILED = ("peer-compiled", "peer-max-autotune")
 
 
 # A report -----------------------------------------------------------------------------------------------------------
@@ -43,9 +45,6 @@ def report(results: dict) -> str:
         parts += [note] if note else []
     if list(select(results, "memory")):
         parts.append(f"## Resident memory of training, a process for each side\n\n{memory_table(results)}")
-    compiled = results["steps"].get("networks", {}).get("compiled_beside")
-    if compiled:
-        parts.append(f"## Compiling, beside the build and the tests\n\n{compiled_table(compiled)}")
     for record in select(results, "first step"):
         parts.append(f"## Cold start and memory in training: {record['case']}\n\n{first_step_table(record)}")
     if list(select(results, "op")):
@@ -94,11 +93,13 @@ def steps_table(results: dict) -> str:
 
 
 def select(results: dict, bench: str, **fields):
-    """Records of a kind, the last of each case: a contest that ran twice counts once."""
+    """Records of a kind, one of each case: that of the most contenders, and of those the last."""
     found = {}
     for record in results["records"]:
         if record["bench"] == bench and all(record[k] == v for k, v in fields.items()):
-            found[record["case"], record.get("dtype"), record.get("direction"), record.get("phase")] = record
+            key = record["case"], record.get("dtype"), record.get("direction"), record.get("phase")
+            if key not in found or len(record.get("timings", ())) >= len(found[key].get("timings", ())):
+                found[key] = record
     return found.values()
 
 
@@ -121,7 +122,9 @@ def network_table(record: dict) -> str:
         over = f"{t['median'] / ours:.2f}" + (f" (target {targets[name]:.1f})" if name in targets else "")
         rows.append([label, f"{1e3 * t['median']:.4g}", spread, over, speed, memory])
     rows += [[name, "–", reason, "", "", ""] for name, reason in record["left_out"].items()]
-    return columns(names, rows)
+    compiled = [f"{name} {s:.0f} s" for name, s in record.get("check_seconds", {}).items() if name in COMPILED]
+    note = f"\n\nTo compile and to be found equal took: {', '.join(compiled)}." if compiled else ""
+    return columns(names, rows) + note
 
 
 def sides_note(results: dict) -> str:
@@ -166,12 +169,6 @@ def overview(results: dict) -> str:
     if list(select(results, "memory")):
         parts.append(memory_table(results))
     return "\n\n".join(part for part in parts if part)
-
-
-def compiled_table(compiled: list[dict]) -> str:
-    """Seconds that the peer's compiled forms took to their first step; the machine did other work meanwhile."""
-    rows = [[line["contender"], line["case"], f"{line['seconds']:.0f}"] for line in compiled]
-    return columns(["", "", "s to the first step, check included"], rows)
 
 
 def first_step_table(record: dict) -> str:
@@ -303,11 +300,12 @@ def networks_summary(results: dict) -> str:
 
 
 def ops_summary(results: dict) -> str:
-    """One row per op, its first shape: microseconds of ours and of eager torch."""
+    """One row per op, its first shape, in the dtype of training: microseconds of ours and of eager torch."""
+    dtype, name = ("bf16", "bfloat16") if results["device"] == "cuda" else ("fp32", "float32")
     rows, seen = [], set()
     for r in select(results, "op"):
         op = r["case"].rsplit("-", 1)[0]
-        if r["dtype"] != "fp32" or (op, r["direction"]) in seen or "eager" not in r["timings"]:
+        if r["dtype"] != dtype or (op, r["direction"]) in seen or "eager" not in r["timings"]:
             continue
         seen.add((op, r["direction"]))
         ours, eager = r["timings"][r["ours"]], r["timings"]["eager"]
@@ -315,7 +313,7 @@ def ops_summary(results: dict) -> str:
             [f"`{op}`, {r['case'].rsplit('-', 1)[1]}, {r['direction']}", r["ours"], f"{1e6 * ours['median']:.4g}",
              f"{1e6 * eager['median']:.4g}", f"{eager['median'] / ours['median']:.2f}"]
         )  # fmt: skip
-    return columns(["float32", "way", "ours, µs", "eager, µs", "eager / ours"], rows) if rows else ""
+    return columns([name, "way", "ours, µs", "eager, µs", "eager / ours"], rows) if rows else ""
 
 
 def traffic_part() -> str:
@@ -368,8 +366,6 @@ def keep(out: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for chart in charts(results, Path(folder)):
             shutil.copyfile(chart, RESULTS / f"{stem}-{chart.name}")
-    if results["device"] == "cuda" and (out / "samples.png").exists():
-        shutil.copyfile(out / "samples.png", RESULTS / f"{stem}-samples.png")
     return stem
 
 
@@ -377,8 +373,13 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; fail where the README is another")
+    parser.add_argument("--draw", type=Path, metavar="OUT", help="a report's folder, to draw its pictures in")
     parser.add_argument("--keep", type=Path, metavar="OUT", help="a report's folder, to take over first")
     options = parser.parse_args()
+    if options.draw is not None:
+        made = charts(json.loads((options.draw / "results.json").read_text()), options.draw)
+        print("drawn: " + (", ".join(map(str, made)) or "nothing; there are no timings"))
+        return
     if options.keep is not None:
         print(f"kept: benchmarks/results/{keep(options.keep)}.json")
     text = README.read_text()
