@@ -41,13 +41,16 @@ def files(*patterns: str) -> list[str]:
 CPU_SOURCES = files("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cpu/simd/*.cpp")
 CUDA_SOURCES = files("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
 HEADERS = files("csrc/**/*.h", "csrc/**/*.cuh")
+# torch adds a standard where no flag names one, and before 2.13 it adds C++17; the CPU's sources need C++20. nvcc gets
+# torch's, since the CUDA sources compile under both.
+STANDARD = "/std:c++20" if sys.platform == "win32" else "-std=c++20"
 # NaN has to work, so not -ffast-math: only errno and traps, which stand in the way of vectorised code, are given up.
-CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS = [STANDARD, "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 if SANITIZE:
     # gcc makes fused multiply-adds among its expensive optimisations: without them the tests would judge other numbers.
     EXPENSIVE = ["-fexpensive-optimizations"] if sys.platform == "linux" else []
-    CXX_FLAGS = ["-O1", *EXPENSIVE, "-g", "-fno-omit-frame-pointer", *CXX_FLAGS[2:], *SANITIZE_FLAGS]
+    CXX_FLAGS = [STANDARD, "-O1", *EXPENSIVE, "-g", "-fno-omit-frame-pointer", *CXX_FLAGS[3:], *SANITIZE_FLAGS]
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 ARCHITECTURES = {"8.0": 80, "9.0": 90, "10.0": 100}
 CPUINFO = Path("/proc/cpuinfo")
@@ -180,10 +183,10 @@ def make_extension(kind: type, sources: list[str], macros: list[tuple] = ()):
 
 
 def built_otherwise(package: Path) -> bool:
-    """Whether what is there was built with other flags, which the files' ages do not tell."""
+    """Whether what is there was built with other flags or for another torch, which the files' ages do not tell."""
     file = package / "_build_info.json"
     before = json.loads(file.read_text()) if file.exists() else {}
-    return any(before.get(name) != info[name] for name in ("march", "sanitized"))
+    return any(before.get(name) != info[name] for name in ("march", "sanitized", "torch", "torch_cuda"))
 
 
 def write_info(package: Path) -> None:
