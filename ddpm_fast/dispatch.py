@@ -18,6 +18,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ddpm_fast import _extension
+from ddpm_fast.autocast import autocast_dtype
 
 BACKENDS = ("triton", "native", "sdpa", "reference")
 
@@ -185,7 +186,7 @@ class watch_choices:
 
 def no_autocast(device_type: str):
     """A context without autocast: references compute in the dtype of what they are given, as the kernels do."""
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 

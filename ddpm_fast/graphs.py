@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import _extension, dispatch
+from ddpm_fast.autocast import autocast_dtype
 
 _WARM_UPS = 2  # calls before a capture: libraries choose their algorithms and kernels compile in the first
 
@@ -321,9 +322,7 @@ def settings() -> tuple:
 
 def autocast_of(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast where it is on for a device, else None."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
+    return autocast_dtype(device.type)
 
 
 def uncached_autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import noise
+from ddpm_fast.autocast import autocast_dtype
 from ddpm_fast.frozen import DerivesWeights
 from ddpm_fast.ops.attention.op import attention, attention_block_natively
 from ddpm_fast.ops.conv3x3.op import conv3x3
@@ -60,11 +61,9 @@ def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
 
 def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors as autocast hands them to a convolution; None stays None."""
-    device_type = tensors[0].device.type
-    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
-    if not (available and torch.is_autocast_enabled(device_type)):
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 

@@ -37,7 +37,7 @@ ROWS = [
     ["ops/*/launch"],
     ["ops/common/arguments", "ops/common/kernel", "ops/common/norm", "ops/common/reference"],
     ["dispatch", "tuning", "noise", "schedules", "_version"],
-    ["_extension"],
+    ["_extension", "autocast"],
 ]
 
 
