@@ -183,10 +183,10 @@ def make_extension(kind: type, sources: list[str], macros: list[tuple] = ()):
 
 
 def built_otherwise(package: Path) -> bool:
-    """Whether what is there was built with other flags or for another torch, which the files' ages do not tell."""
+    """Whether what is there was built with other flags, which the files' ages do not tell."""
     file = package / "_build_info.json"
     before = json.loads(file.read_text()) if file.exists() else {}
-    return any(before.get(name) != info[name] for name in ("march", "sanitized", "torch", "torch_cuda"))
+    return any(before.get(name) != info[name] for name in ("march", "sanitized"))
 
 
 def write_info(package: Path) -> None:
