@@ -1,5 +1,6 @@
 # make demo   train on handwritten digits on the CPU and draw some: demo/grid.png, demo/strip.png, demo/loss.png
 # make test   set up an environment and run every test, two at a time (WORKERS=8: eight)
+# make test-torch TORCH=2.11.0  the native, compile and interpreter tests on another release: .venv-torch-2.11.0
 # make bench  measure this machine against the peer, in at most 21 minutes: bench/report.md, results.json, pictures
 # make bench-compiled  compile the peer for every benchmark ahead, once, in about ten minutes: make bench then meets it
 # make cuda-model  what a step launches on a CUDA device, and the time of its parts on an H100 and an A100; no GPU
@@ -30,7 +31,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 # The benchmarks' threads, the same for both sides.
 BENCH_THREADS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 2 ? n : 2)))
 
-.PHONY: demo test bench bench-compiled cuda-model sanitize wheels clean
+.PHONY: demo test test-torch bench bench-compiled cuda-model sanitize wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-ready
@@ -43,6 +44,10 @@ demo: $(VENV)/.demo-ready
 
 test: $(VENV)/.test-ready
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+# A number, torch==2.11.0 or newest; without TORCH the pinned release. It needs nothing of $(VENV).
+test-torch:
+	$(PYTHON) tests/torch_release.py $(firstword $(TORCH)) --workers $(WORKERS)
 
 bench: $(VENV)/.test-ready
 	OMP_NUM_THREADS=$(BENCH_THREADS) PYTHON=$(abspath $(BIN))/python \
@@ -62,7 +67,7 @@ wheels: $(VENV)/.build-ready
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest .whl $(WHEELS)
 
 clean:
-	rm -rf .venv .whl bench build dist *.egg-info demo/run ddpm_fast/_C*.so ddpm_fast/_build_info.json
+	rm -rf .venv .venv-torch-* .whl bench build dist *.egg-info demo/run ddpm_fast/_C*.so ddpm_fast/_build_info.json
 
 $(VENV)/.build-ready:
 	$(PYTHON) -m venv $(VENV)

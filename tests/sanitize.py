@@ -38,7 +38,7 @@ def copy_sources(folder: Path) -> None:
             kept = {target / file.relative_to(source) for file in source.rglob("*")}
             shutil.copytree(source, target, ignore=built, dirs_exist_ok=True)
             for file in target.rglob("*"):
-                if file.is_file() and file not in kept and file.suffix in (".py", ".h", ".cpp"):
+                if file.is_file() and file not in kept and file.suffix in (".py", ".h", ".cpp", ".cu"):
                     file.unlink()
         else:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,55 @@
+"""`make test-torch`: which release has its turn, which tests it gets, and what is said where it cannot be installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch_release
+
+
+def test_every_release_has_its_turn():
+    turns = [torch_release.whose_turn(commits) for commits in range(100, 100 + 2 * len(torch_release.RELEASES))]
+    half = len(torch_release.RELEASES)
+    assert turns[:half] == turns[half:] and set(turns) == set(torch_release.RELEASES)
+
+
+@pytest.mark.parametrize(
+    "release, requirement", [("2.11.0", "torch==2.11.0"), ("torch==2.9.1", "torch==2.9.1"), ("newest", "torch")]
+)
+def test_requirements(release, requirement):
+    assert torch_release.requirement(release) == requirement
+
+
+def test_every_pattern_names_tests():
+    root = torch_release.ROOT
+    for pattern in (*torch_release.NATIVE, *torch_release.COMPILED, *torch_release.INTERPRETED):
+        assert list((root / "tests").glob(pattern)), pattern
+    files, quick = torch_release.tests(root), torch_release.tests(root, quick=True)
+    assert len(files) == len(set(files)) and set(quick) < set(files)
+
+
+def test_a_copy_is_built_again_where_a_source_is_younger(tmp_path):
+    for name in ("csrc/cpu/x.h", "setup.py", "pyproject.toml", "ddpm_fast/_build_info.json"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        os.utime(file, (1000, 1000))
+    assert not torch_release.is_stale(tmp_path)
+    os.utime(tmp_path / "csrc" / "cpu" / "x.h", (2000, 2000))
+    assert torch_release.is_stale(tmp_path)
+    os.utime(tmp_path / "ddpm_fast" / "_build_info.json", (3000, 3000))
+    assert not torch_release.is_stale(tmp_path)
+    (tmp_path / "ddpm_fast" / "_build_info.json").unlink()
+    assert torch_release.is_stale(tmp_path)
+
+
+def test_a_release_that_cannot_be_installed_is_an_error_that_names_it(tmp_path):
+    command = [sys.executable, torch_release.__file__, "2.9.1", "--folder", str(tmp_path / "environment")]
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.endswith("torch==2.9.1 could not be installed; pip's reason is above\n"), result.stderr
+    assert "No matching distribution found" in result.stderr
