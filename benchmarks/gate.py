@@ -2,6 +2,7 @@
 
     python benchmarks/gate.py            measures everything, prints it beside its bound
     python benchmarks/gate.py --write    then lowers bounds to what was measured; never raises one
+    python benchmarks/gate.py --write tests/test_*_aot.py    the same for what these files measure
 
 Tests measure, those marked `gate`, and hand each number to `check`: operators, bytes moved and bytes kept per image
 (test_traffic.py), registers of every kernel (test_*_aot.py, test_cuda_compile.py; spills are always zero), modules that
@@ -12,7 +13,8 @@ A bound is at most 5% above what was measured. A number above its bound fails, a
 which asks for the bound to be lowered, so that what was won stays won. A bound is raised by hand, in view of whoever
 reads the change. What a tool decides is held like this under the version that bounds.json names; under another version
 three tenths more are allowed, and nothing has to be lowered. Registers are not comparable between versions of Triton:
-under another one a thread may have all 255 that there are, and the tests hold spills at zero anyway.
+each version has a table of its own, which `--write` makes where there is none. Under a version without one a thread may
+have all 255 registers that there are, and the tests hold spills at zero anyway.
 Time is never exact: its bound is half above the measured one.
 """
 
@@ -50,13 +52,17 @@ class Kind:
     slack: float = SLACK
     exact: bool = True
     step: int | None = None  # a bound stays below the next multiple of this
-    elsewhere: float | None = None  # the most under another version of the tool, where OTHER_VERSION says nothing
+    untabled: float | None = None  # each version of the tool has its table; the most under one that has none
+
+    @property
+    def by_version(self) -> bool:
+        return self.untabled is not None
 
 
 KINDS = {
     "traffic": Kind("torch"),
     # The hardware gives out registers in eights: a bound in the next eight could cost a program per multiprocessor.
-    "registers": Kind("triton", step=8, elsewhere=255),
+    "registers": Kind("triton", step=8, untabled=255),
     "cuda registers": Kind("nvcc", step=8),
     # Counts of cuda_model, exact: one launch or one compiled kernel more is a failure.
     "launches": Kind("torch", slack=1.0),
@@ -85,8 +91,14 @@ def version(tool: str | None) -> str | None:
 
 
 def bounds() -> dict[str, dict]:
-    """bounds.json: kind → name → bound, and the versions of the tools."""
+    """bounds.json: kind → name → bound, or kind → version → name → bound, and the versions of the tools."""
     return json.loads(BOUNDS.read_text())
+
+
+def table(kind: str, file: dict[str, dict]) -> dict[str, float]:
+    """Name → bound: what a kind's numbers are held to here."""
+    rule, found = KINDS[kind], file.get(kind, {})
+    return found.get(version(rule.tool), {}) if rule.by_version else found
 
 
 def new_bound(kind: str, measured: float) -> float:
@@ -101,13 +113,18 @@ def new_bound(kind: str, measured: float) -> float:
 def verdict(kind: str, name: str, measured: float, file: dict[str, dict]) -> str | None:
     """What is wrong with a measured number, in one sentence; None where nothing is."""
     rule = KINDS[kind]
-    bound = file.get(kind, {}).get(name)
+    here = version(rule.tool)
     what = f"{kind}, {name}: measured {measured:g}"
+    if rule.by_version and here not in file.get(kind, {}):
+        if measured <= rule.untabled:
+            return None
+        return f"{what}, bound {rule.untabled:g} under {rule.tool} {here}, which has no table"
+    bound = table(kind, file).get(name)
     if bound is None:
         return f"{what}, and {BOUNDS.name} has no bound for it; python benchmarks/gate.py --write adds one"
-    here, recorded = version(rule.tool), file[VERSIONS].get(rule.tool)
+    recorded = here if rule.by_version else file[VERSIONS].get(rule.tool)
     if here != recorded:
-        most = bound * OTHER_VERSION if rule.elsewhere is None else rule.elsewhere
+        most = bound * OTHER_VERSION
         if measured <= most:
             return None
         return f"{what}, bound {bound:g} under {rule.tool} {recorded} and {most:g} under {here}"
@@ -133,21 +150,33 @@ def check(kind: str, name: str, measured: float, record: Path | None = None) -> 
 
 
 def tightened(file: dict[str, dict], measured: dict[tuple[str, str], float]) -> dict[str, dict]:
-    """The bounds, lowered to what was measured where that is lower, with new ones added and none raised."""
-    result = {kind: dict(file.get(kind, {})) for kind in KINDS}
+    """The bounds, lowered to what was measured where that is lower, with new ones added and none raised.
+
+    What was not measured stays as it is, and so do tables of other versions.
+    """
+    tables = {kind: dict(table(kind, file)) for kind in KINDS}
     for (kind, name), number in measured.items():
-        result[kind][name] = min(result[kind].get(name, math.inf), new_bound(kind, number))
-    versions = {tool: version(tool) for tool in sorted({rule.tool for rule in KINDS.values() if rule.tool})}
-    return {VERSIONS: file.get(VERSIONS, {}) | {tool: here for tool, here in versions.items() if here}} | {
-        kind: dict(sorted(names.items())) for kind, names in result.items()
-    }
+        tables[kind][name] = min(tables[kind].get(name, math.inf), new_bound(kind, number))
+    result = {VERSIONS: dict(file.get(VERSIONS, {}))}
+    for kind, rule in KINDS.items():
+        names = dict(sorted(tables[kind].items()))
+        here = version(rule.tool)
+        if rule.by_version:
+            versions = dict(file.get(kind, {})) | ({here: names} if names else {})
+            result[kind] = dict(sorted(versions.items()))
+            continue
+        result[kind] = names
+        if here and any(kind == of for of, _ in measured):
+            result[VERSIONS][rule.tool] = here
+    result[VERSIONS] = dict(sorted(result[VERSIONS].items()))
+    return result
 
 
-def measure() -> dict[tuple[str, str], float]:
-    """Run the tests that measure."""
+def measure(tests: list[str]) -> dict[tuple[str, str], float]:
+    """Run the tests that measure, in these files or folders."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "measured"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gate", "--gate-record", str(record), "tests"]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gate", "--gate-record", str(record), *tests]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise SystemExit(result.stdout + result.stderr)
@@ -160,18 +189,19 @@ def measure() -> dict[tuple[str, str], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="lower the bounds to what is measured")
+    parser.add_argument("tests", nargs="*", help="files of tests that measure (default: all)")
     options = parser.parse_args()
-    measured = measure()
+    measured = measure(options.tests or ["tests"])
     file = bounds() if BOUNDS.exists() else {VERSIONS: {}}
     if options.write:
         file = tightened(file, measured)
         BOUNDS.write_text(json.dumps(file, indent=2) + "\n")
     sentences = []
     for (kind, name), number in sorted(measured.items()):
-        print(f"{kind:15} {number:>12g} {file.get(kind, {}).get(name, math.nan):>12g}  {name}")
+        print(f"{kind:15} {number:>12g} {table(kind, file).get(name, math.nan):>12g}  {name}")
         sentences.append(verdict(kind, name, number, file))
-    for kind in KINDS:
-        unmeasured = [name for name in file.get(kind, {}) if (kind, name) not in measured]
+    for kind in () if options.tests else KINDS:
+        unmeasured = [name for name in table(kind, file) if (kind, name) not in measured]
         sentences += [f"{kind}, {name}: has a bound, and nothing measures it" for name in unmeasured]
     failures = [sentence for sentence in sentences if sentence]
     print("\n".join(failures) or "Every number is within its bound.")

@@ -37,13 +37,20 @@ def test_import(tmp_path, gate):
     gate("import time", "over torch's own", statistics.median(ratios))
 
 
+HERE = {"torch": "2.0", "triton": "3.0", "compiler": "1.5"}
 FILE = {
-    "measured with": {"torch": regression_gate.version("torch"), "triton": "1.0", "compiler": "1.0"},
+    "measured with": {"torch": "2.0", "compiler": "1.0"},
     "traffic": {"operators": 100},
     "import time": {"ours": 0.03},
-    "registers": {"kernel": 40},
+    "registers": {"1.0": {"kernel": 40}, "3.0": {"kernel": 80}},
     "wheel bytes": {"wheel": 1000},
 }
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Tools of known versions."""
+    monkeypatch.setattr(regression_gate, "version", HERE.get)
 
 
 @pytest.mark.parametrize(
@@ -60,14 +67,22 @@ FILE = {
         ("wheel bytes", "wheel", 1300, None),
         ("wheel bytes", "wheel", 1, None),
         ("wheel bytes", "wheel", 1301, "wheel bytes, wheel: measured 1301, bound 1000 under compiler 1.0 and 1300"),
-        ("registers", "kernel", 255, None),
-        ("registers", "kernel", 1, None),
-        ("registers", "kernel", 256, "registers, kernel: measured 256, bound 40 under triton 1.0 and 255 under"),
+        ("registers", "kernel", 80, None),
+        ("registers", "kernel", 81, "registers, kernel: measured 81, bound 80 in bounds.json"),
+        ("registers", "kernel", 71, "tighten: registers, kernel: measured 71 is over 10% below its bound 80"),
+        ("registers", "other", 1, "registers, other: measured 1, and bounds.json has no bound for it"),
     ],
 )
-def test_verdicts(kind, name, measured, sentence):
+def test_verdicts(here, kind, name, measured, sentence):
     found = regression_gate.verdict(kind, name, measured, FILE)
     assert found is None if sentence is None else found.startswith(sentence)
+
+
+def test_a_triton_without_a_table_may_use_every_register(here):
+    file = {**FILE, "registers": {"1.0": {"kernel": 40}}}
+    assert regression_gate.verdict("registers", "kernel", 255, file) is None
+    sentence = "registers, kernel: measured 256, bound 255 under triton 3.0, which has no table"
+    assert regression_gate.verdict("registers", "kernel", 256, file) == sentence
 
 
 def test_a_bound_is_at_most_five_percent_above_what_was_measured():
@@ -80,13 +95,22 @@ def test_a_bound_is_at_most_five_percent_above_what_was_measured():
     assert regression_gate.new_bound("registers", 60) == 63
 
 
-def test_tightening_lowers_and_adds_and_never_raises():
+def test_tightening_lowers_and_adds_and_never_raises(here):
     measured = {("traffic", "operators"): 50, ("registers", "kernel"): 90, ("registers", "other"): 20}
     file = regression_gate.tightened(FILE, measured)
     assert file["traffic"] == {"operators": 52}
-    assert file["registers"] == {"kernel": 40, "other": 21}
+    assert file["registers"] == {"1.0": {"kernel": 40}, "3.0": {"kernel": 80, "other": 21}}
     assert file["import time"] == FILE["import time"]
-    assert file["measured with"]["torch"] == regression_gate.version("torch")
+    assert file["measured with"] == FILE["measured with"]
+
+
+def test_the_version_of_a_tool_is_recorded_with_what_it_decides(here):
+    file = {**FILE, "measured with": {"torch": "1.0", "compiler": "1.0"}, "registers": {"1.0": {"kernel": 40}}}
+    measured = {("traffic", "operators"): 90, ("registers", "kernel"): 17}
+    tightened = regression_gate.tightened(file, measured)
+    assert tightened["measured with"] == {"torch": "2.0", "compiler": "1.0"}
+    assert tightened["registers"] == {"1.0": {"kernel": 40}, "3.0": {"kernel": 17}}
+    assert regression_gate.tightened(file, {})["registers"] == file["registers"]
 
 
 def test_what_is_recorded_is_not_judged(tmp_path):
@@ -100,5 +124,11 @@ def test_the_file_of_bounds():
     file = regression_gate.bounds()
     versions = file.pop("measured with")
     assert set(file) == set(regression_gate.KINDS)
-    assert all(names and all(bound > 0 for bound in names.values()) for names in file.values())
-    assert {rule.tool for rule in regression_gate.KINDS.values() if rule.tool} == set(versions)
+    tables = [
+        table
+        for kind, names in file.items()
+        for table in (names.values() if regression_gate.KINDS[kind].by_version else [names])
+    ]
+    assert all(names and all(bound > 0 for bound in names.values()) for names in tables)
+    assert {rule.tool for rule in regression_gate.KINDS.values() if rule.tool and not rule.by_version} == set(versions)
+    assert {"3.6.0", "3.8.0"} <= set(file["registers"]), "the Tritons of torch 2.11 and of the pinned release"

@@ -100,7 +100,7 @@ def test_registers_and_accesses_with_dropout_and_residual(name, capability, tmp_
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_merge_of_group_moments(capability, tmp_path, gate):
     signature = {n: type_of(n, "fp32") for n in kernel.group_merge_kernel.arg_names[:7]}
-    constants = {"CHUNK": 256, "BLOCK_K": 64, "BLOCK_D": 8}
+    constants = {"CHUNK": 256, "BLOCK_K": 64, "BLOCK_D": 8, "BLOCKS_K": 2, "BLOCKS_D": 1}
     machine = compile_kernel(
         kernel.group_merge_kernel, signature, constants, capability, tmp_path, num_warps=1, unaligned=("G", "chunks")
     )
@@ -114,7 +114,7 @@ def test_sizes_of_one_compile(name, tmp_path):
     function = getattr(kernel, name)
     ones = ["HW", "C", "G", "tiles", "chunks", "stride_b", "stride_c", "stride_n", "stride_scale", "stride_shift"]
     constants = {n: 1 for n in ones} | {"ACTIVATION": False, "QUADS": False, "TILES": 1, "CHUNK": 1}
-    constants |= {"BLOCK_N": 1, "BLOCK_C": 1, "BLOCK_K": 1, "BLOCK_D": 1}
+    constants |= {"BLOCK_N": 1, "BLOCK_C": 1, "BLOCK_K": 1, "BLOCK_D": 1, "BLOCKS_K": 1, "BLOCKS_D": 1}
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, "bf16") for n in function.arg_names if n not in constants}
     assert not compile_kernel(function, signature, constants, 90, tmp_path, num_warps=1).spills

@@ -248,28 +248,32 @@ def group_merge_kernel(
     moments_ptr,  # (B, chunks, 2, C)
     statistics_ptr,  # (B, G, 2) float32: mean and 1/√(variance + eps)
     HW, C, G, chunks, eps,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_K: tl.constexpr, BLOCKS_D: tl.constexpr,
 ):  # fmt: skip
-    """One program merges the chunks and channels of a group: the mean, then what is around it (Chan et al. 1983)."""
+    """One program merges the chunks and channels of a group: the mean, then what is around it (Chan et al. 1983).
+
+    The numbers of blocks are constants, nearly always 1: the interpreters of Triton 3.5 and 3.6 cannot loop up to a
+    tensor with numpy 2.4.
+    """
     i_b, i_g = tl.program_id(0) // G, tl.program_id(0) % G
     D = C // G
     moments_ptr += i_b * chunks * 2 * C + i_g * D
     b_sum = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for k in range(0, chunks, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
+    for i_k in range(BLOCKS_K):
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         b_count = tl.minimum(HW - o_k * CHUNK, CHUNK)
-        for d in range(0, D, BLOCK_D):
-            o_d = d + tl.arange(0, BLOCK_D)
+        for i_d in range(BLOCKS_D):
+            o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
             mask = (o_k < chunks)[:, None] & (o_d < D)[None, :]
             b_sum += _load(moments_ptr, o_k[:, None] * 2 * C + o_d[None, :], mask) * b_count[:, None]
     size = HW * D
     mean = tl.sum(tl.sum(b_sum, axis=1), axis=0) / size
     b_m2 = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for k in range(0, chunks, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
+    for i_k in range(BLOCKS_K):
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         b_count = tl.minimum(HW - o_k * CHUNK, CHUNK)
-        for d in range(0, D, BLOCK_D):
-            o_d = d + tl.arange(0, BLOCK_D)
+        for i_d in range(BLOCKS_D):
+            o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
             mask = (o_k < chunks)[:, None] & (o_d < D)[None, :]
             o_moments = o_k[:, None] * 2 * C + o_d[None, :]
             b_delta = tl.where(mask, _load(moments_ptr, o_moments, mask) - mean, 0.0)
@@ -587,8 +591,9 @@ def _group_statistics_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int
     block_d = min(64, tuning.next_power_of_2(C // groups))
     block_k = min(1024 // block_d, tuning.next_power_of_2(chunks))
     group_merge_kernel[(B * groups,)](
-        moments, statistics, HW, C, groups, chunks, eps, CHUNK=tile.chunk, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=1
-    )
+        moments, statistics, HW, C, groups, chunks, eps, CHUNK=tile.chunk, BLOCK_K=block_k, BLOCK_D=block_d,
+        BLOCKS_K=triton.cdiv(chunks, block_k), BLOCKS_D=triton.cdiv(C // groups, block_d), num_warps=1,
+    )  # fmt: skip
     return statistics
 
 
