@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import gate as regression_gate
+import gpu_arithmetic
 import pytest
 import torch
 
@@ -27,6 +29,9 @@ PEER_1X = Path(sys.prefix) / "peer-1x"
 
 def pytest_addoption(parser):
     parser.addoption("--gate-record", help="a file: note the numbers of tests marked gate there instead of judging")
+    parser.addoption(
+        "--arithmetic", choices=gpu_arithmetic.UNITS, help="Triton's interpreter computes as this GPU does"
+    )
 
 
 def pytest_ignore_collect(collection_path):
@@ -53,6 +58,13 @@ def pytest_collection_modifyitems(items):
 def _no_forced_backend_leaks():
     yield
     assert dispatch._forced is None, "a test left a backend forced"
+
+
+@pytest.fixture(autouse=True)
+def _arithmetic(request):
+    name = request.config.getoption("--arithmetic")
+    with contextlib.nullcontext() if name is None else gpu_arithmetic.emulated(name):
+        yield
 
 
 @pytest.fixture(autouse=True)
