@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import triton
@@ -27,6 +27,7 @@ class Machine:
         accesses: instructions by kind and width in bits, such as {("LDG", 128): 4, ("STG", 32): 1}; LDL and STL, the
             accesses to local memory, are counted too.
         sass: the machine code.
+        ptx, ttgir: what Triton made it of, where Triton did.
     """
 
     registers: int
@@ -35,6 +36,8 @@ class Machine:
     shared: int
     accesses: dict[tuple[str, int], int]
     sass: str
+    ptx: str = ""
+    ttgir: str = ""
 
     @property
     def spills(self) -> bool:
@@ -43,6 +46,25 @@ class Machine:
     def widths(self, kind: str) -> dict[int, int]:
         """Instructions of a kind by width in bits: "LDG", "LDGSTS" (to shared memory), "STG", "LDS", "STS"."""
         return {width: n for (k, width), n in sorted(self.accesses.items()) if k == kind}
+
+    def arithmetic(self) -> set[str]:
+        """Float32 instructions of PTX without their operands, such as "div.full.f32" and "sqrt.rn.f32"."""
+        return set(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z]\w*(?:\.\w+)*\.f32)\s", self.ptx, re.MULTILINE))
+
+    def accumulators(self) -> list[str]:
+        """What each product on float32 tensors starts from: "zero", or a name. A product that goes on is left out."""
+        defined = dict(re.findall(r"(%[\w]+)(?::\d+)? = (.*)", self.ttgir))
+        names = []
+        for operands in re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) (.*)", self.ttgir):
+            name = operands.split(",")[2].split()[0].split("#")[0]
+            while match := re.match(
+                r"(?:arith\.select %\w+, %\w+, |ttg\.convert_layout )(%\w+)", defined.get(name, "")
+            ):
+                name = match[1].split("#")[0]
+            value = defined.get(name, "")
+            if not re.match(r"tt\.dot|ttng\.warp_group_dot", value):
+                names.append("zero" if "dense<0.000000e+00>" in value else name)
+        return names
 
 
 def compile_kernel(
@@ -55,6 +77,7 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 1,
     unaligned: tuple[str, ...] = (),
+    enable_fp_fusion: bool = True,
 ) -> Machine:
     """Compile a `@triton.jit` kernel for one architecture and read its machine code.
 
@@ -62,6 +85,7 @@ def compile_kernel(
         signature: type of every argument that is no constant, such as {"x_ptr": "*bf16", "n": "i32"}.
         constants: value of every other argument; None stands for a pointer that is not given.
         capability: 80, 90 or 100.
+        enable_fp_fusion: the compiler may fuse products with sums.
         unaligned: pointers and integers not to be assumed multiples of 16; every other one is, as a launch would see.
     """
     names = kernel.arg_names
@@ -70,9 +94,10 @@ def compile_kernel(
     aligned = [n for n, kind in signature.items() if n not in unaligned and (kind[0] == "*" or kind[0] in "iu")]
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, types, constants, attrs)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return read_machine(compiled.asm["cubin"], compiled.metadata.shared, tmp_path)
+    machine = read_machine(compiled.asm["cubin"], compiled.metadata.shared, tmp_path)
+    return replace(machine, ptx=compiled.asm["ptx"], ttgir=compiled.asm["ttgir"])
 
 
 def read_machine(cubin: bytes, shared: int, tmp_path: Path) -> Machine:

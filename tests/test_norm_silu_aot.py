@@ -34,6 +34,8 @@ KERNELS = {
     "group_norm_silu_bwd_kernel": (False, True, 2, 1),
 }
 
+UNFUSED = ("group_norm_silu_sums_kernel", "group_norm_silu_bwd_kernel")  # launched with enable_fp_fusion=False
+
 
 def compile_stage(name: str, dtype: str, C: int, everything: bool, capability: int, tmp_path):
     """A kernel as `forward` and `backward` launch it on channels-last maps; with `everything`, residual and dropout."""
@@ -49,8 +51,9 @@ def compile_stage(name: str, dtype: str, C: int, everything: bool, capability: i
     signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
     unaligned = tuple(n for n in ("tiles", "chunks", "G", "threshold") if n in signature)
     machine = compile_kernel(
-        function, signature, constants, capability, tmp_path, num_warps=tile.num_warps, unaligned=unaligned
-    )
+        function, signature, constants, capability, tmp_path, num_warps=tile.num_warps, unaligned=unaligned,
+        enable_fp_fusion=name not in UNFUSED,
+    )  # fmt: skip
     return machine, tile
 
 
@@ -118,3 +121,36 @@ def test_sizes_of_one_compile(name, tmp_path):
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, "bf16") for n in function.arg_names if n not in constants}
     assert not compile_kernel(function, signature, constants, 90, tmp_path, num_warps=1).spills
+
+
+def compile_few_channels(capability: int, tmp_path) -> Machine:
+    """RMSNorm's forward on maps of one channel."""
+    function = kernel.rms_norm_silu_fwd_kernel
+    constants = {"C": 1, "stride_c": 1, "stride_n": 1, "ACTIVATION": True, "QUADS": True, "BLOCK_N": 16, "BLOCK_C": 1}
+    constants |= {"seed_ptr": None, "residual_ptr": None}
+    signature = {n: type_of(n, "fp32") for n in function.arg_names if n not in constants}
+    return compile_kernel(function, signature, constants, capability, tmp_path, num_warps=1, unaligned=("tiles",))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_gradients_that_cancel_have_correctly_rounded_factors(capability, tmp_path):
+    """√C / ‖v‖ of few channels is made once per pixel, with correct rounding; see docs/arithmetic.md.
+
+    SiLU's division remains approximate; nothing is subtracted from it. GroupNorm's backward has no fused sums.
+    """
+    forward = compile_few_channels(capability, tmp_path).arithmetic()
+    assert {"sqrt.rn.f32", "div.rn.f32"} <= forward
+    assert not [n for n in forward if n.startswith(("sqrt.approx", "rsqrt", "rcp"))]
+    plain, _ = compile_stage("rms_norm_silu_bwd_kernel", "fp32", 64, False, capability, tmp_path)
+    assert "div.rn.f32" in plain.arithmetic()
+    assert not [n for n in plain.arithmetic() if n.startswith(("sqrt", "rsqrt", "rcp"))]
+    for name in UNFUSED:
+        machine, _ = compile_stage(name, "fp32", 64, False, capability, tmp_path)
+        assert "fma.rn.f32" not in machine.arithmetic(), name
+
+
+def test_the_statistics_of_groups_are_correctly_rounded(tmp_path):
+    signature = {n: type_of(n, "fp32") for n in kernel.group_merge_kernel.arg_names[:7]}
+    constants = {"CHUNK": 256, "BLOCK_K": 64, "BLOCK_D": 8}
+    machine = compile_kernel(kernel.group_merge_kernel, signature, constants, 90, tmp_path, num_warps=1)
+    assert {"sqrt.rn.f32", "div.rn.f32"} <= machine.arithmetic() and "sqrt.approx.ftz.f32" not in machine.arithmetic()

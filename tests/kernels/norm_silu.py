@@ -79,9 +79,21 @@ def test_rows_of_zeros():
 
 
 def test_gradients_that_cancel():
-    """One channel per norm: x of RMSNorm only gives its sign, and a bias before GroupNorm changes nothing."""
-    gradients = run("rms", "triton", *make("rms", (2, 1, 5, 5, 1), "plain", "nhwc", DEVICE))
+    """One channel per norm: x of RMSNorm only gives its sign, and a bias before GroupNorm changes nothing.
+
+    RMSNorm, with d the gradient at x̂: the root of RN(x²) is |x|, so that x̂ = x·RN(1/|x|) is ±1 or ±(1 − 2⁻²⁴). Then
+    d − x̂·(x̂·d) is at most 2⁻²⁴·|d| in the first case (where d is fused and not rounded) and 6·2⁻²⁴·|d| in the second,
+    and dx that over |x|: 5e-6 here, since the smallest x are of the first case. Both roundings must be correct for
+    that: with the 2 units that an approximate division may be off, dx is up to 2e-5.
+    GroupNorm: the sum of 25 dx of size 1, each off by half a unit, and 25 times the error of a mean of size ½.
+    """
+    tensors, others = make("rms", (2, 1, 5, 5, 1), "plain", "nhwc", DEVICE)
+    gradients = run("rms", "triton", tensors, others)
     assert gradients["dx"].abs().max() < 1e-5
+    y = (tensors["x"].sign() * tensors["weight"]).double()
+    d = torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape) * tensors["weight"]
+    d = d * y.sigmoid() * (1 + y * (1 - y.sigmoid()))
+    assert (gradients["dx"].abs() <= 1.001 * 6 * 2**-24 * d.abs() / tensors["x"].abs()).all()
     gradients = run("group", "triton", *make("group", (2, 3, 5, 5, 3), "bias", "nhwc", DEVICE))
     assert gradients["dbias"].abs().max() < 1e-5
 

@@ -134,9 +134,11 @@ def silu(x):
 
 @triton.jit
 def silu_derivative(x):
-    """d silu / dx = σ(x)·(1 + x·(1 − σ(x))) of float32."""
-    s = sigmoid(x)
-    return s * (1.0 + x * (1.0 - s))
+    """d silu / dx = σ(x) + x·σ(x)·σ(−x) of float32; 1 − σ(x) would cancel, and x would multiply what is left of it."""
+    e = tl.exp(-tl.abs(x))
+    larger = 1.0 / (1.0 + e)  # σ(|x|)
+    smaller = e * larger
+    return tl.where(x > 0.0, larger, smaller) + x * (smaller * larger)
 
 
 @triton.jit
@@ -148,6 +150,15 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
     if _INTERPRETED:  # its products of bfloat16 are wrong, and those in float32 are what the hardware gives
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_of_many(a, b, accumulator, PRECISION: tl.constexpr):
+    """`dot` for long loops: "ieee" products are summed by themselves; errors grow with tiles, not with terms."""
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        # Without a limit the compiler would add into accumulator term by term; to float32 the limit means nothing else.
+        return accumulator + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    return dot(a, b, accumulator, PRECISION)
 
 
 @triton.jit

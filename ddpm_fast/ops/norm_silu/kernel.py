@@ -124,7 +124,7 @@ def _finish_bwd(
 def rms_norm_silu_fwd_kernel(
     x_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so are out and residual
     out_ptr,
-    norms_ptr,  # (B, HW) float32: max(‖v‖₂, 1e-12)
+    factors_ptr,  # (B, HW) float32: √C / max(‖v‖₂, 1e-12)
     weight_ptr,  # (C,)
     bias_ptr,  # (C,) or None
     scale_ptr,  # (B, C) or None
@@ -146,10 +146,14 @@ def rms_norm_silu_fwd_kernel(
     )
 
     b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
-    b_norm = tl.maximum(tl.sqrt(tl.sum(b_v * b_v, axis=1)), _SMALLEST_NORM)  # (BLOCK_N,)
-    tl.store(norms_ptr + i_b.to(tl.int64) * HW + o_n, b_norm, mask=m_n)
+    b_square = tl.sum(b_v * b_v, axis=1)  # (BLOCK_N,)
+    if BLOCK_C < 16:  # gradients of few channels cancel, and 2 units in the last place would show in them
+        b_factor = tl.div_rn(root_c, tl.maximum(tl.sqrt_rn(b_square), _SMALLEST_NORM))
+    else:
+        b_factor = root_c / tl.maximum(tl.sqrt(b_square), _SMALLEST_NORM)
+    tl.store(factors_ptr + i_b.to(tl.int64) * HW + o_n, b_factor, mask=m_n)
     _finish_fwd(
-        b_v * (root_c / b_norm)[:, None], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_gain, b_offset,
+        b_v * b_factor[:, None], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_gain, b_offset,
         seed_ptr, i_b, i_n * BLOCK_N, o_c, HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
     )  # fmt: skip
 
@@ -160,7 +164,7 @@ def rms_norm_silu_bwd_kernel(
     x_ptr,
     dx_ptr,
     sums_ptr,  # (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of a chunk's pixels
-    norms_ptr,  # (B, HW)
+    factors_ptr,  # (B, HW)
     weight_ptr,  # (C,)
     bias_ptr,  # (C,) or None
     scale_ptr,  # (B, C) or None
@@ -179,14 +183,15 @@ def rms_norm_silu_bwd_kernel(
     b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dy_normed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dx = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    # A norm that is larger than the smallest by less than forward's rounding counts as clamped.
+    largest_factor, inverse_c = root_c * (0.999999 / _SMALLEST_NORM), tl.div_rn(1.0, root_c * root_c)
     for i_tile in range(TILES):
         n_start = (i_chunk * TILES + i_tile) * BLOCK_N
         o_n = n_start + tl.arange(0, BLOCK_N)
         m_n = o_n < HW
         o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, m_n[:, None] & m_c[None, :]
-        b_norm = tl.load(norms_ptr + i_b.to(tl.int64) * HW + o_n, mask=m_n, other=1.0)
+        b_factor = tl.load(factors_ptr + i_b.to(tl.int64) * HW + o_n, mask=m_n, other=0.0)
         b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
-        b_factor = root_c / b_norm  # (BLOCK_N,)
         b_normed = b_v * b_factor[:, None]
         b_dy = _finish_bwd(
             grad_ptr + o_sample, b_normed, o_tile, m_tile, b_gain, b_offset, seed_ptr, i_b, n_start, o_c, HW,
@@ -194,7 +199,7 @@ def rms_norm_silu_bwd_kernel(
         )  # fmt: skip
         b_dnormed = b_dy * b_gain[None, :]
         # A clamped norm is a constant: nothing flows through it.
-        b_projection = tl.where(b_norm > _SMALLEST_NORM, tl.sum(b_dnormed * b_normed, axis=1) / (root_c * root_c), 0.0)
+        b_projection = tl.where(b_factor < largest_factor, tl.sum(b_dnormed * b_normed, axis=1) * inverse_c, 0.0)
         b_dx = (b_dnormed - b_normed * b_projection[:, None]) * b_factor[:, None]
         tl.store(dx_ptr + o_sample + o_tile, b_dx.to(dx_ptr.dtype.element_ty), mask=m_tile)
         b_sum_dy += b_dy
@@ -267,7 +272,7 @@ def group_merge_kernel(
             mask = (o_k < chunks)[:, None] & (o_d < D)[None, :]
             b_sum += _load(moments_ptr, o_k[:, None] * 2 * C + o_d[None, :], mask) * b_count[:, None]
     size = HW * D
-    mean = tl.sum(tl.sum(b_sum, axis=1), axis=0) / size
+    mean = tl.div_rn(tl.sum(tl.sum(b_sum, axis=1), axis=0), size * 1.0)
     b_m2 = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for i_k in range(BLOCKS_K):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -280,7 +285,7 @@ def group_merge_kernel(
             b_m2 += _load(moments_ptr, o_moments + C, mask) + b_delta * b_delta * b_count[:, None]
     variance = tl.sum(tl.sum(b_m2, axis=1), axis=0) / size
     tl.store(statistics_ptr + tl.program_id(0) * 2, mean)
-    tl.store(statistics_ptr + tl.program_id(0) * 2 + 1, 1.0 / tl.sqrt(variance + eps))
+    tl.store(statistics_ptr + tl.program_id(0) * 2 + 1, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
 
 
 @triton.jit
@@ -471,7 +476,7 @@ def forward(
     activation: bool,
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output, and the statistics for `backward`: norms (B, HW) for RMSNorm (groups = 0), else (B, G, 2)."""
+    """Output, and the statistics for `backward`: factors (B, HW) for RMSNorm (groups = 0), else (B, G, 2)."""
     B, C, HW = _sizes(x)
     out = torch.empty_like(x)
     rows = _Rows(weight, affine, bias, scale, shift)
@@ -531,6 +536,8 @@ def backward(
         grid = (B * chunks, triton.cdiv(C, tile.block_c))
         inputs = (rows.weight, rows.affine, rows.bias, rows.scale, rows.shift, seed, HW, C, groups, chunks, *numbers)
         partial = x.new_empty(B, chunks, 2, C, dtype=torch.float32)
+        # A group of one number has no gradient: both kernels must round its dy as torch rounds the mean below.
+        constants["enable_fp_fusion"] = False
         group_norm_silu_sums_kernel[grid](grad, x, partial, statistics, *inputs, **constants)
         sums = partial.sum(1)
         gain = rows.scaled(rows.weight.float().reshape(1, -1))  # (B or 1, C)
