@@ -33,7 +33,7 @@ KERNELS = {
 PRODUCTS = [("bf16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee")]
 
 
-NOT_GIVEN = {"norm": ("bias_ptr", "residual_ptr"), "residual": ("g_ptr", "norms_ptr")}
+NOT_GIVEN = {"norm": ("bias_ptr", "residual_ptr"), "residual": ("g_ptr", "factors_ptr")}
 
 
 def compile_stage(name: str, dtype: str, precision: str, C: int, capability: int, tmp_path, op: str = "norm"):
@@ -80,7 +80,7 @@ def assert_fit(machine: Machine, tile: kernel.Tile, name: str, dtype: str) -> No
     assert wide >= sum(accesses(*edge, BITS[dtype]) for edge in reads), (name, copies, machine.accesses)
     stored = accesses(*written, BITS[written_dtype or dtype])
     assert machine.widths("STG").get(128, 0) >= stored, (name, machine.accesses)
-    # What is stored besides are the pixels' norms.
+    # What is stored besides are the pixels' factors.
     assert sum(n for width, n in machine.widths("STG").items() if width < 128) <= 1, (name, machine.accesses)
 
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ddpm_fast import tuning
-from ddpm_fast.ops.common.kernel import cast, dot
+from ddpm_fast.ops.common.kernel import cast, dot, dot_of_many
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -216,9 +216,9 @@ def attention_dkv_kernel(
         b_delta = tl.load(delta_ptr + o_rows + o_q, mask=m_q, other=0.0)
         # Keys × queries; rows of keys that do not exist are not stored.
         b_p = tl.exp2(dot(b_k, tl.trans(b_q), None, PRECISION) * scale2 - b_lse[None, :])
-        b_dv = dot(cast(b_p, b_q.dtype), b_do, b_dv, PRECISION)
+        b_dv = dot_of_many(cast(b_p, b_q.dtype), b_do, b_dv, PRECISION)
         b_ds = b_p * (dot(b_v, tl.trans(b_do), None, PRECISION) - b_delta[None, :])
-        b_dk = dot(cast(b_ds, b_q.dtype), b_q, b_dk, PRECISION)
+        b_dk = dot_of_many(cast(b_ds, b_q.dtype), b_q, b_dk, PRECISION)
     dk_ptr = dqkv_ptr + o_sample + o_head + HD * stride_d
     _store_rows(dk_ptr, b_dk * scale, o_k, stride_n, stride_d, N, D, BLOCK_D)
     _store_rows(dk_ptr + HD * stride_d, b_dv, o_k, stride_n, stride_d, N, D, BLOCK_D)
@@ -251,7 +251,7 @@ _TILES = {
     "dkv": {
         "half": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2)},
         "tf32": {128: Tile(32, 32)},
-        "ieee": {32: Tile(64, 32), 64: Tile(64, 32, 8), 128: Tile(32, 32, 8)},
+        "ieee": {32: Tile(32, 32), 64: Tile(32, 32, 8), 128: Tile(16, 32, 8)},
     },
 }
 # The interpreter's time is per operation: small tiles of unequal sides, so that a small test has several, then large

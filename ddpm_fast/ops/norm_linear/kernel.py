@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ddpm_fast import tuning
-from ddpm_fast.ops.common.kernel import cast, dot
+from ddpm_fast.ops.common.kernel import cast, dot, dot_of_many
 
 _SMALLEST_NORM = tl.constexpr(1e-12)
 
@@ -49,7 +49,7 @@ def norm_linear_fwd_kernel(
     bias_ptr,  # (M,) or None
     residual_ptr,  # as out, or None
     out_ptr,  # (B, M, N) through out_b, out_c, out_n
-    norms_ptr,  # (B, N) float32: max(‖x‖₂, 1e-12); or None: x is not normed
+    factors_ptr,  # (B, N) float32: √C / max(‖x‖₂, 1e-12); or None: x is not normed
     N, C, M, tiles_n, tiles_o, root_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
     PRECISION: tl.constexpr, TILES_C: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -67,14 +67,15 @@ def norm_linear_fwd_kernel(
         o_x = o_c.to(tl.int64)[None, :] * stride_c
         b_x = tl.load(x_row + o_x, mask=m_n[:, None] & (o_c < C)[None, :], other=0.0)
         b_weight = _folded_weight(weight_ptr, g_ptr, o_o, o_c, M, C, x_ptr.dtype.element_ty)
-        if norms_ptr is not None:
+        if factors_ptr is not None:
             b_squares += tl.sum(b_x.to(tl.float32) * b_x.to(tl.float32), axis=1)
         b_out = dot(b_x, tl.trans(b_weight), b_out, PRECISION)
-    if norms_ptr is not None:
-        b_norm = tl.maximum(tl.sqrt(b_squares), _SMALLEST_NORM)
+    if factors_ptr is not None:
+        # Both correctly rounded: gradients of few channels cancel, and 2 units in the last place would show in them.
+        b_factor = tl.div_rn(root_c, tl.maximum(tl.sqrt_rn(b_squares), _SMALLEST_NORM))
         if i_o == 0:
-            tl.store(norms_ptr + i_b * N + o_n, b_norm, mask=m_n)
-        b_out *= (root_c / b_norm)[:, None]
+            tl.store(factors_ptr + i_b * N + o_n, b_factor, mask=m_n)
+        b_out *= b_factor[:, None]
     if bias_ptr is not None:
         b_out += tl.load(bias_ptr + o_o, mask=o_o < M, other=0.0).to(tl.float32)[None, :]
     o_tile = i_b * out_b + o_n.to(tl.int64)[:, None] * out_n + o_o.to(tl.int64)[None, :] * out_c
@@ -89,7 +90,7 @@ def norm_linear_bwd_x_kernel(
     grad_ptr,  # (B, M, N) through out_b, out_c, out_n
     x_ptr,  # (B, C, N) through stride_b, stride_c, stride_n; so is dx
     dx_ptr,
-    norms_ptr,  # (B, N)
+    factors_ptr,  # (B, N)
     g_ptr,  # (C,)
     weight_ptr,  # (M, C)
     N, C, M, tiles_n, root_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
@@ -106,14 +107,14 @@ def norm_linear_bwd_x_kernel(
         o_grad = o_o.to(tl.int64)[None, :] * out_c
         b_grad = tl.load(grad_row + o_grad, mask=m_n[:, None] & (o_o < M)[None, :], other=0.0)
         b_weight = _folded_weight(weight_ptr, g_ptr, o_o, o_c, M, C, grad_ptr.dtype.element_ty)
-        b_z = dot(b_grad, b_weight, b_z, PRECISION)
+        b_z = dot_of_many(b_grad, b_weight, b_z, PRECISION)
     o_tile = i_b * stride_b + o_n.to(tl.int64)[:, None] * stride_n + o_c.to(tl.int64)[None, :] * stride_c
     m_tile = m_n[:, None] & (o_c < C)[None, :]
-    b_norm = tl.load(norms_ptr + i_b * N + o_n, mask=m_n, other=1.0)
-    b_factor = root_c / b_norm
+    b_factor = tl.load(factors_ptr + i_b * N + o_n, mask=m_n, other=0.0)
     b_normed = tl.load(x_ptr + o_tile, mask=m_tile, other=0.0).to(tl.float32) * b_factor[:, None]
     # A clamped norm is a constant: nothing flows through it.
-    b_projection = tl.where(b_norm > _SMALLEST_NORM, tl.sum(b_z * b_normed, axis=1) / (root_c * root_c), 0.0)
+    unclamped = b_factor < tl.div_rn(root_c, _SMALLEST_NORM)
+    b_projection = tl.where(unclamped, tl.sum(b_z * b_normed, axis=1) * tl.div_rn(1.0, root_c * root_c), 0.0)
     b_dx = (b_z - b_normed * b_projection[:, None]) * b_factor[:, None]
     tl.store(dx_ptr + o_tile, cast(b_dx, dx_ptr.dtype.element_ty), mask=m_tile)
 
@@ -122,9 +123,9 @@ def norm_linear_bwd_x_kernel(
 def norm_linear_bwd_weight_kernel(
     grad_ptr,  # (B, M, N) through out_b, out_c, out_n
     x_ptr,  # (B, C, N) through stride_b, stride_c, stride_n
-    norms_ptr,  # (B, N)
+    factors_ptr,  # (B, N)
     sums_ptr,  # (B·chunks, M, C) float32: gradᵀ·x̂ of a chunk's pixels
-    N, C, M, chunks, tiles_o, tiles_c, root_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
+    N, C, M, chunks, tiles_o, tiles_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
     PRECISION: tl.constexpr, TILES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -143,9 +144,9 @@ def norm_linear_bwd_weight_kernel(
         o_row = o_n.to(tl.int64)[:, None]
         b_grad = tl.load(grad_ptr + o_row * out_n + o_grad, mask=m_n[:, None] & m_o[None, :], other=0.0)
         b_x = tl.load(x_ptr + o_row * stride_n + o_x, mask=m_n[:, None] & m_c[None, :], other=0.0)
-        b_factor = root_c / tl.load(norms_ptr + i_b * N + o_n, mask=m_n, other=1.0)
+        b_factor = tl.load(factors_ptr + i_b * N + o_n, mask=m_n, other=0.0)
         b_normed = cast(b_x.to(tl.float32) * b_factor[:, None], grad_ptr.dtype.element_ty)
-        b_sum = dot(tl.trans(b_grad), b_normed, b_sum, PRECISION)
+        b_sum = dot_of_many(tl.trans(b_grad), b_normed, b_sum, PRECISION)
     o_sums = i_chunk.to(tl.int64) * M * C + o_o[:, None] * C + o_c[None, :]
     tl.store(sums_ptr + o_sums, b_sum, mask=m_o[:, None] & m_c[None, :])
 
@@ -228,10 +229,10 @@ def forward(
     weight: torch.Tensor,  # (M, C, 1, 1)
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, M, H, W) in the memory format of x, and max(‖x‖₂, 1e-12) of every pixel, (B, H·W) float32."""
-    out, norms = empty_outputs(x, weight.shape[0])
-    _launch_forward(x, g.contiguous(), weight, None, None, out, norms, precision)
-    return out, norms
+    """Output (B, M, H, W) in the memory format of x, and √C / max(‖x‖₂, 1e-12) of every pixel, (B, H·W) float32."""
+    out, factors = empty_outputs(x, weight.shape[0])
+    _launch_forward(x, g.contiguous(), weight, None, None, out, factors, precision)
+    return out, factors
 
 
 def forward_residual(
@@ -247,14 +248,14 @@ def forward_residual(
     return out
 
 
-def _launch_forward(x, g, weight, bias, residual, out, norms, precision: str) -> None:
+def _launch_forward(x, g, weight, bias, residual, out, factors, precision: str) -> None:
     M, C = weight.shape[:2]
     B, N = _rows(x)
     tile = forward_tile(_pixels(x), C, M, exact_products(x.dtype, precision))
     tiles_n, tiles_o = triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_o)
     with torch.cuda.device_of(x):
         norm_linear_fwd_kernel[(B * tiles_n * tiles_o,)](
-            x, g, weight.reshape(M, C).contiguous(), bias, residual, out, norms, N, C, M, tiles_n, tiles_o, C**0.5,
+            x, g, weight.reshape(M, C).contiguous(), bias, residual, out, factors, N, C, M, tiles_n, tiles_o, C**0.5,
             *_strides(x, N), *_strides(out, N), PRECISION=precision, TILES_C=triton.cdiv(C, tile.block_c),
             **tile.constants,
         )  # fmt: skip
@@ -263,7 +264,7 @@ def _launch_forward(x, g, weight, bias, residual, out, norms, precision: str) ->
 def backward(
     grad: torch.Tensor,  # (B, M, H, W)
     x: torch.Tensor,
-    norms: torch.Tensor,  # (B, H·W) float32
+    factors: torch.Tensor,  # (B, H·W) float32
     g: torch.Tensor,
     weight: torch.Tensor,
     precision: str,
@@ -287,11 +288,11 @@ def backward(
     sums = x.new_empty(B * chunks, M, C, dtype=torch.float32)
     with torch.cuda.device_of(x):
         norm_linear_bwd_x_kernel[(B * tiles_n,)](
-            grad, x, dx, norms, g_row, weight_rows, N, C, M, tiles_n, C**0.5, *strides,
+            grad, x, dx, factors, g_row, weight_rows, N, C, M, tiles_n, C**0.5, *strides,
             PRECISION=precision, TILES_O=triton.cdiv(M, tile.block_o), **tile.constants,
         )  # fmt: skip
         norm_linear_bwd_weight_kernel[(B * chunks * tiles_o * tiles_c,)](
-            grad, x, norms, sums, N, C, M, chunks, tiles_o, tiles_c, C**0.5, *strides,
+            grad, x, factors, sums, N, C, M, chunks, tiles_o, tiles_c, *strides,
             PRECISION=precision, TILES=tiles, **sum_tile.constants,
         )  # fmt: skip
     folded = sums.sum(0)  # (M, C), the gradient of weight·g

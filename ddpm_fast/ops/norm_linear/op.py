@@ -24,11 +24,11 @@ _LARGEST_ROWS = 2**31 - 2**16  # pixels that the kernels' 32-bit indices count
 
 _library = torch.library.Library("ddpm_fast", "FRAGMENT")
 _library.define(
-    "norm_linear(Tensor x, Tensor g, Tensor weight) -> (Tensor out, Tensor norms)",
+    "norm_linear(Tensor x, Tensor g, Tensor weight) -> (Tensor out, Tensor factors)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "norm_linear_backward(Tensor grad, Tensor x, Tensor norms, Tensor g, Tensor weight) "
+    "norm_linear_backward(Tensor grad, Tensor x, Tensor factors, Tensor g, Tensor weight) "
     "-> (Tensor dx, Tensor dg, Tensor dweight)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -56,10 +56,10 @@ def _norm_linear(x, g, weight):
 
 @torch.library.impl(_library, "norm_linear_backward", "CPU")
 @torch.library.impl(_library, "norm_linear_backward", "CUDA")
-def _norm_linear_backward(grad, x, norms, g, weight):
+def _norm_linear_backward(grad, x, factors, g, weight):
     from ddpm_fast.ops.norm_linear import kernel
 
-    return kernel.backward(grad, x, norms, g, weight, _precision())
+    return kernel.backward(grad, x, factors, g, weight, _precision())
 
 
 @torch.library.register_fake("ddpm_fast::norm_linear", lib=_library)
@@ -70,7 +70,7 @@ def _norm_linear_fake(x, g, weight):
 
 
 @torch.library.register_fake("ddpm_fast::norm_linear_backward", lib=_library)
-def _norm_linear_backward_fake(grad, x, norms, g, weight):
+def _norm_linear_backward_fake(grad, x, factors, g, weight):
     return torch.empty_like(x), g.new_empty(g.shape), weight.new_empty(weight.shape)
 
 
