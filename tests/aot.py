@@ -52,17 +52,27 @@ class Machine:
         return set(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z]\w*(?:\.\w+)*\.f32)\s", self.ptx, re.MULTILINE))
 
     def accumulators(self) -> list[str]:
-        """What each product on float32 tensors starts from: "zero", or a name. A product that goes on is left out."""
+        """What each product on float32 tensors starts from: "zero", or a name. A product that goes on is left out.
+
+        On sm_100 an accumulator may lie in tensor memory, where it is stored before the product that adds to it.
+        """
         defined = dict(re.findall(r"(%[\w]+)(?::\d+)? = (.*)", self.ttgir))
+        operands = re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) (.*)", self.ttgir)
+        starts = [text.split(",")[2].split()[0].split("#")[0] for text in operands]
         names = []
-        for operands in re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) (.*)", self.ttgir):
-            name = operands.split(",")[2].split()[0].split("#")[0]
+        for memory, adds in re.findall(r"ttng\.tc_gen5_mma %\w+, %\w+, (%\w+), (%\w+),", self.ttgir):
+            stored = re.search(rf"ttng\.tmem_store (%\w+), {memory}, ", self.ttgir)
+            if adds == "%false":
+                names.append("zero")
+            else:
+                starts.append(stored[1] if stored else memory)
+        for name in starts:
             while match := re.match(
                 r"(?:arith\.select %\w+, %\w+, |ttg\.convert_layout )(%\w+)", defined.get(name, "")
             ):
                 name = match[1].split("#")[0]
             value = defined.get(name, "")
-            if not re.match(r"tt\.dot|ttng\.warp_group_dot", value):
+            if not re.match(r"tt\.dot|ttng\.warp_group_dot|ttng\.tmem_load", value):
                 names.append("zero" if "dense<0.000000e+00>" in value else name)
         return names
 

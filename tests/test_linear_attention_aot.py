@@ -133,3 +133,17 @@ def test_sizes_of_one_compile(name, tmp_path):
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, "bf16") for n in function.arg_names if n not in constants}
     assert not compile_kernel(function, signature, constants, 90, tmp_path, num_warps=1).spills
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name, C", [("context", 64), ("rows_fwd", 64), ("rows_bwd", 64), ("sums_bwd", 256)])
+def test_products_of_float32_are_added_outside_the_matrix_unit(name, C, capability, tmp_path):
+    """Its accumulator cuts off what it does not hold, and would lose a little in every step of a loop.
+
+    Each tile's product starts at zero and is added by an instruction that rounds; see docs/arithmetic.md.
+    """
+    machine, *_ = compile_stage(name, "fp32", C, capability, tmp_path)
+    assert machine.accumulators() and set(machine.accumulators()) == {"zero"}, machine.accumulators()
+    assert "add.f32" in machine.arithmetic() or "add.rn.f32" in machine.arithmetic()
+    halves, *_ = compile_stage(name, "bf16", C, capability, tmp_path)
+    assert "context" != name or set(halves.accumulators()) != {"zero"}, "the test sees accumulators that go on"

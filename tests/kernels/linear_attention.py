@@ -35,6 +35,12 @@ def test_shapes(shape):
     assert_as_accurate_as_the_reference(*make(shape, "nhwc", DEVICE))
 
 
+@pytest.mark.parametrize("side", [16, 32, 64])
+def test_sums_over_many_positions(side):
+    """Errors of the context and of the weights' gradients do not grow with the number of tiles."""
+    assert_as_accurate_as_the_reference(*make((1, 1, 32, 32, 4, side, side), "nhwc", DEVICE))
+
+
 def test_contiguous_maps():
     assert_as_accurate_as_the_reference(*make((1, 3, 10, 24, 5, 7, 9), "nchw", DEVICE))
 
