@@ -536,8 +536,9 @@ def backward(
         grid = (B * chunks, triton.cdiv(C, tile.block_c))
         inputs = (rows.weight, rows.affine, rows.bias, rows.scale, rows.shift, seed, HW, C, groups, chunks, *numbers)
         partial = x.new_empty(B, chunks, 2, C, dtype=torch.float32)
-        # A group of one number has no gradient: both kernels must round its dy as torch rounds the mean below.
-        constants["enable_fp_fusion"] = False
+        if HW * C == groups:
+            # A group of one number has no gradient: both kernels must round its dy as torch rounds the mean below.
+            constants["enable_fp_fusion"] = False
         group_norm_silu_sums_kernel[grid](grad, x, partial, statistics, *inputs, **constants)
         sums = partial.sum(1)
         gain = rows.scaled(rows.weight.float().reshape(1, -1))  # (B or 1, C)
