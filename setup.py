@@ -7,6 +7,8 @@ was built, against what, and why the rest was left out goes to ddpm_fast/_build_
 DDPM_FAST_MARCH=native|portable. `native` compiles for this processor, `portable` for any of its kind, with the kernels
 chosen while running. Not set, it is native where the extension stays beside its sources (in place, editable) on Linux
 and x86-64, and portable in a wheel, which may travel.
+DDPM_FAST_EMULATE_AVX512=1 builds the AVX-512 kernels from vectors of AVX2, for tests of their arithmetic on processors
+without AVX-512.
 DDPM_FAST_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer, for tests/sanitize.py.
 """
 
@@ -32,6 +34,7 @@ MODE = os.environ.get("DDPM_FAST_BUILD", "auto")
 MARCHES = ("native", "portable")
 MARCH = os.environ.get("DDPM_FAST_MARCH")
 SANITIZE = os.environ.get("DDPM_FAST_SANITIZE", "0") == "1"
+EMULATE_AVX512 = os.environ.get("DDPM_FAST_EMULATE_AVX512", "0") == "1"
 
 
 def files(*patterns: str) -> list[str]:
@@ -65,7 +68,8 @@ FEATURES = {
     "AVX512BITALG": "avx512_bitalg", "AVX512VPOPCNTDQ": "avx512_vpopcntdq",
 }  # fmt: skip
 
-info = {"mode": MODE, "built": [], "reason": None, "cuda_left_out": None, "sanitized": SANITIZE}
+info = {"mode": MODE, "built": [], "reason": None, "cuda_left_out": None}
+info |= {"sanitized": SANITIZE, "emulated_avx512": EMULATE_AVX512}
 
 
 def run_nvcc(nvcc: str, *args: str) -> str:
@@ -176,7 +180,7 @@ def make_extension(kind: type, sources: list[str], macros: list[tuple] = ()):
         name="ddpm_fast._C",
         sources=list(sources),
         depends=HEADERS,
-        define_macros=list(macros),
+        define_macros=[*macros, *([("DDPM_FAST_EMULATE_AVX512", None)] if EMULATE_AVX512 else [])],
         extra_compile_args={"cxx": CXX_FLAGS + OPENMP_FLAGS, "nvcc": ["-O3"]},
         extra_link_args=[*OPENMP_FLAGS, *(SANITIZE_FLAGS[:1] if SANITIZE else [])],
     )
@@ -186,7 +190,7 @@ def built_otherwise(package: Path) -> bool:
     """Whether what is there was built with other flags, which the files' ages do not tell."""
     file = package / "_build_info.json"
     before = json.loads(file.read_text()) if file.exists() else {}
-    return any(before.get(name) != info[name] for name in ("march", "sanitized"))
+    return any(before.get(name) != info[name] for name in ("march", "sanitized", "emulated_avx512"))
 
 
 def write_info(package: Path) -> None:
