@@ -47,7 +47,7 @@ test: $(VENV)/.test-ready
 
 # A number, torch==2.11.0 or newest; without TORCH the pinned release. It needs nothing of $(VENV).
 test-torch:
-	$(PYTHON) tests/torch_release.py $(firstword $(TORCH)) --workers $(WORKERS)
+	$(PYTHON) tests/build/torch_release.py $(firstword $(TORCH)) --workers $(WORKERS)
 
 bench: $(VENV)/.test-ready
 	OMP_NUM_THREADS=$(BENCH_THREADS) PYTHON=$(abspath $(BIN))/python \
@@ -61,7 +61,7 @@ cuda-model: $(VENV)/.test-ready
 	@$(ONE_THREAD) $(BIN)/python benchmarks/roofline.py
 
 sanitize: $(VENV)/.test-ready
-	$(ONE_THREAD) $(BIN)/python tests/sanitize.py
+	$(ONE_THREAD) $(BIN)/python tests/build/sanitize.py
 
 wheels: $(VENV)/.build-ready
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest .whl $(WHEELS)

@@ -9,7 +9,7 @@ chosen while running. Not set, it is native where the extension stays beside its
 and x86-64, and portable in a wheel, which may travel.
 DDPM_FAST_EMULATE_AVX512=1 builds the AVX-512 kernels from vectors of AVX2, for tests of their arithmetic on processors
 without AVX-512.
-DDPM_FAST_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer, for tests/sanitize.py.
+DDPM_FAST_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer, for tests/build/sanitize.py.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ import pytest
 from network_cases import COMPILE_SECONDS, network_cases
 from op_cases import size_of
 
-from ddpm_fast.bench import contenders
-from ddpm_fast.bench.timing import Timing
+from ddpm_fast.measure import baselines
+from ddpm_fast.measure.timing import Timing
 
 ROUNDS = {"quick": 1, "cpu": 2, "full": 3}
 FOLDER = Path(__file__).parent
@@ -76,7 +76,7 @@ def test_first_step(benchmark, record, device, size, case, deadline):
         )  # fmt: skip
 
     def why_not(name: str) -> str | None:
-        reason = None if name == PRECOMPILED else contenders.why_not(name)
+        reason = None if name == PRECOMPILED else baselines.why_not(name)
         expected = took.get(name, COMPILE_SECONDS.get(name, max(took.values(), default=0.0)))
         return reason or ("not run: out of time" if time.time() + expected > deadline else None)
 

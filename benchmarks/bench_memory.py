@@ -11,7 +11,7 @@ import pytest
 from network_cases import MEMORY_TARGET, network_cases
 from op_cases import size_of
 
-from ddpm_fast.bench import contenders
+from ddpm_fast.measure import baselines
 
 SCRIPT = Path(__file__).parent / "memory_run.py"
 SIDES = ("peer", "ours", "ours-low-memory")
@@ -33,7 +33,7 @@ def memory_of(name: str, configuration) -> dict[str, int]:
 def test_memory(benchmark, record, device, case):
     if device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
         pytest.skip("resident memory is measured on the CPU, on Linux")
-    left_out = {name: contenders.why_not(name) for name in SIDES if contenders.why_not(name) is not None}
+    left_out = {name: baselines.why_not(name) for name in SIDES if baselines.why_not(name) is not None}
     found = {name: memory_of(name, case.configuration) for name in SIDES if name not in left_out and name != "ours"}
     found["ours"] = benchmark.pedantic(lambda: memory_of("ours", case.configuration), rounds=1, iterations=1)
     record(

@@ -18,7 +18,7 @@ import torch
 from network_cases import COMPILE_SECONDS, TRAINING_ONLY, network_cases
 from op_cases import size_of
 
-from ddpm_fast.bench import compare
+from ddpm_fast.measure import compare
 
 # A compilation that waits in torch's cache still takes this long to load and check.
 _LOADING_SECONDS = 25

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_close_to_truth
 from op_cases import DTYPES, Inputs, OpCase, op_cases, size_of
 
-from ddpm_fast import dispatch
-from ddpm_fast.dispatch import use_backend
+from ddpm_fast.runtime import dispatch
+from ddpm_fast.runtime.dispatch import use_backend
+from ddpm_fast.testing.truth import assert_close_to_truth
 
 # ‖a − truth‖ / ‖truth‖ of ways that are not ours. Eager torch in half precision also sums gradients of rows in it.
 _RIVAL_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
-
 from op_cases import size_of  # noqa: E402
 
-from ddpm_fast.bench import machine  # noqa: E402
-from ddpm_fast.bench.timing import Interleaved  # noqa: E402
+from ddpm_fast.measure import machine  # noqa: E402
+from ddpm_fast.measure.timing import Interleaved  # noqa: E402
 
 
 def pytest_addoption(parser) -> None:

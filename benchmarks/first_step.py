@@ -27,16 +27,16 @@ def main(name: str, configuration: str, device_name: str, started: str) -> None:
         getattr(package, attribute)
     importing = time.perf_counter() - importing
 
-    from ddpm_fast.bench import contenders
+    from ddpm_fast.measure import baselines
 
     began = float(started)
     options = json.loads(configuration)
     options["dim_mults"] = tuple(options["dim_mults"])
-    config, device = contenders.Configuration(**options), torch.device(device_name)
+    config, device = baselines.Configuration(**options), torch.device(device_name)
     if device.type == "cuda":
         torch.zeros(1, device=device)
     before = _resident()
-    contender = contenders.make(name, config, device)
+    contender = baselines.make(name, config, device)
     contender.training_step().item()
     first = time.time() - began
     for _ in range(2):

@@ -6,13 +6,8 @@ python benchmarks/kernel_run.py DEVICE SIZE [--ops NAME ...] [--dtypes bf16 ...]
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-
 from bench_ops import with_gradients  # noqa: E402
 from op_cases import DTYPES, op_cases  # noqa: E402
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm_fast.bench import contenders
+from ddpm_fast.measure import baselines
 
 STEPS = 3
 
@@ -31,7 +31,7 @@ def resident(name: str) -> int:
 def main(name: str, configuration: str) -> None:
     options = json.loads(configuration)
     options["dim_mults"] = tuple(options["dim_mults"])
-    contender = contenders.make(name, contenders.Configuration(**options), torch.device("cpu"))
+    contender = baselines.make(name, baselines.Configuration(**options), torch.device("cpu"))
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back

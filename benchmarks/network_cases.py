@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ddpm_fast.bench.compare import PHASES
-from ddpm_fast.bench.contenders import Configuration
+from ddpm_fast.measure.baselines import Configuration
+from ddpm_fast.measure.compare import PHASES
 
 SEED = {"dim": 64, "dim_mults": (1, 2, 4, 8)}
 EAGER = ("peer", "peer-channels-last")

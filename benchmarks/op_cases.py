@@ -14,7 +14,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast import noise, schedules
+from ddpm_fast import noise
+from ddpm_fast.diffusion import schedules
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.ops.linear_attention.op import linear_attention

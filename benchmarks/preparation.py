@@ -47,7 +47,7 @@ def machine(report: Report, limit: float) -> dict:
         if shutil.which("nvidia-smi"):
             report.processes.start("nvidia-smi", ["nvidia-smi"])  # for the log; nothing waits for it
     code = (
-        f"import json, torch; from ddpm_fast.bench import machine; device = torch.device({report.device!r})\n"
+        f"import json, torch; from ddpm_fast.measure import machine; device = torch.device({report.device!r})\n"
         f"ceilings = {report.plan != 'triage'} and machine.measure_ceilings(device, quick={report.quick}).as_dict()\n"
         "print(json.dumps([machine.describe(device), ceilings]))"
     )
@@ -103,7 +103,7 @@ def extension(report: Report, limit: float) -> dict:
     build = report.background["build"]
     report.processes.finish(build, limit)
     took = time.time() - build.began
-    code = "import json; from ddpm_fast import _extension as e; print(json.dumps([e.reason(), e.info()]))"
+    code = "import json; from ddpm_fast.runtime import extension as e; print(json.dumps([e.reason(), e.info()]))"
     reason, info = json.loads(report.call([PYTHON, "-c", code], until - time.time()).splitlines()[-1])
     BUILT_FROM.parent.mkdir(exist_ok=True)
     BUILT_FROM.write_text(sources())  # before it is judged, which compares them

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ddpm_fast.bench.charts import bars, columns  # noqa: E402
+from ddpm_fast.measure.charts import bars, columns  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -59,7 +59,7 @@ def machine_name(results: dict) -> str:
     """The machine's short name, or what is known where the run did not come that far."""
     if "machine" not in results:
         return f"an unknown machine ({results['device']})"
-    from ddpm_fast.bench import machine
+    from ddpm_fast.measure import machine
 
     return machine.name(results["machine"])
 

@@ -183,11 +183,12 @@ def training_run(report: Report, limit: float) -> dict:
 def tests(report: Report, limit: float) -> dict:
     """The kernels' tests, then all others that need a GPU; without one the latter are found and skipped."""
     until = time.time() + limit
-    gpu = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "tests").glob("test_*.py"))
+    gpu = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "tests").rglob("test_*.py"))
            if "mark.gpu" in file.read_text()]  # fmt: skip
     runs = {"gpu": ["-m", "gpu", *(gpu[:1] if report.quick else gpu)]}
     if report.device == "cuda":
-        runs = {"kernels": ["tests/kernels"]} | runs
+        kernel_tests = sorted((ROOT / "tests" / "ops").glob("*/test_triton.py"))
+        runs = {"kernels": [str(file.relative_to(ROOT)) for file in kernel_tests]} | runs
     command = [PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if report.device == "cuda" and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(14, len(os.sched_getaffinity(0)) - 2))), "--dist", "worksteal"]

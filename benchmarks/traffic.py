@@ -3,7 +3,7 @@
     python benchmarks/traffic.py [--dim 64] [--dim-mults 1 2 4 8] [--image-size 128] [--memory fast] [--json FILE]
     python benchmarks/traffic.py --keep             the seed configuration, for the README
 
-ddpm_fast/bench/traffic.py counts and says what is counted. The floor is the time that an H100's copy bandwidth, 3.0
+ddpm_fast/measure/traffic.py counts and says what is counted. The floor is the time that an H100's copy bandwidth, 3.0
 TB/s as measured, needs for the bytes alone.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm_fast.bench.traffic import Traffic, kernels_take_meta_tensors, measure
+from ddpm_fast.measure.traffic import Traffic, kernels_take_meta_tensors, measure
 
 KEPT = Path(__file__).parent / "results" / "traffic.json"
 SEED_CONFIG = {"dim": 64, "dim_mults": (1, 2, 4, 8), "image_size": 128}

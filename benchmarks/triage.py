@@ -23,10 +23,10 @@ import torch
 from network_cases import network_cases
 from op_cases import DTYPES, Inputs, OpCase, op_cases
 
-from ddpm_fast import dispatch
-from ddpm_fast.bench import compare, contenders, profile
-from ddpm_fast.bench.contenders import Configuration
-from ddpm_fast.bench.timing import Interleaved, Timing
+from ddpm_fast.measure import baselines, compare, profile
+from ddpm_fast.measure.baselines import Configuration
+from ddpm_fast.measure.timing import Interleaved, Timing
+from ddpm_fast.runtime import dispatch
 
 UPSTREAM = ("peer", "peer-channels-last")
 # Timesteps of a sampling run on a GPU, and rows of a profile.
@@ -156,7 +156,7 @@ def training(part: Part) -> bool:
     losses = {}
     for name in ("ours", "ours-step-by-step"):
         with same_algorithms():
-            made[name] = contenders.make(name, configuration, part.device)
+            made[name] = baselines.make(name, configuration, part.device)
             torch.manual_seed(1)
             losses[name] = [made[name].training_step().item() for _ in range(3)]
         say(f"{name}: losses {' '.join(f'{loss:.7g}' for loss in losses[name])}")
@@ -178,9 +178,9 @@ def sampling(part: Part) -> bool:
     """The same images recorded and step by step, and the time of a step of each."""
     configuration = part.configuration("sampling")
     say(f"{configuration}, {configuration.steps} steps")
-    made = {name: contenders.make(name, configuration, part.device) for name in ("ours", "ours-step-by-step")}
+    made = {name: baselines.make(name, configuration, part.device) for name in ("ours", "ours-step-by-step")}
     images = {}
-    with same_algorithms(), contenders.autocast(configuration, part.device):
+    with same_algorithms(), baselines.autocast(configuration, part.device):
         for name, graph in (("ours", None), ("ours-step-by-step", False)):
             with dispatch.watch_choices() as choices:
                 images[name] = made["ours"].diffusion.sample(configuration.batch, seed=3, progress=False, graph=graph)

@@ -12,20 +12,20 @@ import time
 import torch
 from network_cases import COMPILE_SECONDS, network_cases
 
-from ddpm_fast.bench import compare, contenders
+from ddpm_fast.measure import baselines, compare
 
 
 def main(device: str, size: str) -> None:
     """Runs what the benchmark will run first: the equality check, then a step of each phase."""
     for name in COMPILE_SECONDS:
         for case in network_cases(size):
-            if name not in case.rivals or contenders.why_not(name) is not None:
+            if name not in case.rivals or baselines.why_not(name) is not None:
                 continue
             began = time.perf_counter()
             training = compare.PHASES[0] in case.phases
-            ours = contenders.make(compare.OURS, case.configuration, torch.device(device))
-            contender = contenders.make(name, case.configuration, torch.device(device))
-            contenders.check(ours, contender, case.configuration, gradients=training)
+            ours = baselines.make(compare.OURS, case.configuration, torch.device(device))
+            contender = baselines.make(name, case.configuration, torch.device(device))
+            baselines.check(ours, contender, case.configuration, gradients=training)
             for phase in case.phases:
                 compare.phase_call(contender, phase)()
             torch._dynamo.reset()

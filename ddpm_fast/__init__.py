@@ -7,20 +7,20 @@ can use it, and the trainer's libraries by the first use of the trainer.
 from importlib import import_module
 
 from ddpm_fast import noise
-from ddpm_fast._extension import empty_cache
 from ddpm_fast._version import __version__
-from ddpm_fast.dispatch import explain, use_backend
-from ddpm_fast.frozen import frozen_weights
-from ddpm_fast.gaussian_diffusion import GaussianDiffusion, ModelPrediction
-from ddpm_fast.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
-from ddpm_fast.unet import Unet
+from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion, ModelPrediction
+from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
+from ddpm_fast.models.derived_weights import frozen_weights
+from ddpm_fast.models.unet import Unet
+from ddpm_fast.runtime.dispatch import explain, use_backend
+from ddpm_fast.runtime.extension import empty_cache
 
 _LAZY = {
-    "Checkpoint": "ddpm_fast.checkpoint",
-    "Dataset": "ddpm_fast.data",
-    "Trainer": "ddpm_fast.trainer",
-    "capture_training_step": "ddpm_fast.training_step",
-    "load_checkpoint": "ddpm_fast.checkpoint",
+    "Checkpoint": "ddpm_fast.training.checkpoint",
+    "Dataset": "ddpm_fast.training.data",
+    "Trainer": "ddpm_fast.training.trainer",
+    "capture_training_step": "ddpm_fast.training.captured_step",
+    "load_checkpoint": "ddpm_fast.training.checkpoint",
 }
 
 __all__ = [

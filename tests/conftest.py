@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import gate as regression_gate
-import gpu_arithmetic
 import pytest
 import torch
 
-from ddpm_fast import dispatch
+from ddpm_fast.runtime import dispatch
+from ddpm_fast.testing import gpu_arithmetic
 
 # cuBLAS has deterministic algorithms, which the tests ask for, only with a workspace set up before it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -23,7 +23,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # The suite's tensors are tiny: a second thread only adds waiting, most of all on a busy machine.
 torch.set_num_threads(1)
 
-KERNELS = Path(__file__).parent / "kernels"
+# Tests of Triton kernels: they run on CUDA, or in Triton's interpreter, which takes a process of its own.
+KERNEL_TESTS = "test_triton.py"
 PEER_1X = Path(sys.prefix) / "peer-1x"
 
 
@@ -34,10 +35,21 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    """Without a GPU, kernel tests alone run in the interpreter. Triton reads the variable at its import."""
+    names = {Path(argument.partition("::")[0]).name for argument in config.args}
+    if names == {KERNEL_TESTS} and not torch.cuda.is_available() and "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 def pytest_ignore_collect(collection_path):
-    """Tests of the kernels run on CUDA with the others, and in Triton's interpreter alone: helpers.run_kernel_tests."""
-    is_possible = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-    return True if collection_path == KERNELS and not is_possible else None
+    """The interpreter runs kernel tests and nothing else; without it they need a GPU."""
+    if collection_path.suffix != ".py":
+        return None
+    is_kernel_test = collection_path.name == KERNEL_TESTS
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None if is_kernel_test else True
+    return True if is_kernel_test and not torch.cuda.is_available() else None
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_close_to_truth, errors
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_fast import GaussianDiffusion, Unet, schedules
+from ddpm_fast import GaussianDiffusion, Unet
+from ddpm_fast.diffusion import schedules
+from ddpm_fast.testing.truth import assert_close_to_truth, errors
 
 NARROW = [torch.float16, torch.bfloat16]
 

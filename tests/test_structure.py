@@ -17,27 +17,27 @@ PACKAGE = Path(__file__).parents[1] / "ddpm_fast"
 ROWS = [
     ["__main__"],
     ["cli"],
-    ["bench/command"],
-    ["bench/profile"],
-    ["bench/compare"],
-    ["bench/contenders", "bench/machine"],
-    ["bench/timing", "bench/charts", "bench/traffic"],
-    ["trainer"],
-    ["data", "checkpoint", "fid", "batches", "history"],
-    ["files"],
-    ["training_step"],
-    ["gaussian_diffusion"],
-    ["process"],
-    ["samplers"],
-    ["unet"],
-    ["layers", "graphs"],
-    ["frozen"],
+    ["measure/command"],
+    ["measure/profile"],
+    ["measure/compare"],
+    ["measure/baselines", "measure/machine"],
+    ["measure/timing", "measure/charts", "measure/traffic"],
+    ["training/trainer"],
+    ["training/data", "training/checkpoint", "training/evaluation", "training/batches", "training/history"],
+    ["training/atomic_files"],
+    ["training/captured_step"],
+    ["diffusion/gaussian_diffusion"],
+    ["diffusion/diffusion_process"],
+    ["diffusion/sampling"],
+    ["models/unet"],
+    ["models/layers", "runtime/recording"],
+    ["models/derived_weights"],
     ["ops/*/op"],
-    ["ops/*/kernel", "ops/*/native", "ops/*/reference"],
+    ["ops/*/triton", "ops/*/native", "ops/*/reference"],
     ["ops/*/launch"],
-    ["ops/common/arguments", "ops/common/kernel", "ops/common/norm", "ops/common/reference"],
-    ["dispatch", "tuning", "noise", "schedules", "_version"],
-    ["_extension", "autocast"],
+    ["ops/arguments", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
+    ["runtime/dispatch", "runtime/triton_launch", "noise", "diffusion/schedules", "_version"],
+    ["runtime/extension", "runtime/autocast"],
 ]
 
 
@@ -71,7 +71,9 @@ def package_imports(path: Path) -> list[str]:
 
 
 MODULES = {
-    str(p.relative_to(PACKAGE).with_suffix("")): p for p in sorted(PACKAGE.rglob("*.py")) if p.name != "__init__.py"
+    str(p.relative_to(PACKAGE).with_suffix("")): p
+    for p in sorted(PACKAGE.rglob("*.py"))
+    if p.name != "__init__.py" and "testing" not in p.relative_to(PACKAGE).parts
 }
 
 
@@ -83,8 +85,8 @@ def test_imports_form_layers(module):
         assert row_of(imported) > row_of(module), f"{module} imports {imported}, which is not below it"
         if module.startswith("ops/") and imported.startswith("ops/"):
             kind = module.split("/")[-1]
-            of_kind = ("norm", kind) if kind in ("kernel", "reference") else ("arguments",)
-            shared = imported in [f"ops/common/{name}" for name in of_kind]
+            of_kind = ("common/norm", f"common/{kind}") if kind in ("triton", "reference") else ("arguments",)
+            shared = imported in [f"ops/{name}" for name in of_kind]
             same_room = module.split("/")[1] == imported.split("/")[1]
             assert same_room or shared, f"{module} imports another room, {imported}"
 
@@ -94,7 +96,7 @@ def test_only_kernels_import_triton_and_references_import_no_kernel():
         tree = ast.parse(path.read_text())
         roots = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         roots |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-        if not module.endswith("/kernel"):
+        if not module.endswith("/triton"):
             assert "triton" not in roots, module
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from triton.backends.compiler import GPUTarget
 
 from cuda_model.driver import target_of
-from ddpm_fast.bench.traffic import H100_BYTES_PER_SECOND
+from ddpm_fast.measure.traffic import H100_BYTES_PER_SECOND
 
 
 @dataclass(frozen=True)

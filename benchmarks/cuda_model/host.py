@@ -19,7 +19,8 @@ from network_cases import SEED
 from triton.backends.compiler import GPUTarget
 
 from cuda_model import driver, steps
-from ddpm_fast import GaussianDiffusion, Unet, schedules
+from ddpm_fast import GaussianDiffusion, Unet
+from ddpm_fast.diffusion import schedules
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.ops.linear_attention.op import linear_attention
@@ -49,8 +50,10 @@ torch.library.register_autograd(
 def launching_nothing(target: GPUTarget) -> Iterator[None]:
     """Inside, CPU tensors take the way of CUDA tensors as far as the launch."""
     with (
-        mock.patch("ddpm_fast.tuning.why_not_triton", lambda device: None),
-        mock.patch("ddpm_fast._extension.why_not", lambda device: "the host's time with CUDA's kernels is measured"),
+        mock.patch("ddpm_fast.runtime.triton_launch.why_not_triton", lambda device: None),
+        mock.patch(
+            "ddpm_fast.runtime.extension.why_not", lambda device: "the host's time with CUDA's kernels is measured"
+        ),
         driver.recording(target, lambda variant, grid, arguments: None),
     ):
         yield

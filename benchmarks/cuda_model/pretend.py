@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ddpm_fast.bench.traffic import kernels_take_meta_tensors
+from ddpm_fast.measure.traffic import kernels_take_meta_tensors
 
 META = torch.device("meta")
 

@@ -2,7 +2,7 @@
 
 Operators of torch are counted one launch each, but for those in `LAUNCHES` and for convolutions, whose parts are
 launches of their own. Operators of this package run their CUDA implementation, so that the Triton launches and torch's
-operators inside them are counted one by one. Bytes are those of ddpm_fast/bench/traffic.py: each input read once, each
+operators inside them are counted one by one. Bytes are those of measure/traffic.py: each input read once, each
 output written once; of a Triton launch, the tensors that it is given, and of those in `PARTS` what it reads.
 """
 
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 
 from cuda_model import driver
 from cuda_model.pretend import cuda_on_meta
-from ddpm_fast.bench.traffic import Call, Observer
+from ddpm_fast.measure.traffic import Call, Observer
 
 SMALL_BYTES = 4e6  # a launch that moves less takes as long as an empty one, or nearly so
 

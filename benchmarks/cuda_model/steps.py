@@ -14,11 +14,12 @@ from triton.backends.compiler import GPUTarget
 from cuda_model.driver import Variant
 from cuda_model.pretend import META, Undrawn
 from cuda_model.recorder import Step, recording
-from ddpm_fast import GaussianDiffusion, Unet, graphs, noise
-from ddpm_fast.bench.compare import PHASES
-from ddpm_fast.frozen import frozen_weights
-from ddpm_fast.samplers import SamplingState
-from ddpm_fast.training_step import TrainingStep
+from ddpm_fast import GaussianDiffusion, Unet, noise
+from ddpm_fast.diffusion.sampling import SamplingState
+from ddpm_fast.measure.compare import PHASES
+from ddpm_fast.models.derived_weights import frozen_weights
+from ddpm_fast.runtime.recording import EagerRecorder, uncached_autocast
+from ddpm_fast.training.captured_step import TrainingStep
 
 IMAGE_SIZE = 128
 AUTOCAST = {"bf16": torch.bfloat16, "fp32": None}
@@ -45,7 +46,7 @@ def make_training_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> 
     optimizer = torch.optim.Adam(diffusion.parameters(), 1e-4, fused=True, capturable=True)
     shape = (batch, diffusion.channels, *diffusion.image_size)
     options = {"ema": None, "max_grad_norm": 1.0, "autocast": AUTOCAST[dtype], "any_module": False}
-    step = TrainingStep(diffusion, optimizer, shape, recorder=graphs.EagerRecorder, **options)
+    step = TrainingStep(diffusion, optimizer, shape, recorder=EagerRecorder, **options)
     step(torch.zeros(shape, device=diffusion.device))
     return lambda: step._body(None), step
 
@@ -75,7 +76,7 @@ def make_sampling_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> 
         state.load(plan, noise.seed_tensor(0, x.device), 0)
 
     def run() -> None:
-        with graphs.uncached_autocast(x.device, AUTOCAST[dtype]):
+        with uncached_autocast(x.device, AUTOCAST[dtype]):
             state.advance(None)
 
     return run

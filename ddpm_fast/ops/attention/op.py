@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import tuning
-from ddpm_fast.dispatch import Implementation, Op, never_refuses
+from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.attention import reference
-from ddpm_fast.ops.common.arguments import check_tensors, why_not_on_cpu
+from ddpm_fast.runtime import triton_launch
+from ddpm_fast.runtime.dispatch import Implementation, Op, never_refuses
 
 _LARGEST_HEAD = 128  # dimensions of a head that a program of the kernels holds
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
@@ -51,7 +51,7 @@ for _schema in (
 @torch.library.impl(_library, "attention", "CPU")
 @torch.library.impl(_library, "attention", "CUDA")
 def _attention(qkv, mem_kv, heads):
-    from ddpm_fast.ops.attention import kernel
+    from ddpm_fast.ops.attention import triton as kernel
 
     out = reference.empty_map(qkv)
     return out, kernel.forward(qkv, mem_kv, heads, out)
@@ -60,7 +60,7 @@ def _attention(qkv, mem_kv, heads):
 @torch.library.impl(_library, "attention_backward", "CPU")
 @torch.library.impl(_library, "attention_backward", "CUDA")
 def _attention_backward(grad, qkv, mem_kv, out, lse, heads):
-    from ddpm_fast.ops.attention import kernel
+    from ddpm_fast.ops.attention import triton as kernel
 
     dqkv, dmem_kv = kernel.backward(grad, qkv, mem_kv, out, lse, heads)
     return dqkv, dmem_kv.to(mem_kv.dtype)
@@ -261,7 +261,7 @@ def _triton(qkv, mem_kv, *, heads) -> torch.Tensor:
 
 
 def _triton_refuses(qkv, mem_kv, *, heads) -> str | None:
-    reason = tuning.why_not_triton(qkv.device)
+    reason = triton_launch.why_not_triton(qkv.device)
     if reason is not None:
         return reason
     for name, tensor in {"qkv": qkv, "mem_kv": mem_kv}.items():

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast.dispatch import Implementation, Op
-from ddpm_fast.ops.common.arguments import check_tensors, why_not_on_cpu
+from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.conv3x3 import reference
+from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _SMALLEST_SIDE = 3  # of maps for which a tile of 4×4 outputs pays
 

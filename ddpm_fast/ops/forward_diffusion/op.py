@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import _extension, tuning
 from ddpm_fast import noise as noise_function
-from ddpm_fast.dispatch import Implementation, Op
 from ddpm_fast.ops.forward_diffusion import reference
+from ddpm_fast.runtime import extension, triton_launch
+from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_CHANNELS = 64  # the tiles of channels-last images hold all channels
@@ -41,7 +41,7 @@ def _launcher(name: str):
     """The function of kernel.py; Triton is imported by the first call."""
 
     def launch(*args):
-        from ddpm_fast.ops.forward_diffusion import kernel
+        from ddpm_fast.ops.forward_diffusion import triton as kernel
 
         return getattr(kernel, name)(*args)
 
@@ -320,7 +320,7 @@ def _native_diffusion_loss_refuses(model_output, x_start, t, table, noise, **oth
 
 
 def _triton_refused(x_start: torch.Tensor) -> str | None:
-    reason = tuning.why_not_triton(x_start.device)
+    reason = triton_launch.why_not_triton(x_start.device)
     if reason is not None:
         return reason
     if x_start.ndim != 4:
@@ -335,7 +335,7 @@ def _native_refused(x_start: torch.Tensor) -> str | None:
         return f"tensors are on {x_start.device.type}, and native code runs on the CPU"
     if x_start.ndim < 2:
         return f"x_start has {x_start.ndim} dimensions, and native code reads (B, C, ...)"
-    return _extension.why_not(x_start.device)
+    return extension.why_not(x_start.device)
 
 
 def _images_refused(x_start, t, table, noise, flip) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ddpm_fast import tuning
+from ddpm_fast.runtime import triton_launch
 
 _LARGEST_HEAD = {2: 128, 4: 64}  # channels that registers and shared memory hold, by bytes of each
 _LARGEST_PROJECTION = 2**16  # bytes of P that a forward program has in shared memory, which is 99 KB or more
@@ -98,7 +98,7 @@ class Launch:
 
     def merge_constants(self, chunks: int) -> dict[str, int]:
         """How the merge walks over chunks; the two multiply to a power of two, for their maxima are one tile."""
-        padded = tuning.next_power_of_2(chunks)
+        padded = triton_launch.next_power_of_2(chunks)
         at_once = min(self.merged_at_once, padded)
         return {"BLOCK_K": at_once, "BLOCKS_K": padded // at_once}
 
@@ -117,19 +117,19 @@ def choose_launch(N: int, heads: int, D: int, C: int, *, half: bool, interpreted
         half: the maps' dtype has two bytes; float32 tiles take more registers and get fewer rows and heads.
         interpreted: large tiles, since the interpreter's time is per operation.
     """
-    block_d, block_c = (max(16, tuning.next_power_of_2(n)) for n in (D, C))  # what tl.dot takes
-    all_heads = tuning.next_power_of_2(heads)
+    block_d, block_c = (max(16, triton_launch.next_power_of_2(n)) for n in (D, C))  # what tl.dot takes
+    all_heads = triton_launch.next_power_of_2(heads)
     columns = min(64, block_c)
 
     def tile(rows: int, num_warps: int, width: int | None = None, chunks: bool = False) -> Tile:
         """A tile of so many rows where there are as many, and of heads of `width` columns in sum."""
-        rows = max(16, min(rows, tuning.next_power_of_2(N)))
+        rows = max(16, min(rows, triton_launch.next_power_of_2(N)))
         # Each chunk costs partial sums: it has 256 positions or more, and there are at most 32, or more than 64 tiles.
         tiles = max(1, 256 // rows, min(64, -(-N // (32 * rows)))) if chunks else 1
         if interpreted:
-            rows, tiles = max(16, min(256, tuning.next_power_of_2(-(-N // 3)))), 2 if chunks else 1
+            rows, tiles = max(16, min(256, triton_launch.next_power_of_2(-(-N // 3)))), 2 if chunks else 1
         group = 1 if width is None else max(1, min(all_heads, width // block_d))
-        return Tile(rows, num_warps, tuning.next_power_of_2(tiles), group)
+        return Tile(rows, num_warps, triton_launch.next_power_of_2(tiles), group)
 
     # Whole rows of the output where P of a head or more fits, so that y is made once.
     width = min(128 if half else 64, _LARGEST_PROJECTION // (block_c * (2 if half else 4)))

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import tuning
-from ddpm_fast.dispatch import Implementation, Op
-from ddpm_fast.ops.common.arguments import check_tensors, why_not_on_cpu
+from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.linear_attention import reference
 from ddpm_fast.ops.linear_attention.launch import empty_output, why_too_large
+from ddpm_fast.runtime import triton_launch
+from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
 
@@ -52,7 +52,7 @@ for _schema in (
 @torch.library.impl(_library, "linear_attention", "CPU")
 @torch.library.impl(_library, "linear_attention", "CUDA")
 def _linear_attention(qkv, mem_kv, weight, bias, g, residual, heads):
-    from ddpm_fast.ops.linear_attention import kernel
+    from ddpm_fast.ops.linear_attention import triton as kernel
 
     return kernel.forward(qkv, mem_kv, weight, bias, g, residual, heads)
 
@@ -60,7 +60,7 @@ def _linear_attention(qkv, mem_kv, weight, bias, g, residual, heads):
 @torch.library.impl(_library, "linear_attention_backward", "CPU")
 @torch.library.impl(_library, "linear_attention_backward", "CUDA")
 def _linear_attention_backward(grad, qkv, mem_kv, weight, bias, g, context, statistics, projection, heads):
-    from ddpm_fast.ops.linear_attention import kernel
+    from ddpm_fast.ops.linear_attention import triton as kernel
 
     dqkv, *gradients = kernel.backward(grad, qkv, mem_kv, weight, bias, g, context, statistics, projection, heads)
     parameters = (mem_kv, weight, bias, g)
@@ -301,7 +301,7 @@ def _triton(qkv, mem_kv, weight, bias, g, *, heads, residual) -> torch.Tensor:
 
 
 def _triton_refuses(qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | None:
-    reason = tuning.why_not_triton(qkv.device)
+    reason = triton_launch.why_not_triton(qkv.device)
     if reason is not None:
         return reason
     given = {"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g, "residual": residual}

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ddpm_fast import _extension, noise
-from ddpm_fast.dispatch import Implementation, Op
+from ddpm_fast import noise
 from ddpm_fast.ops.noise import reference
+from ddpm_fast.runtime import extension
+from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -105,7 +106,7 @@ def _native(out, seed, *, stream, step, start_index) -> torch.Tensor:
 
 
 def _native_refuses(out, seed, *, stream, step, start_index) -> str | None:
-    reason = _extension.why_not(out.device)
+    reason = extension.why_not(out.device)
     if reason is not None:
         return reason
     if out.dtype not in _NATIVE_DTYPES:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ddpm_fast.ops.common.arguments import why_not_on_cpu
+from ddpm_fast.ops.arguments import why_not_on_cpu
 
 _library = torch.library.Library("ddpm_fast", "FRAGMENT")
 for _schema in (

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
-from ddpm_fast import tuning
-from ddpm_fast.dispatch import Implementation, Op
-from ddpm_fast.ops.common.arguments import check_tensors
+from ddpm_fast.ops.arguments import check_tensors
 from ddpm_fast.ops.norm_linear import native, reference
+from ddpm_fast.runtime import triton_launch
+from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _LARGEST_ROW = 1024  # channels that the kernel of dx keeps in one program's registers
 _LARGEST_EXACT_ROW = 512  # the same where float32 products use no tensor cores and take more registers
@@ -49,7 +49,7 @@ _precision._dynamo_marked_constant = True  # dynamo cannot trace torch.backends;
 @torch.library.impl(_library, "norm_linear", "CPU")
 @torch.library.impl(_library, "norm_linear", "CUDA")
 def _norm_linear(x, g, weight):
-    from ddpm_fast.ops.norm_linear import kernel
+    from ddpm_fast.ops.norm_linear import triton as kernel
 
     return kernel.forward(x, g, weight, _precision())
 
@@ -57,14 +57,14 @@ def _norm_linear(x, g, weight):
 @torch.library.impl(_library, "norm_linear_backward", "CPU")
 @torch.library.impl(_library, "norm_linear_backward", "CUDA")
 def _norm_linear_backward(grad, x, factors, g, weight):
-    from ddpm_fast.ops.norm_linear import kernel
+    from ddpm_fast.ops.norm_linear import triton as kernel
 
     return kernel.backward(grad, x, factors, g, weight, _precision())
 
 
 @torch.library.register_fake("ddpm_fast::norm_linear", lib=_library)
 def _norm_linear_fake(x, g, weight):
-    from ddpm_fast.ops.norm_linear import kernel
+    from ddpm_fast.ops.norm_linear import triton as kernel
 
     return kernel.empty_outputs(x, weight.shape[0])
 
@@ -97,14 +97,14 @@ torch.library.register_autograd("ddpm_fast::norm_linear", _backward, setup_conte
 @torch.library.impl(_library, "linear_residual", "CPU")
 @torch.library.impl(_library, "linear_residual", "CUDA")
 def _linear_residual(x, weight, bias, residual):
-    from ddpm_fast.ops.norm_linear import kernel
+    from ddpm_fast.ops.norm_linear import triton as kernel
 
     return kernel.forward_residual(x, weight, bias, residual, _precision())
 
 
 @torch.library.register_fake("ddpm_fast::linear_residual", lib=_library)
 def _linear_residual_fake(x, weight, bias, residual):
-    from ddpm_fast.ops.norm_linear import kernel
+    from ddpm_fast.ops.norm_linear import triton as kernel
 
     return kernel.empty_outputs(x, weight.shape[0])[0]
 
@@ -295,7 +295,7 @@ def _triton(x, g, weight) -> torch.Tensor:
 
 
 def _triton_refuses(x, *others) -> str | None:
-    reason = tuning.why_not_triton(x.device)
+    reason = triton_launch.why_not_triton(x.device)
     if reason is not None:
         return reason
     if any(tensor.dtype == torch.float64 for tensor in (x, *others)):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.dispatch import no_autocast
 from ddpm_fast.ops.common.reference import linear_residual, norm_linear
+from ddpm_fast.runtime.dispatch import no_autocast
 
 __all__ = ["linear", "linear_residual", "linears", "norm_linear"]
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import tuning
-from ddpm_fast.dispatch import Implementation, Op
-from ddpm_fast.ops.common.arguments import check_seed, check_tensors, why_not_on_cpu
+from ddpm_fast.ops.arguments import check_seed, check_tensors, why_not_on_cpu
 from ddpm_fast.ops.norm_silu import reference
+from ddpm_fast.runtime import triton_launch
+from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _LARGEST_ROW = 8192  # channels that the RMSNorm kernels keep in one program's registers
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
@@ -41,7 +41,7 @@ for _name in ("norm_silu", "native_norm_silu"):  # the Triton kernels' operators
 @torch.library.impl(_library, "norm_silu", "CPU")
 @torch.library.impl(_library, "norm_silu", "CUDA")
 def _norm_silu(x, weight, bias_affine, bias, scale, shift, residual, seed, groups, eps, activation, dropout_p):
-    from ddpm_fast.ops.norm_silu import kernel
+    from ddpm_fast.ops.norm_silu import triton as kernel
 
     return kernel.forward(
         x, weight, bias_affine, bias, scale, shift, residual, seed, groups, eps, activation, dropout_p
@@ -53,7 +53,7 @@ def _norm_silu(x, weight, bias_affine, bias, scale, shift, residual, seed, group
 def _norm_silu_backward(
     grad, x, statistics, weight, bias_affine, bias, scale, shift, seed, groups, activation, dropout_p
 ):
-    from ddpm_fast.ops.norm_silu import kernel
+    from ddpm_fast.ops.norm_silu import triton as kernel
 
     dx, *gradients = kernel.backward(
         grad, x, statistics, weight, bias_affine, bias, scale, shift, seed, groups, activation, dropout_p
@@ -244,7 +244,7 @@ def _group(operator):
 
 
 def _triton_refuses(x, weight, bias_affine=None, **options) -> str | None:
-    reason = tuning.why_not_triton(x.device)
+    reason = triton_launch.why_not_triton(x.device)
     if reason is not None:
         return reason
     for name, tensor in {"x": x, "weight": weight, "bias_affine": bias_affine, **options}.items():

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast import tuning
-from ddpm_fast.dispatch import Implementation, Op, forced_backend, in_forward_mode
-from ddpm_fast.ops.common.arguments import check_seed, check_tensors, why_not_on_cpu
+from ddpm_fast.ops.arguments import check_seed, check_tensors, why_not_on_cpu
 from ddpm_fast.ops.resnet_block import reference
+from ddpm_fast.runtime import triton_launch
+from ddpm_fast.runtime.dispatch import Implementation, Op, forced_backend, in_forward_mode
 
 _FIRST = "Tensor x, Tensor? beside, Tensor weight1{bias1}, Tensor gain1, Tensor? affine1, Tensor? scale, Tensor? shift"
 _SECOND = "Tensor weight2{bias2}, Tensor gain2, Tensor? affine2, Tensor? res_weight{res_bias}, Tensor? seed"
@@ -172,7 +172,7 @@ def runs_natively(*maps: torch.Tensor) -> bool:
     for x in maps:
         if forced == "native":
             _resnet_block_op.choose(x)  # raises with the reason why not
-        elif forced in ("triton", "reference") or tuning.why_not_triton(x.device) is None:
+        elif forced in ("triton", "reference") or triton_launch.why_not_triton(x.device) is None:
             return False  # Triton has the single steps, and comes first where it runs
         elif _native_refuses(x) is not None:
             return False

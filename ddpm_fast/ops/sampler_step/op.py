@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ddpm_fast import _extension
 from ddpm_fast import noise as noise_function
-from ddpm_fast.dispatch import Implementation, Op
 from ddpm_fast.noise import STREAM_STEP
 from ddpm_fast.ops.sampler_step import reference
+from ddpm_fast.runtime import extension
+from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _COLUMNS = ("p", "q", "r", "s", "u", "sigma")
 _STATE_DTYPES = (torch.float32, torch.float64)
@@ -206,7 +206,7 @@ def _native_inplace(
 def _native_refuses(
     x, model_output, table, step, seed, *, noise, x_start=None, x_start_previous=None, **options
 ) -> str | None:
-    reason = _extension.why_not(x.device)
+    reason = extension.why_not(x.device)
     if reason is not None:
         return reason
     if x.dtype != torch.float32:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast.dispatch import Implementation, Op
-from ddpm_fast.ops.common.arguments import check_tensors, why_not_on_cpu
+from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.stem_conv import reference
+from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _MOST_CHANNELS = 16  # with more, a direct convolution's own blocks of channels are filled
 

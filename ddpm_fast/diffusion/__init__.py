@@ -1,0 +1,1 @@
+"""Diffusion processes, their tables, and the sampling loop."""

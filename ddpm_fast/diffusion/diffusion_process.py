@@ -1,0 +1,341 @@
+"""The process around a network: schedule, tables, conversions between noise, x0 and v, predictions, draws, checks."""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ddpm_fast import noise as noise_function
+from ddpm_fast.diffusion import schedules
+from ddpm_fast.diffusion.sampling import call_model
+from ddpm_fast.diffusion.schedules import SamplerTable, Schedule
+from ddpm_fast.ops.forward_diffusion.reference import lookup
+from ddpm_fast.ops.noise.op import normal
+from ddpm_fast.runtime.recording import GraphCache
+
+ModelPrediction = namedtuple("ModelPrediction", ["pred_noise", "pred_x_start"])
+
+
+def normalize_to_neg_one_to_one(img: torch.Tensor) -> torch.Tensor:
+    """[0, 1] → [−1, 1]."""
+    return img * 2 - 1
+
+
+def unnormalize_to_zero_to_one(t: torch.Tensor) -> torch.Tensor:
+    """[−1, 1] → [0, 1]."""
+    return (t + 1) * 0.5
+
+
+def identity(t: torch.Tensor) -> torch.Tensor:
+    """What stands for both with `auto_normalize=False`."""
+    return t
+
+
+def extract(a: torch.Tensor, t: torch.Tensor, x_shape: Sequence[int]) -> torch.Tensor:
+    """a[t], shaped (B, 1, ..., 1) to broadcast over x_shape; NaN for a t outside a."""
+    return lookup(a[:, None], t).reshape(t.shape[0], *(1,) * (len(x_shape) - 1))
+
+
+class DiffusionProcess(nn.Module):
+    """A model, the schedule, and what follows from both: buffers, tables, conversions, predictions, checks.
+
+    The arguments are those of `GaussianDiffusion`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_size: int | Sequence[int],
+        timesteps: int = 1000,
+        sampling_timesteps: int | None = None,
+        objective: str = "pred_v",
+        beta_schedule: str = "sigmoid",
+        schedule_fn_kwargs: dict | None = None,
+        ddim_sampling_eta: float = 0.0,
+        auto_normalize: bool = True,
+        offset_noise_strength: float = 0.0,
+        min_snr_loss_weight: bool = False,
+        min_snr_gamma: float = 5,
+        immiscible: bool = False,
+        sampler: str | None = None,
+    ):
+        super().__init__()
+        schedules.check_objective(objective)
+        if sampler is not None:
+            schedules.check_sampler(sampler)
+        self._check_model(model)
+
+        schedule_fn_kwargs = dict(schedule_fn_kwargs or {})
+        self.model = model
+        self.channels = model.channels
+        self.self_condition = model.self_condition
+        self.image_size = _image_size(image_size)
+        self.objective = objective
+        self.config = dict(
+            image_size=list(self.image_size),
+            timesteps=timesteps,
+            sampling_timesteps=sampling_timesteps,
+            objective=objective,
+            beta_schedule=beta_schedule,
+            schedule_fn_kwargs=schedule_fn_kwargs,
+            ddim_sampling_eta=ddim_sampling_eta,
+            auto_normalize=auto_normalize,
+            offset_noise_strength=offset_noise_strength,
+            min_snr_loss_weight=min_snr_loss_weight,
+            min_snr_gamma=min_snr_gamma,
+            immiscible=immiscible,
+            sampler=sampler,
+        )
+
+        schedule = Schedule(schedules.make_betas(beta_schedule, timesteps, **schedule_fn_kwargs))
+        self.num_timesteps = schedule.num_timesteps
+        self.sampling_timesteps = self.num_timesteps if sampling_timesteps is None else sampling_timesteps
+        schedules.sampling_times(self.num_timesteps, self.sampling_timesteps)  # raises where it does not fit
+        self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
+        self.ddim_sampling_eta = ddim_sampling_eta
+        self.sampler = sampler
+        self.immiscible = immiscible
+        self.offset_noise_strength = offset_noise_strength
+
+        for name, value in schedule.buffers().items():
+            self.register_buffer(name, value.to(torch.float32))
+        weight = schedules.loss_weight(schedule, objective, min_snr_gamma if min_snr_loss_weight else None)
+        self.register_buffer("loss_weight", weight.to(torch.float32))
+
+        # Tables of the ops; the state dict stays the peer's.
+        self.register_buffer("forward_table", None, persistent=False)
+        self.register_buffer("loss_table", None, persistent=False)
+        self._use_schedule(schedule)
+
+        self.graphs = GraphCache()
+        self.normalize = normalize_to_neg_one_to_one if auto_normalize else identity
+        self.unnormalize = unnormalize_to_zero_to_one if auto_normalize else identity
+
+    # the schedule
+
+    def _use_schedule(self, schedule: Schedule) -> None:
+        """Build everything that follows from the schedule and is not in the state dict."""
+        self._schedule = schedule
+        self._plans: dict[tuple, SamplerTable] = {}
+        tables = {
+            "forward_table": schedules.forward_table(schedule),
+            "loss_table": schedules.loss_table(schedule, self.objective, self.loss_weight),
+        }
+        for name, table in tables.items():
+            present = getattr(self, name)
+            if present is not None and present.shape == table.shape:
+                present.copy_(table)  # where it is: recordings know it by its place
+            else:
+                setattr(self, name, table.to(device=self.betas.device, dtype=torch.float32))
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        """Follow the loaded buffers, which may be of another schedule or loss weight than the constructor's."""
+        super()._load_from_state_dict(*args, **kwargs)
+        betas = self.betas.detach().cpu()
+        same = torch.equal(betas.float(), self._schedule.betas.float())
+        self._use_schedule(self._schedule if same else Schedule(betas.double()))
+
+    def _apply(self, fn, recurse=True):
+        """Moves and casts, of which the schedule takes no narrowing: half a network still needs float32 tables."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = before[name].to(buffer.device)
+        return self
+
+    def _plan(self, sampler: str, sampling_timesteps: int) -> SamplerTable:
+        """The sampler's table for the settings of now: they are plain attributes, which users change."""
+        key = (sampler, sampling_timesteps, float(self.ddim_sampling_eta), self.objective)
+        if key not in self._plans:
+            self._plans[key] = schedules.sampler_table(
+                self._schedule, self.objective, sampler, sampling_timesteps, float(self.ddim_sampling_eta)
+            )
+        return self._plans[key]
+
+    @property
+    def device(self) -> torch.device:
+        return self.betas.device
+
+    # conversions between noise, x0 and v
+
+    def predict_start_from_noise(self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """x0 from x_t and ε (Ho et al. 2020, eq. 4 solved for x0)."""
+        return (
+            extract(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
+            - extract(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * noise
+        )
+
+    def predict_noise_from_start(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+        """ε from x_t and x0 (Ho et al. 2020, eq. 4 solved for ε)."""
+        return (extract(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t - x0) / extract(
+            self.sqrt_recipm1_alphas_cumprod, t, x_t.shape
+        )
+
+    def predict_v(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """v = √ᾱ ε − √(1 − ᾱ) x0 (Salimans & Ho 2022, appendix D)."""
+        return (
+            extract(self.sqrt_alphas_cumprod, t, x_start.shape) * noise
+            - extract(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * x_start
+        )
+
+    def predict_start_from_v(self, x_t: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """x0 = √ᾱ x_t − √(1 − ᾱ) v (Salimans & Ho 2022, appendix D)."""
+        return (
+            extract(self.sqrt_alphas_cumprod, t, x_t.shape) * x_t
+            - extract(self.sqrt_one_minus_alphas_cumprod, t, x_t.shape) * v
+        )
+
+    def q_posterior(
+        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean, variance and clipped log variance of q(x_{t−1} | x_t, x0) (Ho et al. 2020, eq. 6 and 7)."""
+        mean = (
+            extract(self.posterior_mean_coef1, t, x_t.shape) * x_start
+            + extract(self.posterior_mean_coef2, t, x_t.shape) * x_t
+        )
+        variance = extract(self.posterior_variance, t, x_t.shape)
+        log_variance_clipped = extract(self.posterior_log_variance_clipped, t, x_t.shape)
+        return mean, variance, log_variance_clipped
+
+    # predictions
+
+    def model_predictions(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        x_self_cond: torch.Tensor | None = None,
+        clip_x_start: bool = False,
+        rederive_pred_noise: bool = False,
+    ) -> ModelPrediction:
+        """The model's output as (pred_noise, pred_x_start), each (B, C, H, W).
+
+        `rederive_pred_noise` makes the noise agree with a clipped x0; pred_x0 and pred_v always do.
+        """
+        output = call_model(self.model, x, t, x_self_cond)
+        if self.objective == "pred_noise":
+            x_start = self.predict_start_from_noise(x, t, output)
+        elif self.objective == "pred_x0":
+            x_start = output
+        else:
+            x_start = self.predict_start_from_v(x, t, output)
+        if clip_x_start:
+            x_start = x_start.clamp(-1.0, 1.0)
+        if self.objective == "pred_noise" and not (clip_x_start and rederive_pred_noise):
+            return ModelPrediction(output, x_start)
+        return ModelPrediction(self.predict_noise_from_start(x, t, x_start), x_start)
+
+    def p_mean_variance(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        x_self_cond: torch.Tensor | None = None,
+        clip_denoised: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean, variance, clipped log variance of p(x_{t−1} | x_t) and the x0 behind them."""
+        x_start = self.model_predictions(x, t, x_self_cond).pred_x_start
+        if clip_denoised:
+            x_start = x_start.clamp(-1.0, 1.0)
+        return (*self.q_posterior(x_start=x_start, x_t=x, t=t), x_start)
+
+    # what training draws
+
+    def noise_assignment(self, x_start: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Which noise each image gets, by smallest total distance (Li et al. 2024, immiscible diffusion).
+
+        Returns:
+            (B,) int64, a permutation of the batch.
+        """
+        from scipy.optimize import linear_sum_assignment
+
+        distance = torch.cdist(x_start.flatten(1), noise.flatten(1))
+        _, assignment = linear_sum_assignment(distance.cpu())
+        return torch.from_numpy(assignment).to(x_start.device)
+
+    def training_noise(self, x_start: torch.Tensor, offset_noise_strength: float = 0.0) -> torch.Tensor:
+        """Fresh ε for x_start, offset and assigned to the images as configured."""
+        seed = noise_function.draw_seed(x_start.device)
+        kwargs = {"seed": seed, "device": x_start.device, "dtype": x_start.dtype}
+        noise = normal(x_start.shape, stream=noise_function.STREAM_TRAINING, **kwargs)
+        if offset_noise_strength > 0:
+            noise = self._offset(noise, offset_noise_strength, seed)
+        if self.immiscible:
+            noise = noise[self.noise_assignment(x_start, noise)]
+        return noise
+
+    def _offset(self, noise: torch.Tensor, strength: float, seed: torch.Tensor) -> torch.Tensor:
+        """Noise plus one normal number per image and channel (Guttenberg 2023, offset noise); not in place."""
+        offset = normal(
+            noise.shape[:2], seed=seed, stream=noise_function.STREAM_OFFSET, device=noise.device, dtype=noise.dtype
+        )
+        return noise + strength * offset[:, :, None, None]
+
+    def tosses_heads(self) -> bool:
+        """The coin of self-conditioning (Chen et al. 2022, section 2); always tails without it.
+
+        It is torch's, on the CPU: it costs no synchronisation and torch.manual_seed fixes it.
+        """
+        return self.self_condition and torch.rand(()).item() < 0.5
+
+    def random_times(self, batch_size: int) -> torch.Tensor:
+        """(B,) int64 uniform in [0, T)."""
+        return torch.randint(0, self.num_timesteps, (batch_size,), device=self.device)
+
+    # checks
+
+    def _check_model(self, model: nn.Module) -> None:
+        if getattr(model, "random_or_learned_sinusoidal_cond", False):
+            raise ValueError(
+                "model must have plain sinusoidal time embeddings for discrete timesteps, got "
+                "learned_sinusoidal_cond or random_fourier_features"
+            )
+
+    def _check_images(self, name: str, img: torch.Tensor, sized: bool = True) -> None:
+        if not isinstance(img, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(img).__name__}")
+        if not img.is_floating_point():
+            raise TypeError(f"{name} must be floating point in [0, 1] (divide 8-bit images by 255), got {img.dtype}")
+        if self.image_size is None and sized:
+            raise ValueError(
+                "image_size is not known, since the loaded checkpoint does not record it: set "
+                "diffusion.image_size = (height, width), or pass image_size= to load_checkpoint"
+            )
+        size = tuple(self.image_size) if sized else tuple(img.shape[2:])
+        if img.ndim != 4 or tuple(img.shape[1:]) != (self.channels, *size):
+            expected = ", ".join(map(str, (self.channels, *(self.image_size if sized else ("H", "W")))))
+            raise ValueError(f"{name} must have shape (B, {expected}), got {tuple(img.shape)}")
+        if img.device != self.device:
+            raise ValueError(f"{name} must be on the diffusion's device {self.device}, got {img.device}")
+        # One pass that stores nothing: a sum is finite only of finite numbers, though it may overflow.
+        if img.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(img.detach().sum()):
+            bad = (~torch.isfinite(img)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+            if bad:
+                raise ValueError(f"{name} must be finite, got NaN or infinity in images {bad[:10]} of the batch")
+
+    def _check_times(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(t, torch.Tensor) or t.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+            got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
+            raise TypeError(f"t must be an integer tensor of timesteps, got {got}")
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t must have shape ({x.shape[0]},), one timestep per image, got {tuple(t.shape)}")
+        for name, tensor in (("t", t), ("x_start", x)):
+            if tensor.device != self.device:
+                raise ValueError(f"{name} must be on the diffusion's device {self.device}, got {tensor.device}")
+        if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+            low, high = (bound.item() for bound in t.aminmax())
+            if low < 0 or high >= self.num_timesteps:
+                raise ValueError(f"t must be in [0, {self.num_timesteps}), got values from {low} to {high}")
+        return t.long()
+
+
+def _image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of the constructor's argument."""
+    sizes = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if not (isinstance(sizes, (tuple, list)) and len(sizes) == 2 and all(isinstance(n, int) and n > 0 for n in sizes)):
+        raise ValueError(f"image_size must be a positive int or two of them (height, width), got {image_size!r}")
+    return tuple(sizes)

@@ -1,0 +1,283 @@
+"""The one sampling loop: a model, a table, and a seed.
+
+DDPM, DDIM and DPM-Solver++ differ only in the numbers of the table (schedules.py); nothing here knows which one runs.
+A step reads all that changes from one to the next on the device, so that the same code runs step by step, or is
+recorded once (as a CUDA graph, on the CPU as a tape of operator calls) and replayed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ddpm_fast.diffusion.schedules import SamplerTable
+from ddpm_fast.models.derived_weights import frozen_weights
+from ddpm_fast.models.unet import Unet
+from ddpm_fast.ops.sampler_step.op import sampler_step_
+from ddpm_fast.runtime import recording
+
+Model = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+_STEPS_AHEAD = 32  # how far the host may run before the device while a progress bar is shown
+
+
+class Progress:
+    """The peer's progress bar, counting the steps that the device has finished.
+
+    The host never waits for the latest step, only, where it is far ahead, for one of long before; at the end it waits
+    for the rest.
+
+    Args:
+        total: steps.
+        desc: what stands before the bar.
+        enabled: without it nothing is shown and nothing waited for.
+        mark: gives an event, with `query` and `synchronize`, of what the device has been given so far; None: the host's
+            calls end when the work is done, as on the CPU.
+    """
+
+    def __init__(self, total: int, *, desc: str, enabled: bool, mark: Callable[[], object] | None = None):
+        self._bar = None
+        if enabled:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(desc=desc, total=total)
+        self._mark = mark
+        self._pending = deque()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self._bar is None:
+            return
+        if kind is None:
+            self._finish(all_but=0)
+        self._bar.close()
+
+    def step_done(self) -> None:
+        """One more step is finished, or on its way to the device."""
+        if self._bar is None:
+            return
+        if self._mark is None:
+            self._bar.update(1)
+            return
+        self._pending.append(self._mark())
+        self._finish(all_but=_STEPS_AHEAD)
+
+    def _finish(self, all_but: int) -> None:
+        """Count finished steps; wait until at most `all_but` are not."""
+        while self._pending and (len(self._pending) > all_but or self._pending[0].query()):
+            self._pending.popleft().synchronize()
+            self._bar.update(1)
+
+
+def progress_on(device: torch.device, total: int, *, desc: str, enabled: bool) -> Progress:
+    """A progress bar over steps that run on a device."""
+    mark = (lambda: torch.cuda.current_stream(device).record_event()) if device.type == "cuda" else None
+    return Progress(total, desc=desc, enabled=enabled, mark=mark)
+
+
+def narrow_dtype(model: Model) -> torch.dtype | None:
+    """float16 or bfloat16 where the model's weights are that, and its inputs have to be; else None."""
+    if not isinstance(model, nn.Module):
+        return None
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None
+
+
+def call_model(model: Model, x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None = None) -> torch.Tensor:
+    """model(x, t, x_self_cond), with x and x_self_cond in the dtype of narrow weights."""
+    dtype = narrow_dtype(model)
+    if dtype is not None:
+        x, x_self_cond = x.to(dtype), None if x_self_cond is None else x_self_cond.to(dtype)
+    return model(x, t, x_self_cond)
+
+
+class SamplingState:
+    """All that a step reads and writes, on the device, and the step itself.
+
+    Args:
+        model: takes (x, t, x_self_cond), returns the objective's output, shape of x.
+        x: (B, C, H, W) float32 contiguous; overwritten by every step.
+        num_steps: rows of the tables that it takes.
+        keeps_x_start: keep x0 of the step before, for the model or for the table.
+        self_condition: give it to the model.
+        start_index: index of the first sample, for the noise.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        num_steps: int,
+        *,
+        keeps_x_start: bool,
+        self_condition: bool,
+        start_index: int,
+    ):
+        self.model, self.x, self.start_index = model, x, start_index
+        device = x.device
+        self.x_start = torch.zeros_like(x) if keeps_x_start or self_condition else None
+        self.self_condition = self_condition
+        self.table = torch.zeros(num_steps, 6, dtype=torch.float32, device=device)
+        self.times = torch.zeros(num_steps, dtype=torch.int64, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self._plan: SamplerTable | None = None
+
+    def load(self, plan: SamplerTable, seed: torch.Tensor, first_step: int) -> None:
+        """Be ready for a walk along the plan; x is the caller's to set. Waits for nothing where the plan stays."""
+        if plan is not self._plan:
+            self.table.copy_(plan.table)
+            self.times.copy_(torch.tensor(plan.times, dtype=torch.int64))
+            self._plan = plan
+        self.seed.copy_(seed)
+        self.step.fill_(first_step)
+        if self.x_start is not None:
+            self.x_start.zero_()
+
+    def advance(self, x_self_cond: torch.Tensor | None, noise: torch.Tensor | None = None) -> None:
+        """One step, and the counter with it.
+
+        Args:
+            x_self_cond: what the model is given of the step before.
+            noise: ε of this step, instead of the noise function's.
+        """
+        t = self.times.index_select(0, self.step.expand(self.x.shape[0]))
+        model_output = call_model(self.model, self.x, t, x_self_cond)
+        sampler_step_(
+            self.x,
+            model_output,
+            self.table,
+            self.step,
+            self.seed,
+            x_start=self.x_start,
+            noise=noise,
+            start_index=self.start_index,
+        )
+        self.step += 1
+
+
+class RecordedSteps:
+    """A `SamplingState` whose step is recorded; x0 of no step before is zeros, which `Unet` takes like None."""
+
+    def __init__(self, state: SamplingState, recorder, autocast: torch.dtype | None):
+        self.state = state
+        self._autocast = autocast
+        self.replay = recorder.record(self._body, self._reset)
+
+    def _body(self) -> None:
+        state = self.state
+        with recording.uncached_autocast(state.x.device, self._autocast):
+            state.advance(state.x_start if state.self_condition else None)
+
+    def _reset(self) -> None:
+        state = self.state
+        for tensor in (state.x, state.x_start, state.step):
+            if tensor is not None:
+                tensor.zero_()
+
+
+def why_not_recorded(
+    model: Model,
+    x: torch.Tensor,
+    cache: recording.GraphCache,
+    *,
+    self_condition: bool,
+    any_module: bool,
+) -> str | None:
+    """Why the steps of a model cannot be recorded, in one clause; None where they can.
+
+    Args:
+        any_module: trust modules that are neither torch's nor this package's.
+    """
+    reason = cache.recorder_on(x.device).why_not(x.device) or recording.why_not_recorded(model)
+    if reason is not None:
+        return reason
+    if x.shape[0] == 0:
+        return "the batch is empty"
+    if self_condition and not isinstance(model, Unet):
+        return "the model is conditioned on itself and is no Unet, so that its first step takes None instead of zeros"
+    return None if any_module else recording.foreign_module(model)
+
+
+@torch.inference_mode()
+def sample_loop(
+    model: Model,
+    x: torch.Tensor,
+    plan: SamplerTable,
+    seed: torch.Tensor,
+    *,
+    start_index: int = 0,
+    first_step: int = 0,
+    self_condition: bool = False,
+    noise_for_step: Callable[[int], torch.Tensor] | None = None,
+    on_step: Callable[[torch.Tensor], None] | None = None,
+    progress: bool = False,
+    desc: str = "sampling loop time step",
+    num_timesteps: int | None = None,
+    cache: recording.GraphCache | None = None,
+) -> torch.Tensor:
+    """Denoise x in place, one row of the table after another.
+
+    Args:
+        model: takes (x, t, x_self_cond), returns the objective's output, shape of x.
+        x: (B, C, H, W) float32 contiguous, the state at `plan.times[first_step]`; overwritten.
+        seed: one-element int64 tensor on x's device.
+        start_index: index of the first sample, for the noise.
+        first_step: row of the table to start with.
+        self_condition: give the model the previous estimate of x0.
+        noise_for_step: ε of a step by its row, instead of the noise function.
+        on_step: called with the state after every step, which the next one overwrites.
+        num_timesteps: T of the schedule; a network may then compute from all timesteps beforehand.
+        cache: record the step there, or replay what is recorded; None runs step by step. The model must be one for
+            which `why_not_recorded` has no reason.
+
+    Returns:
+        x.
+    """
+    if cache is not None and noise_for_step is not None:
+        raise ValueError("noise_for_step must be None where steps are recorded, since a replay calls no function")
+    num_steps = len(plan.times)
+    options = {
+        "keeps_x_start": plan.uses_x_start_previous,
+        "self_condition": self_condition,
+        "start_index": start_index,
+    }
+    rows = range(first_step, num_steps)
+    bar = progress_on(x.device, len(rows), desc=desc, enabled=progress)
+    with frozen_weights(model, num_timesteps), bar:
+        if cache is None:
+            state = SamplingState(model, x, num_steps, **options)
+        else:
+            steps = _recorded(cache, model, x, num_steps, options, num_timesteps)
+            state = steps.state
+            state.x.copy_(x)
+        state.load(plan, seed, first_step)
+        for row in rows:
+            if cache is not None:
+                steps.replay()
+            else:
+                noise = None if noise_for_step is None else noise_for_step(row)
+                state.advance(state.x_start if self_condition and row > first_step else None, noise)
+            if on_step is not None:
+                on_step(state.x)
+            bar.step_done()
+    return x if cache is None else x.copy_(state.x)
+
+
+def _recorded(
+    cache: recording.GraphCache, model: Model, x: torch.Tensor, num_steps: int, options: dict, num_timesteps: int | None
+) -> RecordedSteps:
+    autocast = recording.autocast_of(x.device)
+    key = (tuple(x.shape), x.device, num_steps, num_timesteps, *options.values(), autocast, recording.settings())
+
+    def make(recorder) -> RecordedSteps:
+        with torch.inference_mode(False), torch.no_grad():
+            state = SamplingState(model, torch.zeros_like(x), num_steps, **options)
+            return RecordedSteps(state, recorder, autocast)
+
+    return cache.find(x.device, key, recording.weights_of(model), make)

@@ -1,0 +1,413 @@
+"""What a training step and a sampling step do, counted from operator dispatch; nothing is computed, no clock is read.
+
+Per image: operators that touch memory (views are free and not counted), bytes that they read and write (each input read
+once, each output written once), bytes kept from forward for backward (each storage once; parameters, buffers and the
+network's input aside), and floating-point operations of convolutions, matrix products and attention (a multiply-add is
+two). All of it runs on the meta device, so the numbers are the same on every machine. Under `kernels_take_meta_tensors`
+ours is counted with the kernels that a CUDA device runs, and a fused op is one operator.
+
+What the arguments and results of a fused op do not show stands in registries by operator name; an entry is a
+function of the op's arguments, a dict by name with defaults filled in:
+
+- `SECOND_READS`: the tensors that it reads once more.
+- `LOOKED_UP`: an input of which only as much is read as comes out.
+- `SCRATCH_BYTES`: bytes of partial results between its stages, written and read.
+- `FLOPS`: floating-point operations by kind, from the arguments and the result; for torch's own operators
+  torch.utils.flop_counter knows them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+from ddpm_fast.models.derived_weights import frozen_weights
+
+H100_BYTES_PER_SECOND = 3.0e12  # copy bandwidth as measured
+KINDS = ("convolution", "matmul", "attention")
+
+# Ops that alias their input although the schema of their result does not say so.
+_FREE = {torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default}
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+Arguments = dict[str, Any]
+
+
+def _image_and_gradient(arguments: Arguments) -> list[torch.Tensor]:
+    return [arguments["grad"], arguments["x"]] if arguments["groups"] else []
+
+
+SECOND_READS: dict[str, Callable[[Arguments], list[torch.Tensor]]] = {
+    # GroupNorm's statistics are a pass of their own, and so are its backward's sums; RMSNorm (groups = 0) has none.
+    "ddpm_fast::norm_silu": lambda arguments: [arguments["x"]] if arguments["groups"] else [],
+    "ddpm_fast::norm_silu_backward": _image_and_gradient,
+    # One launch owns queries, the other keys, and both read grad and qkv; tiles read again by neighbours come from L2.
+    "ddpm_fast::attention_backward": lambda arguments: [arguments["grad"], arguments["qkv"]],
+    # Where a tile does not hold all columns of the output, the sums of the gradient are a pass of their own over q.
+    "ddpm_fast::linear_attention_backward": lambda arguments: _linear_attention_second_reads(arguments),
+    # One launch owns pixels, the other outputs and channels; tiles read again by neighbours come from L2.
+    "ddpm_fast::norm_linear_backward": lambda arguments: [arguments["grad"], arguments["x"]],
+}
+
+# Inputs of which an operator reads as much as it writes, by name.
+LOOKED_UP = {"aten::index": "self"}
+
+
+def _linear_attention_launch(arguments: Arguments):
+    """Sizes (B, heads, N, D, C) of a linear attention, and how its kernels cut them up."""
+    from ddpm_fast.ops.linear_attention.launch import choose_launch
+
+    qkv, heads, C = arguments["qkv"], arguments["heads"], arguments["weight"].shape[0]
+    B, channels, H, W = qkv.shape
+    D = channels // (3 * heads)
+    launch = choose_launch(H * W, heads, D, C, half=qkv.dtype != torch.float32)
+    return (B, heads, H * W, D, C), launch
+
+
+def _linear_attention_second_reads(arguments: Arguments) -> list[torch.Tensor]:
+    _, launch = _linear_attention_launch(arguments)
+    if launch.backward_columns == launch.block_c:
+        return []
+    return [arguments["grad"], arguments["qkv"].chunk(3, 1)[0]]
+
+
+def _linear_attention_scratch(arguments: Arguments) -> int:
+    """Maximum, sum and context of every chunk, written and read."""
+    (B, heads, N, D, _), launch = _linear_attention_launch(arguments)
+    return 4 * 2 * B * heads * launch.context.programs(N) * D * (D + 2)
+
+
+def _linear_attention_backward_scratch(arguments: Arguments) -> int:
+    """Gradients of P, bias and gain per chunk, two numbers per row where they are a pass of their own, those of the
+    weight per image: all written and read."""
+    (B, heads, N, D, C), launch = _linear_attention_launch(arguments)
+    fused = launch.backward_columns == launch.block_c
+    chunks = (launch.backward if fused else launch.sums).programs(N)
+    blocks = math.ceil(D / launch.small_rows)
+    numbers = B * chunks * (heads * D + 1) * C + (0 if fused else 2 * B * N) + B * blocks * C * heads * D
+    return 4 * 2 * numbers
+
+
+def _attention_backward_scratch(arguments: Arguments) -> int:
+    """Gradients of the memory per tile of queries, written and read; one number per row and head, written and read."""
+    from ddpm_fast.ops.attention import triton as kernel
+
+    qkv, heads = arguments["qkv"], arguments["heads"]
+    B, channels, H, W = qkv.shape
+    tile = kernel.choose_tile("dq", "half" if qkv.dtype != torch.float32 else "ieee", H * W, channels // (3 * heads))
+    tiles = math.ceil(H * W / tile.queries)
+    return 4 * 2 * B * (tiles * arguments["mem_kv"].numel() + heads * H * W)
+
+
+def _norm_silu_chunks(arguments: Arguments, dropout: bool) -> int:
+    """Chunks of pixels, over the batch, into which ops/norm_silu/kernel.py cuts its sums, times channels."""
+    from ddpm_fast.ops.norm_silu import triton as kernel
+
+    B, C, H, W = arguments["x"].shape
+    rms = arguments["groups"] == 0
+    tile = kernel.choose_tile(H * W, C, whole_rows=rms, sums=True, dropout=dropout and H * W % 4 == 0)
+    return B * math.ceil(H * W / tile.chunk) * C
+
+
+def _norm_silu_scratch(arguments: Arguments) -> int:
+    """GroupNorm's mean and Σ (v − mean)² per chunk: the merge reads the means twice, all the rest moves once."""
+    return 4 * (2 + 3) * _norm_silu_chunks(arguments, dropout=False) if arguments["groups"] else 0
+
+
+def _norm_silu_backward_scratch(arguments: Arguments) -> int:
+    """Σ dy, Σ dy·x̂ and, where there is a bias, Σ dx per chunk, written and read."""
+    sums = 2 if arguments["bias"] is None else 3
+    return 4 * 2 * sums * _norm_silu_chunks(arguments, dropout=arguments["seed"] is not None)
+
+
+def _diffusion_loss_scratch(arguments: Arguments) -> int:
+    """The sum of squares per tile, written and read."""
+    from ddpm_fast.ops.forward_diffusion import triton as kernel
+
+    output = arguments["model_output"]
+    B, C, H, W = output.shape
+    _, shape = kernel.tile_constants(C, H * W, kernel.is_channels_last(output))
+    return 4 * 2 * B * math.ceil(C * H * W / shape["STEP"])
+
+
+def _norm_linear_backward_scratch(arguments: Arguments) -> int:
+    """The weight's gradient per chunk of pixels, written and read, and its sum, written and read twice."""
+    from ddpm_fast.ops.norm_linear import triton as kernel
+
+    B, C, H, W = arguments["x"].shape
+    M = arguments["weight"].shape[0]
+    tile = kernel.backward_weight_tile(B * H * W, C, M, exact=False)
+    chunks = math.ceil(B * H * W / (tile.block_n * kernel.tiles_per_chunk(B * H * W, C, M, tile)))
+    return 4 * M * C * (2 * chunks + 3)
+
+
+SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
+    "ddpm_fast::norm_silu": _norm_silu_scratch,
+    "ddpm_fast::norm_silu_backward": _norm_silu_backward_scratch,
+    "ddpm_fast::diffusion_loss": _diffusion_loss_scratch,
+    "ddpm_fast::norm_linear_backward": _norm_linear_backward_scratch,
+    "ddpm_fast::linear_attention": _linear_attention_scratch,
+    "ddpm_fast::linear_attention_backward": _linear_attention_backward_scratch,
+    "ddpm_fast::attention_backward": _attention_backward_scratch,
+}
+
+
+# From the arguments and the result to operations by kind (see `KINDS`).
+def _norm_linear_flops(products: int) -> Callable[[Arguments, Any], dict[str, int]]:
+    return lambda a, _: {"convolution": 2 * products * a["x"].numel() * a["weight"].shape[0]}
+
+
+def _attention_flops(products: int) -> Callable[[Arguments, Any], dict[str, int]]:
+    """So many products of queries with keys and memory; the two kernels of backward make three and four."""
+
+    def flops(arguments: Arguments, result: Any) -> dict[str, int]:
+        B, channels, H, W = arguments["qkv"].shape
+        memory = arguments["mem_kv"].shape[2]
+        return {"attention": products * 2 * B * (channels // 3) * H * W * (H * W + memory)}
+
+    return flops
+
+
+def _linear_attention_flops(contexts: int, rows: int) -> Callable[[Arguments, Any], dict[str, int]]:
+    """So many products of the size of keys with values, and of queries with P."""
+
+    def flops(arguments: Arguments, result: Any) -> dict[str, int]:
+        (B, heads, N, D, C), _ = _linear_attention_launch(arguments)
+        return {"attention": 2 * B * heads * N * D * (contexts * D + rows * C)}
+
+    return flops
+
+
+FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
+    "ddpm_fast::attention": _attention_flops(2),
+    "ddpm_fast::attention_backward": _attention_flops(7),
+    "ddpm_fast::linear_attention": _linear_attention_flops(1, 1),
+    "ddpm_fast::linear_attention_backward": _linear_attention_flops(2, 3),
+    "ddpm_fast::norm_linear": _norm_linear_flops(1),
+    "ddpm_fast::norm_linear_backward": _norm_linear_flops(2),
+    "ddpm_fast::linear_residual": _norm_linear_flops(1),
+}
+
+
+def _no_flops() -> dict[str, int]:
+    return dict.fromkeys(KINDS, 0)
+
+
+@dataclass
+class Operator:
+    """All calls of one operator."""
+
+    calls: int = 0
+    bytes_moved: int = 0
+    flops: int = 0
+
+
+@dataclass
+class Traffic:
+    """Per image: operators, bytes moved, bytes kept for backward, operations by kind; and what each operator does."""
+
+    operators: int = 0
+    bytes_moved: int = 0
+    bytes_kept: int = 0
+    flops: dict[str, int] = field(default_factory=_no_flops)
+    by_operator: dict[str, Operator] = field(default_factory=dict)
+
+    @property
+    def floor_seconds(self) -> float:
+        """What an H100's copy bandwidth needs for the bytes alone."""
+        return self.bytes_moved / H100_BYTES_PER_SECOND
+
+    @property
+    def total_flops(self) -> int:
+        return sum(self.flops.values())
+
+    def dominating(self, count: int | None = None) -> list[tuple[str, Operator]]:
+        """Operators by name, those that move most first."""
+        return sorted(self.by_operator.items(), key=lambda item: -item[1].bytes_moved)[:count]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator that is not a view.
+
+    Args:
+        name: of the operator, such as "aten::add".
+        arguments: by name, with defaults.
+        bytes_moved: see the module.
+        flops: by kind; empty for operators that are none of `KINDS`.
+    """
+
+    name: str
+    arguments: Arguments
+    result: Any
+    bytes_moved: int
+    flops: dict[str, int]
+
+
+class Observer(TorchDispatchMode):
+    """Sees every operator that is not a view; a subclass says in `see` what becomes of it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if _only_calls_others(func):
+            with self:
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
+        result = self.run(func, args, kwargs)
+        if not _is_view(func):
+            arguments = _bind(func, args, kwargs)
+            flops = _flops(func, args, kwargs, arguments, result)
+            self.see(Call(func._schema.name, arguments, result, _bytes_moved(func, args, kwargs, result), flops))
+        return result
+
+    def run(self, func, args: tuple, kwargs: dict) -> Any:
+        """The result of an operator."""
+        return func(*args, **kwargs)
+
+    def see(self, call: Call) -> None:
+        """Called after every operator that is not a view."""
+        raise NotImplementedError
+
+
+class _Counter(Observer):
+    """Adds up what it sees."""
+
+    def __init__(self, traffic: Traffic):
+        super().__init__()
+        self.traffic = traffic
+
+    def see(self, call: Call) -> None:
+        self.traffic.operators += 1
+        self.traffic.bytes_moved += call.bytes_moved
+        operator = self.traffic.by_operator.setdefault(call.name, Operator())
+        operator.calls += 1
+        operator.bytes_moved += call.bytes_moved
+        for kind, number in call.flops.items():
+            self.traffic.flops[kind] += number
+            operator.flops += number
+
+
+def _bytes_moved(func, args: tuple, kwargs: dict, result) -> int:
+    name, arguments = func._schema.name, _bind(func, args, kwargs)
+    tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+    if name in SECOND_READS:
+        tensors += SECOND_READS[name](arguments)
+    moved = sum(t.numel() * t.element_size() for t in tensors)
+    if name in LOOKED_UP:
+        table = arguments[LOOKED_UP[name]]
+        moved += (result.numel() - table.numel()) * table.element_size()
+    if name in SCRATCH_BYTES:
+        moved += SCRATCH_BYTES[name](arguments)
+    return moved
+
+
+def _only_calls_others(func) -> bool:
+    """Such an operator arrives whole in inference mode; outside it, autograd has it call the others first."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(func.name(), _COMPOSITE) and not has_kernel(func.name(), torch._C.DispatchKey.CPU)
+
+
+def _is_view(func) -> bool:
+    returns = [r.alias_info for r in func._schema.returns]
+    return func in _FREE or any(alias is not None and not alias.is_write for alias in returns)
+
+
+def _bind(func, args: tuple, kwargs: dict) -> Arguments:
+    """The arguments of a call by name."""
+    schema = func._schema.arguments
+    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
+    return defaults | {a.name: value for a, value in zip(schema, args, strict=False)} | kwargs
+
+
+def _flops(func, args: tuple, kwargs: dict, arguments: Arguments, result) -> dict[str, int]:
+    """Operations by kind; empty for operators that are none of `KINDS`."""
+    name = func._schema.name
+    if name in FLOPS:
+        return FLOPS[name](arguments, result)
+    packet = func._overloadpacket
+    if packet not in flop_registry:
+        return {}
+    kind = "convolution" if "conv" in name else "attention" if "attention" in name else "matmul"
+    return {kind: flop_registry[packet](*args, **kwargs, out_val=result)}
+
+
+@contextlib.contextmanager
+def _count_kept(traffic: Traffic, excluded: set[int]):
+    """Bytes of the distinct storages that autograd saves."""
+    seen = set(excluded)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            traffic.bytes_kept += storage.nbytes()
+        return tensor
+
+    def checkpoint_and_count(function, *args, **kwargs):
+        """torch's checkpoint keeps its arguments where no hook sees them."""
+        for tensor in args:
+            pack(tensor)
+        return checkpoint(function, *args, **kwargs)
+
+    with (
+        mock.patch("ddpm_fast.models.layers.checkpoint", checkpoint_and_count),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def kernels_take_meta_tensors():
+    """Let the implementations for CUDA accept meta tensors, whose shapes are all that is counted.
+
+    Triton must be installed: how its kernels cut up their work is asked of them.
+    """
+    with (
+        mock.patch("ddpm_fast.runtime.triton_launch.why_not_triton", lambda device: None),
+        mock.patch("ddpm_fast.runtime.extension.why_not", lambda device: None),
+    ):
+        yield
+
+
+def measure_training(diffusion: torch.nn.Module, batch: int = 1) -> Traffic:
+    """One training step on a batch, of one image unless told otherwise: loss and backward, the noise drawn inside."""
+    diffusion = copy.deepcopy(diffusion).to("meta")
+    image = torch.rand(batch, diffusion.channels, *diffusion.image_size, device="meta")
+    t = torch.zeros(batch, dtype=torch.int64, device="meta")
+    constants = [*diffusion.parameters(), *diffusion.buffers(), image]
+    traffic = Traffic()
+    with _Counter(traffic):
+        with _count_kept(traffic, {c.untyped_storage()._cdata for c in constants}):
+            loss = diffusion(image, times=t)
+        loss.backward()
+    return traffic
+
+
+def measure_sampling(diffusion: torch.nn.Module, batch: int = 1) -> Traffic:
+    """One step of sampling a batch, of one image unless told otherwise: the network and the update of the state.
+
+    The network's weights are frozen, as in a run of many steps.
+    """
+    diffusion = copy.deepcopy(diffusion).to("meta")
+    x = torch.zeros(batch, diffusion.channels, *diffusion.image_size, device="meta")
+    traffic = Traffic()
+    with frozen_weights(diffusion.model, diffusion.num_timesteps), _Counter(traffic), torch.inference_mode():
+        diffusion.p_sample(x, 1)
+    return traffic
+
+
+def measure(package: ModuleType, image_size: int | tuple[int, int], **unet) -> dict[str, Traffic]:
+    """Both of a package that has Unet and GaussianDiffusion, the peer or this one; `unet` goes to its Unet."""
+    diffusion = package.GaussianDiffusion(package.Unet(**unet), image_size=image_size)
+    return {"training step": measure_training(diffusion), "sampling step": measure_sampling(diffusion)}

@@ -1,0 +1,335 @@
+"""The peer's UNet: same arguments, same parameters, same function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from ddpm_fast.models.derived_weights import DerivesWeights
+from ddpm_fast.models.layers import (
+    Attention,
+    Conv3x3,
+    Downsample,
+    LinearAttention,
+    RandomOrLearnedSinusoidalPosEmb,
+    ResnetBlock,
+    SinusoidalPosEmb,
+    StemConv,
+    Upsample,
+    has_native_maps,
+    is_plain,
+    linears_of_one_input,
+    weights_format,
+)
+
+# Of the smallest maps of a batch, and of their channels: below and from there on channels-last maps lose on a CPU
+# (Unet(64) at 32×32: 1.4 times the time with 32 pixels, 0.99 with 128; Unet(32, (1, 2, 4)) with 16 pixels: 0.92).
+_FEW_PIXELS, _WIDE = 64, 256
+
+NORMS = ("rms", "group")
+MEMORY = ("fast", "low")
+
+
+def _per_stage(name: str, value, num_stages: int) -> tuple:
+    """One value per stage from a scalar or a sequence of that length."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * num_stages
+    if len(values) != num_stages:
+        raise ValueError(f"{name} must be one value or {num_stages}, one per entry of dim_mults, got {value!r}")
+    return values
+
+
+class Unet(DerivesWeights):
+    """UNet of Ho et al. 2020 as `denoising-diffusion-pytorch` 2.3 builds it; checkpoints load both ways.
+
+    Args:
+        dim: width of the first stage; stage i has `dim * dim_mults[i]` channels.
+        init_dim: channels of the first convolution, `dim` if None.
+        out_dim: output channels; if None `channels`, twice that with `learned_variance`.
+        dim_mults: one factor per stage; every stage but the last halves height and width.
+        channels: channels of the image.
+        self_condition: the network also sees its previous estimate of x0 (Chen et al. 2022), as `x_self_cond`.
+        learned_variance: twice the output channels (Nichol & Dhariwal 2021).
+        learned_sinusoidal_cond, random_fourier_features, learned_sinusoidal_dim: Fourier features of the timestep with
+            learned or random frequencies, for continuous time; `GaussianDiffusion` does not take such a network.
+        sinusoidal_pos_emb_theta: base of the sinusoidal time embedding.
+        dropout: after the first block of each residual block.
+        attn_dim_head, attn_heads: one value, or one per stage.
+        full_attn: softmax attention instead of linear attention, one bool or one per stage; None: the last stage only.
+            The peer treats False like None; here False means linear attention in every stage. The middle of the network
+            always has softmax attention.
+        flash_attn: kept for the peer's signature; torch's attention kernels run either way.
+        norm: "rms" (the peer's 2.x network) or "group" (its 1.9–1.11 network, GroupNorm in the residual blocks).
+        resnet_block_groups: groups of that GroupNorm.
+        memory: "fast", or "low", which keeps fewer maps from forward for backward and makes the others again there: the
+            map between the two blocks of each residual block, and what is inside linear attention.
+
+    Raises:
+        ValueError: an argument does not fit, named in one sentence.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        init_dim: int | None = None,
+        out_dim: int | None = None,
+        dim_mults: Sequence[int] = (1, 2, 4, 8),
+        channels: int = 3,
+        self_condition: bool = False,
+        learned_variance: bool = False,
+        learned_sinusoidal_cond: bool = False,
+        random_fourier_features: bool = False,
+        learned_sinusoidal_dim: int = 16,
+        sinusoidal_pos_emb_theta: float = 10000,
+        dropout: float = 0.0,
+        attn_dim_head: int | Sequence[int] = 32,
+        attn_heads: int | Sequence[int] = 4,
+        full_attn: bool | Sequence[bool] | None = None,
+        flash_attn: bool = False,
+        *,
+        norm: str = "rms",
+        resnet_block_groups: int = 8,
+        memory: str = "fast",
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+        if memory not in MEMORY:
+            raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
+        if len(dim_mults) == 0:
+            raise ValueError("dim_mults must have at least one entry, got none")
+        num_stages = len(dim_mults)
+        if full_attn is None:
+            full_attn = (False,) * (num_stages - 1) + (True,)
+        full_attn = _per_stage("full_attn", full_attn, num_stages)
+        attn_heads = _per_stage("attn_heads", attn_heads, num_stages)
+        attn_dim_head = _per_stage("attn_dim_head", attn_dim_head, num_stages)
+
+        self.channels = channels
+        self.self_condition = self_condition
+        init_dim = dim if init_dim is None else init_dim
+        self.init_conv = StemConv(channels * (2 if self_condition else 1), init_dim, 7)
+
+        dims = [init_dim, *(dim * m for m in dim_mults)]
+        in_out = list(zip(dims[:-1], dims[1:], strict=True))
+        if norm == "group":
+            for width in dims:
+                if width % resnet_block_groups:
+                    raise ValueError(
+                        f"resnet_block_groups must divide every stage's width {dims}, got {resnet_block_groups}"
+                    )
+
+        self.random_or_learned_sinusoidal_cond = learned_sinusoidal_cond or random_fourier_features
+        if self.random_or_learned_sinusoidal_cond:
+            embedding = RandomOrLearnedSinusoidalPosEmb(learned_sinusoidal_dim, random_fourier_features)
+            fourier_dim = learned_sinusoidal_dim + 1
+        else:
+            embedding = SinusoidalPosEmb(dim, theta=sinusoidal_pos_emb_theta)
+            fourier_dim = dim
+        time_dim = dim * 4
+        self.time_mlp = nn.Sequential(
+            embedding, nn.Linear(fourier_dim, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim)
+        )
+
+        resnet_block = partial(
+            ResnetBlock,
+            time_emb_dim=time_dim,
+            dropout=dropout,
+            norm=norm,
+            groups=resnet_block_groups,
+            low_memory=memory == "low",
+        )
+
+        def attention(width: int, stage: int, full: bool) -> nn.Module:
+            kwargs = {"heads": attn_heads[stage], "dim_head": attn_dim_head[stage]}
+            if full:
+                return Attention(width, flash=flash_attn, **kwargs)
+            return LinearAttention(width, low_memory=memory == "low", **kwargs)
+
+        # Modules are made in the peer's order, so that one seed gives both the same initial weights.
+        self.downs = nn.ModuleList()
+        self.ups = nn.ModuleList()
+        for stage, (dim_in, dim_out) in enumerate(in_out):
+            is_last = stage == num_stages - 1
+            self.downs.append(
+                nn.ModuleList(
+                    [
+                        resnet_block(dim_in, dim_in),
+                        resnet_block(dim_in, dim_in),
+                        attention(dim_in, stage, full_attn[stage]),
+                        Conv3x3(dim_in, dim_out) if is_last else Downsample(dim_in, dim_out),
+                    ]
+                )
+            )
+
+        mid_dim = dims[-1]
+        self.mid_block1 = resnet_block(mid_dim, mid_dim)
+        self.mid_attn = attention(mid_dim, num_stages - 1, True)
+        self.mid_block2 = resnet_block(mid_dim, mid_dim)
+
+        for stage, (dim_in, dim_out) in reversed(list(enumerate(in_out))):
+            is_last = stage == 0
+            self.ups.append(
+                nn.ModuleList(
+                    [
+                        resnet_block(dim_out + dim_in, dim_out),
+                        resnet_block(dim_out + dim_in, dim_out),
+                        attention(dim_out, stage, full_attn[stage]),
+                        Conv3x3(dim_out, dim_in) if is_last else Upsample(dim_out, dim_in),
+                    ]
+                )
+            )
+
+        self.out_dim = channels * (2 if learned_variance else 1) if out_dim is None else out_dim
+        self.final_res_block = resnet_block(init_dim * 2, init_dim)
+        self.final_conv = nn.Conv2d(init_dim, self.out_dim, 1)
+        self._lay_out_weights()
+
+    @property
+    def downsample_factor(self) -> int:
+        """Height and width must be divisible by this."""
+        return 2 ** (len(self.downs) - 1)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, x_self_cond: torch.Tensor | None = None) -> torch.Tensor:
+        """Predict noise, x0 or v, whatever it was trained for.
+
+        Args:
+            x: (B, channels, H, W), floating point.
+            time: (B,), timesteps.
+            x_self_cond: (B, channels, H, W), the previous estimate of x0; zeros if None; only with `self_condition`.
+
+        Returns:
+            (B, out_dim, H, W).
+
+        Raises:
+            TypeError, ValueError: an input does not fit, named in one sentence.
+        """
+        self._check_inputs(x, time, x_self_cond)
+        if self.self_condition:
+            x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond, x), dim=1)
+
+        # All maps lie like this one from here on: every convolution and op keeps what it is given.
+        maps_format = self._maps_format(x)
+        x = self.init_conv(x.contiguous(memory_format=maps_format))
+        if x.device.type == "cpu":  # an image of one channel lies either way, and torch's convolution then chooses
+            x = x.contiguous(memory_format=maps_format)
+        residual = x
+        rows = iter(self._scales_and_shifts(time))
+
+        skips = []
+        for block1, block2, attn, downsample in self.downs:
+            x = block1(x, scale_shift=next(rows))
+            skips.append(x)
+            x = block2(x, scale_shift=next(rows))
+            x = attn(x, residual=x)
+            skips.append(x)
+            x = downsample(x)
+
+        x = self.mid_block1(x, scale_shift=next(rows))
+        x = self.mid_attn(x, residual=x)
+        x = self.mid_block2(x, scale_shift=next(rows))
+
+        for block1, block2, attn, upsample in self.ups:
+            x = block1((x, skips.pop()), scale_shift=next(rows))
+            x = block2((x, skips.pop()), scale_shift=next(rows))
+            x = attn(x, residual=x)
+            x = upsample(x)
+
+        return self.final_res_block.followed_by(self.final_conv, (x, residual), next(rows))
+
+    def _blocks(self) -> list[ResnetBlock]:
+        """The residual blocks in the order in which they run."""
+        blocks = []
+        for block1, block2, *_ in self.downs:  # a slice of a ModuleList would be a new module
+            blocks += (block1, block2)
+        blocks += (self.mid_block1, self.mid_block2)
+        for block1, block2, *_ in self.ups:
+            blocks += (block1, block2)
+        return [*blocks, self.final_res_block]
+
+    def _scales_and_shifts(self, time: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What each of `_blocks` gets from the timestep: (B,) → two of (B, dim_out) for every block."""
+        if self._frozen is None or torch.is_grad_enabled() or time.is_floating_point():
+            rows = self._projections(time)
+        else:
+            rows = self._frozen[time]
+        widths = [block.dim_out for block in self._blocks() for _ in range(2)]
+        parts = rows.split(widths, dim=1)
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    def _projections(self, time: torch.Tensor) -> torch.Tensor:
+        """All blocks' projections of the time embedding side by side, as one product: (B,) → (B, Σ 2·dim_out)."""
+        t = self._time_embedding(time)
+        blocks = self._blocks()
+        if not all(is_plain(block.mlp, *block.mlp) for block in blocks):  # replaced, by an adapter for example
+            return torch.cat([block.mlp(t) for block in blocks], dim=1)
+        return linears_of_one_input(nn.functional.silu(t), [block.mlp[1] for block in blocks])
+
+    def freeze(self, num_timesteps: int | None) -> None:
+        """The table of `_projections` for all timesteps, (T, Σ 2·dim_out): a step then looks up its row."""
+        self.is_frozen = True
+        modules = [*self.time_mlp.modules(), *(m for block in self._blocks() for m in block.mlp.modules())]
+        listened = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        if num_timesteps is not None and not listened:
+            device = self.init_conv.weight.device
+            self._keep(lambda: self._projections(torch.arange(num_timesteps, device=device)))
+
+    def _apply(self, fn, recurse: bool = True) -> Unet:
+        super()._apply(fn, recurse)
+        self._lay_out_weights()
+        return self
+
+    def _lay_out_weights(self) -> None:
+        """Lay out the convolutions' weights for their device; shapes and values, and so the state dict, stay."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                for tensor in (module.weight, module.weight.grad):
+                    if tensor is not None:
+                        tensor.data = tensor.data.contiguous(memory_format=weights_format(tensor.device))
+
+    def _maps_format(self, x: torch.Tensor) -> torch.memory_format:
+        """How the network's maps lie: channels-last on CUDA, and on the CPU where the native kernels run.
+
+        Where they do not, channels-last on the CPU in most sampling runs (`frozen_weights`) only: that makes a
+        forward pass up to 20% faster, but no training step; those, and single passes, round like the peer's. oneDNN
+        lays out weights anew for channels-last maps in every call: where few pixels meet wide weights that takes
+        longer than the product, and the maps stay as they come.
+        """
+        if has_native_maps(x):
+            return torch.channels_last
+        weights = weights_format(self.init_conv.weight.device)
+        if not self.is_frozen or torch.is_grad_enabled():
+            return weights
+        pixels = x.shape[0] * x.shape[2] * x.shape[3] // self.downsample_factor**2
+        few_for_wide = pixels < _FEW_PIXELS and self.mid_block1.dim_out >= _WIDE
+        return weights if few_for_wide else torch.channels_last
+
+    def _time_embedding(self, time: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, 4·dim)
+        embedding, *mlp = self.time_mlp
+        t = embedding(time).to(mlp[0].weight.dtype)  # sines of a timestep need float32 whatever the weights are
+        for layer in mlp:
+            t = layer(t)
+        return t
+
+    def _check_inputs(self, x: torch.Tensor, time: torch.Tensor, x_self_cond: torch.Tensor | None) -> None:
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point, got {x.dtype}")
+        factor = self.downsample_factor
+        if x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(
+                f"x must have height and width divisible by {factor} for this Unet, got {tuple(x.shape[2:])}"
+            )
+        if time.shape != x.shape[:1]:
+            raise ValueError(f"time must have shape ({x.shape[0]},), one timestep per image, got {tuple(time.shape)}")
+        device = self.init_conv.weight.device
+        for name, tensor in (("x", x), ("time", time), ("x_self_cond", x_self_cond)):
+            if tensor is not None and tensor.device != device:
+                raise ValueError(f"{name} must be on the Unet's device {device}, got {tensor.device}")
+        if self.self_condition and x_self_cond is not None and x_self_cond.shape != x.shape:
+            raise ValueError(f"x_self_cond must have x's shape {tuple(x.shape)}, got {tuple(x_self_cond.shape)}")

@@ -1,0 +1,646 @@
+"""Triton kernels of norm_silu, and their launches.
+
+A tile is BLOCK_N pixels of one sample times BLOCK_C channels. Feature maps are read through strides: channels-last is
+the fast layout, contiguous works as well. Statistics and arithmetic are float32.
+
+Everything per channel after the norm folds into one multiplication and one addition with
+
+    gain = weight·(1 + scale)      offset = bias_affine·(1 + scale) + shift
+    y = x̂·gain + offset      out = dropout(SiLU(y)) + residual
+
+so that all parameter gradients follow from two sums over the pixels of each sample and channel, Σ dy and Σ dy·x̂
+(`parameter_gradients`). Sums are made in two stages, per chunk of pixels and then over chunks, without atomics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ddpm_fast.noise import STREAM_DROPOUT
+from ddpm_fast.ops.common.triton import philox4x32, philox_key, silu, silu_derivative
+from ddpm_fast.runtime import triton_launch
+
+_STREAM_DROPOUT = tl.constexpr(STREAM_DROPOUT)
+_SMALLEST_NORM = tl.constexpr(1e-12)
+
+
+@triton.jit
+def _load(pointer, offsets, mask):
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_with_bias(x_ptr, o_tile, m_tile, bias_ptr, o_c, m_c):
+    """The norm's input v = x + bias: (BLOCK_N, BLOCK_C), 0 in channels that do not exist."""
+    b_v = _load(x_ptr, o_tile, m_tile)
+    if bias_ptr is not None:
+        b_v += _load(bias_ptr, o_c, m_c)[None, :]
+    return b_v
+
+
+@triton.jit
+def _gain_and_offset(weight_ptr, affine_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c):
+    """(BLOCK_C,) each, both 0 in channels that do not exist."""
+    b_gain = _load(weight_ptr, o_c, m_c)
+    b_offset = tl.zeros_like(b_gain)
+    if affine_ptr is not None:
+        b_offset = _load(affine_ptr, o_c, m_c)
+    if scale_ptr is not None:
+        b_factor = 1.0 + _load(scale_ptr, i_b * stride_scale + o_c, m_c)
+        b_gain *= b_factor
+        b_offset *= b_factor
+    if shift_ptr is not None:
+        b_offset += _load(shift_ptr, i_b * stride_shift + o_c, m_c)
+    return b_gain, b_offset
+
+
+@triton.jit
+def _dropout_words(seed_ptr, i_b, n_start, o_c, HW, BLOCK_N: tl.constexpr, QUADS: tl.constexpr):
+    """The tile's 32-bit words: element = c·HW + n of sample i_b, word element % 4 of Philox block element // 4.
+
+    With QUADS four pixels in a row are one block of every channel (HW, BLOCK_N and n_start are multiples of four), and
+    one Philox call serves them; otherwise each element makes its own.
+    """
+    k0, k1 = philox_key(tl.load(seed_ptr))
+    if QUADS:
+        o_quad = n_start // 4 + tl.arange(0, BLOCK_N // 4)
+        x0, x1, x2, x3 = _words(o_c[None, :] * (HW // 4) + o_quad[:, None], i_b, k0, k1)  # (BLOCK_N / 4, BLOCK_C)
+        words = tl.join(tl.join(x0, x2), tl.join(x1, x3))  # (BLOCK_N / 4, BLOCK_C, 2, 2), word 2i + j at [.., i, j]
+        return tl.reshape(tl.permute(words, (0, 2, 3, 1)), (BLOCK_N, o_c.shape[0]))
+    elements = o_c[None, :] * HW + (n_start + tl.arange(0, BLOCK_N))[:, None]
+    x0, x1, x2, x3 = _words(elements // 4, i_b, k0, k1)
+    word = elements % 4
+    return tl.where(word < 2, tl.where(word == 0, x0, x1), tl.where(word == 2, x2, x3))
+
+
+@triton.jit
+def _words(block, i_b, k0, k1):
+    zero = (block * 0).to(tl.uint32)
+    return philox4x32(block.to(tl.uint32), zero + i_b.to(tl.uint32), zero, zero + _STREAM_DROPOUT, k0, k1)
+
+
+@triton.jit
+def _dropped(b_y, seed_ptr, i_b, n_start, o_c, HW, threshold, kept_scale, BLOCK_N: tl.constexpr, QUADS: tl.constexpr):
+    """Dropout, which is its own gradient: b_y·kept_scale where the word is at least `threshold`, else 0."""
+    words = _dropout_words(seed_ptr, i_b, n_start, o_c, HW, BLOCK_N, QUADS)
+    return tl.where(words.to(tl.int64) >= threshold, b_y * kept_scale, 0.0)
+
+
+@triton.jit
+def _finish_fwd(
+    b_normed, residual_ptr, out_ptr, o_tile, m_tile, b_gain, b_offset, seed_ptr, i_b, n_start, o_c, HW, threshold,
+    kept_scale, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """What follows x̂, and the store."""
+    b_y = b_normed * b_gain[None, :] + b_offset[None, :]
+    if ACTIVATION:
+        b_y = silu(b_y)
+    if seed_ptr is not None:
+        b_y = _dropped(b_y, seed_ptr, i_b, n_start, o_c, HW, threshold, kept_scale, BLOCK_N, QUADS)
+    if residual_ptr is not None:
+        b_y += _load(residual_ptr, o_tile, m_tile)
+    tl.store(out_ptr + o_tile, b_y.to(out_ptr.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def _finish_bwd(
+    grad_ptr, b_normed, o_tile, m_tile, b_gain, b_offset, seed_ptr, i_b, n_start, o_c, HW, threshold, kept_scale,
+    ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """dy, the gradient at y = x̂·gain + offset, 0 outside the map."""
+    b_dy = _load(grad_ptr, o_tile, m_tile)
+    if seed_ptr is not None:
+        b_dy = _dropped(b_dy, seed_ptr, i_b, n_start, o_c, HW, threshold, kept_scale, BLOCK_N, QUADS)
+    if ACTIVATION:
+        b_dy *= silu_derivative(b_normed * b_gain[None, :] + b_offset[None, :])
+    return b_dy
+
+
+@triton.jit
+def rms_norm_silu_fwd_kernel(
+    x_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so are out and residual
+    out_ptr,
+    factors_ptr,  # (B, HW) float32: √C / max(‖v‖₂, 1e-12)
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,) or None
+    scale_ptr,  # (B, C) or None
+    shift_ptr,  # (B, C) or None
+    residual_ptr,  # or None
+    seed_ptr,  # (1,) int64, or None: no dropout
+    HW, C, tiles, root_c, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
+    ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    i_b, i_n = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    o_n, o_c = i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
+    m_n, m_c = o_n < HW, o_c < C
+    o_sample = i_b.to(tl.int64) * stride_b
+    o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, m_n[:, None] & m_c[None, :]
+    if residual_ptr is not None:
+        residual_ptr += o_sample
+    b_gain, b_offset = _gain_and_offset(
+        weight_ptr, None, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+    )
+
+    b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
+    b_square = tl.sum(b_v * b_v, axis=1)  # (BLOCK_N,)
+    if BLOCK_C < 16:  # gradients of few channels cancel, and 2 units in the last place would show in them
+        b_factor = tl.div_rn(root_c, tl.maximum(tl.sqrt_rn(b_square), _SMALLEST_NORM))
+    else:
+        b_factor = root_c / tl.maximum(tl.sqrt(b_square), _SMALLEST_NORM)
+    tl.store(factors_ptr + i_b.to(tl.int64) * HW + o_n, b_factor, mask=m_n)
+    _finish_fwd(
+        b_v * b_factor[:, None], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_gain, b_offset,
+        seed_ptr, i_b, i_n * BLOCK_N, o_c, HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+    )  # fmt: skip
+
+
+@triton.jit
+def rms_norm_silu_bwd_kernel(
+    grad_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so are x and dx
+    x_ptr,
+    dx_ptr,
+    sums_ptr,  # (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of a chunk's pixels
+    factors_ptr,  # (B, HW)
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,) or None
+    scale_ptr,  # (B, C) or None
+    shift_ptr,  # (B, C) or None
+    seed_ptr,  # (1,) int64, or None: no dropout
+    HW, C, chunks, root_c, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
+    ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    i_b, i_chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_sample = i_b.to(tl.int64) * stride_b
+    b_gain, b_offset = _gain_and_offset(
+        weight_ptr, None, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+    )
+    b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    b_sum_dy_normed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    b_sum_dx = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    # A norm that is larger than the smallest by less than forward's rounding counts as clamped.
+    largest_factor, inverse_c = root_c * (0.999999 / _SMALLEST_NORM), tl.div_rn(1.0, root_c * root_c)
+    for i_tile in range(TILES):
+        n_start = (i_chunk * TILES + i_tile) * BLOCK_N
+        o_n = n_start + tl.arange(0, BLOCK_N)
+        m_n = o_n < HW
+        o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, m_n[:, None] & m_c[None, :]
+        b_factor = tl.load(factors_ptr + i_b.to(tl.int64) * HW + o_n, mask=m_n, other=0.0)
+        b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
+        b_normed = b_v * b_factor[:, None]
+        b_dy = _finish_bwd(
+            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_gain, b_offset, seed_ptr, i_b, n_start, o_c, HW,
+            threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+        )  # fmt: skip
+        b_dnormed = b_dy * b_gain[None, :]
+        # A clamped norm is a constant: nothing flows through it.
+        b_projection = tl.where(b_factor < largest_factor, tl.sum(b_dnormed * b_normed, axis=1) * inverse_c, 0.0)
+        b_dx = (b_dnormed - b_normed * b_projection[:, None]) * b_factor[:, None]
+        tl.store(dx_ptr + o_sample + o_tile, b_dx.to(dx_ptr.dtype.element_ty), mask=m_tile)
+        b_sum_dy += b_dy
+        b_sum_dy_normed += b_dy * b_normed
+        if bias_ptr is not None:
+            b_sum_dx += b_dx
+    rows = 2
+    if bias_ptr is not None:
+        rows = 3
+    o_sums = (i_b * chunks + i_chunk) * rows * C + o_c
+    tl.store(sums_ptr + o_sums, tl.sum(b_sum_dy, axis=0), mask=m_c)
+    tl.store(sums_ptr + o_sums + C, tl.sum(b_sum_dy_normed, axis=0), mask=m_c)
+    if bias_ptr is not None:
+        tl.store(sums_ptr + o_sums + 2 * C, tl.sum(b_sum_dx, axis=0), mask=m_c)
+
+
+@triton.jit
+def group_moments_kernel(
+    x_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n
+    moments_ptr,  # (B, chunks, 2, C) float32: mean of v and Σ (v − mean)² over a chunk's pixels
+    bias_ptr,  # (C,) or None
+    HW, C, chunks, stride_b, stride_c, stride_n,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Each tile's moments in two passes over registers, tiles merged by Chan et al. 1983, eq. 2.1."""
+    i_b, i_chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    x_ptr += i_b.to(tl.int64) * stride_b
+    b_mean, b_m2 = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    for i_tile in range(TILES):
+        before = i_tile * BLOCK_N
+        n_start = i_chunk * TILES * BLOCK_N + before
+        o_n = n_start + tl.arange(0, BLOCK_N)
+        m_tile = (o_n < HW)[:, None] & m_c[None, :]
+        b_v = _load_with_bias(x_ptr, o_n[:, None] * stride_n + o_c[None, :] * stride_c, m_tile, bias_ptr, o_c, m_c)
+        count = tl.minimum(tl.maximum(HW - n_start, 0), BLOCK_N)
+        b_tile_mean = tl.sum(tl.where(m_tile, b_v, 0.0), axis=0) / tl.maximum(count, 1)
+        b_centred = tl.where(m_tile, b_v - b_tile_mean[None, :], 0.0)
+        share = count / tl.maximum(before + count, 1).to(tl.float32)
+        b_delta = b_tile_mean - b_mean
+        b_mean += b_delta * share
+        b_m2 += tl.sum(b_centred * b_centred, axis=0) + b_delta * b_delta * (before * share)
+    o_moments = (i_b * chunks + i_chunk) * 2 * C + o_c
+    tl.store(moments_ptr + o_moments, b_mean, mask=m_c)
+    tl.store(moments_ptr + o_moments + C, b_m2, mask=m_c)
+
+
+@triton.jit
+def group_merge_kernel(
+    moments_ptr,  # (B, chunks, 2, C)
+    statistics_ptr,  # (B, G, 2) float32: mean and 1/√(variance + eps)
+    HW, C, G, chunks, eps,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_K: tl.constexpr, BLOCKS_D: tl.constexpr,
+):  # fmt: skip
+    """One program merges the chunks and channels of a group: the mean, then what is around it (Chan et al. 1983).
+
+    The numbers of blocks are constants, nearly always 1: the interpreters of Triton 3.5 and 3.6 cannot loop up to a
+    tensor with numpy 2.4.
+    """
+    i_b, i_g = tl.program_id(0) // G, tl.program_id(0) % G
+    D = C // G
+    moments_ptr += i_b * chunks * 2 * C + i_g * D
+    b_sum = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for i_k in range(BLOCKS_K):
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        b_count = tl.minimum(HW - o_k * CHUNK, CHUNK)
+        for i_d in range(BLOCKS_D):
+            o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+            mask = (o_k < chunks)[:, None] & (o_d < D)[None, :]
+            b_sum += _load(moments_ptr, o_k[:, None] * 2 * C + o_d[None, :], mask) * b_count[:, None]
+    size = HW * D
+    mean = tl.div_rn(tl.sum(tl.sum(b_sum, axis=1), axis=0), size * 1.0)
+    b_m2 = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for i_k in range(BLOCKS_K):
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        b_count = tl.minimum(HW - o_k * CHUNK, CHUNK)
+        for i_d in range(BLOCKS_D):
+            o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+            mask = (o_k < chunks)[:, None] & (o_d < D)[None, :]
+            o_moments = o_k[:, None] * 2 * C + o_d[None, :]
+            b_delta = tl.where(mask, _load(moments_ptr, o_moments, mask) - mean, 0.0)
+            b_m2 += _load(moments_ptr, o_moments + C, mask) + b_delta * b_delta * b_count[:, None]
+    variance = tl.sum(tl.sum(b_m2, axis=1), axis=0) / size
+    tl.store(statistics_ptr + tl.program_id(0) * 2, mean)
+    tl.store(statistics_ptr + tl.program_id(0) * 2 + 1, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
+
+
+@triton.jit
+def group_norm_silu_fwd_kernel(
+    x_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so are out and residual
+    out_ptr,
+    statistics_ptr,  # (B, G, 2)
+    weight_ptr,  # (C,)
+    affine_ptr,  # (C,)
+    bias_ptr,  # (C,) or None
+    scale_ptr,  # (B, C) or None
+    shift_ptr,  # (B, C) or None
+    residual_ptr,  # or None
+    seed_ptr,  # (1,) int64, or None: no dropout
+    HW, C, G, tiles, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
+    ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    i_b, i_n = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    o_n, o_c = i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_sample = i_b.to(tl.int64) * stride_b
+    o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, (o_n < HW)[:, None] & m_c[None, :]
+    if residual_ptr is not None:
+        residual_ptr += o_sample
+    b_gain, b_offset = _gain_and_offset(
+        weight_ptr, affine_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+    )
+    b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
+
+    b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
+    _finish_fwd(
+        (b_v - b_mean[None, :]) * b_rstd[None, :], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_gain, b_offset,
+        seed_ptr, i_b, i_n * BLOCK_N, o_c, HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G):
+    """Mean and 1/σ of each channel's group: (BLOCK_C,) each."""
+    o_statistics = (i_b * G + o_c // (C // G)) * 2
+    return _load(statistics_ptr, o_statistics, m_c), _load(statistics_ptr, o_statistics + 1, m_c)
+
+
+@triton.jit
+def group_norm_silu_sums_kernel(
+    grad_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so is x
+    x_ptr,
+    sums_ptr,  # (B, chunks, 2, C) float32: Σ dy and Σ dy·x̂ of a chunk's pixels
+    statistics_ptr,  # (B, G, 2)
+    weight_ptr,  # (C,)
+    affine_ptr,  # (C,)
+    bias_ptr,  # (C,) or None
+    scale_ptr,  # (B, C) or None
+    shift_ptr,  # (B, C) or None
+    seed_ptr,  # (1,) int64, or None: no dropout
+    HW, C, G, chunks, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
+    ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    i_b, i_chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_sample = i_b.to(tl.int64) * stride_b
+    b_gain, b_offset = _gain_and_offset(
+        weight_ptr, affine_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+    )
+    b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
+    b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    b_sum_dy_normed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for i_tile in range(TILES):
+        n_start = (i_chunk * TILES + i_tile) * BLOCK_N
+        o_n = n_start + tl.arange(0, BLOCK_N)
+        o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, (o_n < HW)[:, None] & m_c[None, :]
+        b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
+        b_normed = (b_v - b_mean[None, :]) * b_rstd[None, :]
+        b_dy = _finish_bwd(
+            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_gain, b_offset, seed_ptr, i_b, n_start, o_c, HW,
+            threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+        )  # fmt: skip
+        b_sum_dy += b_dy
+        b_sum_dy_normed += b_dy * b_normed
+    o_sums = (i_b * chunks + i_chunk) * 2 * C + o_c
+    tl.store(sums_ptr + o_sums, tl.sum(b_sum_dy, axis=0), mask=m_c)
+    tl.store(sums_ptr + o_sums + C, tl.sum(b_sum_dy_normed, axis=0), mask=m_c)
+
+
+@triton.jit
+def group_norm_silu_bwd_kernel(
+    grad_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so are x and dx
+    x_ptr,
+    dx_ptr,
+    sums_ptr,  # (B, chunks, C) float32: Σ dx of a chunk's pixels; not touched without bias
+    statistics_ptr,  # (B, G, 2)
+    means_ptr,  # (B, 2, G) float32: mean over the group of dx̂ and of dx̂·x̂
+    weight_ptr,  # (C,)
+    affine_ptr,  # (C,)
+    bias_ptr,  # (C,) or None
+    scale_ptr,  # (B, C) or None
+    shift_ptr,  # (B, C) or None
+    seed_ptr,  # (1,) int64, or None: no dropout
+    HW, C, G, chunks, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
+    ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    i_b, i_chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_sample = i_b.to(tl.int64) * stride_b
+    b_gain, b_offset = _gain_and_offset(
+        weight_ptr, affine_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+    )
+    b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
+    o_means = i_b * 2 * G + o_c // (C // G)
+    b_mean_dnormed = _load(means_ptr, o_means, m_c)
+    b_projection = _load(means_ptr, o_means + G, m_c)
+    b_sum_dx = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for i_tile in range(TILES):
+        n_start = (i_chunk * TILES + i_tile) * BLOCK_N
+        o_n = n_start + tl.arange(0, BLOCK_N)
+        o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, (o_n < HW)[:, None] & m_c[None, :]
+        b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
+        b_normed = (b_v - b_mean[None, :]) * b_rstd[None, :]
+        b_dy = _finish_bwd(
+            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_gain, b_offset, seed_ptr, i_b, n_start, o_c, HW,
+            threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+        )  # fmt: skip
+        b_dx = b_dy * b_gain[None, :] - b_mean_dnormed[None, :] - b_normed * b_projection[None, :]
+        b_dx *= b_rstd[None, :]
+        tl.store(dx_ptr + o_sample + o_tile, b_dx.to(dx_ptr.dtype.element_ty), mask=m_tile)
+        if bias_ptr is not None:
+            b_sum_dx += tl.where(m_tile, b_dx, 0.0)
+    if bias_ptr is not None:
+        tl.store(sums_ptr + (i_b * chunks + i_chunk) * C + o_c, tl.sum(b_sum_dx, axis=0), mask=m_c)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a launch is cut up.
+
+    Args:
+        block_n, block_c: pixels and channels of a tile.
+        tiles: tiles that one program walks over, a power of two.
+        num_warps: warps per program.
+    """
+
+    block_n: int
+    block_c: int
+    tiles: int
+    num_warps: int
+
+    @property
+    def chunk(self) -> int:
+        """Pixels of one program."""
+        return self.block_n * self.tiles
+
+
+def choose_tile(HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool, interpreted: bool = False) -> Tile:
+    """The launch for a map of HW pixels and C channels; it depends on nothing else, so that results do not either.
+
+    Args:
+        whole_rows: a program must see all channels of its pixels, as RMSNorm does.
+        sums: the kernel adds up over pixels: fewer elements per thread, since the sums take registers too, and programs
+            that walk over several tiles, so that there are few partial sums.
+        dropout: whole Philox blocks of four pixels are wanted.
+        interpreted: large tiles, since the interpreter's time is per operation.
+    """
+    per_thread = 8 if sums else 16
+    elements = 8192 if interpreted else 128 * per_thread
+    block_c = triton_launch.next_power_of_2(C) if whole_rows else min(64, triton_launch.next_power_of_2(C))
+    block_n = max(4 if dropout and block_c <= 1024 else 1, min(elements // block_c, triton_launch.next_power_of_2(HW)))
+    tiles = 1
+    if sums:
+        wanted = triton.cdiv(triton.cdiv(HW, block_n), 2 if interpreted else 64)
+        tiles = min(16, triton_launch.next_power_of_2(wanted))
+    num_warps = min(32, max(1, block_n * block_c // (32 * per_thread)))
+    return Tile(block_n, block_c, tiles, num_warps)
+
+
+def forward(
+    x: torch.Tensor,  # (B, C, H, W), channels-last or contiguous
+    weight: torch.Tensor,  # C elements
+    affine: torch.Tensor | None,  # (C,)
+    bias: torch.Tensor | None,  # (C,)
+    scale: torch.Tensor | None,  # (B, C)
+    shift: torch.Tensor | None,  # (B, C)
+    residual: torch.Tensor | None,  # (B, C, H, W)
+    seed: torch.Tensor | None,  # (1,) int64
+    groups: int,
+    eps: float,
+    activation: bool,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output, and the statistics for `backward`: factors (B, HW) for RMSNorm (groups = 0), else (B, G, 2)."""
+    B, C, HW = _sizes(x)
+    out = torch.empty_like(x)
+    rows = _Rows(weight, affine, bias, scale, shift)
+    residual = None if residual is None else _laid_out_like(x, residual)
+    tile = _tile_for(x, seed, whole_rows=groups == 0, sums=False)
+    tiles = triton.cdiv(HW, tile.block_n)
+    numbers = (*_strides(x), *rows.strides, *_dropout_numbers(dropout_p))
+    constants = _constants(tile, HW, activation)
+    with torch.cuda.device_of(x):
+        if groups == 0:
+            statistics = x.new_empty(B, HW, dtype=torch.float32)
+            rms_norm_silu_fwd_kernel[(B * tiles,)](
+                x, out, statistics, rows.weight, rows.bias, rows.scale, rows.shift, residual, seed, HW, C, tiles,
+                C**0.5, *numbers, **constants,
+            )  # fmt: skip
+            return out, statistics
+        statistics = _group_statistics_of(x, rows.bias, groups, eps)
+        group_norm_silu_fwd_kernel[(B * tiles, triton.cdiv(C, tile.block_c))](
+            x, out, statistics, rows.weight, rows.affine, rows.bias, rows.scale, rows.shift, residual, seed, HW, C,
+            groups, tiles, *numbers, **constants,
+        )  # fmt: skip
+        return out, statistics
+
+
+def backward(
+    grad: torch.Tensor,  # (B, C, H, W)
+    x: torch.Tensor,
+    statistics: torch.Tensor,
+    weight: torch.Tensor,
+    affine: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    groups: int,
+    activation: bool,
+    dropout_p: float,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of x, and in float32 of weight, affine, bias, scale, shift (None where that is None); see `forward`."""
+    B, C, HW = _sizes(x)
+    dx = torch.empty_like(x)
+    grad = _laid_out_like(x, grad)
+    rows = _Rows(weight, affine, bias, scale, shift)
+    tile = _tile_for(x, seed, whole_rows=groups == 0, sums=True)
+    chunks = triton.cdiv(HW, tile.chunk)
+    numbers = (*_strides(x), *rows.strides, *_dropout_numbers(dropout_p))
+    constants = {**_constants(tile, HW, activation), "TILES": tile.tiles}
+    with torch.cuda.device_of(x):
+        if groups == 0:
+            partial = x.new_empty(B, chunks, 2 if bias is None else 3, C, dtype=torch.float32)
+            rms_norm_silu_bwd_kernel[(B * chunks,)](
+                grad, x, dx, partial, statistics, rows.weight, rows.bias, rows.scale, rows.shift, seed, HW, C, chunks,
+                C**0.5, *numbers, **constants,
+            )  # fmt: skip
+            sums = partial.sum(1)
+            return dx, *parameter_gradients(sums, sums[:, 2:], rows)
+        grid = (B * chunks, triton.cdiv(C, tile.block_c))
+        inputs = (rows.weight, rows.affine, rows.bias, rows.scale, rows.shift, seed, HW, C, groups, chunks, *numbers)
+        partial = x.new_empty(B, chunks, 2, C, dtype=torch.float32)
+        if HW * C == groups:
+            # A group of one number has no gradient: both kernels must round its dy as torch rounds the mean below.
+            constants["enable_fp_fusion"] = False
+        group_norm_silu_sums_kernel[grid](grad, x, partial, statistics, *inputs, **constants)
+        sums = partial.sum(1)
+        gain = rows.scaled(rows.weight.float().reshape(1, -1))  # (B or 1, C)
+        means = (sums * gain[:, None]).reshape(B, 2, groups, -1).sum(-1) / (HW * (C // groups))
+        partial_dx = x.new_empty(B, chunks, 0 if bias is None else 1, C, dtype=torch.float32)
+        group_norm_silu_bwd_kernel[grid](grad, x, dx, partial_dx, statistics, means, *inputs, **constants)
+        return dx, *parameter_gradients(sums, partial_dx.sum(1), rows)
+
+
+class _Rows:
+    """The arguments per channel as the kernels read them: channels side by side, rows of scale and shift anywhere."""
+
+    def __init__(self, weight, affine, bias, scale, shift):
+        self.weight = weight.contiguous()
+        self.affine = None if affine is None else affine.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+        self.scale, self.shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        return tuple(0 if t is None else t.stride(0) for t in (self.scale, self.shift))
+
+    def scaled(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows·(1 + scale), what scale does to the norm's own affine map: (B or 1, C) → the same, (B, C) with scale."""
+        return rows if self.scale is None else rows * (self.scale.float() + 1)
+
+
+def parameter_gradients(sums: torch.Tensor, sums_dx: torch.Tensor, rows: _Rows) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of weight (C,), affine (C,), bias (C,), scale (B, C), shift (B, C), None for what was not given.
+
+    Args:
+        sums: (B, 2 or more, C), first Σ dy, then Σ dy·x̂ of each sample.
+        sums_dx: (B, 1 or 0, C), Σ dx.
+    """
+    sum_dy, sum_dy_normed = sums[:, 0], sums[:, 1]
+    dweight = rows.scaled(sum_dy_normed).sum(0)
+    daffine = None if rows.affine is None else rows.scaled(sum_dy).sum(0)
+    dbias = None if rows.bias is None else sums_dx.sum(0).flatten()
+    dscale = None
+    if rows.scale is not None:
+        dscale = sum_dy_normed * rows.weight.float().reshape(-1)
+        if rows.affine is not None:
+            dscale = dscale + sum_dy * rows.affine.float()
+    return dweight, daffine, dbias, dscale, None if rows.shift is None else sum_dy.contiguous()
+
+
+def _group_statistics_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int, eps: float) -> torch.Tensor:
+    """(B, G, 2): mean and 1/√(variance + eps) of every group."""
+    B, C, HW = _sizes(x)
+    tile = choose_tile(HW, C, whole_rows=False, sums=True, dropout=False, interpreted=triton_launch.interpreted())
+    chunks = triton.cdiv(HW, tile.chunk)
+    moments = x.new_empty(B, chunks, 2, C, dtype=torch.float32)
+    group_moments_kernel[(B * chunks, triton.cdiv(C, tile.block_c))](
+        x, moments, bias, HW, C, chunks, *_strides(x),
+        BLOCK_N=tile.block_n, BLOCK_C=tile.block_c, TILES=tile.tiles, num_warps=tile.num_warps,
+    )  # fmt: skip
+    statistics = x.new_empty(B, groups, 2, dtype=torch.float32)
+    block_d = min(64, triton_launch.next_power_of_2(C // groups))
+    block_k = min(1024 // block_d, triton_launch.next_power_of_2(chunks))
+    group_merge_kernel[(B * groups,)](
+        moments, statistics, HW, C, groups, chunks, eps, CHUNK=tile.chunk, BLOCK_K=block_k, BLOCK_D=block_d,
+        BLOCKS_K=triton.cdiv(chunks, block_k), BLOCKS_D=triton.cdiv(C // groups, block_d), num_warps=1,
+    )  # fmt: skip
+    return statistics
+
+
+def _tile_for(x: torch.Tensor, seed: torch.Tensor | None, *, whole_rows: bool, sums: bool) -> Tile:
+    _, C, HW = _sizes(x)
+    dropout = seed is not None and HW % 4 == 0
+    return choose_tile(
+        HW, C, whole_rows=whole_rows, sums=sums, dropout=dropout, interpreted=triton_launch.interpreted()
+    )
+
+
+def _constants(tile: Tile, HW: int, activation: bool) -> dict:
+    return {
+        "ACTIVATION": activation,
+        "QUADS": HW % 4 == 0 and tile.block_n % 4 == 0,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_C": tile.block_c,
+        "num_warps": tile.num_warps,
+    }
+
+
+def _dropout_numbers(dropout_p: float) -> tuple[int, float]:
+    """The smallest word that is kept, and what is kept is multiplied with."""
+    return round(dropout_p * 2**32), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+
+
+def _sizes(x: torch.Tensor) -> tuple[int, int, int]:  # (B, C, H, W) -> B, C, HW
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of sample, channel and pixel."""
+    _, C, HW = _sizes(x)
+    return (C * HW, 1, C) if x.is_contiguous(memory_format=torch.channels_last) else (C * HW, HW, 1)
+
+
+def _laid_out_like(x: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where it has the strides of x, a copy that has them elsewhere."""
+    return tensor if tensor.stride() == x.stride() else torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
+
+
+triton_launch.hash_functions(globals())

@@ -1,0 +1,1 @@
+"""Dispatch, the compiled extension, Triton launches, autocast, and recordings."""

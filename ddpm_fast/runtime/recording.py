@@ -1,0 +1,363 @@
+"""Work that is recorded once and replayed: how, when a recording may stand for a model, and how few are kept.
+
+A body is a function without arguments that acts on tensors made before it: they are all that it reads and writes, so
+that a replay does what a call would. `CudaRecorder` captures a body as a CUDA graph; `TapeRecorder` writes down the
+operators that it calls on the CPU, which a replay calls without Python; `EagerRecorder` calls the body again.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_fast.runtime import dispatch, extension
+from ddpm_fast.runtime.autocast import autocast_dtype
+
+_WARM_UPS = 2  # calls before a capture: libraries choose their algorithms and kernels compile in the first
+
+Body = Callable[[], None]
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device on which everything is captured: cuBLAS keeps tens of MB for each that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+class CudaRecorder:
+    """Captures bodies on one device. They share one memory pool: nothing made inside a body outlives its replay."""
+
+    what = "a CUDA graph"
+    # Whether a recording is kept for the next run, since it takes long to make.
+    is_kept = True
+    # What the host decides while a body runs is decided once, for every replay.
+    freezes_decisions = True
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream = _capture_stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def why_not(device: torch.device) -> str | None:
+        """Why nothing can be captured on a device now, in one clause; None where it can."""
+        if device.type != "cuda":
+            return f"tensors are on {device.type}, and CUDA graphs need CUDA"
+        if torch.cuda.is_current_stream_capturing():
+            return "a capture is under way already"
+        return None
+
+    def record(self, body: Body, reset: Body) -> Body:
+        """The body as a CUDA graph; calling the result replays it on the current stream, without waiting.
+
+        Args:
+            body: what to capture. It runs a few times first, on a stream of its own.
+            reset: undoes what the body did; called before every one of those runs and before the capture.
+
+        Raises:
+            RuntimeError: the body does what cannot be captured, such as waiting for the device; the message says where.
+                Stream, device, generator and memory are as they were, and the next body may be recorded.
+        """
+        # The stream is set again at the end: torch's capture leaves its own one on when it fails.
+        here = torch.cuda.stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.device(self.device), here, torch.random.fork_rng([self.device], device_type="cuda"):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    reset()
+                    body()
+                reset()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return self._capture(body).replay
+
+    def _capture(self, body: Body) -> torch.cuda.CUDAGraph:
+        """One call of the body, captured and not run."""
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls count: a loader that pins memory in another must not spoil the capture.
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        has_begun, failure = False, None
+        try:
+            with capture:
+                has_begun = True
+                try:
+                    body()
+                except BaseException as error:
+                    failure = error
+                    raise
+        except BaseException as error:
+            if has_begun:
+                # A body that raises ends its capture in order, unless CUDA had already given the capture up.
+                self._forget(graph, is_ended=error is failure)
+                error = failure or error
+            if not has_begun or not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+                raise error
+            reason = str(error).partition("\n")[0]
+            raise RuntimeError(
+                f"{_place_of(error)} cannot be captured into a CUDA graph: {reason}; graph=False runs without one"
+            ) from error
+        finally:
+            failure = None  # its traceback holds this frame, and the body's tensors with it
+        return graph
+
+    def _forget(self, graph: torch.cuda.CUDAGraph, *, is_ended: bool) -> None:
+        """Undo a capture that failed; nothing is captured into its pool again.
+
+        Where cudaStreamEndCapture fails, `CUDAGraph::capture_end` throws: before torch 2.13 the allocator goes on
+        recording into the pool and the generator stays in capture mode, before 2.14 the pool is never released.
+        """
+        graph.reset()
+        pool, self._pool = self._pool, torch.cuda.graph_pool_handle()
+        if is_ended:
+            return
+        device = torch.cuda.current_device()
+        if torch.__version__ < (2, 13):
+            torch._C._cuda_endAllocateToPool(device, pool)
+        if torch.__version__ < (2, 14):
+            torch._C._cuda_releasePool(device, pool)
+        # A capture that succeeds, of one small kernel, takes the generator out of capture mode.
+        number, whole = torch.zeros((), device=self.device), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(whole, stream=self._stream, capture_error_mode="thread_local"):
+            number.zero_()
+
+
+def _place_of(error: BaseException) -> str:
+    """The line that raised an error, the innermost outside of torch's own files."""
+    torch_files = str(Path(torch.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [f for f in frames if not f.filename.startswith(torch_files)][-1]
+    return f"`{frame.line}` in {frame.name} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+class TapeRecorder:
+    """Writes down bodies on the CPU, where calling operators from Python is most of what a small network costs."""
+
+    what = "a tape of operator calls"
+    is_kept = False
+    freezes_decisions = True
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @staticmethod
+    def why_not(device: torch.device) -> str | None:
+        """See `CudaRecorder.why_not`."""
+        if device.type != "cpu":
+            return f"tensors are on {device.type}, and tapes are for the CPU"
+        return extension.why_not(device)
+
+    def record(self, body: Body, reset: Body) -> Body:
+        """See `CudaRecorder.record`; the first call runs the body and writes it down, so that nothing runs in vain.
+
+        Raises (that call):
+            RuntimeError: the body reads a value of a tensor, which a replay would not look at.
+        """
+        tape = None
+
+        def run() -> None:
+            nonlocal tape
+            if tape is not None:
+                tape.replay()
+                return
+            written = extension.load().Tape()
+            with _WritesDown(written):
+                body()
+            written.finish()
+            tape = written
+
+        return run
+
+
+class _WritesDown(TorchDispatchMode):
+    """Every operator that is called in the block, below autograd and autocast, goes to the tape as well."""
+
+    def __init__(self, tape):
+        super().__init__()
+        self._tape = tape
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        returned = func(*args, **kwargs)
+        self._tape.append(func._schema.name, func._schema.overload_name, args, kwargs, returned)
+        return returned
+
+
+class EagerRecorder:
+    """The same calls without a capture: what it records is the body itself."""
+
+    what = "the step itself"
+    is_kept = True
+    freezes_decisions = False
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @staticmethod
+    def why_not(device: torch.device) -> str | None:
+        """See `CudaRecorder.why_not`; there is always a way to call a function."""
+        return None
+
+    def record(self, body: Body, reset: Body) -> Body:
+        """See `CudaRecorder.record`."""
+        return body
+
+
+class GraphCache:
+    """The few most recently used recordings of one model; all are dropped when its weights are other tensors.
+
+    Copies and pickles of a cache are empty: addresses mean nothing elsewhere.
+
+    Args:
+        limit: recordings kept.
+        recorder: makes them, by device; None: tapes on the CPU and CUDA graphs elsewhere.
+    """
+
+    def __init__(self, limit: int = 4, recorder: type | None = None):
+        self.limit = limit
+        self.recorder = recorder
+        self._busy = threading.Lock()
+        self._last: torch.cuda.Event | None = None
+        self.clear()
+
+    def __reduce__(self):
+        return GraphCache, (self.limit, self.recorder)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def recorder_on(self, device: torch.device) -> type:
+        """The class of what records on a device."""
+        return self.recorder or (TapeRecorder if device.type == "cpu" else CudaRecorder)
+
+    @contextmanager
+    def borrowed(self, device: torch.device) -> Iterator[bool]:
+        """Whether this thread may use the recordings in the block: they share buffers, so that only one may at a time.
+
+        Work on another stream waits, on the device, for that of the block before.
+        """
+        if not self._busy.acquire(blocking=False):
+            yield False
+            return
+        try:
+            if self._last is not None:
+                torch.cuda.current_stream(device).wait_event(self._last)
+            yield True
+        finally:
+            self._last = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+            self._busy.release()
+
+    def clear(self) -> None:
+        """Drop every recording and the memory that it holds."""
+        self._entries: OrderedDict[Hashable, object] = OrderedDict()
+        self._recorders: dict[torch.device, object] = {}
+        self._weights: object = None
+
+    def find(self, device: torch.device, key: Hashable, weights: object, make: Callable[[object], object]) -> object:
+        """The entry of a key, made where there is none, or where none is kept.
+
+        Args:
+            key: all that a recording depends on besides the weights.
+            weights: `weights_of` the model now; others than at the last call drop everything.
+            make: the new entry, from the device's recorder; where it raises, everything is dropped.
+        """
+        recorder = self.recorder_on(device)
+        if not recorder.is_kept:
+            return make(recorder(device))
+        if weights != self._weights:
+            self.clear()
+            self._weights = weights
+        if key not in self._entries:
+            while len(self._entries) >= self.limit:
+                self._entries.popitem(last=False)
+            if not self._entries:
+                self._recorders.clear()  # a pool whose graphs are all gone cannot be captured into again
+            if device not in self._recorders:
+                self._recorders[device] = recorder(device)
+            try:
+                self._entries[key] = make(self._recorders[device])
+            except BaseException:
+                self.clear()
+                raise
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+
+def places_of(tensors: Iterable[torch.Tensor]) -> tuple:
+    """Where tensors lie in memory and how they are laid out there: what a recording holds fast."""
+    return tuple((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in tensors)
+
+
+def weights_of(model: nn.Module) -> tuple:
+    """What a recording of a model in inference holds fast: its weights and how its modules are set.
+
+    A replay reads weights anew, so that those which change in place stay valid, and with them what `frozen_weights`
+    derives from them in place.
+    """
+    places = places_of((*model.parameters(), *model.buffers()))
+    modules = tuple((id(module), type(module), module.training) for module in model.modules())
+    return places, modules
+
+
+def settings() -> tuple:
+    """Switches of this package and of torch that choose kernels, and that a recording therefore holds fast."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return (
+        dispatch.forced_backend(),
+        # Not allow_tf32, which raises where precisions were set by name.
+        (torch.backends.fp32_precision, cuda.matmul.fp32_precision, cudnn.conv.fp32_precision),
+        (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction),
+        torch.are_deterministic_algorithms_enabled(),
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+    )
+
+
+def autocast_of(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast where it is on for a device, else None."""
+    return autocast_dtype(device.type)
+
+
+def uncached_autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Autocast to a dtype (None: as it is) that remembers no cast of a weight and uses none that is remembered.
+
+    They live until the outermost autocast ends, where a recording would go on reading them; and one made without
+    gradients would, in some releases of torch, take the weight's gradient from a later pass.
+    """
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+
+
+def why_not_recorded(model: object) -> str | None:
+    """Why a recording may not stand for calls of a model, in one clause; None where it may.
+
+    Whatever runs only in Python, such as hooks, would run while recording and never again.
+    """
+    if not isinstance(model, nn.Module):
+        return f"the model is a {type(model).__name__}, not a module"
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        return "there are hooks on every module's forward, which a replay does not call"
+    for name, module in model.named_modules():
+        where = f"the model's {name}" if name else "the model"
+        if module._compiled_call_impl is not None or type(module).__module__.startswith("torch._dynamo"):
+            return f"{where} is compiled, and torch.compile has its own graphs"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{where} has forward hooks, which a replay does not call"
+        if "forward" in vars(module):
+            return f"{where} has a forward of its own instead of its class's"
+    return None
+
+
+def foreign_module(model: nn.Module) -> str | None:
+    """Which module is neither torch's nor this package's, so that its forward may do anything; in one clause."""
+    for name, module in model.named_modules():
+        if type(module).__module__.split(".")[0] not in ("torch", "ddpm_fast"):
+            where = f"the model's {name}" if name else "the model"
+            return f"{where} is a {type(module).__name__}, and what its forward does besides is not known"
+    return None

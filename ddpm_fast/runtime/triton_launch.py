@@ -1,0 +1,96 @@
+"""Launch configurations of the Triton kernels, and where those can run.
+
+A configuration is a plain function of sizes: the same call always gets the same one, nothing is timed or cached on
+disk, and kernels compile ahead of time with exactly what they run with. `triton.autotune` would need a driver.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch has besides its arguments: elements per program, warps, pipeline stages."""
+
+    block: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch that are the compiler's."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# The interpreter runs one numpy call per operation whatever the block: a small one only adds programs.
+INTERPRETER = Launch(block=1024, num_warps=1)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n ≥ 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def elementwise(elements: int, interpreted: bool) -> Launch:
+    """For kernels that walk over `elements` numbers once: 16 numbers, of whatever width, per thread."""
+    if interpreted:
+        return INTERPRETER
+    block = min(2048, max(128, next_power_of_2(elements)))
+    return Launch(block, num_warps=max(1, block // 512))
+
+
+def image_tiles(elements: int, channels: int, interpreted: bool) -> Launch:
+    """For tiles of images of `elements` numbers: `channels` (a power of two) side by side, 8 pixels of each or more."""
+    launch = elementwise(elements, interpreted)
+    return Launch(max(launch.block, 8 * channels), launch.num_warps, launch.num_stages)
+
+
+def row_sum(columns: int) -> Launch:
+    """For one program per row that sums a few partial results."""
+    return Launch(min(1024, max(32, next_power_of_2(columns))), num_warps=1)
+
+
+@cache
+def installed() -> bool:
+    """Whether there is a Triton to import; looked for once."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when Triton was imported).
+
+    The first answer holds for the life of the process, as the kernels' own does.
+    """
+    return installed() and importlib.import_module("triton").knobs.runtime.interpret
+
+
+def hash_functions(module: dict[str, object]) -> None:
+    """Have Triton hash a module's functions now, callees before callers; called where all of them are defined.
+
+    In Triton 3.6 a kernel's hash, part of its name in the cache, depends on which of its callees have been hashed
+    before it, and so on what the process has launched before.
+    """
+    jitted = importlib.import_module("triton").JITFunction
+    for function in module.values():
+        if isinstance(function, jitted):  # none in the interpreter
+            _ = function.cache_key
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of a device, in one clause; None where they can."""
+    if not installed():
+        return "Triton is not installed"
+    if interpreted():
+        return None if device.type == "cpu" else f"Triton's interpreter is active, and tensors are on {device.type}"
+    return None if device.type == "cuda" else f"tensors are on {device.type}, and Triton kernels need CUDA"
+
+
+# Under torch.compile the answer is computed while tracing; see extension.why_not.
+why_not_triton._dynamo_marked_constant = True

@@ -1,0 +1,1 @@
+"""The tolerance rule and the cases that tests and benchmarks share."""

@@ -1,0 +1,92 @@
+"""What tests of native operators share: instruction sets, gradients of everything, comparison with the truth."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from ddpm_fast.runtime import extension
+from ddpm_fast.runtime.dispatch import use_backend
+from ddpm_fast.testing.truth import assert_close_to_truth
+
+CHANNELS_LAST = torch.channels_last
+GRADS = {
+    "channels-last": lambda grad: grad.contiguous(memory_format=CHANNELS_LAST),
+    "contiguous": lambda grad: grad.contiguous(),
+    "expanded": lambda grad: grad[:1, :1].expand_as(grad),
+}
+
+
+def instruction_sets() -> list[str]:
+    """Those that this build and processor have."""
+    module, found = extension.load(), []
+    if module is None:
+        return found
+    before = module.instruction_set()
+    for name in ("avx512", "avx2", "portable"):
+        with contextlib.suppress(ValueError):
+            module.use_instruction_set(name)
+            found.append(name)
+    module.use_instruction_set(before)
+    return found
+
+
+@contextlib.contextmanager
+def instructions(name: str):
+    module = extension.load()
+    before = module.use_instruction_set(name)
+    try:
+        yield
+    finally:
+        module.use_instruction_set(before)
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(op, backend: str | None, tensors: dict, options: dict, grad=GRADS["channels-last"]) -> dict[str, torch.Tensor]:
+    """The output and the gradient of every tensor, with poisoned memory: what is not written is NaN."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        with use_backend(backend):
+            out = op(**leaves, **options)
+        weights = torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out.dtype)
+        gradients = torch.autograd.grad(out, list(leaves.values()), grad(weights))
+    finally:
+        torch.use_deterministic_algorithms(was)
+    return {"out": out.detach(), **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
+
+
+def assert_as_accurate_as_the_reference(
+    op, tensors: dict, options: dict, grad=GRADS["channels-last"], least: float = 0.0, **tolerance
+) -> None:
+    """Native against the reference in float64, output and every gradient.
+
+    Tensors whose truth is all below `least` are held to the accuracy of one that reaches it.
+    """
+    actual = run(op, "native", tensors, options, grad)
+    expected = run(op, "reference", tensors, options, grad)
+    truth = run(op, "reference", {name: tensor.double() for name, tensor in tensors.items()}, options, grad)
+    for name in truth:
+        if truth[name].numel() and truth[name].abs().max() < least:
+            error = (actual[name].double() - truth[name]).abs().max().item()
+            bound = tolerance["factor"] * (expected[name].double() - truth[name]).abs().max().item()
+            assert error <= bound + tolerance["floor"] * torch.finfo(actual[name].dtype).eps * least, (name, error)
+            continue
+        assert_close_to_truth(actual[name], expected[name], truth[name], name=name, **tolerance)
+
+
+def assert_equal(actual: dict, expected: dict) -> None:
+    """Bit by bit."""
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name

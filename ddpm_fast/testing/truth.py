@@ -1,0 +1,58 @@
+"""One tolerance rule for the whole suite."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+
+def errors(actual: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
+    """RMS and largest absolute error against a float64 truth."""
+    if truth.numel() == 0:
+        return 0.0, 0.0
+    difference = actual.detach().double() - truth.detach().double()
+    return difference.pow(2).mean().sqrt().item(), difference.abs().max().item()
+
+
+def assert_close_to_truth(
+    actual: torch.Tensor,
+    reference: torch.Tensor,
+    truth: torch.Tensor,
+    *,
+    factor: float = 2.0,
+    floor: float = 4.0,
+    name: str = "",
+) -> None:
+    """Hold `actual` to the accuracy of plain PyTorch in the same dtype.
+
+    The error against the float64 truth is at most `factor` times that of the reference in the same dtype, plus a floor
+    of `floor` units in the last place at the truth's own scale, for the RMS and for the largest element alike.
+    """
+    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)} is not {tuple(truth.shape)}"
+    assert actual.dtype == reference.dtype, f"{name}: dtype {actual.dtype} is not {reference.dtype}"
+    assert truth.dtype == torch.float64, f"{name}: the truth must be float64"
+    assert torch.isfinite(truth).all(), f"{name}: the truth is not finite"
+    if truth.numel() == 0:
+        return
+    eps = torch.finfo(actual.dtype).eps
+    scale_rms = truth.pow(2).mean().sqrt().item()
+    scale_max = truth.abs().max().item()
+    (rms, largest), (reference_rms, reference_largest) = errors(actual, truth), errors(reference, truth)
+    for kind, ours, theirs, scale in (
+        ("RMS", rms, reference_rms, scale_rms),
+        ("largest", largest, reference_largest, scale_max),
+    ):
+        bound = factor * theirs + floor * eps * scale
+        assert ours <= bound, f"{name}: {kind} error {ours:.3e} > {bound:.3e} (reference {theirs:.3e}, {actual.dtype})"
+
+
+@contextlib.contextmanager
+def exact_convolutions():
+    """Convolutions of float32, torch's and this package's, with all their digits: no TF32, where a GPU would use it."""
+    was = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = was

@@ -1,0 +1,129 @@
+"""Fréchet inception distance (Heusel et al. 2017) between the training images and samples."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ddpm_fast.training.atomic_files import write_atomically
+
+
+class FIDUnavailableError(ValueError):
+    """pytorch_fid or its network weights are missing, or the feature size is none of its own."""
+
+
+class FIDEvaluation:
+    """FID of `sampler` against the images of `dl`, the peer's class and arguments.
+
+    dl: iterable of image batches (B, C, h, w) in [0, 1], read once; the statistics stay in stats_dir/dataset_stats.npz.
+    feature_extractor: maps float32 (B, 3, h, w) in [0, 1] to features (B, D); by default pytorch_fid's InceptionV3,
+    which raises FIDUnavailableError where the package or its weights are missing.
+    """
+
+    def __init__(
+        self,
+        batch_size,
+        dl,
+        sampler,
+        channels=3,
+        accelerator=None,
+        stats_dir="./results",
+        device="cuda",
+        num_fid_samples=50000,
+        inception_block_idx=2048,
+        feature_extractor=None,
+    ):
+        self.batch_size = batch_size
+        self.n_samples = num_fid_samples
+        self.device = device
+        self.channels = channels
+        self.dl = dl
+        self.sampler = sampler
+        self.stats_path = Path(stats_dir) / "dataset_stats.npz"
+        self.print_fn = print if accelerator is None else accelerator.print
+        self.feature_extractor = feature_extractor or load_inception(inception_block_idx, device)
+        self._dataset_statistics = None
+
+    @torch.inference_mode()
+    def fid_score(self):
+        """Distance of `num_fid_samples` samples to the data, a float."""
+        if self._dataset_statistics is None:
+            self._dataset_statistics = self._load_or_compute_statistics()
+        self.sampler.eval()
+        self.print_fn(f"computing features of {self.n_samples} samples")
+        batches = (
+            self.sampler.sample(batch_size=min(self.batch_size, self.n_samples - start), progress=False)
+            for start in range(0, self.n_samples, self.batch_size)
+        )
+        return frechet_distance(*mean_and_covariance(self._features(batches)), *self._dataset_statistics)
+
+    def _load_or_compute_statistics(self):
+        """Mean (D,) and covariance (D, D) of the data's features, from the file of an earlier run if there is one."""
+        if self.stats_path.exists():
+            with np.load(self.stats_path) as stored:
+                return stored["m2"], stored["s2"]
+        self.print_fn(f"computing features of up to {self.n_samples} images of the dataset")
+        statistics = mean_and_covariance(self._features(self.dl))
+        with write_atomically(self.stats_path) as file:
+            # savez wants a seekable file; an open archive in memory is small next to the features.
+            file.write(_as_npz(m2=statistics[0], s2=statistics[1]))
+        return statistics
+
+    def _features(self, batches):
+        """Features (N, D) in float64 of at most `num_fid_samples` images."""
+        collected, count = [], 0
+        for images in tqdm(batches, total=math.ceil(self.n_samples / self.batch_size), disable=None):
+            images = images[: self.n_samples - count].to(self.device)
+            if self.channels == 1:
+                images = images.expand(-1, 3, -1, -1)
+            collected.append(self.feature_extractor(images).double().cpu())
+            count += len(images)
+            if count >= self.n_samples:
+                break
+        return torch.cat(collected).numpy()
+
+
+def load_inception(inception_block_idx, device):
+    """pytorch_fid's InceptionV3 as a function to features (B, inception_block_idx)."""
+    try:
+        from pytorch_fid.inception import InceptionV3
+    except ImportError as error:
+        raise FIDUnavailableError("pytorch_fid is not installed (pip install pytorch-fid)") from error
+    sizes = InceptionV3.BLOCK_INDEX_BY_DIM
+    if inception_block_idx not in sizes:
+        raise ValueError(f"inception_block_idx must be one of {', '.join(map(str, sizes))}; got {inception_block_idx}")
+    try:
+        network = InceptionV3([sizes[inception_block_idx]]).to(device).eval()
+    except OSError as error:
+        raise FIDUnavailableError(f"the weights of pytorch_fid could not be fetched ({error})") from error
+    return lambda images: network(images)[0].mean(dim=(2, 3))
+
+
+def mean_and_covariance(features):
+    """Mean (D,) and covariance (D, D) of features (N, D), N at least 2."""
+    if len(features) < 2:
+        raise ValueError(f"FID needs at least 2 images on each side; got {len(features)}")
+    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
+    """Squared Wasserstein-2 distance of two Gaussians: ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½).
+
+    tr (Σ₁Σ₂)^½ is taken from the symmetric Σ₁^½ Σ₂ Σ₁^½, which has the same eigenvalues and stays real when singular.
+    """
+    eigenvalues, vectors = np.linalg.eigh(covariance_1)
+    root = vectors * np.sqrt(eigenvalues.clip(min=0)) @ vectors.T
+    overlap = np.linalg.eigvalsh(root @ covariance_2 @ root).clip(min=0)
+    difference = np.asarray(mean_1) - np.asarray(mean_2)
+    trace = np.trace(covariance_1) + np.trace(covariance_2) - 2 * np.sqrt(overlap).sum()
+    return float(difference @ difference + trace)
+
+
+def _as_npz(**arrays):
+    import io
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()

@@ -1,0 +1,56 @@
+"""The benchmarks' cases hold: every way to compute each op agrees, without timing; and what they record when timing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_fast.testing.isolation import alone
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(file: str, *options: str, **environment: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
+    finished = subprocess.run(
+        [*command, str(BENCHMARKS / file)], env={**alone(), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
+    assert " passed" in finished.stdout
+    return finished.stdout
+
+
+@pytest.mark.parametrize("environment", [{}, {"TRITON_INTERPRET": "1"}], ids=["torch and C++", "Triton's interpreter"])
+def test_op_cases_agree(environment):
+    run("bench_ops.py", "--benchmark-disable", "--size", "quick", "--device", "cpu", **environment)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_op_cases_agree_on_cuda():
+    """Small ones: full ones are checked before they are timed, kernels in tests/ops/production."""
+    run("bench_ops.py", "--benchmark-disable", "--size", "quick", "--device", "cuda")
+
+
+def test_records(tmp_path):
+    options = ["--size", "quick", "--device", "cpu", "--seconds", "0.01", "--records", str(tmp_path / "records.jsonl")]
+    run("bench_ops.py", *options, "-k", "rms_norm_silu and fp32")
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [record["direction"] for record in records] == ["forward", "forward+backward"]
+    for record in records:
+        for numbers in record["timings"].values():
+            assert numbers["rounds"] >= 5 and numbers["low"] <= numbers["median"] <= numbers["high"]
+            assert numbers["bytes_per_second"] == pytest.approx(record["bytes"] / numbers["median"])
+
+
+def test_after_the_deadline_nothing_is_timed():
+    options = ["-p", "no:xdist", "--size", "quick", "--deadline", "1", "-k", "fill", str(BENCHMARKS / "bench_ops.py")]
+    command = [sys.executable, "-m", "pytest", "-q", *options]
+    finished = subprocess.run(command, env=alone(), capture_output=True, text=True, check=False)
+    assert "passed" not in finished.stdout and "4 skipped" in finished.stdout, finished.stdout

@@ -1,0 +1,384 @@
+"""The model of a CUDA step: what it counts, what it compiles ahead, and the bounds that it has."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import gate as gate_rules
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+triton = pytest.importorskip("triton")
+
+import precompile  # noqa: E402
+import roofline as roofline_command  # noqa: E402
+from cuda_model import cards, driver, host, pretend, recorder, roofline, steps  # noqa: E402
+from cuda_model.compiler import Pool, compile_variant  # noqa: E402
+
+import ddpm_fast  # noqa: E402
+from ddpm_fast.measure import traffic  # noqa: E402
+from ddpm_fast.models.layers import rms_norm_silu  # noqa: E402
+
+OPS = Path(ddpm_fast.__file__).parent / "ops"
+TARGET = driver.target_of("sm_90")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A network of one stage with linear and one with softmax attention."""
+    return steps.make_diffusion(image_size=16, dim=16, dim_mults=(1, 2))
+
+
+def a_norm(channels: int = 64, dtype: torch.dtype = torch.float32) -> None:
+    """Launches one kernel; the variant depends on dtype and channels."""
+    x = torch.empty(2, channels, 8, 8, device="meta", dtype=dtype).to(memory_format=torch.channels_last)
+    rms_norm_silu(x, torch.empty(channels, device="meta"))
+
+
+def variants_of(function) -> list[driver.Variant]:
+    found = []
+    with recorder.recording(TARGET, found.append) as block, block():
+        function()
+    return found
+
+
+def test_a_variant_is_what_triton_specialises_on():
+    (variant,) = variants_of(a_norm)
+    assert variant.kernel == "rms_norm_silu_fwd_kernel" and variant.module == "ddpm_fast.ops.norm_silu.triton"
+    assert variant.signature["x_ptr"] == "*fp32" and variant.signature["C"] == "i32"
+    assert variant.constexprs["BLOCK_C"] == 64 and variant.constexprs["bias_ptr"] is None
+    assert {"x_ptr", "C", "HW"} <= variant.divisible
+    assert variant.options["num_warps"] >= 1 and variant.options["arch"] == "sm90"
+    (other,) = variants_of(lambda: a_norm(channels=63))
+    assert "C" not in other.divisible and other.key != variant.key
+    (half,) = variants_of(lambda: a_norm(dtype=torch.bfloat16))
+    assert half.signature["x_ptr"] == "*bf16" and half.key != variant.key
+
+
+def test_equal_launches_are_one_variant():
+    assert len(variants_of(lambda: (a_norm(), a_norm()))) == 1
+
+
+def test_kernels_remember_nothing_of_the_stand_in():
+    from ddpm_fast.ops.norm_silu.triton import rms_norm_silu_fwd_kernel as kernel
+
+    variants_of(a_norm)
+    assert not any(str(device).startswith("stand-in") for device in kernel.device_caches)
+    assert kernel.compile is triton.compiler.compile
+    assert triton.runtime.driver._active is None or not isinstance(triton.runtime.driver._active, driver.StandIn)
+
+
+def load(function) -> list[tuple[str, bool]]:
+    """Kernels that the function launches first, and whether Triton's cache had each."""
+    loaded = []
+    with pretend.cuda_on_meta(), driver.loading(TARGET, lambda *kernel: loaded.append(kernel)), recorder.Recorder():
+        function()
+    return loaded
+
+
+def test_what_is_compiled_ahead_is_found_by_the_launch(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    kernel = "rms_norm_silu_fwd_kernel"
+    (variant,) = variants_of(a_norm)
+    compiled = compile_variant(variant, TARGET)
+    assert compiled.error is None and not compiled.cached and compiled.registers > 16 and compiled.spills == 0
+    assert load(a_norm) == [(kernel, True)]
+    assert compile_variant(variant, TARGET).cached
+    assert load(lambda: a_norm(channels=63)) == [(kernel, False)]
+    with pretend.cuda_on_meta(), driver.loading(driver.target_of("sm_80"), lambda *k: loaded.append(k)):
+        loaded: list = []
+        with recorder.Recorder():
+            a_norm()
+    assert loaded == [(kernel, False)]
+
+
+def test_cache_keys_do_not_depend_on_what_was_launched_before():
+    """See `hash_functions` of ddpm_fast/runtime/triton_launch.py."""
+    modules = [f"ddpm_fast.ops.{op}.triton" for op in os.listdir(OPS) if (OPS / op / "triton.py").exists()]
+    program = f"""
+import importlib, triton
+for module in map(importlib.import_module, {modules}):
+    for name, value in vars(module).items():
+        if isinstance(value, triton.JITFunction) and value.hash is None:
+            print(module.__name__, name)
+"""
+    command = [sys.executable, "-c", program]
+    assert len(modules) >= 6
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
+
+
+def test_a_variant_that_does_not_compile_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    (variant,) = variants_of(a_norm)
+    place = (list(variant.signature).index("BLOCK_C"),)
+    odd = replace(variant, constants=variant.constants | {place: 63})  # a block must be a power of two
+    compiled = compile_variant(odd, TARGET)
+    assert "power of 2" in compiled.error and "\n" not in compiled.error and compiled.registers is None
+
+
+def test_a_process_that_dies_fails_its_variant_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    (variant,) = variants_of(a_norm)
+    deadly = driver.Variant("_exit", "os", {}, {}, {}, {})
+    with Pool(1, TARGET) as pool:
+        pool._workers[0].process.kill()
+        pool._workers[0].process.join()
+        pool.submit(deadly)
+        pool.submit(variant)
+        done = []
+        while pool.unfinished:
+            done += pool.finished(60)
+    assert "exit code -9" in done[0].error
+    assert done[1].error is None and done[1].kernel == variant.kernel
+
+
+def test_the_command_prints_a_line_per_variant_and_a_sum(tmp_path, monkeypatch, capsys):
+    def record(target, found):
+        with recorder.recording(target, found) as block, block() as step:
+            a_norm()
+            a_norm(dtype=torch.bfloat16)
+        return step
+
+    monkeypatch.setitem(steps.CASES, "norms", [record, record])
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    assert precompile.run(2, ["norms"], "sm_90", float("inf")) == 0
+    *variants, total = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [variant["kernel"] for variant in variants] == ["rms_norm_silu_fwd_kernel"] * 2
+    assert all(variant["seconds"] > 0 and variant["registers"] > 16 for variant in variants)
+    assert all(variant["spills"] == 0 and variant["error"] is None for variant in variants)
+    assert (total["variants"], total["cached"], total["failed"], total["target"]) == (2, 0, 0, "sm_90")
+    assert total["triton"] == triton.__version__
+    assert load(lambda: (a_norm(), a_norm(dtype=torch.bfloat16))) == [("rms_norm_silu_fwd_kernel", True)] * 2
+
+
+def test_the_command_says_what_is_not_done_in_time(capsys):
+    assert precompile.run(1, ["ops", "sampling"], "sm_90", 0) == 1
+    *lines, total = map(json.loads, capsys.readouterr().out.splitlines())
+    left = len(steps.CASES["ops"]) + len(steps.CASES["sampling"])
+    assert [line["error"] for line in lines] == ["not recorded within 0 s"] * left
+    assert total["failed"] == left >= 2 and total["variants"] == 0
+
+
+class Plain(TorchDispatchMode):
+    """Counts operators by a rule of its own: one that writes, or whose result is memory that no argument had."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name.startswith("ddpm_fast::"):
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CUDA, *args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        given, made = ({t.untyped_storage()._cdata for t in tree_leaves(x) if isinstance(t, torch.Tensor)} for x in (
+            (args, kwargs), result,
+        ))  # fmt: skip
+        if name.startswith("aten::") and "empty" not in name and (made - given or func._schema.is_mutable):
+            self.operators[name] += 1
+        if name == "aten::convolution":
+            self.operators["bias"] += args[2] is not None
+            return recorder._laid_out(name, args, result)
+        if name == "aten::convolution_backward":
+            self.operators["convolution parts"] += sum(args[-1]) - 1
+            return recorder._laid_out(name, args, result)
+        return result
+
+
+def test_launches_against_an_independent_count(tiny):
+    """Loss and backward of a tiny network: Triton's run is replaced, and operators are counted by another rule."""
+    x, t = torch.rand(2, 3, 16, 16, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    kernels = collections.Counter()
+    tiny.zero_grad()
+
+    def run(kernel, *args, grid, warmup, **kwargs) -> None:
+        kernels[kernel.fn.__name__] += 1
+
+    with pretend.cuda_on_meta(), mock.patch.object(triton.JITFunction, "run", run), Plain() as plain:
+        tiny(x, times=t).backward()
+    tiny.zero_grad()  # a gradient that is there is added to
+    with recorder.recording(TARGET) as block, block() as step:
+        tiny(x, times=t).backward()
+    assert collections.Counter(launch.name for launch in step.triton) == kernels
+    others = sum(launch.count for launch in step.launches if launch.variant is None)
+    layouts = sum(launch.name == "layout" for launch in step.launches)
+    assert others - layouts == plain.operators.total() > 100
+    assert step.count == others + kernels.total()
+
+
+def test_casts_are_those_of_autocast():
+    """Autocast on the CPU, which casts what autocast on CUDA does in this network."""
+    network = ddpm_fast.GaussianDiffusion(ddpm_fast.Unet(16, dim_mults=(1, 2)), image_size=16)
+    x, t = torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
+    options = {"dtype": torch.bfloat16, "cache_enabled": False}
+    with host.launching_nothing(TARGET), Plain() as real, torch.autocast("cpu", **options):
+        network(x, times=t)
+    network, x, t = network.to("meta"), x.to("meta"), t.to("meta")
+    with recorder.recording(TARGET), Plain() as emulated, torch.autocast("meta", **options):
+        network(x, times=t)
+    assert emulated.operators["aten::_to_copy"] == real.operators["aten::_to_copy"] > 40
+
+
+def test_launches_are_those_of_the_network(tiny):
+    """11 residual blocks of two norms, two linear and three softmax attentions."""
+    step = steps.record_training(TARGET, 2, "fp32", diffusion=tiny)
+    kernels = collections.Counter(launch.name for launch in step.triton)
+    assert kernels["rms_norm_silu_fwd_kernel"] == kernels["rms_norm_silu_bwd_kernel"] == 22
+    assert kernels["norm_linear_fwd_kernel"] == 2 + 3 + 3  # the last three are what follows a softmax attention
+    assert kernels["linear_attention_rows_fwd_kernel"] == 2 and kernels["attention_fwd_kernel"] == 3
+    optimizer = [launch for launch in step.launches if launch.name == "aten::_fused_adam_"]
+    assert len(optimizer) == 1 and optimizer[0].count == 1
+
+
+@pytest.mark.parametrize(
+    "sizes, lists, launches",
+    [
+        ([1] * 770, 1, 1),
+        ([1] * 771, 1, 2),
+        ([1] * 252, 4, 1),
+        ([1] * 253, 4, 2),
+        ([65536 * 2240], 1, 1),
+        ([65536 * 2240 + 1], 1, 2),
+        ([65536 * 2239, 65537, 1], 1, 2),
+        ([0, 5], 4, 1),
+    ],
+)
+def test_launches_over_lists_of_tensors(sizes, lists, launches):
+    tensors = [torch.empty(size, device="meta") for size in sizes]
+    assert recorder._lists(lists)(traffic.Call("aten::_foreach_add_", {"self": tensors}, None, 0, {})) == launches
+
+
+@pytest.mark.parametrize("launch", ["torch", "triton"])
+def test_one_more_operator_is_seen(tiny, launch):
+    """So that the bounds, which are exact, fail."""
+    norm = {"torch": lambda out: out * 2.0, "triton": lambda out: rms_norm_silu(out, torch.empty(3, device="meta"))}
+    counts = []
+    for hook in (None, lambda module, inputs, out: norm[launch](out)):
+        handle = tiny.model.register_forward_hook(hook) if hook else contextlib.nullcontext()
+        with handle:
+            counts.append(steps.record_sampling(TARGET, 2, "fp32", diffusion=tiny))
+    before, after = counts
+    assert after.count == before.count + 1 and after.small == before.small + 1
+    assert len(after.variants) == len(before.variants) + (launch == "triton")
+    name = f"sampling step, fp32: {'launches' if launch == 'torch' else 'small launches'}"
+    file = {"measured with": {"torch": gate_rules.version("torch")}, "launches": {name: before.count}}
+    assert gate_rules.verdict("launches", name, before.count, file) is None
+    assert gate_rules.verdict("launches", name, after.count, file) is not None
+
+
+@pytest.fixture(scope="module")
+def production():
+    """The steps that have bounds, by name."""
+    return {
+        "training step, bf16": steps.record_training(TARGET, dtype="bf16"),
+        "training step, fp32": steps.record_training(TARGET, dtype="fp32"),
+        "sampling step, bf16": steps.record_sampling(TARGET, dtype="bf16"),
+    }
+
+
+def test_bytes_of_launches_add_up_to_those_of_operators(production):
+    """Two counts of the same step: by a kernel's arguments, and by an operator's with what traffic.py knows of it."""
+    with traffic.kernels_take_meta_tensors():
+        counted = traffic.measure_training(steps.make_diffusion(), batch=steps.TRAINING_BATCH)
+    moved = collections.Counter()
+    for launch in production["training step, fp32"].launches:
+        moved[launch.operator] += launch.bytes_moved
+    ours = {name: operator for name, operator in counted.by_operator.items() if name.startswith("ddpm_fast::")}
+    assert len(ours) == 12
+    for name, operator in ours.items():
+        assert moved[name] == pytest.approx(operator.bytes_moved, rel=0.03), name
+    assert production["training step, fp32"].flops == pytest.approx(counted.total_flops, rel=1e-3)
+
+
+def test_bounds_of_launches(production, gate):
+    for name, step in production.items():
+        gate("launches", f"{name}: launches", step.count)
+        gate("launches", f"{name}: small launches", step.small)
+
+
+def test_bounds_of_a_cold_start(production, gate):
+    """Kernels that a fresh machine compiles before the first step."""
+    training, _, sampling = (step.variants for step in production.values())
+    gate("cold start", "training step, bf16", len(training))
+    gate("cold start", "training step, bf16, and sampling step, bf16", len(training | sampling))
+
+
+def test_what_is_recorded_is_what_is_compiled_ahead(production):
+    """Nothing is launched in the step that was not launched, and found, before it."""
+    found = []
+    step = steps.record_training(TARGET, found=found.append)
+    assert {variant.key for variant in found} == set(step.variants) == set(production["training step, bf16"].variants)
+
+
+def test_bounds_of_the_hosts_time(gate):
+    for (name, direction), ratio in host.measure_ops(TARGET, rounds=30, calls=10).items():
+        if name != host.EMPTY:
+            gate("host time", f"{name}, {direction}", ratio)
+
+
+def test_the_hosts_time_of_a_step():
+    """The tiny network that is timed launches nearly as much as the one that is meant."""
+    network = steps.make_diffusion(image_size=host.TINY_SIZE, dim=host.TINY["dim"])
+    assert steps.record_sampling(TARGET, 1, diffusion=network).count == steps.record_sampling(TARGET).count
+    before = F.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
+    times = host.measure_steps(TARGET, "fp32", least=0.2)
+    assert times["training"] > 2 * times["sampling"] > 0
+    assert torch.equal(F.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)), before) and before == 9
+
+
+def test_seconds_of_a_launch():
+    card = replace(cards.H100, copy=1e12, launch=1e-6, share={64: 0.5}, peak={"bf16": 1e14}, processors=100)
+    of = partial(roofline.seconds, card=card, dtype="bf16")
+    assert of(recorder.Launch("aten::add", "", 10**9)) == pytest.approx(1e-3)
+    assert of(recorder.Launch("aten::add", "", 1, count=3)) == pytest.approx(3e-6)
+    assert of(recorder.Launch("convolution", "", 1, 5e11, width=64, tiles=1000)) == pytest.approx(10e-3)
+    assert of(recorder.Launch("convolution", "", 1, 5e11, width=64, tiles=10)) == pytest.approx(100e-3)
+    assert of(recorder.Launch("weight gradient", "", 1, 5e11, width=64)) == pytest.approx(10e-3 / 0.75)
+
+
+@pytest.mark.parametrize("name", ["training step, bf16", "sampling step, bf16"])
+def test_the_table_has_every_launch(production, name):
+    step = production[name]
+    parts = roofline.parts(step, "bf16")
+    assert sum(part.launches for part in parts.values()) == step.count
+    assert sum(part.bytes_moved for part in parts.values()) == step.bytes_moved
+    assert sum(part.flops for part in parts.values()) == pytest.approx(step.flops)
+    for card in cards.CARDS:
+        took = sum(part.seconds[card.name] for part in parts.values())
+        assert took > max(step.bytes_moved / card.copy, step.flops / card.peak["bf16"], step.small * card.launch)
+    assert parts[roofline.SMALL].launches <= step.small
+
+
+def test_the_report(tiny, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(steps, "make_diffusion", lambda: tiny)
+    monkeypatch.setattr(host, "measure_steps", lambda target, dtype: {"training": 0.5, "sampling": 0.25})
+    monkeypatch.setattr(sys, "argv", ["roofline.py", "--keep", str(tmp_path / "model.md")])
+    roofline_command.main()
+    printed = capsys.readouterr().out
+    assert (tmp_path / "model.md").read_text() == printed
+    for line in (
+        "**recorded step**",
+        "**eager step**",
+        "floor: the bytes alone",
+        roofline.SMALL,
+        "Cold start",
+        "cuDNN",
+    ):
+        assert line in printed
+    assert printed.count("## Training step") == 2 and printed.count("## Sampling step") == 1
+    monkeypatch.setattr(sys, "argv", ["roofline.py"])
+    roofline_command.main()
+    assert capsys.readouterr().out == printed and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,266 @@
+"""The report: dry runs of the whole script, runs that are stopped, and what is made of the results. See also
+test_triage.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import bench_first_step
+import pytest
+import render
+import report
+import steps
+import tools
+import torch
+
+from ddpm_fast.testing.isolation import alone
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu_report.sh"
+STEPS = [
+    "machine", "extension", "gpu tests", "sanitizer", "compile", "networks", "memory", "ops", "ncu", "training run",
+    "first step",
+]  # fmt: skip
+
+
+def start(out: Path, *options: str) -> subprocess.Popen:
+    environment = {**alone(), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(SCRIPT), str(out), "--device", "cpu", "--quick", *options]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_gpu_report(tmp_path, monkeypatch):
+    """Its kinds of steps on the CPU; what needs a GPU, and what the CPU compiles ahead, says so."""
+    only = "training,training compiled,ops bf16,ncu"
+    process = start(tmp_path / "out", "--minutes", "4", "--plan", "cuda", "--only", only)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"results.json", "report.md", "log.txt"}
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = results["steps"]
+    ran = ["machine", "training", "extension", "training compiled", "ops bf16"]
+    assert [name for name in found if found[name]["status"] == "ok"] == ran, printed
+    assert found["kernels"]["why"] == "the CPU runs no Triton kernels" and "ncu" in found["ncu"]["why"]
+    assert re.fullmatch(r"ours [\d.]+ ms(, [\w-]+ [\d.]+ times as long){3}", found["training"]["summary"])
+    networks = [record for record in results["records"] if record["bench"] == "network"]
+    assert [record["phase"] for record in networks] == ["training step"] * 2
+    assert list(networks[0]["timings"]) == ["ours", "ours-step-by-step", "peer", "peer-channels-last"]
+    assert "make bench-compiled" in networks[1]["left_out"]["peer-compiled"]
+    assert {record["dtype"] for record in results["records"] if record["bench"] == "op"} == {"bf16"}
+    assert "| peer-channels-last |" in (tmp_path / "out" / "report.md").read_text() and "peer / ours" in printed
+    monkeypatch.setattr(sys, "argv", ["render.py", "--draw", str(tmp_path / "out")])
+    render.main()
+    assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"training.png", "ops.png"}
+
+
+@pytest.mark.slow
+def test_dry_run(tmp_path):
+    """The whole logic on the CPU; what needs a GPU says so."""
+    process = start(tmp_path / "out", "--minutes", "8")
+    printed, _ = process.communicate(timeout=600)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert process.returncode == 0, printed
+    assert list(results["steps"]) == STEPS
+    status = {name: step["status"] for name, step in results["steps"].items()}
+    assert all(status[name] == "ok" for name in STEPS if name not in ("sanitizer", "ncu")), (status, printed)
+    assert results["steps"]["sanitizer"]["status"] == results["steps"]["ncu"]["status"] == "skipped"
+    kinds = {record["bench"] for record in results["records"]}
+    assert kinds == {"op", "network", "memory", "first step"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "A dry run on the smallest sizes: the numbers mean nothing." in text
+    assert "| ours " in text and "| peer " in text and "| diffusers " in text
+    assert "(target 1.0)" in text and "Both sides have 1 thread." in text and "Adam" in text
+    assert "Resident memory of training" in text and "(target 0.50)" in text
+    assert "peer / ours" in printed and "less gradients" in printed
+    for picture in ("training.png", "sampling.png", "ops.png", "first-step.png", "samples.png"):
+        assert (tmp_path / "out" / picture).stat().st_size > 500, picture
+    assert str(ROOT) not in (tmp_path / "out" / "log.txt").read_text()
+    with pytest.raises(SystemExit, match="dry run"):
+        render.keep(tmp_path / "out")
+
+
+def test_a_stopped_run_keeps_what_it_has(tmp_path):
+    process = start(tmp_path / "out", "--minutes", "8")
+    for line in process.stdout:
+        if line.startswith("extension"):  # the machine is known by now
+            break
+    process.send_signal(signal.SIGTERM)
+    printed = process.stdout.read()
+    assert process.wait(timeout=30) == 0, printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["stopped"] and results["machine"]["cores"] == os.cpu_count()
+    assert "Not complete" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_record_of_the_most_contenders_counts():
+    def record(median, *names):
+        timings = {name: {"median": median} for name in names}
+        return {"bench": "network", "case": "c", "phase": "training step", "timings": timings}
+
+    records = [record(1, "ours"), record(2, "ours", "peer"), record(3, "ours", "peer"), record(4, "ours")]
+    (found,) = render.select({"records": records}, "network")
+    assert found["timings"]["ours"]["median"] == 3
+
+
+def test_steps_that_fail_or_overrun_do_not_end_the_run(tmp_path):
+    run = report.Report(tmp_path / "out", "cpu", quick=True, minutes=1.0)
+
+    def fails(limit):
+        run.call([sys.executable, "-c", "print('before'); raise SystemExit(3)"], limit)
+
+    def hangs(limit):
+        run.call([sys.executable, "-c", "import time; time.sleep(60)"], 1.0)
+
+    def skips(limit):
+        raise report.Skipped("there is none")
+
+    def breaks(limit):
+        return {}["a fault of the script"]
+
+    started = time.time()
+    names = {
+        "fails": fails,
+        "hangs": hangs,
+        "skips": skips,
+        "breaks": breaks,
+        "works": lambda limit: {"summary": "fine"},
+    }
+    run.steps = lambda: [report.Step(name, function, 60) for name, function in names.items()]
+    run.run()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["steps"]
+    assert found["fails"]["why"] == "exit status 3: before" and found["skips"]["why"] == "there is none"
+    assert found["hangs"]["status"] == "failed" and "stopped after 1 s" in found["hangs"]["why"]
+    assert found["breaks"]["why"] == "KeyError: 'a fault of the script'"
+    assert found["works"]["summary"] == "fine" and time.time() - started < 30
+
+
+def test_plans_put_the_most_wanted_first_and_fit():
+    for minutes in (4, 6, 9):
+        shares = report.PLANS["cuda"].shares(minutes)
+        wanted = [name for name, seconds in shares.items() if seconds]
+        assert wanted[:7] == [
+            "machine", "kernels", "training", "extension", "sampling", "training compiled", "sampling compiled",
+        ]  # fmt: skip
+        assert wanted.index("ops bf16") < wanted.index("ncu")
+        # What is most wanted fits even if each of its steps takes all that it may.
+        assert sum(shares[name] for name in wanted[:6]) < 60 * minutes
+    assert report.PLANS["cuda"].shares(9)["sampling max-autotune"] >= 60
+    assert report.PLANS["cuda"].shares(2) == {name: s / 2 for name, s in report.PLANS["cuda"].shares(4).items()}
+    triage = report.PLANS["triage"].shares(2.5)
+    assert sum(triage.values()) <= 150 - report.PLANS["triage"].reserve
+    for name, plan in report.PLANS.items():
+        assert set(plan.seconds) == set(steps.STEPS[name])
+
+
+def test_time_that_is_left_over_goes_to_the_next_step(tmp_path):
+    run = report.Report(tmp_path, "cpu", quick=True, minutes=1.0, plan="triage")
+    limits = []
+    run.steps = lambda: [report.Step(name, lambda limit: limits.append(limit) or {}, 10) for name in "abc"]
+    run.run()
+    left = 60 - report.PLANS["triage"].reserve
+    assert limits == pytest.approx([left - 20, left - 10, left], abs=2)
+
+
+def test_a_step_that_cannot_fit_is_skipped(tmp_path):
+    run = report.Report(tmp_path, "cpu", quick=True, minutes=0.5, plan="triage")
+    seconds = {"long": 90, "short": 5, "other": 0}
+    run.steps = lambda: [report.Step(name, lambda limit: {}, s, least=s / 2) for name, s in seconds.items()]
+    run.run()
+    assert run.results["steps"]["long"]["why"].startswith("takes up to 90 s, and 2")
+    assert run.results["steps"]["short"]["status"] == "ok"
+    assert run.results["steps"]["other"]["why"] == "not in a run of 0.5 minutes"
+
+
+def test_only_some_steps(tmp_path, monkeypatch):
+    ran = []
+    for name in report.PLANS["triage"].seconds:
+        monkeypatch.setitem(steps.STEPS["triage"], name, lambda run, limit, name=name: ran.append(name) or {})
+    report.main([str(tmp_path), "--triage", "--device", "cpu", "--only", "sampling,native ops"])
+    assert ran == ["machine", "kernels", "extension", "native ops", "sampling"]
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path), "--triage", "--only", "none such"])
+
+
+def test_upstream_takes_its_first_step_first():
+    rivals = ("ours-step-by-step", "peer-max-autotune", "peer", "peer-compiled")
+    on_cuda = bench_first_step.order(rivals, torch.device("cuda"))
+    assert on_cuda == ["peer", bench_first_step.PRECOMPILED, "ours", "ours-step-by-step", "peer-compiled", rivals[1]]
+    on_cpu = bench_first_step.order(("peer", "diffusers"), torch.device("cpu"))
+    assert on_cpu == ["peer", "ours", "diffusers"]
+
+
+def test_only_missing_packages_come_from_wheels(tmp_path):
+    for name in ("numpy-1.0-py3-none-any.whl", "not_installed_here-1.0-py3-none-any.whl"):
+        with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+            wheel.writestr(f"{name.split('-')[0]}/__init__.py", "")
+    report.unpack_missing(tmp_path, tmp_path / "packages")
+    assert [folder.name for folder in (tmp_path / "packages").iterdir()] == ["not_installed_here"]
+
+
+def test_no_step_begins_without_time(tmp_path):
+    run = report.Report(tmp_path / "out", "cpu", quick=True, minutes=0.05)
+    run.run()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["steps"]
+    assert {step["why"] for step in found.values()} == {"out of time"}
+
+
+def test_ncu_output_is_read():
+    head = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+    rows = [
+        ("0", "gpu__time_duration.sum", "usecond", "12.5"),
+        ("0", "dram__bytes.sum", "Mbyte", "25.0"),
+        ("0", "dram__throughput.avg.pct_of_peak_sustained_elapsed", "%", "61.2"),
+        ("1", "gpu__time_duration.sum", "ns", "2,000"),
+        ("1", "dram__bytes.sum", "byte", "n/a"),
+    ]
+    names = ["norm_kernel(float*)", "void ddpm_fast::<unnamed>::step_kernel<float, (Access)0>(Args)"]
+    lines = "".join(f'"{i}","7","{names[int(i)]}","{m}","{u}","{v}"\n' for i, m, u, v in rows)
+    first, second = tools.read_ncu("==PROF== Connected\n" + head + lines)
+    assert first["kernel"] == "norm_kernel" and first["bytes_per_second"] == pytest.approx(2e12)
+    assert first["percent_of_peak"] == 61.2
+    assert second == {"kernel": "void ddpm_fast::::step_kernel", "nanoseconds": 2000.0}
+    with pytest.raises(ValueError, match="unknown unit, 'furlong'"):
+        tools.read_ncu(head + '"0","7","k","dram__bytes.sum","furlong","1"\n')
+
+
+@pytest.mark.parametrize(
+    "line, clean",
+    [
+        ("========= ERROR SUMMARY: 0 errors", True),
+        ("========= ERROR SUMMARY: 2 errors", False),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", True),
+        ("========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)", False),
+        ("nothing of the kind", False),
+    ],
+)
+def test_sanitizer_output_is_read(line, clean):
+    assert tools.read_sanitizer(f"a line\n{line}\nanother\n")["clean"] is clean
+
+
+def test_the_readme_is_what_the_script_renders():
+    text = render.README.read_text()
+    assert render.with_measured(text) == text, "run benchmarks/render.py"
+
+
+def test_kept_results_are_whole_and_their_pictures_are_there():
+    assert render.kept(), "no results are committed"
+    for stem, results in render.kept().items():
+        assert not results["quick"] and "machine" in results and list(render.select(results, "network"))
+        assert (render.RESULTS / f"{stem}.md").read_text() == render.report(results)
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", render.README.read_text()):
+        assert (ROOT / picture).exists(), picture
+
+
+def test_no_number_outside_the_rendered_part_is_a_measurement():
+    before, rest = render.README.read_text().split(render.BEGIN)
+    typed = before + rest.split(render.END)[1]
+    assert not re.findall(r"\d[\d.,]* ?(?:(?:ms|µs|us|s|[GM]B|[GM]iB|GB/s|TFLOP|x faster|times)\b|×(?!\d)|%)", typed)

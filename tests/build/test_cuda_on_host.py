@@ -1,0 +1,191 @@
+"""The CUDA kernels run thread by thread on the CPU, so that their indexing is tested on machines without a GPU.
+
+The kernels share no memory between threads and never synchronise, so running the threads one after another in any
+order is a run that a GPU may do. A few macros stand in for CUDA's keywords; the sources are otherwise compiled as they
+are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from ddpm_fast import noise
+from ddpm_fast.ops.sampler_step import reference
+
+CSRC = Path(__file__).parents[2] / "csrc"
+
+SHIM = r"""
+#pragma once
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <cstring>
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+using cudaError_t = int;
+using cudaStream_t = void*;
+inline cudaError_t cudaGetLastError() { return 0; }
+struct dim3 { unsigned x, y; dim3(unsigned x_, unsigned y_ = 1) : x(x_), y(y_) {} };
+struct uint4 { unsigned x, y, z, w; };
+inline dim3 gridDim(1), blockIdx(0, 0), threadIdx(0, 0);
+using __half = c10::Half;
+using __nv_bfloat16 = c10::BFloat16;
+inline float __half2float(__half v) { return v; }
+inline float __bfloat162float(__nv_bfloat16 v) { return v; }
+inline __half __float2half_rn(float v) { return v; }
+inline __nv_bfloat16 __float2bfloat16_rn(float v) { return v; }
+// Few blocks, so that the loops that stride over the grid are run.
+template <typename Kernel>
+void on_host(dim3 grid, unsigned threads, Kernel kernel) {
+  gridDim = dim3(grid.x < 3 ? grid.x : 3, grid.y < 2 ? grid.y : 2);
+  for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
+      for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel();
+}
+"""
+
+ENTRY = r"""
+extern "C" int sampler_step(const float* x, const void* output, const float* table, const int64_t* step,
+                            const int64_t* seed, const float* previous, const float* noise, float* x_next,
+                            float* x_start, const int64_t* sizes, int element, int clip) {
+  using namespace ddpm_fast;
+  const OutputLayout layout{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4] != 0};
+  return launch_sampler_step({x, output, table, step, seed, previous, noise, x_next, x_start, layout, sizes[5],
+                              sizes[6], sizes[7], sizes[8], static_cast<uint32_t>(sizes[9]), clip != 0},
+                             static_cast<Element>(element), nullptr);
+}
+extern "C" int fill_normal(void* out, const int64_t* seed, const int64_t* step, int64_t batch, int64_t elements,
+                           int64_t start_index, int64_t stream, int element) {
+  using namespace ddpm_fast;
+  return launch_fill_normal({out, seed, step, batch, elements, start_index, static_cast<uint32_t>(stream)},
+                            static_cast<Element>(element), nullptr);
+}
+"""
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of Element
+SHAPES = [(1, 1, 1, 1), (5, 3, 7, 9), (2, 3, 8, 8), (1, 3, 6, 6), (3, 4, 40, 32), (2, 2, 3, 2), (3, 3, 64, 48)]
+
+
+def as_host_code(source: str) -> str:
+    launch = r"(\w+_kernel<[^>]*>)<<<(.*?), (\w+), 0, stream>>>\((\w+)\);"
+    store = re.compile(r"asm volatile\(\"st\.global.*?\"memory\"\);", re.DOTALL)
+    source = re.sub(launch, r"on_host(\2, \3, [&] { \1(\4); });", source)
+    source = store.sub("memcpy(to + i, &bits, sizeof(bits));", source)
+    assert "<<<" not in source and "asm" not in source
+    return source
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+    for name in ("cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h"):
+        (folder / name).write_text('#pragma once\n#include "shim.h"\n')
+    (folder / "shim.h").write_text(SHIM)
+    (folder / "cuda").mkdir()
+    for file in CSRC.glob("*.h"):
+        (folder / file.name).write_text(file.read_text())
+    for file in (CSRC / "cuda").iterdir():
+        if file.suffix not in (".h", ".cuh", ".cu"):
+            continue
+        (folder / "cuda" / file.name).write_text(as_host_code(file.read_text()))
+    (folder / "all.cpp").write_text('#include "cuda/noise.cu"\n#include "cuda/sampler_step.cu"\n' + ENTRY)
+    library = folder / "libkernels.so"
+    includes = [f"-I{path}" for path in [folder, *cpp_extension.include_paths()]]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    command = ["c++", *flags, *includes, str(folder / "all.cpp"), "-o", str(library)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return ctypes.CDLL(str(library))
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def run_step(host, x, output, table, step, seed, previous=None, eps=None, *, clip=True, in_place=False, start_index=0):
+    """(x_next, x_start) of the kernel; the two are NaN before it runs."""
+    x_next = x if in_place else torch.full_like(x, float("nan"))
+    x_start = previous if in_place else torch.full_like(x, float("nan"))
+    b, c, h, w = x.shape
+    strides = output.stride()
+    layout = [h * w, strides[0], strides[1], strides[3], output.is_contiguous()]
+    sizes = [*layout, b, c * h * w, table.shape[0], start_index, noise.STREAM_STEP]
+    error = host.sampler_step(
+        *map(pointer, (x, output, table, step, seed, previous, eps, x_next, x_start)),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        DTYPES.index(output.dtype),
+        int(clip),
+    )
+    assert error == 0
+    return x_next, x_start
+
+
+def make_inputs(shape, dtype, u=-0.2, sigma=0.3):
+    table = torch.tensor([[float("nan")] * 6, [0.9, 0.4, 0.7, 0.5, u, sigma]])
+    output = torch.randn(shape).to(dtype)
+    return torch.randn(shape), output, table, torch.tensor([1]), torch.tensor([-77])
+
+
+def layouts(output):
+    yield output
+    yield output.contiguous(memory_format=torch.channels_last)
+    yield torch.empty(output.numel() + 1, dtype=output.dtype)[1:].view(output.shape).copy_(output)  # misaligned
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sampler_step(host, shape, dtype):
+    x, output, *rest = make_inputs(shape, dtype)
+    previous, eps = torch.randn(shape), torch.randn(shape)
+    for given in (eps, None):
+        expected = reference.sampler_step(x, output, *rest, x_start_previous=previous, noise=given, start_index=3)
+        for view in layouts(output):
+            actual = run_step(host, x, view, *rest, previous, given, start_index=3)
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+            x_again, previous_again = x.clone(), previous.clone()
+            run_step(host, x_again, view, *rest, previous_again, given, in_place=True, start_index=3)
+            assert torch.equal(x_again, actual[0]) and torch.equal(previous_again, actual[1])
+
+
+def test_zero_coefficients_leave_memory_unread(host):
+    for shape in SHAPES:
+        x, output, *rest = make_inputs(shape, torch.float16, u=0.0, sigma=0.0)
+        poison = torch.full(shape, float("nan"))
+        expected = reference.sampler_step(x, output, *rest, clip_x_start=False)
+        actual = run_step(host, x, output, *rest, poison, poison, clip=False)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [-1, 2, 2**40])
+def test_a_step_outside_the_table_is_nan(host, step):
+    x, output, table, _, seed = make_inputs((2, 3, 8, 8), torch.float32)
+    x_next, x_start = run_step(host, x, output, table, torch.tensor([step]), seed, torch.randn(2, 3, 8, 8))
+    assert x_next.isnan().all() and x_start.isnan().all()
+
+
+def test_a_missing_previous_x_start_is_nan(host):
+    x, output, *rest = make_inputs((2, 3, 8, 8), torch.float32)
+    assert run_step(host, x, output, *rest)[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("elements", [1, 3, 8, 1000, 1023, 4096, 12288])
+def test_fill_normal(host, elements, dtype):
+    memory = torch.full((3 * elements + 16,), float("nan"), dtype=dtype)
+    out = memory[8:-8].view(3, elements)  # 16-byte aligned in every dtype
+    seed, step = torch.tensor([2**40 + 9]), torch.tensor([4])
+    error = host.fill_normal(
+        *map(pointer, (out, seed, step)), *map(ctypes.c_int64, (3, elements, 6, 2)), DTYPES.index(dtype)
+    )
+    assert error == 0
+    expected = noise.normal(out.shape, seed=seed, step=4, stream=2, start_index=6, dtype=dtype)
+    torch.testing.assert_close(out, expected, rtol=torch.finfo(dtype).eps * 2, atol=1e-6)
+    assert memory[:8].isnan().all() and memory[-8:].isnan().all()

@@ -1,0 +1,311 @@
+"""Building the package and loading its extension: what is built, what is said, and what happens where it is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_fast.runtime import extension
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = Path(extension.__file__).parents[1]
+CPUINFO = Path("/proc/cpuinfo")
+FLAGS = re.findall(r"^flags\s*:(.*)$", CPUINFO.read_text() if CPUINFO.exists() else "", re.MULTILINE)
+
+# Imports the package, says why the extension is not there, and runs a step in the reference.
+PROBE = """
+import json, sys
+import ddpm_fast
+assert "ddpm_fast._C" not in sys.modules, "importing the package loaded the extension"
+import torch
+from ddpm_fast.runtime import extension
+from ddpm_fast.ops.sampler_step.op import sampler_step
+x = torch.ones(2, 3, 4, 4)
+table = torch.tensor([[0.5, 0.25, 2.0, 1.0, 0.0, 0.0]])
+x_next, _ = sampler_step(x, x, table, torch.tensor([0]), torch.tensor([0]))
+assert torch.equal(x_next, torch.full_like(x, 2.5)), x_next
+print(json.dumps({
+    "file": ddpm_fast.__file__,
+    "reason": extension.reason(),
+    "loaded": extension.load() is not None,
+    "has_cuda": extension.has_cuda(),
+    "explain": ddpm_fast.explain([torch.device("cpu")]),
+}))
+"""
+
+
+def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    ours = ("PYTHONPATH", "DDPM_FAST_BUILD", "DDPM_FAST_MARCH", "DDPM_FAST_SANITIZE")
+    environ = {k: v for k, v in os.environ.items() if k not in ours}
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**environ, **environment})
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def probe(folder: Path) -> dict:
+    """What a fresh process finds that imports the package from `folder`."""
+    return json.loads(run(sys.executable, "-c", PROBE, cwd=folder, PYTHONPATH=str(folder)).stdout)
+
+
+def copy_of_sources(folder: Path) -> Path:
+    """The source tree without anything built."""
+    folder.mkdir()
+    built = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    for name in ("csrc", "ddpm_fast"):
+        shutil.copytree(ROOT / name, folder / name, ignore=built)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def build_wheel(tmp_path: Path, mode: str, **environment: str) -> tuple[Path, dict, str]:
+    """(folder where the wheel is installed, its build information, the build's output)."""
+    source = copy_of_sources(tmp_path / "source")
+    output = run(
+        sys.executable,
+        *("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)),
+        cwd=source,
+        DDPM_FAST_BUILD=mode,
+        MAX_JOBS="2",
+        **environment,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    run(
+        sys.executable,
+        *("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(installed), str(wheel)),
+        cwd=tmp_path,
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        info = json.loads(archive.read("ddpm_fast/_build_info.json"))
+    return installed, info, output.stdout + output.stderr
+
+
+def quick_compiler(folder: Path) -> dict[str, str]:
+    """The environment of a build that is about packaging: the kernels, which are not looked at, unoptimised."""
+    script = folder / "quick-c++"
+    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+    script.chmod(0o755)
+    return {"CXX": str(script)}
+
+
+def wheel_bytes(folder: Path) -> int:
+    (wheel,) = folder.glob("*.whl")
+    return wheel.stat().st_size
+
+
+@pytest.fixture
+def package(tmp_path) -> Path:
+    """A copy of the package with its extension, to break."""
+    assert extension.load() is not None, extension.reason()
+    shutil.copytree(PACKAGE, tmp_path / "ddpm_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "ddpm_fast"
+
+
+def edit_info(package: Path, **changes) -> None:
+    file = package / "_build_info.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_an_intact_copy_loads(package):
+    found = probe(package.parent)
+    assert Path(found["file"]).parent == package
+    assert found["loaded"] and found["reason"] is None
+    assert "* native" in found["explain"]
+    assert f"on the CPU uses the instruction set {extension.instruction_set()}" in found["explain"]
+
+
+def remove_module(package):
+    for file in package.glob("_C*"):
+        file.unlink()
+
+
+def damage_module(package):
+    for file in package.glob("_C*"):
+        file.write_bytes(b"x" * file.stat().st_size)
+
+
+def truncate_module(package):
+    for file in package.glob("_C*"):
+        file.write_bytes(file.read_bytes()[:4096])
+
+
+BROKEN = {
+    "no shared object": (remove_module, "the extension's file is missing from the package"),
+    "garbage": (damage_module, "the extension could not be loaded"),
+    "truncated": (truncate_module, "the extension's file is damaged: it has 4096 of"),
+    "no build information": (
+        lambda package: (package / "_build_info.json").unlink(),
+        "the extension was not built (there is no _build_info.json in the package)",
+    ),
+    "damaged build information": (
+        lambda package: (package / "_build_info.json").write_text("{"),
+        "the extension's _build_info.json is damaged",
+    ),
+    "another torch": (
+        lambda package: edit_info(package, torch="1.13.1"),
+        f"the extension was built for torch 1.13.1, and this is torch {torch.__version__}",
+    ),
+    "another CUDA": (
+        lambda package: edit_info(package, torch_cuda="9.2"),
+        "the extension was built for a CUDA 9.2 build of torch",
+    ),
+    "another processor": (
+        lambda package: edit_info(package, cpu_features=["fpu", "warp9", "hyperdrive"]),
+        "the extension was built for a processor with warp9, hyperdrive, which this one lacks: build it again",
+    ),
+    "not built": (
+        lambda package: edit_info(package, built=[], reason="the compiler was on holiday"),
+        "the extension was not built: the compiler was on holiday",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.skipif(not FLAGS, reason="Linux on x86-64 alone lists these flags"))
+        if case == "another processor"
+        else case
+        for case in BROKEN
+    ],
+)
+def test_a_broken_extension_leaves_the_reference_and_a_reason(package, case):
+    break_it, reason = BROKEN[case]
+    break_it(package)
+    found = probe(package.parent)
+    assert not found["loaded"] and not found["has_cuda"]
+    assert found["reason"].startswith(reason)
+    assert "* reference" in found["explain"] and reason in found["explain"]
+
+
+def test_another_patch_release_of_torch_is_accepted(package):
+    major, minor = torch.__version__.split(".")[:2]
+    edit_info(package, torch=f"{major}.{minor}.99+cpu")
+    assert probe(package.parent)["loaded"]
+
+
+def test_forcing_native_without_the_extension_raises_its_reason(package):
+    remove_module(package)
+    code = PROBE.replace("x = torch.ones", "ddpm_fast.use_backend('native')\nx = torch.ones")
+    result = run(sys.executable, "-c", code, cwd=package.parent, check=False, PYTHONPATH=str(package.parent))
+    assert result.returncode != 0
+    assert "backend 'native' was forced and refuses: the extension's file is missing" in result.stderr
+
+
+def test_the_first_load_may_happen_while_compiling(package):
+    code = PROBE.replace("= sampler_step(", "= torch.compile(sampler_step, fullgraph=True, backend='aot_eager')(")
+    result = run(sys.executable, "-c", code, cwd=package.parent, PYTHONPATH=str(package.parent))
+    assert json.loads(result.stdout)["loaded"]
+
+
+@pytest.mark.slow
+def test_a_wheel_works_outside_the_source_tree(tmp_path, gate):
+    installed, info, _ = build_wheel(tmp_path, "cpu")
+    gate("wheel bytes", "cpu", wheel_bytes(tmp_path))
+    assert info["built"] == ["cpu"] and info["cuda_left_out"] == "DDPM_FAST_BUILD=cpu"
+    assert info["torch"] == torch.__version__ and info["torch_cuda"] == torch.version.cuda and info["compiler"]
+    assert info["march"] == "portable" and info["cpu_features"] == [], "a wheel may travel"
+    found = probe(installed)
+    assert Path(found["file"]).parent == installed / "ddpm_fast"
+    assert found["loaded"] and not found["has_cuda"] and "* native" in found["explain"]
+
+
+@pytest.mark.slow
+def test_an_editable_build_puts_the_extension_beside_its_sources(tmp_path):
+    source = copy_of_sources(tmp_path / "source")
+    run(
+        sys.executable,
+        *("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"),
+        # Without --ignore-installed pip would take the package out of the environment that runs the tests.
+        *("--ignore-installed", "--prefix", str(tmp_path / "env")),
+        *("-e", "."),
+        cwd=source,
+        DDPM_FAST_BUILD="cpu",
+        MAX_JOBS="2",
+        **quick_compiler(tmp_path),
+    )
+    found = probe(source)
+    assert found["loaded"] and Path(found["file"]).parent == source / "ddpm_fast"
+    info = json.loads((source / "ddpm_fast" / "_build_info.json").read_text())
+    assert info["march"] == ("native" if FLAGS else "portable"), "it stays on this machine"
+    assert info["march"] == "portable" or set(info["cpu_features"]) <= set(FLAGS[0].split())
+    assert (info["march"] == "native" and "avx2" in FLAGS[0].split()) == ("avx2" in info["cpu_features"])
+
+
+@pytest.mark.slow
+def test_none_makes_a_pure_python_wheel(tmp_path, gate):
+    installed, info, _ = build_wheel(tmp_path, "none")
+    gate("wheel bytes", "none", wheel_bytes(tmp_path))
+    assert info["built"] == []
+    assert list(tmp_path.glob("*-py3-none-any.whl"))
+    assert probe(installed)["reason"] == "the extension was not built: DDPM_FAST_BUILD=none asked for pure Python"
+
+
+@pytest.mark.slow
+def test_auto_installs_pure_python_and_says_so_where_nothing_compiles(tmp_path):
+    installed, info, output = build_wheel(tmp_path, "auto", CXX="false", CC="false")
+    assert info["built"] == [] and "it did not compile" in info["reason"]
+    assert "WARNING: built without the extension: it did not compile" in output
+    assert probe(installed)["reason"] == f"the extension was not built: {info['reason']}"
+
+
+@pytest.mark.slow
+def test_auto_builds_the_cpu_part_and_says_so_where_cuda_does_not_compile(tmp_path):
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        f'[ "$1" = --version ] && echo "Cuda compilation tools, release {torch.version.cuda or 0}" && exit\n'
+        '[ "$1" = --list-gpu-arch ] && echo compute_80 && exit\n'
+        "exit 1\n"
+    )
+    nvcc.chmod(0o755)
+    toolkit = {"CUDA_HOME": str(tmp_path / "toolkit")}
+    installed, info, output = build_wheel(tmp_path, "auto", **toolkit, **quick_compiler(tmp_path))
+    reason = "it did not compile" if torch.version.cuda else "is not a CUDA build"
+    assert info["built"] == ["cpu"] and reason in info["cuda_left_out"] and info["reason"] is None
+    assert f"WARNING: built without the CUDA part: {info['cuda_left_out']}" in output
+    assert probe(installed)["loaded"]
+
+
+@pytest.mark.slow
+def test_another_cuda_release_is_named(tmp_path):
+    if torch.version.cuda is None:
+        pytest.skip("needs a CUDA build of torch")
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho release 9.2\n")
+    nvcc.chmod(0o755)
+    source = copy_of_sources(tmp_path / "source")
+    environment = {"DDPM_FAST_BUILD": "cuda", "CUDA_HOME": str(tmp_path / "toolkit")}
+    result = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, check=False, **environment)
+    assert result.returncode != 0
+    assert f"nvcc is release 9.2 and torch was built with CUDA {torch.version.cuda}" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment, sentence",
+    [
+        ({"DDPM_FAST_BUILD": "everything"}, "DDPM_FAST_BUILD must be one of auto, cpu, cuda, none, got 'everything'"),
+        ({"DDPM_FAST_MARCH": "zen"}, "DDPM_FAST_MARCH must be one of native, portable, got 'zen'"),
+        ({"DDPM_FAST_BUILD": "cuda", "CUDA_HOME": os.devnull}, "DDPM_FAST_BUILD=cuda cannot be done: "),
+        ({"DDPM_FAST_BUILD": "cpu", "CXX": "false", "CC": "false"}, "rror"),
+    ],
+)
+def test_what_cannot_be_built_as_asked_is_an_error(tmp_path, environment, sentence):
+    source = copy_of_sources(tmp_path / "source")
+    result = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, check=False, **environment)
+    assert result.returncode != 0
+    assert sentence in result.stderr + result.stdout

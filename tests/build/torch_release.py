@@ -1,0 +1,156 @@
+"""The native, compile and interpreter tests on another release of torch: `make test-torch TORCH=2.11.0`, or
+
+    python tests/build/torch_release.py RELEASE [--folder F] [--workers N] [--quick] [pytest's options and files ...]
+
+RELEASE is a number; `newest`, the newest that pip installs; or `by-turns`, one of `RELEASES`, the next after every
+commit. torch is installed with the Triton that it names into an environment of its own, .venv-torch-RELEASE, and a copy
+of the package is built there, so that the usual environment and the extension beside the sources stay as they are.
+`--quick` leaves out the tests that take minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from sanitize import ROOT, copy_sources
+
+# The oldest that pyproject.toml allows, at its last correction; the one of the GPU machines; what pip installs.
+RELEASES = ("2.9.1", "2.11.0", "newest")
+TOOLS = ("setuptools>=77", "wheel", "ninja", "pybind11")
+NATIVE = (
+    "ops/*/test_native.py", "ops/sampler_step/test_op.py", "runtime/test_tape.py", "runtime/test_memory_pool.py",
+    "models/test_cpu_accuracy.py",
+)  # fmt: skip
+# torch.compile's, nvcc's, and Triton's without a GPU.
+COMPILED = (
+    "runtime/test_autocast.py", "test_facilities.py", "models/test_inference_weights.py", "build/test_cuda_*.py",
+    "benchmarks/test_cuda_model.py", "ops/*/test_aot.py",
+)  # fmt: skip
+INTERPRETED = tuple(
+    f"ops/{room}/test_op.py" for room in ("attention", "forward_diffusion", "linear_attention", "norm_linear", "norm_silu")
+)
+
+
+class NotInstalled(Exception):
+    """pip did not install a release or what its tests need; the text says which."""
+
+
+def requirement(release: str) -> str:
+    """What pip is asked for: 2.11.0 and torch==2.11.0 both name a release."""
+    return "torch" if release == "newest" else f"torch=={release.removeprefix('torch==')}"
+
+
+def whose_turn(commits: int) -> str:
+    """The release that a history of so many commits is tested on."""
+    return RELEASES[commits % len(RELEASES)]
+
+
+def commits() -> int:
+    """How many the history has."""
+    command = ["git", "rev-list", "--count", "HEAD"]
+    return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
+def python_of(folder: Path) -> Path:
+    return folder / "bin" / "python"
+
+
+def pip_install(folder: Path, *arguments: str, what: str) -> None:
+    """Install into an environment.
+
+    Raises:
+        NotInstalled: pip did not.
+    """
+    command = [python_of(folder), "-m", "pip", "install", "--quiet", *arguments]
+    if subprocess.run(command, env=environment(), check=False).returncode:
+        raise NotInstalled(f"{what} could not be installed; pip's reason is above")
+
+
+def environment() -> dict[str, str]:
+    """This process's variables without those that would lead to another copy of the package."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def make(folder: Path, release: str) -> None:
+    """The environment: torch, a copy of the package, built, and what the tests import.
+
+    Raises:
+        NotInstalled: pip could not install something.
+    """
+    torch = requirement(release)
+    start = time.monotonic()
+    if not python_of(folder).exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    pip_install(folder, "--upgrade", *TOOLS, torch, what=torch)
+    installed = time.monotonic()
+    tree = folder / "tree"
+    copy_sources(tree)
+    if is_stale(tree):
+        # torch once more, or a test's dependency could bring another.
+        package = ("--no-build-isolation", "--editable", f"{tree}[test]", torch)
+        pip_install(folder, *package, what=f"ddpm_fast on {torch}")
+    print(f"{torch}: installed in {installed - start:.0f} s, the package in {time.monotonic() - installed:.0f} s")
+
+
+def is_stale(tree: Path) -> bool:
+    """Whether a copy is to be built: it never was, or what it is built from is younger."""
+    built = tree / "ddpm_fast" / "_build_info.json"
+    sources = [*(tree / "csrc").rglob("*.*"), tree / "setup.py", tree / "pyproject.toml"]
+    return not built.exists() or any(source.stat().st_mtime > built.stat().st_mtime for source in sources)
+
+
+PROBE = """
+import torch, triton
+from ddpm_fast.runtime import extension
+assert extension.load() is not None, extension.reason()
+left_out = extension.info()["cuda_left_out"]
+assert left_out is None or "did not compile" not in left_out, left_out
+cuda = "and CUDA's part" if left_out is None else f"without CUDA's part: {left_out}"
+print(f"torch {torch.__version__}, triton {triton.__version__}, the extension {cuda}")
+"""
+
+
+def test(folder: Path, options: list[str], workers: int, quick: bool) -> int:
+    """Run tests in the environment; returns pytest's exit status, or 1 where the extension is not what it should be."""
+    tree = folder / "tree"
+    if subprocess.run([python_of(folder), "-c", PROBE], cwd=tree, env=environment(), check=False).returncode:
+        return 1
+    files = [] if any(".py" in option for option in options) else tests(tree, quick)
+    command = [python_of(folder), "-m", "pytest", "-q", "--numprocesses", str(workers), "--dist", "worksteal"]
+    return subprocess.run([*command, *options, *files], cwd=tree, env=environment(), check=False).returncode
+
+
+def tests(tree: Path, quick: bool = False) -> list[str]:
+    """Files of tests, relative to the tree."""
+    patterns = (*NATIVE, *COMPILED, *(() if quick else INTERPRETED))
+    return [str(file.relative_to(tree)) for pattern in patterns for file in sorted((tree / "tests").glob(pattern))]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("release", help="a number, newest or by-turns")
+    parser.add_argument("--folder", type=Path, help="of the environment (default: .venv-torch-RELEASE)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share the tests")
+    parser.add_argument("--quick", action="store_true", help="without the tests that take minutes")
+    options, pytest_options = parser.parse_known_args()
+    release = options.release.removeprefix("torch==")
+    if release == "by-turns":
+        count = commits()
+        release = whose_turn(count)
+        print(f"torch {release} has its turn after {count} commits, of {', '.join(RELEASES)}", flush=True)
+    folder = (options.folder or ROOT / f".venv-torch-{release}").resolve()
+    try:
+        make(folder, release)
+    except NotInstalled as reason:
+        raise SystemExit(str(reason)) from None
+    raise SystemExit(test(folder, pytest_options, options.workers, options.quick))
+
+
+if __name__ == "__main__":
+    main()

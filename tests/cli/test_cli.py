@@ -1,0 +1,256 @@
+"""The command line as a user meets it: whole runs, and mistakes that get one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddpm_fast
+from ddpm_fast import cli
+from ddpm_fast.training.checkpoint import find_latest, load_file
+from ddpm_fast.training.data import DigitsDataset
+
+TINY = (
+    "--dim 8 --dim-mults 1 2 --timesteps 20 --batch-size 16 --save-every 2 --num-samples 4 --workers 0 --seed 1".split()
+)
+
+
+def run(*arguments, code=0, cwd=None):
+    """`python -m ddpm_fast` in a process of its own; returns stdout and stderr."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(
+        [sys.executable, "-m", "ddpm_fast", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        timeout=120,
+    )
+    assert finished.returncode == code, finished.stdout + finished.stderr
+    return finished.stdout, finished.stderr
+
+
+def fail(capsys, *arguments):
+    """`main` on arguments that must fail; returns its one line on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(map(str, arguments)))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("ddpm-fast: error: ")
+    return error
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Networks this small are slower on more threads, and very much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 110 small colour photographs of digits, one of them broken."""
+    folder = tmp_path_factory.mktemp("images")
+    for index, image in enumerate(DigitsDataset().images[:110]):
+        pixels = Image.fromarray((image[0] * 255).byte().numpy())
+        pixels.resize((20, 17)).convert("RGB").save(folder / f"{index:03}.png")
+    (folder / "050.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Results of a tiny run on the digits."""
+    folder = tmp_path_factory.mktemp("digits") / "results"
+    run("train", "digits", "--results-folder", folder, "--steps", 3, *TINY)
+    return folder
+
+
+def test_a_folder_trains_resumes_and_samples(tmp_path, images):
+    results = tmp_path / "results"
+    options = ["--results-folder", results, "--image-size", 8, 16, "--memory", "low", *TINY]
+    out, err = run("train", images, "--steps", 8, *options)
+    assert "1 broken image files were skipped" in out and f"results are in {results}" in out
+    assert err.count("skipped a broken image file") == 1 and "050.png" in err and "Traceback" not in err
+    assert "images/s" in err and "loss" in err
+    run("train", images, "--steps", 10, "--resume", *options)
+    saved = load_file(results / "model-5.pt")
+    assert saved["step"] == 10 and saved["config"]["unet"]["memory"] == "low"
+    assert (results / "loss.png").exists() and (results / "sample-5.png").exists()
+
+    out, _ = run(
+        "sample",
+        results,
+        "--out",
+        tmp_path / "new" / "grid.png",
+        "--num-samples",
+        5,
+        "--seed",
+        3,
+        "--sampler",
+        "dpmpp_2m",
+        "--sampling-timesteps",
+        4,
+        "--raw",
+        tmp_path / "raw",
+        "--scale",
+        2,
+    )
+    assert "step 10" in out and "seed 3" in out
+    assert Image.open(tmp_path / "new" / "grid.png").size == (3 * 34 + 2, 2 * 18 + 2)
+    assert Image.open(tmp_path / "new" / "grid-strip.png").size == (5 * 34 + 2, 4 * 18 + 2)
+    assert len(list((tmp_path / "raw").glob("*.png"))) == 5
+
+
+def test_a_seed_fixes_samples_whatever_the_batch_size(tmp_path, trained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seed, batch in (("a", 7, 64), ("b", 7, 2), ("c", 8, 64)):
+        options = f"--out {name}.png --num-samples 5 --seed {seed} --batch-size {batch}"
+        cli.main(["sample", str(trained / "model-1.pt"), *options.split()])
+    a, b, c = (np.asarray(Image.open(f"{name}.png")).astype(int) for name in "abc")
+    assert abs(a - b).max() <= 1
+    assert abs(a - c).max() > 20
+    assert (tmp_path / "a-strip.png").exists()
+
+
+def test_digits_get_their_own_defaults(trained):
+    config = load_file(trained / "model-last.pt")["config"]
+    assert config["diffusion"]["image_size"] == [8, 8]
+    assert config["unet"]["channels"] == 1
+    assert config["diffusion"]["beta_schedule"] == "cosine"
+
+
+def test_training_again_without_resume_is_refused(trained, capsys):
+    before = sorted(path.name for path in trained.iterdir())
+    error = fail(capsys, "train", "digits", "--results-folder", trained, *TINY)
+    assert "already holds checkpoints (up to step 3); give --resume" in error
+    assert sorted(path.name for path in trained.iterdir()) == before
+
+
+def test_a_finished_run_says_so(trained, capsys):
+    cli.main(["train", "digits", "--results-folder", str(trained), "--steps", "3", "--resume", *TINY])
+    assert "is at step 3 already" in capsys.readouterr().out
+
+
+def test_resume_takes_the_largest_step_not_the_largest_name(trained, tmp_path):
+    torch.save({"step": 0}, tmp_path / "model-9.pt")
+    for name in ("model-1.pt", "model-last.pt"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    _, err = run("train", "digits", "--results-folder", tmp_path, "--steps", 4, "--resume", *TINY)
+    assert "3/4" in err
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_saves_says_so_and_can_be_continued(tmp_path, number, code):
+    command = [sys.executable, "-m", "ddpm_fast", "train", "digits", "--results-folder", str(tmp_path), *TINY]
+    process = subprocess.Popen(
+        [*command, "--steps", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "model-1.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    path, step = find_latest(tmp_path)
+    assert f"stopped at step {step}; {path} resumes from there" in out
+    assert "Traceback" not in err
+    run("train", "digits", "--results-folder", tmp_path, "--steps", step + 1, "--resume", *TINY)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("train /nowhere", "folder /nowhere does not exist"),
+        ("train {empty}", "holds no images"),
+        ("train digits --resume", "there is no checkpoint in"),
+        ("train digits --batch-size 0", "train_batch_size must be a positive integer; got 0"),
+        ("train digits --image-size 8 8 8", "--image-size takes one number or two"),
+        ("train digits --image-size -8", "image_size must be"),
+        ("train digits --timesteps 0", "timesteps"),
+        ("train digits --dim-mults 1 2 4 8 16", "8"),
+        ("sample /nowhere/model-1.pt", "checkpoint /nowhere/model-1.pt does not exist"),
+        ("sample {empty}", "holds no checkpoint"),
+        ("sample {garbage}", "is not a PyTorch file"),
+        ("sample {trained}/model-1.pt --num-samples 0", "--num-samples must be at least 1; got 0"),
+        ("sample {trained}/model-1.pt --sampling-timesteps 9999", "sampling_timesteps"),
+        ("sample {trained}/model-1.pt --image-size 7", "7"),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path, trained, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "garbage").write_bytes(b"garbage")
+    places = dict(empty=tmp_path / "empty", garbage=tmp_path / "garbage", trained=trained)
+    assert message in fail(capsys, *arguments.format(**places).split())
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(FileNotFoundError):
+        cli.main(["sample", "/nowhere/model-1.pt", "--debug"])
+
+
+def test_faults_of_the_program_keep_their_traceback(monkeypatch, trained):
+    monkeypatch.setattr(
+        "ddpm_fast.training.checkpoint.load_checkpoint", lambda *_, **__: torch.zeros(2) + torch.zeros(3)
+    )
+    with pytest.raises(RuntimeError):
+        cli.main(["sample", str(trained / "model-1.pt")])
+
+
+def test_nan_samples_are_refused(tmp_path, trained, capsys):
+    data = load_file(trained / "model-1.pt")
+    for part in ("model", "ema"):
+        for name in data[part]:
+            if name.endswith("final_conv.bias"):
+                data[part][name].fill_(torch.nan)
+    torch.save(data, tmp_path / "model-1.pt")
+    error = fail(capsys, "sample", tmp_path / "model-1.pt", "--out", tmp_path / "grid.png", "--num-samples", 2)
+    assert "are not finite" in error
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_a_file_of_the_peer_is_sampled_given_its_size(peer, tmp_path, capsys):
+    diffusion = peer.GaussianDiffusion(peer.Unet(8, dim_mults=(1, 2), channels=1), image_size=8, timesteps=20)
+    state = diffusion.state_dict()
+    torch.save({"step": 4, "model": state, "ema": None}, tmp_path / "model-1.pt")
+    arguments = ["sample", str(tmp_path / "model-1.pt"), "--out", str(tmp_path / "grid.png"), "--num-samples", "2"]
+    assert "image_size" in fail(capsys, *arguments)
+    cli.main([*arguments, "--image-size", "8", "16"])
+    assert Image.open(tmp_path / "grid.png").size == (2 * 18 + 2, 12)
+
+
+def test_doctor_reports_and_imports_nothing_heavy():
+    program = """
+        import sys
+        from ddpm_fast.cli import main
+        main(["doctor"])
+        heavy = {"accelerate", "ema_pytorch", "matplotlib", "sklearn", "scipy", "torchvision"} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    import textwrap
+
+    finished = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert torch.__version__ in finished.stdout and ddpm_fast.__version__ in finished.stdout
+    assert "extension: " in finished.stdout and "sampler_step" in finished.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["doctor"]])
+def test_help_is_there(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--help"])
+    assert stopped.value.code == 0
+    assert "usage: ddpm-fast" in capsys.readouterr().out

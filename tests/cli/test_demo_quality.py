@@ -1,0 +1,70 @@
+"""The demo holds what it promises: a classifier of real digits recognises its samples."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_fast.training.checkpoint import load_checkpoint
+from ddpm_fast.training.data import DigitsDataset
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """Support vector machine of the real digits, and its mean top probability on those held out.
+
+    Of scikit-learn's classifiers it is the least easily pleased: its probabilities fall off away from real digits.
+    """
+    from sklearn.model_selection import train_test_split
+    from sklearn.svm import SVC
+
+    digits = DigitsDataset()
+    train_images, held_out, train_labels, held_out_labels = train_test_split(
+        digits.images.flatten(1).numpy(), digits.labels.numpy(), test_size=0.3, random_state=0, stratify=digits.labels
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        fitted = SVC(probability=True, random_state=0).fit(train_images, train_labels)
+    assert fitted.score(held_out, held_out_labels) > 0.97
+    return fitted, fitted.predict_proba(held_out).max(axis=1).mean()
+
+
+def judge(images, classifier):
+    """Counts of the ten classes, and mean top probability relative to that on held-out real digits."""
+    fitted, real_confidence = classifier
+    probabilities = fitted.predict_proba(images.clamp(0, 1).flatten(1).numpy())
+    counts = np.bincount(probabilities.argmax(axis=1), minlength=10)
+    return counts, probabilities.max(axis=1).mean() / real_confidence
+
+
+@pytest.mark.slow
+def test_all_ten_digits_are_recognised_in_the_demo_samples(tmp_path, classifier):
+    """The demo's own configuration, stopped early: `make demo` trains longer."""
+    command = [sys.executable, "-m", "ddpm_fast", "train", "digits", "--seed", "0", "--steps", "850"]
+    # One thread: beside other work on two cores, two threads wait for each other more than they compute.
+    subprocess.run(
+        [*command, "--results-folder", str(tmp_path)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    diffusion = load_checkpoint(tmp_path / "model-last.pt").ema.ema_model.eval()
+    counts, confidence = judge(diffusion.sample(200, seed=0, progress=False), classifier)
+    print(f"classes {counts.tolist()}, confidence {confidence:.3f} of that on real digits")
+    assert (counts > 0).all()
+    assert confidence >= 0.8
+
+
+def test_the_measure_is_not_fooled(classifier):
+    """Noise, blends of two digits and one digit repeated would not pass."""
+    images = DigitsDataset().images[:200]
+    generator = torch.Generator().manual_seed(0)
+    _, noise_confidence = judge(torch.rand(images.shape, generator=generator), classifier)
+    _, blend_confidence = judge((images + images.flip(0)) / 2, classifier)
+    repeated_counts, _ = judge(images[:1].expand(200, -1, -1, -1), classifier)
+    assert noise_confidence < 0.75
+    assert blend_confidence < 0.75
+    assert (repeated_counts > 0).sum() == 1

@@ -1,0 +1,246 @@
+"""The Triton kernels of norm_linear against the reference in float64.
+
+Runs on the CPU in Triton's interpreter, else on CUDA; see conftest.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpm_fast.ops.norm_linear import triton as kernel
+from ddpm_fast.ops.norm_linear.op import linear_residual, norm_linear
+from ddpm_fast.runtime import dispatch, triton_launch
+from ddpm_fast.runtime.dispatch import use_backend
+from ddpm_fast.testing.norm_linear_cases import LAYOUTS, SHAPES, assert_as_accurate_as_the_reference, make, run
+from ddpm_fast.testing.truth import assert_close_to_truth, exact_convolutions
+
+DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
+SMALL = (3, 24, 4, 5, 40)
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    with exact_convolutions():
+        yield
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(layout, shape):
+    assert_as_accurate_as_the_reference(make(shape, layout, DEVICE))
+
+
+def test_many_chunks_of_pixels():
+    """Programs walk over several tiles of pixels, and the last one stands half outside."""
+    shape = (2, 68, 31, 29, 900)
+    tile = kernel.backward_weight_tile(2 * 31 * 29, 68, 900, True)
+    assert kernel.tiles_per_chunk(2 * 31 * 29, 68, 900, tile) == 16
+    assert_as_accurate_as_the_reference(make(shape, "nhwc", DEVICE))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types(layout, dtype):
+    """Maps in a half type and parameters in float32, as under autocast; then all in half."""
+    tensors = make((3, 24, 4, 6, 40), layout, DEVICE)
+    tensors["x"] = tensors["x"].to(dtype)
+    assert_as_accurate_as_the_reference(tensors)
+    assert_as_accurate_as_the_reference({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+
+def test_tf32_where_convolutions_may_use_it():
+    """The interpreter's products have all digits anyway: what is held is that the other tiles compute the same."""
+    tensors = make((2, 40, 9, 9, 70), "nhwc", DEVICE)
+    exact = run("triton", tensors)
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    for name, value in run("triton", tensors).items():
+        torch.testing.assert_close(value, exact[name], rtol=2e-2, atol=2e-2 * exact[name].abs().max().item())
+
+
+def test_rows_of_zeros():
+    """The norm is clamped: finite, and equal to the reference in its huge gradient as well."""
+    tensors = make(SMALL, "nhwc", DEVICE)
+    tensors["x"][:, :, 1] = 0
+    tensors["x"][0, :, 2] *= 1e-14
+    assert_as_accurate_as_the_reference(tensors)
+
+
+def test_a_gradient_of_another_layout():
+    tensors = make(SMALL, "nhwc", DEVICE)
+    results = []
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        x = tensors["x"].clone().requires_grad_()
+        with use_backend("triton"):
+            out = norm_linear(x, tensors["g"], tensors["weight"])
+        grad = torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape)
+        out.backward(grad.contiguous(memory_format=memory_format))
+        results.append(x.grad)
+    assert torch.equal(*results)
+
+
+def test_weights_that_do_not_lie_in_rows():
+    tensors = make(SMALL, "nhwc", DEVICE)
+    with use_backend("triton"):
+        expected = norm_linear(**tensors)
+        tensors["weight"] = tensors["weight"].transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(norm_linear(**tensors), expected)
+
+
+def test_deterministic():
+    tensors = make((3, 24, 20, 20, 40), "nhwc", DEVICE)
+    first, second = run("triton", tensors), run("triton", tensors)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("side", [3, 12])
+def test_independent_of_the_batch(side, layout, monkeypatch):
+    """Output and gradient of a sample, bit for bit: tiles of rows are those of a sample."""
+    tensors = make((3, 24, side, side, 40), layout, DEVICE)
+    grad = torch.randn(3, 40, side, side, device=DEVICE).contiguous(memory_format=LAYOUTS[layout])
+    tiles = set()
+    for name in ("forward_tile", "backward_x_tile"):
+        choose = getattr(kernel, name)
+        monkeypatch.setattr(
+            kernel, name, lambda *sizes, choose=choose, name=name: tiles.add((name, tile := choose(*sizes))) or tile
+        )
+    results = []
+    for part in (slice(3), slice(1)):
+        x = tensors["x"][part].clone().requires_grad_()
+        with use_backend("triton"):
+            out = norm_linear(x, tensors["g"], tensors["weight"])
+        (dx,) = torch.autograd.grad(out, x, grad[part])
+        results.append((out[:1], dx[:1]))
+    assert len(tiles) == 2
+    for together, alone in zip(*results, strict=True):
+        assert torch.equal(together, alone)
+
+
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_an_output_without_a_gradient_gives_none():
+    tensors = {name: tensor.requires_grad_() for name, tensor in make(SMALL, "nhwc", DEVICE).items()}
+    with use_backend("triton"):
+        WithoutGradient.apply(norm_linear(**tensors)).sum().backward()
+    assert all(tensor.grad is None for tensor in tensors.values())
+
+
+def test_keeps_only_x_and_a_float_per_pixel():
+    tensors = {name: tensor.requires_grad_() for name, tensor in make(SMALL, "nhwc", DEVICE).items()}
+    kept = []
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        norm_linear(**tensors)
+    given = {tensor.data_ptr() for tensor in tensors.values()}
+    assert [tensor.numel() for tensor in kept if tensor.data_ptr() not in given] == [3 * 4 * 5]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    tensors = {name: tensor.requires_grad_() for name, tensor in make((2, 8, 3, 4, 12), layout, DEVICE).items()}
+    torch.library.opcheck(torch.ops.ddpm_fast.norm_linear.default, tuple(tensors.values()))
+    out, norms = torch.ops.ddpm_fast.norm_linear(*tensors.values())
+    arguments = (out.detach(), tensors["x"].detach(), norms, tensors["g"].detach(), tensors["weight"].detach())
+    torch.library.opcheck(torch.ops.ddpm_fast.norm_linear_backward.default, arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_whole(layout):
+    tensors = make((2, 8, 3, 4, 12), layout, DEVICE)
+
+    def loss(x, g, weight):
+        out = norm_linear(x, g, weight)
+        return (out * torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape)).sum(), out
+
+    results = []
+    with use_backend("triton"):
+        for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+            leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors.values()]
+            value, out = function(*leaves)
+            value.backward()
+            results.append([out, *(leaf.grad for leaf in leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled) and eager.stride() == compiled.stride()
+
+
+REFUSED = {
+    "float64": (lambda x: x.double(), "an argument is torch.float64, and the kernels compute in float32"),
+    "empty": (lambda x: x[:0], "an argument is empty"),
+    "strided": (lambda x: x[:, :, ::2], "x is neither contiguous nor channels-last, its strides are "),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_and_the_reference_runs(name):
+    change, reason = REFUSED[name]
+    tensors = make(SMALL, "nhwc", DEVICE)
+    tensors["x"] = change(tensors["x"])
+    with use_backend("triton"), pytest.raises(RuntimeError, match=f"norm_linear: .* refuses: {reason}"):
+        norm_linear(**tensors)
+    assert norm_linear(**tensors).shape[0] == tensors["x"].shape[0]
+
+
+@pytest.mark.parametrize("precision, most", [("ieee", 512), ("tf32", 1024)])
+def test_refuses_rows_that_registers_do_not_hold(precision, most):
+    torch.backends.cudnn.conv.fp32_precision = precision
+    tensors = make((1, most + 1, 1, 1, 1), "nhwc", DEVICE)
+    message = f"x has {most + 1} channels, and a program of the kernels holds at most {most} of torch.float32"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        norm_linear(**tensors)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_residual(dtype, layout):
+    """Maps in a half type have their parameters in float32; a residual may lie otherwise."""
+    shape = (2, 70, 5, 7, 24)
+    tensors = make(shape, layout, DEVICE)
+    leaves = {"x": tensors["x"].to(dtype), "weight": tensors["weight"], "bias": torch.randn(24, device=DEVICE)}
+    for residual_layout in LAYOUTS.values():
+        residual = torch.randn(2, 24, 5, 7, device=DEVICE, dtype=dtype).contiguous(memory_format=residual_layout)
+        results = {}
+        for backend, exact in (("triton", False), ("reference", False), ("reference", True)):
+            given = {name: t.detach().clone() for name, t in {**leaves, "residual": residual}.items()}
+            given = {name: (t.double() if exact else t).requires_grad_() for name, t in given.items()}
+            with use_backend(backend):
+                out = linear_residual(**given)
+            out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape).to(out.dtype))
+            results[backend, exact] = {"out": out.detach(), **{name: t.grad for name, t in given.items()}}
+        actual = results["triton", False]
+        assert actual["out"].is_contiguous(memory_format=LAYOUTS[layout])
+        for name, truth in results["reference", True].items():
+            assert_close_to_truth(actual[name], results["reference", False][name], truth, name=name)
+
+
+def test_linear_residual_is_an_operator_and_compiles():
+    tensors = make((2, 8, 3, 4, 12), "nhwc", DEVICE)
+    arguments = [tensors["x"], tensors["weight"], torch.randn(12, device=DEVICE), torch.randn(2, 12, 3, 4).to(DEVICE)]
+    arguments = [tensor.requires_grad_() for tensor in arguments]
+    torch.library.opcheck(torch.ops.ddpm_fast.linear_residual.default, tuple(arguments))
+    with use_backend("triton"):
+        compiled = torch.compile(linear_residual, backend="aot_eager", fullgraph=True)(*arguments)
+        assert torch.equal(compiled, linear_residual(*arguments))
+
+
+def test_triton_is_preferred_where_it_runs():
+    ops = ("norm_linear", "linear_residual")
+    rows = [line for line in dispatch.explain([torch.device(DEVICE)]).splitlines() if line.split()[0] in ops]
+    assert len(rows) == 6
+    assert all(("* triton" in row and "accepts" in row) == ("triton" in row) for row in rows)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    tensors = {name: tensor.requires_grad_() for name, tensor in make(SMALL, "nhwc", DEVICE).items()}
+    with use_backend("triton"):
+        out = norm_linear(**tensors)
+    with pytest.raises(RuntimeError, match="norm_linear: .* cannot be differentiated again"):
+        torch.autograd.grad(out.square().sum(), tensors["x"], create_graph=True)

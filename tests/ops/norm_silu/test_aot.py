@@ -1,0 +1,149 @@
+"""The kernels of norm_silu as the compiler sees them, at their production configurations, without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+
+import pytest
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton's compiler is not there", allow_module_level=True)
+
+from ddpm_fast.ops.norm_silu import triton as kernel
+from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
+
+pytestmark = pytest.mark.slow
+
+MAPS = ("x_ptr", "out_ptr", "residual_ptr", "grad_ptr", "dx_ptr")
+ROWS = ("scale_ptr", "shift_ptr")  # the time embedding's: of the maps' dtype under autocast
+FLOATS = ("root_c", "kept_scale", "eps")
+BITS = {"bf16": 16, "fp32": 32}
+
+# The stages of Unet(64, (1, 2, 4, 8)) at 128×128: channels and pixels.
+STAGES = {64: 128**2, 128: 64**2, 256: 32**2, 512: 16**2}
+# Kernel: whole rows, sums, maps read, maps written.
+KERNELS = {
+    "rms_norm_silu_fwd_kernel": (True, False, 1, 1),
+    "rms_norm_silu_bwd_kernel": (True, True, 2, 1),
+    "group_moments_kernel": (False, True, 1, 0),
+    "group_norm_silu_fwd_kernel": (False, False, 1, 1),
+    "group_norm_silu_sums_kernel": (False, True, 2, 0),
+    "group_norm_silu_bwd_kernel": (False, True, 2, 1),
+}
+
+
+def compile_stage(name: str, dtype: str, C: int, everything: bool, capability: int, tmp_path):
+    """A kernel as `forward` and `backward` launch it on channels-last maps; with `everything`, residual and dropout."""
+    function = getattr(kernel, name)
+    whole_rows, sums, *_ = KERNELS[name]
+    tile = kernel.choose_tile(STAGES[C], C, whole_rows=whole_rows, sums=sums, dropout=everything)
+    constants = {"stride_c": 1, "ACTIVATION": True, "QUADS": tile.block_n % 4 == 0, "TILES": tile.tiles}
+    constants |= {"BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c, "CHUNK": tile.chunk, "seed_ptr": None}
+    constants |= {"residual_ptr": None}
+    if everything:
+        del constants["seed_ptr"], constants["residual_ptr"]
+    constants = {n: value for n, value in constants.items() if n in function.arg_names}
+    signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
+    unaligned = tuple(n for n in ("tiles", "chunks", "G", "threshold") if n in signature)
+    machine = compile_kernel(
+        function, signature, constants, capability, tmp_path, num_warps=tile.num_warps, unaligned=unaligned
+    )
+    return machine, tile
+
+
+def type_of(name: str, dtype: str) -> str:
+    if name in MAPS + ROWS:
+        return f"*{dtype}"
+    if name == "seed_ptr":
+        return "*i64"
+    if name.endswith("_ptr") or name in FLOATS:
+        return "*fp32" if name.endswith("_ptr") else "fp32"
+    return "i64" if name == "threshold" else "i32"
+
+
+def assert_fit(machine: Machine, tile, name: str, dtype: str, everything: bool) -> None:
+    _, _, reads, writes = KERNELS[name]
+    assert not machine.spills, name
+    reads += everything and name.endswith("fwd_kernel")
+    per_map = tile.block_n * tile.block_c // (32 * tile.num_warps) * BITS[dtype] // 128
+    assert machine.widths("LDG").get(128, 0) >= reads * per_map, (name, machine.accesses)
+    # What is stored besides are statistics and partial sums, at most one row or column of the tile each.
+    assert machine.widths("STG").get(128, 0) >= writes * per_map, (name, machine.accesses)
+    assert sum(n for width, n in machine.widths("STG").items() if width < 128) <= 3, (name, machine.accesses)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_registers_and_accesses(name, capability, tmp_path, gate):
+    registers = []
+    for dtype, C in itertools.product(BITS, STAGES if name.startswith("rms") else (64, 512)):
+        machine, tile = compile_stage(name, dtype, C, False, capability, tmp_path)
+        assert_fit(machine, tile, name, dtype, False)
+        registers.append(machine.registers)
+    gate("registers", f"{name}, sm_{capability}", max(registers))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", [name for name in KERNELS if "moments" not in name])
+def test_registers_and_accesses_with_dropout_and_residual(name, capability, tmp_path, gate):
+    registers = []
+    for dtype, C in itertools.product(BITS, (64, 512)):
+        machine, tile = compile_stage(name, dtype, C, True, capability, tmp_path)
+        assert_fit(machine, tile, name, dtype, True)
+        registers.append(machine.registers)
+    gate("registers", f"{name} with dropout and residual, sm_{capability}", max(registers))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_merge_of_group_moments(capability, tmp_path, gate):
+    signature = {n: type_of(n, "fp32") for n in kernel.group_merge_kernel.arg_names[:7]}
+    constants = {"CHUNK": 256, "BLOCK_K": 64, "BLOCK_D": 8, "BLOCKS_K": 2, "BLOCKS_D": 1}
+    machine = compile_kernel(
+        kernel.group_merge_kernel, signature, constants, capability, tmp_path, num_warps=1, unaligned=("G", "chunks")
+    )
+    assert not machine.spills
+    gate("registers", f"group_merge_kernel, sm_{capability}", machine.registers)
+
+
+@pytest.mark.parametrize("name", [*KERNELS, "group_merge_kernel"])
+def test_sizes_of_one_compile(name, tmp_path):
+    """A launch makes integers that are 1 constants of the kernel."""
+    function = getattr(kernel, name)
+    ones = ["HW", "C", "G", "tiles", "chunks", "stride_b", "stride_c", "stride_n", "stride_scale", "stride_shift"]
+    constants = {n: 1 for n in ones} | {"ACTIVATION": False, "QUADS": False, "TILES": 1, "CHUNK": 1}
+    constants |= {"BLOCK_N": 1, "BLOCK_C": 1, "BLOCK_K": 1, "BLOCK_D": 1, "BLOCKS_K": 1, "BLOCKS_D": 1}
+    constants = {n: value for n, value in constants.items() if n in function.arg_names}
+    signature = {n: type_of(n, "bf16") for n in function.arg_names if n not in constants}
+    assert not compile_kernel(function, signature, constants, 90, tmp_path, num_warps=1).spills
+
+
+def compile_few_channels(capability: int, tmp_path) -> Machine:
+    """RMSNorm's forward on maps of one channel."""
+    function = kernel.rms_norm_silu_fwd_kernel
+    constants = {"C": 1, "stride_c": 1, "stride_n": 1, "ACTIVATION": True, "QUADS": True, "BLOCK_N": 16, "BLOCK_C": 1}
+    constants |= {"seed_ptr": None, "residual_ptr": None}
+    signature = {n: type_of(n, "fp32") for n in function.arg_names if n not in constants}
+    return compile_kernel(function, signature, constants, capability, tmp_path, num_warps=1, unaligned=("tiles",))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_gradients_that_cancel_have_correctly_rounded_factors(capability, tmp_path):
+    """√C / ‖v‖ of few channels is made once per pixel, with correct rounding; see docs/arithmetic.md.
+
+    SiLU's division remains approximate; nothing is subtracted from it.
+    """
+    forward = compile_few_channels(capability, tmp_path).arithmetic()
+    assert {"sqrt.rn.f32", "div.rn.f32"} <= forward
+    assert not [n for n in forward if n.startswith(("sqrt.approx", "rsqrt", "rcp"))]
+    plain, _ = compile_stage("rms_norm_silu_bwd_kernel", "fp32", 64, False, capability, tmp_path)
+    assert "div.rn.f32" in plain.arithmetic()
+    assert not [n for n in plain.arithmetic() if n.startswith(("sqrt", "rsqrt", "rcp"))]
+
+
+def test_the_statistics_of_groups_are_correctly_rounded(tmp_path):
+    signature = {n: type_of(n, "fp32") for n in kernel.group_merge_kernel.arg_names[:7]}
+    constants = {"CHUNK": 256, "BLOCK_K": 64, "BLOCK_D": 8, "BLOCKS_K": 2, "BLOCKS_D": 1}
+    machine = compile_kernel(kernel.group_merge_kernel, signature, constants, 90, tmp_path, num_warps=1)
+    assert {"sqrt.rn.f32", "div.rn.f32"} <= machine.arithmetic() and "sqrt.approx.ftz.f32" not in machine.arithmetic()

@@ -1,0 +1,301 @@
+"""The Triton kernels of norm_silu against the reference in float64.
+
+Runs on the CPU in Triton's interpreter, else on CUDA; see conftest.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpm_fast import Unet
+from ddpm_fast.ops.norm_silu import reference
+from ddpm_fast.runtime import dispatch, triton_launch
+from ddpm_fast.runtime.dispatch import use_backend
+from ddpm_fast.testing.norm_silu_cases import (
+    LAYOUTS,
+    NORMS,
+    OPTIONS,
+    SHAPES,
+    assert_as_accurate_as_the_reference,
+    make,
+    run,
+)
+from ddpm_fast.testing.truth import exact_convolutions
+
+DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
+SMALL = (3, 24, 4, 5, 4)
+
+both_norms = pytest.mark.parametrize("norm", NORMS)
+
+
+@both_norms
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("option", ["plain", "all"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(norm, layout, option, shape):
+    assert_as_accurate_as_the_reference(norm, *make(norm, shape, option, layout, DEVICE))
+
+
+@both_norms
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("shape", [SMALL, (3, 24, 3, 5, 4)], ids=str)
+def test_options(norm, option, shape):
+    assert_as_accurate_as_the_reference(norm, *make(norm, shape, option, "nhwc", DEVICE))
+
+
+def test_many_channels_and_many_pixels():
+    assert_as_accurate_as_the_reference("rms", *make("rms", (1, 513, 33, 31, 27), "bias", "nhwc", DEVICE))
+    assert_as_accurate_as_the_reference("group", *make("group", (1, 513, 33, 31, 27), "bias", "nhwc", DEVICE))
+
+
+@both_norms
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types(norm, layout, dtype):
+    """Maps and the time embedding's rows in a half type, parameters in float32, as under autocast; then all in half."""
+    tensors, others = make(norm, (3, 24, 4, 6, 4), "all", layout, DEVICE)
+    for name in ("x", "scale", "shift", "residual"):
+        tensors[name] = tensors[name].to(dtype)
+    assert_as_accurate_as_the_reference(norm, tensors, others)
+    assert_as_accurate_as_the_reference(norm, {name: tensor.to(dtype) for name, tensor in tensors.items()}, others)
+
+
+@both_norms
+def test_maps_of_other_layouts_and_dtypes(norm):
+    """A residual and rows that do not lie as x does."""
+    tensors, others = make(norm, (3, 24, 4, 6, 4), "all", "nhwc", DEVICE)
+    tensors["residual"] = tensors["residual"].contiguous().to(torch.bfloat16)
+    wide = torch.randn(3, 48, device=DEVICE)
+    tensors["scale"], tensors["shift"] = wide.chunk(2, dim=1)
+    with use_backend("triton"):
+        out = NORMS[norm](**tensors, **others)
+        same = NORMS[norm](**{name: tensor.contiguous() for name, tensor in tensors.items()}, **others)
+    assert torch.equal(out, same) and out.is_contiguous(memory_format=torch.channels_last)
+    assert_as_accurate_as_the_reference(norm, tensors, others)
+    tensors["scale"] = tensors["scale"].t().contiguous().t()
+    with use_backend("triton"):
+        assert torch.equal(NORMS[norm](**tensors, **others), out)
+
+
+def test_rows_of_zeros():
+    """The norm is clamped: finite, and equal to the reference in its huge gradient as well."""
+    tensors, others = make("rms", SMALL, "scale", "nhwc", DEVICE)
+    with torch.no_grad():
+        tensors["x"][:, :, 1] = 0
+        tensors["x"][0, :, 2] *= 1e-14
+    assert_as_accurate_as_the_reference("rms", tensors, others)
+
+
+def test_gradients_that_cancel():
+    """One channel per norm: x of RMSNorm only gives its sign, and a bias before GroupNorm changes nothing.
+
+    RMSNorm, with d the gradient at x̂: the root of RN(x²) is |x|, so that x̂ = x·RN(1/|x|) is ±1 or ±(1 − 2⁻²⁴). Then
+    d − x̂·(x̂·d) is at most 2⁻²⁴·|d| in the first case (where d is fused and not rounded) and 6·2⁻²⁴·|d| in the second,
+    and dx that over |x|: 5e-6 here, since the smallest x are of the first case. Both roundings must be correct for
+    that: with the 2 units that an approximate division may be off, dx is up to 2e-5.
+    GroupNorm: the sum of 25 dx of size 1, each off by half a unit, and 25 times the error of a mean of size ½.
+    """
+    tensors, others = make("rms", (2, 1, 5, 5, 1), "plain", "nhwc", DEVICE)
+    gradients = run("rms", "triton", tensors, others)
+    assert gradients["dx"].abs().max() < 1e-5
+    y = (tensors["x"].sign() * tensors["weight"]).double()
+    d = torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape) * tensors["weight"]
+    d = d * y.sigmoid() * (1 + y * (1 - y.sigmoid()))
+    assert (gradients["dx"].abs() <= 1.001 * 6 * 2**-24 * d.abs() / tensors["x"].abs()).all()
+    gradients = run("group", "triton", *make("group", (2, 3, 5, 5, 3), "bias", "nhwc", DEVICE))
+    assert gradients["dbias"].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 5, 7, 4), (1, 8, 40, 40, 2)], ids=str)
+def test_variance_far_from_zero(shape):
+    """Mean 1000, deviation 1: E[x²] − E[x]² in float32 would have no correct digit of the variance."""
+    tensors, others = make("group", shape, "bias", "nhwc", DEVICE)
+    tensors["x"] = tensors["x"] + 1000
+    actual = run("group", "triton", tensors, others)
+    truth = run("group", "reference", {name: tensor.double() for name, tensor in tensors.items()}, others)
+    assert (actual["out"] - truth["out"]).abs().max() < 1e-3
+    assert (actual["dx"] - truth["dx"]).abs().max() < 1e-3 * truth["dx"].abs().max()
+
+
+@both_norms
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)], ids=["quads", "single"])
+def test_dropout(norm, size):
+    tensors, others = make(norm, (4, 24, *size, 4), "plain", "nhwc", DEVICE)
+    p, seed = 0.3, torch.tensor([-5], device=DEVICE)
+    with use_backend("triton"):
+        plain = NORMS[norm](**tensors, **others)
+        dropped = NORMS[norm](**tensors, **others, dropout_p=p, seed=seed)
+        other = NORMS[norm](**tensors, **others, dropout_p=p, seed=seed + 1)
+    keep = reference.keep_mask(plain.shape, p, seed)
+    torch.testing.assert_close(dropped, torch.where(keep, plain / (1 - p), 0.0))
+    assert torch.equal(dropped != 0, keep & (plain != 0))
+    deviation = (p * (1 - p) / keep.numel()) ** 0.5
+    for out in (dropped, other):
+        assert abs((out != 0).double().mean().item() - (1 - p)) < 5 * deviation
+    assert not torch.equal(dropped != 0, other != 0)
+    assert torch.equal(reference.keep_mask(plain.shape, p, seed)[:2], reference.keep_mask(plain[:2].shape, p, seed))
+
+
+@both_norms
+def test_backward_drops_what_forward_dropped(norm):
+    """With one pixel and no activation the gradient of shift is the mask itself."""
+    tensors, others = make(norm, (4, 24, 1, 1, 4), "shift", "nhwc", DEVICE)
+    shift = tensors["shift"].requires_grad_()
+    options = {"activation": False, "dropout_p": 0.5, "seed": torch.tensor([9], device=DEVICE)}
+    with use_backend("triton"):
+        out = NORMS[norm](**tensors, **others, **options)
+    out.sum().backward()
+    assert torch.equal(shift.grad, (out[:, :, 0, 0] != 0) * 2.0)
+
+
+@both_norms
+def test_finite_differences(norm):
+    """Central differences of the kernels' own forward along a random direction, for every input."""
+    tensors, others = make(norm, (2, 24, 3, 4, 4), "all", "nhwc", DEVICE)
+    gradients = run(norm, "triton", tensors, others)
+    weights = torch.linspace(-1, 1, tensors["x"].numel(), device=DEVICE).reshape(tensors["x"].shape).double()
+    for name, tensor in tensors.items():
+        direction = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+        values = []
+        with use_backend("triton"):
+            for h in (1e-2, -1e-2):
+                out = NORMS[norm](**{**tensors, name: tensor + h * direction}, **others)
+                values.append((out.double() * weights).sum())
+        expected = ((values[0] - values[1]) / 2e-2).item()
+        actual = (gradients[f"d{name}"] * direction).sum().item()
+        assert abs(actual - expected) < 5e-3 * max(1, abs(expected)), name
+
+
+@both_norms
+def test_deterministic_and_independent_of_the_batch(norm):
+    shape = (3, 24, 40, 40, 4)
+    tensors, others = make(norm, shape, "all", "nhwc", DEVICE)
+    first, second = run(norm, "triton", tensors, others), run(norm, "triton", tensors, others)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    alone = {name: t[:1] if name in ("x", "scale", "shift", "residual") else t for name, t in tensors.items()}
+    with use_backend("triton"):
+        assert torch.equal(NORMS[norm](**alone, **others), first["out"][:1])
+
+
+@both_norms
+def test_keeps_only_x_and_a_few_floats(norm):
+    B, C, H, W, G = shape = (2, 24, 8, 8, 4)
+    tensors, others = make(norm, shape, "all", "nhwc", DEVICE)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    kept = []
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        NORMS[norm](**leaves, **others)
+    given = {tensor.data_ptr() for tensor in (*tensors.values(), others["seed"])}
+    new = [tensor for tensor in kept if tensor.data_ptr() not in given]
+    assert [tensor.numel() for tensor in new] == [B * H * W if norm == "rms" else B * G * 2]
+    assert tensors["residual"].data_ptr() not in {tensor.data_ptr() for tensor in kept}
+
+
+@both_norms
+@pytest.mark.parametrize("option", ["plain", "all"])
+def test_opcheck(norm, option):
+    tensors, others = make(norm, (2, 8, 3, 4, 2), option, "nhwc", DEVICE)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    rows = [leaves.get(name) for name in ("weight", "bias_affine", "bias", "scale", "shift")]
+    numbers = (others.get("groups", 0), 1e-5, True, others.get("dropout_p", 0.0))
+    arguments = (leaves["x"], *rows, leaves.get("residual"), others.get("seed"), *numbers)
+    torch.library.opcheck(torch.ops.ddpm_fast.norm_silu.default, arguments)
+    out, statistics = torch.ops.ddpm_fast.norm_silu(*arguments)
+    detached = [None if row is None else row.detach() for row in rows]
+    options = (others.get("seed"), numbers[0], *numbers[2:])
+    arguments = (out.detach(), leaves["x"].detach(), statistics, *detached, *options)
+    torch.library.opcheck(torch.ops.ddpm_fast.norm_silu_backward.default, arguments)
+
+
+@both_norms
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_whole(norm, layout):
+    tensors, others = make(norm, (2, 8, 3, 4, 2), "all", layout, DEVICE)
+
+    def loss(tensors):
+        out = NORMS[norm](**tensors, **others)
+        return (out * torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape)).sum(), out
+
+    results = []
+    with use_backend("triton"):
+        for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+            leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+            value, out = function(leaves)
+            value.backward()
+            results.append([out, *(leaf.grad for leaf in leaves.values())])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled) and eager.stride() == compiled.stride()
+
+
+def test_autocast_keeps_the_inputs_dtype():
+    tensors, others = make("rms", SMALL, "all", "nhwc", DEVICE)
+    with use_backend("triton"), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert NORMS["rms"](**tensors, **others).dtype == torch.float32
+        tensors["x"] = tensors["x"].bfloat16()
+        assert NORMS["rms"](**tensors, **others).dtype == torch.bfloat16
+
+
+REFUSED = {
+    "float64": (lambda x: x.double(), "x is torch.float64, and the kernels compute in float32"),
+    "empty": (lambda x: x[:0], "x is empty"),
+    "strided": (lambda x: x[:, :, ::2], "x is neither contiguous nor channels-last, its strides are "),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_and_the_reference_runs(name):
+    change, reason = REFUSED[name]
+    tensors, others = make("group", SMALL, "bias", "nhwc", DEVICE)
+    tensors["x"] = change(tensors["x"])
+    with use_backend("triton"), pytest.raises(RuntimeError, match=f"group_norm_silu: .* refuses: {reason}"):
+        NORMS["group"](**tensors, **others)
+    assert NORMS["group"](**tensors, **others).shape == tensors["x"].shape
+
+
+def test_refuses_rows_that_registers_do_not_hold():
+    x, weight = torch.zeros(1, 8193, 1, 1, device=DEVICE), torch.zeros(8193, device=DEVICE)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="x has 8193 channels, and a program of the RMSNorm"):
+        NORMS["rms"](x, weight)
+
+
+def test_triton_is_preferred_where_it_runs():
+    rows = [line for line in dispatch.explain([torch.device(DEVICE)]).splitlines() if "_norm_silu" in line]
+    assert len(rows) == 6
+    assert all(("* triton" in row and "accepts" in row) == ("triton" in row) for row in rows)
+
+
+@both_norms
+def test_unet(norm):
+    """A whole network, output and every gradient: blocks with time embedding, residuals and equal dropout."""
+    model = Unet(8, dim_mults=(1, 2), dropout=0.2, norm=norm, resnet_block_groups=4).to(DEVICE)
+    x, t = torch.randn(2, 3, 4, 4, device=DEVICE), torch.tensor([3, 500], device=DEVICE)
+    results = {}
+    for backend in ("triton", "reference"):
+        torch.manual_seed(1)
+        model.zero_grad()
+        with use_backend(backend), exact_convolutions():
+            out = model(x, t)
+            out.square().mean().backward()
+        results[backend] = {"out": out.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+    for name, expected in results["reference"].items():
+        torch.testing.assert_close(results["triton"][name], expected, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_unet_compiles_whole():
+    model = Unet(8, dim_mults=(1, 2), dropout=0.2).to(DEVICE)
+    x, t = torch.randn(2, 3, 4, 4, device=DEVICE), torch.tensor([3, 500], device=DEVICE)
+    with use_backend("triton"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x, t).square().mean().backward()
+        model.eval()
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x, t), model(x, t))
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    x = torch.randn(1, 4, 4, 4, device=DEVICE, requires_grad=True)
+    with use_backend("triton"):
+        out = NORMS["rms"](x, torch.ones(4, device=DEVICE))
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(out.square().sum(), x, create_graph=True)

@@ -1,0 +1,217 @@
+"""A residual block as one native op against its reference, forward and in every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm_fast import use_backend
+from ddpm_fast.ops.conv3x3.op import conv3x3
+from ddpm_fast.ops.norm_silu.op import rms_norm_silu
+from ddpm_fast.ops.resnet_block import reference
+from ddpm_fast.ops.resnet_block.op import resnet_block
+from ddpm_fast.runtime import extension
+from ddpm_fast.testing.truth import errors
+
+pytestmark = pytest.mark.skipif(extension.load() is None, reason=f"no extension: {extension.reason()}")
+
+
+def make(B, C, beside, K, H, W, groups=0, timed=True, dropout_p=0.0, seed=0) -> tuple[dict, dict]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator)
+
+    def weight(out, inputs, *window):
+        return normal(out, inputs, *window) / (inputs * window[0] * window[1]) ** 0.5
+
+    tensors = {
+        "x": normal(B, C, H, W).contiguous(memory_format=torch.channels_last),
+        "weight1": weight(K, C + beside, 3, 3),
+        "bias1": normal(K),
+        "gain1": 1 + 0.3 * normal(1, K, 1, 1),
+        "weight2": weight(K, K, 3, 3),
+        "bias2": normal(K),
+        "gain2": 1 + 0.3 * normal(1, K, 1, 1),
+    }
+    if beside:
+        tensors["beside"] = normal(B, beside, H, W).contiguous(memory_format=torch.channels_last)
+    if beside or C != K:
+        tensors |= {"res_weight": weight(K, C + beside, 1, 1), "res_bias": normal(K)}
+    if timed:
+        tensors |= {"scale": normal(B, K), "shift": normal(B, K)}
+    if groups:
+        tensors |= {"affine1": normal(K), "affine2": normal(K), "gain1": 1 + normal(K), "gain2": 1 + normal(K)}
+    others = {"groups": groups, "dropout_p": dropout_p}
+    if dropout_p:
+        others["seed"] = torch.tensor([0x1234_5678_9ABC])
+    return tensors, others
+
+
+def run(function, tensors, others):
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    out = function(**leaves, **others)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad)
+    return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
+
+
+def check(tensors, others):
+    """Relative RMS error at most twice the reference's in float32, and some units in the last place.
+
+    The block is a chain: what one step rounds the next ones pass on, so errors are a share of a tensor.
+    """
+    with use_backend("native"):
+        actual = run(resnet_block, tensors, others)
+    expected = run(reference.resnet_block, tensors, others)
+    truth = run(reference.resnet_block, {name: t.double() for name, t in tensors.items()}, others)
+    for name in truth:
+        assert actual[name].shape == truth[name].shape and actual[name].dtype == torch.float32
+        (ours, _), (theirs, _) = errors(actual[name], truth[name]), errors(expected[name], truth[name])
+        scale = truth[name].pow(2).mean().sqrt().item()
+        floor = 64 if name in ("bias1", "bias2") else 16  # theirs are sums over pixels of what nearly cancels
+        bound = 2 * theirs + floor * torch.finfo(torch.float32).eps * scale
+        assert ours <= bound, f"{name}: RMS error {ours:.3e} > {bound:.3e} (reference {theirs:.3e})"
+
+
+SHAPES = [
+    # B, C, beside, K, H, W
+    (1, 64, 0, 64, 8, 8),
+    (3, 8, 0, 24, 7, 3),
+    (2, 16, 8, 32, 4, 4),
+    (1, 33, 17, 50, 5, 9),
+    (1, 8, 0, 8, 49, 43),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_reference(shape):
+    check(*make(*shape))
+
+
+@pytest.mark.parametrize(
+    "options", [{"groups": 4}, {"timed": False}, {"dropout_p": 0.25}, {"groups": 2, "dropout_p": 0.5}]
+)
+def test_options(options):
+    check(*make(2, 16, 8, 32, 6, 5, **options))
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+def test_every_instruction_set(name):
+    module = extension.load()
+    try:
+        before = module.use_instruction_set(name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        check(*make(1, 33, 17, 50, 5, 9))
+        check(*make(2, 16, 0, 16, 8, 8))
+    finally:
+        module.use_instruction_set(before)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 3),
+    *(st.integers(low, high) for low, high in ((4, 40), (0, 30), (8, 40), (3, 10), (3, 10))),
+    st.booleans(),
+)
+def test_random_shapes(B, C, beside, K, H, W, timed):
+    check(*make(B, C, beside, K, H, W, timed=timed))
+
+
+def test_without_gradients_it_is_the_same():
+    """Where nothing is kept for backward, the norms join the convolutions."""
+    for shape in (*SHAPES, (2, 64, 64, 64, 32, 32)):
+        tensors, others = make(*shape)
+        with_graph = resnet_block(**{name: t.clone().requires_grad_() for name, t in tensors.items()}, **others)
+        with torch.no_grad():
+            torch.testing.assert_close(resnet_block(**tensors, **others), with_graph.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_threads_do_not_matter():
+    before = torch.get_num_threads()
+    for shape in ((1, 8, 0, 8, 49, 43), (2, 130, 24, 70, 8, 8)):
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(resnet_block, *make(*shape)))
+        torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_half_types_round_once():
+    tensors, others = make(2, 16, 8, 32, 6, 5)
+    half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    actual = run(resnet_block, half, others)
+    exact = run(resnet_block, {name: tensor.float() for name, tensor in half.items()}, others)
+    assert torch.equal(actual["out"], exact["out"].bfloat16())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in actual.values())
+
+
+def test_scale_and_shift_may_be_slices():
+    tensors, others = make(3, 8, 0, 8, 4, 4)
+    rows = torch.randn(3, 40)
+    tensors |= {"scale": rows[:, 3:11], "shift": rows[:, 20:28]}
+    expected = resnet_block(**tensors | {name: tensors[name].clone() for name in ("scale", "shift")}, **others)
+    assert torch.equal(resnet_block(**tensors, **others), expected)
+
+
+def test_operator_keeps_torchs_rules():
+    tensors, _ = make(2, 16, 8, 32, 4, 4)
+    t = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    arguments = (
+        t["x"], t["beside"], t["weight1"], t["bias1"], t["gain1"], None, t["scale"], t["shift"],
+        t["weight2"], t["bias2"], t["gain2"], None, t["res_weight"], t["res_bias"], None, 0, 1e-5, 0.0, True,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.ddpm_fast.native_resnet_block.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight2": torch.zeros(32, 24, 3, 3)}, "weight2 must have shape"),
+        ({"beside": torch.zeros(2, 8, 4, 4)}, "beside must have shape"),
+        ({"scale": torch.zeros(2, 31)}, "scale must have shape"),
+        ({"gain1": torch.zeros(31)}, "gain1 must have 32 elements"),
+        ({"res_weight": None}, "res_weight must be given"),
+        ({"groups": 5}, "groups must divide"),
+        ({"groups": 4}, "affine1 and affine2 must be given"),
+        ({"affine1": torch.zeros(32)}, "must not be given with groups = 0"),
+        ({"affine2": torch.zeros(32)}, "must not be given with groups = 0"),
+        ({"dropout_p": 0.5}, "seed must be given"),
+        ({"bias1": 3.0}, "bias1 must be a tensor"),
+    ],
+)
+def test_wrong_arguments(changes, message):
+    tensors, others = make(2, 16, 8, 32, 6, 5)
+    with pytest.raises((TypeError, ValueError), match=message):
+        resnet_block(**tensors | others | changes)
+
+
+@pytest.mark.parametrize("name", ["beside", "scale", "shift", "res_weight", "res_bias"])
+def test_options_of_float64_run_the_reference(name):
+    tensors, others = make(2, 16, 8, 32, 6, 5)
+    tensors[name] = tensors[name].double()
+    assert torch.equal(resnet_block(**tensors, **others), reference.resnet_block(**tensors, **others))
+    with use_backend("native"), pytest.raises(RuntimeError, match="float64"):
+        resnet_block(**tensors, **others)
+
+
+def test_tangents_agree_with_gradients():
+    """<u, J·v> = <Jᵀ·u, v>: the tangents are the reference's, the gradients native."""
+    torch.manual_seed(0)
+    x, v, u = (torch.randn(2, 8, 8, 8).contiguous(memory_format=torch.channels_last) for _ in range(3))
+    weight, row = torch.randn(8, 8, 3, 3), torch.randn(8)
+    for block in (
+        lambda x: conv3x3(x, weight, row),
+        lambda x: resnet_block(x, weight, row, row, weight, row, row),
+        lambda x: rms_norm_silu(x, row),
+    ):
+        _, tangent = torch.func.jvp(block, (x,), (v,))
+        given = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(block(given), given, u)
+        torch.testing.assert_close((u * tangent).sum(), (gradient * v).sum(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,78 @@
+"""How the tests of the kernels run: production shapes first and on every worker, alone where they are interpreted."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpm_fast.testing.isolation import alone, run_kernel_tests
+
+CONFTESTS = [Path(__file__).parents[1] / "conftest.py", Path(__file__).parent / "conftest.py"]
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TESTS = """
+import pytest
+
+@pytest.mark.parametrize("number", range(9))
+def test_small(number):
+    pass
+
+@pytest.mark.production
+@pytest.mark.parametrize("number", range(3))
+def test_large(number):
+    pass
+
+def test_skips():
+    pytest.skip("no reason")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_production_shapes_in_the_interpreter():
+    run_kernel_tests("production")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs pytest over some tests under the conftests, interpreted; returns status and output."""
+    tests = tmp_path / "ops" / "some"
+    tests.mkdir(parents=True)
+    for conftest, folder in zip(CONFTESTS, (tmp_path, tmp_path / "ops"), strict=True):
+        shutil.copy(conftest, folder)
+    (tests / "test_triton.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\nmarkers = production\n gate\npythonpath = {BENCHMARKS}\n")
+    (tmp_path / "test_other.py").write_text("def test_other():\n    pass\n")
+
+    def run(*options: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options]
+        environment = {**alone(), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        return finished.returncode, finished.stdout + finished.stderr
+
+    return run
+
+
+def test_production_shapes_come_first_and_a_skipped_test_fails(run):
+    code, output = run("ops")
+    assert code == 1 and "12 passed" in output and "1 failed" in output
+    assert "a test of a kernel was skipped: " in output and "no reason" in output
+    order = re.findall(r"::test_(\w+)", output)
+    assert order[:3] == ["large"] * 3 and "large" not in order[3:]
+
+
+def test_every_worker_begins_with_a_production_shape(run):
+    _, output = run("ops", "-n", "2", "--dist", "worksteal")
+    started = re.findall(r"\[gw(\d)\].*PASSED.*::test_(\w+)", output)
+    first = {worker: name for worker, name in reversed(started)}
+    assert set(first.values()) == {"large"} and len(started) == 12
+
+
+def test_interpreted_tests_are_alone(run):
+    _, output = run(".")
+    assert "::test_small" in output and "test_other" not in output

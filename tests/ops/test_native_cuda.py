@@ -1,0 +1,78 @@
+"""The CUDA kernels on a GPU; their indexing is tested without one in test_cuda_on_host.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpm_fast import noise, use_backend
+from ddpm_fast.ops.noise.op import normal
+from ddpm_fast.ops.sampler_step import reference
+from ddpm_fast.ops.sampler_step.op import sampler_step, sampler_step_
+from ddpm_fast.runtime import extension
+from ddpm_fast.testing.truth import assert_close_to_truth
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+
+TABLE = [[float("nan")] * 6, [0.9, 0.4, 0.7, 0.5, -0.2, 0.3], [0.8, -0.5, 0.9, 0.1, 0.0, 0.2]]
+
+
+@pytest.fixture(autouse=True)
+def native():
+    assert extension.has_cuda(), extension.why_not(torch.device("cuda"))
+    with use_backend("native"):
+        yield
+
+
+def make_inputs(shape, dtype=torch.float32, step=1):
+    output = torch.randn(shape, device="cuda").to(dtype)
+    scalars = [torch.tensor([value], device="cuda") for value in (step, -123456789012345)]
+    return torch.randn(shape, device="cuda"), output, torch.tensor(TABLE, device="cuda"), *scalars
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 3, 7, 9), (2, 3, 8, 8), (1, 3, 6, 6), (3, 4, 40, 64), (3, 10), (0, 3, 8, 8)])
+def test_equals_the_reference(shape, dtype):
+    x, output, table, step, seed = make_inputs(shape, dtype)
+    previous = torch.randn_like(x)
+    views = [output]
+    if output.dim() == 4:
+        views.append(output.contiguous(memory_format=torch.channels_last))
+    options = {"start_index": 3, "stream": 7}
+    theirs = reference.sampler_step(x, output, table, step, seed, x_start_previous=previous, **options)
+    wide = (x.double(), output.double(), table.double(), step, seed)
+    truth = reference.sampler_step(*wide, x_start_previous=previous.double(), **options)
+    for view in views:
+        ours = sampler_step(x, view, table, step, seed, x_start_previous=previous, **options)
+        for a, b, c in zip(ours, theirs, truth, strict=True):
+            assert_close_to_truth(a, b, c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (5, 1, 7, 9), (2, 3, 64, 64)])
+def test_cpu_and_gpu_give_the_same_noise(shape, dtype):
+    arguments = {"seed": -5, "stream": 2, "step": 9, "start_index": 4, "dtype": dtype}
+    ours = normal(shape, device="cuda", **arguments).cpu()
+    torch.testing.assert_close(ours, noise.normal(shape, **arguments), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [-1, 3, 2**40])
+def test_a_step_outside_the_table_is_nan(step):
+    inputs = make_inputs((2, 3, 8, 8), step=step)
+    x_next, x_start = sampler_step(*inputs, x_start_previous=torch.zeros_like(inputs[0]))
+    assert x_next.isnan().all() and x_start.isnan().all()
+
+
+def test_a_graph_replays_with_new_step_and_seed():
+    x, output, table, step, seed = make_inputs((2, 3, 16, 16), step=2)
+    start = x.clone()
+    graph = torch.cuda.CUDAGraph()
+    sampler_step_(x, output, table, step, seed)
+    with torch.cuda.graph(graph):
+        sampler_step_(x, output, table, step, seed)
+    for value in (7, 8):
+        x.copy_(start)
+        seed.fill_(value)
+        graph.replay()
+        expected = reference.sampler_step(start, output, table, step, seed)[0]
+        torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)

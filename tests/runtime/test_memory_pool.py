@@ -1,0 +1,185 @@
+"""Where the maps and gradients of the CPU's native operators lie: no two in the same place, and none for ever."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ddpm_fast
+from ddpm_fast.runtime import extension
+
+module = extension.load()
+pytestmark = [
+    pytest.mark.skipif(module is None, reason=str(extension.reason())),
+    pytest.mark.skipif(extension.info().get("sanitized", False), reason="AddressSanitizer watches malloc's memory"),
+    pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all memory is malloc's"),
+]
+
+MB = 2**20
+
+
+def tensor(megabytes: float) -> torch.Tensor:
+    return module.empty_tensor([int(megabytes * MB) // 4])
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def in_a_process(code: str) -> str:
+    """What a fresh process prints: the pool of this one has a history."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.one_of(st.integers(0, 12), st.floats(0.1, 6).map(lambda size: round(size, 3))), min_size=1, max_size=40)
+)
+def test_tensors_keep_to_themselves(actions):
+    """Floats make a tensor of so many MB, whole numbers free one of those that live."""
+    alive = []
+    for number, action in enumerate(actions):
+        if isinstance(action, float):
+            alive.append((tensor(action).fill_(number), number))
+            assert alive[-1][0].data_ptr() % 64 == 0
+        elif action < len(alive):
+            del alive[action]
+        for made, value in alive:
+            assert made[0] == made[-1] == value
+    for made, value in alive:
+        assert (made == value).all()
+
+
+def test_threads_take_and_give_at_once():
+    wrong = []
+
+    def work(seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        mine = []
+        for turn in range(60):
+            value = 1000.0 * seed + turn
+            mine.append((tensor(0.3 + 2 * torch.rand((), generator=generator).item()).fill_(value), value))
+            if len(mine) > 4:
+                made, value = mine.pop(turn % 4)
+                wrong.extend([seed] if not bool((made == value).all()) else [])
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def _in_a_child(queue, kept):
+    queue.put((kept.sum().item(), tensor(2).fill_(3).sum().item()))
+
+
+def test_a_forked_child_has_its_own():
+    """Loaders fork while another thread may hold the pool."""
+    kept = tensor(1).fill_(1)
+    context = multiprocessing.get_context("fork")
+    stop = threading.Event()
+
+    def busy():
+        while not stop.is_set():
+            tensor(1)
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        for _ in range(5):
+            queue = context.Queue()
+            child = context.Process(target=_in_a_child, args=(queue, kept))
+            child.start()
+            assert queue.get(timeout=60) == (MB / 4, 3 * 2 * MB / 4)
+            child.join()
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_they_are_tensors_like_others():
+    made = tensor(1).fill_(2)
+    assert torch.equal(pickle.loads(pickle.dumps(made)), made) and torch.equal(made.clone(), made)
+    assert made.numpy()[0] == 2
+    view = made.view(512, -1)[3:5]
+    del made
+    assert view.sum() == 2 * view.numel()
+    grown = tensor(1).fill_(5)
+    grown.resize_(MB)
+    assert grown[: MB // 4].eq(5).all() and grown.numel() == MB
+    shared = tensor(1).fill_(7).share_memory_()
+    assert shared.is_shared() and shared[-1] == 7
+    with torch.inference_mode():
+        assert tensor(1).is_inference()
+    assert not tensor(1).is_inference()
+    assert module.empty_tensor([0, 3]).shape == (0, 3) and module.empty_tensor([]).numel() == 1
+
+
+def test_memory_goes_back_on_demand_and_only_what_is_free():
+    keeps = tensor(8).fill_(1)
+    ddpm_fast.empty_cache()
+    below = resident()
+    freed = tensor(64).fill_(1)
+    assert resident() - below > 60 * MB
+    del freed
+    assert resident() - below > 60 * MB, "it stays for the next step"
+    assert ddpm_fast.empty_cache() > 60 * MB
+    assert resident() - below < 8 * MB and keeps.eq(1).all()
+    assert tensor(64).fill_(2).eq(2).all()
+
+
+def test_what_no_step_needs_goes_back_by_itself():
+    output = in_a_process(
+        "import time\n"
+        "from test_memory_pool import *\n"
+        "module.keep_memory_for(0.2)\n"
+        "def step(megabytes): tensor(megabytes).fill_(1)\n"
+        "step(100); before = resident()\n"
+        "step(10); step(20); print(before - resident())\n"
+        "time.sleep(0.3); step(10); print(before - resident())\n"
+        "step(20); time.sleep(0.3); step(20); print(before - resident())\n"
+    )
+    soon, late, later = map(int, output.split())
+    assert soon < 8 * MB, "the next step may need it"
+    assert 70 * MB < late < 85 * MB, "all but what the largest step since has needed"
+    assert 70 * MB < later < 85 * MB
+
+
+def test_limited_addresses_are_mallocs_matter():
+    output = in_a_process(
+        "import re, resource\n"
+        "from test_memory_pool import *\n"
+        "memory = 1024 * int(re.search(r'MemTotal: *(\\d+)', open('/proc/meminfo').read())[1])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (memory, memory))\n"
+        "print(tensor(2).fill_(3).sum().item(), ddpm_fast.empty_cache())\n"
+    )
+    assert output.split() == [str(3.0 * 2 * MB / 4), "0"]
+
+
+def test_a_training_step_needs_what_the_step_before_needed():
+    output = in_a_process(
+        "from test_memory_pool import *\n"
+        "torch.manual_seed(0)\n"
+        "unet = ddpm_fast.Unet(32, dim_mults=(1, 2, 4))\n"
+        "diffusion = ddpm_fast.GaussianDiffusion(unet, image_size=32)\n"
+        "images = torch.rand(8, 3, 32, 32)\n"
+        "seen = []\n"
+        "for _ in range(6):\n"
+        "    diffusion(images).backward(); unet.zero_grad(); seen.append(resident())\n"
+        "print(*seen)\n"
+    )
+    seen = [int(number) for number in output.split()]
+    assert max(seen[2:]) - seen[1] < 4 * MB, [number // MB for number in seen]

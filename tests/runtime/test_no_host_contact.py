@@ -1,0 +1,272 @@
+"""Nothing in a sampling or training step reads the device or sends to it: seen without CUDA, on tensors that pretend.
+
+What waits for the device would break a capture there, whichever implementation of an op runs.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from unittest import mock
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from ema_pytorch import EMA
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ddpm_fast import GaussianDiffusion, Unet, noise, use_backend
+from ddpm_fast.diffusion.sampling import SamplingState
+from ddpm_fast.measure import baselines
+from ddpm_fast.runtime.recording import EagerRecorder
+from ddpm_fast.testing.recorders import FrozenRecorder
+from ddpm_fast.training.captured_step import TrainingStep
+from ddpm_fast.training.trainer import Trainer
+
+
+class Contacts(TorchDispatchMode):
+    """Operations that read a number, or that touch tensors of the host (other than numbers) and of the device.
+
+    Sending from pinned memory without waiting is none. `reads_host`: numbers of the host may be read.
+    """
+
+    def __init__(self, reads_host: bool = False):
+        super().__init__()
+        self.found, self.operators = [], 0
+        self.reads_host = reads_host
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators += 1
+        if func is torch.ops.aten._local_scalar_dense.default and not (self.reads_host and is_on_host(args[0])):
+            self.found.append(str(func))
+            return 1.0
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        devices = {t.device.type for t in tensors if not is_on_host(t) or t.ndim > 0}
+        if len(devices) > 1 and not self._sends_without_waiting(func, args, kwargs or {}):
+            self.found.append(str(func))
+        return result
+
+    @staticmethod
+    def _sends_without_waiting(func, args, kwargs) -> bool:
+        if func is torch.ops.aten._to_copy.default:
+            return kwargs.get("non_blocking") and is_pinned(args[0])
+        if func is torch.ops.aten.copy_.default:
+            return args[2:] == (True,) and is_pinned(args[1]) and not is_on_host(args[0])
+        return False
+
+
+class PretendedDevice(TorchFunctionMode):
+    """CUDA that is not there, beside a host that is: tensors made on it are fake ones, and so is what is made of them.
+
+    Autograd's engine needs a real device, so that gradients come from elsewhere (`gradients_of`).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        leaves = tree_leaves((args, kwargs))
+        if any(map(self._is_there, leaves)):
+            with self.fake:
+                if func is torch.Tensor.__deepcopy__:  # which would look for a storage
+                    return args[0].clone()
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _is_there(value) -> bool:
+        if isinstance(value, (torch.device, str)):
+            return str(value).startswith("cuda")
+        return isinstance(value, FakeTensor)
+
+
+def is_on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def is_pinned(tensor: torch.Tensor) -> bool:
+    return getattr(tensor, "pretends_to_be_pinned", False)
+
+
+def pin(tensor: torch.Tensor) -> torch.Tensor:
+    """What stands for Tensor.pin_memory, which needs a device."""
+    pinned = tensor.clone()
+    pinned.pretends_to_be_pinned = True
+    return pinned
+
+
+def gradients_of(model: torch.nn.Module):
+    """What stands for Tensor.backward."""
+
+    def backward(loss, *args, **kwargs):
+        assert loss.device.type == "cuda"
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    return backward
+
+
+def pretend(diffusion: torch.nn.Module) -> None:
+    """Put a module on a CUDA device that is not there; inside a FakeTensorMode."""
+    for module in diffusion.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, device="cuda")
+                module._parameters[name] = torch.nn.Parameter(fake)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = torch.empty(buffer.shape, device="cuda")
+
+
+def make(**kwargs) -> GaussianDiffusion:
+    model = Unet(8, dim_mults=(1, 2), self_condition=True, **kwargs)
+    return GaussianDiffusion(model, image_size=8, timesteps=6, offset_noise_strength=0.1)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_sampling_step(backend):
+    diffusion = make()
+    plan = diffusion._plan("ddpm", 6)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), use_backend(backend):
+        pretend(diffusion)
+        x = torch.zeros(2, 3, 8, 8, device="cuda")
+        state = SamplingState(diffusion.model, x, 6, keeps_x_start=True, self_condition=True, start_index=0)
+        with Contacts() as contacts:
+            state.load(plan, noise.draw_seed(x.device), 0)
+        assert contacts.found, "tables come from the host once"
+        with Contacts() as contacts:
+            state.load(plan, noise.draw_seed(x.device), 2)
+            state.advance(state.x_start)
+        assert contacts.found == [] and contacts.operators > 100
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_training_step_but_for_its_backward(backend, memory):
+    """Autograd's engine needs a real device, so that gradients come from elsewhere."""
+    diffusion = make(dropout=0.1, memory=memory)
+    with FakeTensorMode(), use_backend(backend):
+        pretend(diffusion)
+        optimizer = torch.optim.Adam(diffusion.parameters(), capturable=True)
+        options = {"ema": None, "max_grad_norm": 1.0, "autocast": None, "any_module": False}
+        step = TrainingStep(diffusion, optimizer, (2, 3, 8, 8), recorder=FrozenRecorder, **options)
+        step._hold_rates()
+        with Contacts() as contacts, mock.patch.object(torch.Tensor, "backward", gradients_of(diffusion)):
+            step._body(True)
+    assert contacts.found == [] and contacts.operators > 300
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A device that pretends, also to accelerate, which keeps what it knows of devices for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", is_pinned)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(Accelerator, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *where: module)  # all is there: see `pretend`
+    with PretendedDevice():
+        yield torch.device("cuda")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, index):
+        return torch.full((3, 8, 8), index / 200)
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_a_step_of_the_trainer(cuda, precision, tmp_path, monkeypatch):
+    """Images and flips to the device, loss, clipping, optimizer, scaler and average: all but reading the loss."""
+    diffusion = make(dropout=0.1)
+    pretend(diffusion)
+    monkeypatch.setattr(torch.Tensor, "backward", gradients_of(diffusion))
+    options = {"train_batch_size": 16, "gradient_accumulate_every": 2, "num_workers": 0, "calculate_fid": False}
+    trainer = Trainer(
+        diffusion, Images(), results_folder=tmp_path, amp=precision != "no", mixed_precision_type=precision, **options,
+        ema_update_every=2, progress=False,
+    )  # fmt: skip
+    assert (trainer.accelerator.scaler is not None) == (precision == "fp16")
+    trainer.accelerator.state.device = trainer.device  # autocast's
+    assert trainer.dl._loader.pin_memory
+    trainer.dl._batches = map(pin, trainer.dl._loader)  # what the loader does where there is a device
+    with Contacts(reads_host=True) as contacts:
+        for _ in range(4):  # the average begins, rests and moves
+            trainer._train_step()
+        assert contacts.found == [] and contacts.operators > 1000
+        trainer._read_losses()
+        assert contacts.found, "the losses are read"
+    assert all(p.device.type == "cuda" for p in trainer.model.parameters()) and int(trainer.ema.step) == 4
+
+
+def test_the_benchmarks_adam_is_the_trainers(cuda):
+    """Upstream's keeps its default, which is what its users write."""
+    diffusion = make()
+    pretend(diffusion)
+    optimizer, label = baselines._our_adam(diffusion, cuda)
+    assert optimizer.defaults["fused"] is True and label == "torch.optim.Adam(fused=True)"
+    assert baselines._adam(diffusion, cuda)[0].defaults["fused"] is None
+
+
+@pytest.mark.parametrize("recorder", [FrozenRecorder, EagerRecorder])
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_a_captured_step_with_its_images_and_its_average(cuda, recorder, is_pinned, monkeypatch):
+    diffusion = make(dropout=0.1)
+    pretend(diffusion)
+    monkeypatch.setattr(torch.Tensor, "backward", gradients_of(diffusion))
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    # The fused one that reads its rate on the device cannot run on what pretends.
+    optimizer = torch.optim.Adam(diffusion.parameters(), capturable=True, fused=recorder is EagerRecorder)
+    ema = EMA(diffusion, update_every=2, use_foreach=True)
+    options = {"ema": ema, "max_grad_norm": 1.0, "autocast": torch.bfloat16, "any_module": False}
+    step = TrainingStep(diffusion, optimizer, (2, 3, 8, 8), recorder=recorder, **options)
+    for index in range(6):  # both sides of the coin, both kinds of update
+        images = torch.rand(2, 3, 8, 8)
+        with Contacts(reads_host=True) as contacts:
+            step(pin(images) if is_pinned else images)
+        assert contacts.found == [] and contacts.operators > 100, index
+
+
+def test_noise_and_seeds_of_numbers():
+    with FakeTensorMode(), Contacts() as contacts:
+        noise.seed_tensor(2**64 - 1, "cuda")
+        noise.normal((2, 3), seed=3, step=4, stream=noise.STREAM_STEP, device="cuda")
+    assert contacts.found == []
+
+
+def test_the_check_sees_contacts():
+    with FakeTensorMode(), Contacts() as contacts:
+        torch.zeros(3).to("cuda")
+        torch.tensor([1, 2], device="cuda")
+    assert len(contacts.found) == 2
+
+
+def test_the_check_sees_waiting_copies_and_readings(cuda):
+    host, device = torch.zeros(3), torch.zeros(3, device=cuda)
+    with Contacts(reads_host=True) as contacts:
+        pin(host).to(cuda, non_blocking=True)
+        device.copy_(pin(host), non_blocking=True)
+        assert host.sum().item() == 0
+    assert contacts.found == []
+    waits = [
+        lambda: host.to(cuda, non_blocking=True),
+        lambda: pin(host).to(cuda),
+        lambda: device.copy_(host, non_blocking=True),
+        lambda: device.copy_(pin(host)),
+        lambda: device.cpu(),
+        lambda: pin(host).copy_(device, non_blocking=True),
+        lambda: device.sum().item(),
+        lambda: bool(device.sum() > 0),
+    ]
+    for number, wait in enumerate(waits):
+        with Contacts(reads_host=True) as contacts:
+            wait()
+        assert len(contacts.found) == 1, number

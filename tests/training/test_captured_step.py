@@ -1,0 +1,234 @@
+"""capture_training_step against the loop that it stands for, on the CPU, also with a recorder in CUDA's place."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from ema_pytorch import EMA
+
+from ddpm_fast import GaussianDiffusion, Unet, capture_training_step
+from ddpm_fast.runtime import recording
+from ddpm_fast.testing.recorders import FrozenRecorder
+from ddpm_fast.training.captured_step import TrainingStep
+
+SHAPE = (3, 3, 4, 4)
+RATE = 1e-2
+
+
+def make(dropout: float = 0.1, self_condition: bool = False, **kwargs) -> GaussianDiffusion:
+    torch.manual_seed(1)
+    model = Unet(8, dim_mults=(1,), dropout=dropout, self_condition=self_condition, attn_heads=1, attn_dim_head=4)
+    return GaussianDiffusion(model, image_size=4, timesteps=20, **kwargs)
+
+
+def adam(diffusion, **kwargs):
+    # A rate that is a tensor, since that is what a recording reads: float32, where a number is float64.
+    return torch.optim.Adam(
+        diffusion.parameters(), **{"lr": torch.tensor(RATE), "fused": True, "capturable": True, **kwargs}
+    )
+
+
+def average(diffusion, **kwargs):
+    return EMA(diffusion, **{"beta": 0.9, "update_every": 2, "update_after_step": 2, "use_foreach": True, **kwargs})
+
+
+def step_of(recorder: type, diffusion, optimizer, shape=SHAPE, **kwargs):
+    defaults = {"ema": None, "max_grad_norm": 1.0, "autocast": None, "any_module": False}
+    return TrainingStep(diffusion, optimizer, shape, recorder=recorder, **{**defaults, **kwargs})
+
+
+def images(steps: int) -> torch.Tensor:
+    return torch.rand(steps, *SHAPE, generator=torch.Generator().manual_seed(2))
+
+
+def plain_step(diffusion, optimizer, batch, ema=None, max_grad_norm=1.0, autocast=None):
+    """A step as the trainer writes it."""
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        loss = diffusion(batch)
+    loss.backward()
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    if ema is not None:
+        ema.update()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("recorder", [recording.EagerRecorder, FrozenRecorder])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.01, "autocast": torch.bfloat16}, {"max_grad_norm": None}])
+def test_every_step_equals_the_plain_loop(recorder, options):
+    plain, ours = make(), make()
+    plain_ema, our_ema = average(plain), average(ours)
+    plain_adam = adam(plain)
+    step = step_of(recorder, ours, adam(ours), ema=our_ema, **options)
+    batches = images(12)
+    for index, batch in enumerate(batches):
+        torch.manual_seed(index)
+        expected = plain_step(plain, plain_adam, batch, plain_ema, **options)
+        torch.manual_seed(index)
+        loss = step(batch)
+        assert torch.equal(loss, expected) and loss.dtype == torch.float32 and not loss.requires_grad
+        for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
+            assert torch.equal(a, b), (index, name)
+        assert int(our_ema.step) == int(plain_ema.step) and bool(our_ema.initted)
+        averages = zip(plain_ema.ema_model.named_parameters(), our_ema.ema_model.parameters(), strict=True)
+        for (name, a), b in averages:
+            assert torch.equal(a, b), (index, name)
+    assert torch.isnan(step.grad_norm) if options.get("max_grad_norm", 0) is None else step.grad_norm > 0
+    moved = [not torch.equal(a, b) for a, b in zip(ours.parameters(), our_ema.ema_model.parameters(), strict=True)]
+    assert all(moved), "the average is past its beginning"
+
+
+def test_it_runs_step_by_step_on_the_cpu():
+    diffusion = make()
+    step = capture_training_step(diffusion, torch.optim.AdamW(diffusion.parameters(), RATE), SHAPE)
+    assert not step.recorder.freezes_decisions
+    before = [p.detach().clone() for p in diffusion.parameters()]
+    step(images(1)[0])
+    assert not any(torch.equal(a, b) for a, b in zip(before, diffusion.parameters(), strict=True))
+    with pytest.raises(ValueError, match="graph=True, .* tensors are on cpu, and CUDA graphs need CUDA"):
+        capture_training_step(diffusion, adam(diffusion), SHAPE, graph=True)
+
+
+def test_self_conditioning_has_a_recording_for_each_side_of_the_coin():
+    plain, ours = make(self_condition=True, dropout=0.0), make(self_condition=True, dropout=0.0)
+    plain_adam = adam(plain)
+    step = step_of(FrozenRecorder, ours, adam(ours))
+    FrozenRecorder.recorded = 0
+    sides = []
+    for index, batch in enumerate(images(6)):
+        torch.manual_seed(index)
+        heads = plain.tosses_heads()  # a recording's coin falls before the rest, which on CUDA has another generator
+        sides.append(heads)
+        plain_adam.zero_grad()
+        expected = plain(batch, self_conditioned=heads)
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        plain_adam.step()
+        torch.manual_seed(index)
+        assert torch.equal(step(batch), expected.detach())
+    assert set(sides) == {True, False} and FrozenRecorder.recorded == 2
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
+
+
+def test_what_is_replaced_is_recorded_anew_and_what_changes_in_place_is_not():
+    ours, plain = make(), make()
+    optimizer, plain_adam = adam(ours, lr=RATE), adam(plain)
+    step = step_of(FrozenRecorder, ours, optimizer)
+    FrozenRecorder.recorded = 0
+
+    def check(recorded: int):
+        torch.manual_seed(3)
+        expected = plain_step(plain, plain_adam, images(1)[0])
+        torch.manual_seed(3)
+        assert torch.equal(step(images(1)[0]), expected)
+        assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
+        assert FrozenRecorder.recorded == recorded
+
+    check(1)
+    check(1)
+    optimizer.param_groups[0]["lr"] = 0.5 * RATE
+    plain_adam.param_groups[0]["lr"].fill_(0.5 * RATE)
+    check(1)
+    optimizer.param_groups[0]["lr"].fill_(2 * RATE)  # as torch's schedulers do with a rate that is a tensor
+    plain_adam.param_groups[0]["lr"].fill_(2 * RATE)
+    check(1)
+    other = make(dropout=0.0)
+    other.load_state_dict({k: v * 0.9 if k.startswith("model") else v for k, v in other.state_dict().items()})
+    for diffusion in (ours, plain):
+        diffusion.load_state_dict(other.state_dict())
+    check(1)
+    optimizer.load_state_dict(copy.deepcopy(plain_adam.state_dict()))
+    check(2)
+    for diffusion in (ours, plain):
+        diffusion.model.final_conv.bias.data = torch.ones(3)
+    check(3)
+    for diffusion in (ours, plain):
+        diffusion.eval()
+    check(4)
+    for group in (optimizer.param_groups[0], plain_adam.param_groups[0]):
+        group["betas"] = (0.5, 0.9)
+    check(5)
+    step.clear()
+    check(6)
+
+
+def test_weights_are_known_to_have_changed():
+    """A replay changes weights behind autograd's back; what was saved for a backward must not be used after it."""
+    diffusion = make()
+    ema = average(diffusion)
+    step = step_of(FrozenRecorder, diffusion, adam(diffusion), ema=ema)
+    weight, averaged = (d.model.final_conv.weight for d in (diffusion, ema.ema_model))
+    before = weight._version, averaged._version
+    step(images(1)[0])
+    assert weight._version > before[0] and averaged._version > before[1]
+
+
+def test_ignored_and_frozen_averages():
+    diffusion = make()
+    for options in ({"ignore_startswith_names": {"model.init_conv"}}, {"ignore_names": {"betas"}}, {"beta": 1.0}):
+        theirs, ours = (average(diffusion, update_after_step=0, update_every=1, **options) for _ in range(2))
+        step = step_of(FrozenRecorder, diffusion, adam(diffusion), ema=ours)
+        for batch in images(3):
+            step(batch)
+            theirs.update()
+        for a, b in zip(theirs.ema_model.state_dict().values(), ours.ema_model.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+
+
+class OwnLoss(GaussianDiffusion):
+    def p_losses(self, x_start, t, *args, **kwargs):
+        return super().p_losses(x_start, t, *args, **kwargs)
+
+
+def test_refusals():
+    def check(error, sentence, diffusion=None, optimizer=None, recorder=FrozenRecorder, **kwargs):
+        diffusion = diffusion or make()
+        with pytest.raises(error, match=sentence):
+            step_of(recorder, diffusion, optimizer or adam(diffusion), **kwargs)
+
+    with pytest.raises(TypeError, match="diffusion must be a GaussianDiffusion, got Unet"):
+        capture_training_step(make().model, None, SHAPE)
+    diffusion = make()
+    check(TypeError, "Adam or AdamW itself.*got SGD", diffusion, torch.optim.SGD(diffusion.parameters(), 0.1))
+    diffusion = make()
+    check(ValueError, "capturable=True, fused=True", diffusion, torch.optim.Adam(diffusion.parameters()))
+    check(ValueError, "parameters of diffusion only", optimizer=adam(make()))
+    check(ValueError, r"batch_shape must be \(B, 3, 4, 4\), got \(2, 3, 8, 8\)", shape=(2, 3, 8, 8))
+    check(ValueError, "batch_shape", shape=(0, 3, 4, 4))
+    check(ValueError, "gradient scaler", autocast=torch.float16)
+    check(ValueError, "immiscible=True assigns.*graph=False runs it without one", make(immiscible=True))
+    diffusion = make()
+    diffusion.model.final_conv.register_forward_hook(lambda *args: None)
+    check(ValueError, "final_conv has forward hooks", diffusion)
+    diffusion = make()
+    diffusion.model.final_conv.register_full_backward_hook(lambda *args: None)
+    check(ValueError, "final_conv has backward hooks", diffusion)
+    diffusion = make()
+    diffusion.model.final_conv.weight.register_hook(lambda grad: grad)
+    check(ValueError, "final_conv.weight has gradient hooks", diffusion)
+    diffusion = make()
+    optimizer = adam(diffusion)
+    average(diffusion).add_to_optimizer_post_step_hook(optimizer)
+    check(ValueError, "optimizer has hooks", diffusion, optimizer)
+    diffusion = make()
+    diffusion.__class__ = OwnLoss
+    check(ValueError, "is a OwnLoss", diffusion)
+    step_of(FrozenRecorder, diffusion, adam(diffusion), any_module=True)(images(1)[0])
+    step_of(recording.EagerRecorder, diffusion, adam(diffusion))(images(1)[0])
+    diffusion = make()
+    for options, sentence in (
+        ({"update_model_with_ema_every": 3}, "update_model_with_ema_every"),
+        ({"lazy_init_ema": True}, "lazy_init_ema"),
+        ({"param_or_buffer_names_no_ema": {"betas"}}, "param_or_buffer_names_no_ema"),
+    ):
+        check(ValueError, sentence, diffusion, ema=average(diffusion, **options))
+    check(ValueError, "of another model", ema=average(make()))
+    step = step_of(FrozenRecorder, diffusion, adam(diffusion))
+    with pytest.raises(ValueError, match=r"images must have shape \(3, 3, 4, 4\), got \(2, 3, 4, 4\)"):
+        step(torch.rand(2, 3, 4, 4))
+    with pytest.raises(TypeError, match="divide 8-bit images by 255"):
+        step(torch.zeros(SHAPE, dtype=torch.uint8))

@@ -1,0 +1,553 @@
+"""The trainer: exact resuming, many processes, what it writes, and how it fails."""
+
+import csv
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddpm_fast
+from ddpm_fast.training.batches import BatchOrder, BatchStream
+from ddpm_fast.training.checkpoint import load_checkpoint, load_file
+from ddpm_fast.training.data import DigitsDataset
+from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError, frechet_distance, mean_and_covariance
+from ddpm_fast.training.history import LossHistory
+from ddpm_fast.training.trainer import DivergenceError, Trainer
+
+TESTS = Path(__file__).parent
+RUN = TESTS / "training_run.py"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Networks this small are slower on more threads, and very much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_diffusion(**options):
+    model = ddpm_fast.Unet(8, dim_mults=(1, 2), channels=1, self_condition=options.pop("self_condition", False))
+    return ddpm_fast.GaussianDiffusion(model, **{"image_size": 8, "timesteps": 20, **options})
+
+
+def make_trainer(folder, diffusion=None, dataset=None, **options):
+    torch.manual_seed(0)
+    defaults = dict(
+        train_batch_size=16,
+        train_num_steps=4,
+        calculate_fid=False,
+        augment_horizontal_flip=False,
+        progress=False,
+        save_and_sample_every=100,
+        num_samples=4,
+        log_every=1,
+        ema_update_every=1,
+        seed=0,
+        train_lr=1e-3,
+    )
+    dataset = DigitsDataset() if dataset is None else dataset
+    return Trainer(diffusion or make_diffusion(), dataset, results_folder=folder, **{**defaults, **options})
+
+
+def run_training(folder, *arguments, processes=1, **options):
+    """tests/training_run.py in a new process, or in two under torchrun on gloo; returns its output."""
+    command = [sys.executable]
+    if processes > 1:  # standalone: it finds a port by itself, and no other run of the tests can take that
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(
+        [*command, str(RUN), str(folder), json.dumps(options), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout + finished.stderr
+
+
+def assert_same_training(folder, other):
+    """Two model-last.pt hold the same weights, EMA, optimizer and loss history, bit for bit."""
+    first, second = load_file(folder / "model-last.pt"), load_file(other / "model-last.pt")
+    assert first["step"] == second["step"]
+    for part in ("model", "ema"):
+        assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
+    moments = [data["opt"]["state"] for data in (first, second)]
+    assert all(torch.equal(moments[0][i][name], moments[1][i][name]) for i in moments[0] for name in moments[0][i])
+    assert losses(folder) == losses(other)
+
+
+def losses(folder):
+    return [row[:2] for row in LossHistory(folder).rows()]
+
+
+class TestExactResume:
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_stop_and_go_in_new_processes_is_bitwise_the_straight_run(self, tmp_path, processes):
+        """Self-conditioning, dropout, flips, accumulation and workers on: everything that draws randomness."""
+        straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+        run_training(straight, processes=processes, train_num_steps=6)
+        run_training(resumed, processes=processes, train_num_steps=3)
+        run_training(resumed, "last", processes=processes, train_num_steps=6)
+        assert_same_training(straight, resumed)
+        assert [int(step) for step, _ in losses(straight)] == [1, 2, 3, 4, 5, 6]
+
+    def test_milestones_do_not_disturb_training(self, tmp_path):
+        make_trainer(tmp_path / "none").train()
+        make_trainer(tmp_path / "many", save_and_sample_every=1, train_num_steps=4).train()
+        first, second = load_file(tmp_path / "none" / "model-last.pt"), load_file(tmp_path / "many" / "model-4.pt")
+        assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+
+    def test_what_the_caller_draws_in_between_does_not_matter(self, tmp_path):
+        make_trainer(tmp_path / "a").train()
+        trainer = make_trainer(tmp_path / "b", train_num_steps=2)
+        trainer.train()
+        torch.manual_seed(99), random.seed(99), torch.randn(1000)
+        trainer.train_num_steps = 4
+        trainer.train()
+        assert_same_training(tmp_path / "a", tmp_path / "b")
+
+    def test_manual_seed_fixes_a_run_without_seed(self, tmp_path):
+        for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+            diffusion = make_diffusion()
+            torch.manual_seed(seed)
+            trainer = Trainer(
+                diffusion,
+                DigitsDataset(),
+                results_folder=tmp_path / name,
+                train_num_steps=1,
+                calculate_fid=False,
+                progress=False,
+            )
+            assert (trainer.seed == getattr(self, "seed", trainer.seed)) == (name != "c")
+            self.seed = trainer.seed
+
+    def test_a_run_resumed_twice_has_no_row_twice(self, tmp_path):
+        make_trainer(tmp_path, train_num_steps=4, save_and_sample_every=2).train()
+        trainer = make_trainer(tmp_path, train_num_steps=6, save_and_sample_every=100)
+        trainer.load(1)
+        trainer.train()
+        assert [int(step) for step, _ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+    def test_a_half_written_row_is_dropped(self, tmp_path):
+        make_trainer(tmp_path, train_num_steps=3).train()
+        with open(tmp_path / "loss.csv", "a") as file:
+            file.write("4,0.1")
+        trainer = make_trainer(tmp_path, train_num_steps=5)
+        trainer.load("last")
+        trainer.train()
+        assert [int(step) for step, _ in losses(tmp_path)] == [1, 2, 3, 4, 5]
+
+    def test_a_new_run_in_an_old_folder_starts_its_own_history(self, tmp_path):
+        make_trainer(tmp_path, train_num_steps=3).train()
+        make_trainer(tmp_path, train_num_steps=2).train()
+        assert [int(step) for step, _ in losses(tmp_path)] == [1, 2]
+
+    def test_another_number_of_processes_is_said(self, tmp_path):
+        make_trainer(tmp_path).save(1)
+        data = load_file(tmp_path / "model-1.pt")
+        data["training"]["world_size"] = 4
+        torch.save(data, tmp_path / "model-1.pt")
+        with pytest.warns(UserWarning, match="written by 4 processes and is continued by 1"):
+            make_trainer(tmp_path).load(1)
+
+
+class TestOrder:
+    @pytest.mark.parametrize("size, batch, ranks", [(10, 4, 1), (10, 4, 2), (3, 8, 2), (12, 4, 4), (1, 2, 1)])
+    def test_ranks_share_one_order_in_which_each_epoch_is_a_permutation(self, size, batch, ranks):
+        orders = [BatchOrder(size, batch, seed=1, rank=rank, world_size=ranks) for rank in range(ranks)]
+        steps = 3 * size
+        streams = [iter(order) for order in orders]
+        together = [index for _ in range(steps) for stream in streams for index in next(stream)]
+        for start in range(0, len(together) - size + 1, size):
+            assert sorted(together[start : start + size]) == list(range(size))
+        alone = iter(BatchOrder(size, batch, seed=1))
+        assert together == [index for _ in range(steps) for index in next(alone)]
+
+    def test_epochs_and_seeds_differ(self):
+        order = BatchOrder(100, 100, seed=1)
+        first, second = order.batch_at(0)[0].tolist(), order.batch_at(100)[0].tolist()
+        assert first != second
+        assert first != BatchOrder(100, 100, seed=2).batch_at(0)[0].tolist()
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_the_stream_gives_the_order_and_flips_half(self, num_workers):
+        images = torch.rand(50, 1, 4, 4)
+        order = BatchOrder(50, 8, seed=3)
+        options = dict(device=torch.device("cpu"), num_workers=num_workers)
+        stream = BatchStream(Images(images), order, augment_horizontal_flip=True, **options)
+        flipped = 0
+        for step in range(20):
+            indices, flips = BatchOrder(50, 8, seed=3).batch_at(step * 8)
+            pairs = zip(indices, flips, strict=True)
+            expected = torch.stack([images[i].flip(-1) if flip else images[i] for i, flip in pairs])
+            assert torch.equal(next(stream), expected)
+            flipped += int(flips.sum())
+        assert 50 < flipped < 110
+        stream.seek(16, seed=3)
+        indices, flips = BatchOrder(50, 8, seed=3).batch_at(16)
+        assert torch.equal(next(stream)[0], images[indices[0]].flip(-1) if flips[0] else images[indices[0]])
+
+    def test_the_stream_leaves_the_global_generator_alone(self):
+        stream = BatchStream(
+            Images(torch.rand(20, 1, 4, 4)),
+            BatchOrder(20, 4, seed=0),
+            device=torch.device("cpu"),
+            augment_horizontal_flip=True,
+            num_workers=0,
+        )
+        before = torch.get_rng_state()
+        next(stream)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+class Images(torch.utils.data.Dataset):
+    """A map-style dataset over a tensor (N, C, h, w)."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+class TestManyProcesses:
+    def test_gradients_are_reduced_once_per_step_and_ranks_stay_equal(self, tmp_path):
+        """The peer reduces in each of the accumulation's backwards."""
+        output = run_training(tmp_path, "count-reductions", processes=2, train_num_steps=2, gradient_accumulate_every=4)
+        assert re.findall(r"reductions (\d+)", output) == ["2", "2"]
+        assert "ranks equal" in output and "noise differs" in output
+
+    def test_two_processes_see_the_images_of_one(self, tmp_path):
+        """With split_batches=True `train_batch_size` is for all ranks; under accelerate 1.x the peer's is per rank."""
+        alone = run_training(tmp_path / "one", "print-order", train_num_steps=1)
+        pair = run_training(tmp_path / "two", "print-order", processes=2, train_num_steps=1)
+
+        def first_batches(output):
+            found = sorted(re.findall(r"rank (\d): (\[.*?\])", output))
+            return [index for _, indices in found for index in json.loads(indices)]
+
+        assert first_batches(alone) == first_batches(pair)
+        assert len(first_batches(alone)) == 16
+
+    def test_a_batch_that_does_not_split_is_named(self, tmp_path):
+        with pytest.raises(AssertionError, match="train_batch_size is 15.*multiple of the 2 processes"):
+            run_training(tmp_path, processes=2, train_batch_size=15, train_num_steps=1)
+
+
+class CountedReads(torch.Tensor):
+    """A tensor that notes each time it or what is computed from it is read by the host."""
+
+    @staticmethod
+    def of(tensor, reads):
+        counted = tensor.as_subclass(CountedReads)
+        CountedReads.reads = reads
+        return counted
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in ("item", "tolist", "__float__", "__bool__", "__format__", "cpu", "numpy"):
+            cls.reads.append(function.__name__)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class TestOutputs:
+    def test_a_milestone_writes_everything(self, tmp_path):
+        trainer = make_trainer(tmp_path, save_and_sample_every=2, num_samples=7, train_num_steps=5)
+        trainer.train()
+        assert sorted(os.listdir(tmp_path)) == [
+            "loss.csv",
+            "loss.png",
+            "model-1.pt",
+            "model-2.pt",
+            "model-last.pt",
+            "sample-1.png",
+            "sample-2.png",
+        ]
+        assert Image.open(tmp_path / "sample-1.png").size == (3 * 10 + 2, 3 * 10 + 2)
+        with open(tmp_path / "loss.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5]
+        assert all(float(row["loss"]) > 0 and float(row["images_per_second"]) > 0 for row in rows)
+        plot = np.asarray(Image.open(tmp_path / "loss.png").convert("L"))
+        assert plot.shape[0] > 300 and plot.std() > 5
+        assert load_checkpoint(tmp_path / "model-last.pt").step == 5
+
+    def test_grids_come_from_the_ema_with_one_noise(self, tmp_path):
+        trainer = make_trainer(tmp_path, save_and_sample_every=1, train_num_steps=1)
+        trainer.train()
+        first = (tmp_path / "sample-1.png").read_bytes()
+        trainer._save_samples(tmp_path / "again.png")
+        assert (tmp_path / "again.png").read_bytes() == first
+        with torch.no_grad():
+            next(trainer.ema.ema_model.parameters()).mul_(3)
+        trainer._save_samples(tmp_path / "other.png")
+        assert (tmp_path / "other.png").read_bytes() != first
+
+    def test_the_recorded_loss_is_the_mean_of_its_steps(self, tmp_path):
+        make_trainer(tmp_path / "each", train_num_steps=6).train()
+        make_trainer(tmp_path / "some", train_num_steps=6, log_every=3).train()
+        each = [float(loss) for _, loss in losses(tmp_path / "each")]
+        some = losses(tmp_path / "some")
+        assert [int(step) for step, _ in some] == [3, 6]
+        assert float(some[1][1]) == pytest.approx(sum(each[3:]) / 3, rel=1e-6)
+
+    def test_the_loss_is_read_only_when_logged(self, tmp_path):
+        """The peer calls .item() in every micro-step."""
+        trainer = make_trainer(tmp_path, gradient_accumulate_every=2, log_every=5, train_num_steps=10)
+        reads = []
+        trainer.model.forward = lambda images: CountedReads.of(next(trainer.model.parameters()).square().sum(), reads)
+        trainer.train()
+        assert reads == ["tolist", "item"] * 2, "one reading at step 5 and one at step 10"
+
+    def test_training_learns(self, tmp_path):
+        make_trainer(tmp_path, train_num_steps=120, log_every=20, train_batch_size=32, train_lr=4e-3).train()
+        values = [float(loss) for _, loss in losses(tmp_path)]
+        assert values[-1] < 0.7 * values[0]
+
+    def test_bf16_trains_with_float32_weights(self, tmp_path):
+        """In a process of its own: accelerate fixes the precision once per process."""
+        for name, options in (("bf16", dict(amp=True, mixed_precision_type="bf16")), ("float32", {})):
+            run_training(tmp_path / name, train_num_steps=2, **options)
+        data = load_file(tmp_path / "bf16" / "model-last.pt")
+        assert all(tensor.dtype == torch.float32 for tensor in data["model"].values())
+        first, second = (float(losses(tmp_path / name)[0][1]) for name in ("bf16", "float32"))
+        assert first != second
+        assert first == pytest.approx(second, rel=0.02)
+
+
+class TestFailures:
+    def test_nan_stops_with_the_step_and_keeps_the_checkpoint(self, tmp_path):
+        trainer = make_trainer(tmp_path, train_num_steps=2)
+        trainer.train()
+        before = (tmp_path / "model-last.pt").read_bytes()
+        trainer.train_num_steps, trainer.log_every, trainer.save_and_sample_every = 40, 10, 100
+        original, calls = trainer.model.p_losses, []
+
+        def poisoned(*args, **kwargs):
+            calls.append(1)
+            return original(*args, **kwargs) * (math.nan if len(calls) >= 3 else 1)
+
+        trainer.model.p_losses = poisoned
+        with pytest.raises(DivergenceError, match="diverged at step 5: loss nan"):
+            trainer.train()
+        assert trainer.step == 10
+        assert (tmp_path / "model-last.pt").read_bytes() == before
+
+    def test_an_infinite_gradient_stops_even_before_the_loss_shows_it(self, tmp_path):
+        trainer = make_trainer(tmp_path, save_and_sample_every=1)
+        parameter = next(trainer.model.parameters())
+        parameter.register_hook(lambda gradient: gradient * math.inf)
+        with pytest.raises(DivergenceError, match="diverged at step 1.*gradient norm (nan|inf)"):
+            trainer.train()
+        assert not list(tmp_path.glob("model-*.pt"))
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_saves_and_ends_with_its_exit_code(self, tmp_path, number):
+        trainer = make_trainer(tmp_path, train_num_steps=10_000)
+        original = trainer.model.p_losses
+        handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+        def interrupted(*args, **kwargs):
+            if trainer.step == 2:
+                os.kill(os.getpid(), number)
+            return original(*args, **kwargs)
+
+        trainer.model.p_losses = interrupted
+        with pytest.raises(SystemExit) as stopped:
+            trainer.train()
+        assert stopped.value.code == 128 + number
+        assert load_file(tmp_path / "model-last.pt")["step"] == 3
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+        make_trainer(tmp_path / "straight", train_num_steps=5).train()
+        resumed = make_trainer(tmp_path, train_num_steps=5)
+        resumed.load("last")
+        resumed.train()
+        assert_same_training(tmp_path / "straight", tmp_path)
+
+    def test_kill_9_in_training_leaves_loadable_checkpoints(self, tmp_path):
+        command = [sys.executable, str(RUN), str(tmp_path)]
+        options = json.dumps(dict(train_num_steps=10_000, save_and_sample_every=1, num_samples=1, num_workers=0))
+        process = subprocess.Popen(
+            [*command, options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("model-*.pt"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        found = list(tmp_path.glob("model-*.pt"))
+        assert len(found) >= 3
+        assert sorted(load_file(path)["step"] for path in found) == list(range(1, len(found) + 1))
+
+    def test_small_data_and_batches_are_warned_about_not_refused(self, tmp_path):
+        with pytest.warns(UserWarning, match="only 20 images") as caught:
+            make_trainer(tmp_path, dataset=Images(torch.rand(20, 1, 8, 8)), train_batch_size=2).train()
+        assert any("effective batch size" in str(w.message) and "is 2;" in str(w.message) for w in caught)
+
+    @pytest.mark.parametrize(
+        "options, error, message",
+        [
+            (dict(train_batch_size=0), ValueError, "train_batch_size must be a positive integer; got 0"),
+            (dict(num_samples=2.5), ValueError, "num_samples must be a positive integer; got 2.5"),
+            (dict(save_best_and_latest_only=True), ValueError, "calculate_fid must be True"),
+            (dict(dataset=Images(torch.rand(200, 3, 8, 8))), ValueError, r"shape \(1, 8, 8\).*first is.*\(3, 8, 8\)"),
+            (dict(dataset=Images(torch.zeros(200, 1, 8, 8).byte())), ValueError, "must give float images"),
+            (dict(dataset=Images(torch.rand(0, 1, 8, 8))), ValueError, "without images"),
+            (dict(dataset=[(0, 1)] * 200), TypeError, "its first item is a tuple"),
+            (dict(dataset=3), TypeError, "folder must be a path or a map-style dataset of images; got int"),
+            (dict(dataset="/nowhere/at/all"), FileNotFoundError, "folder /nowhere/at/all does not exist"),
+        ],
+    )
+    def test_wrong_arguments_get_one_sentence(self, tmp_path, options, error, message):
+        with pytest.raises(error, match=message):
+            make_trainer(tmp_path, **options)
+
+    def test_a_diffusion_of_unknown_size_is_refused(self, tmp_path):
+        diffusion = make_diffusion()
+        diffusion.image_size = None
+        with pytest.raises(ValueError, match="image_size is None"):
+            make_trainer(tmp_path, diffusion)
+
+    def test_a_full_disk_stops_with_one_sentence_and_keeps_what_was(self, tmp_path):
+        import resource
+
+        trainer = make_trainer(tmp_path, train_num_steps=2)
+        trainer.train()
+        before = (tmp_path / "model-last.pt").read_bytes()
+        trainer.train_num_steps = 4
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            with pytest.raises(OSError, match="could not write .*model-last.pt"):
+                trainer.train()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (tmp_path / "model-last.pt").read_bytes() == before
+
+
+class TestFid:
+    def test_the_distance_of_gaussians_is_the_closed_form(self):
+        """Diagonal covariances: sum of (μ₁ − μ₂)² + (σ₁ − σ₂)²; the zeros make them singular."""
+        rng = np.random.default_rng(0)
+        means, deviations = rng.normal(size=(2, 20)), rng.uniform(0, 3, size=(2, 20))
+        deviations[:, :5] = 0
+        expected = ((means[0] - means[1]) ** 2).sum() + ((deviations[0] - deviations[1]) ** 2).sum()
+        covariances = [np.diag(deviation**2) for deviation in deviations]
+        assert frechet_distance(means[0], covariances[0], means[1], covariances[1]) == pytest.approx(expected)
+
+    def test_the_distance_agrees_with_pytorch_fid(self):
+        fid_score = pytest.importorskip("pytorch_fid.fid_score")
+        rng = np.random.default_rng(0)
+        sides = [mean_and_covariance(rng.normal(size=(100, 12)) @ rng.normal(size=(12, 12))) for _ in range(2)]
+        expected = fid_score.calculate_frechet_distance(*sides[0], *sides[1])
+        assert frechet_distance(*sides[0], *sides[1]) == pytest.approx(expected, rel=1e-6)
+
+    def test_scores_sink_as_samples_approach_the_data(self, tmp_path):
+        data = DigitsDataset().images
+        scores = [self.score(tmp_path / str(level), data, level) for level in (0.0, 0.2, 1.0)]
+        assert scores == sorted(scores)
+        assert scores[0] < 0.1 * scores[2]
+
+    @staticmethod
+    def score(folder, data, noise_level):
+        folder.mkdir()
+
+        class Sampler(torch.nn.Module):
+            def sample(self, batch_size, progress=True):
+                start = torch.randint(0, len(data) - batch_size, ())
+                return data[start : start + batch_size] + noise_level * torch.randn(batch_size, 1, 8, 8)
+
+        scorer = FIDEvaluation(
+            100,
+            data.split(100),
+            Sampler(),
+            channels=1,
+            stats_dir=folder,
+            device="cpu",
+            num_fid_samples=550,
+            feature_extractor=lambda images: images.mean(1).flatten(1)[:, ::4],
+        )
+        first = scorer.fid_score()
+        assert (folder / "dataset_stats.npz").exists()
+        return first
+
+    def test_without_pytorch_fid_training_goes_on(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pytorch_fid.inception", None)
+        with pytest.warns(UserWarning, match="FID is switched off: pytorch_fid is not installed"):
+            trainer = make_trainer(tmp_path, calculate_fid=True, train_num_steps=1, save_and_sample_every=1)
+        trainer.train()
+        assert (tmp_path / "model-1.pt").exists()
+        with pytest.raises(FIDUnavailableError, match="save_best_and_latest_only=True"):
+            make_trainer(tmp_path, calculate_fid=True, save_best_and_latest_only=True)
+
+    def test_best_and_latest(self, tmp_path, monkeypatch):
+        scores = iter([5.0, 7.0, 3.0])
+        scorer = type("Scorer", (), {"__init__": lambda self, **_: None, "fid_score": lambda self: next(scores)})
+        monkeypatch.setattr("ddpm_fast.training.trainer.FIDEvaluation", scorer)
+        trainer = make_trainer(
+            tmp_path, calculate_fid=True, save_best_and_latest_only=True, save_and_sample_every=1, train_num_steps=2
+        )
+        trainer.train()
+        steps = {name: load_file(tmp_path / f"model-{name}.pt")["step"] for name in ("best", "latest")}
+        assert steps == {"best": 1, "latest": 2}
+        trainer = make_trainer(
+            tmp_path, calculate_fid=True, save_best_and_latest_only=True, save_and_sample_every=1, train_num_steps=3
+        )
+        trainer.load("latest")
+        assert trainer.best_fid == 5.0
+        trainer.train()
+        assert load_file(tmp_path / "model-best.pt")["step"] == 3
+
+
+def test_the_signature_is_the_peers_with_additions_at_the_end(peer):
+    import inspect
+
+    theirs, ours = (list(inspect.signature(cls.__init__).parameters.values()) for cls in (peer.Trainer, Trainer))
+    assert [(p.name, p.default, p.kind) for p in ours[: len(theirs)]] == [(p.name, p.default, p.kind) for p in theirs]
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
+
+
+def test_the_peers_attributes_are_there(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for name in (
+        "accelerator model channels num_samples save_and_sample_every batch_size gradient_accumulate_every "
+        "train_num_steps image_size max_grad_norm ds dl opt ema results_folder step calculate_fid "
+        "save_best_and_latest_only device"
+    ).split():
+        assert hasattr(trainer, name), name
+    assert next(trainer.dl).shape == (16, 1, 8, 8)
+
+
+def test_a_folder_of_images_trains_and_broken_ones_are_counted(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for index, image in enumerate(DigitsDataset().images[:100]):
+        Image.fromarray((image[0] * 255).byte().numpy()).resize((20, 14)).convert("RGB").save(images / f"{index}.png")
+    (images / "7.png").write_bytes(b"broken")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = make_trainer(tmp_path, dataset=str(images), train_num_steps=8, num_workers=2)
+        trainer.train()
+    assert trainer.ds[0].shape == (1, 8, 8)
+    assert [path.name for path in trainer.ds.broken_files] == ["7.png"]

@@ -1,0 +1,68 @@
+"""One training run of a small network on the digits, in a process of its own or under torchrun.
+
+Usage: training_run.py RESULTS_FOLDER OPTIONS_AS_JSON [count-reductions | print-order | MILESTONE_TO_LOAD]
+"""
+
+import json
+import sys
+
+import torch
+from torch import distributed
+
+import ddpm_fast
+from ddpm_fast.training.data import DigitsDataset
+from ddpm_fast.training.trainer import Trainer
+
+
+def main():
+    folder, options, *what = sys.argv[1:]
+    torch.manual_seed(0)
+    model = ddpm_fast.Unet(8, dim_mults=(1, 2), channels=1, self_condition=True, dropout=0.1)
+    diffusion = ddpm_fast.GaussianDiffusion(model, image_size=8, timesteps=20)
+    defaults = dict(
+        train_batch_size=16,
+        gradient_accumulate_every=2,
+        calculate_fid=False,
+        save_and_sample_every=1000,
+        ema_update_every=1,
+        progress=False,
+        log_every=1,
+        seed=0,
+        num_workers=1,
+        train_lr=1e-3,
+    )
+    trainer = Trainer(diffusion, DigitsDataset(), results_folder=folder, **{**defaults, **json.loads(options)})
+    if what == ["count-reductions"]:
+        count_reductions(trainer)
+    elif what == ["print-order"]:
+        print(f"rank {trainer.rank}: {json.dumps(next(iter(trainer.dl.order)))}", flush=True)
+    else:
+        if what:
+            trainer.load(what[0])
+        trainer.train()
+    trainer.accelerator.end_training()
+
+
+def count_reductions(trainer):
+    """Print how many times gradients are reduced, whether the ranks' weights agree and their noise differs."""
+    count = 0
+
+    def hook(state, bucket):
+        nonlocal count
+        count += bucket.is_last()
+        return distributed.algorithms.ddp_comm_hooks.default_hooks.allreduce_hook(state, bucket)
+
+    trainer.model.register_comm_hook(None, hook)
+    trainer.train()
+    print(f"reductions {count}", flush=True)
+    weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    everyone = trainer.accelerator.gather(weights[None])
+    trainer._seed_step()
+    noise = trainer.accelerator.gather(torch.randn(1, 8))
+    if trainer.accelerator.is_main_process:
+        print("ranks equal" if torch.equal(everyone[0], everyone[1]) else "ranks differ")
+        print("noise differs" if not torch.equal(noise[0], noise[1]) else "noise equal")
+
+
+if __name__ == "__main__":
+    main()
