@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -153,6 +154,61 @@ def normal(
     z = torch.stack([*box_muller(bits[0], bits[1]), *box_muller(bits[2], bits[3])], dim=-1)  # (B, K, 4)
     z = z.reshape(batch, blocks * 4)[:, :elements].reshape(shape)
     return z.contiguous() if dtype == torch.float64 else z.to(torch.float32).to(dtype).contiguous()
+
+
+@dataclass
+class Noise:
+    """ε of a batch of images: a tensor, or the seed that makes it. `q_sample` and `diffusion_loss` both take it.
+
+    Kernels make the noise of a seed where they need it and store nothing. An implementation that cannot do so stores it
+    here, once, and whoever takes this object next reads the tensor.
+
+    Args:
+        tensor: exactly this ε, shape of the images.
+        seed: makes ε = noise(seed, STREAM_TRAINING, sample = batch index, step 0) where there is no tensor, and the
+            offset: an int of 64 bits or a one-element int64 tensor.
+        offset_noise_strength: ε gains this times one normal number per image and channel, of STREAM_OFFSET
+            (Guttenberg 2023, offset noise).
+
+    Raises:
+        ValueError: there is no seed, and noise or its offset is to be made; or a negative strength.
+    """
+
+    tensor: torch.Tensor | None = None
+    seed: int | torch.Tensor | None = None
+    offset_noise_strength: float = 0.0
+
+    def __post_init__(self):
+        if self.offset_noise_strength < 0:
+            raise ValueError(f"offset_noise_strength must not be negative, got {self.offset_noise_strength}")
+        if self.seed is None and (self.tensor is None or self.offset_noise_strength > 0):
+            raise ValueError("seed must be given where noise or its offset is generated, got None")
+
+    def store(self, x_start: torch.Tensor, dtype: torch.dtype) -> None:
+        """Make the tensor, offset included, where it is not there; nothing is made from the seed any more.
+
+        Args:
+            x_start: (B, C, ...); the noise has its shape, and its dtype where that is floating point, else `dtype`.
+        """
+        self.tensor = epsilon(x_start, self.tensor, self.seed, self.offset_noise_strength, dtype)
+        self.seed, self.offset_noise_strength = None, 0.0
+
+
+def epsilon(
+    x_start: torch.Tensor,
+    noise: torch.Tensor | None,
+    seed: int | torch.Tensor | None,
+    offset_noise_strength: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """ε of training as a tensor: given, or the noise function's, with offset noise added; arguments as in `Noise`."""
+    if noise is None:
+        dtype = x_start.dtype if x_start.is_floating_point() else dtype
+        noise = normal(x_start.shape, seed=seed, stream=STREAM_TRAINING, device=x_start.device, dtype=dtype)
+    if offset_noise_strength > 0:
+        offset = normal(noise.shape[:2], seed=seed, stream=STREAM_OFFSET, device=noise.device, dtype=noise.dtype)
+        noise = noise + offset_noise_strength * offset.reshape(*offset.shape, *(1,) * (noise.ndim - 2))
+    return noise
 
 
 def check_counter_range(shape: tuple[int, ...], *, stream: int, start_index: int) -> None:

@@ -29,6 +29,8 @@ ROWS = [
     ["diffusion/gaussian_diffusion"],
     ["diffusion/diffusion_process"],
     ["diffusion/sampling"],
+    ["diffusion/samplers"],
+    ["diffusion/schedules"],
     ["models/unet"],
     ["models/layers", "runtime/recording"],
     ["models/derived_weights"],
@@ -36,7 +38,8 @@ ROWS = [
     ["ops/*/triton", "ops/*/native", "ops/*/reference"],
     ["ops/*/launch"],
     ["ops/arguments", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
-    ["runtime/dispatch", "runtime/triton_launch", "noise", "diffusion/schedules", "_version"],
+    ["ops/common/tables"],
+    ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
     ["runtime/extension", "runtime/autocast"],
 ]
 
@@ -86,7 +89,7 @@ def test_imports_form_layers(module):
         if module.startswith("ops/") and imported.startswith("ops/"):
             kind = module.split("/")[-1]
             of_kind = ("common/norm", f"common/{kind}") if kind in ("triton", "reference") else ("arguments",)
-            shared = imported in [f"ops/{name}" for name in of_kind]
+            shared = imported in [f"ops/{name}" for name in (*of_kind, "common/tables")]
             same_room = module.split("/")[1] == imported.split("/")[1]
             assert same_room or shared, f"{module} imports another room, {imported}"
 

@@ -18,7 +18,8 @@ from ddpm_fast import GaussianDiffusion, Unet, noise
 from ddpm_fast.diffusion.sampling import SamplingState
 from ddpm_fast.measure.compare import PHASES
 from ddpm_fast.models.derived_weights import frozen_weights
-from ddpm_fast.runtime.recording import EagerRecorder, uncached_autocast
+from ddpm_fast.runtime.autocast import uncached_autocast
+from ddpm_fast.runtime.recording import EagerRecorder
 from ddpm_fast.training.captured_step import TrainingStep
 
 IMAGE_SIZE = 128

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ddpm_fast.diffusion.samplers import SAMPLERS
+
 
 def _unset(kind, metavar):
     """An option of this type that may be left out, without the word None in the help."""
@@ -24,7 +26,7 @@ Number = _unset(float, "FLOAT")
 YesNo = _unset(bool, "True|False")
 Channels = _unset(Literal[1, 3, 4], "1|3|4")
 Schedule = _unset(Literal["linear", "cosine", "sigmoid"], "linear|cosine|sigmoid")
-Sampler = _unset(Literal["ddpm", "ddim", "dpmpp_2m"], "ddpm|ddim|dpmpp_2m")
+Sampler = _unset(Literal[tuple(SAMPLERS)], "|".join(SAMPLERS))
 
 # A strip keeps every step of the few trajectories it shows; more than this is not held in memory.
 _MAX_TRAJECTORY_BYTES = 2**30

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ddpm_fast import noise as noise_function
-from ddpm_fast.diffusion import schedules
-from ddpm_fast.diffusion.sampling import call_model
-from ddpm_fast.diffusion.schedules import SamplerTable, Schedule
-from ddpm_fast.ops.forward_diffusion.reference import lookup
+from ddpm_fast.diffusion import samplers, schedules
+from ddpm_fast.diffusion.samplers import SamplerTable
+from ddpm_fast.diffusion.schedules import Schedule
+from ddpm_fast.ops.common.tables import lookup
 from ddpm_fast.ops.noise.op import normal
+from ddpm_fast.runtime.autocast import call_model
 from ddpm_fast.runtime.recording import GraphCache
 
 ModelPrediction = namedtuple("ModelPrediction", ["pred_noise", "pred_x_start"])
@@ -67,7 +68,7 @@ class DiffusionProcess(nn.Module):
         super().__init__()
         schedules.check_objective(objective)
         if sampler is not None:
-            schedules.check_sampler(sampler)
+            samplers.check_sampler(sampler)
         self._check_model(model)
 
         schedule_fn_kwargs = dict(schedule_fn_kwargs or {})
@@ -95,7 +96,7 @@ class DiffusionProcess(nn.Module):
         schedule = Schedule(schedules.make_betas(beta_schedule, timesteps, **schedule_fn_kwargs))
         self.num_timesteps = schedule.num_timesteps
         self.sampling_timesteps = self.num_timesteps if sampling_timesteps is None else sampling_timesteps
-        schedules.sampling_times(self.num_timesteps, self.sampling_timesteps)  # raises where it does not fit
+        samplers.sampling_times(self.num_timesteps, self.sampling_timesteps)  # raises where it does not fit
         self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
         self.ddim_sampling_eta = ddim_sampling_eta
         self.sampler = sampler
@@ -153,7 +154,7 @@ class DiffusionProcess(nn.Module):
         """The sampler's table for the settings of now: they are plain attributes, which users change."""
         key = (sampler, sampling_timesteps, float(self.ddim_sampling_eta), self.objective)
         if key not in self._plans:
-            self._plans[key] = schedules.sampler_table(
+            self._plans[key] = samplers.sampler_table(
                 self._schedule, self.objective, sampler, sampling_timesteps, float(self.ddim_sampling_eta)
             )
         return self._plans[key]
@@ -275,10 +276,11 @@ class DiffusionProcess(nn.Module):
         )
         return noise + strength * offset[:, :, None, None]
 
-    def tosses_heads(self) -> bool:
-        """The coin of self-conditioning (Chen et al. 2022, section 2); always tails without it.
+    def draw_self_condition(self) -> bool:
+        """True in half of the calls: the network then sees a first estimate (Chen et al. 2022, section 2).
 
-        It is torch's, on the CPU: it costs no synchronisation and torch.manual_seed fixes it.
+        False without self-conditioning. The number is torch's, on the CPU, so that it costs no synchronisation and
+        `torch.manual_seed` fixes it.
         """
         return self.self_condition and torch.rand(()).item() < 0.5
 

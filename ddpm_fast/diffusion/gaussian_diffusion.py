@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -13,14 +13,13 @@ from ddpm_fast.diffusion import sampling
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.diffusion_process import ModelPrediction as ModelPrediction
 from ddpm_fast.diffusion.diffusion_process import extract as extract
-from ddpm_fast.diffusion.sampling import call_model, progress_on, sample_loop
-from ddpm_fast.diffusion.schedules import SamplerTable
+from ddpm_fast.diffusion.sampling import SamplingRun, sample_loop
 from ddpm_fast.models.derived_weights import forget_frozen_weights, frozen_weights
-from ddpm_fast.models.unet import Unet
-from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, makes_noise_in_its_pass, q_sample
+from ddpm_fast.noise import Noise
+from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.ops.sampler_step.op import sampler_step
-from ddpm_fast.runtime import recording
+from ddpm_fast.runtime.autocast import autocast_dtype, call_model, narrow_dtype, uncached_autocast
 
 # Methods that a subclass may override to change what a sampling step does; the fused step stands for all of them.
 _STEP_METHODS = (
@@ -115,7 +114,8 @@ class GaussianDiffusion(DiffusionProcess):
         graph: bool | None = None,
     ) -> torch.Tensor:
         """Ancestral sampling over all T timesteps (Ho et al. 2020, algorithm 2); arguments as in `sample`."""
-        return self._sample("ddpm", self.num_timesteps, shape, return_all_timesteps, seed, start_index, progress, graph)
+        options = {"start_index": start_index, "progress": progress, "graph": graph}
+        return self._sample("ddpm", self.num_timesteps, shape, return_all_timesteps, seed, **options)
 
     def ddim_sample(
         self,
@@ -128,8 +128,8 @@ class GaussianDiffusion(DiffusionProcess):
         graph: bool | None = None,
     ) -> torch.Tensor:
         """DDIM over `sampling_timesteps` (Song et al. 2021, eq. 12); arguments as in `sample`."""
-        steps = self.sampling_timesteps
-        return self._sample("ddim", steps, shape, return_all_timesteps, seed, start_index, progress, graph)
+        options = {"start_index": start_index, "progress": progress, "graph": graph}
+        return self._sample("ddim", self.sampling_timesteps, shape, return_all_timesteps, seed, **options)
 
     def sample(
         self,
@@ -175,9 +175,8 @@ class GaussianDiffusion(DiffusionProcess):
             return self.ddim_sample(shape, return_all_timesteps, **kwargs)
         if sampler == "ddpm" and self.sampling_timesteps == self.num_timesteps:
             return self.p_sample_loop(shape, return_all_timesteps, **kwargs)
-        return self._sample(
-            sampler, self.sampling_timesteps, shape, return_all_timesteps, seed, start_index, progress, graph
-        )
+        options = {"start_index": start_index, "progress": progress, "graph": graph}
+        return self._sample(sampler, self.sampling_timesteps, shape, return_all_timesteps, seed, **options)
 
     def explain_graphs(self, batch_size: int = 16) -> str:
         """Whether `sample(batch_size)` replays a recorded step now, and if not, why; one sentence."""
@@ -202,58 +201,37 @@ class GaussianDiffusion(DiffusionProcess):
         shape: Sequence[int],
         return_all_timesteps: bool,
         seed: int | torch.Tensor | None,
-        start_index: int,
-        progress: bool,
-        graph: bool | None,
+        **options,
     ) -> torch.Tensor:
-        seed = self._seed(seed)
-        plan = self._plan(sampler, sampling_timesteps)
-        x = normal(shape, seed=seed, stream=noise_function.STREAM_INITIAL, start_index=start_index, device=self.device)
-        keep = None
+        """Images from noise; `options` are of `SamplingRun`."""
+        run = SamplingRun(self._plan(sampler, sampling_timesteps), self._seed(seed), **options)
+        x = normal(
+            shape, seed=run.seed, stream=noise_function.STREAM_INITIAL, start_index=run.start_index, device=self.device
+        )
         if return_all_timesteps:
-            states = x.new_empty(x.shape[0], len(plan.times) + 1, *x.shape[1:])  # (B, S + 1, C, H, W)
+            states = x.new_empty(x.shape[0], len(run.plan.times) + 1, *x.shape[1:])  # (B, S + 1, C, H, W)
             unwritten = iter(states.unbind(1))
-
-            def keep(state):
-                next(unwritten).copy_(state)
-
-            keep(x)
-        x = self._denoise(sampler, plan, x, seed, start_index, 0, keep, progress, "sampling loop time step", graph)
+            run.on_step = lambda state: next(unwritten).copy_(state)
+            run.on_step(x)
+        x = self._denoise(x, run)
         with torch.inference_mode():
             result = self.unnormalize(states if return_all_timesteps else x)
         return result.clone()  # outside inference mode: an ordinary tensor, which may be trained on
 
-    def _denoise(
-        self,
-        sampler: str,
-        plan: SamplerTable,
-        x: torch.Tensor,
-        seed: torch.Tensor,
-        start_index: int,
-        first_step: int,
-        on_step: Callable[[torch.Tensor], None] | None,
-        progress: bool,
-        desc: str,
-        graph: bool | None,
-    ) -> torch.Tensor:
-        """Run the table from `first_step` on; through the public methods where a subclass has its own."""
-        reason = "it was not asked for" if graph is False else self._why_not_recorded(sampler, x, bool(graph))
-        if graph and reason is not None:
+    def _denoise(self, x: torch.Tensor, run: SamplingRun) -> torch.Tensor:
+        """Walk along the run's table; through the public methods where a subclass has its own."""
+        sampler = run.plan.sampler
+        reason = "it was not asked for" if run.graph is False else self._why_not_recorded(sampler, x, bool(run.graph))
+        if run.graph and reason is not None:
             raise RuntimeError(f"graph=True, and a graph cannot stand for the steps: {reason}")
         if self._overrides(*_relevant_methods(sampler)):
-            return self._composed_loop(sampler, plan, x, seed, start_index, first_step, on_step, progress, desc)
+            return self._composed_loop(x, run)
         with self.graphs.borrowed(x.device) if reason is None else nullcontext(False) as is_mine:
             return sample_loop(
                 self.model,
                 x,
-                plan,
-                seed,
-                start_index=start_index,
-                first_step=first_step,
+                run,
                 self_condition=self.self_condition,
-                on_step=on_step,
-                progress=progress,
-                desc=desc,
                 num_timesteps=self.num_timesteps,
                 cache=self.graphs if is_mine else None,
             )
@@ -270,29 +248,35 @@ class GaussianDiffusion(DiffusionProcess):
         )
 
     @torch.inference_mode()
-    def _composed_loop(self, sampler, plan, x, seed, start_index, first_step, on_step, progress, desc) -> torch.Tensor:
+    def _composed_loop(self, x: torch.Tensor, run: SamplingRun) -> torch.Tensor:
         """The same walk with the overridable methods, for subclasses such as guided or learned-variance sampling."""
-        x_start = None
-        rows = range(first_step, len(plan.times))
-        full_ddpm = sampler == "ddpm" and len(plan.times) == self.num_timesteps
-        # No table over timesteps: what an override calls the network with is its own affair.
-        with frozen_weights(self.model), progress_on(x.device, len(rows), desc=desc, enabled=progress) as bar:
-            for row in rows:
+        x_start, plan = None, run.plan
+        full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps
+        # No table over timesteps: an override may call the network with other times.
+        with frozen_weights(self.model), run.progress_bar(x.device) as bar:
+            for row in run.rows:
                 x_self_cond = x_start if self.self_condition else None
                 if full_ddpm and "p_sample" in self._overridden():
                     x, x_start = self.p_sample(x, plan.times[row], x_self_cond)
                 elif full_ddpm:
-                    x, x_start = self.p_sample(x, plan.times[row], x_self_cond, seed=seed, start_index=start_index)
+                    options = {"seed": run.seed, "start_index": run.start_index}
+                    x, x_start = self.p_sample(x, plan.times[row], x_self_cond, **options)
                 else:
-                    x, x_start = self._step_from_predictions(plan, row, x, x_start, x_self_cond, seed, start_index)
-                if on_step is not None:
-                    on_step(x)
-                bar.step_done()
+                    x, x_start = self._step_from_predictions(run, row, x, x_start, x_self_cond)
+                run.step_done(x, bar)
         return x
 
-    def _step_from_predictions(self, plan, row, x, x_start_previous, x_self_cond, seed, start_index):
+    def _step_from_predictions(
+        self,
+        run: SamplingRun,
+        row: int,
+        x: torch.Tensor,
+        x_start_previous: torch.Tensor | None,
+        x_self_cond: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One row of the table from an overridden `model_predictions`, with the noise that it predicts."""
-        now, after = self._alphas_cumprod_pair(plan, row)
+        plan = run.plan
+        now = self._schedule.alphas_cumprod[plan.times[row]].item()
         _, _, r, s, u, sigma = plan.table[row].tolist()
         t = torch.full((x.shape[0],), plan.times[row], device=x.device, dtype=torch.long)
         pred_noise, x_start = self.model_predictions(x, t, x_self_cond, clip_x_start=True, rederive_pred_noise=True)[:2]
@@ -301,13 +285,8 @@ class GaussianDiffusion(DiffusionProcess):
         if u != 0:
             x_next = x_next + u * x_start_previous
         if sigma != 0:
-            x_next = x_next + sigma * self._step_noise(x, seed, row, start_index)
+            x_next = x_next + sigma * self._step_noise(x, run.seed, row, run.start_index)
         return x_next, x_start
-
-    def _alphas_cumprod_pair(self, plan: SamplerTable, row: int) -> tuple[float, float]:
-        alphas_cumprod = self._schedule.alphas_cumprod
-        after = alphas_cumprod[plan.times[row + 1]].item() if row + 1 < len(plan.times) else 1.0
-        return alphas_cumprod[plan.times[row]].item(), after
 
     def _step_noise(self, x: torch.Tensor, seed: torch.Tensor, row: int, start_index: int) -> torch.Tensor:
         return normal(
@@ -377,37 +356,46 @@ class GaussianDiffusion(DiffusionProcess):
                 noised.append(self.q_sample(self.normalize(image.float()), batched_times, noise))
         x = ((1 - lam) * noised[0] + lam * noised[1]).contiguous()
         plan = self._plan("ddpm", self.num_timesteps)
-        first_step = self.num_timesteps - 1 - t
-        desc = "interpolation sample time step"
-        x = self._denoise("ddpm", plan, x, seed, start_index, first_step, None, progress, desc, graph)
+        run = SamplingRun(plan, seed, start_index, progress=progress, graph=graph)
+        run.first_step, run.desc = self.num_timesteps - 1 - t, "interpolation sample time step"
+        x = self._denoise(x, run)
         with torch.inference_mode():
             result = self.unnormalize(x)
         return result.clone()
 
     # training
 
-    def _noise_stays_a_seed(self, x_start: torch.Tensor, t: torch.Tensor) -> bool:
-        """Whether fresh ε need not be a tensor: the ops make it where they need it, and nobody else looks at it."""
+    def _can_fuse_noise(self) -> bool:
+        """True if fresh ε may stay a seed: nobody but the ops looks at it."""
         methods = ("training_noise", "q_sample")
         changed = any(getattr(type(self), name) is not getattr(GaussianDiffusion, name) for name in methods)
-        return not self.immiscible and not changed and makes_noise_in_its_pass(x_start, t, self.forward_table)
+        return not self.immiscible and not changed
 
-    def _network_input(self, x_start: torch.Tensor, t: torch.Tensor) -> dict:
-        """The dtype and memory format in which q_sample writes x_t as the network takes it; {} leaves both.
+    def _noise(self, x_start: torch.Tensor, noise: torch.Tensor | None, offset_noise_strength: float) -> Noise:
+        """ε of a training step: as given, or fresh, with its offset."""
+        if noise is None and self._can_fuse_noise():
+            return Noise(None, noise_function.draw_seed(x_start.device), offset_noise_strength)
+        if noise is None:
+            return Noise(self.training_noise(x_start, offset_noise_strength))
+        if noise.shape != x_start.shape or noise.device != x_start.device:
+            raise ValueError(
+                f"noise must have x_start's shape {tuple(x_start.shape)} and device {x_start.device}, "
+                f"got {tuple(noise.shape)} on {noise.device}"
+            )
+        if offset_noise_strength > 0:
+            noise = self._offset(noise, offset_noise_strength, noise_function.draw_seed(noise.device))
+        return Noise(noise)
 
-        Only `Unet` is known to begin with a convolution: autocast would cast its input at once, unless
-        self-conditioning reads x_t as well, and CUDA's convolutions are fastest on channels-last maps.
+    def _network_input(self, x_start: torch.Tensor) -> dict:
+        """Options of q_sample for x_t that the network reads; {} leaves dtype and memory format as they are.
+
+        Autocast would cast the input of a network that begins with a convolution at once. With self-conditioning x_t is
+        read by the conversion to x0 as well, and keeps its dtype.
         """
-        if not isinstance(self.model, Unet):
+        if not getattr(self.model, "begins_with_convolution", False):
             return {}
-        options = {}
-        dtype = recording.autocast_of(x_start.device) or sampling.narrow_dtype(self.model)
-        if dtype is not None and not self.self_condition:
-            options["dtype"] = dtype
-        is_accelerated = x_start.device.type in ("cuda", "meta")  # on meta, shapes are counted as they are on CUDA
-        if is_accelerated and makes_noise_in_its_pass(x_start, t, self.forward_table, torch.channels_last):
-            options["memory_format"] = torch.channels_last
-        return options
+        dtype = torch.promote_types(x_start.dtype, torch.float32) if self.self_condition else narrow_dtype(self.model)
+        return {"for_network": True, "dtype": dtype}
 
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """x_t = √ᾱ x0 + √(1 − ᾱ) ε (Ho et al. 2020, eq. 4).
@@ -440,37 +428,24 @@ class GaussianDiffusion(DiffusionProcess):
             noise: ε, shape of x_start; fresh if None.
             offset_noise_strength: the constructor's if None.
             loss_reduction: "mean", a scalar, or "none", (B,).
-            self_conditioned: whether the network sees a first estimate of x0; None tosses the coin.
+            self_conditioned: whether the network sees a first estimate of x0; None draws it.
         """
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction must be 'mean' or 'none', got {loss_reduction!r}")
         self._check_images("x_start", x_start, sized=False)
         t = self._check_times(t, x_start)
         strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
-        fresh = {}  # how the ops make ε, where it is no tensor
-        if noise is None and self._noise_stays_a_seed(x_start, t):
-            fresh = {"seed": noise_function.draw_seed(x_start.device), "offset_noise_strength": strength}
-        elif noise is None:
-            noise = self.training_noise(x_start, strength)
-        else:
-            if noise.shape != x_start.shape or noise.device != x_start.device:
-                raise ValueError(
-                    f"noise must have x_start's shape {tuple(x_start.shape)} and device {x_start.device}, "
-                    f"got {tuple(noise.shape)} on {noise.device}"
-                )
-            if strength > 0:
-                noise = self._offset(noise, strength, noise_function.draw_seed(noise.device))
-
+        noise = self._noise(x_start, noise, strength)
         if type(self).q_sample is GaussianDiffusion.q_sample:
-            x = q_sample(x_start, t, self.forward_table, noise, **self._network_input(x_start, t), **fresh)
+            x = q_sample(x_start, t, self.forward_table, noise, **self._network_input(x_start))
         else:
-            x = self.q_sample(x_start=x_start, t=t, noise=noise)
+            x = self.q_sample(x_start=x_start, t=t, noise=noise.tensor)
         x_self_cond = None
-        if self.tosses_heads() if self_conditioned is None else self_conditioned:
-            with torch.no_grad(), recording.uncached_autocast(x.device, recording.autocast_of(x.device)):
+        if self.draw_self_condition() if self_conditioned is None else self_conditioned:
+            with torch.no_grad(), uncached_autocast(x.device, autocast_dtype(x.device.type)):
                 x_self_cond = self.model_predictions(x, t).pred_x_start
         model_output = call_model(self.model, x, t, x_self_cond)
-        loss = diffusion_loss(model_output, x_start, t, self.loss_table, noise, **fresh)
+        loss = diffusion_loss(model_output, x_start, t, self.loss_table, noise)
         return loss if loss_reduction == "none" else loss.mean()
 
     def forward(

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from ddpm_fast.diffusion.schedules import SamplerTable
+from ddpm_fast.diffusion.samplers import SamplerTable
 from ddpm_fast.models.derived_weights import frozen_weights
-from ddpm_fast.models.unet import Unet
 from ddpm_fast.ops.sampler_step.op import sampler_step_
 from ddpm_fast.runtime import recording
+from ddpm_fast.runtime.autocast import autocast_dtype, call_model, uncached_autocast
 
 Model = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -80,20 +80,43 @@ def progress_on(device: torch.device, total: int, *, desc: str, enabled: bool) -
     return Progress(total, desc=desc, enabled=enabled, mark=mark)
 
 
-def narrow_dtype(model: Model) -> torch.dtype | None:
-    """float16 or bfloat16 where the model's weights are that, and its inputs have to be; else None."""
-    if not isinstance(model, nn.Module):
-        return None
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    return dtype if dtype in (torch.float16, torch.bfloat16) else None
+@dataclass
+class SamplingRun:
+    """One walk along a sampler's table, and how it is shown and recorded.
 
+    Args:
+        plan: the sampler's table.
+        seed: one-element int64 tensor on the device of the state.
+        start_index: index of the first sample, for the noise.
+        first_step: row of the table to start with.
+        on_step: called with the state after every step, which the next step overwrites.
+        progress, desc: show a progress bar, and the text before it.
+        graph: record a step and replay it; None where it can be, True raises where it cannot, False never.
+    """
 
-def call_model(model: Model, x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None = None) -> torch.Tensor:
-    """model(x, t, x_self_cond), with x and x_self_cond in the dtype of narrow weights."""
-    dtype = narrow_dtype(model)
-    if dtype is not None:
-        x, x_self_cond = x.to(dtype), None if x_self_cond is None else x_self_cond.to(dtype)
-    return model(x, t, x_self_cond)
+    plan: SamplerTable
+    seed: torch.Tensor
+    start_index: int = 0
+    first_step: int = 0
+    on_step: Callable[[torch.Tensor], None] | None = None
+    progress: bool = False
+    desc: str = "sampling loop time step"
+    graph: bool | None = None
+
+    @property
+    def rows(self) -> range:
+        """Rows of the table that the walk takes."""
+        return range(self.first_step, len(self.plan.times))
+
+    def progress_bar(self, device: torch.device) -> Progress:
+        """A progress bar over the steps, which run on `device`."""
+        return progress_on(device, len(self.rows), desc=self.desc, enabled=self.progress)
+
+    def step_done(self, x: torch.Tensor, bar: Progress) -> None:
+        """One more step has made x."""
+        if self.on_step is not None:
+            self.on_step(x)
+        bar.step_done()
 
 
 class SamplingState:
@@ -162,7 +185,7 @@ class SamplingState:
 
 
 class RecordedSteps:
-    """A `SamplingState` whose step is recorded; x0 of no step before is zeros, which `Unet` takes like None."""
+    """A `SamplingState` whose step is recorded; the first x0 is zeros, which `takes_zeros_for_no_estimate` allows."""
 
     def __init__(self, state: SamplingState, recorder, autocast: torch.dtype | None):
         self.state = state
@@ -171,7 +194,7 @@ class RecordedSteps:
 
     def _body(self) -> None:
         state = self.state
-        with recording.uncached_autocast(state.x.device, self._autocast):
+        with uncached_autocast(state.x.device, self._autocast):
             state.advance(state.x_start if state.self_condition else None)
 
     def _reset(self) -> None:
@@ -199,7 +222,7 @@ def why_not_recorded(
         return reason
     if x.shape[0] == 0:
         return "the batch is empty"
-    if self_condition and not isinstance(model, Unet):
+    if self_condition and not getattr(model, "takes_zeros_for_no_estimate", False):
         return "the model is conditioned on itself and is no Unet, so that its first step takes None instead of zeros"
     return None if any_module else recording.foreign_module(model)
 
@@ -208,30 +231,20 @@ def why_not_recorded(
 def sample_loop(
     model: Model,
     x: torch.Tensor,
-    plan: SamplerTable,
-    seed: torch.Tensor,
+    run: SamplingRun,
     *,
-    start_index: int = 0,
-    first_step: int = 0,
     self_condition: bool = False,
     noise_for_step: Callable[[int], torch.Tensor] | None = None,
-    on_step: Callable[[torch.Tensor], None] | None = None,
-    progress: bool = False,
-    desc: str = "sampling loop time step",
     num_timesteps: int | None = None,
     cache: recording.GraphCache | None = None,
 ) -> torch.Tensor:
-    """Denoise x in place, one row of the table after another.
+    """Denoise x in place, one row of the run's table after another.
 
     Args:
         model: takes (x, t, x_self_cond), returns the objective's output, shape of x.
-        x: (B, C, H, W) float32 contiguous, the state at `plan.times[first_step]`; overwritten.
-        seed: one-element int64 tensor on x's device.
-        start_index: index of the first sample, for the noise.
-        first_step: row of the table to start with.
+        x: (B, C, H, W) float32 contiguous, the state at `run.plan.times[run.first_step]`; overwritten.
         self_condition: give the model the previous estimate of x0.
         noise_for_step: ε of a step by its row, instead of the noise function.
-        on_step: called with the state after every step, which the next one overwrites.
         num_timesteps: T of the schedule; a network may then compute from all timesteps beforehand.
         cache: record the step there, or replay what is recorded; None runs step by step. The model must be one for
             which `why_not_recorded` has no reason.
@@ -241,38 +254,34 @@ def sample_loop(
     """
     if cache is not None and noise_for_step is not None:
         raise ValueError("noise_for_step must be None where steps are recorded, since a replay calls no function")
-    num_steps = len(plan.times)
+    num_steps = len(run.plan.times)
     options = {
-        "keeps_x_start": plan.uses_x_start_previous,
+        "keeps_x_start": run.plan.uses_x_start_previous,
         "self_condition": self_condition,
-        "start_index": start_index,
+        "start_index": run.start_index,
     }
-    rows = range(first_step, num_steps)
-    bar = progress_on(x.device, len(rows), desc=desc, enabled=progress)
-    with frozen_weights(model, num_timesteps), bar:
+    with frozen_weights(model, num_timesteps), run.progress_bar(x.device) as bar:
         if cache is None:
             state = SamplingState(model, x, num_steps, **options)
         else:
             steps = _recorded(cache, model, x, num_steps, options, num_timesteps)
             state = steps.state
             state.x.copy_(x)
-        state.load(plan, seed, first_step)
-        for row in rows:
+        state.load(run.plan, run.seed, run.first_step)
+        for row in run.rows:
             if cache is not None:
                 steps.replay()
             else:
                 noise = None if noise_for_step is None else noise_for_step(row)
-                state.advance(state.x_start if self_condition and row > first_step else None, noise)
-            if on_step is not None:
-                on_step(state.x)
-            bar.step_done()
+                state.advance(state.x_start if self_condition and row > run.first_step else None, noise)
+            run.step_done(state.x, bar)
     return x if cache is None else x.copy_(state.x)
 
 
 def _recorded(
     cache: recording.GraphCache, model: Model, x: torch.Tensor, num_steps: int, options: dict, num_timesteps: int | None
 ) -> RecordedSteps:
-    autocast = recording.autocast_of(x.device)
+    autocast = autocast_dtype(x.device.type)
     key = (tuple(x.shape), x.device, num_steps, num_timesteps, *options.values(), autocast, recording.settings())
 
     def make(recorder) -> RecordedSteps:

@@ -1,7 +1,7 @@
 """Beta schedules and everything that follows from them, in float64.
 
-A diffusion process is a handful of numbers per timestep. This file computes them once; what runs per step or per image
-reads columns of the tables made here and knows no schedule, no objective and no sampler by name:
+A diffusion process is a handful of numbers per timestep. This file computes them once. The kernels read columns of the
+tables made here and in samplers.py, and know no schedule, objective or sampler by name:
 
     forward diffusion   x_t = a·x0 + b·ε                                       columns a, b
     loss                w · mean((out − (c·ε + d·x0))²) per sample             columns c, d, w
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 
 
 def linear_beta_schedule(timesteps: int) -> torch.Tensor:
@@ -206,104 +205,6 @@ def prediction_table(schedule: Schedule, objective: str) -> torch.Tensor:
     return torch.stack([p, q], dim=1)
 
 
-@dataclass(frozen=True, eq=False)
-class SamplerTable:
-    """A sampler as numbers.
-
-    Args:
-        times: the timestep that the model sees at each of the S steps, descending.
-        table: (S, 6) float64, columns p, q, r, s, u, σ, one row per step.
-    """
-
-    times: tuple[int, ...]
-    table: torch.Tensor
-
-    @property
-    def uses_x_start_previous(self) -> bool:
-        """Whether any step reads the x0 of the step before it (u ≠ 0)."""
-        return bool((self.table[:, 4] != 0).any())
-
-
-def sampling_times(num_timesteps: int, sampling_timesteps: int) -> tuple[int, ...]:
-    """The timesteps visited, descending; with all of them T−1 … 0, with fewer the peer's spacing.
-
-    Raises:
-        ValueError: `sampling_timesteps` is not in [1, num_timesteps].
-    """
-    if not 1 <= sampling_timesteps <= num_timesteps:
-        raise ValueError(f"sampling_timesteps must be in [1, timesteps = {num_timesteps}], got {sampling_timesteps}")
-    # The peer's numbers, float32 truncation included; the last of them is −1, which stands for the data itself.
-    times = torch.linspace(-1, num_timesteps - 1, steps=sampling_timesteps + 1).int().tolist()
-    return tuple(reversed(times[1:]))
-
-
-def sampler_table(
-    schedule: Schedule, objective: str, sampler: str, sampling_timesteps: int, eta: float = 0.0
-) -> SamplerTable:
-    """The table of a sampler over `sampling_timesteps` of the schedule's timesteps.
-
-    Args:
-        sampler: "ddpm", ancestral sampling, on fewer timesteps with the respaced posterior (Nichol & Dhariwal 2021,
-            section 4); "ddim" with `eta` (Song et al. 2021, eq. 12 and 16), ε derived again from the clipped x0;
-            "dpmpp_2m", the multistep DPM-Solver++ of second order (Lu et al. 2022, algorithm 2), which takes its first
-            step, and its last, onto the data, with first order.
-        eta: DDIM's noise: 0 is deterministic, 1 has the variance of ancestral sampling. Others ignore it.
-
-    Raises:
-        ValueError: an unknown name, a number of steps outside the schedule, a negative or non-finite eta.
-    """
-    check_sampler(sampler)
-    if not (math.isfinite(eta) and eta >= 0):
-        raise ValueError(f"ddim_sampling_eta must be finite and at least 0, got {eta}")
-    times = sampling_times(schedule.num_timesteps, sampling_timesteps)
-    index = torch.tensor(times)
-    alphas_cumprod = schedule.alphas_cumprod[index]  # (S,) ᾱ now
-    alphas_cumprod_next = F.pad(alphas_cumprod[1:], (0, 1), value=1.0)  # (S,) ᾱ after the step; 1 is the data
-    columns = {
-        "ddpm": _ddpm_columns,
-        "ddim": lambda now, after: _ddim_columns(now, after, eta),
-        "dpmpp_2m": _dpmpp_2m_columns,
-    }[sampler](alphas_cumprod, alphas_cumprod_next)
-    prediction = prediction_table(schedule, objective)[index]  # (S, 2)
-    return SamplerTable(times, torch.cat([prediction, torch.stack(columns, dim=1)], dim=1))
-
-
-def _ddpm_columns(now: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """r, s, u, σ of the posterior q(x_next | x, x0) (Ho et al. 2020, eq. 7), β = 1 − ᾱ/ᾱ_next of the step taken."""
-    alpha = now / after
-    beta = 1 - alpha
-    r = beta * after.sqrt() / (1 - now)
-    s = (1 - after) * alpha.sqrt() / (1 - now)
-    sigma = (beta * (1 - after) / (1 - now)).sqrt()
-    return r, s, torch.zeros_like(r), sigma
-
-
-def _ddim_columns(now: torch.Tensor, after: torch.Tensor, eta: float) -> tuple[torch.Tensor, ...]:
-    """r, s, u, σ of DDIM (Song et al. 2021, eq. 12, σ of eq. 16), with ε = (x − √ᾱ x0) / √(1 − ᾱ) put in."""
-    sigma = eta * ((1 - now / after) * (1 - after) / (1 - now)).sqrt()
-    direction = (1 - after - sigma**2).clamp(min=0).sqrt()  # of ε
-    s = direction / (1 - now).sqrt()
-    r = after.sqrt() - s * now.sqrt()
-    return r, s, torch.zeros_like(r), sigma
-
-
-def _dpmpp_2m_columns(now: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """r, s, u, σ of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2).
-
-    x ← (σ_after/σ_now)·x − α_after·(e^(−h) − 1)·D with D = (1 + 1/(2ρ))·x0 − 1/(2ρ)·x0_previous, ρ = h_previous/h and
-    h the step in λ = log(α/σ). The last step ends on σ = 0 (h = ∞), where x is x0.
-    """
-    half_log_snr = 0.5 * (torch.log(now) - torch.log1p(-now))  # λ
-    half_log_snr_after = 0.5 * (torch.log(after) - torch.log1p(-after))
-    h = half_log_snr_after - half_log_snr
-    s = ((1 - after) / (1 - now)).sqrt()
-    gain = -after.sqrt() * torch.expm1(-h)
-    correction = torch.zeros_like(h)
-    correction[1:] = h[1:] / (2 * h[:-1])
-    correction[-1] = 0
-    return gain * (1 + correction), s, -gain * correction, torch.zeros_like(h)
-
-
 def check_objective(objective: str) -> None:
     """Raise ValueError unless it is a known objective."""
     if objective not in OBJECTIVES:
@@ -311,9 +212,3 @@ def check_objective(objective: str) -> None:
             f"objective must be one of {', '.join(OBJECTIVES)} (noise, image start, or v of the progressive "
             f"distillation paper), got {objective!r}"
         )
-
-
-def check_sampler(sampler: str) -> None:
-    """Raise ValueError unless it is a known sampler."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")

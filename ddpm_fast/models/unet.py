@@ -70,6 +70,11 @@ class Unet(DerivesWeights):
         ValueError: an argument does not fit, named in one sentence.
     """
 
+    # What a diffusion process may do with this network: write its input in the dtype and layout of convolutions, and
+    # give it zeros where there is no estimate of x0 yet, as a recorded step has to.
+    begins_with_convolution = True
+    takes_zeros_for_no_estimate = True
+
     def __init__(
         self,
         dim: int,

@@ -1,8 +1,15 @@
-"""What autocast is set to, asked in a way that dynamo can trace in every release of torch."""
+"""Autocast and narrow weights: what is set, and how a network is called under it.
+
+Everything here can be traced by dynamo in every release of torch that the package supports.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 import torch
+from torch import nn
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -19,3 +26,37 @@ def _has_autocast(device_type: str) -> bool:
 
 # As in extension.py: dynamo of torch 2.9 to 2.11 cannot trace the question, and the answer never changes.
 _has_autocast._dynamo_marked_constant = True
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """A context without autocast: references compute in the dtype of what they are given, as the kernels do."""
+    if autocast_dtype(device_type) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def uncached_autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Autocast to `dtype` without its cache of cast weights; None leaves autocast as it is.
+
+    The cache lives until the outermost autocast ends, and a recording would read it afterwards. A weight cast without
+    gradients would, in some releases of torch, take the weight's gradient from a later pass.
+    """
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+
+
+def narrow_dtype(model: Callable) -> torch.dtype | None:
+    """float16 or bfloat16 where the model's weights are that, and its inputs have to be; else None."""
+    if not isinstance(model, nn.Module):
+        return None
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None
+
+
+def call_model(
+    model: Callable, x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None = None
+) -> torch.Tensor:
+    """model(x, t, x_self_cond), with x and x_self_cond in the dtype of narrow weights."""
+    dtype = narrow_dtype(model)
+    if dtype is not None:
+        x, x_self_cond = x.to(dtype), None if x_self_cond is None else x_self_cond.to(dtype)
+    return model(x, t, x_self_cond)

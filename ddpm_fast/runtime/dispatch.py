@@ -8,7 +8,6 @@ every time, and `explain` prints the answer.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -18,7 +17,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ddpm_fast.runtime import extension
-from ddpm_fast.runtime.autocast import autocast_dtype
+from ddpm_fast.runtime.autocast import no_autocast as no_autocast
 
 BACKENDS = ("triton", "native", "sdpa", "reference")
 
@@ -182,13 +181,6 @@ class watch_choices:
     def __exit__(self, *exc_info) -> None:
         global _watched
         _watched = self._previous
-
-
-def no_autocast(device_type: str):
-    """A context without autocast: references compute in the dtype of what they are given, as the kernels do."""
-    if autocast_dtype(device_type) is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 _NO_TANGENTS = "forward-mode differentiation is on, and only the reference has tangents"

@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast.runtime import dispatch, extension
-from ddpm_fast.runtime.autocast import autocast_dtype
 
 _WARM_UPS = 2  # calls before a capture: libraries choose their algorithms and kernels compile in the first
 
@@ -318,20 +317,6 @@ def settings() -> tuple:
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
     )
-
-
-def autocast_of(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast where it is on for a device, else None."""
-    return autocast_dtype(device.type)
-
-
-def uncached_autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Autocast to a dtype (None: as it is) that remembers no cast of a weight and uses none that is remembered.
-
-    They live until the outermost autocast ends, where a recording would go on reading them; and one made without
-    gradients would, in some releases of torch, take the weight's gradient from a later pass.
-    """
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def why_not_recorded(model: object) -> str | None:

@@ -121,34 +121,34 @@ class TrainingStep:
             raise TypeError(f"images must be floating point in [0, 1] (divide 8-bit images by 255), got {images.dtype}")
         self._images.copy_(_pinned(images, self._images.device), non_blocking=True)
         lay_out_state(self.optimizer)
-        heads = None
+        self_conditioned = None
         if self.recorder.freezes_decisions:  # the coin is the host's, so that each side has a graph of its own
             reason = _why_not_recorded(self.diffusion, self.optimizer, self.any_module)
             if reason is not None:
                 raise ValueError(f"a graph cannot stand for the step: {reason}; graph=False runs it without one")
-            heads = self.diffusion.tosses_heads()
+            self_conditioned = self.diffusion.draw_self_condition()
             self._hold_rates()
             if self._holds() != self._held:
                 self.clear()
-        if heads not in self._recordings:
+        if self_conditioned not in self._recordings:
             reset = self._make_reset()
             try:
-                self._recordings[heads] = self.recorder.record(partial(self._body, heads), reset)
+                self._recordings[self_conditioned] = self.recorder.record(partial(self._body, self_conditioned), reset)
             except BaseException:
                 reset()  # the weights as they were, not as a warm-up left them
                 self._drop_gradients()
                 self.clear()
                 raise
             self._held = self._holds()
-        self._recordings[heads]()
+        self._recordings[self_conditioned]()
         torch.autograd.graph.increment_version(list(self.diffusion.parameters()))  # as if each op had been called
         if self._average is not None:
             self._average.update()
         return self._loss.clone()
 
-    def _body(self, heads: bool | None) -> None:
+    def _body(self, self_conditioned: bool | None) -> None:
         self._drop_gradients()
-        chosen = {} if heads is None else {"self_conditioned": heads}
+        chosen = {} if self_conditioned is None else {"self_conditioned": self_conditioned}
         with torch.autocast(
             self._images.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
         ):

@@ -7,7 +7,7 @@ import torch
 
 from ddpm_fast import GaussianDiffusion, Unet
 from ddpm_fast.diffusion.gaussian_diffusion import extract
-from ddpm_fast.ops.forward_diffusion.reference import lookup
+from ddpm_fast.ops.common.tables import lookup
 
 
 def make(**kwargs) -> GaussianDiffusion:

@@ -11,8 +11,9 @@ import math
 import pytest
 import torch
 
-from ddpm_fast.diffusion import schedules
-from ddpm_fast.diffusion.sampling import sample_loop
+from ddpm_fast import GaussianDiffusion, Unet
+from ddpm_fast.diffusion import samplers, schedules
+from ddpm_fast.diffusion.sampling import SamplingRun, sample_loop
 from ddpm_fast.diffusion.schedules import Schedule
 from ddpm_fast.noise import STREAM_INITIAL, normal, seed_tensor
 
@@ -43,7 +44,7 @@ def exact_model(objective: str):
     return model
 
 
-def exact_moments(plan: schedules.SamplerTable) -> tuple[float, float]:
+def exact_moments(plan: samplers.SamplerTable) -> tuple[float, float]:
     """Mean and standard deviation at which a table ends with the exact denoiser: each step is linear and Gaussian."""
     mean = torch.zeros(2, dtype=torch.float64)  # of (x, x0_previous)
     covariance = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
@@ -73,14 +74,14 @@ CASES = [
 @pytest.mark.parametrize("objective", schedules.OBJECTIVES)
 @pytest.mark.parametrize("sampler, steps, eta, tolerance", CASES)
 def test_ends_at_the_data_distribution(objective, sampler, steps, eta, tolerance):
-    plan = schedules.sampler_table(SCHEDULE, objective, sampler, steps, eta)
+    plan = samplers.sampler_table(SCHEDULE, objective, sampler, steps, eta)
     mean, std = exact_moments(plan)
     assert mean == pytest.approx(MEAN, abs=1e-4)
     assert std == pytest.approx(STD, rel=tolerance)
 
     seed = seed_tensor(11)
     x = normal((N // 4, 1, 2, 2), seed=seed, stream=STREAM_INITIAL)  # one call of Philox makes four numbers
-    x = sample_loop(exact_model(objective), x, plan, seed)
+    x = sample_loop(exact_model(objective), x, SamplingRun(plan, seed))
     # Four standard deviations of the estimates themselves.
     assert x.mean().item() == pytest.approx(mean, abs=4 * STD / math.sqrt(N))
     assert x.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * N))
@@ -92,7 +93,7 @@ def test_dpmpp_is_second_order():
     """Halving the step divides DDIM's error by about two and DPM-Solver++(2M)'s by about four or more."""
 
     def error(sampler: str, steps: int) -> float:
-        return abs(exact_moments(schedules.sampler_table(SCHEDULE, "pred_x0", sampler, steps))[1] - STD)
+        return abs(exact_moments(samplers.sampler_table(SCHEDULE, "pred_x0", sampler, steps))[1] - STD)
 
     assert 1.5 < error("ddim", 25) / error("ddim", 50) < 2.8
     assert error("dpmpp_2m", 25) / error("dpmpp_2m", 50) > 3.5
@@ -101,7 +102,7 @@ def test_dpmpp_is_second_order():
 
 def test_ddpm_on_fewer_steps_is_respaced_and_on_all_steps_the_peers():
     schedule = Schedule(schedules.make_betas("cosine", 50))
-    full = schedules.sampler_table(schedule, "pred_noise", "ddpm", 50)
+    full = samplers.sampler_table(schedule, "pred_noise", "ddpm", 50)
     buffers = schedule.buffers()
     assert full.times == tuple(range(49, -1, -1))
     torch.testing.assert_close(full.table[:, 2], buffers["posterior_mean_coef1"].flip(0))
@@ -109,16 +110,16 @@ def test_ddpm_on_fewer_steps_is_respaced_and_on_all_steps_the_peers():
     torch.testing.assert_close(full.table[:, 5] ** 2, buffers["posterior_variance"].flip(0))
     assert full.table[-1, 5] == 0, "no noise at t = 0"
     # DDIM with eta = 1 has ancestral sampling's variance on the same steps (Song et al. 2021, section 4.1).
-    few, ddim = (schedules.sampler_table(schedule, "pred_noise", s, 10, 1.0) for s in ("ddpm", "ddim"))
+    few, ddim = (samplers.sampler_table(schedule, "pred_noise", s, 10, 1.0) for s in ("ddpm", "ddim"))
     torch.testing.assert_close(few.table[:, 5], ddim.table[:, 5])
     torch.testing.assert_close(few.table[:, 2:4], ddim.table[:, 2:4], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("sampler", schedules.SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 399, 400])
 def test_tables_are_finite_and_end_on_x_start(sampler, steps):
     schedule = Schedule(schedules.make_betas("sigmoid", 400))
-    plan = schedules.sampler_table(schedule, "pred_v", sampler, steps, 0.7)
+    plan = samplers.sampler_table(schedule, "pred_v", sampler, steps, 0.7)
     assert plan.table.shape == (steps, 6) and plan.table.dtype == torch.float64
     assert torch.isfinite(plan.table).all()
     assert len(set(plan.times)) == steps and list(plan.times) == sorted(plan.times, reverse=True)
@@ -130,7 +131,7 @@ def test_diffusers_agrees_on_dpmpp_2m():
     """diffusers' DPMSolverMultistepScheduler on the same model and timesteps ends at the same images."""
     from diffusers import DPMSolverMultistepScheduler
 
-    plan = schedules.sampler_table(SCHEDULE, "pred_x0", "dpmpp_2m", 12)
+    plan = samplers.sampler_table(SCHEDULE, "pred_x0", "dpmpp_2m", 12)
     model = exact_model("pred_x0")
     theirs = DPMSolverMultistepScheduler(
         num_train_timesteps=TIMESTEPS,
@@ -147,5 +148,33 @@ def test_diffusers_agrees_on_dpmpp_2m():
     expected = x.clone()
     for t in theirs.timesteps:
         expected = theirs.step(model(expected, torch.tensor([int(t)])), t, expected).prev_sample
-    actual = sample_loop(model, x.clone(), plan, seed_tensor(0))
+    actual = sample_loop(model, x.clone(), SamplingRun(plan, seed_tensor(0)))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def euler(monkeypatch):
+    """Euler's method for the probability flow in σ̂ = √(1 − ᾱ)/√ᾱ, as a user would add it: one decorated function."""
+    monkeypatch.setattr(samplers, "SAMPLERS", dict(samplers.SAMPLERS))
+
+    @samplers.sampler("euler")
+    def rows(schedule, times, eta):
+        now, after = samplers.alphas_cumprod_of_steps(schedule, times)
+        sigma_now, sigma_after = ((1 - a).sqrt() / a.sqrt() for a in (now, after))
+        s = sigma_after / sigma_now * (after / now).sqrt()
+        r = after.sqrt() * (1 - sigma_after / sigma_now)
+        return samplers.Rows(times, r, s, torch.zeros_like(r), torch.zeros_like(r))
+
+
+def test_a_sampler_is_one_function(euler):
+    """It is sampled by name, in few steps and many, and is DDIM with η = 0 in other words."""
+    ours, ddim = (samplers.sampler_table(SCHEDULE, "pred_v", name, 25) for name in ("euler", "ddim"))
+    torch.testing.assert_close(ours.table, ddim.table, rtol=1e-9, atol=1e-12)
+    network = Unet(8, dim_mults=(1, 2))
+    images = [
+        GaussianDiffusion(network, image_size=8, sampling_timesteps=4, sampler=name).sample(2, seed=1, progress=False)
+        for name in ("euler", "ddim")
+    ]
+    torch.testing.assert_close(*images)
+    with pytest.raises(ValueError, match="a sampler of the name 'euler' is registered already"):
+        samplers.sampler("euler")(None)

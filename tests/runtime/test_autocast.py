@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddpm_fast.runtime.autocast import autocast_dtype
-from ddpm_fast.runtime.dispatch import no_autocast
+from ddpm_fast.runtime.autocast import autocast_dtype, no_autocast
 
 
 def test_the_dtype_is_that_of_the_innermost_autocast():

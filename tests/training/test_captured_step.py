@@ -101,10 +101,12 @@ def test_self_conditioning_has_a_recording_for_each_side_of_the_coin():
     sides = []
     for index, batch in enumerate(images(6)):
         torch.manual_seed(index)
-        heads = plain.tosses_heads()  # a recording's coin falls before the rest, which on CUDA has another generator
-        sides.append(heads)
+        self_conditioned = (
+            plain.draw_self_condition()
+        )  # a recording draws it first; on CUDA the rest has another generator
+        sides.append(self_conditioned)
         plain_adam.zero_grad()
-        expected = plain(batch, self_conditioned=heads)
+        expected = plain(batch, self_conditioned=self_conditioned)
         expected.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         plain_adam.step()

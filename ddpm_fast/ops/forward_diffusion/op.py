@@ -3,7 +3,7 @@
     x_t = a·x0 + b·ε
     loss = w · mean((out − (c·ε + d·x0))²) per sample
 
-An objective is a table of a, b, c, d, w with a row per timestep, made by ddpm_fast/schedules.py. Given a seed, both
+An objective is a table of a, b, c, d, w with a row per timestep, made by diffusion/schedules.py. Given a seed, both
 make the same ε where they need it: it is never stored.
 """
 
@@ -12,8 +12,11 @@ from __future__ import annotations
 import torch
 
 from ddpm_fast import noise as noise_function
+from ddpm_fast.noise import Noise
+from ddpm_fast.ops.common.tables import widest_dtype
 from ddpm_fast.ops.forward_diffusion import reference
 from ddpm_fast.runtime import extension, triton_launch
+from ddpm_fast.runtime.autocast import autocast_dtype
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -109,7 +112,7 @@ def q_sample(
     x_start: torch.Tensor,
     t: torch.Tensor,
     table: torch.Tensor,
-    noise: torch.Tensor | None = None,
+    noise: torch.Tensor | Noise | None = None,
     *,
     seed: int | torch.Tensor | None = None,
     normalize: bool = False,
@@ -117,6 +120,7 @@ def q_sample(
     offset_noise_strength: float = 0.0,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
+    for_network: bool = False,
 ) -> torch.Tensor:
     """x_t = a·x0 + b·ε (Ho et al. 2020, eq. 4).
 
@@ -125,13 +129,16 @@ def q_sample(
         t: (B,) int64. Outside [0, T) its image becomes NaN and nothing is read outside the table.
         table: (T, 2) floating point, columns a, b.
         noise: exactly this ε, shape of x_start; None generates it: the noise function of (seed, STREAM_TRAINING,
-            sample = batch index, step 0), in x_start's dtype.
+            sample = batch index, step 0), in x_start's dtype. A `ddpm_fast.noise.Noise` says either, with its offset;
+            seed and offset_noise_strength are not given then.
         seed: an int of 64 bits or a one-element int64 tensor; needed where noise or its offset is generated.
         normalize: map x0 from [0, 1] to [−1, 1].
         flip: (B,) bool or uint8: mirror the image left to right, before the noise is added.
         offset_noise_strength: ε gains this times one normal number per image and channel, of STREAM_OFFSET.
         dtype: of the result; None is the widest of x_start, table and noise.
         memory_format: of the result, torch.contiguous_format or torch.channels_last; None is x_start's.
+        for_network: the result is read by a convolution and by nothing else. Where dtype is None it is that of autocast
+            or float32, and on CUDA the memory format is channels_last, in which convolutions are fastest there.
 
     Returns:
         x_t, shape of x_start.
@@ -139,23 +146,17 @@ def q_sample(
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
-    _check(x_start, t, table, noise, seed, flip, offset_noise_strength, columns=("a", "b"))
+    noise = _as_noise(noise, seed, offset_noise_strength)
+    _check(x_start, t, table, noise, flip, columns=("a", "b"))
     if memory_format not in (None, torch.contiguous_format, torch.channels_last):
         raise ValueError(f"memory_format must be contiguous_format, channels_last or None, got {memory_format}")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point type or None, got {dtype}")
-    return _q_sample_op(
-        x_start,
-        t,
-        table,
-        noise,
-        seed=None if seed is None else noise_function.seed_tensor(seed, x_start.device),
-        normalize=normalize,
-        flip=flip,
-        offset_noise_strength=offset_noise_strength,
-        dtype=dtype,
-        memory_format=memory_format,
-    )
+    if for_network:
+        memory_format = _format_for_network(x_start) if memory_format is None else memory_format
+        dtype = autocast_dtype(x_start.device.type) if dtype is None else dtype
+    options = {"normalize": normalize, "flip": flip, "dtype": dtype, "memory_format": memory_format}
+    return _with_noise(_q_sample_op, (x_start, t, table), noise, options)
 
 
 def diffusion_loss(
@@ -163,7 +164,7 @@ def diffusion_loss(
     x_start: torch.Tensor,
     t: torch.Tensor,
     table: torch.Tensor,
-    noise: torch.Tensor | None = None,
+    noise: torch.Tensor | Noise | None = None,
     *,
     seed: int | torch.Tensor | None = None,
     normalize: bool = False,
@@ -185,7 +186,8 @@ def diffusion_loss(
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
-    _check(x_start, t, table, noise, seed, flip, offset_noise_strength, columns=("c", "d", "w"))
+    noise = _as_noise(noise, seed, offset_noise_strength)
+    _check(x_start, t, table, noise, flip, columns=("c", "d", "w"))
     if x_start.ndim < 2:
         raise ValueError(f"x_start must have at least two dimensions, got {tuple(x_start.shape)}")
     if not isinstance(model_output, torch.Tensor) or not model_output.is_floating_point():
@@ -196,29 +198,51 @@ def diffusion_loss(
             f"model_output must have x_start's shape {tuple(x_start.shape)} and device {x_start.device}, "
             f"got {tuple(model_output.shape)} on {model_output.device}"
         )
-    return _diffusion_loss_op(
-        model_output,
-        x_start,
-        t,
-        table,
-        noise,
-        seed=None if seed is None else noise_function.seed_tensor(seed, x_start.device),
-        normalize=normalize,
-        flip=flip,
-        offset_noise_strength=offset_noise_strength,
+    return _with_noise(
+        _diffusion_loss_op, (model_output, x_start, t, table), noise, {"normalize": normalize, "flip": flip}
     )
 
 
-def makes_noise_in_its_pass(
-    x_start: torch.Tensor, t: torch.Tensor, table: torch.Tensor, memory_format: torch.memory_format | None = None
-) -> bool:
-    """Whether `q_sample` with a seed stores no noise; where it would, storing it once beats making it twice."""
-    options = {**_DEFAULTS, "memory_format": memory_format}
-    return _q_sample_op.choose(x_start, t, table, None, **options).name != "reference"
+def _with_noise(op: Op, inputs: tuple, noise: Noise, options: dict) -> torch.Tensor:
+    """Run an op whose last three inputs are x_start, t and a table; the reference stores the noise of a seed."""
+
+    def arguments() -> tuple[tuple, dict]:
+        seed = None if noise.seed is None else noise_function.seed_tensor(noise.seed, x_start.device)
+        strength = noise.offset_noise_strength
+        return (*inputs, noise.tensor), {"seed": seed, "offset_noise_strength": strength, **options}
+
+    x_start, _, table = inputs[-3:]
+    args, kwargs = arguments()
+    implementation = op.choose(*args, **kwargs)
+    if implementation.name == "reference" and noise.seed is not None:
+        noise.store(x_start, widest_dtype(table, x_start))
+        args, kwargs = arguments()
+    return implementation.function(*args, **kwargs)
 
 
-def _check(x_start, t, table, noise, seed, flip, offset_noise_strength, columns) -> None:
+def _format_for_network(x_start: torch.Tensor) -> torch.memory_format | None:
+    """channels_last where the device's convolutions are fastest with it and the kernels can write it."""
+    # On meta, shapes are counted as they are on CUDA.
+    is_accelerated = x_start.device.type in ("cuda", "meta") and x_start.ndim == 4
+    return torch.channels_last if is_accelerated and x_start.shape[1] <= _MAX_CHANNELS else None
+
+
+def _as_noise(noise: torch.Tensor | Noise | None, seed: int | torch.Tensor | None, strength: float) -> Noise:
+    """The three arguments as one value.
+
+    Raises:
+        ValueError: a `Noise` with a seed or a strength beside it, or none of what makes noise.
+    """
+    if not isinstance(noise, Noise):
+        return Noise(noise, seed, strength)
+    if seed is not None or strength != 0.0:
+        raise ValueError("seed and offset_noise_strength must not be given beside a Noise, which has its own")
+    return noise
+
+
+def _check(x_start, t, table, noise: Noise, flip, columns) -> None:
     """The checks of every implementation; values on the device are not looked at."""
+    noise, offset_noise_strength = noise.tensor, noise.offset_noise_strength
     for name, tensor in (("x_start", x_start), ("t", t), ("table", table), ("noise", noise), ("flip", flip)):
         if tensor is None and name in ("noise", "flip"):
             continue
@@ -245,12 +269,8 @@ def _check(x_start, t, table, noise, seed, flip, offset_noise_strength, columns)
         )
     if flip is not None and (flip.dtype not in (torch.bool, torch.uint8) or flip.shape != t.shape):
         raise ValueError(f"flip must be bool or uint8 of shape {tuple(t.shape)}, got {flip.dtype} {tuple(flip.shape)}")
-    if offset_noise_strength < 0:
-        raise ValueError(f"offset_noise_strength must not be negative, got {offset_noise_strength}")
     if offset_noise_strength > 0 and x_start.ndim < 2:
         raise ValueError(f"x_start must have channels for offset noise, got shape {tuple(x_start.shape)}")
-    if seed is None and (noise is None or offset_noise_strength > 0):
-        raise ValueError("seed must be given where noise or its offset is generated, got None")
 
 
 def _q_sample_by(operator: str):
@@ -258,7 +278,7 @@ def _q_sample_by(operator: str):
         x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength, dtype, memory_format
     ) -> torch.Tensor:
         if dtype is None:
-            dtype = reference.compute_dtype(table, x_start, noise)
+            dtype = widest_dtype(table, x_start, noise)
         options = (normalize, offset_noise_strength, dtype, _writes_channels_last(x_start, memory_format))
         return getattr(torch.ops.ddpm_fast, operator)(x_start, t, table, noise, seed, flip, *options)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ddpm_fast import noise, use_backend
-from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, makes_noise_in_its_pass, q_sample
+from ddpm_fast.noise import Noise, epsilon
+from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.runtime import dispatch
 from ddpm_fast.testing.isolation import run_kernel_tests
 
@@ -127,5 +128,40 @@ def test_on_the_cpu_triton_refuses_with_its_reason():
         with pytest.raises(RuntimeError, match=f"diffusion_loss: backend 'triton' was forced and refuses: {reason}"):
             diffusion_loss(x, x, t, loss_table, eps)
     assert reason in dispatch.explain([torch.device("cpu")])
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3])
+def test_the_reference_stores_noise_once_for_both_ops(strength):
+    x, t, table, loss_table, _ = make_inputs()
+    noise, expected = Noise(None, 5, strength), epsilon(x, None, 5, strength, x.dtype)
     with use_backend("reference"):
-        assert not makes_noise_in_its_pass(x, t, table)
+        x_t = q_sample(x, t, table, noise)
+        assert torch.equal(noise.tensor, expected) and noise.seed is None and noise.offset_noise_strength == 0
+        stored = noise.tensor
+        loss = diffusion_loss(x, x, t, loss_table, noise)
+        assert noise.tensor is stored
+        assert torch.equal(x_t, q_sample(x, t, table, expected))
+        assert torch.equal(loss, diffusion_loss(x, x, t, loss_table, expected))
+
+
+def test_noise_that_cannot_be_made_is_refused():
+    x, t, table, _, eps = make_inputs()
+    for make, message in (
+        (lambda: Noise(), "seed must be given where noise or its offset is generated"),
+        (lambda: Noise(eps, offset_noise_strength=0.1), "seed must be given where noise or its offset is generated"),
+        (lambda: Noise(eps, 3, -0.1), "offset_noise_strength must not be negative, got -0.1"),
+        (lambda: q_sample(x, t, table, Noise(eps), seed=3), "must not be given beside a Noise"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_x_t_for_a_network_has_the_dtype_of_autocast():
+    x, t, table, _, eps = make_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert q_sample(x, t, table, eps, for_network=True).dtype == torch.bfloat16
+        assert q_sample(x, t, table, eps).dtype == torch.float32
+        assert q_sample(x, t, table, eps, for_network=True, dtype=torch.float32).dtype == torch.float32
+    assert q_sample(x.to("meta"), t.to("meta"), table.to("meta"), eps.to("meta"), for_network=True).is_contiguous(
+        memory_format=torch.channels_last
+    )

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from ddpm_fast import GaussianDiffusion, Unet, noise, use_backend
-from ddpm_fast.diffusion import gaussian_diffusion, schedules
+from ddpm_fast.diffusion import schedules
+from ddpm_fast.noise import Noise
 from ddpm_fast.ops.forward_diffusion import reference
-from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, makes_noise_in_its_pass, q_sample
+from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.testing.truth import assert_close_to_truth
 
@@ -431,7 +432,7 @@ def test_training_loss_makes_no_noise_tensor_and_equals_the_reference(objective,
         torch.manual_seed(3)
         with use_backend(backend), monkeypatch.context() as patch:
             if backend == "triton":
-                patch.setattr(gaussian_diffusion, "normal", None)
+                patch.setattr(Noise, "store", None)
             loss = diffusion(x, times=t, loss_reduction="none")
             results.append((loss.detach(), torch.autograd.grad(loss.sum(), diffusion.model.scale)[0]))
     for expected, actual in zip(*results, strict=True):
@@ -449,8 +450,7 @@ def test_immiscible_and_overridden_methods_keep_the_tensor():
     own(x, times=t)
     assert own.seen.shape == x.shape
     immiscible = GaussianDiffusion(Scale(), image_size=8, timesteps=T, immiscible=True).to(DEVICE)
-    assert makes_noise_in_its_pass(x, t, immiscible.forward_table)
-    assert not immiscible._noise_stays_a_seed(x, t)
+    assert immiscible._noise(x, None, 0.0).tensor.shape == x.shape
     assert immiscible(x, times=t).isfinite()
 
 
