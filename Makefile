@@ -31,6 +31,9 @@ ONE_THREAD := OMP_NUM_THREADS=1
 # The benchmarks' threads, the same for both sides.
 BENCH_THREADS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 2 ? n : 2)))
 
+# Triton decides at its import whether it interprets, so that `make test` runs pytest twice: kernels, then the rest.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
 .PHONY: demo test test-torch bench bench-compiled cuda-model sanitize wheels clean
 .DELETE_ON_ERROR:
 
@@ -43,7 +46,7 @@ demo: $(VENV)/.demo-ready
 	@echo "The digits are in $(CURDIR)/demo/grid.png, their way out of the noise in strip.png, the loss in loss.png."
 
 test: $(VENV)/.test-ready
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+	@failed=0; TRITON_INTERPRET=1 $(PYTEST) tests/ops || failed=1; $(PYTEST) && exit $$failed
 
 # A number, torch==2.11.0 or newest; without TORCH the pinned release. It needs nothing of $(VENV).
 test-torch:

@@ -74,7 +74,7 @@ def _no_forced_backend_leaks():
 
 @pytest.fixture(autouse=True)
 def _arithmetic(request):
-    name = request.config.getoption("--arithmetic")
+    name = getattr(request, "param", None) or request.config.getoption("--arithmetic")
     with contextlib.nullcontext() if name is None else gpu_arithmetic.emulated(name):
         yield
 

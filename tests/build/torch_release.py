@@ -31,9 +31,8 @@ COMPILED = (
     "runtime/test_autocast.py", "test_facilities.py", "models/test_inference_weights.py", "build/test_cuda_*.py",
     "benchmarks/test_cuda_model.py", "ops/*/test_aot.py",
 )  # fmt: skip
-INTERPRETED = tuple(
-    f"ops/{room}/test_op.py" for room in ("attention", "forward_diffusion", "linear_attention", "norm_linear", "norm_silu")
-)
+# In Triton's interpreter, which takes a run of its own.
+INTERPRETED = ("ops/*/test_triton.py",)
 
 
 class NotInstalled(Exception):
@@ -120,14 +119,19 @@ def test(folder: Path, options: list[str], workers: int, quick: bool) -> int:
     tree = folder / "tree"
     if subprocess.run([python_of(folder), "-c", PROBE], cwd=tree, env=environment(), check=False).returncode:
         return 1
-    files = [] if any(".py" in option for option in options) else tests(tree, quick)
-    command = [python_of(folder), "-m", "pytest", "-q", "--numprocesses", str(workers), "--dist", "worksteal"]
-    return subprocess.run([*command, *options, *files], cwd=tree, env=environment(), check=False).returncode
+    command = [python_of(folder), "-m", "pytest", "-q", "--numprocesses", str(workers), "--dist", "worksteal", *options]
+
+    def run(*files: str, **variables: str) -> int:
+        return subprocess.run([*command, *files], cwd=tree, env=environment() | variables, check=False).returncode
+
+    if any(".py" in option for option in options):
+        return run()
+    interpreted = 0 if quick else run(*tests(tree, INTERPRETED), TRITON_INTERPRET="1")
+    return run(*tests(tree, NATIVE + COMPILED)) or interpreted
 
 
-def tests(tree: Path, quick: bool = False) -> list[str]:
+def tests(tree: Path, patterns: tuple[str, ...]) -> list[str]:
     """Files of tests, relative to the tree."""
-    patterns = (*NATIVE, *COMPILED, *(() if quick else INTERPRETED))
     return [str(file.relative_to(tree)) for pattern in patterns for file in sorted((tree / "tests").glob(pattern))]
 
 

@@ -1,18 +1,35 @@
 """How tests of Triton kernels run: `TRITON_INTERPRET=1 pytest tests/ops`; on a GPU
 `pytest tests/ops/*/test_triton.py -n 14 --dist worksteal`.
 
-Production shapes run first, on every worker. A kernel test that is skipped has failed.
+Production shapes run first, on every worker. A kernel test that is skipped has failed. Tests marked `arithmetic` run
+twice in the interpreter, the second time in the arithmetic of sm_80 (testing/gpu_arithmetic.py): its matrix unit keeps
+the fewest bits and adds the fewest products at once.
 """
 
 from __future__ import annotations
+
+import os
 
 import pytest
 
 KERNEL_TESTS = "test_triton.py"
 
 
+def pytest_generate_tests(metafunc):
+    if metafunc.definition.get_closest_marker("arithmetic") and os.environ.get("TRITON_INTERPRET") == "1":
+        metafunc.parametrize("_arithmetic", [None, "sm_80"], ids=["exact", "sm_80"], indirect=True)
+
+
+def is_wanted(item) -> bool:
+    """False for the sm_80 form of cases that a mark arithmetic(only=ID) leaves out."""
+    marker = item.get_closest_marker("arithmetic")
+    only = marker and marker.kwargs.get("only")
+    return only is None or item.callspec.params.get("_arithmetic") is None or only in item.callspec.params.values()
+
+
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config, items):
+    items[:] = [item for item in items if is_wanted(item)]
     if all(item.path.name == KERNEL_TESTS for item in items):
         items.sort(key=lambda item: item.get_closest_marker("production") is None)
         items[:] = deal(items, getattr(config, "workerinput", {}).get("workercount", 1))

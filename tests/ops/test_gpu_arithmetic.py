@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ddpm_fast.testing import gpu_arithmetic
 from ddpm_fast.testing.gpu_arithmetic import UNITS, div_full, exp_approx, multiply, multiply_tf32x3, sqrt_approx, within
-from ddpm_fast.testing.isolation import alone
 from ddpm_fast.testing.truth import assert_close_to_truth
 
 OPS = Path(__file__).parent
@@ -70,27 +65,7 @@ def test_sums_over_positions_hold_the_rule_only_outside_the_matrix_unit(position
         assert_close_to_truth(found[True], reference, truth, name="inside")
 
 
-CASES = {
-    "linear_attention": "test_shapes or test_sums_over or test_half_types or test_chunks or large_magnitude",
-    "norm_silu": "cancel or test_rows_of_zeros or test_variance or test_half_types or (test_options and all)",
-    "norm_linear": "test_shapes or test_rows_of_zeros or test_half_types or test_linear_residual",
-    "attention": "test_shapes or test_half_types or test_large_and_small or test_very_negative",
-    "forward_diffusion": "test_options or test_objectives or the_noise_function or second_stage",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not there")
-@pytest.mark.parametrize("name", CASES)
-def test_tolerances_hold_in_the_arithmetic_of_a_gpu(name):
-    """sm_80, whose matrix unit keeps the fewest bits and adds the fewest products at once."""
-    environment = alone() | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--arithmetic", "sm_80"]
-    command += ["-k", CASES[name], str(OPS / name / "test_triton.py")]
-    result = subprocess.run(command, cwd=OPS.parents[1], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-
-
 def test_every_file_of_kernel_tests_is_judged():
-    assert set(CASES) == {file.parent.name for file in OPS.glob("*/test_triton.py")} - {"production"}
-    assert set(gpu_arithmetic.UNITS) == {f"sm_{n}" for n in (80, 90, 100)}
+    """tests/ops/conftest.py runs the marked tests of each file in the arithmetic of a GPU."""
+    for file in OPS.glob("*/test_triton.py"):
+        assert ("@pytest.mark.arithmetic" in file.read_text()) == (file.parent.name != "production"), file

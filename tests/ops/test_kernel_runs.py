@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_fast.testing.isolation import alone, run_kernel_tests
+from ddpm_fast.testing.isolation import alone
 
 CONFTESTS = [Path(__file__).parents[1] / "conftest.py", Path(__file__).parent / "conftest.py"]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -30,12 +29,6 @@ def test_large(number):
 def test_skips():
     pytest.skip("no reason")
 """
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_production_shapes_in_the_interpreter():
-    run_kernel_tests("production")
 
 
 @pytest.fixture

@@ -23,15 +23,8 @@ from ddpm_fast.testing.attention_cases import (
     make,
     weights_like,
 )
-from ddpm_fast.testing.isolation import run_kernel_tests
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_kernels_in_the_interpreter():
-    run_kernel_tests("attention")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

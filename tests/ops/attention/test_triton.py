@@ -25,11 +25,13 @@ from ddpm_fast.testing.attention_cases import (
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("shape, layout", [(s, "nhwc") for s in SHAPES] + [(s, "nchw") for s in SHAPES[:5]], ids=str)
 def test_shapes(shape, layout):
     assert_as_accurate_as_the_reference("triton", *make(shape, layout, DEVICE))
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types(dtype):
     """The map in a half type and the memory in float32, as under autocast; then both in half, then only the memory."""
@@ -60,6 +62,7 @@ def test_gradients_of_another_layout():
     assert torch.equal(*found)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("scale", [8.0, 1e-4])
 def test_large_and_small_scores(scale):
     """Scores of a few hundred, whose exponentials overflow unless the largest is subtracted; and a flat softmax.
@@ -73,6 +76,7 @@ def test_large_and_small_scores(scale):
     assert_as_accurate_as_the_reference("triton", qkv, mem_kv, heads, "sdpa")
 
 
+@pytest.mark.arithmetic
 def test_very_negative_scores():
     """Every score near −3000: keys that do not exist, with a score of 0, must not show."""
     qkv, mem_kv, heads = make((1, 1, 16, 5, 7, 2), "nhwc", DEVICE)

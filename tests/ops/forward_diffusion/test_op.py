@@ -12,7 +12,6 @@ from ddpm_fast import noise, use_backend
 from ddpm_fast.noise import Noise, epsilon
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.runtime import dispatch
-from ddpm_fast.testing.isolation import run_kernel_tests
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -22,12 +21,6 @@ SHAPE = (2, 3, 4, 5)
 def make_inputs():
     """x_start, t, the table of q_sample, the table of diffusion_loss, ε."""
     return torch.rand(SHAPE), torch.tensor([1, 2]), torch.rand(4, 2), torch.rand(4, 3), torch.randn(SHAPE)
-
-
-@needs_triton
-@pytest.mark.slow
-def test_kernels_in_the_interpreter():
-    run_kernel_tests("forward_diffusion")
 
 
 def test_the_reference_is_the_formula():

@@ -156,6 +156,7 @@ def test_dtypes(dtype, out_dtype, memory_format):
         check_loss(output.contiguous(memory_format=FORMATS[memory_format]), x, eps, options)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("normalize, flip, offset", list(itertools.product([False, True], repeat=3)))
 def test_options(normalize, flip, offset, memory_format):
@@ -168,6 +169,7 @@ def test_options(normalize, flip, offset, memory_format):
         check_loss(output, x, None, options)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("objective", schedules.OBJECTIVES)
 def test_objectives(objective, memory_format):
@@ -192,6 +194,7 @@ def test_float16_gradients_of_large_images_do_not_underflow():
     assert_close_to_truth(actual, expected, truth)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("shape", [(3, 3, 7, 9), (2, 4, 16, 16)])
 def test_the_noise_is_the_noise_function(shape, memory_format):
@@ -244,6 +247,7 @@ def test_runs_repeat_bit_for_bit_and_inputs_stay():
     assert all(torch.equal(a, b) for a, b in zip(copies, (x, t, output), strict=True))
 
 
+@pytest.mark.arithmetic
 def test_the_second_stage_sums_any_number_of_tiles():
     from ddpm_fast.ops.forward_diffusion import triton as kernel
 

@@ -12,19 +12,12 @@ from ddpm_fast import use_backend
 from ddpm_fast.models import layers
 from ddpm_fast.ops.linear_attention.op import linear_attention
 from ddpm_fast.runtime import dispatch
-from ddpm_fast.testing.isolation import run_kernel_tests
 from ddpm_fast.testing.linear_attention_cases import LAYOUTS, SMALL, make, run
 from ddpm_fast.testing.truth import assert_close_to_truth
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_kernels_in_the_interpreter():
-    run_kernel_tests("linear_attention")
 
 
 def peers_tail(attention: torch.nn.Module, qkv: torch.Tensor, residual: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -37,11 +37,13 @@ SHAPES = [
 ]
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape):
     assert_as_accurate_as_the_reference(*make(shape, "nhwc", DEVICE))
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("side", [16, 32, 64])
 def test_sums_over_many_positions(side):
     """Errors of the context and of the weights' gradients do not grow with the number of tiles."""
@@ -58,6 +60,7 @@ def test_without_residual_and_with_a_weight_of_two_dimensions():
     assert_as_accurate_as_the_reference(tensors, others)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types(dtype):
     """Maps in a half type and parameters in float32, as under autocast; then all in half."""
@@ -69,6 +72,7 @@ def test_half_types(dtype):
     assert_as_accurate_as_the_reference({name: tensor.to(dtype) for name, tensor in tensors.items()}, others)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_keys_and_queries_of_large_magnitude(dtype):
     """exp of them overflows or vanishes: softmax is finite only relative to the largest, memory included."""
@@ -121,6 +125,7 @@ def test_float16_of_rows_that_are_small(C, monkeypatch):
     assert_as_accurate_as_the_reference(tensors, others, scale=1e-4)
 
 
+@pytest.mark.arithmetic
 def test_chunks_that_are_no_power_of_two(monkeypatch):
     """18 of them, which the merge adds eight at a time."""
     choose = kernel.choose_launch

@@ -13,18 +13,11 @@ from ddpm_fast import use_backend
 from ddpm_fast.ops.norm_linear import reference
 from ddpm_fast.ops.norm_linear.op import linear_residual, norm_linear
 from ddpm_fast.runtime import dispatch
-from ddpm_fast.testing.isolation import run_kernel_tests
 from ddpm_fast.testing.norm_linear_cases import make, run
 from ddpm_fast.testing.truth import assert_close_to_truth
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 SHAPE = (2, 8, 3, 4, 12)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_kernels_in_the_interpreter():
-    run_kernel_tests("norm_linear")
 
 
 def plain(x, g, weight):

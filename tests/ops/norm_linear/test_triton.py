@@ -25,6 +25,7 @@ def exact_products():
         yield
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(layout, shape):
@@ -39,6 +40,7 @@ def test_many_chunks_of_pixels():
     assert_as_accurate_as_the_reference(make(shape, "nhwc", DEVICE))
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types(layout, dtype):
@@ -58,6 +60,7 @@ def test_tf32_where_convolutions_may_use_it():
         torch.testing.assert_close(value, exact[name], rtol=2e-2, atol=2e-2 * exact[name].abs().max().item())
 
 
+@pytest.mark.arithmetic
 def test_rows_of_zeros():
     """The norm is clamped: finite, and equal to the reference in its huge gradient as well."""
     tensors = make(SMALL, "nhwc", DEVICE)
@@ -198,6 +201,7 @@ def test_refuses_rows_that_registers_do_not_hold(precision, most):
         norm_linear(**tensors)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_residual(dtype, layout):

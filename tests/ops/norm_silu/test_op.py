@@ -15,19 +15,12 @@ from ddpm_fast.models.layers import Block, ResnetBlock
 from ddpm_fast.ops.norm_silu import reference
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
 from ddpm_fast.runtime import dispatch
-from ddpm_fast.testing.isolation import run_kernel_tests
 from ddpm_fast.testing.norm_silu_cases import NORMS, OPTIONS, make
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 SHAPE = (2, 8, 3, 4, 2)
 
 both_norms = pytest.mark.parametrize("norm", NORMS)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_kernels_in_the_interpreter():
-    run_kernel_tests("norm_silu")
 
 
 @both_norms

@@ -37,6 +37,7 @@ def test_shapes(norm, layout, option, shape):
     assert_as_accurate_as_the_reference(norm, *make(norm, shape, option, layout, DEVICE))
 
 
+@pytest.mark.arithmetic(only="all")
 @both_norms
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("shape", [SMALL, (3, 24, 3, 5, 4)], ids=str)
@@ -49,6 +50,7 @@ def test_many_channels_and_many_pixels():
     assert_as_accurate_as_the_reference("group", *make("group", (1, 513, 33, 31, 27), "bias", "nhwc", DEVICE))
 
 
+@pytest.mark.arithmetic
 @both_norms
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -78,6 +80,7 @@ def test_maps_of_other_layouts_and_dtypes(norm):
         assert torch.equal(NORMS[norm](**tensors, **others), out)
 
 
+@pytest.mark.arithmetic
 def test_rows_of_zeros():
     """The norm is clamped: finite, and equal to the reference in its huge gradient as well."""
     tensors, others = make("rms", SMALL, "scale", "nhwc", DEVICE)
@@ -87,6 +90,7 @@ def test_rows_of_zeros():
     assert_as_accurate_as_the_reference("rms", tensors, others)
 
 
+@pytest.mark.arithmetic
 def test_gradients_that_cancel():
     """One channel per norm: x of RMSNorm only gives its sign, and a bias before GroupNorm changes nothing.
 
@@ -107,6 +111,7 @@ def test_gradients_that_cancel():
     assert gradients["dbias"].abs().max() < 1e-5
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("shape", [(2, 24, 5, 7, 4), (1, 8, 40, 40, 2)], ids=str)
 def test_variance_far_from_zero(shape):
     """Mean 1000, deviation 1: E[x²] − E[x]² in float32 would have no correct digit of the variance."""
