@@ -17,6 +17,9 @@ PACKAGE = Path(__file__).parents[1] / "ddpm_fast"
 ROWS = [
     ["__main__"],
     ["cli"],
+    ["cli/commands"],
+    ["cli/train", "cli/sample", "cli/bench", "cli/doctor"],
+    ["cli/options"],
     ["measure/command"],
     ["measure/profile"],
     ["measure/compare"],

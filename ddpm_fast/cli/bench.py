@@ -1,0 +1,103 @@
+"""`ddpm-fast bench`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ddpm_fast.cli.options import (
+    Channels,
+    Folder,
+    Integer,
+    Integers,
+    Text,
+    UserError,
+    check_positive,
+    checkpoint_file,
+    device_of,
+    image_size_of,
+)
+
+Rival = Literal[
+    "peer",
+    "peer-channels-last",
+    "peer-compiled",
+    "peer-max-autotune",
+    "diffusers",
+    "ours-low-memory",
+    "ours-step-by-step",
+]
+
+
+@dataclasses.dataclass
+class Bench:
+    """Time a configuration here against the peer, denoising-diffusion-pytorch, which must be installed.
+
+    Both take turns in one process with the same weights, images and precision, after their output, loss and gradients
+    were found equal. Prints a table, says which implementation each op took and why, and draws a bar chart.
+    """
+
+    checkpoint: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CHECKPOINT]")] = None
+    """Take the configuration of this checkpoint or results folder; what is given below goes over it."""
+    dim: Integer = None
+    """Width of the network's first stage (64)."""
+    dim_mults: Integers = None
+    """Width of each stage in multiples of --dim (1 2 4 8)."""
+    channels: Channels = None
+    """1 grey, 3 RGB, 4 RGBA (3)."""
+    image_size: Integers = None
+    """Height and width, or one number for both (on a GPU 128, on a CPU 32)."""
+    batch_size: Integer = None
+    """Images per step (on a GPU 16, on a CPU 4)."""
+    amp: Literal["no", "fp16", "bf16"] = "no"
+    """Mixed precision, on both sides."""
+    steps: int = 10
+    """Steps of each sampling run that is timed."""
+    against: tuple[Rival, ...] = ("peer", "peer-channels-last")
+    """What to compare with; the compiled ones take minutes to compile."""
+    seconds: float = 40.0
+    """Time to measure for, preparation aside."""
+    profile: bool = False
+    """Also say where our time goes: the floor that the machine allows, how far from it we are, what dominates."""
+    out: Path = Path("bench.png")
+    """The bar chart."""
+    json: Annotated[Folder, tyro.conf.arg(metavar="FILE")] = None
+    """Also write every number here."""
+    device: Text = None
+    """Such as cpu or cuda:0; by default the first accelerator."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def run(options):
+    """`ddpm-fast bench`."""
+    from ddpm_fast.measure import baselines, command
+
+    check_positive(steps=options.steps, **{"batch-size": options.batch_size or 1})
+    if options.seconds <= 0:
+        raise UserError(f"--seconds must be positive; got {options.seconds}")
+    reason = baselines.why_not("peer") if "peer" in options.against else None
+    if reason is not None:
+        raise UserError(f"{reason}, and --against peer needs it")
+    device = device_of(options.device)
+    given = {
+        "dim": options.dim,
+        "dim_mults": options.dim_mults,
+        "channels": options.channels,
+        "steps": options.steps,
+        "image_size": image_size_of(options.image_size),
+        "batch": options.batch_size,
+        "dtype": None if options.amp == "no" else options.amp,
+    }
+    checkpoint = None if options.checkpoint is None else checkpoint_file(options.checkpoint)
+    configuration = command.configuration_from(checkpoint, given, device)
+    command.run(
+        configuration,
+        device,
+        against=list(options.against),
+        seconds=options.seconds,
+        out=options.out,
+        json_file=options.json,
+        with_profile=options.profile,
+    )

@@ -1,0 +1,39 @@
+"""The four commands as one choice, parsed by tyro."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from ddpm_fast.cli import bench, doctor, sample, train
+
+Command = (
+    Annotated[train.Train, tyro.conf.subcommand("train")]
+    | Annotated[sample.Sample, tyro.conf.subcommand("sample")]
+    | Annotated[bench.Bench, tyro.conf.subcommand("bench")]
+    | Annotated[doctor.Doctor, tyro.conf.subcommand("doctor")]
+)
+
+
+def parse(arguments: Sequence[str] | None) -> train.Train | sample.Sample | bench.Bench | doctor.Doctor:
+    """The command with its options, from these arguments or from the command line; a mistake there exits with 2."""
+    return tyro.cli(
+        Command,
+        prog="ddpm-fast",
+        args=arguments,
+        description="Denoising diffusion, fast: train, sample, bench, doctor.",
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def run(command: train.Train | sample.Sample | bench.Bench | doctor.Doctor) -> None:
+    """Do what a parsed command says."""
+    match command:
+        case train.Train():
+            train.run(command)
+        case sample.Sample():
+            sample.run(command)
+        case bench.Bench():
+            bench.run(command)
+        case doctor.Doctor():
+            doctor.run(command)

@@ -1,0 +1,29 @@
+"""`ddpm-fast doctor`."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class Doctor:
+    """Show versions, devices, the compiled extension, and which implementation each operation would use."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def run(options):
+    """`ddpm-fast doctor`."""
+    import platform
+
+    import torch
+
+    import ddpm_fast
+    from ddpm_fast.runtime import extension
+
+    print(f"ddpm_fast {ddpm_fast.__version__}, python {platform.python_version()}, torch {torch.__version__}")
+    print(f"system: {platform.platform()}, {torch.get_num_threads()} threads")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"CUDA devices: {', '.join(names) or 'none'} (torch built for CUDA {torch.version.cuda or 'none'})")
+    info = extension.info()
+    print(f"extension: {info if info else f'not loaded: {extension.reason()}'}")
+    print(ddpm_fast.explain())
