@@ -43,7 +43,7 @@ ROWS = [
     ["ops/arguments", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
     ["ops/common/tables"],
     ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
-    ["runtime/extension", "runtime/autocast"],
+    ["runtime/extension", "runtime/autocast", "runtime/extras"],
 ]
 
 

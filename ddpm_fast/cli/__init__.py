@@ -7,16 +7,21 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from ddpm_fast.cli import commands
+from ddpm_fast.runtime.extras import MissingExtraError, needed_for
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `ddpm-fast`; errors that the user can put right end with one line and exit code 2."""
+    try:
+        with needed_for("the command ddpm-fast"):
+            from ddpm_fast.cli import commands
+    except MissingExtraError as error:
+        _stop(error)
     command = commands.parse(arguments)
     warnings.showwarning = _show_warning
     try:
         commands.run(command)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, MissingExtraError) as error:
         if command.debug or not _is_for_the_user(error):
             raise
         _stop(error)

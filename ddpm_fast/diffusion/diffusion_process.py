@@ -252,7 +252,10 @@ class DiffusionProcess(nn.Module):
         Returns:
             (B,) int64, a permutation of the batch.
         """
-        from scipy.optimize import linear_sum_assignment
+        from ddpm_fast.runtime.extras import needed_for
+
+        with needed_for("immiscible=True"):
+            from scipy.optimize import linear_sum_assignment
 
         distance = torch.cdist(x_start.flatten(1), noise.flatten(1))
         _, assignment = linear_sum_assignment(distance.cpu())

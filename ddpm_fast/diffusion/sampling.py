@@ -7,6 +7,8 @@ recorded once (as a CUDA graph, on the CPU as a tape of operator calls) and repl
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,9 +43,7 @@ class Progress:
     def __init__(self, total: int, *, desc: str, enabled: bool, mark: Callable[[], object] | None = None):
         self._bar = None
         if enabled:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(desc=desc, total=total)
+            self._bar = _make_bar(desc, total)
         self._mark = mark
         self._pending = deque()
 
@@ -72,6 +72,17 @@ class Progress:
         while self._pending and (len(self._pending) > all_but or self._pending[0].query()):
             self._pending.popleft().synchronize()
             self._bar.update(1)
+
+
+def _make_bar(desc: str, total: int):
+    """tqdm's bar, or None with a warning where tqdm is not installed: a bar is no reason to refuse samples."""
+    if importlib.util.find_spec("tqdm") is None:
+        hint = "pip install tqdm, or progress=False"
+        warnings.warn(f"no progress bar is shown, since tqdm is not installed ({hint})", stacklevel=2)
+        return None
+    from tqdm.auto import tqdm
+
+    return tqdm(desc=desc, total=total)
 
 
 def progress_on(device: torch.device, total: int, *, desc: str, enabled: bool) -> Progress:

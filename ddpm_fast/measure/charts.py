@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ddpm_fast.runtime.extras import needed_for
+
 # Ours, then the others, in a palette that stays apart in grey and for the colour-blind (Okabe & Ito 2008).
 _COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#F0E442", "#999999", "#009E73")
 
@@ -25,8 +27,9 @@ def bars(
         spread: panel → bar → (low, high), drawn as an error bar.
         path: a PNG; overwritten.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needed_for("a chart"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}

@@ -17,6 +17,7 @@ import torch
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
 from ddpm_fast.models.unet import Unet
+from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.training.atomic_files import write_atomically
 
 _SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule, "sigmoid": sigmoid_beta_schedule}
@@ -75,7 +76,8 @@ def load_checkpoint(path, *, image_size=None, map_location="cpu", **overrides):
 
     Raises FileNotFoundError, CheckpointError (damaged, foreign, other architecture), TypeError (unknown override).
     """
-    from ema_pytorch import EMA
+    with needed_for("load_checkpoint"):
+        from ema_pytorch import EMA
 
     contents = _as_trainer_file(load_file(path), path)
     config = contents.get("config") or {}

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.utils.data
-from PIL import Image
 
+from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.training.atomic_files import write_atomically
+
+with needed_for("reading and writing images"):
+    import numpy  # noqa: F401 (pixels go between Pillow and torch as arrays)
+    from PIL import Image
 
 # What Pillow's decoders raise on files that are damaged, foreign or too big to be honest.
 _DECODE_ERRORS = (
@@ -102,7 +106,8 @@ class DigitsDataset(torch.utils.data.Dataset):
 
     def __init__(self, image_size=8):
         super().__init__()
-        from sklearn.datasets import load_digits
+        with needed_for("DigitsDataset"):
+            from sklearn.datasets import load_digits
 
         digits = load_digits()
         self.image_size = image_size

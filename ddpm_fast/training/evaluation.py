@@ -3,11 +3,14 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm.auto import tqdm
 
+from ddpm_fast.runtime.extras import MissingExtraError, needed_for
 from ddpm_fast.training.atomic_files import write_atomically
+
+with needed_for("FID"):
+    import numpy as np
+    from tqdm.auto import tqdm
 
 
 class FIDUnavailableError(ValueError):
@@ -88,9 +91,10 @@ class FIDEvaluation:
 def load_inception(inception_block_idx, device):
     """pytorch_fid's InceptionV3 as a function to features (B, inception_block_idx)."""
     try:
-        from pytorch_fid.inception import InceptionV3
-    except ImportError as error:
-        raise FIDUnavailableError("pytorch_fid is not installed (pip install pytorch-fid)") from error
+        with needed_for("FID"):
+            from pytorch_fid.inception import InceptionV3
+    except MissingExtraError as error:
+        raise FIDUnavailableError(str(error)) from error
     sizes = InceptionV3.BLOCK_INDEX_BY_DIM
     if inception_block_idx not in sizes:
         raise ValueError(f"inception_block_idx must be one of {', '.join(map(str, sizes))}; got {inception_block_idx}")

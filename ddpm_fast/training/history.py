@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from pathlib import Path
 
+from ddpm_fast.runtime import extras
 from ddpm_fast.training.atomic_files import write_atomically
 
 
@@ -18,7 +20,10 @@ class LossHistory:
         self.path = Path(folder) / "loss.csv"
 
     def start(self, step):
-        """Keep the rows up to `step`, so that a resumed run repeats none."""
+        """Keep the rows up to `step`, so that a resumed run repeats none; warn if nothing will draw loss.png."""
+        if not extras.is_installed("matplotlib"):
+            how = extras.how_to_install("matplotlib")
+            warnings.warn(f"loss.png is not drawn, since matplotlib is not installed: {how}", stacklevel=3)
         kept = [row for row in self.rows() if int(row[0]) <= step]
         text = io.StringIO()
         csv.writer(text).writerows([self._HEADER, *kept])
@@ -39,7 +44,9 @@ class LossHistory:
         return [row for row in csv.reader(lines[1:]) if len(row) == len(self._HEADER)]
 
     def plot(self):
-        """Draw loss.png, the loss on a logarithmic axis over the step."""
+        """Draw loss.png, the loss on a logarithmic axis over the step; without matplotlib nothing is drawn."""
+        if not extras.is_installed("matplotlib"):
+            return
         from matplotlib.figure import Figure
 
         rows = self.rows()

@@ -12,26 +12,29 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-)
-from ema_pytorch import EMA
 from torch.optim import Adam
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ddpm_fast._version import __version__
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
+from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.training.batches import BatchOrder, BatchStream, derive_seed
 from ddpm_fast.training.captured_step import lay_out_state
 from ddpm_fast.training.checkpoint import CheckpointError, load_ema, load_file, load_matching, save_atomically
 from ddpm_fast.training.data import Dataset, DigitsDataset, save_image_grid
 from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError
 from ddpm_fast.training.history import LossHistory
+
+with needed_for("Trainer"):
+    from accelerate import Accelerator
+    from accelerate.utils import (
+        DataLoaderConfiguration,
+        DistributedDataParallelKwargs,
+        InitProcessGroupKwargs,
+        broadcast_object_list,
+    )
+    from ema_pytorch import EMA
+    from tqdm.auto import tqdm
 
 # Only rank 0 samples at a milestone; the others wait in their next all-reduce for as long as that takes.
 _LONGEST_WAIT = timedelta(hours=12)

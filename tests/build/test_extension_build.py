@@ -62,7 +62,7 @@ def copy_of_sources(folder: Path) -> Path:
     built = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
     for name in ("csrc", "ddpm_fast"):
         shutil.copytree(ROOT / name, folder / name, ignore=built)
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, folder)
     return folder
