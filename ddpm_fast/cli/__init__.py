@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from ddpm_fast.runtime.extras import MissingExtraError, needed_for
 
@@ -27,17 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _stop(error)
 
 
-def _stop(error: Exception) -> None:
+def _stop(error: Exception) -> NoReturn:
     print(f"ddpm-fast: error: {error}", file=sys.stderr)
     raise SystemExit(2) from None
 
 
 def _is_for_the_user(error: Exception) -> bool:
     """True if our own code raised it as a check: an error from deeper down is a fault of the program."""
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    module = frame.tb_frame.f_globals.get("__name__", "")
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = frames[-1].f_globals.get("__name__", "")
     return isinstance(error, OSError) or module.split(".")[0] in ("ddpm_fast", "accelerate")
 
 

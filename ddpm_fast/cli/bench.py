@@ -70,7 +70,7 @@ class Bench:
     """Show the traceback of an error."""
 
 
-def run(options):
+def run(options: Bench) -> None:
     """`ddpm-fast bench`."""
     from ddpm_fast.measure import baselines, command
 

@@ -11,7 +11,7 @@ class Doctor:
     """Show the traceback of an error."""
 
 
-def run(options):
+def run(options: Doctor) -> None:
     """`ddpm-fast doctor`."""
     import platform
 

@@ -1,34 +1,41 @@
 """What the commands share: types of options, and checks of what was given. Heavy imports stand in functions."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from ddpm_fast.diffusion.samplers import SAMPLERS
 
-
-def _unset(kind, metavar):
-    """An option of this type that may be left out, without the word None in the help."""
-    return Annotated[kind | None, tyro.conf.arg(metavar=metavar, help_behavior_hint="")]
+if TYPE_CHECKING:
+    import torch
 
 
-Folder = _unset(Path, "FOLDER")
-Text = _unset(str, "NAME")
-Integer = _unset(int, "INT")
-Integers = _unset(tuple[int, ...], "INT ...")
-Number = _unset(float, "FLOAT")
-YesNo = _unset(bool, "True|False")
-Channels = _unset(Literal[1, 3, 4], "1|3|4")
-Schedule = _unset(Literal["linear", "cosine", "sigmoid"], "linear|cosine|sigmoid")
-Sampler = _unset(Literal[tuple(SAMPLERS)], "|".join(SAMPLERS))
+# Options that may be left out, without the word None in the help.
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+Text = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+Integer = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+Integers = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+YesNo = Annotated[bool | None, tyro.conf.arg(metavar="True|False", help_behavior_hint="")]
+Channels = Annotated[Literal[1, 3, 4] | None, tyro.conf.arg(metavar="1|3|4", help_behavior_hint="")]
+Schedule = Annotated[
+    Literal["linear", "cosine", "sigmoid"] | None,
+    tyro.conf.arg(metavar="linear|cosine|sigmoid", help_behavior_hint=""),
+]
+if TYPE_CHECKING:
+    Sampler = str | None
+else:  # the names that are registered
+    Sampler = Annotated[
+        Literal[tuple(SAMPLERS)] | None, tyro.conf.arg(metavar="|".join(SAMPLERS), help_behavior_hint="")
+    ]
 
 
 class UserError(ValueError):
     """Something to put right on the command line."""
 
 
-def checkpoint_file(path):
+def checkpoint_file(path: Path) -> Path:
     """The file itself, or the latest checkpoint of a results folder."""
     from ddpm_fast.training.checkpoint import find_latest
 
@@ -40,16 +47,17 @@ def checkpoint_file(path):
     return latest[0]
 
 
-def image_size_of(numbers):
+def image_size_of(numbers: tuple[int, ...] | None) -> int | tuple[int, int] | None:
     """None, one number, or a pair (height, width) from the numbers of --image-size."""
     if numbers is None:
         return None
     if len(numbers) not in (1, 2):
         raise UserError(f"--image-size takes one number or two (height width); got {len(numbers)}")
-    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-def device_of(name):
+def device_of(name: str | None) -> "torch.device":
+    """The device of --device, or the first accelerator."""
     import torch
 
     if name is not None:
@@ -60,10 +68,12 @@ def device_of(name):
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
         return device
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else accelerator
 
 
-def check_positive(**values):
+def check_positive(**values: int) -> None:
+    """Raise UserError for a number below 1, by the name of its option."""
     for name, value in values.items():
         if value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1; got {value}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -19,6 +19,11 @@ from ddpm_fast.cli.options import (
     device_of,
     image_size_of,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
 
 File = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
 
@@ -65,7 +70,7 @@ class Sample:
     """Show the traceback of an error."""
 
 
-def run(options):
+def run(options: Sample) -> None:
     """`ddpm-fast sample`."""
     import torch
 
@@ -73,7 +78,7 @@ def run(options):
     from ddpm_fast.training.data import save_image_grid, save_trajectory_strip
 
     check_positive(num_samples=options.num_samples, batch_size=options.batch_size, scale=options.scale)
-    overrides = {
+    overrides: dict[str, Any] = {
         "image_size": image_size_of(options.image_size),
         "sampler": options.sampler,
         "sampling_timesteps": options.sampling_timesteps,
@@ -101,7 +106,7 @@ def run(options):
         print(f"each image on its own: {options.raw}")
 
 
-def _draw(diffusion, count, batch_size, seed):
+def _draw(diffusion: "GaussianDiffusion", count: int, batch_size: int, seed: int) -> "torch.Tensor":
     """`count` images (N, C, h, w) on the CPU; the batch size does not change them."""
     import torch
 
@@ -110,13 +115,13 @@ def _draw(diffusion, count, batch_size, seed):
     return torch.cat(batches)
 
 
-def _strip_rows(diffusion, options):
+def _strip_rows(diffusion: "GaussianDiffusion", options: Sample) -> int:
     """How many trajectories to show: four, or fewer where holding all their steps would take too much memory."""
     height, width = diffusion.image_size
     bytes_each = 4 * diffusion.channels * height * width * (diffusion.sampling_timesteps + 1)
     return max(1, min(_STRIP_ROWS, options.num_samples, _MAX_TRAJECTORY_BYTES // bytes_each))
 
 
-def _columns(count):
+def _columns(count: int) -> int:
     """Columns of a grid that is about square."""
     return max(1, round(count**0.5 + 0.49))

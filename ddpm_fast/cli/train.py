@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -17,6 +17,9 @@ from ddpm_fast.cli.options import (
     YesNo,
     image_size_of,
 )
+
+if TYPE_CHECKING:
+    from ddpm_fast.training.trainer import Trainer
 
 Data = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
 
@@ -113,7 +116,7 @@ class Train:
     """Show the traceback of an error."""
 
 
-def run(options):
+def run(options: Train) -> None:
     """`ddpm-fast train`."""
     values = _with_defaults(options)
     from ddpm_fast.training.checkpoint import find_latest
@@ -140,7 +143,7 @@ def run(options):
     trainer.accelerator.end_training()
 
 
-def _make_trainer(options, values):
+def _make_trainer(options: Train, values: dict[str, Any]) -> "Trainer":
     import torch
 
     from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
@@ -188,7 +191,7 @@ def _make_trainer(options, values):
     )
 
 
-def _with_defaults(options):
+def _with_defaults(options: Train) -> dict[str, Any]:
     """The options marked (data), with what was not given filled in for a folder or for the digits."""
     defaults = dict(_DIGITS_DEFAULTS if options.data == "digits" else _FOLDER_DEFAULTS)
     given = {name: getattr(options, name) for name in defaults if getattr(options, name) is not None}

@@ -73,7 +73,7 @@ class DiffusionProcess(nn.Module):
 
         schedule_fn_kwargs = dict(schedule_fn_kwargs or {})
         self.model = model
-        self.channels = model.channels
+        self.channels: int = model.channels
         self.self_condition = model.self_condition
         self.image_size = _image_size(image_size)
         self.objective = objective

@@ -13,6 +13,7 @@ import importlib.util
 import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ class Configuration:
     def size(self) -> tuple[int, int]:
         """Height and width."""
         n = self.image_size
-        return (n, n) if isinstance(n, int) else tuple(n)
+        return (n, n) if isinstance(n, int) else (n[0], n[1])
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -85,7 +86,7 @@ class Contender:
     """
 
     name: str
-    diffusion: torch.nn.Module
+    diffusion: Any
     training_step: Callable[[], torch.Tensor]
     sample: Callable[[], torch.Tensor]
     optimizer: str
@@ -119,7 +120,7 @@ def make(name: str, configuration: Configuration, device: torch.device, *, seed:
     device = torch.device(device)
     torch.manual_seed(seed)
     build = _diffusers if name == "diffusers" else _ours if name.startswith("ours") else _peer
-    diffusion = build(name, configuration, device.type == "cuda").to(device)
+    diffusion: Any = build(name, configuration, device.type == "cuda").to(device)
     if name == "peer-channels-last":
         diffusion = diffusion.to(memory_format=torch.channels_last)
     if name in ("peer-compiled", "peer-max-autotune"):
@@ -192,7 +193,7 @@ def _results(contender: Contender, configuration: Configuration, images, noise, 
     if not gradients:
         with autocast(configuration, images.device), torch.inference_mode():
             return {"output": diffusion.model(noise.clone(), t).double().clone()}
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     hook = diffusion.model.register_forward_hook(
         lambda module, args, output: found.update(output=output.detach().double().clone())
     )
@@ -333,7 +334,7 @@ def _adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
 
 
 def _fused_adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
-    options = {"fused": True, "capturable": True} if device.type == "cuda" else {"fused": True}
+    options: dict[str, Any] = {"fused": True, "capturable": True} if device.type == "cuda" else {"fused": True}
     return torch.optim.Adam(diffusion.parameters(), lr=1e-5, **options), "torch.optim.Adam(fused=True)"
 
 

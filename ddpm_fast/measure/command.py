@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def configuration_from(checkpoint: Path | None, given: dict, device: torch.devic
         checkpoint: a checkpoint file.
         given: fields of `Configuration` by name; None is not given.
     """
-    fields = dict(_SIZE.get(device.type, _SIZE["cpu"]))
+    fields: dict[str, Any] = dict(_SIZE.get(device.type, _SIZE["cpu"]))
     if checkpoint is not None:
         loaded = load_checkpoint(checkpoint, image_size=given.get("image_size"))
         fields |= _of_network(loaded.model)
@@ -76,8 +77,8 @@ def run(
         result["profile"] = profile.profile(configuration, device, seconds=seconds / 2)
         print("\n" + profile.report(result["profile"]))
     if json_file is not None:
-        with write_atomically(json_file) as file:
-            file.write((json.dumps(result, indent=2) + "\n").encode())
+        with write_atomically(json_file) as target:
+            target.write((json.dumps(result, indent=2) + "\n").encode())
         print(f"numbers: {json_file}")
 
 

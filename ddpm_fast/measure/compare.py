@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ def compare(
     device = torch.device(device)
     began = time.time()
     made, left_out, errors = prepare(names, configuration, device, say)
-    result = {
+    result: dict[str, Any] = {
         "configuration": configuration.as_dict(), "machine": machine.describe(device), "errors": errors,
         "left_out": left_out, "phases": {}, "choices": [],
     }  # fmt: skip

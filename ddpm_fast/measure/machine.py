@@ -6,8 +6,11 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +41,7 @@ class Ceilings:
 def describe(device: torch.device) -> dict:
     """Machine, driver and versions, for the head of a report. Nothing here identifies a user or a host."""
     device = torch.device(device)
-    facts = {
+    facts: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -85,12 +88,12 @@ def measure_ceilings(device: torch.device, *, quick: bool = False, seconds: floa
     on_cuda = device.type == "cuda"
     source = torch.randn((2**16 if quick else 2**28 if on_cuda else 2**25), device=device)
     target = torch.empty_like(source)
-    calls = {"copy": lambda: target.copy_(source)}
+    calls: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
     n = 64 if quick else 8192 if on_cuda else 1024
     dtypes = _DTYPES if on_cuda else {"fp32": torch.float32}
     for label, dtype in dtypes.items():
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        calls[label] = lambda a=a, b=b: a @ b
+        calls[label] = partial(torch.matmul, a, b)
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     try:

@@ -141,7 +141,7 @@ def _measure(call, device: torch.device, steps: int, seconds: float) -> tuple[fl
     """Median seconds per step, and each operator's share of the time under torch's profiler."""
     watch = Stopwatch(device)
     call()
-    times = []
+    times: list[float] = []
     began = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - began < seconds and len(times) < 50):
         times.append(watch.time(call) / steps)
@@ -161,7 +161,7 @@ def kernels(call, device: torch.device) -> list[tuple[str, float, int]]:
         Stopwatch(device).synchronize()
     averages = profiler.key_averages()
     if device.type == "cuda":  # kernels alone: the operators' rows hold the same time once more
-        kinds = torch.autograd.DeviceType.CUDA
+        kinds = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
         found = [e for e in averages if e.device_type == kinds and not getattr(e, "is_user_annotation", False)]
         events = [(event.key, event.self_device_time_total / 1e6, event.count) for event in found]
     else:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -368,7 +368,7 @@ def _count_kept(traffic: Traffic, excluded: set[int]):
 
 
 @contextlib.contextmanager
-def kernels_take_meta_tensors():
+def kernels_take_meta_tensors() -> Iterator[None]:
     """Let the implementations for CUDA accept meta tensors, whose shapes are all that is counted.
 
     Triton must be installed: how its kernels cut up their work is asked of them.
@@ -380,7 +380,7 @@ def kernels_take_meta_tensors():
         yield
 
 
-def measure_training(diffusion: torch.nn.Module, batch: int = 1) -> Traffic:
+def measure_training(diffusion: Any, batch: int = 1) -> Traffic:
     """One training step on a batch, of one image unless told otherwise: loss and backward, the noise drawn inside."""
     diffusion = copy.deepcopy(diffusion).to("meta")
     image = torch.rand(batch, diffusion.channels, *diffusion.image_size, device="meta")
@@ -394,7 +394,7 @@ def measure_training(diffusion: torch.nn.Module, batch: int = 1) -> Traffic:
     return traffic
 
 
-def measure_sampling(diffusion: torch.nn.Module, batch: int = 1) -> Traffic:
+def measure_sampling(diffusion: Any, batch: int = 1) -> Traffic:
     """One step of sampling a batch, of one image unless told otherwise: the network and the update of the state.
 
     The network's weights are frozen, as in a run of many steps.

@@ -25,7 +25,7 @@ def _has_autocast(device_type: str) -> bool:
 
 
 # As in extension.py: dynamo of torch 2.9 to 2.11 cannot trace the question, and the answer never changes.
-_has_autocast._dynamo_marked_constant = True
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:

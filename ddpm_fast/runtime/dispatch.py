@@ -31,7 +31,7 @@ class BackendRefused(RuntimeError):
     """`use_backend` forces an implementation that refuses the call; the text gives its reason."""
 
 
-def never_refuses(*args, **kwargs) -> str | None:
+def never_refuses(*args: Any, **kwargs: Any) -> str | None:
     """The `refuses` of a reference implementation, and the `yields` of most."""
     return None
 
@@ -53,7 +53,7 @@ class Implementation:
     refuses: Callable[..., str | None] = never_refuses
     yields: Callable[..., str | None] = never_refuses
 
-    def why_not(self, *args, **kwargs) -> str | None:
+    def why_not(self, *args: Any, **kwargs: Any) -> str | None:
         """Why it is not chosen for a call where nothing is forced; None where it is, if no earlier one is."""
         reason = self.refuses(*args, **kwargs)
         return self.yields(*args, **kwargs) if reason is None else reason
@@ -87,7 +87,7 @@ class Op:
         self.examples = {name: example} | (more_examples or {})
         _ops[name] = self
 
-    def choose(self, *args, **kwargs) -> Implementation:
+    def choose(self, *args: Any, **kwargs: Any) -> Implementation:
         """The implementation that runs for these arguments.
 
         Raises:
@@ -106,7 +106,7 @@ class Op:
         if in_forward_mode():
             self.count(last.name, _NO_TANGENTS)
             return last
-        refusals = []
+        refusals: list[str] = []
         for implementation in self.implementations:
             # `why_not` without its calls, which cost microseconds: small networks choose a hundred times in one.
             reason = implementation.refuses(*args, **kwargs)
@@ -125,7 +125,7 @@ class Op:
             key = (self.name, implementation, reasons)
             _watched[key] = _watched.get(key, 0) + 1
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.choose(*args, **kwargs).function(*args, **kwargs)
 
 
@@ -155,7 +155,7 @@ class use_backend:
     def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         global _forced
         _forced = self._previous
 
@@ -178,7 +178,7 @@ class watch_choices:
         self._previous, _watched = _watched, {}
         return _watched
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         global _watched
         _watched = self._previous
 

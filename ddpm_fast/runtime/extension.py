@@ -80,7 +80,7 @@ def why_not(device: torch.device) -> str | None:
 
 # What torch.compiler.assume_constant_result does, without its import of dynamo: under torch.compile the answer is
 # computed while tracing, so that the first load may happen there.
-why_not._dynamo_marked_constant = True
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _decide() -> _Outcome:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -118,9 +119,9 @@ class CudaRecorder:
         if is_ended:
             return
         device = torch.cuda.current_device()
-        if torch.__version__ < (2, 13):
+        if torch.__version__ < (2, 13):  # type: ignore[operator]  # a TorchVersion compares with tuples
             torch._C._cuda_endAllocateToPool(device, pool)
-        if torch.__version__ < (2, 14):
+        if torch.__version__ < (2, 14):  # type: ignore[operator]
             torch._C._cuda_releasePool(device, pool)
         # A capture that succeeds, of one small kernel, takes the generator out of capture mode.
         number, whole = torch.zeros((), device=self.device), torch.cuda.CUDAGraph()
@@ -166,7 +167,9 @@ class TapeRecorder:
             if tape is not None:
                 tape.replay()
                 return
-            written = extension.load().Tape()
+            module = extension.load()
+            assert module is not None, "why_not has refused"
+            written = module.Tape()
             with _WritesDown(written):
                 body()
             written.finish()
@@ -178,11 +181,11 @@ class TapeRecorder:
 class _WritesDown(TorchDispatchMode):
     """Every operator that is called in the block, below autograd and autocast, goes to the tape as well."""
 
-    def __init__(self, tape):
+    def __init__(self, tape: Any):
         super().__init__()
         self._tape = tape
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         returned = func(*args, **kwargs)
         self._tape.append(func._schema.name, func._schema.overload_name, args, kwargs, returned)
@@ -219,20 +222,20 @@ class GraphCache:
         recorder: makes them, by device; None: tapes on the CPU and CUDA graphs elsewhere.
     """
 
-    def __init__(self, limit: int = 4, recorder: type | None = None):
+    def __init__(self, limit: int = 4, recorder: Any = None):
         self.limit = limit
         self.recorder = recorder
         self._busy = threading.Lock()
         self._last: torch.cuda.Event | None = None
         self.clear()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return GraphCache, (self.limit, self.recorder)
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def recorder_on(self, device: torch.device) -> type:
+    def recorder_on(self, device: torch.device) -> Any:
         """The class of what records on a device."""
         return self.recorder or (TapeRecorder if device.type == "cpu" else CudaRecorder)
 
@@ -259,7 +262,7 @@ class GraphCache:
         self._recorders: dict[torch.device, object] = {}
         self._weights: object = None
 
-    def find(self, device: torch.device, key: Hashable, weights: object, make: Callable[[object], object]) -> object:
+    def find(self, device: torch.device, key: Hashable, weights: object, make: Callable[[Any], Any]) -> Any:
         """The entry of a key, made where there is none, or where none is kept.
 
         Args:
@@ -311,7 +314,7 @@ def settings() -> tuple:
     return (
         dispatch.forced_backend(),
         # Not allow_tf32, which raises where precisions were set by name.
-        (torch.backends.fp32_precision, cuda.matmul.fp32_precision, cudnn.conv.fp32_precision),
+        (torch.backends.fp32_precision, cuda.matmul.fp32_precision, cudnn.conv.fp32_precision),  # type: ignore[attr-defined]
         (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction),
         torch.are_deterministic_algorithms_enabled(),
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),

@@ -93,4 +93,4 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 # Under torch.compile the answer is computed while tracing; see extension.why_not.
-why_not_triton._dynamo_marked_constant = True
+why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -78,7 +78,7 @@ class Machine:
 
 
 def compile_kernel(
-    kernel: Callable,
+    kernel: Any,
     signature: dict[str, str],
     constants: dict[str, object],
     capability: int,
@@ -116,7 +116,7 @@ def read_machine(cubin: bytes, shared: int, tmp_path: Path) -> Machine:
     file.write_bytes(cubin)
     usage = _run("-res-usage", file)
     sass = _run("-sass", file)
-    numbers = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
+    numbers = {key: int(re.findall(rf"\b{key}:(\d+)", usage)[0]) for key in ("REG", "STACK", "LOCAL")}
     accesses: dict[tuple[str, int], int] = {}
     for kind, modifiers in re.findall(r"\b(LDGSTS|LDG|STG|LDS|STS|LDL|STL)((?:\.\w+)*)\b", sass):
         width = next((int(w) for w in re.findall(r"\.[US]?(8|16|64|128)\b", modifiers)), 32)

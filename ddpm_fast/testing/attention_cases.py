@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ def weights_like(out: torch.Tensor) -> torch.Tensor:
     return torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
 
 
-def run(backend: str | None, qkv: torch.Tensor, mem_kv: torch.Tensor, heads: int) -> dict[str, torch.Tensor]:
+def run(backend: str | None, qkv: torch.Tensor, mem_kv: torch.Tensor, heads: int) -> dict[str, Any]:
     """The output and every gradient, with poisoned memory: what is not written is NaN."""
     qkv, mem_kv = (tensor.detach().clone().requires_grad_() for tensor in (qkv, mem_kv))
     was = torch.are_deterministic_algorithms_enabled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -20,7 +21,8 @@ GRADS = {
 
 def instruction_sets() -> list[str]:
     """Those that this build and processor have."""
-    module, found = extension.load(), []
+    module = extension.load()
+    found: list[str] = []
     if module is None:
         return found
     before = module.instruction_set()
@@ -33,8 +35,9 @@ def instruction_sets() -> list[str]:
 
 
 @contextlib.contextmanager
-def instructions(name: str):
+def instructions(name: str) -> Iterator[None]:
     module = extension.load()
+    assert module is not None, extension.reason()
     before = module.use_instruction_set(name)
     try:
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ddpm_fast.ops.norm_linear.op import norm_linear
@@ -33,7 +35,7 @@ def make(shape, layout: str, device="cpu") -> dict[str, torch.Tensor]:
     return {"x": x.to(device), "g": g.to(device), "weight": weight.to(device)}
 
 
-def run(backend: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def run(backend: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The output and the gradient of every tensor, with poisoned memory: what is not written is NaN."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
     was = torch.are_deterministic_algorithms_enabled()

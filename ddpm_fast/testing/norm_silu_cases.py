@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
 from ddpm_fast.runtime.dispatch import use_backend
 from ddpm_fast.testing.truth import assert_close_to_truth
 
-NORMS = {"rms": rms_norm_silu, "group": group_norm_silu}
+NORMS: dict[str, Callable[..., torch.Tensor]] = {"rms": rms_norm_silu, "group": group_norm_silu}
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
 # B, C, H, W, G
@@ -26,7 +29,7 @@ SHAPES = [
 ]
 
 ALL = ("bias", "scale", "shift", "residual")
-OPTIONS = {
+OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain": ((), {}),
     "no activation": ((), {"activation": False}),
     "bias": (("bias",), {}),

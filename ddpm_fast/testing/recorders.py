@@ -6,6 +6,7 @@ import gc
 import itertools
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,7 +50,7 @@ class PretendedCudaRecorder(CudaRecorder):
         def call():
             body()
 
-        call.graph = super().record(body, reset).__self__  # lives as long as what replays it
+        call.graph = super().record(body, reset).__self__  # type: ignore[attr-defined]  # lives as long as what replays it
         return call
 
 
@@ -67,7 +68,8 @@ class PretendedCuda:
         self.capture: Graph | None = None
         # The generator: one flag for all captures before torch 2.13, a state for each from then on.
         self.generator_captures, self.offset = False, 0
-        self.recording_pools, self.pool_users = [], {}
+        self.recording_pools: list[tuple[int, int]] = []
+        self.pool_users: dict[tuple[int, int], int] = {}
         self._pools = itertools.count(1)
 
     def install(self, patch) -> None:
@@ -162,7 +164,8 @@ class Graph:
     """torch.cuda.CUDAGraph."""
 
     def __init__(self, cuda: PretendedCuda):
-        self.cuda, self.pool, self.is_spoilt, self.has_ended = cuda, None, False, False
+        self.cuda, self.is_spoilt, self.has_ended = cuda, False, False
+        self.pool: Any = None
 
     def capture_begin(self, pool=None, capture_error_mode="global", **options) -> None:
         cuda = self.cuda

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -48,11 +50,12 @@ def assert_close_to_truth(
 
 
 @contextlib.contextmanager
-def exact_convolutions():
+def exact_convolutions() -> Iterator[None]:
     """Convolutions of float32, torch's and this package's, with all their digits: no TF32, where a GPU would use it."""
-    was = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    was = conv.fp32_precision
+    conv.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.conv.fp32_precision = was
+        conv.fp32_precision = was

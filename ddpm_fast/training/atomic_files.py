@@ -1,12 +1,16 @@
 """Files that are either the whole old version or the whole new one, whatever happens in between."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import secrets
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
-_names_being_written = set()
+_names_being_written: set[str] = set()
 
 
 class _Sink:
@@ -15,11 +19,11 @@ class _Sink:
     `torch.save` writes from C++, which aborts the process when a write raises half-way through an archive.
     """
 
-    def __init__(self, file):
+    def __init__(self, file: BinaryIO):
         self.file = file
-        self.error = None
+        self.error: OSError | None = None
 
-    def write(self, data):
+    def write(self, data: bytes) -> int:
         """Write bytes; returns how many the caller may regard as written."""
         if self.error is None:
             try:
@@ -28,12 +32,12 @@ class _Sink:
                 self.error = error
         return memoryview(data).nbytes
 
-    def flush(self):
+    def flush(self) -> None:
         """Nothing to do: `write_atomically` flushes and syncs once, at the end."""
 
 
 @contextlib.contextmanager
-def write_atomically(path):
+def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open `path` for binary writing; the file appears (or replaces the earlier one) only when the block ends well.
 
     Writes to a temporary file in the same folder, flushes, syncs, renames, and syncs the folder. Whatever fails, the
@@ -46,7 +50,7 @@ def write_atomically(path):
     try:
         with open(temporary, "xb") as file:
             sink = _Sink(file)
-            yield sink
+            yield cast(BinaryIO, sink)  # as far as the writers here are concerned: write and flush
             if sink.error is not None:
                 raise sink.error
             file.flush()
@@ -61,11 +65,11 @@ def write_atomically(path):
         _names_being_written.discard(temporary.name)
 
 
-def _prefix(path):
+def _prefix(path: Path) -> str:
     return f".{path.name}.{socket.gethostname()}-"
 
 
-def _remove_stale(path):
+def _remove_stale(path: Path) -> None:
     """Remove the temporary files of saves to `path` that a kill or a crash on this machine has ended."""
     prefix = _prefix(path)
     for leftover in path.parent.glob(".*.tmp"):
@@ -76,7 +80,7 @@ def _remove_stale(path):
             leftover.unlink(missing_ok=True)
 
 
-def _is_being_written(process, name):
+def _is_being_written(process: int, name: str) -> bool:
     if process == os.getpid():
         return name in _names_being_written
     try:
@@ -88,7 +92,7 @@ def _is_being_written(process, name):
     return True
 
 
-def _sync_folder(folder):
+def _sync_folder(folder: Path) -> None:
     """Make a rename durable; only POSIX lets a folder be opened and synced."""
     if os.name != "posix":
         return

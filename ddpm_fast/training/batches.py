@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import signal
+from collections.abc import Iterator
 
 import torch
 from torch.utils.data import DataLoader
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from ddpm_fast.training.captured_step import send
 
 
-def derive_seed(*parts) -> int:
+def derive_seed(*parts: object) -> int:
     """A seed in [0, 2⁶³) that is a hash of the parts: unlike sums, it does not repeat for neighbouring parts."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -25,20 +26,20 @@ class BatchOrder(torch.utils.data.Sampler):
     seams, so that all have one size. Global batch k holds positions [k·G, (k + 1)·G) and rank r its r-th part.
     """
 
-    def __init__(self, dataset_size, global_batch_size, seed, rank=0, world_size=1):
+    def __init__(self, dataset_size: int, global_batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
         self.dataset_size = dataset_size
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.rank = rank
         self.batch_size = global_batch_size // world_size
         self.start = 0
-        self._epoch = None
+        self._epoch: tuple[int, int] | None = None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         for position in itertools.count(self.start, self.global_batch_size):
             yield self.batch_at(position)[0].tolist()
 
-    def batch_at(self, position):
+    def batch_at(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices int64 (B,) and flips bool (B,) of this rank in the global batch that begins at `position`."""
         first = position + self.rank * self.batch_size
         parts, end = [], first + self.batch_size
@@ -50,7 +51,7 @@ class BatchOrder(torch.utils.data.Sampler):
         indices, flips = zip(*parts, strict=True)
         return torch.cat(indices), torch.cat(flips)
 
-    def _order_of(self, epoch):
+    def _order_of(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Permutation int64 (N,) and flips bool (N,) of an epoch; the last one asked for is kept."""
         if self._epoch != (self.seed, epoch):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
@@ -66,7 +67,15 @@ class BatchStream:
     `position` counts the images that all ranks have consumed; `seek` goes to any position.
     """
 
-    def __init__(self, dataset, order, *, device, augment_horizontal_flip, num_workers):
+    def __init__(
+        self,
+        dataset: torch.utils.data.Dataset,
+        order: BatchOrder,
+        *,
+        device: torch.device,
+        augment_horizontal_flip: bool,
+        num_workers: int,
+    ):
         self.order = order
         self.device = device
         self.augment_horizontal_flip = augment_horizontal_flip
@@ -82,12 +91,12 @@ class BatchStream:
             generator=torch.Generator().manual_seed(derive_seed(order.seed, "workers")),
             worker_init_fn=_ignore_interrupts,
         )
-        self._batches = None
+        self._batches: Iterator[torch.Tensor] | None = None
 
-    def __iter__(self):
+    def __iter__(self) -> BatchStream:
         return self
 
-    def __next__(self):
+    def __next__(self) -> torch.Tensor:
         if self._batches is None:
             self._batches = iter(self._loader)
         images = send(next(self._batches), self.device)
@@ -97,13 +106,13 @@ class BatchStream:
         self.position += self.order.global_batch_size
         return images
 
-    def seek(self, position, seed):
+    def seek(self, position: int, seed: int) -> None:
         """Go on from `position` in the order of `seed`."""
         self._batches = None
         self.position = self.order.start = position
         self.order.seed = self._flip_order.seed = seed
 
 
-def _ignore_interrupts(worker):
+def _ignore_interrupts(worker: int) -> None:
     """Ctrl-C reaches the workers too, while the main process still wants its current batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +74,18 @@ class TrainingStep:
             `max_grad_norm` is None.
     """
 
-    def __init__(self, diffusion, optimizer, batch_shape, *, ema, max_grad_norm, autocast, recorder, any_module):
+    def __init__(
+        self,
+        diffusion: GaussianDiffusion,
+        optimizer: torch.optim.Optimizer,
+        batch_shape: Sequence[int],
+        *,
+        ema: nn.Module | None,
+        max_grad_norm: float | None,
+        autocast: torch.dtype | None,
+        recorder: Any,
+        any_module: bool,
+    ):
         _check_optimizer(optimizer, diffusion, capturable=recorder.freezes_decisions)
         shape = (diffusion.channels, *(diffusion.image_size or ()))
         if len(batch_shape) != 4 or batch_shape[0] < 1 or tuple(batch_shape[1:]) != shape:
@@ -101,8 +113,8 @@ class TrainingStep:
 
     def clear(self) -> None:
         """Drop what is recorded; the next call records anew."""
-        self._recordings = {}
-        self._held = None
+        self._recordings: dict[bool | None, recording.Body] = {}
+        self._held: tuple | None = None
         self.recorder = self._recorder_class(self.diffusion.device)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -165,7 +177,7 @@ class TrainingStep:
         for parameter in self.diffusion.parameters():
             parameter.grad = None
 
-    def _make_reset(self):
+    def _make_reset(self) -> Callable[[], None]:
         """A function that puts weights and optimizer state back to what they are now."""
         held = (*self.diffusion.parameters(), *self.diffusion.buffers())
         saved = {t: t.detach().clone() for t in (*held, *_state_tensors(self.optimizer))}
@@ -203,7 +215,7 @@ class _Average:
     The average moves only every few steps; on the others nothing is replayed.
     """
 
-    def __init__(self, ema: nn.Module, diffusion: nn.Module, recorder: type):
+    def __init__(self, ema: Any, diffusion: GaussianDiffusion, recorder: Any):
         if ema.model is not diffusion:
             raise ValueError("ema must be an EMA of diffusion, got one of another model")
         if ema.ema_model is None:
@@ -216,7 +228,8 @@ class _Average:
         ema.initted, ema.step = ema.initted.cpu(), ema.step.cpu()
         self.ema, self.recorder = ema, recorder(diffusion.device)
         self._weight = torch.zeros((), device=diffusion.device)  # 1 − decay
-        self._recordings = {}  # by name: where the tensors lie, and the function that replays
+        # By name: where the tensors lie, and the function that replays.
+        self._recordings: dict[str, tuple[list[int], recording.Body]] = {}
 
     def update(self) -> None:
         """The update of this step; the host decides which, as the package does, and waits for nothing."""
@@ -239,7 +252,7 @@ class _Average:
         self._recordings[name][1]()
         torch.autograd.graph.increment_version([*self.ema.ema_model.parameters(), *self.ema.ema_model.buffers()])
 
-    def _record(self, name: str, pairs: list):
+    def _record(self, name: str, pairs: list) -> recording.Body:
         targets = [target for target, _ in pairs]
         saved = [target.clone() for target in targets]
         return self.recorder.record(partial(self._apply, name, pairs), lambda: torch._foreach_copy_(targets, saved))
@@ -284,7 +297,7 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def lay_out_state(optimizer: Adam) -> None:
+def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
     """Give moments that were loaded from elsewhere the layout of their parameters.
 
     Fused Adam walks through memory: on the CPU, moments in another order would be those of other weights.
@@ -295,7 +308,7 @@ def lay_out_state(optimizer: Adam) -> None:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _check_optimizer(optimizer: object, diffusion: nn.Module, capturable: bool) -> None:
+def _check_optimizer(optimizer: torch.optim.Optimizer, diffusion: nn.Module, capturable: bool) -> None:
     if type(optimizer) not in (Adam, AdamW):  # a subclass may do anything in Python
         raise TypeError(
             f"optimizer must be torch.optim.Adam or AdamW itself, not a wrapper of it, got {type(optimizer).__name__}"
@@ -310,7 +323,7 @@ def _check_optimizer(optimizer: object, diffusion: nn.Module, capturable: bool) 
         raise ValueError("optimizer must have parameters of diffusion only")
 
 
-def _why_not_recorded(diffusion: GaussianDiffusion, optimizer: Adam, any_module: bool) -> str | None:
+def _why_not_recorded(diffusion: GaussianDiffusion, optimizer: Any, any_module: bool) -> str | None:
     """Why a recording may not stand for a step, in one clause; None where it may."""
     if diffusion.immiscible:
         return "immiscible=True assigns the noise on the host"

@@ -4,21 +4,30 @@ A checkpoint is the peer's dictionary (step, model, opt, ema, scaler, version) p
 The peer's files lack `config`; then the architecture and the process are read off names, shapes and buffers.
 """
 
+from __future__ import annotations
+
 import inspect
+import os
 import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.training.atomic_files import write_atomically
+
+_Path = str | os.PathLike
+_State = Mapping[str, torch.Tensor]
+_Size = int | tuple[int, int]
 
 _SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule, "sigmoid": sigmoid_beta_schedule}
 
@@ -30,19 +39,19 @@ class CheckpointError(ValueError):
 class Checkpoint(NamedTuple):
     """What `load_checkpoint` returns; `ema` is an `ema_pytorch.EMA` around `diffusion`, whose network is `model`."""
 
-    model: torch.nn.Module
-    diffusion: torch.nn.Module
-    ema: torch.nn.Module
+    model: Unet
+    diffusion: GaussianDiffusion
+    ema: Any
     step: int
 
 
-def save_atomically(obj, path):
+def save_atomically(obj: object, path: _Path) -> None:
     """`torch.save` that never leaves a partial file and never loses the earlier one; OSError says what went wrong."""
     with write_atomically(path) as file:
         torch.save(obj, file)
 
 
-def load_file(path, map_location="cpu", mmap=False):
+def load_file(path: _Path, map_location: torch.device | str = "cpu", mmap: bool = False) -> Any:
     """`torch.load(weights_only=True)` with one sentence for each way it can fail.
 
     Raises FileNotFoundError, or CheckpointError for a file that is truncated, no checkpoint, or holds code.
@@ -66,7 +75,9 @@ def load_file(path, map_location="cpu", mmap=False):
         raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from error
 
 
-def load_checkpoint(path, *, image_size=None, map_location="cpu", **overrides):
+def load_checkpoint(
+    path: _Path, *, image_size: _Size | None = None, map_location: torch.device | str = "cpu", **overrides: Any
+) -> Checkpoint:
     """Rebuild network, diffusion and EMA from a checkpoint of ours or of the peer's `Trainer`; returns a `Checkpoint`.
 
     Plain state dicts of a `GaussianDiffusion` or a `Unet` load too (step 0, EMA equal to the weights).
@@ -101,7 +112,7 @@ def load_checkpoint(path, *, image_size=None, map_location="cpu", **overrides):
     return Checkpoint(model, diffusion, ema, int(contents["step"]))
 
 
-def find_latest(folder):
+def find_latest(folder: _Path) -> tuple[Path, int] | None:
     """(path, step) of the checkpoint with the largest step in a results folder, or None; damaged files are skipped."""
     found = []
     for path in sorted(Path(folder).glob("model-*.pt")):
@@ -116,7 +127,7 @@ def find_latest(folder):
     return path, step
 
 
-def load_matching(module, state, path):
+def load_matching(module: nn.Module, state: _State, path: _Path) -> None:
     """`load_state_dict(strict=True)`; CheckpointError names the first key that is missing, unknown or misshapen."""
     difference = _first_difference(module.state_dict(), state)
     if difference:
@@ -124,7 +135,7 @@ def load_matching(module, state, path):
     module.load_state_dict(state)
 
 
-def load_ema(ema, state, path):
+def load_ema(ema: Any, state: _State | None, path: _Path) -> None:
     """Load the state of an `ema_pytorch.EMA`; older releases kept its two counters as (1,) instead of ()."""
     if state is None:
         ema.copy_params_from_model_to_ema()
@@ -133,7 +144,7 @@ def load_ema(ema, state, path):
     load_matching(ema, {**state, **counters}, path)
 
 
-def infer_unet_config(state, path):
+def infer_unet_config(state: _State, path: _Path) -> dict[str, Any]:
     """Arguments of `Unet` from the names and shapes of its state dict.
 
     Not to be seen there, so left at the defaults: dropout, flash_attn, resnet_block_groups, sinusoidal_pos_emb_theta,
@@ -163,7 +174,7 @@ def infer_unet_config(state, path):
     }
 
 
-def infer_diffusion_config(state):
+def infer_diffusion_config(state: _State) -> dict[str, Any]:
     """Arguments of `GaussianDiffusion` from its buffers; image_size is not among them.
 
     Betas of no known schedule keep the loaded buffers. A bare `Unet` state dict has no buffers: the defaults hold.
@@ -178,7 +189,7 @@ def infer_diffusion_config(state):
     return config
 
 
-def _infer_objective(state):
+def _infer_objective(state: _State) -> dict[str, Any]:
     """Objective and min-SNR gamma from loss_weight, which is clip(SNR)/SNR, clip(SNR) or clip(SNR)/(SNR + 1)."""
     # 1/SNR kept as its square root: alphas_cumprod near 1 in float32 would lose 1 - alphas_cumprod.
     snr = state["sqrt_recipm1_alphas_cumprod"].double().square().reciprocal()
@@ -196,7 +207,7 @@ def _infer_objective(state):
     return {"objective": "pred_v"}
 
 
-def _channel_config(in_channels, out_dim):
+def _channel_config(in_channels: int, out_dim: int) -> dict[str, Any]:
     """channels, self_condition and learned_variance that give these widths of the first and last convolution."""
     if in_channels == 2 * out_dim:
         return {"channels": out_dim, "self_condition": True}
@@ -205,7 +216,7 @@ def _channel_config(in_channels, out_dim):
     return {"channels": in_channels}
 
 
-def _attention_config(state, prefix, path):
+def _attention_config(state: _State, prefix: str, path: _Path) -> tuple[bool, int, int]:
     """(is full attention, heads, dim_head) of one stage."""
     is_full = f"{prefix}.to_out.weight" in state
     heads = _shape(state, f"{prefix}.mem_kv", path)[1]
@@ -213,7 +224,7 @@ def _attention_config(state, prefix, path):
     return is_full, heads, hidden // heads
 
 
-def _check_generation(state, path):
+def _check_generation(state: _State, path: _Path) -> None:
     """Refuse what is no `Unet` of this family, or one of a generation that computes something else."""
     for name in ("init_conv.weight", "time_mlp.1.weight", "final_conv.weight", "downs.0.0.block1.proj.weight"):
         _shape(state, name, path)
@@ -225,13 +236,13 @@ def _check_generation(state, path):
         )
 
 
-def _shape(state, name, path):
+def _shape(state: _State, name: str, path: _Path) -> torch.Size:
     if name not in state:
         raise CheckpointError(f"checkpoint {path} is of another architecture: it has no {name!r}")
     return state[name].shape
 
 
-def _check_container(path):
+def _check_container(path: Path) -> None:
     """Tell a truncated archive and a foreign file apart before `torch.load` mixes them up."""
     with open(path, "rb") as file:
         start = file.read(4)
@@ -244,7 +255,7 @@ def _check_container(path):
         raise CheckpointError(f"checkpoint {path} is not a PyTorch file")
 
 
-def _as_trainer_file(contents, path):
+def _as_trainer_file(contents: Any, path: _Path) -> dict[str, Any]:
     """The contents as a trainer's dictionary; wraps plain state dicts of a diffusion or a network."""
     if not isinstance(contents, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(contents).__name__}, not a dictionary")
@@ -260,11 +271,11 @@ def _as_trainer_file(contents, path):
     raise CheckpointError(f"checkpoint {path} is no checkpoint of a diffusion trainer: it holds {found or 'nothing'}")
 
 
-def _network_state(state):
+def _network_state(state: _State) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
 
 
-def _with_buffers(state, diffusion):
+def _with_buffers(state: _State, diffusion: GaussianDiffusion) -> _State:
     """The state; to a bare network's, which lacks the buffers of a process, those of the diffusion just built."""
     if "betas" in state:
         return state
@@ -272,7 +283,7 @@ def _with_buffers(state, diffusion):
     return {**buffers, **state}
 
 
-def _split_overrides(overrides):
+def _split_overrides(overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keyword arguments split into those of `Unet` and those of `GaussianDiffusion`."""
     unet_names = set(inspect.signature(Unet).parameters)
     diffusion_names = set(inspect.signature(GaussianDiffusion).parameters) - {"model"}
@@ -283,7 +294,7 @@ def _split_overrides(overrides):
     return unet_options, {name: value for name, value in overrides.items() if name in diffusion_names}
 
 
-def _first_difference(expected, state):
+def _first_difference(expected: _State, state: _State) -> str | None:
     """One phrase on the first key that differs in presence or shape, or None."""
     for name, tensor in expected.items():
         if name not in state:
@@ -294,7 +305,7 @@ def _first_difference(expected, state):
     return f"it has an unknown {unknown!r}" if unknown else None
 
 
-def _forget_image_size(path, *diffusions):
+def _forget_image_size(path: _Path, *diffusions: GaussianDiffusion) -> None:
     for diffusion in diffusions:
-        diffusion.image_size = None
+        diffusion.image_size = None  # type: ignore[assignment]  # sampling then asks for it
     warnings.warn(f"{path} does not record image_size; give load_checkpoint(..., image_size=) to sample", stacklevel=3)

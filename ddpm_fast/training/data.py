@@ -1,10 +1,13 @@
 """Images in: folders and handwritten digits. Images out: grids and trajectory strips as PNG."""
 
+from __future__ import annotations
+
 import errno
 import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -43,11 +46,11 @@ class Dataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        folder,
-        image_size,
-        exts=["jpg", "jpeg", "png", "tiff"],  # noqa: B006 (the peer's signature; never changed)
-        augment_horizontal_flip=False,
-        convert_image_to=None,
+        folder: str | os.PathLike,
+        image_size: int | tuple[int, int],
+        exts: Sequence[str] = ["jpg", "jpeg", "png", "tiff"],  # noqa: B006 (upstream's signature; never changed)
+        augment_horizontal_flip: bool = False,
+        convert_image_to: str | None = None,
     ):
         super().__init__()
         self.folder = folder
@@ -60,14 +63,14 @@ class Dataset(torch.utils.data.Dataset):
         self._is_broken = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
 
     @property
-    def broken_files(self):
+    def broken_files(self) -> list[Path]:
         """Paths that could not be read so far, in the order of `paths`."""
         return [self.paths[index] for index in self._is_broken.nonzero().flatten().tolist()]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> torch.Tensor:
         index = range(len(self))[index]
         for candidate in (*range(index, len(self)), *range(index)):
             if self._is_broken[candidate]:
@@ -77,7 +80,7 @@ class Dataset(torch.utils.data.Dataset):
                 return self.transform(image)
         raise ValueError(f"folder {self.folder} holds {len(self)} image files, and none of them could be read")
 
-    def transform(self, image):
+    def transform(self, image: Image.Image) -> torch.Tensor:
         """Pillow image to float32 (C, h, w) in [0, 1]."""
         if self.convert_image_to is not None and image.mode != self.convert_image_to:
             image = image.convert(self.convert_image_to)
@@ -86,7 +89,7 @@ class Dataset(torch.utils.data.Dataset):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return _to_tensor(_crop_centre(image, self.target_size))
 
-    def _read(self, index):
+    def _read(self, index: int) -> Image.Image | None:
         """The decoded image, or None after marking the file as broken."""
         path = self.paths[index]
         try:
@@ -104,7 +107,7 @@ class Dataset(torch.utils.data.Dataset):
 class DigitsDataset(torch.utils.data.Dataset):
     """scikit-learn's 1,797 real handwritten digits as float32 (1, h, w) in [0, 1]; `labels` is int64 (1797,)."""
 
-    def __init__(self, image_size=8):
+    def __init__(self, image_size: int | tuple[int, int] = 8):
         super().__init__()
         with needed_for("DigitsDataset"):
             from sklearn.datasets import load_digits
@@ -118,18 +121,20 @@ class DigitsDataset(torch.utils.data.Dataset):
         self.images = images.unsqueeze(1)  # (N, 1, h, w)
         self.labels = torch.from_numpy(digits.target).long()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> torch.Tensor:
         return self.images[index]
 
-    def __getitems__(self, indices):
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[torch.Tensor]:
         """A whole batch at once: the DataLoader prefers this to one call per image."""
         return self.images[torch.as_tensor(indices)].unbind()
 
 
-def save_image_grid(images, path, nrow=8, padding=2, scale=1):
+def save_image_grid(
+    images: torch.Tensor, path: str | os.PathLike, nrow: int = 8, padding: int = 2, scale: int = 1
+) -> None:
     """Write (N, C, h, w) images in [0, 1] as one PNG, `nrow` to a row; each pixel becomes `scale` × `scale`.
 
     C is 1, 3 or 4; values outside [0, 1] are clipped, as in torchvision. Raises ValueError for other shapes and for
@@ -149,7 +154,9 @@ def save_image_grid(images, path, nrow=8, padding=2, scale=1):
         Image.fromarray(pixels.numpy()).save(file, format="PNG")
 
 
-def save_trajectory_strip(trajectories, path, num_frames=10, padding=2, scale=1):
+def save_trajectory_strip(
+    trajectories: torch.Tensor, path: str | os.PathLike, num_frames: int = 10, padding: int = 2, scale: int = 1
+) -> None:
     """Write the denoising of a few samples as one PNG: a row per sample, noise on the left, the result on the right.
 
     trajectories: (N, T, C, h, w) in [0, 1], as `sample(return_all_timesteps=True)` returns it. Shows `num_frames`
@@ -161,7 +168,7 @@ def save_trajectory_strip(trajectories, path, num_frames=10, padding=2, scale=1)
     save_image_grid(shown.flatten(0, 1), path, nrow=num_frames, padding=padding, scale=scale)
 
 
-def _find_images(folder, exts):
+def _find_images(folder: str | os.PathLike, exts: Iterable[str]) -> list[Path]:
     """Sorted paths under `folder` whose names end in one of `exts`, upper or lower case."""
     root = Path(folder)
     if not root.exists():
@@ -182,20 +189,20 @@ def _find_images(folder, exts):
     return sorted(paths)
 
 
-def _warn_unreadable(error):
+def _warn_unreadable(error: OSError) -> None:
     warnings.warn(f"skipped a folder that cannot be read: {error.filename} ({error.strerror})", stacklevel=2)
 
 
-def _height_and_width(image_size):
+def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     """image_size as (h, w), from an int or a pair of them."""
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     is_pair = isinstance(size, (tuple, list)) and len(size) == 2
     if not is_pair or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"image_size must be a positive integer or two of them (height, width); got {image_size!r}")
-    return tuple(size)
+    return size[0], size[1]
 
 
-def _as_8_bit(image):
+def _as_8_bit(image: Image.Image) -> Image.Image:
     """The image with 8 bits per channel and no palette; 16-bit grey keeps its upper byte."""
     if image.mode.startswith("I"):
         values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
@@ -208,7 +215,7 @@ def _as_8_bit(image):
     return image
 
 
-def _resize_to_cover(image, target_size):
+def _resize_to_cover(image: Image.Image, target_size: tuple[int, int]) -> Image.Image:
     """Smallest size with the image's aspect ratio that covers (h, w), bilinear with antialiasing."""
     height, width = target_size
     if image.width * height >= width * image.height:
@@ -218,20 +225,20 @@ def _resize_to_cover(image, target_size):
     return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
 
 
-def _crop_centre(image, target_size):
+def _crop_centre(image: Image.Image, target_size: tuple[int, int]) -> Image.Image:
     height, width = target_size
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-def _to_tensor(image):
+def _to_tensor(image: Image.Image) -> torch.Tensor:
     """Pillow image with 8 bits per channel to float32 (C, h, w) in [0, 1]."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     pixels = pixels.view(image.height, image.width, len(image.getbands()))
     return pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div(255)
 
 
-def _resize_float(image, target_size):
+def _resize_float(image: torch.Tensor, target_size: tuple[int, int]) -> torch.Tensor:
     """Float image (h, w) in [0, 1] resized with Pillow's bicubic filter."""
     height, width = target_size
     resized = Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.BICUBIC)
@@ -239,7 +246,7 @@ def _resize_float(image, target_size):
     return pixels.clamp(0, 1)
 
 
-def _arrange(images, nrow, padding):
+def _arrange(images: torch.Tensor, nrow: int, padding: int) -> torch.Tensor:
     """(N, C, h, w) tiled to (C, H, W) on black, `padding` pixels around and between the images."""
     count, channels, height, width = images.shape
     columns = min(nrow, count)

@@ -1,7 +1,11 @@
 """Fréchet inception distance (Heusel et al. 2017) between the training images and samples."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,16 +31,16 @@ class FIDEvaluation:
 
     def __init__(
         self,
-        batch_size,
-        dl,
-        sampler,
-        channels=3,
-        accelerator=None,
-        stats_dir="./results",
-        device="cuda",
-        num_fid_samples=50000,
-        inception_block_idx=2048,
-        feature_extractor=None,
+        batch_size: int,
+        dl: Iterable[torch.Tensor],
+        sampler: Any,
+        channels: int = 3,
+        accelerator: Any = None,
+        stats_dir: str | Path = "./results",
+        device: torch.device | str = "cuda",
+        num_fid_samples: int = 50000,
+        inception_block_idx: int = 2048,
+        feature_extractor: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.batch_size = batch_size
         self.n_samples = num_fid_samples
@@ -47,10 +51,10 @@ class FIDEvaluation:
         self.stats_path = Path(stats_dir) / "dataset_stats.npz"
         self.print_fn = print if accelerator is None else accelerator.print
         self.feature_extractor = feature_extractor or load_inception(inception_block_idx, device)
-        self._dataset_statistics = None
+        self._dataset_statistics: tuple[np.ndarray, np.ndarray] | None = None
 
     @torch.inference_mode()
-    def fid_score(self):
+    def fid_score(self) -> float:
         """Distance of `num_fid_samples` samples to the data, a float."""
         if self._dataset_statistics is None:
             self._dataset_statistics = self._load_or_compute_statistics()
@@ -62,7 +66,7 @@ class FIDEvaluation:
         )
         return frechet_distance(*mean_and_covariance(self._features(batches)), *self._dataset_statistics)
 
-    def _load_or_compute_statistics(self):
+    def _load_or_compute_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean (D,) and covariance (D, D) of the data's features, from the file of an earlier run if there is one."""
         if self.stats_path.exists():
             with np.load(self.stats_path) as stored:
@@ -74,7 +78,7 @@ class FIDEvaluation:
             file.write(_as_npz(m2=statistics[0], s2=statistics[1]))
         return statistics
 
-    def _features(self, batches):
+    def _features(self, batches: Iterable[torch.Tensor]) -> np.ndarray:
         """Features (N, D) in float64 of at most `num_fid_samples` images."""
         collected, count = [], 0
         for images in tqdm(batches, total=math.ceil(self.n_samples / self.batch_size), disable=None):
@@ -88,7 +92,7 @@ class FIDEvaluation:
         return torch.cat(collected).numpy()
 
 
-def load_inception(inception_block_idx, device):
+def load_inception(inception_block_idx: int, device: torch.device | str) -> Callable[[torch.Tensor], torch.Tensor]:
     """pytorch_fid's InceptionV3 as a function to features (B, inception_block_idx)."""
     try:
         with needed_for("FID"):
@@ -105,14 +109,16 @@ def load_inception(inception_block_idx, device):
     return lambda images: network(images)[0].mean(dim=(2, 3))
 
 
-def mean_and_covariance(features):
+def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and covariance (D, D) of features (N, D), N at least 2."""
     if len(features) < 2:
         raise ValueError(f"FID needs at least 2 images on each side; got {len(features)}")
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
-def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
+def frechet_distance(
+    mean_1: np.ndarray, covariance_1: np.ndarray, mean_2: np.ndarray, covariance_2: np.ndarray
+) -> float:
     """Squared Wasserstein-2 distance of two Gaussians: ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½).
 
     tr (Σ₁Σ₂)^½ is taken from the symmetric Σ₁^½ Σ₂ Σ₁^½, which has the same eigenvalues and stays real when singular.
@@ -125,9 +131,9 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
     return float(difference @ difference + trace)
 
 
-def _as_npz(**arrays):
+def _as_npz(**arrays: np.ndarray) -> bytes:
     import io
 
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()

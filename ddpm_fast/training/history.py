@@ -16,10 +16,10 @@ class LossHistory:
 
     _HEADER = ("step", "loss", "images_per_second")
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path):
         self.path = Path(folder) / "loss.csv"
 
-    def start(self, step):
+    def start(self, step: int) -> None:
         """Keep the rows up to `step`, so that a resumed run repeats none; warn if nothing will draw loss.png."""
         if not extras.is_installed("matplotlib"):
             how = extras.how_to_install("matplotlib")
@@ -30,12 +30,12 @@ class LossHistory:
         with write_atomically(self.path) as file:
             file.write(text.getvalue().encode())
 
-    def append(self, step, loss, images_per_second):
+    def append(self, step: int, loss: float, images_per_second: float) -> None:
         """Add a row."""
         with open(self.path, "a", newline="") as file:
             csv.writer(file).writerow((step, repr(loss), f"{images_per_second:.1f}"))
 
-    def rows(self):
+    def rows(self) -> list[list[str]]:
         """Rows of strings without the header; a last line cut short by a crash is left out."""
         if not self.path.exists():
             return []
@@ -43,7 +43,7 @@ class LossHistory:
             lines = [line for line in file if line.endswith("\n")]
         return [row for row in csv.reader(lines[1:]) if len(row) == len(self._HEADER)]
 
-    def plot(self):
+    def plot(self) -> None:
         """Draw loss.png, the loss on a logarithmic axis over the step; without matplotlib nothing is drawn."""
         if not extras.is_installed("matplotlib"):
             return

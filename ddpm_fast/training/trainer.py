@@ -1,5 +1,7 @@
 """Training on Hugging Face accelerate: one device, or many with `accelerate launch` and `torchrun`."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import os
@@ -8,8 +10,11 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from torch.optim import Adam
@@ -67,33 +72,33 @@ class Trainer:
 
     def __init__(
         self,
-        diffusion_model,
-        folder,
+        diffusion_model: GaussianDiffusion,
+        folder: str | os.PathLike | torch.utils.data.Dataset,
         *,
-        train_batch_size=16,
-        gradient_accumulate_every=1,
-        augment_horizontal_flip=True,
-        train_lr=1e-4,
-        train_num_steps=100000,
-        ema_update_every=10,
-        ema_decay=0.995,
-        adam_betas=(0.9, 0.99),
-        save_and_sample_every=1000,
-        num_samples=25,
-        results_folder="./results",
-        amp=False,
-        mixed_precision_type="fp16",
-        split_batches=True,
-        convert_image_to=None,
-        calculate_fid=True,
-        inception_block_idx=2048,
-        max_grad_norm=1.0,
-        num_fid_samples=50000,
-        save_best_and_latest_only=False,
-        seed=None,
-        num_workers=None,
-        progress=True,
-        log_every=20,
+        train_batch_size: int = 16,
+        gradient_accumulate_every: int = 1,
+        augment_horizontal_flip: bool = True,
+        train_lr: float = 1e-4,
+        train_num_steps: int = 100000,
+        ema_update_every: int = 10,
+        ema_decay: float = 0.995,
+        adam_betas: tuple[float, float] = (0.9, 0.99),
+        save_and_sample_every: int = 1000,
+        num_samples: int = 25,
+        results_folder: str | os.PathLike = "./results",
+        amp: bool = False,
+        mixed_precision_type: str = "fp16",
+        split_batches: bool = True,
+        convert_image_to: str | None = None,
+        calculate_fid: bool = True,
+        inception_block_idx: int = 2048,
+        max_grad_norm: float = 1.0,
+        num_fid_samples: int = 50000,
+        save_best_and_latest_only: bool = False,
+        seed: int | None = None,
+        num_workers: int | None = None,
+        progress: bool = True,
+        log_every: int = 20,
     ):
         _check_positive_integers(
             train_batch_size=train_batch_size,
@@ -169,25 +174,25 @@ class Trainer:
         self._history = LossHistory(self.results_folder)
         self._bar = tqdm(disable=True)
         self._show_progress = progress
-        self._stop_signal = None
+        self._stop_signal: int | None = None
         self._start_window()
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """The device this process trains on."""
         return self.accelerator.device
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         """Index of this process among all of them."""
         return self.accelerator.process_index
 
     @property
-    def world_size(self):
+    def world_size(self) -> int:
         """Number of processes that train together."""
         return self.accelerator.num_processes
 
-    def save(self, milestone):
+    def save(self, milestone: int | str) -> None:
         """Write model-{milestone}.pt from the main process, whole or not at all; OSError if the disk refuses it."""
         if not self.accelerator.is_main_process:
             return
@@ -210,7 +215,7 @@ class Trainer:
         self._latest_path = self._checkpoint_path(milestone)
         save_atomically(data, self._latest_path)
 
-    def load(self, milestone):
+    def load(self, milestone: int | str) -> None:
         """Continue from model-{milestone}.pt, ours or the peer's; every process calls this.
 
         The seed of our files replaces the trainer's. Raises FileNotFoundError, or CheckpointError for a damaged file,
@@ -233,7 +238,7 @@ class Trainer:
         self.step = data["step"]
         self._continue_order(data.get("training", {}))
 
-    def train(self):
+    def train(self) -> None:
         """Train until `train_num_steps`; returns nothing.
 
         Raises DivergenceError when the loss stops being finite, SystemExit(128 + signal) after Ctrl-C or SIGTERM has
@@ -253,14 +258,14 @@ class Trainer:
         self.accelerator.print("training complete")
 
     @property
-    def _diffusion(self):
+    def _diffusion(self) -> GaussianDiffusion:
         return self.accelerator.unwrap_model(self.model)
 
-    def _train_step(self):
+    def _train_step(self) -> None:
         """One optimizer step over `gradient_accumulate_every` batches."""
         self._seed_step()
         self.model.train()
-        total_loss = 0.0
+        total_loss: Any = 0.0
         for micro_step in range(self.gradient_accumulate_every):
             images = next(self.dl)
             is_last = micro_step == self.gradient_accumulate_every - 1
@@ -279,13 +284,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.ema.update()
 
-    def _seed_step(self):
+    def _seed_step(self) -> None:
         """Make what is drawn in this step a function of (seed, rank, step)."""
         step_seed = derive_seed(self.seed, "step", self.rank, self.step)
         torch.manual_seed(step_seed)
         random.seed(step_seed)
 
-    def _report(self):
+    def _report(self) -> None:
         """What is due after a step: reading the loss, a milestone, the last checkpoint, or stopping."""
         is_milestone = self.step % self.save_and_sample_every == 0
         is_end = self.step >= self.train_num_steps
@@ -300,9 +305,9 @@ class Trainer:
         if is_milestone:
             self._start_window()
         if self._stop_signal and not is_end:
-            self._stop()
+            self._stop(self._stop_signal)
 
-    def _read_losses(self):
+    def _read_losses(self) -> None:
         """Fetch the losses since the last reading, check them, and put their mean on record."""
         losses = self.accelerator.reduce(torch.stack(self._losses), reduction="mean")
         self._check_finite(losses.tolist(), torch.stack(self._norms).tolist())
@@ -314,7 +319,7 @@ class Trainer:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:.0f} images/s")
         self._start_window()
 
-    def _check_finite(self, losses, norms):
+    def _check_finite(self, losses: Sequence[float], norms: Sequence[float]) -> None:
         """Raise DivergenceError naming the first bad step; fp16 may overflow now and then, its scaler skips those."""
         if self.accelerator.scaler is not None:
             is_bad = [not any(map(math.isfinite, losses))]
@@ -328,11 +333,12 @@ class Trainer:
                 f"checkpoints in {self.results_folder} are untouched (a lower learning rate may help)"
             )
 
-    def _start_window(self):
-        self._losses, self._norms = [], []
+    def _start_window(self) -> None:
+        self._losses: list[torch.Tensor] = []
+        self._norms: list[torch.Tensor] = []
         self._window_began = time.perf_counter()
 
-    def _finish_milestone(self, milestone):
+    def _finish_milestone(self, milestone: int) -> None:
         """Checkpoint, sample grid, loss plot, and FID where asked; on the main process."""
         if not self.save_best_and_latest_only:
             self.save(milestone)
@@ -349,7 +355,7 @@ class Trainer:
                 self.save("best")
             self.save("latest")
 
-    def _save_samples(self, path):
+    def _save_samples(self, path: Path) -> None:
         """A grid from the EMA weights, from the same noise at every milestone."""
         self.ema.ema_model.eval()
         starts = range(0, self.num_samples, self.batch_size)
@@ -364,13 +370,13 @@ class Trainer:
         ]
         save_image_grid(torch.cat(images), path, nrow=math.ceil(math.sqrt(self.num_samples)))
 
-    def _stop(self):
+    def _stop(self, number: int) -> NoReturn:
         self._bar.close()
         self.accelerator.print(f"stopped at step {self.step}; {self._latest_path} resumes from there")
-        raise SystemExit(128 + self._stop_signal)
+        raise SystemExit(128 + number)
 
     @contextlib.contextmanager
-    def _catch_stop_signals(self):
+    def _catch_stop_signals(self) -> Iterator[None]:
         """Let Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C ends it at once."""
         if self.world_size > 1 or threading.current_thread() is not threading.main_thread():
             yield
@@ -383,11 +389,11 @@ class Trainer:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
 
-    def _note_stop(self, number, frame):
+    def _note_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_signal = number
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
-    def _agree_on_seed(self, seed):
+    def _agree_on_seed(self, seed: int | None) -> int:
         """The given seed, or one drawn by the main process; the same in all processes."""
         if seed is None:
             seed = int(torch.randint(2**62, ()))
@@ -395,7 +401,7 @@ class Trainer:
         broadcast_object_list(agreed)
         return agreed[0]
 
-    def _global_batch_size(self):
+    def _global_batch_size(self) -> int:
         """Images of all processes in one micro-step."""
         if not self.accelerator.split_batches:
             return self.batch_size * self.world_size
@@ -406,7 +412,7 @@ class Trainer:
             )
         return self.batch_size
 
-    def _warn_if_small(self):
+    def _warn_if_small(self) -> None:
         if not self.accelerator.is_main_process:
             return
         if len(self.ds) < 100:
@@ -419,7 +425,7 @@ class Trainer:
                 stacklevel=3,
             )
 
-    def _make_fid_scorer(self, num_fid_samples, inception_block_idx):
+    def _make_fid_scorer(self, num_fid_samples: int, inception_block_idx: int) -> None:
         """FID on its own pass over the data; without pytorch_fid or its weights, a warning and no FID."""
         try:
             self.fid_scorer = FIDEvaluation(
@@ -445,7 +451,7 @@ class Trainer:
                 "milestone; sampling_timesteps shortens that"
             )
 
-    def _config(self):
+    def _config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild the diffusion, as far as its classes keep them."""
         diffusion = self._diffusion
         return {
@@ -454,7 +460,7 @@ class Trainer:
             "ema": self._ema_config,
         }
 
-    def _check_objective(self, data, path):
+    def _check_objective(self, data: dict[str, Any], path: Path) -> None:
         """The same tensors fit every objective, so only the record tells that a file belongs to another one."""
         recorded = ((data.get("config") or {}).get("diffusion") or {}).get("objective")
         if recorded not in (None, self._diffusion.objective):
@@ -463,7 +469,7 @@ class Trainer:
                 f"{self._diffusion.objective!r}"
             )
 
-    def _continue_order(self, training):
+    def _continue_order(self, training: dict[str, Any]) -> None:
         """Set seed and position in the data from a checkpoint's record; the peer's files have none."""
         self.seed = training.get("seed", self.seed)
         self.best_fid = training.get("best_fid", math.inf)
@@ -477,11 +483,11 @@ class Trainer:
                 stacklevel=3,
             )
 
-    def _checkpoint_path(self, milestone):
+    def _checkpoint_path(self, milestone: int | str) -> Path:
         return self.results_folder / f"model-{milestone}.pt"
 
 
-def _as_dataset(folder, image_size, convert_image_to):
+def _as_dataset(folder: Any, image_size: tuple[int, int], convert_image_to: str | None) -> Any:
     if isinstance(folder, (str, os.PathLike)):
         return Dataset(folder, image_size, convert_image_to=convert_image_to)
     if hasattr(folder, "__len__") and hasattr(folder, "__getitem__"):
@@ -489,7 +495,7 @@ def _as_dataset(folder, image_size, convert_image_to):
     raise TypeError(f"folder must be a path or a map-style dataset of images; got {type(folder).__name__}")
 
 
-def _check_first_image(dataset, shape):
+def _check_first_image(dataset: Any, shape: tuple[int, ...]) -> None:
     if len(dataset) == 0:
         raise ValueError("folder is a dataset without images")
     image = dataset[0]
@@ -501,7 +507,7 @@ def _check_first_image(dataset, shape):
         )
 
 
-def _choose_workers(num_workers, dataset, world_size):
+def _choose_workers(num_workers: int | None, dataset: object, world_size: int) -> int:
     """The number given, or up to 8 of this process's share of the processors; images in memory need none."""
     if num_workers is not None:
         return num_workers
@@ -511,7 +517,7 @@ def _choose_workers(num_workers, dataset, world_size):
     return max(1, min(8, len(os.sched_getaffinity(0)) // local_processes))
 
 
-def _check_positive_integers(**values):
+def _check_positive_integers(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer; got {value!r}")
