@@ -1,7 +1,7 @@
-"""Reports, charts and the README's numbers, all from results.json: no measured number is typed by hand.
+"""Reports, charts, and the numbers of README.md and docs/benchmarks.md, all from results.json: none is typed by hand.
 
-python benchmarks/render.py                     write the README's measured part from benchmarks/results/
-python benchmarks/render.py --check             only say whether it is what would be written
+python benchmarks/render.py                     write the measured parts of both from benchmarks/results/
+python benchmarks/render.py --check             only say whether they are what would be written
 python benchmarks/render.py --keep OUT          take the results of a report over into benchmarks/results/ first
 python benchmarks/render.py --draw OUT          only draw the pictures of a report, beside its results.json
 """
@@ -22,6 +22,7 @@ from ddpm_fast.measure.charts import bars, columns  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- rendered by benchmarks/render.py: begin -->", "<!-- rendered by benchmarks/render.py: end -->"
 PHASES = ("training step", "sampling step")
 COMPILED = ("peer-compiled", "peer-max-autotune")
@@ -243,7 +244,7 @@ def _chart(panels: dict, path: Path, title: str, unit: str, scale: float, refere
     return [path]
 
 
-# The README ---------------------------------------------------------------------------------------------------------
+# README.md and docs/benchmarks.md -------------------------------------------------------------------------------------
 
 
 def kept() -> dict[str, dict]:
@@ -258,17 +259,15 @@ def kept() -> dict[str, dict]:
 
 
 def measured() -> str:
-    """The README's measured part."""
+    """The measured part of docs/benchmarks.md: everything of the newest results, and what is counted."""
     parts = []
     for stem, results in kept().items():
-        where = f"{machine_name(results)}, {results['date'].split()[0]}, commit {results['commit']}"
-        parts.append(f"On {where}, torch {results['machine']['torch']}; medians of turns taken in one process:")
-        parts.append(networks_summary(results))
+        parts += [where(results), networks_summary(results)]
         note = sides_note(results)
         parts += [note] if note else []
         for phase, file in zip(PHASES, ("training.png", "sampling.png"), strict=True):
             if (RESULTS / f"{stem}-{file}").exists():
-                parts.append(f"![{phase}](benchmarks/results/{stem}-{file})")
+                parts.append(f"![{phase}](../benchmarks/results/{stem}-{file})")
         if list(select(results, "memory")):
             parts.append("Resident memory of a few training steps, in a process for each side:")
             parts.append(memory_table(results))
@@ -280,19 +279,49 @@ def measured() -> str:
         if ops:
             parts.append("Ops against the operators that the peer runs:")
             parts.append(ops)
-        parts.append(f"Everything: [benchmarks/results/{stem}.md](benchmarks/results/{stem}.md).")
+        parts.append(f"Everything: [{stem}.md](../benchmarks/results/{stem}.md).")
     parts.append(traffic_part())
+    return in_words("\n\n".join(parts))
+
+
+def measured_in_short() -> str:
+    """The measured part of README.md: the networks' ratios and one chart for each kind of device."""
+    parts = []
+    for stem, results in kept().items():
+        parts += [where(results), networks_summary(results, ("peer", "peer-channels-last", "peer-compiled"))]
+        parts.append(f"![One sampling step](benchmarks/results/{stem}-sampling.png)")
+    return in_words("\n\n".join(parts))
+
+
+def where(results: dict) -> str:
+    """The machine, the date and the commit of results, as a sentence's beginning."""
+    run = f"{machine_name(results)}, {results['date'].split()[0]}, commit {results['commit']}"
+    return f"On {run}, torch {results['machine']['torch']}; medians of turns taken in one process:"
+
+
+def in_words(text: str) -> str:
+    """Rendered text with upstream called by that name, and its tables aligned again."""
+    parts = text.replace("peer", "upstream").split("\n\n")
+    for i, part in enumerate(parts):
+        if part.startswith("|"):
+            names, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.split("\n")]
+            parts[i] = columns(names, rows)
     return "\n\n".join(parts)
 
 
-def networks_summary(results: dict) -> str:
-    """One row per configuration and phase: ours in milliseconds, the others' times over ours, and what is aimed at."""
+def networks_summary(results: dict, against: tuple[str, ...] | None = None) -> str:
+    """One row per configuration and phase: ours in milliseconds, the others' times over ours, and what is aimed at.
+
+    Args:
+        against: only these, and without what is aimed at; None: everyone.
+    """
     records = [r for phase in PHASES for r in select(results, "network", phase=phase)]
     names = list(dict.fromkeys(n for r in records for n in r["timings"] if n != "ours"))
+    names = [n for n in names if against is None or n in against]
     rows = []
     for r in records:
         ours = r["timings"]["ours"]["median"]
-        targets = r.get("targets", {})
+        targets = r.get("targets", {}) if against is None else {}
         over = [f"{r['timings'][n]['median'] / ours:.2f}" if n in r["timings"] else "–" for n in names]
         over = [o + (f" (target {targets[n]:.1f})" if n in targets else "") for n, o in zip(names, over, strict=True)]
         rows.append([r["case"], r["phase"], f"{1e3 * ours:.4g}", *over])
@@ -342,16 +371,22 @@ def traffic_part() -> str:
     )
 
 
-def with_measured(readme: str) -> str:
-    """A README with its measured part replaced.
+def with_measured(text: str, part: str) -> str:
+    """A page with its measured part replaced.
 
     Raises:
         ValueError: the marks are not there, once each.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"the README must hold {BEGIN!r} and {END!r} once each")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{measured()}\n{END}{rest.split(END)[1]}"
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the page must hold {BEGIN!r} and {END!r} once each")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{part}\n{END}{rest.split(END)[1]}"
+
+
+def pages() -> dict[Path, str]:
+    """The pages that hold measured numbers, as they should be."""
+    parts = {README: measured_in_short(), PAGE: measured()}
+    return {file: with_measured(file.read_text(), part) for file, part in parts.items()}
 
 
 def keep(out: Path) -> str:
@@ -372,7 +407,7 @@ def keep(out: Path) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where the README is another")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a page is another")
     parser.add_argument("--draw", type=Path, metavar="OUT", help="a report's folder, to draw its pictures in")
     parser.add_argument("--keep", type=Path, metavar="OUT", help="a report's folder, to take over first")
     options = parser.parse_args()
@@ -382,11 +417,10 @@ def main() -> None:
         return
     if options.keep is not None:
         print(f"kept: benchmarks/results/{keep(options.keep)}.json")
-    text = README.read_text()
-    rendered = with_measured(text)
-    if options.check:
-        raise SystemExit(0 if rendered == text else "README.md is not what benchmarks/render.py writes; run it")
-    README.write_text(rendered)
+    for file, text in pages().items():
+        if options.check and text != file.read_text():
+            raise SystemExit(f"{file.relative_to(ROOT)} is not what benchmarks/render.py writes; run it")
+        file.write_text(text)
 
 
 if __name__ == "__main__":

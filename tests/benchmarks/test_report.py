@@ -246,9 +246,9 @@ def test_sanitizer_output_is_read(line, clean):
     assert tools.read_sanitizer(f"a line\n{line}\nanother\n")["clean"] is clean
 
 
-def test_the_readme_is_what_the_script_renders():
-    text = render.README.read_text()
-    assert render.with_measured(text) == text, "run benchmarks/render.py"
+def test_the_pages_are_what_the_script_renders():
+    for file, text in render.pages().items():
+        assert text == file.read_text(), f"{file.name}: run benchmarks/render.py"
 
 
 def test_kept_results_are_whole_and_their_pictures_are_there():
@@ -256,11 +256,14 @@ def test_kept_results_are_whole_and_their_pictures_are_there():
     for stem, results in render.kept().items():
         assert not results["quick"] and "machine" in results and list(render.select(results, "network"))
         assert (render.RESULTS / f"{stem}.md").read_text() == render.report(results)
-    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", render.README.read_text()):
-        assert (ROOT / picture).exists(), picture
+    for file in render.pages():
+        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", file.read_text()):
+            assert (file.parent / picture).exists(), f"{file.name}: {picture}"
 
 
 def test_no_number_outside_the_rendered_part_is_a_measurement():
-    before, rest = render.README.read_text().split(render.BEGIN)
-    typed = before + rest.split(render.END)[1]
-    assert not re.findall(r"\d[\d.,]* ?(?:(?:ms|µs|us|s|[GM]B|[GM]iB|GB/s|TFLOP|x faster|times)\b|×(?!\d)|%)", typed)
+    typed_only = [ROOT / "docs" / name for name in ("migrating.md", "performance.md", "training.md")]
+    for file in (*render.pages(), *typed_only):
+        typed = re.sub(f"{render.BEGIN}.*{render.END}", "", file.read_text(), flags=re.DOTALL)
+        units = r"(?:ms|µs|us|s|[GM]B|[GM]iB|GB/s|TFLOP|x faster|times)\b|×(?!\d)|%"
+        assert not re.findall(rf"\d[\d.,]* ?(?:{units})", typed), file.name
