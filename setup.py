@@ -41,7 +41,7 @@ def files(*patterns: str) -> list[str]:
     return [str(p.relative_to(ROOT)) for pattern in patterns for p in sorted(ROOT.glob(pattern))]
 
 
-CPU_SOURCES = files("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cpu/simd/*.cpp")
+CPU_SOURCES = files("csrc/python/*.cpp", "csrc/cpu/**/*.cpp")
 CUDA_SOURCES = files("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
 HEADERS = files("csrc/**/*.h", "csrc/**/*.cuh")
 # torch adds a standard where no flag names one, and before 2.13 it adds C++17; the CPU's sources need C++20. nvcc gets
@@ -180,6 +180,7 @@ def make_extension(kind: type, sources: list[str], macros: list[tuple] = ()):
         name="ddpm_fast._C",
         sources=list(sources),
         depends=HEADERS,
+        include_dirs=[str(ROOT / "csrc")],
         define_macros=[*macros, *([("DDPM_FAST_EMULATE_AVX512", None)] if EMULATE_AVX512 else [])],
         extra_compile_args={"cxx": CXX_FLAGS + OPENMP_FLAGS, "nvcc": ["-O3"]},
         extra_link_args=[*OPENMP_FLAGS, *(SANITIZE_FLAGS[:1] if SANITIZE else [])],

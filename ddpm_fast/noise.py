@@ -2,8 +2,8 @@
 
 Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") followed by Box-Muller. The key is the
 64-bit seed, the counter is (element // 4, sample, step, stream); one call gives elements 4k ... 4k+3 of a sample in
-C, H, W order. The C++ header csrc/philox.h and the Triton kernels compute the same function, so noise never has to be
-stored, and sample 17 of seed 3 gets the same noise whatever the batch, the device or the number of machines.
+C, H, W order. The C++ header csrc/core/philox.h and the Triton kernels compute the same function, so noise never has to
+be stored, and sample 17 of seed 3 gets the same noise whatever the batch, the device or the number of machines.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 #include <tuple>
 
-#include "../checks.h"
+#include "core/checks.h"
 #include "launchers.h"
 
 namespace ddpm_fast {

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../sampler_math.h"
+#include "core/sampler_math.h"
 
 namespace ddpm_fast {
 

@@ -9,10 +9,10 @@
 #include <limits>
 #include <vector>
 
-#include "../csrc/cpu/kernels.h"
-#include "../csrc/cpu/parallel.h"
-#include "../csrc/cpu/simd/portable.cpp"
-#include "../csrc/philox.h"
+#include "core/philox.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/targets/portable.cpp"
+#include "cpu/runtime/parallel.h"
 
 namespace ddpm_fast {
 // parallel.cpp without torch: one thread.

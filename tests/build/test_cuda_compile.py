@@ -48,8 +48,8 @@ def compiled(request, tmp_path_factory):
     results = []
     for source in SOURCES:
         cubin = folder / f"{source.stem}.cubin"
-        flags = ["-std=c++20", "-O3", "-cubin", f"-arch={request.param}", "-Xptxas=-v", "-Werror=all-warnings"]
-        report = run("nvcc", *flags, str(source), "-o", str(cubin))
+        flags = [f"-I{CUDA.parent}", "-std=c++20", "-O3", "-cubin", f"-arch={request.param}", "-Xptxas=-v"]
+        report = run("nvcc", *flags, "-Werror=all-warnings", str(source), "-o", str(cubin))
         results.append((report, run(cuobjdump(), "-sass", str(cubin))))
     return request.param, results
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -89,9 +90,8 @@ def host(tmp_path_factory):
     for name in ("cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h"):
         (folder / name).write_text('#pragma once\n#include "shim.h"\n')
     (folder / "shim.h").write_text(SHIM)
+    shutil.copytree(CSRC / "core", folder / "core")
     (folder / "cuda").mkdir()
-    for file in CSRC.glob("*.h"):
-        (folder / file.name).write_text(file.read_text())
     for file in (CSRC / "cuda").iterdir():
         if file.suffix not in (".h", ".cuh", ".cu"):
             continue

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SIMD = Path(__file__).parents[2] / "csrc" / "cpu" / "simd"
+CSRC = Path(__file__).parents[2] / "csrc"
 # Vector width and architecture by instruction set; rows of a product's kernel.
 TARGETS = {"avx2": (8, "x86-64-v3", 6), "avx512": (16, "x86-64-v4", 14)}
 
@@ -26,12 +26,12 @@ def test_a_term_of_a_product_is_loads_and_multiply_adds(tmp_path, name):
     lanes, architecture, rows = TARGETS[name]
     source = tmp_path / "tile.cpp"
     source.write_text(
-        f'#define DDPM_FAST_ISA {name}\n#define DDPM_FAST_LANES {lanes}\n#include "{SIMD / "gemm.h"}"\n'
+        f'#define DDPM_FAST_ISA {name}\n#define DDPM_FAST_LANES {lanes}\n#include "cpu/kernels/gemm-inl.h"\n'
         f"void tile(const float* a, int64_t row, const float* panel, int64_t K, float* c, int64_t piece) {{\n"
         f"  ddpm_fast::{name}::product_tile<{rows}>(a, row, 1, panel, K, c, {2 * lanes}, {2 * lanes}, false,\n"
         "    piece);\n}\n"
     )
-    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", f"-march={architecture}"]
+    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", f"-march={architecture}", f"-I{CSRC}"]
     built = subprocess.run(["g++", *flags, "-S", str(source), "-o", "-"], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     loops = innermost_loops(built.stdout)

@@ -15,9 +15,10 @@ import torch
 from ddpm_fast import noise
 
 SOURCE = Path(__file__).parent / "portable_check.cpp"
+CSRC = Path(__file__).parents[2] / "csrc"
 # gcc takes some sums that are cleared before the first use for uninitialised.
 WARNINGS = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
-FLAGS = ["-std=c++20", "-O2", *WARNINGS, "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = [f"-I{CSRC}", "-std=c++20", "-O2", *WARNINGS, "-fno-math-errno", "-fno-trapping-math"]
 # Compiler, its further flags, and what runs its programs.
 TARGETS = {
     "this machine": ("c++", [], []),

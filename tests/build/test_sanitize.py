@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sanitize
+
 from ddpm_fast.testing.isolation import alone
 
 
@@ -28,9 +29,9 @@ def test_a_copy_takes_changed_files_and_drops_those_that_are_gone(tmp_path):
     assert not list(tmp_path.rglob("*.so")) and not list(tmp_path.rglob("_build_info.json"))
     names = sanitize.native_tests(tmp_path)
     assert {"tests/ops/noise/test_native.py", "tests/ops/sampler_step/test_op.py"} <= set(names)
-    gone, source = tmp_path / "csrc" / "cpu" / "gone.cpp", Path(sanitize.ROOT) / "csrc" / "philox.h"
+    gone, source = tmp_path / "csrc" / "core" / "gone.cpp", Path(sanitize.ROOT) / "csrc" / "core" / "philox.h"
     gone.write_text("")
-    (tmp_path / "csrc" / "philox.h").write_text("")
+    (tmp_path / "csrc" / "core" / "philox.h").write_text("")
     sanitize.copy_sources(tmp_path)
-    assert not gone.exists() and (tmp_path / "csrc" / "philox.h").read_text() == source.read_text()
-    assert (tmp_path / "csrc" / "philox.h").stat().st_mtime == pytest.approx(source.stat().st_mtime)
+    assert not gone.exists() and (tmp_path / "csrc" / "core" / "philox.h").read_text() == source.read_text()
+    assert (tmp_path / "csrc" / "core" / "philox.h").stat().st_mtime == pytest.approx(source.stat().st_mtime)

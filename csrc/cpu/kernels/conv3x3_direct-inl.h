@@ -1,0 +1,76 @@
+// 3×3 convolutions of maps of a few pixels, as one matrix product:
+//
+//   A[pixel][tap][c] = the pixel's 3×3 neighbours      output = A · W, W[tap][c][k] packed panel by panel
+//
+// A tile or two, or tiles that lie mostly outside, pay for no transform of the weights: Winograd's saves at most three
+// quarters of so few products, and costs four times the memory of the weights.
+#pragma once
+
+#include "conv3x3-inl.h"
+#include "pack-inl.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+// Rows of `row` floats, one per pixel.
+inline void gather_neighbours(const Conv3x3Forward& p, int64_t C, float* a, int64_t row) {
+  const int64_t up = p.upsampled ? 1 : 0, height = p.H >> up, width = p.W >> up;
+  for (int64_t m = 0; m < p.B * p.H * p.W; ++m) {
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      const int64_t y = m / p.W % p.H + tap / 3 - 1, x = m % p.W + tap % 3 - 1;
+      const bool inside = y >= 0 && y < p.H && x >= 0 && x < p.W;
+      const int64_t pixel = (m / p.W / p.H * height + (y >> up)) * width + (x >> up);
+      float* to = a + m * row + tap * C;
+      for (int part = 0; part < 2; to += p.channels[part++]) {
+        const auto bytes = static_cast<unsigned long>(p.channels[part]) * sizeof(float);
+        if (inside && bytes > 0) {
+          __builtin_memcpy(to, p.input[part] + pixel * p.channels[part], bytes);
+        } else {
+          __builtin_memset(to, 0, bytes);
+        }
+      }
+    }
+  }
+}
+
+// Output channels [first, first + columns) as a panel of 9·C rows.
+inline void pack_taps(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t C, float* packed) {
+  alignas(64) float taps[9 * kLanes][kLanes];
+  for (int64_t c = 0; c < C; c += kLanes) {
+    const int64_t count = smaller<int64_t>(kLanes, C - c);
+    for (int half = 0; half < kPanel; half += kLanes) {
+      load_taps(w, first + half, smaller<int64_t>(kLanes, larger<int64_t>(0, columns - half)), c, count, taps);
+      for (int64_t n = 0; n < count; ++n) {
+        for (int64_t tap = 0; tap < 9; ++tap)
+          store(packed + (tap * C + c + n) * kPanel + half, load(taps[9 * n + tap]));
+      }
+    }
+  }
+}
+
+inline void forward_directly(const Conv3x3Forward& p, int64_t C, int64_t K) {
+  const int64_t pixels = p.B * p.H * p.W, depth = 9 * C, row = padded(depth);
+  float* a = thread_scratch(kScratchShared, pixels * row);
+  gather_neighbours(p, C, a, row);
+  parallel(panels(K), pieces_of(C * (9 * pixels + kCyclesOfTaps / 2)), [&](int64_t first, int64_t last) {
+    float* packed = thread_scratch(kScratchU, depth * kPanel);
+    float* m = thread_scratch(kScratchM, pixels * kPanel);
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t column = panel * kPanel, columns = smaller<int64_t>(kPanel, K - column);
+      pack_taps(p.weight, column, columns, C, packed);
+      deep_product(a, row, 1, packed, pixels, depth, kPanel, m, kPanel, false);
+      for (int64_t k = column, count; k < column + columns; k += count) {
+        const OutputSlice slice(p, k, column + columns);
+        count = slice.count;
+        const vf bias = slice.bias == nullptr ? vf{} : load_upto(slice.bias, count);
+        for (int64_t i = 0; i < pixels; ++i) {
+          const int64_t at = i * slice.channels;
+          vf value = load_upto(m + i * kPanel + (k - column), count) + bias;
+          if (slice.residual != nullptr) value += load_upto(slice.residual + at, count);
+          store_upto(slice.output + at, value, count);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,0 +1,40 @@
+// Which way a 3×3 convolution is computed, by its sizes alone, and the norm of what was not normed on the way.
+#pragma once
+
+#include "conv3x3_direct-inl.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+// Maps of a pixel or two in height or width fill tiles so badly that Winograd's form has no fewer products.
+constexpr int64_t kMostPixelsDirectly = 32, kWorthATile = 6;
+
+DDPM_FAST_INLINE bool directly(const Conv3x3Forward& p, const Tiles& tiles) {
+  const int64_t pixels = p.B * p.H * p.W;
+  return !p.pooled && (pixels <= kMostPixelsDirectly || pixels <= kWorthATile * tiles.total);
+}
+
+DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K) {
+  if (kPoints * C * K > kLargestSharedU) return false;
+  return tiles.total >= kLeastTiles || (panels(K) == 1 && tiles.total > kGroup);
+}
+
+inline void conv3x3_forward(const Conv3x3Forward& p) {
+  const Tiles tiles(p.B, p.H, p.W);
+  const int64_t C = p.channels[0] + p.channels[1], K = p.output_channels[0] + p.output_channels[1];
+  const bool direct = directly(p, tiles);
+  if (!direct && by_tiles(tiles, C, K)) return forward_by_tiles(p, tiles, C, K);
+  if (direct) {
+    forward_directly(p, C, K);
+  } else {
+    const int64_t size = larger<int64_t>(kRows, kLargestV / (kPoints * C));
+    for (int64_t first = 0; first < tiles.total; first += size) {
+      forward_by_panels(p, tiles, C, K, first, smaller(tiles.total, first + size));
+    }
+  }
+  if (p.norm == nullptr) return;
+  parallel(tiles.total, larger<int64_t>(1, 1024 / K), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
+  });
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,0 +1,240 @@
+// The weight's gradient of 3×3 convolutions by the transforms of F(4×4, 3×3), channels-last.
+#pragma once
+
+#include "conv3x3-inl.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+// The gradient of the weight is a convolution of inputs and output gradients with the same transforms, transposed:
+//
+//   V[point][tile][c] as in conv3x3-inl.h  D[point][tile][k] = transposed output transform of the gradient's 4×4 tile
+//   S[point][c][k] = Σ over tiles of V·D   dweight = transposed transform of the taps of S
+//
+// Two orders of work, chosen by sizes alone:
+// - by points: V and D of some hundred tiles, then each thread takes points and adds to all of their sums: V and D are
+//   read once, from one piece of memory each. For many tiles.
+// - by blocks: V and D of all tiles, then each thread takes blocks of the weight, whose sums never leave its
+// second-level
+//   cache. For few tiles with many channels, where the sums are what has to be moved.
+
+// D of one tile: d + panel·apart + point·plane.
+inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles, const Tile& tile, float* d,
+                               int64_t plane, int64_t apart) {
+  const int64_t height = tiles.H - tile.y, width = tiles.W - tile.x;
+  const float* first = grad + ((tile.b * tiles.H + tile.y) * tiles.W + tile.x) * K;
+  for (int64_t k = 0; k < round_up(K, kPanel); k += kLanes) {
+    const int64_t count = smaller<int64_t>(kLanes, K - k);
+    const auto read = [&](int i, int j) DDPM_FAST_LAMBDA {
+      return i < height && j < width && count > 0 ? load_upto(first + (i * tiles.W + j) * K + k, count) : vf{};
+    };
+    const Six a = output_gradients({read(0, 0), read(1, 0), read(2, 0), read(3, 0)});
+    const Six b = output_gradients({read(0, 1), read(1, 1), read(2, 1), read(3, 1)});
+    const Six c = output_gradients({read(0, 2), read(1, 2), read(2, 2), read(3, 2)});
+    const Six e = output_gradients({read(0, 3), read(1, 3), read(2, 3), read(3, 3)});
+    float* to = d + k / kPanel * apart + k % kPanel;
+    const auto put = [&](int i, vf w, vf x, vf y, vf z) DDPM_FAST_LAMBDA {
+      const Six points = output_gradients({w, x, y, z});
+      float* at = to + i * 6 * plane;
+      store(at, points.a0);
+      store(at + plane, points.a1);
+      store(at + 2 * plane, points.a2);
+      store(at + 3 * plane, points.a3);
+      store(at + 4 * plane, points.a4);
+      store(at + 5 * plane, points.a5);
+    };
+    put(0, a.a0, b.a0, c.a0, e.a0);
+    put(1, a.a1, b.a1, c.a1, e.a1);
+    put(2, a.a2, b.a2, c.a2, e.a2);
+    put(3, a.a3, b.a3, c.a3, e.a3);
+    put(4, a.a4, b.a4, c.a4, e.a4);
+    put(5, a.a5, b.a5, c.a5, e.a5);
+  }
+}
+
+// dweight of input channels [c, c + count) and output channels [k, k + columns), at most kLanes each, from
+// s + point·plane + row·kPanel.
+inline void finish_taps(const float* s, int64_t plane, float* dweight, int64_t C, int64_t c, int64_t count, int64_t k,
+                        int64_t columns) {
+  alignas(64) float taps[9 * kLanes][kLanes];
+  for (int64_t n = 0; n < count; ++n) {
+    const float* from = s + n * kPanel;
+    const auto line = [&](int i) DDPM_FAST_LAMBDA {
+      const float* at = from + i * 6 * plane;
+      return tap_gradients({load(at), load(at + plane), load(at + 2 * plane), load(at + 3 * plane),
+                            load(at + 4 * plane), load(at + 5 * plane)});
+    };
+    const Three a = line(0), b = line(1), d = line(2), e = line(3), f = line(4), g = line(5);
+    const Three left = tap_gradients({a.a0, b.a0, d.a0, e.a0, f.a0, g.a0});
+    const Three middle = tap_gradients({a.a1, b.a1, d.a1, e.a1, f.a1, g.a1});
+    const Three right = tap_gradients({a.a2, b.a2, d.a2, e.a2, f.a2, g.a2});
+    float* t = taps[9 * n];
+    store(t, left.a0);
+    store(t + kLanes, middle.a0);
+    store(t + 2 * kLanes, right.a0);
+    store(t + 3 * kLanes, left.a1);
+    store(t + 4 * kLanes, middle.a1);
+    store(t + 5 * kLanes, right.a1);
+    store(t + 6 * kLanes, left.a2);
+    store(t + 7 * kLanes, middle.a2);
+    store(t + 8 * kLanes, right.a2);
+  }
+  float* to = dweight + (k * C + c) * 9;
+  if (count == kLanes && columns == kLanes) {
+    for (int part = 0; part < 9; ++part) {
+      vf rows[kLanes];
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) rows[n] = load(taps[part * kLanes + n]);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) store(to + n * 9 * C + part * kLanes, rows[n]);
+    }
+    return;
+  }
+  for (int64_t column = 0; column < columns; ++column) {
+    for (int64_t i = 0; i < 9 * count; ++i) to[column * 9 * C + i] = taps[i][column];
+  }
+}
+
+// dbias (K) = Σ of rows of grad (rows, K), by chunks of rows that depend on the sizes alone.
+inline void sum_rows(const float* grad, int64_t rows, int64_t K, float* dbias) {
+  const int64_t size = larger<int64_t>(16, 16384 / K), chunks = ceil_div(rows, size), stride = round_up(K, kLanes);
+  float* sums = thread_scratch(kScratchSums, chunks * stride);
+  parallel(chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t last = smaller(rows, (chunk + 1) * size);
+      for (int64_t k = 0; k < K; k += kLanes) {
+        CarefulSum sum;
+        for (int64_t i = chunk * size; i < last; ++i) sum.add(load_upto(grad + i * K + k, K - k));
+        store(sums + chunk * stride + k, sum.sum);
+      }
+    }
+  });
+  for (int64_t k = 0; k < K; k += kLanes) {
+    CarefulSum sum;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum.add(load(sums + chunk * stride + k));
+    store_upto(dbias + k, sum.sum, K - k);
+  }
+}
+
+// Sums are taken in pieces, since a sum of many terms rounds less as a sum of sums; the kernel of few rows needs longer
+// ones to earn what it takes to add a piece.
+constexpr int64_t kTilesOfPiece = kLanes == 16 ? 32 : 64;
+constexpr int64_t kGradientBlock = 32;  // input channels of a block
+
+// Measured on two cores of a Zen 3 (512 KB of second-level cache each): the largest S that is made as a whole, and of V
+// and D together what is made at a time, by points and by blocks.
+constexpr int64_t kLargestSums = 2 << 20, kLargestOfPoints = 3 << 18, kLargestOfBlocks = 2 << 20;
+
+// S (count × columns of a panel) from all or some tiles; v: (tile, channel), v_row floats from tile to tile; d: (tile,
+// kPanel).
+inline void add_products(const float* v, int64_t v_row, const float* d, int64_t T, int64_t count, float* s, bool add) {
+  for (int64_t t = 0; t < T; t += kTilesOfPiece) {
+    product_panel(v + t * v_row, 1, v_row, d + t * kPanel, count, smaller(kTilesOfPiece, T - t), s, kPanel, kPanel,
+                  add || t > 0);
+  }
+}
+
+// dweight of a panel's output channels and of kLanes or fewer input channels from c on; s: (channel, kPanel).
+inline void finish_panel_taps(const Conv3x3WeightGradient& p, const float* s, int64_t plane, int64_t panel, int64_t c,
+                              int64_t count) {
+  for (int half = 0; half < kPanel; half += kLanes) {
+    const int64_t k = panel * kPanel + half;
+    if (k >= p.K) return;
+    finish_taps(s + half, plane, p.dweight, p.channels[0] + p.channels[1], c, count, k,
+                smaller<int64_t>(kLanes, p.K - k));
+  }
+}
+
+// Tiles that a piece of `most` floats of V and D holds, all pieces alike; per_tile: of one point.
+DDPM_FAST_INLINE int64_t tiles_at_a_time(const Tiles& tiles, int64_t most, int64_t per_tile) {
+  return ceil_div(tiles.total, ceil_div(tiles.total, larger<int64_t>(kLanes, most / (kPoints * per_tile))));
+}
+
+inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
+  const int64_t num_panels = panels(p.K), row = row_stride(C);
+  const int64_t size = tiles_at_a_time(tiles, kLargestOfPoints, row + num_panels * kPanel);
+  const int64_t d_panel = round_up(size, 4) * kPanel, s_panel = C * kPanel;
+  const int64_t v_plane = plane_stride(size * row), d_plane = plane_stride(num_panels * d_panel),
+                s_plane = plane_stride(num_panels * s_panel);
+  float* v = thread_scratch(kScratchShared, kPoints * v_plane);
+  float* d = thread_scratch(kScratchGradients, kPoints * d_plane);
+  float* s = thread_scratch(kScratchSums, kPoints * s_plane);
+  for (int64_t first = 0; first < tiles.total; first += size) {
+    const int64_t T = smaller(size, tiles.total - first);
+    parallel(T, 1, [&](int64_t begin, int64_t end) {
+      transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, 0, C, v + begin * row, row,
+                       v_plane);
+      for (int64_t t = begin; t < end; ++t) {
+        transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane, d_panel);
+      }
+    });
+    parallel(kPoints * num_panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t point = i / num_panels, panel = i % num_panels;
+        add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T, C,
+                     s + point * s_plane + panel * s_panel, first > 0);
+      }
+    });
+  }
+  const int64_t steps = ceil_div(C, kLanes);
+  parallel(num_panels * steps, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = i / steps, c = i % steps * kLanes;
+      finish_panel_taps(p, s + panel * s_panel + c * kPanel, s_plane, panel, c, smaller<int64_t>(kLanes, C - c));
+    }
+  });
+}
+
+inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
+  const int64_t num_panels = panels(p.K), blocks = ceil_div(C, kGradientBlock),
+                row = round_up(smaller(C, kGradientBlock), 16);
+  const int64_t size = tiles_at_a_time(tiles, kLargestOfBlocks, blocks * row + num_panels * kPanel);
+  const int64_t v_plane = plane_stride(size * row), v_block = kPoints * v_plane;
+  const int64_t d_plane = plane_stride(size * kPanel), d_panel = kPoints * d_plane;
+  const int64_t s_plane = plane_stride(kGradientBlock * kPanel), sums = kPoints * s_plane;
+  float* v = thread_scratch(kScratchShared, blocks * v_block);
+  float* d = thread_scratch(kScratchGradients, num_panels * d_panel);
+  float* kept = size >= tiles.total ? nullptr : thread_scratch(kScratchSums, num_panels * blocks * sums);
+  for (int64_t first = 0; first < tiles.total; first += size) {
+    const int64_t T = smaller(size, tiles.total - first);
+    parallel(T, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t c = block * kGradientBlock;
+        transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, c,
+                         smaller(kGradientBlock, C - c), v + block * v_block + begin * row, row, v_plane);
+      }
+      for (int64_t t = begin; t < end; ++t) {
+        transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane, d_panel);
+      }
+    });
+    parallel(num_panels * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t panel = task / blocks, block = task % blocks, c = block * kGradientBlock,
+                      count = smaller(kGradientBlock, C - c);
+        float* s = kept == nullptr ? thread_scratch(kScratchM, sums) : kept + task * sums;
+        for (int64_t i = 0; i < kPoints; ++i) {
+          add_products(v + block * v_block + i * v_plane, row, d + panel * d_panel + i * d_plane, T, count,
+                       s + i * s_plane, first > 0);
+        }
+        if (first + T < tiles.total) continue;
+        for (int64_t n = 0; n < count; n += kLanes) {
+          finish_panel_taps(p, s + n * kPanel, s_plane, panel, c + n, smaller<int64_t>(kLanes, count - n));
+        }
+      }
+    });
+  }
+}
+
+inline void conv3x3_weight_gradient(const Conv3x3WeightGradient& p) {
+  if (p.dbias != nullptr) sum_rows(p.grad, p.B * p.H * p.W, p.K, p.dbias);
+  if (p.dweight == nullptr) return;
+  const Tiles tiles(p.B, p.H, p.W);
+  const int64_t C = p.channels[0] + p.channels[1];
+  if (kPoints * C * p.K <= kLargestSums && tiles.total >= kLeastTiles) {
+    weight_gradient_by_points(p, tiles, C);
+  } else {
+    weight_gradient_by_blocks(p, tiles, C);
+  }
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,0 +1,186 @@
+// Matrix products: C (M, N) = A (M, K) · B (K, N), with B packed in panels of kPanel columns.
+//
+// The kernel holds kRows × kPanel sums in registers. gcc keeps arrays of vectors in memory, a store after every FMA, so
+// the sums are members of nested structs, one per row.
+#pragma once
+
+#include "vec-inl.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+constexpr int kPanel = 2 * kLanes;  // columns of a panel: two vectors
+constexpr int kRows =
+    kLanes == 16 ? 14 : 6;  // with two vectors each, one for the broadcast and two of B: 31 of 32, 15 of 16
+
+DDPM_FAST_INLINE constexpr int64_t panels(int64_t N) { return ceil_div(N, kPanel); }
+// Floats that K × N packed take: (panels, K, kPanel), the last panel filled up with zeros.
+DDPM_FAST_INLINE constexpr int64_t packed_size(int64_t K, int64_t N) { return panels(N) * K * kPanel; }
+
+// Sums of R rows; see above.
+template <int R>
+struct Sums {
+  vf left, right;
+  Sums<R - 1> rest;
+
+  DDPM_FAST_INLINE void clear() {
+    left = vf{};
+    right = vf{};
+    rest.clear();
+  }
+  // Row R-1 is this struct's own: a + (R-1)·stride.
+  DDPM_FAST_INLINE void add(const float* a, int64_t stride, vf b0, vf b1) {
+    const vf x = splat(a[(R - 1) * stride]);
+    left = x * b0 + left;
+    right = x * b1 + right;
+    rest.add(a, stride, b0, b1);
+  }
+  DDPM_FAST_INLINE void join(const Sums& other) {
+    left += other.left;
+    right += other.right;
+    rest.join(other.rest);
+  }
+  template <typename Out>
+  DDPM_FAST_INLINE void write(Out& out) {
+    rest.write(out);
+    out(R - 1, left, right);
+  }
+};
+template <>
+struct Sums<0> {
+  DDPM_FAST_INLINE void clear() {}
+  DDPM_FAST_INLINE void add(const float*, int64_t, vf, vf) {}
+  DDPM_FAST_INLINE void join(const Sums&) {}
+  template <typename Out>
+  DDPM_FAST_INLINE void write(Out&) {}
+};
+
+// Adds K terms of R rows, and moves on; element (m, k) of A lies at a[m·row + k·step]. So few sums that an addition
+// would wait for the one before are made in several chains; few sums in several terms at a time, so that the loop's own
+// instructions run beside them.
+template <int R>
+DDPM_FAST_INLINE void add_terms(Sums<R>& sums, const float*& a, int64_t row, int64_t step, const float*& panel,
+                                int64_t K) {
+  const auto next = [&](Sums<R>& chain) DDPM_FAST_LAMBDA {
+    chain.add(a, row, load(panel), load(panel + kLanes));
+    a += step;
+    panel += kPanel;
+  };
+  int64_t k = 0;
+  if constexpr (R <= 3) {
+    Sums<R> odd;
+    odd.clear();
+    if constexpr (R == 1) {
+      Sums<R> second, third;
+      second.clear();
+      third.clear();
+      for (; k + 4 <= K; k += 4) next(sums), next(odd), next(second), next(third);
+      second.join(third);
+      sums.join(second);
+    } else {
+      for (; k + 4 <= K; k += 4) next(sums), next(odd), next(sums), next(odd);
+    }
+    sums.join(odd);
+  } else if constexpr (R <= 6) {
+    for (; k + 4 <= K; k += 4) next(sums), next(sums), next(sums), next(sums);
+  }
+  for (; k < K; ++k) next(sums);
+}
+
+// R rows of the product with one panel. out(m, left, right) takes row m.
+template <int R, typename Out>
+DDPM_FAST_INLINE void product_rows(const float* a, int64_t row, int64_t step, const float* panel, int64_t K, Out& out) {
+  Sums<R> sums;
+  sums.clear();
+  add_terms(sums, a, row, step, panel, K);
+  sums.write(out);
+}
+
+// Stores rows of a product, added to what is there or not.
+struct Store {
+  float* c;
+  int64_t stride, columns;  // of the panel's columns those that exist
+  bool add;
+
+  DDPM_FAST_INLINE void operator()(int m, vf left, vf right) {
+    float* to = c + m * stride;
+    if (columns == kPanel) {
+      if (add) left += load(to), right += load(to + kLanes);
+      store(to, left);
+      store(to + kLanes, right);
+      return;
+    }
+    const int64_t second = columns - kLanes;
+    if (add) {
+      left += load_upto(to, columns);
+      if (second > 0) right += load_partial(to + kLanes, second);
+    }
+    store_upto(to, left, columns);
+    if (second > 0) store_partial(to + kLanes, right, second);
+  }
+};
+
+template <int R>
+inline __attribute__((noinline)) void product_tile(const float* a, int64_t row, int64_t step, const float* panel,
+                                                   int64_t K, float* c, int64_t stride, int64_t columns, bool add,
+                                                   int64_t piece) {
+  Store out{c, stride, columns, add};
+  for (int64_t k = 0; k == 0 || k < K; k += piece) {  // once where K = 0: zeros
+    product_rows<R>(a + k * step, row, step, panel + k * kPanel, smaller(piece, K - k), out);
+    out.add = true;
+  }
+}
+
+template <int R = kRows>
+DDPM_FAST_INLINE void product_tile_of(int64_t rows, const float* a, int64_t row, int64_t step, const float* panel,
+                                      int64_t K, float* c, int64_t stride, int64_t columns, bool add, int64_t piece) {
+  if constexpr (R > 0) {
+    if (rows == R) return product_tile<R>(a, row, step, panel, K, c, stride, columns, add, piece);
+    product_tile_of<R - 1>(rows, a, row, step, panel, K, c, stride, columns, add, piece);
+  }
+}
+
+// Terms of each of the equal pieces, of at most `most` terms, that a sum of K terms is cut into. The rounding error of
+// a sum in one row grows with √K, that of a sum of pieces with √(most + K/most).
+DDPM_FAST_INLINE int64_t piece_of(int64_t K, int64_t most) {
+  return larger<int64_t>(1, ceil_div(K, larger<int64_t>(1, ceil_div(K, most))));
+}
+
+constexpr int64_t kOnePiece = int64_t{1} << 40;
+
+// C (M × columns of one panel) = A · panel, or += with `add`. A: (m, k) at a[m·row + k·step]; C: (m, n) at c[m·stride +
+// n]. Rows are taken in balanced groups: 15 rows are 8 and 7, not 14 and 1. Sums over k are made of pieces of `piece`
+// terms.
+inline void product_panel(const float* a, int64_t row, int64_t step, const float* panel, int64_t M, int64_t K, float* c,
+                          int64_t stride, int64_t columns, bool add, int64_t piece = kOnePiece) {
+  const int64_t groups = ceil_div(M, kRows);
+  for (int64_t g = 0, m = 0; g < groups; ++g) {
+    const int64_t rows = (M - m + groups - g - 1) / (groups - g);
+    product_tile_of(rows, a + m * row, row, step, panel, K, c + m * stride, stride, columns, add, piece);
+    m += rows;
+  }
+}
+
+// C = A · B over all panels.
+inline void product(const float* a, int64_t row, int64_t step, const float* packed, int64_t M, int64_t K, int64_t N,
+                    float* c, int64_t stride, bool add) {
+  for (int64_t p = 0; p < panels(N); ++p) {
+    product_panel(a, row, step, packed + p * K * kPanel, M, K, c + p * kPanel, stride,
+                  smaller<int64_t>(kPanel, N - p * kPanel), add);
+  }
+}
+
+// Packs panels [first, last) of B, (k, n) at b[k·row + n·step].
+inline void pack_panels(const float* b, int64_t row, int64_t step, int64_t K, int64_t N, int64_t first, int64_t last,
+                        float* packed) {
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t columns = smaller<int64_t>(kPanel, N - p * kPanel);
+    for (int64_t k = 0; k < K; ++k) {
+      const float* from = b + k * row + p * kPanel * step;
+      float* to = packed + (p * K + k) * kPanel;
+      for (int64_t n = 0; n < columns; ++n) to[n] = from[n * step];
+      for (int64_t n = columns; n < kPanel; ++n) to[n] = 0;
+    }
+  }
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,0 +1,33 @@
+// The kernels of this folder, which are compiled once for every instruction set, as tables of functions; free of torch.
+#pragma once
+
+#include "attention.h"
+#include "conv3x3.h"
+#include "linear.h"
+#include "linear_attention.h"
+#include "norm_linear.h"
+#include "norm_silu.h"
+#include "stem_conv.h"
+
+namespace ddpm_fast {
+
+struct Kernels {
+  const char* name;
+  int lanes;  // floats of a vector
+  Conv3x3Kernels conv3x3;
+  NormSiluKernels norm_silu;
+  LinearKernels linear;
+  NormLinearKernels norm_linear;
+  AttentionKernels attention;
+  LinearAttentionKernels linear_attention;
+  StemKernels stem;
+};
+
+// The table of the widest instruction set that this processor has, or of the one chosen by `use_instruction_set`.
+const Kernels& kernels();
+
+// For tests: the tables of this build are "avx512", "avx2" (both on x86-64) and "portable". Returns the name before, or
+// null where the build has no such table or the processor could not run it.
+const char* use_instruction_set(const char* name);
+
+}  // namespace ddpm_fast

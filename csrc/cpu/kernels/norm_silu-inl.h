@@ -1,0 +1,373 @@
+// RMSNorm and GroupNorm with bias, scale and shift, SiLU, dropout and residual, and their gradients.
+//
+//   v = x + bias;  x̂ = v·√C / max(‖v‖₂, 1e-12)  or  x̂ = (v − mean)·rstd;  y = (x̂·gain + offset)·(1 + scale) + shift
+//   out = keep·SiLU(y) + residual
+//
+// Sums over pixels are made per chunk of a sample, then over chunks and samples in order, so that they do not depend on
+// the threads. norm_rows-inl.h has the functions of one row.
+#pragma once
+
+#include "core/philox.h"
+#include "norm_rows-inl.h"
+#include "norm_silu.h"
+#include "parallel-inl.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+constexpr int kNormMaskSlot = 4, kNormSumsSlot = 5, kNormPieceSlot = 6;  // of thread_scratch
+constexpr int64_t kNormChunk = 4096;    // elements of a chunk, about; few, since a chunk's are summed plainly
+constexpr int64_t kNormPiece = 16384;   // elements that are worth a thread
+constexpr uint32_t kStreamDropout = 6;  // STREAM_DROPOUT of ddpm_fast/noise.py
+
+// A sample's pixels in chunks of `rows`, the same whatever the threads.
+struct NormChunks {
+  int64_t rows, per_sample, total, grain;
+
+  NormChunks(int64_t B, int64_t N, int64_t C) {
+    rows = larger<int64_t>(1, smaller(N, kNormChunk / C));
+    per_sample = ceil_div(N, rows);
+    total = B * per_sample;
+    grain = larger<int64_t>(1, kNormPiece / (rows * C));
+  }
+};
+
+// One chunk of one sample.
+struct NormChunk {
+  int64_t sample, first, rows, offset;  // offset: of the chunk's first element within the maps
+  Affine affine;
+  const float* keep;  // (rows, C) or null
+
+  NormChunk(const NormSiluArgs& p, const NormChunks& chunks, int64_t index) {
+    sample = index / chunks.per_sample;
+    first = index % chunks.per_sample * chunks.rows;
+    rows = smaller(chunks.rows, p.N - first);
+    offset = (sample * p.N + first) * p.C;
+    affine = {p.weight, p.bias_affine, p.scale ? p.scale + sample * p.C : nullptr,
+              p.shift ? p.shift + sample * p.C : nullptr};
+    keep = p.keep_threshold ? fill_keep(p) : nullptr;
+  }
+
+  // keep_scale where an element is kept and 0 where not. Elements are counted in C, H, W order, four to a Philox block.
+  const float* fill_keep(const NormSiluArgs& p) const {
+    float* mask = thread_scratch(kNormMaskSlot, rows * p.C);
+    const NoiseIndex index{philox_key(p.seed), static_cast<uint32_t>(sample), 0, kStreamDropout};
+    for (int64_t c = 0; c < p.C; ++c) {
+      const int64_t begin = c * p.N + first, end = begin + rows;
+      for (int64_t block = begin / 4; 4 * block < end; ++block) {
+        const PhiloxWords four = philox4x32(philox_counter(index, static_cast<uint32_t>(block)), index.key);
+        const uint32_t words[4] = {four.x0, four.x1, four.x2, four.x3};
+        for (int i = 0; i < 4; ++i) {
+          const int64_t element = 4 * block + i;
+          if (element < begin || element >= end) continue;
+          mask[(element - begin) * p.C + c] = words[i] >= p.keep_threshold ? p.keep_scale : 0.0f;
+        }
+      }
+    }
+    return mask;
+  }
+
+  DDPM_FAST_INLINE const float* keep_row(int64_t row, int64_t C) const { return keep ? keep + row * C : nullptr; }
+};
+
+template <typename Body>
+inline void over_chunks(const NormSiluArgs& p, const NormChunks& chunks, const Body& body) {
+  parallel(chunks.total, chunks.grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(NormChunk(p, chunks, i), i);
+  });
+}
+
+inline void clear(float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = 0;
+}
+
+// ---- GroupNorm ----
+
+// mean and 1/√(variance + eps) of the group of every channel: (2, C) from a sample's (groups, 2).
+inline void spread_statistics(const float* statistics, int64_t groups, int64_t C, float* spread) {
+  const int64_t width = C / groups;
+  for (int64_t c = 0; c < C; ++c) {
+    spread[c] = statistics[c / width * 2];
+    spread[C + c] = statistics[c / width * 2 + 1];
+  }
+}
+
+template <typename Lanes>
+DDPM_FAST_INLINE vf group_normed(const float* v, const float* bias, const float* spread, int64_t C, int64_t c,
+                                 Lanes lanes) {
+  return (get_biased(v, bias, c, lanes) - lanes.get(spread + c)) * lanes.get(spread + C + c);
+}
+
+// Mean and sum of squared deviations of every group in a chunk, moments (groups, 2); room: (2, C).
+inline void chunk_moments(const NormSiluArgs& p, const NormChunk& chunk, float* room, float* moments) {
+  const float* x = p.x + chunk.offset;
+  const int64_t C = p.C, width = C / p.groups;
+  float *means = room, *sums = room + C;
+  clear(sums, C);
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    over_channels(C,
+                  [&](int64_t c, auto lanes) { accumulate(sums, c, lanes, get_biased(x + r * C, p.bias, c, lanes)); });
+  }
+  const float count = static_cast<float>(width * chunk.rows);
+  for (int64_t g = 0; g < p.groups; ++g) {
+    float sum = 0;
+    for (int64_t c = 0; c < width; ++c) sum += sums[g * width + c];
+    moments[2 * g] = sum / count;
+    for (int64_t c = 0; c < width; ++c) means[g * width + c] = moments[2 * g];
+  }
+  clear(sums, C);
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    over_channels(C, [&](int64_t c, auto lanes) {
+      const vf deviation = get_biased(x + r * C, p.bias, c, lanes) - lanes.get(means + c);
+      accumulate(sums, c, lanes, deviation * deviation);
+    });
+  }
+  for (int64_t g = 0; g < p.groups; ++g) {
+    float sum = 0;
+    for (int64_t c = 0; c < width; ++c) sum += sums[g * width + c];
+    moments[2 * g + 1] = sum;
+  }
+}
+
+// Moments of chunks put together (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance").
+inline void group_statistics(const NormSiluForwardArgs& p, const NormChunks& chunks) {
+  const int64_t G = p.groups, width = p.C / G;
+  float* moments = thread_scratch(kNormSumsSlot, chunks.total * G * 2);
+  over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t i) {
+    chunk_moments(p, chunk, thread_scratch(kNormMaskSlot, 2 * p.C), moments + i * G * 2);
+  });
+  for (int64_t b = 0; b < p.B; ++b) {
+    for (int64_t g = 0; g < G; ++g) {
+      double count = 0, mean = 0, squares = 0;
+      for (int64_t k = 0; k < chunks.per_sample; ++k) {
+        const float* of_chunk = moments + ((b * chunks.per_sample + k) * G + g) * 2;
+        const double added = static_cast<double>(width * smaller(chunks.rows, p.N - k * chunks.rows));
+        const double difference = of_chunk[0] - mean;
+        mean += difference * (added / (count + added));
+        squares += of_chunk[1] + difference * difference * (count * added / (count + added));
+        count += added;
+      }
+      float* to = p.statistics + (b * G + g) * 2;
+      to[0] = static_cast<float>(mean);
+      to[1] = static_cast<float>(1 / __builtin_sqrt(squares / count + static_cast<double>(p.eps)));
+    }
+  }
+}
+
+// Means over a sample's groups of z and z·x̂, z = g·slope, spread over the channels: (2, C).
+inline void group_means(const NormSiluArgs& p, const Affine& affine, const float* sums, int64_t chunks, float* means) {
+  const int64_t C = p.C, width = C / p.groups;
+  const double count = static_cast<double>(width * p.N);
+  for (int64_t g = 0; g < p.groups; ++g) {
+    double of_z = 0, of_products = 0;
+    for (int64_t k = 0; k < chunks; ++k) {
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+        const double slope = affine.scale ? affine.gain[c] * (1.0 + affine.scale[c]) : affine.gain[c];
+        of_products += slope * sums[k * 3 * C + c];
+        of_z += slope * sums[(k * 3 + 1) * C + c];
+      }
+    }
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      means[c] = static_cast<float>(of_z / count);
+      means[C + c] = static_cast<float>(of_products / count);
+    }
+  }
+}
+
+// ---- the kernels ----
+
+template <bool kActivation>
+void rms_forward(const NormSiluForwardArgs& p, const NormChunks& chunks) {
+  const int64_t C = p.C;
+  over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t) {
+    const float *x = p.x + chunk.offset, *residual = p.residual ? p.residual + chunk.offset : nullptr;
+    float *out = p.out + chunk.offset, *norms = p.statistics + chunk.sample * p.N + chunk.first;
+    // A few rows at a time: their norms do not wait for one another, and the rows stay in the first-level cache.
+    const int64_t group = larger<int64_t>(1, smaller<int64_t>(8, 1024 / C));
+    for (int64_t first = 0; first < chunk.rows; first += group) {
+      const int64_t last = smaller(chunk.rows, first + group);
+      for (int64_t r = first; r < last; ++r) norms[r] = row_norm(x + r * C, p.bias, C);
+      for (int64_t r = first; r < last; ++r) {
+        rms_apply<kActivation>(x + r * C, norms[r], p.bias, chunk.affine, residual ? residual + r * C : nullptr,
+                               out + r * C, C, chunk.keep_row(r, C));
+      }
+    }
+  });
+}
+
+template <bool kActivation>
+void group_forward(const NormSiluForwardArgs& p, const NormChunks& chunks) {
+  const int64_t C = p.C;
+  NormSiluForwardArgs undropped = p;
+  undropped.keep_threshold = 0;
+  group_statistics(undropped, chunks);
+  float* spread = thread_scratch(kNormSumsSlot, p.B * 2 * C);
+  for (int64_t b = 0; b < p.B; ++b) spread_statistics(p.statistics + b * p.groups * 2, p.groups, C, spread + b * 2 * C);
+  over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t) {
+    const float* mine = spread + chunk.sample * 2 * C;
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      const int64_t at = chunk.offset + r * C;
+      const float* residual = p.residual ? p.residual + at : nullptr;
+      over_channels(C, [&](int64_t c, auto lanes) {
+        const vf y = chunk.affine(group_normed(p.x + at, p.bias, mine, C, c, lanes), c, lanes);
+        lanes.put(p.out + at + c, after_norm<kActivation>(y, chunk.keep_row(r, C), residual, c, lanes));
+      });
+    }
+  });
+}
+
+// The sums of a chunk, as sums of pieces of kRowsOfPiece rows.
+class ChunkSums {
+ public:
+  // Sums of chunk i, which go on from `sums` if they are `begun`, else from 0.
+  ChunkSums(const NormSiluBackwardArgs& p, float* sums, int64_t i, bool begun = false)
+      : chunk_(sums + i * 3 * p.C), piece_(thread_scratch(kNormPieceSlot, 3 * p.C)), C_(p.C) {
+    const bool slopes = p.dbias_affine || p.dshift || p.dscale || p.groups;
+    rows = {piece_, slopes ? piece_ + C_ : nullptr, p.dbias ? piece_ + 2 * C_ : nullptr};
+    if (!begun) clear(chunk_, 3 * C_);
+    clear(piece_, 3 * C_);
+  }
+
+  // To be called after every row, by its number within the chunk.
+  DDPM_FAST_INLINE void end_row(int64_t row) {
+    if (row % kRowsOfPiece == kRowsOfPiece - 1) finish();
+  }
+
+  // To be called after the last row; adding a piece of zeros changes nothing.
+  void finish() {
+    over_channels(3 * C_, [&](int64_t c, auto lanes) {
+      accumulate(chunk_, c, lanes, lanes.get(piece_ + c));
+      lanes.put(piece_ + c, vf{});
+    });
+  }
+
+  NormSums rows;  // where the rows of a piece add
+
+ private:
+  float *chunk_, *piece_;
+  int64_t C_;
+};
+
+template <bool kActivation>
+void rms_backward(const NormSiluBackwardArgs& p, const NormChunks& chunks, float* sums) {
+  const int64_t C = p.C;
+  over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t i) {
+    ChunkSums mine(p, sums, i);
+    const float* norms = p.statistics + chunk.sample * p.N + chunk.first;
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      const int64_t at = chunk.offset + r * C;
+      rms_row_backward<kActivation>(p.grad + at, p.x + at, norms[r], p.bias, chunk.affine.gain, chunk.affine.scale,
+                                    chunk.affine.shift, p.dx + at, mine.rows, C, chunk.keep_row(r, C));
+      mine.end_row(r);
+    }
+    mine.finish();
+  });
+}
+
+template <bool kActivation>
+void group_backward(const NormSiluBackwardArgs& p, const NormChunks& chunks, float* sums, float* spread) {
+  const int64_t C = p.C;
+  float* means = spread + p.B * 2 * C;
+  for (int64_t b = 0; b < p.B; ++b) spread_statistics(p.statistics + b * p.groups * 2, p.groups, C, spread + b * 2 * C);
+  // body(row of the chunk, index of its first element, channel, lanes, x̂) for every vector.
+  const auto over_rows = [&](const NormChunk& chunk, ChunkSums& mine, const auto& body) {
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      const int64_t at = chunk.offset + r * C;
+      over_channels(C, [&](int64_t c, auto lanes) {
+        body(r, at, c, lanes, group_normed(p.x + at, p.bias, spread + chunk.sample * 2 * C, C, c, lanes));
+      });
+      mine.end_row(r);
+    }
+    mine.finish();
+  };
+  over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t i) {
+    ChunkSums mine(p, sums, i);
+    over_rows(chunk, mine, [&](int64_t r, int64_t at, int64_t c, auto lanes, vf normed) {
+      const vf g = before_activation<kActivation>(p.grad + at, chunk.keep_row(r, C), chunk.affine, normed, c, lanes);
+      accumulate(mine.rows.products, c, lanes, g * normed);
+      accumulate(mine.rows.slopes, c, lanes, g);
+      lanes.put(p.dx + at + c, g * chunk.affine.slope(c, lanes));  // z, which is read again below
+    });
+  });
+  for (int64_t b = 0; b < p.B; ++b) {
+    const Affine affine{p.weight, p.bias_affine, p.scale ? p.scale + b * C : nullptr, nullptr};
+    group_means(p, affine, sums + b * chunks.per_sample * 3 * C, chunks.per_sample, means + b * 2 * C);
+  }
+  NormSiluArgs undropped = p;
+  undropped.keep_threshold = 0;
+  over_chunks(undropped, chunks, [&](const NormChunk& chunk, int64_t i) {
+    ChunkSums mine(p, sums, i, true);
+    const float *rstd = spread + (chunk.sample * 2 + 1) * C, *mean = means + chunk.sample * 2 * C;
+    over_rows(chunk, mine, [&](int64_t, int64_t at, int64_t c, auto lanes, vf normed) {
+      const vf z = lanes.get(p.dx + at + c) - lanes.get(mean + c) - normed * lanes.get(mean + C + c);
+      const vf d = z * lanes.get(rstd + c);
+      if (mine.rows.inputs) accumulate(mine.rows.inputs, c, lanes, d);
+      lanes.put(p.dx + at + c, d);
+    });
+  });
+}
+
+// The gradients of the rows from the chunks' sums, see NormSums.
+inline void finish_sums(const NormSiluBackwardArgs& p, int64_t chunks, const float* sums) {
+  const int64_t C = p.C;
+  const auto of_channels = [&](int64_t c, auto lanes) {
+    CarefulSum weight, affine, bias;
+    for (int64_t b = 0; b < p.B; ++b) {
+      CarefulSum all_products, all_slopes, all_inputs;
+      for (int64_t k = b * chunks; k < (b + 1) * chunks; ++k) {
+        all_products.add(lanes.get(sums + k * 3 * C + c));
+        all_slopes.add(lanes.get(sums + (k * 3 + 1) * C + c));
+        all_inputs.add(lanes.get(sums + (k * 3 + 2) * C + c));
+      }
+      const vf products = all_products.sum, slopes = all_slopes.sum, inputs = all_inputs.sum;
+      if (p.dshift) lanes.put(p.dshift + b * C + c, slopes);
+      if (p.dscale) {
+        const vf offset = p.bias_affine ? lanes.get(p.bias_affine + c) : vf{};
+        lanes.put(p.dscale + b * C + c, products * lanes.get(p.weight + c) + slopes * offset);
+      }
+      const vf factor = p.scale ? splat(1.0f) + lanes.get(p.scale + b * C + c) : splat(1.0f);
+      weight.add(products * factor);
+      affine.add(slopes * factor);
+      bias.add(inputs);
+    }
+    if (p.dweight) lanes.put(p.dweight + c, weight.sum);
+    if (p.dbias_affine) lanes.put(p.dbias_affine + c, affine.sum);
+    if (p.dbias) lanes.put(p.dbias + c, bias.sum);
+  };
+  const int64_t grain = larger<int64_t>(1, kNormPiece / (p.B * chunks * 3 * kLanes));
+  parallel(ceil_div(C, kLanes), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t c = i * kLanes;
+      if (c + kLanes <= C) {
+        of_channels(c, Whole{});
+      } else {
+        of_channels(c, Part{C - c});
+      }
+    }
+  });
+}
+
+inline void norm_silu_forward(const NormSiluForwardArgs& p) {
+  if (p.B * p.N * p.C == 0) return;
+  const NormChunks chunks(p.B, p.N, p.C);
+  if (p.groups) {
+    p.activation ? group_forward<true>(p, chunks) : group_forward<false>(p, chunks);
+  } else {
+    p.activation ? rms_forward<true>(p, chunks) : rms_forward<false>(p, chunks);
+  }
+}
+
+inline void norm_silu_backward(const NormSiluBackwardArgs& p) {
+  if (p.B * p.N * p.C == 0) return;
+  const NormChunks chunks(p.B, p.N, p.C);
+  const int64_t of_chunks = chunks.total * 3 * p.C;
+  float* sums = thread_scratch(kNormSumsSlot, of_chunks + p.B * 4 * p.C);
+  if (p.groups) {
+    float* spread = sums + of_chunks;
+    p.activation ? group_backward<true>(p, chunks, sums, spread) : group_backward<false>(p, chunks, sums, spread);
+  } else {
+    p.activation ? rms_backward<true>(p, chunks, sums) : rms_backward<false>(p, chunks, sums);
+  }
+  finish_sums(p, chunks.per_sample, sums);
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,0 +1,142 @@
+// Convolutions of few channels as products without a matrix of neighbours. With zeros written around it, a
+// channels-last map has the side·C numbers that a row of the kernel sees of a pixel side by side, and those of the next
+// pixel C further:
+//
+//   out[x] = Σ over i of padded[y + i][C·x … C·(x + side)] · W[i]       W[i] (side·C, K), packed panel by panel
+//
+// The gradient of W[i] is the transposed product, of a row of the map with one of the gradient.
+#pragma once
+
+#include "conv3x3_gradient-inl.h"
+#include "pack-inl.h"
+#include "stem_conv.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+struct PaddedMap {
+  float* data;
+  int64_t row, image, depth;  // floats of a row, of an image, and that a row of the kernel sees of a pixel
+
+  DDPM_FAST_INLINE const float* at(int64_t b, int64_t y) const { return data + b * image + y * row; }
+};
+
+inline PaddedMap pad_map(const StemSizes& in, const float* x) {
+  const int64_t margin = in.side / 2, rows = in.H + 2 * margin, row = (in.W + 2 * margin) * in.C;
+  PaddedMap map{thread_scratch(kScratchShared, in.B * rows * row), row, rows * row, in.side * in.C};
+  parallel(in.B * rows, larger<int64_t>(1, 32768 / row), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / rows, y = i % rows - margin, inner = in.W * in.C, left = margin * in.C;
+      float* to = map.data + i * row;
+      if (y < 0 || y >= in.H) {
+        __builtin_memset(to, 0, static_cast<unsigned long>(row) * 4);
+        continue;
+      }
+      __builtin_memset(to, 0, static_cast<unsigned long>(left) * 4);
+      __builtin_memcpy(to + left, x + (b * in.H + y) * inner, static_cast<unsigned long>(inner) * 4);
+      __builtin_memset(to + left + inner, 0, static_cast<unsigned long>(left) * 4);
+    }
+  });
+  return map;
+}
+
+// Where tap (i, j) of channel c of output channel n lies in a torch weight; row r of a panel is (i, j, c).
+DDPM_FAST_INLINE int64_t stem_tap(const StemSizes& in, int64_t n, int64_t r) {
+  return (n * in.C + r % in.C) * in.side * in.side + r / in.C;
+}
+
+template <int R>
+inline __attribute__((noinline)) void stem_tile(const PaddedMap& map, const StemSizes& in, const float* from,
+                                                const float* panel, const float* bias, float* out, int64_t columns) {
+  Sums<R> sums;
+  sums.clear();
+  for (int64_t i = 0; i < in.side; ++i) {
+    const float* a = from + i * map.row;
+    add_terms(sums, a, in.C, 1, panel, map.depth);
+  }
+  const vf left_bias = load(bias), right_bias = load(bias + kLanes);
+  Store store_row{out, in.K, columns, false};
+  const auto with_bias = [&](int m, vf left, vf right) { store_row(m, left + left_bias, right + right_bias); };
+  sums.write(with_bias);
+}
+
+template <int R = kRows>
+DDPM_FAST_INLINE void stem_tile_of(int64_t rows, const PaddedMap& map, const StemSizes& in, const float* from,
+                                   const float* panel, const float* bias, float* out, int64_t columns) {
+  if constexpr (R > 0) {
+    if (rows == R) return stem_tile<R>(map, in, from, panel, bias, out, columns);
+    stem_tile_of<R - 1>(rows, map, in, from, panel, bias, out, columns);
+  }
+}
+
+// Lines of the map that make up enough work for a thread.
+DDPM_FAST_INLINE int64_t stem_lines(const StemSizes& in) {
+  return pieces_of(in.W * in.side * in.side * in.C * panels(in.K) * 2);
+}
+
+inline void stem_forward(const StemForward& p) {
+  const StemSizes& in = p.in;
+  const PaddedMap map = pad_map(in, p.x);
+  const int64_t depth = in.side * map.depth, num_panels = panels(in.K);
+  float* packed = thread_scratch(kScratchU, num_panels * (depth + 1) * kPanel);
+  float* biases = packed + num_panels * depth * kPanel;
+  for (int64_t n = 0; n < num_panels * kPanel; ++n) {
+    const bool there = n < in.K;
+    float* to = packed + n / kPanel * depth * kPanel + n % kPanel;
+    for (int64_t r = 0; r < depth; ++r) to[r * kPanel] = there ? p.weight[stem_tap(in, n, r)] : 0.0f;
+    biases[n] = there && p.bias != nullptr ? p.bias[n] : 0.0f;
+  }
+  parallel(in.B * in.H, stem_lines(in), [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) {
+      const float* from = map.at(line / in.H, line % in.H);
+      for (int64_t panel = 0; panel < num_panels; ++panel) {
+        const int64_t groups = ceil_div(in.W, kRows), column = panel * kPanel;
+        for (int64_t g = 0, x = 0; g < groups; ++g) {
+          const int64_t rows = (in.W - x + groups - g - 1) / (groups - g);
+          stem_tile_of(rows, map, in, from + x * in.C, packed + panel * depth * kPanel, biases + column,
+                       p.out + (line * in.W + x) * in.K + column, smaller<int64_t>(kPanel, in.K - column));
+          x += rows;
+        }
+      }
+    }
+  });
+}
+
+constexpr int64_t kStemChunks = 32;  // of lines, each with sums of its own; the same whatever the threads
+
+inline void stem_weight_gradient(const StemWeightGradient& p) {
+  const StemSizes& in = p.in;
+  if (p.dbias != nullptr) sum_rows(p.grad, in.B * in.H * in.W, in.K, p.dbias);
+  const PaddedMap map = pad_map(in, p.x);
+  const int64_t lines = in.B * in.H, chunks = smaller(kStemChunks, lines), num_panels = panels(in.K);
+  const int64_t depth = in.side * map.depth, sums_size = num_panels * depth * kPanel;
+  float* sums = thread_scratch(kScratchSums, chunks * sums_size);
+  parallel(chunks * num_panels, pieces_of(lines / chunks * in.W * depth * 2), [&](int64_t begin, int64_t end) {
+    float* packed = thread_scratch(kScratchM, in.W * kPanel);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task / num_panels, panel = task % num_panels, column = panel * kPanel;
+      const int64_t first = chunk * lines / chunks, last = (chunk + 1) * lines / chunks, count = in.K - column;
+      float* s = sums + chunk * sums_size + panel * depth * kPanel;
+      for (int64_t line = first; line < last; ++line) {
+        for (int64_t x = 0; x < in.W; ++x) {
+          const float* from = p.grad + (line * in.W + x) * in.K + column;
+          store(packed + x * kPanel, load_upto(from, count));
+          store(packed + x * kPanel + kLanes, count > kLanes ? load_upto(from + kLanes, count - kLanes) : vf{});
+        }
+        for (int64_t i = 0; i < in.side; ++i) {
+          product_panel(map.at(line / in.H, line % in.H + i), 1, in.C, packed, map.depth, in.W,
+                        s + i * map.depth * kPanel, kPanel, kPanel, line > first);
+        }
+      }
+    }
+  });
+  for (int64_t n = 0; n < in.K; ++n) {
+    const float* from = sums + n / kPanel * depth * kPanel + n % kPanel;
+    for (int64_t r = 0; r < depth; ++r) {
+      float sum = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += from[chunk * sums_size + r * kPanel];
+      p.dweight[stem_tap(in, n, r)] = sum;
+    }
+  }
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,0 +1,35 @@
+// Convolutions of maps of few channels by a large odd kernel, stride 1 and zeros around: a network's first. What the
+// kernels of stem_conv-inl.h take; free of torch.
+#pragma once
+
+#include <stdint.h>
+
+namespace ddpm_fast {
+
+struct StemSizes {
+  int64_t B, H, W, C, K, side;  // side: of the kernel, odd
+};
+
+// out = conv(x, weight) + bias.
+struct StemForward {
+  StemSizes in;
+  const float* x;       // (B, H, W, C)
+  const float* weight;  // (K, C, side, side)
+  const float* bias;    // (K) or null
+  float* out;           // (B, H, W, K)
+};
+
+struct StemWeightGradient {
+  StemSizes in;
+  const float* x;
+  const float* grad;  // (B, H, W, K)
+  float* dweight;     // (K, C, side, side)
+  float* dbias;       // (K) or null
+};
+
+struct StemKernels {
+  void (*forward)(const StemForward&);
+  void (*weight_gradient)(const StemWeightGradient&);
+};
+
+}  // namespace ddpm_fast

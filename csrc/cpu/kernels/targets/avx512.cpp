@@ -1,0 +1,33 @@
+// The kernels for x86-64 with AVX-512 (F, BW, CD, DQ, VL).
+#if defined(__x86_64__)
+// What philox.h includes of the standard library, before the target: those functions are everybody's.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/runtime/parallel.h"
+// DDPM_FAST_EMULATE_AVX512: the same vectors of 16 in halves, for tests of their arithmetic on a processor with AVX2.
+#if defined(DDPM_FAST_EMULATE_AVX512)
+#define DDPM_FAST_TARGET "arch=x86-64-v3"
+#else
+#define DDPM_FAST_TARGET "arch=x86-64-v4"
+#endif
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target(DDPM_FAST_TARGET))), apply_to = function)
+#elif defined(DDPM_FAST_EMULATE_AVX512)
+#pragma GCC target("arch=x86-64-v3")
+#else
+#pragma GCC target("arch=x86-64-v4")
+#endif
+#define DDPM_FAST_ISA avx512
+#define DDPM_FAST_LANES 16
+#include "cpu/kernels/kernels-inl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+namespace ddpm_fast {
+extern const Kernels kAvx512Kernels;
+constinit const Kernels kAvx512Kernels = avx512::make_kernels("avx512");
+}  // namespace ddpm_fast
+#endif

@@ -1,0 +1,146 @@
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cpu/kernels/kernels.h"
+#include "cpu/runtime/maps.h"
+
+namespace ddpm_fast {
+
+namespace {
+
+using at::Tensor;
+using Forward = std::tuple<Tensor, Tensor, Tensor>;  // out, statistics, sums
+
+// The arguments of a call in float32, and what the kernels take of them.
+struct Call {
+  Tensor map, gain_in, weight_qkv, mem_kv, weight, bias, gain;
+  LinearAttentionInputs in;
+
+  // With `block` the map is x, otherwise qkv.
+  Call(const Tensor& given, bool block, const Tensor& memory, const Tensor& output_weight, const Tensor& output_bias,
+       const Tensor& output_gain, int64_t heads)
+      : map(float_map(given, block ? "x" : "qkv")) {
+    TORCH_CHECK_VALUE(
+        memory.dim() == 4 && memory.size(0) == 2 && memory.size(1) == heads && heads > 0 && memory.size(2) > 0,
+        "mem_kv must have shape (2, ", heads, ", D, M), got ", memory.sizes());
+    TORCH_CHECK_VALUE(output_weight.dim() >= 2 && output_weight.size(0) > 0, "weight must have shape (C, ",
+                      heads * memory.size(2), "), got ", output_weight.sizes());
+    const int64_t D = memory.size(2), C = output_weight.size(0);
+    const int64_t channels = block ? C : 3 * heads * D;
+    TORCH_CHECK_VALUE(map.size(1) == channels, block ? "x" : "qkv", " must have ", channels, " channels, got ",
+                      map.size(1));
+    mem_kv = float_vector(memory, "mem_kv", 2 * heads * D * memory.size(3));
+    weight = float_vector(output_weight, "weight", C * heads * D);
+    bias = float_vector(output_bias, "bias", C);
+    gain = float_vector(output_gain, "g", C);
+    const float* data = map.const_data_ptr<float>();
+    in = {map.size(0),
+          map.size(2) * map.size(3),
+          heads,
+          D,
+          C,
+          memory.size(3),
+          block ? nullptr : data,
+          block ? data : nullptr,
+          nullptr,
+          nullptr,
+          mem_kv.const_data_ptr<float>(),
+          weight.const_data_ptr<float>(),
+          bias.const_data_ptr<float>(),
+          gain.const_data_ptr<float>()};
+  }
+
+  void set_input_product(const Tensor& g_in, const Tensor& qkv_weight) {
+    gain_in = float_vector(g_in, "g_in", in.C);
+    weight_qkv = float_vector(qkv_weight, "weight_qkv", 3 * in.heads * in.D * in.C);
+    in.gain_in = gain_in.const_data_ptr<float>();
+    in.weight_qkv = weight_qkv.const_data_ptr<float>();
+  }
+
+  int64_t hidden() const { return in.heads * in.D; }
+  int64_t values() const { return in.x != nullptr ? in.C : in.D; }
+};
+
+Forward run_forward(const Call& call, const Tensor& given, const std::optional<Tensor>& residual) {
+  Tensor added;
+  if (residual.has_value()) added = float_map_like(*residual, "residual", given, call.in.C);
+  const Tensor out = call.in.x != nullptr ? empty_tensor_like(call.map)
+                                          : empty_tensor({given.size(0), call.in.C, given.size(2), given.size(3)},
+                                                         at::kFloat, format_of(given));
+  const Tensor statistics = empty_tensor({call.in.B, 2, call.hidden()});
+  const Tensor sums = empty_tensor({call.in.B, call.hidden(), call.values()});
+  kernels().linear_attention.forward({call.in, added.defined() ? added.const_data_ptr<float>() : nullptr,
+                                      out.data_ptr<float>(), statistics.data_ptr<float>(), sums.data_ptr<float>()});
+  return {out.to(given.scalar_type()), statistics, sums};
+}
+
+// The gradients of the map and the parameters, in float32; those of the input's product where x is given.
+struct Gradients {
+  Tensor map, gain_in, weight_qkv, mem_kv, weight, bias, gain;
+};
+
+Gradients run_backward(const Call& call, const Tensor& grad, const Tensor& statistics, const Tensor& sums) {
+  const bool block = call.in.x != nullptr;
+  const Tensor dout = float_map_like(grad, "grad", call.map, call.in.C);
+  const Tensor kept_statistics = float_vector(statistics, "statistics", call.in.B * 2 * call.hidden());
+  const Tensor kept_sums = float_vector(sums, "sums", call.in.B * call.hidden() * call.values());
+  const auto empty = [](const Tensor& like) { return like.defined() ? empty_tensor_like(like) : Tensor(); };
+  Gradients d{empty(call.map),    empty(call.gain_in), empty(call.weight_qkv), empty(call.mem_kv),
+              empty(call.weight), empty(call.bias),    empty(call.gain)};
+  kernels().linear_attention.backward({call.in, dout.const_data_ptr<float>(), kept_statistics.const_data_ptr<float>(),
+                                       kept_sums.const_data_ptr<float>(), block ? nullptr : d.map.data_ptr<float>(),
+                                       block ? d.map.data_ptr<float>() : nullptr,
+                                       block ? d.gain_in.data_ptr<float>() : nullptr,
+                                       block ? d.weight_qkv.data_ptr<float>() : nullptr, d.mem_kv.data_ptr<float>(),
+                                       d.weight.data_ptr<float>(), d.bias.data_ptr<float>(), d.gain.data_ptr<float>()});
+  return d;
+}
+
+Forward linear_attention(const Tensor& qkv, const Tensor& mem_kv, const Tensor& weight, const Tensor& bias,
+                         const Tensor& g, const std::optional<Tensor>& residual, int64_t heads) {
+  return run_forward(Call(qkv, false, mem_kv, weight, bias, g, heads), qkv, residual);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(const Tensor& grad, const Tensor& qkv,
+                                                                             const Tensor& mem_kv, const Tensor& weight,
+                                                                             const Tensor& bias, const Tensor& g,
+                                                                             const Tensor& statistics,
+                                                                             const Tensor& sums, int64_t heads) {
+  const Gradients d = run_backward(Call(qkv, false, mem_kv, weight, bias, g, heads), grad, statistics, sums);
+  return {d.map.to(qkv.scalar_type()), d.mem_kv.to(mem_kv.scalar_type()), d.weight.to(weight.scalar_type()),
+          d.bias.to(bias.scalar_type()), d.gain.to(g.scalar_type())};
+}
+
+Forward linear_attention_block(const Tensor& x, const Tensor& g_in, const Tensor& weight_qkv, const Tensor& mem_kv,
+                               const Tensor& weight, const Tensor& bias, const Tensor& g,
+                               const std::optional<Tensor>& residual, int64_t heads) {
+  Call call(x, true, mem_kv, weight, bias, g, heads);
+  call.set_input_product(g_in, weight_qkv);
+  return run_forward(call, x, residual);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_block_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& g_in, const Tensor& weight_qkv, const Tensor& mem_kv,
+    const Tensor& weight, const Tensor& bias, const Tensor& g, const Tensor& statistics, const Tensor& sums,
+    int64_t heads) {
+  Call call(x, true, mem_kv, weight, bias, g, heads);
+  call.set_input_product(g_in, weight_qkv);
+  const Gradients d = run_backward(call, grad, statistics, sums);
+  return {
+      d.map.to(x.scalar_type()),         d.gain_in.to(g_in.scalar_type()),  d.weight_qkv.to(weight_qkv.scalar_type()),
+      d.mem_kv.to(mem_kv.scalar_type()), d.weight.to(weight.scalar_type()), d.bias.to(bias.scalar_type()),
+      d.gain.to(g.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
+  m.impl("native_linear_attention", &linear_attention);
+  m.impl("native_linear_attention_backward", &linear_attention_backward);
+  m.impl("native_linear_attention_block", &linear_attention_block);
+  m.impl("native_linear_attention_block_backward", &linear_attention_block_backward);
+}
+
+}  // namespace ddpm_fast

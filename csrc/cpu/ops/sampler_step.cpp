@@ -1,0 +1,111 @@
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "core/checks.h"
+#include "tile.h"
+
+namespace ddpm_fast {
+
+namespace {
+
+// x_next may be x, and x_start may be previous: element i reads before it writes and touches nothing else.
+DDPM_FAST_VECTORISED void step_tile(const SamplerRow& row_in, bool clip, const float* x, const float* output,
+                                    const float* previous, const float* eps, float* x_next, float* x_start,
+                                    int64_t count) {
+  const SamplerRow row = row_in;
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC ivdep
+#endif
+  for (int64_t i = 0; i < count; ++i) {
+    const float start = predict_x_start(row, x[i], output[i], clip);
+    const float next = next_state(row, start, x[i], previous[i], eps[i]);
+    x_start[i] = start;
+    x_next[i] = next;
+  }
+}
+
+// Elements [first, first + count) of one sample of the model's output, in the state's order and float32.
+template <typename T>
+void load_output(float* to, const T* sample, const OutputLayout& layout, int64_t first, int64_t count) {
+  if (layout.dense) return convert(to, sample + first, count);
+  T gathered[kTile];
+  int64_t channel = first / layout.pixels, pixel = first % layout.pixels;
+  for (int64_t done = 0; done < count; ++channel, pixel = 0) {
+    const int64_t run = std::min(layout.pixels - pixel, count - done);
+    const T* from = sample + channel * layout.channel_stride + pixel * layout.pixel_stride;
+    for (int64_t i = 0; i < run; ++i) gathered[done + i] = from[i * layout.pixel_stride];
+    done += run;
+  }
+  convert(to, gathered, count);
+}
+
+alignas(64) constexpr float kZeros[kTile] = {};
+
+template <typename T>
+void step_samples(const SamplerStepParams& p, const SamplerRow& row) {
+  const Tiling tiling(p.batch, p.elements);
+  const NoiseIndex index{philox_key(*p.seed), 0, static_cast<uint32_t>(*p.step), p.stream};
+  at::parallel_for(0, tiling.total, tiling.grain, [&](int64_t begin, int64_t end) {
+    alignas(64) float output[kTile], generated[kTile], unwanted[kTile];
+    NoiseIndex mine = index;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t sample = tile / tiling.per_sample;
+      const int64_t first = tile % tiling.per_sample * kTile;
+      const int64_t count = std::min(kTile, p.elements - first);
+      const int64_t offset = sample * p.elements + first;
+      load_output(output, static_cast<const T*>(p.output) + sample * p.layout.batch_stride, p.layout, first, count);
+      const float* eps = row.sigma == 0 ? kZeros : p.noise ? p.noise + offset : generated;
+      if (eps == generated) {
+        mine.sample = static_cast<uint32_t>(p.start_index + sample);
+        normal_tile(generated, mine, first, count);
+      }
+      step_tile(row, p.clip_x_start, p.x + offset, output, row.u == 0 ? kZeros : p.previous + offset, eps,
+                p.x_next + offset, p.x_start ? p.x_start + offset : unwanted, count);
+    }
+  });
+}
+
+void run(const SamplerStepParams& p, at::ScalarType output_type) {
+  if (p.batch * p.elements == 0) return;
+  TORCH_CHECK_VALUE(0 <= *p.step && *p.step < p.table_rows, "step must be in [0, ", p.table_rows,
+                    "), the rows of table, got ", *p.step);
+  const SamplerRow row = sampler_row(p.table, p.table_rows, *p.step);
+  TORCH_CHECK_VALUE(row.u == 0 || p.previous, "the previous x_start is needed where u of the table is not 0");
+  AT_DISPATCH_SWITCH(output_type, "sampler_step",
+                     AT_DISPATCH_CASE(at::kFloat, [&] { step_samples<scalar_t>(p, row); })
+                         AT_DISPATCH_CASE(at::kHalf, [&] { step_samples<scalar_t>(p, row); })
+                             AT_DISPATCH_CASE(at::kBFloat16, [&] { step_samples<scalar_t>(p, row); }));
+}
+
+std::tuple<at::Tensor, at::Tensor> sampler_step(const at::Tensor& x, const at::Tensor& model_output,
+                                                const at::Tensor& table, const at::Tensor& step, const at::Tensor& seed,
+                                                const std::optional<at::Tensor>& x_start_previous,
+                                                const std::optional<at::Tensor>& noise, bool clip_x_start,
+                                                int64_t start_index, int64_t stream) {
+  const at::Tensor x_next = at::empty_like(x), x_start = at::empty_like(x);
+  run(check_sampler_step(x, model_output, table, step, seed, x_start_previous, noise, x_next, x_start, clip_x_start,
+                         start_index, stream),
+      model_output.scalar_type());
+  return {x_next, x_start};
+}
+
+void sampler_step_(at::Tensor& x, const at::Tensor& model_output, const at::Tensor& table, const at::Tensor& step,
+                   const at::Tensor& seed, const std::optional<at::Tensor>& x_start,
+                   const std::optional<at::Tensor>& noise, bool clip_x_start, int64_t start_index, int64_t stream) {
+  run(check_sampler_step(x, model_output, table, step, seed, x_start, noise, x, x_start, clip_x_start, start_index,
+                         stream),
+      model_output.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
+  m.impl("sampler_step", &sampler_step);
+  m.impl("sampler_step_", &sampler_step_);
+}
+
+}  // namespace ddpm_fast

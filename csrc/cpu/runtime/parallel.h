@@ -1,0 +1,20 @@
+// Threads and memory for the kernels of cpu/kernels/, which include nothing of torch.
+#pragma once
+
+#include <stdint.h>
+
+namespace ddpm_fast {
+
+// task(context, begin, end) over pieces of [0, count) on torch's threads; pieces of less than `grain` are not split.
+// Which thread takes what depends on their number: a task must compute each index the same way whoever takes it.
+void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int64_t), void* context);
+
+// How many threads run_parallel may use: to cut work into even pieces where the cuts do not touch the results.
+int64_t thread_count();
+
+// Memory of the calling thread, kept for its next call with this slot, aligned to 64 bytes, not cleared. One slot is
+// one use at a time: a kernel that calls another must use other slots.
+float* thread_scratch(int slot, int64_t floats);
+constexpr int kScratchSlots = 8;
+
+}  // namespace ddpm_fast
