@@ -1,5 +1,5 @@
-// Memory safety of the operators, for CPU and CUDA. The sentences that users read stand in op.py; these hold even where
-// an operator is called without it.
+// Memory safety of the operators, for CPU and CUDA. The sentences that users read are in op.py; these hold even if an
+// operator is called without it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -43,7 +43,7 @@ inline float* state_or_null(const std::optional<at::Tensor>& tensor, const char*
 
 // Dimensions from the third on must lie evenly spaced, as in contiguous and channels-last tensors and their slices.
 inline OutputLayout output_layout(const at::Tensor& output) {
-  OutputLayout layout{1, output.stride(0), 0, 0, true};
+  OutputLayout layout{.pixels = 1, .batch_stride = output.stride(0), .dense = true};
   for (int64_t dim = output.dim() - 1; dim >= 2; --dim) {
     if (output.size(dim) == 1) continue;
     if (layout.pixels == 1) layout.pixel_stride = output.stride(dim);
@@ -76,22 +76,22 @@ inline SamplerStepParams check_sampler_step(const at::Tensor& x, const at::Tenso
   TORCH_CHECK_VALUE(model_output.sizes() == x.sizes() && model_output.device() == x.device(),
                     "model_output must have shape ", x.sizes(), " on ", x.device(), ", got ", model_output.sizes(),
                     " on ", model_output.device());
-  return {x.data_ptr<float>(),
-          model_output.data_ptr(),
-          table.data_ptr<float>(),
-          step.data_ptr<int64_t>(),
-          seed.data_ptr<int64_t>(),
-          state_or_null(previous, "x_start_previous", x),
-          state_or_null(noise, "noise", x),
-          x_next.data_ptr<float>(),
-          state_or_null(x_start, "x_start", x),
-          x.numel() == 0 ? OutputLayout{1, 0, 0, 0, true} : output_layout(model_output),
-          x.size(0),
-          x.numel() == 0 ? 0 : x.numel() / x.size(0),
-          table.size(0),
-          start_index,
-          static_cast<uint32_t>(stream),
-          clip_x_start};
+  return {.x = x.data_ptr<float>(),
+          .output = model_output.data_ptr(),
+          .table = table.data_ptr<float>(),
+          .step = step.data_ptr<int64_t>(),
+          .seed = seed.data_ptr<int64_t>(),
+          .previous = state_or_null(previous, "x_start_previous", x),
+          .noise = state_or_null(noise, "noise", x),
+          .x_next = x_next.data_ptr<float>(),
+          .x_start = state_or_null(x_start, "x_start", x),
+          .layout = x.numel() == 0 ? OutputLayout{.pixels = 1, .dense = true} : output_layout(model_output),
+          .batch = x.size(0),
+          .elements = x.numel() == 0 ? 0 : x.numel() / x.size(0),
+          .table_rows = table.size(0),
+          .start_index = start_index,
+          .stream = static_cast<uint32_t>(stream),
+          .clip_x_start = clip_x_start};
 }
 
 }  // namespace ddpm_fast

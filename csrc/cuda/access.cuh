@@ -72,7 +72,10 @@ __device__ __forceinline__ void generate(float (&eps)[N], const NoiseIndex& inde
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
     const Normal4 normals = normal4(index, static_cast<uint32_t>((first + i) / 4));
-    eps[i] = normals.z0, eps[i + 1] = normals.z1, eps[i + 2] = normals.z2, eps[i + 3] = normals.z3;
+    eps[i] = normals.z0;
+    eps[i + 1] = normals.z1;
+    eps[i + 2] = normals.z2;
+    eps[i + 3] = normals.z3;
   }
 }
 

@@ -59,13 +59,13 @@ void fill_normal_(at::Tensor& out, const at::Tensor& seed, const at::Tensor& ste
   const Element element = element_of(out, "out");
   if (out.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(out.device());
-  const FillNormalParams params{out.data_ptr(),
-                                seed.const_data_ptr<int64_t>(),
-                                step.const_data_ptr<int64_t>(),
-                                out.size(0),
-                                out.numel() / out.size(0),
-                                start_index,
-                                static_cast<uint32_t>(stream)};
+  const FillNormalParams params{.out = out.data_ptr(),
+                                .seed = seed.const_data_ptr<int64_t>(),
+                                .step = step.const_data_ptr<int64_t>(),
+                                .batch = out.size(0),
+                                .elements = out.numel() / out.size(0),
+                                .start_index = start_index,
+                                .stream = static_cast<uint32_t>(stream)};
   C10_CUDA_CHECK(launch_fill_normal(params, element, c10::cuda::getCurrentCUDAStream()));
 }
 

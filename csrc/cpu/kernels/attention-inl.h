@@ -9,9 +9,9 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA::attention {
 
-constexpr int kSharedSlot = 0, kTileSlot = 1;  // of thread_scratch
-constexpr int64_t kScores = 32768;             // floats of a tile's scores, of which backward has two
-constexpr int64_t kFewest = 28, kMost = 128;   // queries of a tile
+constexpr int kSharedSlot = 0, kTileSlot = 1;           // of thread_scratch
+constexpr int64_t kScores = 32768;                      // floats of a tile's scores, of which backward has two
+constexpr int64_t kMinQueries = 28, kMaxQueries = 128;  // of a tile
 
 template <typename Places, typename Plan, typename... Options>
 inline void place_in_scratch(Places& places, int slot, const Plan& plan, Options... options) {
@@ -36,7 +36,7 @@ struct Plan {
         qkv_row(qkv_stride),
         out_row(out_stride),
         scale(1.0f / __builtin_sqrtf(static_cast<float>(inputs.D))) {
-    const int64_t target = larger(kFewest, smaller(kMost, kScores / stride));
+    const int64_t target = max(kMinQueries, min(kMaxQueries, kScores / stride));
     tile = ceil_div(in.N, ceil_div(in.N, target));
   }
 };
@@ -92,7 +92,7 @@ inline void head_forward(const Plan& plan, const Head& head, const float* qkv, i
   pack_columns(head.keys, D, D, plan.keys, head.keys_packed);
   pack_rows(head.values, D, plan.keys, D, head.values_packed);
   for (int64_t n = 0; n < plan.in.N; n += plan.tile) {
-    const int64_t t = smaller(plan.tile, plan.in.N - n);
+    const int64_t t = min(plan.tile, plan.in.N - n);
     softmax_of_queries(plan, head, qkv + n * plan.qkv_row + h * D, t);
     deep_product(head.scores, plan.stride, 1, head.values_packed, t, plan.keys, D, out + n * plan.out_row + h * D,
                  plan.out_row, false);
@@ -111,7 +111,7 @@ inline void head_backward(const Plan& plan, const Head& head, const float* qkv, 
   pack_columns(head.values, D, D, keys, head.values_back);
   if (out != nullptr) pack_rows(head.values, D, keys, D, head.values_packed);
   for (int64_t n = 0; n < plan.in.N; n += plan.tile) {
-    const int64_t t = smaller(plan.tile, plan.in.N - n);
+    const int64_t t = min(plan.tile, plan.in.N - n);
     const float *queries = qkv + n * plan.qkv_row + h * D, *dout = grad + n * plan.out_row + h * D;
     softmax_of_queries(plan, head, queries, t);
     if (out != nullptr) {

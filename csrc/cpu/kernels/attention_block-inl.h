@@ -24,7 +24,7 @@ struct BlockPlan {
         C(inputs.C),
         HD(heads.HD),
         N(inputs.in.N),
-        samples(smaller(inputs.in.B, larger<int64_t>(1, kRowsAtOnce / inputs.in.N))),
+        samples(min(inputs.in.B, max<int64_t>(1, kRowsAtOnce / inputs.in.N))),
         x_row(padded(inputs.C)) {}
   int64_t rows() const { return samples * N; }
   int64_t memory() const { return 2 * block.in.heads * block.in.M * block.in.D; }
@@ -87,7 +87,7 @@ template <typename Body>
 DDPM_FAST_INLINE void for_row_tiles(int64_t rows, const Body& body) {
   const int64_t tile = ceil_div(rows, ceil_div(rows, kRowTile));
   parallel(ceil_div(rows, tile), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i * tile, smaller(tile, rows - i * tile));
+    for (int64_t i = begin; i < end; ++i) body(i * tile, min(tile, rows - i * tile));
   });
 }
 
@@ -104,7 +104,7 @@ inline void block_forward(const AttentionBlockForward& args) {
   place_in_scratch(shared, kSharedSlot, plan, false);
   pack_block_weights(plan, shared, false);
   for (int64_t first = 0; first < args.block.in.B; first += plan.samples) {
-    const int64_t samples = smaller(plan.samples, args.block.in.B - first), rows = samples * plan.N;
+    const int64_t samples = min(plan.samples, args.block.in.B - first), rows = samples * plan.N;
     const int64_t at = first * plan.N * C;
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
       float* normed = thread_scratch(kTileSlot, t * plan.x_row);
@@ -132,7 +132,7 @@ DDPM_FAST_INLINE void add_column_sums(const float* panel, int64_t t, float* dbia
   vf left = {}, right = {};
   for (int64_t i = 0; i < t; i += 16) {  // sums of sums: 256 terms in a row would lose three digits
     vf left16 = {}, right16 = {};
-    for (int64_t j = i; j < smaller(i + 16, t); ++j) {
+    for (int64_t j = i; j < min(i + 16, t); ++j) {
       left16 += load(panel + j * kPanel);
       right16 += load(panel + j * kPanel + kLanes);
     }
@@ -152,9 +152,9 @@ inline void weights_backward(const BlockPlan& plan, const BlockScratch& shared, 
     float* panel = thread_scratch(kTileSlot, kDepth * kPanel);
     for (int64_t i = begin; i < end; ++i) {
       const bool of_qkv = i < panels(C);
-      const int64_t first = (of_qkv ? i : i - panels(C)) * kPanel, columns = smaller<int64_t>(kPanel, C - first);
+      const int64_t first = (of_qkv ? i : i - panels(C)) * kPanel, columns = min<int64_t>(kPanel, C - first);
       for (int64_t r = 0; r < rows; r += kDepth) {
-        const int64_t t = smaller(kDepth, rows - r);
+        const int64_t t = min(kDepth, rows - r);
         const bool more = add || r > 0;
         if (of_qkv) {
           pack_rows(shared.normed + r * plan.x_row + first, plan.x_row, t, columns, panel);
@@ -181,7 +181,7 @@ inline void block_backward(const AttentionBlockBackward& args) {
   __builtin_memset(shared.dmemory, 0, static_cast<unsigned long>(plan.samples * plan.memory()) * 4);
   __builtin_memset(args.dbias, 0, static_cast<unsigned long>(C) * 4);
   for (int64_t first = 0; first < args.block.in.B; first += plan.samples) {
-    const int64_t samples = smaller(plan.samples, args.block.in.B - first), rows = samples * plan.N;
+    const int64_t samples = min(plan.samples, args.block.in.B - first), rows = samples * plan.N;
     const int64_t at = first * plan.N * C;
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
       float* normed = shared.normed + r * plan.x_row;

@@ -15,7 +15,7 @@
 #pragma once
 
 #include "conv3x3.h"
-#include "conv3x3_fetch-inl.h"
+#include "conv3x3_prefetch-inl.h"
 #include "gemm-inl.h"
 #include "norm_rows-inl.h"
 #include "parallel-inl.h"
@@ -26,12 +26,25 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 enum ConvScratch { kScratchV, kScratchM, kScratchU, kScratchShared, kScratchZeros, kScratchGradients, kScratchSums };
 
-struct Yes {
-  static constexpr bool value = true;
+// A bool as a constant, for template arguments.
+template <bool kValue>
+struct Bool {
+  static constexpr bool value = kValue;
 };
-struct No {
-  static constexpr bool value = false;
-};
+
+// body(Bool...) with each of the flags as a constant.
+template <typename Body>
+DDPM_FAST_INLINE void dispatch(const Body& body) {
+  body();
+}
+template <typename Body, typename... Flags>
+DDPM_FAST_INLINE void dispatch(const Body& body, bool flag, Flags... flags) {
+  if (flag) {
+    dispatch([&](auto... others) DDPM_FAST_LAMBDA { body(Bool<true>{}, others...); }, flags...);
+  } else {
+    dispatch([&](auto... others) DDPM_FAST_LAMBDA { body(Bool<false>{}, others...); }, flags...);
+  }
+}
 
 // Planes that are a multiple of 4 KB apart share cache lines: 16 floats more between them.
 DDPM_FAST_INLINE constexpr int64_t plane_stride(int64_t floats) { return round_up(floats, 16) + 16; }
@@ -104,24 +117,11 @@ inline void transform_input(const float* input, int64_t pixel, int64_t channels,
       const int64_t row = upsampled ? y >> 1 : y;
       rows[i] = y < 0 || y >= tiles.H ? zeros : input + ((tile.b * height + row) * width + column) * pixel;
     }
-    const bool left = tile.x == 0, right = tile.x + 4 == tiles.W;
-    const auto go = [&](auto up, auto l, auto r) {
-      transform_rows<decltype(up)::value, decltype(l)::value, decltype(r)::value>(rows, pixel, channels, v, plane);
+    const auto transform = [&](auto up, auto left, auto right) {
+      transform_rows<decltype(up)::value, decltype(left)::value, decltype(right)::value>(rows, pixel, channels, v,
+                                                                                         plane);
     };
-    const auto go2 = [&](auto up) {
-      if (left && right)
-        go(up, Yes{}, Yes{});
-      else if (left)
-        go(up, Yes{}, No{});
-      else if (right)
-        go(up, No{}, Yes{});
-      else
-        go(up, No{}, No{});
-    };
-    if (upsampled)
-      go2(Yes{});
-    else
-      go2(No{});
+    dispatch(transform, upsampled, tile.x == 0, tile.x + 4 == tiles.W);
     done = channels / kLanes * kLanes;
   }
   if (done == channels) return;
@@ -135,7 +135,7 @@ inline void transform_input(const float* input, int64_t pixel, int64_t channels,
     step[i] = inside ? 1 : 0;
   }
   for (int64_t c = done; c < channels; c += kLanes) {
-    const int64_t count = smaller<int64_t>(kLanes, channels - c);
+    const int64_t count = min<int64_t>(kLanes, channels - c);
     transform_tile([&](int i, int j)
                        DDPM_FAST_LAMBDA { return load_upto(from[6 * i + j] + c * step[6 * i + j], count); },
                    [=](float* to, vf value) DDPM_FAST_LAMBDA { store_upto(to, value, count); }, v + c, plane);
@@ -224,10 +224,10 @@ inline void transform_weight(const Conv3x3Weight& w, int64_t first, int64_t colu
                              float* u, int64_t plane) {
   alignas(64) float taps[9 * kLanes][kLanes];
   for (int64_t c = begin; c < end; c += kLanes) {
-    const int64_t count = smaller<int64_t>(kLanes, end - c);
+    const int64_t count = min<int64_t>(kLanes, end - c);
     for (int half = 0; half < kPanel; half += kLanes) {
       const int64_t left = columns - half;
-      load_taps(w, first + half, left < 0 ? 0 : smaller<int64_t>(kLanes, left), c, count, taps);
+      load_taps(w, first + half, left < 0 ? 0 : min<int64_t>(kLanes, left), c, count, taps);
       for (int64_t n = 0; n < count; ++n) {
         const float* t = taps[9 * n];
         const Six a = tap_points({load(t), load(t + 3 * kLanes), load(t + 6 * kLanes)});
@@ -270,7 +270,7 @@ struct OutputSlice {
     residual = p.residual[part] == nullptr ? nullptr : p.residual[part] + channel;
     bias = p.bias == nullptr ? nullptr : p.bias + k;
     channels = p.output_channels[part];
-    count = smaller(smaller<int64_t>(kLanes, last - k), channels - channel);
+    count = min(min<int64_t>(kLanes, last - k), channels - channel);
   }
 };
 
@@ -336,29 +336,25 @@ DDPM_FAST_INLINE void transform_output(const float* m, int64_t plane, const Tile
 // tile.
 inline void finish_columns(const Conv3x3Forward& p, const Tiles& tiles, int64_t begin, int64_t end, int64_t first,
                            int64_t columns, const float* m, int64_t row, int64_t plane) {
-  const int64_t last = smaller(first + columns, p.output_channels[0] + p.output_channels[1]);
+  const int64_t last = min(first + columns, p.output_channels[0] + p.output_channels[1]);
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile(tiles, t);
     const bool inside = tile.y + 4 <= tiles.H && tile.x + 4 <= tiles.W;
     for (int64_t k = first, count; k < last; k += count) {
       const OutputSlice slice(p, k, last);
       count = slice.count;
-      const auto go = [&](auto pooled, auto whole, auto residual) {
-        transform_output<decltype(pooled)::value, decltype(whole)::value, decltype(residual)::value>(
-            m + (t - begin) * row + (k - first), plane, tiles, tile, slice);
+      const float* sums = m + (t - begin) * row + (k - first);
+      const auto pool = [&](auto residual) {
+        transform_output<true, false, decltype(residual)::value>(sums, plane, tiles, tile, slice);
       };
-      const auto go_residual = [&](auto pooled, auto whole) {
-        if (slice.residual != nullptr)
-          go(pooled, whole, Yes{});
-        else
-          go(pooled, whole, No{});
+      const auto transform = [&](auto whole, auto residual) {
+        transform_output<false, decltype(whole)::value, decltype(residual)::value>(sums, plane, tiles, tile, slice);
       };
-      if (p.pooled)
-        go_residual(Yes{}, No{});
-      else if (inside && count == kLanes)
-        go_residual(No{}, Yes{});
-      else
-        go_residual(No{}, No{});
+      if (p.pooled) {
+        dispatch(pool, slice.residual != nullptr);
+      } else {
+        dispatch(transform, inside && count == kLanes, slice.residual != nullptr);
+      }
     }
   }
 }
@@ -368,8 +364,10 @@ inline void finish_columns(const Conv3x3Forward& p, const Tiles& tiles, int64_t 
 inline void norm_pixels(const Conv3x3Forward& p, int64_t b, int64_t first, int64_t count) {
   const PixelNorm& norm = *p.norm;
   const int64_t K = p.output_channels[0];
-  const Affine affine{norm.gain, nullptr, norm.scale == nullptr ? nullptr : norm.scale + b * K,
-                      norm.shift == nullptr ? nullptr : norm.shift + b * K};
+  const Affine affine{.gain = norm.gain,
+                      .offset = nullptr,
+                      .scale = norm.scale == nullptr ? nullptr : norm.scale + b * K,
+                      .shift = norm.shift == nullptr ? nullptr : norm.shift + b * K};
   float norms[4];
   for (int64_t i = 0; i < count; ++i) norms[i] = row_norm(p.output[0] + (first + i) * K, nullptr, K);
   for (int64_t i = 0; i < count; ++i) {
@@ -381,7 +379,7 @@ inline void norm_pixels(const Conv3x3Forward& p, int64_t b, int64_t first, int64
 }
 
 inline void norm_tile(const Conv3x3Forward& p, const Tiles& tiles, const Tile& tile) {
-  const int64_t height = smaller<int64_t>(4, tiles.H - tile.y), width = smaller<int64_t>(4, tiles.W - tile.x);
+  const int64_t height = min<int64_t>(4, tiles.H - tile.y), width = min<int64_t>(4, tiles.W - tile.x);
   for (int64_t i = 0; i < height; ++i) {
     norm_pixels(p, tile.b, (tile.b * tiles.H + tile.y + i) * tiles.W + tile.x, width);
   }
@@ -391,11 +389,10 @@ inline void norm_tile(const Conv3x3Forward& p, const Tiles& tiles, const Tile& t
 inline void transform_inputs(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles,
                              int64_t begin, int64_t end, int64_t c, int64_t count, float* v, int64_t row,
                              int64_t plane) {
-  const int64_t floats = 6 * larger(channels[0], channels[1]);
+  const int64_t floats = 6 * max(channels[0], channels[1]);
   float* zeros = thread_scratch(kScratchZeros, floats);
   for (int64_t i = 0; i < floats; ++i) zeros[i] = 0;
-  const int64_t left = larger<int64_t>(0, smaller(c + count, channels[0]) - c),
-                skipped = larger<int64_t>(0, c - channels[0]);
+  const int64_t left = max<int64_t>(0, min(c + count, channels[0]) - c), skipped = max<int64_t>(0, c - channels[0]);
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile(tiles, t);
     float* to = v + (t - begin) * row;
@@ -410,16 +407,14 @@ inline void transform_inputs(const float* const* input, const int64_t* channels,
 // tiles of a group, a whole number of passes of the product's kernel of kRows; the largest transform of the taps that
 // is made as a whole; the least tiles for which that pays; the floats of V that are made at a time.
 constexpr int64_t kGroup = kLanes == 16 ? 14 : 18;
-constexpr int64_t kLargestSharedU = 2 << 20, kLeastTiles = 128, kLargestV = 2 << 20;
+constexpr int64_t kMaxSharedU = 2 << 20, kMinTiles = 128, kMaxV = 2 << 20;
 
 // Rough cycles of a Zen 4: of a panel's taps and products for one channel (and tile), and of a tile's inputs for one.
 constexpr int64_t kCyclesOfTaps = 360, kCyclesOfProducts = 80, kCyclesOfInputs = 16;
 constexpr int64_t kCyclesOfPiece = 80000;  // less is not worth another thread
 
 // How many tasks of so many cycles make a piece.
-DDPM_FAST_INLINE int64_t pieces_of(int64_t cycles) {
-  return larger<int64_t>(1, kCyclesOfPiece / larger<int64_t>(1, cycles));
-}
+DDPM_FAST_INLINE int64_t pieces_of(int64_t cycles) { return max<int64_t>(1, kCyclesOfPiece / max<int64_t>(1, cycles)); }
 
 // Channels of a piece of M's sums, whose rounding is most of Winograd's. A gradient has shorter ones: backward passes
 // it through every layer, and gradients of gains and biases sum what it has gathered. They cost a sixth of the product.
@@ -435,8 +430,8 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
   parallel(num_panels * ceil_div(C, 16), pieces_of(16 * kCyclesOfTaps), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i % num_panels, c = i / num_panels * 16;
-      transform_weight(p.weight, panel * kPanel, smaller<int64_t>(kPanel, K - panel * kPanel), c,
-                       smaller<int64_t>(C, c + 16), u + panel * point + c * kPanel, num_panels * point);
+      transform_weight(p.weight, panel * kPanel, min<int64_t>(kPanel, K - panel * kPanel), c, min<int64_t>(C, c + 16),
+                       u + panel * point + c * kPanel, num_panels * point);
     }
   });
   // As many groups for each thread; a tile's result does not depend on its group.
@@ -448,18 +443,19 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
              float* v = thread_scratch(kScratchV, kPoints * v_plane);
              float* m = thread_scratch(kScratchM, kPoints * m_plane);
              for (int64_t g = first; g < last; ++g) {
-               const int64_t begin = g * size, end = smaller(tiles.total, begin + size);
-               const int64_t next = g + 1 < last ? smaller(tiles.total, end + size) : end;
+               const int64_t begin = g * size, end = min(tiles.total, begin + size);
+               const int64_t next = g + 1 < last ? min(tiles.total, end + size) : end;
                transform_inputs(p.input, p.channels, p.upsampled, tiles, begin, end, 0, C, v, v_row, v_plane);
                // All panels of a point, one after another: the point's V stays in the first-level cache.
                for (int64_t i = 0; i < kPoints; ++i) {
                  for (int64_t panel = 0; panel < num_panels; ++panel) {
                    const int64_t step = i * num_panels + panel, steps = kPoints * num_panels;
-                   share((next - end) * kRowsToFetch, step, steps, [&](int64_t n) {
-                     fetch_input_row(p.input, p.channels, p.upsampled, tiles, end + n / kRowsToFetch, n % kRowsToFetch);
+                   share((next - end) * kRowsToPrefetch, step, steps, [&](int64_t n) {
+                     prefetch_input_row(p.input, p.channels, p.upsampled, tiles, end + n / kRowsToPrefetch,
+                                        n % kRowsToPrefetch);
                    });
                    share((end - begin) * 4, step, steps,
-                         [&](int64_t n) { fetch_output_row(p, tiles, begin + n / 4, n % 4); });
+                         [&](int64_t n) { prefetch_output_row(p, tiles, begin + n / 4, n % 4); });
                    product_panel(v + i * v_plane, v_row, 1, u + step * point, end - begin, C,
                                  m + i * m_plane + panel * kPanel, m_row, kPanel, false, piece);
                  }
@@ -476,15 +472,15 @@ constexpr int64_t kChannelBlock = 64;  // input channels whose taps are transfor
 inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K, int64_t first_tile,
                               int64_t last_tile) {
   const int64_t T = last_tile - first_tile, blocks = ceil_div(C, kChannelBlock),
-                row = round_up(smaller(C, kChannelBlock), 16), piece = channels_of_piece(p, smaller(C, kChannelBlock));
+                row = round_up(min(C, kChannelBlock), 16), piece = channels_of_piece(p, min(C, kChannelBlock));
   const int64_t v_plane = plane_stride(T * row), v_block = kPoints * v_plane, m_plane = plane_stride(T * kPanel);
   float* v = thread_scratch(kScratchShared, blocks * v_block);
   parallel(blocks * T, pieces_of(row * kCyclesOfInputs), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin, count; n < end; n += count) {
       const int64_t block = n / T, t = n % T, c = block * kChannelBlock;
-      count = smaller(end - n, T - t);
+      count = min(end - n, T - t);
       transform_inputs(p.input, p.channels, p.upsampled, tiles, first_tile + t, first_tile + t + count, c,
-                       smaller(kChannelBlock, C - c), v + block * v_block + t * row, row, v_plane);
+                       min(kChannelBlock, C - c), v + block * v_block + t * row, row, v_plane);
     }
   });
   parallel(panels(K), pieces_of(C * (T * kCyclesOfProducts + kCyclesOfTaps)), [&](int64_t first, int64_t last) {
@@ -492,15 +488,15 @@ inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64
     float* u = thread_scratch(kScratchU, kPoints * u_plane);
     float* m = thread_scratch(kScratchM, kPoints * m_plane);
     for (int64_t panel = first; panel < last; ++panel) {
-      const int64_t columns = smaller<int64_t>(kPanel, K - panel * kPanel);
+      const int64_t columns = min<int64_t>(kPanel, K - panel * kPanel);
       for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t c = block * kChannelBlock, count = smaller<int64_t>(kChannelBlock, C - c);
+        const int64_t c = block * kChannelBlock, count = min<int64_t>(kChannelBlock, C - c);
         transform_weight(p.weight, panel * kPanel, columns, c, c + count, u, u_plane);
         const int64_t c_next = c + count < C ? c + count : 0, panel_next = c_next > 0 ? panel : panel + 1;
         for (int64_t i = 0; i < kPoints; ++i) {
           if (panel_next < last) {
-            fetch_weights(p.weight, panel_next * kPanel, smaller<int64_t>(kPanel, K - panel_next * kPanel), c_next,
-                          smaller<int64_t>(kChannelBlock, C - c_next), i);
+            prefetch_weights(p.weight, panel_next * kPanel, min<int64_t>(kPanel, K - panel_next * kPanel), c_next,
+                             min<int64_t>(kChannelBlock, C - c_next), i);
           }
           product_panel(v + block * v_block + i * v_plane, row, 1, u + i * u_plane, T, count, m + i * m_plane, kPanel,
                         kPanel, block > 0, piece);

@@ -36,9 +36,9 @@ inline void gather_neighbours(const Conv3x3Forward& p, int64_t C, float* a, int6
 inline void pack_taps(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t C, float* packed) {
   alignas(64) float taps[9 * kLanes][kLanes];
   for (int64_t c = 0; c < C; c += kLanes) {
-    const int64_t count = smaller<int64_t>(kLanes, C - c);
+    const int64_t count = min<int64_t>(kLanes, C - c);
     for (int half = 0; half < kPanel; half += kLanes) {
-      load_taps(w, first + half, smaller<int64_t>(kLanes, larger<int64_t>(0, columns - half)), c, count, taps);
+      load_taps(w, first + half, min<int64_t>(kLanes, max<int64_t>(0, columns - half)), c, count, taps);
       for (int64_t n = 0; n < count; ++n) {
         for (int64_t tap = 0; tap < 9; ++tap)
           store(packed + (tap * C + c + n) * kPanel + half, load(taps[9 * n + tap]));
@@ -55,7 +55,7 @@ inline void forward_directly(const Conv3x3Forward& p, int64_t C, int64_t K) {
     float* packed = thread_scratch(kScratchU, depth * kPanel);
     float* m = thread_scratch(kScratchM, pixels * kPanel);
     for (int64_t panel = first; panel < last; ++panel) {
-      const int64_t column = panel * kPanel, columns = smaller<int64_t>(kPanel, K - column);
+      const int64_t column = panel * kPanel, columns = min<int64_t>(kPanel, K - column);
       pack_taps(p.weight, column, columns, C, packed);
       deep_product(a, row, 1, packed, pixels, depth, kPanel, m, kPanel, false);
       for (int64_t k = column, count; k < column + columns; k += count) {

@@ -6,16 +6,16 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 // Maps of a pixel or two in height or width fill tiles so badly that Winograd's form has no fewer products.
-constexpr int64_t kMostPixelsDirectly = 32, kWorthATile = 6;
+constexpr int64_t kMaxPixelsDirectly = 32, kPixelsPerTile = 6;
 
 DDPM_FAST_INLINE bool directly(const Conv3x3Forward& p, const Tiles& tiles) {
   const int64_t pixels = p.B * p.H * p.W;
-  return !p.pooled && (pixels <= kMostPixelsDirectly || pixels <= kWorthATile * tiles.total);
+  return !p.pooled && (pixels <= kMaxPixelsDirectly || pixels <= kPixelsPerTile * tiles.total);
 }
 
 DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K) {
-  if (kPoints * C * K > kLargestSharedU) return false;
-  return tiles.total >= kLeastTiles || (panels(K) == 1 && tiles.total > kGroup);
+  if (kPoints * C * K > kMaxSharedU) return false;
+  return tiles.total >= kMinTiles || (panels(K) == 1 && tiles.total > kGroup);
 }
 
 inline void conv3x3_forward(const Conv3x3Forward& p) {
@@ -26,13 +26,13 @@ inline void conv3x3_forward(const Conv3x3Forward& p) {
   if (direct) {
     forward_directly(p, C, K);
   } else {
-    const int64_t size = larger<int64_t>(kRows, kLargestV / (kPoints * C));
+    const int64_t size = max<int64_t>(kRows, kMaxV / (kPoints * C));
     for (int64_t first = 0; first < tiles.total; first += size) {
-      forward_by_panels(p, tiles, C, K, first, smaller(tiles.total, first + size));
+      forward_by_panels(p, tiles, C, K, first, min(tiles.total, first + size));
     }
   }
   if (p.norm == nullptr) return;
-  parallel(tiles.total, larger<int64_t>(1, 1024 / K), [&](int64_t begin, int64_t end) {
+  parallel(tiles.total, max<int64_t>(1, 1024 / K), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
   });
 }

@@ -23,7 +23,7 @@ inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles,
   const int64_t height = tiles.H - tile.y, width = tiles.W - tile.x;
   const float* first = grad + ((tile.b * tiles.H + tile.y) * tiles.W + tile.x) * K;
   for (int64_t k = 0; k < round_up(K, kPanel); k += kLanes) {
-    const int64_t count = smaller<int64_t>(kLanes, K - k);
+    const int64_t count = min<int64_t>(kLanes, K - k);
     const auto read = [&](int i, int j) DDPM_FAST_LAMBDA {
       return i < height && j < width && count > 0 ? load_upto(first + (i * tiles.W + j) * K + k, count) : vf{};
     };
@@ -97,20 +97,20 @@ inline void finish_taps(const float* s, int64_t plane, float* dweight, int64_t C
 
 // dbias (K) = Σ of rows of grad (rows, K), by chunks of rows that depend on the sizes alone.
 inline void sum_rows(const float* grad, int64_t rows, int64_t K, float* dbias) {
-  const int64_t size = larger<int64_t>(16, 16384 / K), chunks = ceil_div(rows, size), stride = round_up(K, kLanes);
+  const int64_t size = max<int64_t>(16, 16384 / K), chunks = ceil_div(rows, size), stride = round_up(K, kLanes);
   float* sums = thread_scratch(kScratchSums, chunks * stride);
   parallel(chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t last = smaller(rows, (chunk + 1) * size);
+      const int64_t last = min(rows, (chunk + 1) * size);
       for (int64_t k = 0; k < K; k += kLanes) {
-        CarefulSum sum;
+        KahanSum sum;
         for (int64_t i = chunk * size; i < last; ++i) sum.add(load_upto(grad + i * K + k, K - k));
         store(sums + chunk * stride + k, sum.sum);
       }
     }
   });
   for (int64_t k = 0; k < K; k += kLanes) {
-    CarefulSum sum;
+    KahanSum sum;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) sum.add(load(sums + chunk * stride + k));
     store_upto(dbias + k, sum.sum, K - k);
   }
@@ -123,13 +123,13 @@ constexpr int64_t kGradientBlock = 32;  // input channels of a block
 
 // Measured on two cores of a Zen 3 (512 KB of second-level cache each): the largest S that is made as a whole, and of V
 // and D together what is made at a time, by points and by blocks.
-constexpr int64_t kLargestSums = 2 << 20, kLargestOfPoints = 3 << 18, kLargestOfBlocks = 2 << 20;
+constexpr int64_t kMaxSums = 2 << 20, kMaxOfPoints = 3 << 18, kMaxOfBlocks = 2 << 20;
 
 // S (count × columns of a panel) from all or some tiles; v: (tile, channel), v_row floats from tile to tile; d: (tile,
 // kPanel).
 inline void add_products(const float* v, int64_t v_row, const float* d, int64_t T, int64_t count, float* s, bool add) {
   for (int64_t t = 0; t < T; t += kTilesOfPiece) {
-    product_panel(v + t * v_row, 1, v_row, d + t * kPanel, count, smaller(kTilesOfPiece, T - t), s, kPanel, kPanel,
+    product_panel(v + t * v_row, 1, v_row, d + t * kPanel, count, min(kTilesOfPiece, T - t), s, kPanel, kPanel,
                   add || t > 0);
   }
 }
@@ -140,19 +140,18 @@ inline void finish_panel_taps(const Conv3x3WeightGradient& p, const float* s, in
   for (int half = 0; half < kPanel; half += kLanes) {
     const int64_t k = panel * kPanel + half;
     if (k >= p.K) return;
-    finish_taps(s + half, plane, p.dweight, p.channels[0] + p.channels[1], c, count, k,
-                smaller<int64_t>(kLanes, p.K - k));
+    finish_taps(s + half, plane, p.dweight, p.channels[0] + p.channels[1], c, count, k, min<int64_t>(kLanes, p.K - k));
   }
 }
 
 // Tiles that a piece of `most` floats of V and D holds, all pieces alike; per_tile: of one point.
 DDPM_FAST_INLINE int64_t tiles_at_a_time(const Tiles& tiles, int64_t most, int64_t per_tile) {
-  return ceil_div(tiles.total, ceil_div(tiles.total, larger<int64_t>(kLanes, most / (kPoints * per_tile))));
+  return ceil_div(tiles.total, ceil_div(tiles.total, max<int64_t>(kLanes, most / (kPoints * per_tile))));
 }
 
 inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
   const int64_t num_panels = panels(p.K), row = row_stride(C);
-  const int64_t size = tiles_at_a_time(tiles, kLargestOfPoints, row + num_panels * kPanel);
+  const int64_t size = tiles_at_a_time(tiles, kMaxOfPoints, row + num_panels * kPanel);
   const int64_t d_panel = round_up(size, 4) * kPanel, s_panel = C * kPanel;
   const int64_t v_plane = plane_stride(size * row), d_plane = plane_stride(num_panels * d_panel),
                 s_plane = plane_stride(num_panels * s_panel);
@@ -160,7 +159,7 @@ inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tile
   float* d = thread_scratch(kScratchGradients, kPoints * d_plane);
   float* s = thread_scratch(kScratchSums, kPoints * s_plane);
   for (int64_t first = 0; first < tiles.total; first += size) {
-    const int64_t T = smaller(size, tiles.total - first);
+    const int64_t T = min(size, tiles.total - first);
     parallel(T, 1, [&](int64_t begin, int64_t end) {
       transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, 0, C, v + begin * row, row,
                        v_plane);
@@ -180,15 +179,15 @@ inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tile
   parallel(num_panels * steps, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i / steps, c = i % steps * kLanes;
-      finish_panel_taps(p, s + panel * s_panel + c * kPanel, s_plane, panel, c, smaller<int64_t>(kLanes, C - c));
+      finish_panel_taps(p, s + panel * s_panel + c * kPanel, s_plane, panel, c, min<int64_t>(kLanes, C - c));
     }
   });
 }
 
 inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
   const int64_t num_panels = panels(p.K), blocks = ceil_div(C, kGradientBlock),
-                row = round_up(smaller(C, kGradientBlock), 16);
-  const int64_t size = tiles_at_a_time(tiles, kLargestOfBlocks, blocks * row + num_panels * kPanel);
+                row = round_up(min(C, kGradientBlock), 16);
+  const int64_t size = tiles_at_a_time(tiles, kMaxOfBlocks, blocks * row + num_panels * kPanel);
   const int64_t v_plane = plane_stride(size * row), v_block = kPoints * v_plane;
   const int64_t d_plane = plane_stride(size * kPanel), d_panel = kPoints * d_plane;
   const int64_t s_plane = plane_stride(kGradientBlock * kPanel), sums = kPoints * s_plane;
@@ -196,12 +195,12 @@ inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tile
   float* d = thread_scratch(kScratchGradients, num_panels * d_panel);
   float* kept = size >= tiles.total ? nullptr : thread_scratch(kScratchSums, num_panels * blocks * sums);
   for (int64_t first = 0; first < tiles.total; first += size) {
-    const int64_t T = smaller(size, tiles.total - first);
+    const int64_t T = min(size, tiles.total - first);
     parallel(T, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t c = block * kGradientBlock;
         transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, c,
-                         smaller(kGradientBlock, C - c), v + block * v_block + begin * row, row, v_plane);
+                         min(kGradientBlock, C - c), v + block * v_block + begin * row, row, v_plane);
       }
       for (int64_t t = begin; t < end; ++t) {
         transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane, d_panel);
@@ -210,7 +209,7 @@ inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tile
     parallel(num_panels * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t panel = task / blocks, block = task % blocks, c = block * kGradientBlock,
-                      count = smaller(kGradientBlock, C - c);
+                      count = min(kGradientBlock, C - c);
         float* s = kept == nullptr ? thread_scratch(kScratchM, sums) : kept + task * sums;
         for (int64_t i = 0; i < kPoints; ++i) {
           add_products(v + block * v_block + i * v_plane, row, d + panel * d_panel + i * d_plane, T, count,
@@ -218,7 +217,7 @@ inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tile
         }
         if (first + T < tiles.total) continue;
         for (int64_t n = 0; n < count; n += kLanes) {
-          finish_panel_taps(p, s + n * kPanel, s_plane, panel, c + n, smaller<int64_t>(kLanes, count - n));
+          finish_panel_taps(p, s + n * kPanel, s_plane, panel, c + n, min<int64_t>(kLanes, count - n));
         }
       }
     });
@@ -230,7 +229,7 @@ inline void conv3x3_weight_gradient(const Conv3x3WeightGradient& p) {
   if (p.dweight == nullptr) return;
   const Tiles tiles(p.B, p.H, p.W);
   const int64_t C = p.channels[0] + p.channels[1];
-  if (kPoints * C * p.K <= kLargestSums && tiles.total >= kLeastTiles) {
+  if (kPoints * C * p.K <= kMaxSums && tiles.total >= kMinTiles) {
     weight_gradient_by_points(p, tiles, C);
   } else {
     weight_gradient_by_blocks(p, tiles, C);

@@ -125,7 +125,7 @@ inline __attribute__((noinline)) void product_tile(const float* a, int64_t row, 
                                                    int64_t piece) {
   Store out{c, stride, columns, add};
   for (int64_t k = 0; k == 0 || k < K; k += piece) {  // once where K = 0: zeros
-    product_rows<R>(a + k * step, row, step, panel + k * kPanel, smaller(piece, K - k), out);
+    product_rows<R>(a + k * step, row, step, panel + k * kPanel, min(piece, K - k), out);
     out.add = true;
   }
 }
@@ -142,7 +142,7 @@ DDPM_FAST_INLINE void product_tile_of(int64_t rows, const float* a, int64_t row,
 // Terms of each of the equal pieces, of at most `most` terms, that a sum of K terms is cut into. The rounding error of
 // a sum in one row grows with √K, that of a sum of pieces with √(most + K/most).
 DDPM_FAST_INLINE int64_t piece_of(int64_t K, int64_t most) {
-  return larger<int64_t>(1, ceil_div(K, larger<int64_t>(1, ceil_div(K, most))));
+  return max<int64_t>(1, ceil_div(K, max<int64_t>(1, ceil_div(K, most))));
 }
 
 constexpr int64_t kOnePiece = int64_t{1} << 40;
@@ -165,7 +165,7 @@ inline void product(const float* a, int64_t row, int64_t step, const float* pack
                     float* c, int64_t stride, bool add) {
   for (int64_t p = 0; p < panels(N); ++p) {
     product_panel(a, row, step, packed + p * K * kPanel, M, K, c + p * kPanel, stride,
-                  smaller<int64_t>(kPanel, N - p * kPanel), add);
+                  min<int64_t>(kPanel, N - p * kPanel), add);
   }
 }
 
@@ -173,7 +173,7 @@ inline void product(const float* a, int64_t row, int64_t step, const float* pack
 inline void pack_panels(const float* b, int64_t row, int64_t step, int64_t K, int64_t N, int64_t first, int64_t last,
                         float* packed) {
   for (int64_t p = first; p < last; ++p) {
-    const int64_t columns = smaller<int64_t>(kPanel, N - p * kPanel);
+    const int64_t columns = min<int64_t>(kPanel, N - p * kPanel);
     for (int64_t k = 0; k < K; ++k) {
       const float* from = b + k * row + p * kPanel * step;
       float* to = packed + (p * K + k) * kPanel;

@@ -4,11 +4,15 @@
 #include "attention_block-inl.h"
 #include "conv3x3_forward-inl.h"
 #include "conv3x3_gradient-inl.h"
+#include "convert-inl.h"
+#include "forward_diffusion-inl.h"
 #include "kernels.h"
 #include "linear-inl.h"
 #include "linear_attention_backward-inl.h"
+#include "noise-inl.h"
 #include "norm_linear-inl.h"
 #include "norm_silu-inl.h"
+#include "sampler_step-inl.h"
 #include "stem_conv-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
@@ -17,13 +21,29 @@ constexpr Kernels make_kernels(const char* name) {
   return {
       .name = name,
       .lanes = kLanes,
-      .conv3x3 = {conv3x3_forward, conv3x3_weight_gradient},
-      .norm_silu = {norm_silu_forward, norm_silu_backward},
-      .linear = {linear_forward, linears_forward, linear_data_gradient, linear_weight_gradient},
-      .norm_linear = {norm_linear_forward, norm_linear_data_gradient},
-      .attention = {attention::forward, attention::backward, attention::block_forward, attention::block_backward},
-      .linear_attention = {linear_attention::forward, linear_attention::backward},
-      .stem = {stem_forward, stem_weight_gradient},
+      .conv3x3 = {.forward = conv3x3_forward, .weight_gradient = conv3x3_weight_gradient},
+      .norm_silu = {.forward = norm_silu_forward, .backward = norm_silu_backward},
+      .linear = {.forward = linear_forward,
+                 .forward_many = linears_forward,
+                 .data_gradient = linear_data_gradient,
+                 .weight_gradient = linear_weight_gradient},
+      .norm_linear = {.forward = norm_linear_forward, .data_gradient = norm_linear_data_gradient},
+      .attention = {.forward = attention::forward,
+                    .backward = attention::backward,
+                    .block_forward = attention::block_forward,
+                    .block_backward = attention::block_backward},
+      .linear_attention = {.forward = linear_attention::forward, .backward = linear_attention::backward},
+      .stem_conv = {.forward = stem_conv_forward, .weight_gradient = stem_conv_weight_gradient},
+      .noise = {.normal = noise::normal},
+      .convert = {.from_half = convert::from_half,
+                  .from_bfloat16 = convert::from_bfloat16,
+                  .from_byte = convert::from_byte,
+                  .to_half = convert::to_half,
+                  .to_bfloat16 = convert::to_bfloat16},
+      .forward_diffusion = {.combine = forward_diffusion::combine,
+                            .subtract = forward_diffusion::subtract,
+                            .scale = forward_diffusion::scale},
+      .sampler_step = {.step = sampler_step::step},
   };
 }
 

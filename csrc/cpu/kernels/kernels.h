@@ -3,10 +3,14 @@
 
 #include "attention.h"
 #include "conv3x3.h"
+#include "convert.h"
+#include "forward_diffusion.h"
 #include "linear.h"
 #include "linear_attention.h"
+#include "noise.h"
 #include "norm_linear.h"
 #include "norm_silu.h"
+#include "sampler_step.h"
 #include "stem_conv.h"
 
 namespace ddpm_fast {
@@ -20,7 +24,11 @@ struct Kernels {
   NormLinearKernels norm_linear;
   AttentionKernels attention;
   LinearAttentionKernels linear_attention;
-  StemKernels stem;
+  StemConvKernels stem_conv;
+  NoiseKernels noise;
+  ConvertKernels convert;
+  ForwardDiffusionKernels forward_diffusion;
+  SamplerStepKernels sampler_step;
 };
 
 // The table of the widest instruction set that this processor has, or of the one chosen by `use_instruction_set`.

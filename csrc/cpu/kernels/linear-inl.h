@@ -50,12 +50,12 @@ DDPM_FAST_INLINE void transpose_4x4(const float* from, int64_t stride, const flo
 inline void pack_transposed(const float* w, int64_t stride, const float* gain, int64_t K, int64_t N, int64_t first,
                             int64_t last, float* packed) {
   for (int64_t p = first; p < last; ++p) {
-    const int64_t columns = smaller<int64_t>(kPanel, N - p * kPanel);
+    const int64_t columns = min<int64_t>(kPanel, N - p * kPanel);
     const float* from = w + p * kPanel * stride;
     float* panel = packed + p * K * kPanel;
     // A cache line of every row at a time.
     for (int64_t line = 0; line < K; line += 16) {
-      const int64_t end = smaller(K, line + 16), whole = line + (end - line) / 4 * 4;
+      const int64_t end = min(K, line + 16), whole = line + (end - line) / 4 * 4;
       for (int64_t n = 0; n < kPanel; n += 4) {
         int64_t k = line;
         if (n + 4 <= columns) {
@@ -107,7 +107,7 @@ struct LinearOut {
 
   DDPM_FAST_INLINE void operator()(int m, vf left, vf right) {
     if (!pile.empty) left += load(pile.sums + m * kPanel), right += load(pile.sums + m * kPanel + kLanes);
-    const int64_t columns = p.N - column;
+    const int64_t columns = p.K - column;
     take(row + m, column, columns, left);
     if (columns > kLanes) take(row + m, column + kLanes, columns - kLanes, right);
   }
@@ -120,10 +120,10 @@ struct LinearOut {
   }
   template <typename Lanes>
   DDPM_FAST_INLINE void finish(int64_t r, int64_t n, vf value, Lanes lanes) const {
-    float* to = p.out + r * p.N + n;
+    float* to = p.out + r * p.K + n;
     if (p.row_scale) value *= splat(p.row_scale[r]);
     if (p.bias) value += lanes.get(p.bias + n);
-    if (p.residual) value += lanes.get(p.residual + r * p.N + n);
+    if (p.residual) value += lanes.get(p.residual + r * p.K + n);
     if (p.add) value += lanes.get(to);
     lanes.put(to, value);
   }
@@ -137,16 +137,17 @@ struct BlockRows {
 
 // Rows 4 KB apart push one another out of the first-level cache: they are copied to where they do not. `fresh`: the
 // thread has not copied this block yet.
-inline BlockRows rows_of_block(const float* const* a, const int64_t* k, int64_t first, int64_t rows, bool fresh) {
+inline BlockRows rows_of_block(const float* const* input, const int64_t* channels, int64_t first, int64_t rows,
+                               bool fresh) {
   BlockRows block;
   for (int part = 0; part < 2; ++part) {
-    const int64_t K = k[part];
-    block.a[part] = a[part] + first * K;
-    block.stride[part] = K;
-    if (K == 0 || K % 1024 != 0) continue;
-    const int64_t before = part ? rows * (k[0] + 16) : 0, stride = K + 16;
-    float* to = thread_scratch(kRowsSlot, rows * (k[0] + k[1] + 32)) + before;
-    for (int64_t r = 0; fresh && r < rows; ++r) __builtin_memcpy(to + r * stride, block.a[part] + r * K, K * 4);
+    const int64_t C = channels[part];
+    block.a[part] = input[part] + first * C;
+    block.stride[part] = C;
+    if (C == 0 || C % 1024 != 0) continue;
+    const int64_t before = part ? rows * (channels[0] + 16) : 0, stride = C + 16;
+    float* to = thread_scratch(kRowsSlot, rows * (channels[0] + channels[1] + 32)) + before;
+    for (int64_t r = 0; fresh && r < rows; ++r) __builtin_memcpy(to + r * stride, block.a[part] + r * C, C * 4);
     block.a[part] = to;
     block.stride[part] = stride;
   }
@@ -157,22 +158,22 @@ inline BlockRows rows_of_block(const float* const* a, const int64_t* k, int64_t 
 template <int R>
 inline __attribute__((noinline)) void linear_tile(const LinearForward& p, const BlockRows& block, int64_t local,
                                                   int64_t row, int64_t column, const float* panel) {
-  const int64_t columns = smaller<int64_t>(kPanel, p.N - column);
+  const int64_t columns = min<int64_t>(kPanel, p.K - column);
   for (int64_t r = 0; r < R; ++r) {
-    const int64_t at = (row + r) * p.N + column;
-    fetch_to_write(p.out + at, columns);
-    if (p.residual != nullptr) fetch(p.residual + at, columns);
+    const int64_t at = (row + r) * p.K + column;
+    prefetch_to_write(p.out + at, columns);
+    if (p.residual != nullptr) prefetch(p.residual + at, columns);
   }
   float before[R * kPanel];
   Pile pile{before, true};
   Sums<R> sums;
   sums.clear();
-  int64_t room = kSumLength, left = p.k[0] + p.k[1];
+  int64_t room = kSumLength, left = p.channels[0] + p.channels[1];
   for (int part = 0; part < 2; ++part) {
     const int64_t stride = block.stride[part];
     const float* a = block.a[part] + local * stride;
-    for (int64_t remaining = p.k[part]; remaining > 0;) {
-      const int64_t steps = smaller(remaining, room);
+    for (int64_t remaining = p.channels[part]; remaining > 0;) {
+      const int64_t steps = min(remaining, room);
       add_terms(sums, a, stride, 1, panel, steps);
       remaining -= steps;
       room -= steps;
@@ -198,17 +199,17 @@ DDPM_FAST_INLINE void linear_tile_of(int64_t rows, const LinearForward& p, const
   }
 }
 
-// Rows of a block for a matrix of K columns: whole tiles, the same whatever the threads.
-DDPM_FAST_INLINE int64_t block_rows(int64_t K) { return larger<int64_t>(1, kBlockFloats / K / kRows) * kRows; }
+// Rows of a block for a matrix of C columns: whole tiles, the same whatever the threads.
+DDPM_FAST_INLINE int64_t block_rows(int64_t C) { return max<int64_t>(1, kBlockFloats / C / kRows) * kRows; }
 // The same cut so that all threads get as many, for sums along rows, which do not depend on the cuts.
-DDPM_FAST_INLINE int64_t even_block_rows(int64_t rows, int64_t K) {
-  const int64_t blocks = round_up(larger<int64_t>(1, ceil_div(rows, block_rows(K))), thread_count());
-  return larger<int64_t>(1, ceil_div(rows, blocks));
+DDPM_FAST_INLINE int64_t even_block_rows(int64_t rows, int64_t C) {
+  const int64_t blocks = round_up(max<int64_t>(1, ceil_div(rows, block_rows(C))), thread_count());
+  return max<int64_t>(1, ceil_div(rows, blocks));
 }
 
 // Tasks that make up enough work for a thread, each of so many multiplications.
 DDPM_FAST_INLINE int64_t task_grain(int64_t products) {
-  return larger<int64_t>(1, kTaskProducts / larger<int64_t>(1, products));
+  return max<int64_t>(1, kTaskProducts / max<int64_t>(1, products));
 }
 
 // body(block, panel, fresh) for all of them; a block's panels stay together, the first that a thread takes is fresh.
@@ -223,34 +224,34 @@ inline void over_blocks(int64_t blocks, int64_t panel_count, int64_t products, c
 }
 
 inline void linear_forward(const LinearForward& p) {
-  const int64_t K = p.k[0] + p.k[1];
-  if (p.rows * p.N == 0) return;
-  float* packed = thread_scratch(kPackedSlot, packed_size(K, p.N));
-  parallel(panels(p.N), task_grain(K * kPanel * 16),
-           [&](int64_t begin, int64_t end) { pack_transposed(p.weight, K, p.gain, K, p.N, begin, end, packed); });
-  const int64_t block = even_block_rows(p.rows, larger<int64_t>(K, 1)), blocks = ceil_div(p.rows, block);
-  over_blocks(blocks, panels(p.N), smaller(block, p.rows) * K * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
-    const int64_t first = b * block, count = smaller(block, p.rows - first), groups = ceil_div(count, kRows);
-    const BlockRows from = rows_of_block(p.a, p.k, first, count, fresh);
+  const int64_t C = p.channels[0] + p.channels[1];
+  if (p.rows * p.K == 0) return;
+  float* packed = thread_scratch(kPackedSlot, packed_size(C, p.K));
+  parallel(panels(p.K), task_grain(C * kPanel * 16),
+           [&](int64_t begin, int64_t end) { pack_transposed(p.weight, C, p.gain, C, p.K, begin, end, packed); });
+  const int64_t block = even_block_rows(p.rows, max<int64_t>(C, 1)), blocks = ceil_div(p.rows, block);
+  over_blocks(blocks, panels(p.K), min(block, p.rows) * C * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
+    const int64_t first = b * block, count = min(block, p.rows - first), groups = ceil_div(count, kRows);
+    const BlockRows from = rows_of_block(p.input, p.channels, first, count, fresh);
     for (int64_t g = 0, row = 0; g < groups; ++g) {
       const int64_t rows = (count - row + groups - g - 1) / (groups - g);
-      linear_tile_of(rows, p, from, row, first + row, panel * kPanel, packed + panel * K * kPanel);
+      linear_tile_of(rows, p, from, row, first + row, panel * kPanel, packed + panel * C * kPanel);
       row += rows;
     }
   });
 }
 
-// Of one row of x and the weights of up to kPanel outputs: to[n] = x·w[n·K] + bias[n]. A single row has too few sums to
+// Of one row of x and the weights of up to kPanel outputs: to[n] = x·w[n·C] + bias[n]. A single row has too few sums to
 // hide a product's waits, and packing takes longer than what follows.
-inline void dot_outputs(const float* x, const float* w, const float* bias, int64_t K, int64_t count, float* to) {
-  for (int64_t n = 0; n < count; ++n, w += K) {
+inline void dot_outputs(const float* x, const float* w, const float* bias, int64_t C, int64_t count, float* to) {
+  for (int64_t n = 0; n < count; ++n, w += C) {
     vf even = {}, odd = {};
     int64_t k = 0;
-    for (; k + 2 * kLanes <= K; k += 2 * kLanes) {
+    for (; k + 2 * kLanes <= C; k += 2 * kLanes) {
       even = load(x + k) * load(w + k) + even;
       odd = load(x + k + kLanes) * load(w + k + kLanes) + odd;
     }
-    for (; k < K; k += kLanes) even = load_upto(x + k, K - k) * load_upto(w + k, K - k) + even;
+    for (; k < C; k += kLanes) even = load_upto(x + k, C - k) * load_upto(w + k, C - k) + even;
     to[n] = reduce_add(even + odd) + bias[n];
   }
 }
@@ -258,57 +259,56 @@ inline void dot_outputs(const float* x, const float* w, const float* bias, int64
 inline void linears_forward(const LinearsForward& p) {
   int64_t tasks = 0;
   for (int64_t i = 0; i < p.count; ++i) tasks += panels(p.widths[i]);
-  parallel(tasks, task_grain(p.K * kPanel * larger<int64_t>(p.rows, 4)), [&](int64_t begin, int64_t end) {
-    float* packed = thread_scratch(kRowsSlot, p.K * kPanel);
+  parallel(tasks, task_grain(p.C * kPanel * max<int64_t>(p.rows, 4)), [&](int64_t begin, int64_t end) {
+    float* packed = thread_scratch(kRowsSlot, p.C * kPanel);
     int64_t i = 0, column = 0, panel = begin;  // `panel` of layer i, whose outputs begin at `column`
     for (; i < p.count && panel >= panels(p.widths[i]); ++i) panel -= panels(p.widths[i]), column += p.widths[i];
     for (int64_t task = begin; task < end; ++task, ++panel) {
       while (panel == panels(p.widths[i])) panel = 0, column += p.widths[i++];
-      const int64_t first = panel * kPanel, columns = smaller<int64_t>(kPanel, p.widths[i] - first);
-      const float *weight = p.weights[i] + first * p.K, *bias = p.biases[i] + first;
+      const int64_t first = panel * kPanel, columns = min<int64_t>(kPanel, p.widths[i] - first);
+      const float *weight = p.weights[i] + first * p.C, *bias = p.biases[i] + first;
       float* out = p.out + column + first;
       if (p.rows <= 3) {
-        for (int64_t r = 0; r < p.rows; ++r) dot_outputs(p.x + r * p.K, weight, bias, p.K, columns, out + r * p.N);
+        for (int64_t r = 0; r < p.rows; ++r) dot_outputs(p.x + r * p.C, weight, bias, p.C, columns, out + r * p.K);
         continue;
       }
-      pack_transposed(weight, p.K, nullptr, p.K, columns, 0, 1, packed);
-      for (int64_t k = 0; k == 0 || k < p.K; k += kSumLength) {  // once where K = 0: zeros
-        product_panel(p.x + k, p.K, 1, packed + k * kPanel, p.rows, smaller(kSumLength, p.K - k), out, p.N, columns,
-                      k > 0);
+      pack_transposed(weight, p.C, nullptr, p.C, columns, 0, 1, packed);
+      for (int64_t k = 0; k == 0 || k < p.C; k += kSumLength) {  // once where C = 0: zeros
+        product_panel(p.x + k, p.C, 1, packed + k * kPanel, p.rows, min(kSumLength, p.C - k), out, p.K, columns, k > 0);
       }
       for (int64_t r = 0; r < p.rows; ++r) {
-        for (int64_t n = 0; n < columns; ++n) out[r * p.N + n] += bias[n];
+        for (int64_t n = 0; n < columns; ++n) out[r * p.K + n] += bias[n];
       }
     }
   });
 }
 
-// Packs a weight (N, K) for products of `grad` (rows, N) with it: columns [first, first + k) as panels, on all threads.
-inline void pack_weight(const float* weight, int64_t N, int64_t K, int64_t first, int64_t k, float* packed) {
-  parallel(panels(k), task_grain(N * kPanel * 4), [&](int64_t begin, int64_t end) {
+// Packs a weight (K, C) for products of `grad` (rows, K) with it: columns [first, first + k) as panels, on all threads.
+inline void pack_weight(const float* weight, int64_t K, int64_t C, int64_t first, int64_t k, float* packed) {
+  parallel(panels(k), task_grain(K * kPanel * 4), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      pack_straight(weight + first + p * kPanel, K, nullptr, nullptr, N, smaller<int64_t>(kPanel, k - p * kPanel),
-                    packed + p * N * kPanel);
+      pack_straight(weight + first + p * kPanel, C, nullptr, nullptr, K, min<int64_t>(kPanel, k - p * kPanel),
+                    packed + p * K * kPanel);
     }
   });
 }
 
 inline void linear_data_gradient(const LinearDataGradient& p) {
-  const int64_t K = p.k[0] + p.k[1], block = even_block_rows(p.rows, larger<int64_t>(p.N, 1)),
+  const int64_t C = p.channels[0] + p.channels[1], block = even_block_rows(p.rows, max<int64_t>(p.K, 1)),
                 blocks = ceil_div(p.rows, block);
   for (int part = 0; part < 2; ++part) {
-    const int64_t k = p.k[part];
-    if (p.dx[part] == nullptr || k == 0) continue;
-    float* packed = thread_scratch(kPackedSlot, packed_size(p.N, k));
-    pack_weight(p.weight, p.N, K, part ? p.k[0] : 0, k, packed);
-    over_blocks(blocks, panels(k), smaller(block, p.rows) * p.N * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
-      const int64_t row = b * block, rows = smaller(block, p.rows - row), of_grad[2] = {p.N, 0};
+    const int64_t k = p.channels[part];
+    if (p.dinput[part] == nullptr || k == 0) continue;
+    float* packed = thread_scratch(kPackedSlot, packed_size(p.K, k));
+    pack_weight(p.weight, p.K, C, part ? p.channels[0] : 0, k, packed);
+    over_blocks(blocks, panels(k), min(block, p.rows) * p.K * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
+      const int64_t row = b * block, rows = min(block, p.rows - row), of_grad[2] = {p.K, 0};
       const float* grad[2] = {p.grad, p.grad};
       const BlockRows from = rows_of_block(grad, of_grad, row, rows, fresh);
-      for (int64_t n = 0; n == 0 || n < p.N; n += kSumLength) {  // once where N = 0: zeros
-        product_panel(from.a[0] + n, from.stride[0], 1, packed + (panel * p.N + n) * kPanel, rows,
-                      smaller(kSumLength, p.N - n), p.dx[part] + row * k + panel * kPanel, k,
-                      smaller<int64_t>(kPanel, k - panel * kPanel), p.add || n > 0);
+      for (int64_t n = 0; n == 0 || n < p.K; n += kSumLength) {  // once where K = 0: zeros
+        product_panel(from.a[0] + n, from.stride[0], 1, packed + (panel * p.K + n) * kPanel, rows,
+                      min(kSumLength, p.K - n), p.dinput[part] + row * k + panel * kPanel, k,
+                      min<int64_t>(kPanel, k - panel * kPanel), p.add || n > 0);
       }
     });
   }
@@ -317,61 +317,62 @@ inline void linear_data_gradient(const LinearDataGradient& p) {
 // Σ over rows [first, last) of rows `stride` apart.
 template <typename Lanes>
 DDPM_FAST_INLINE vf sum_of_rows(const float* values, int64_t stride, int64_t first, int64_t last, Lanes lanes) {
-  CarefulSum sum;
+  KahanSum sum;
   for (int64_t row = first; row < last; ++row) sum.add(lanes.get(values + row * stride));
   return sum.sum;
 }
 
 // sums (count) = Σ over parts of partials (parts, stride).
 inline void add_partials(const float* partials, int64_t parts, int64_t stride, int64_t count, float* sums) {
-  parallel(ceil_div(count, kLanes), larger<int64_t>(1, 16384 / (kLanes * parts)), [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kLanes, last = smaller(count, end * kLanes);
+  parallel(ceil_div(count, kLanes), max<int64_t>(1, 16384 / (kLanes * parts)), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kLanes, last = min(count, end * kLanes);
     over_channels(last - first, [&](int64_t c, auto lanes) {
-      CarefulSum sum;
+      KahanSum sum;
       for (int64_t i = 0; i < parts; ++i) sum.add(lanes.get(partials + i * stride + first + c));
       lanes.put(sums + first + c, sum.sum);
     });
   });
 }
 
-// dweight of one segment of rows for one panel of one part: c (N, columns of the panel) with row stride K.
+// dweight of one segment of rows for one panel of one part: c (K, columns of the panel) with row stride C.
 inline void weight_gradient_panel(const LinearWeightGradient& p, int part, int64_t panel, int64_t first, int64_t last,
-                                  float* c, int64_t K) {
+                                  float* c, int64_t C) {
   constexpr int64_t kChunk = 64;
   float packed[kChunk * kPanel] __attribute__((aligned(64)));
-  const int64_t k = p.k[part], columns = smaller<int64_t>(kPanel, k - panel * kPanel);
-  const float* gain = p.gain ? p.gain + (part ? p.k[0] : 0) + panel * kPanel : nullptr;
+  const int64_t k = p.channels[part], columns = min<int64_t>(kPanel, k - panel * kPanel);
+  const float* gain = p.gain ? p.gain + (part ? p.channels[0] : 0) + panel * kPanel : nullptr;
   for (int64_t row = first; row < last; row += kChunk) {
-    const int64_t rows = smaller(kChunk, last - row);
+    const int64_t rows = min(kChunk, last - row);
     const float* row_scale = p.row_scale ? p.row_scale + row : nullptr;
-    pack_straight(p.a[part] + row * k + panel * kPanel, k, row_scale, gain, rows, columns, packed);
-    product_panel(p.grad + row * p.N, 1, p.N, packed, p.N, rows, c, K, columns, row > first);
+    pack_straight(p.input[part] + row * k + panel * kPanel, k, row_scale, gain, rows, columns, packed);
+    product_panel(p.grad + row * p.K, 1, p.K, packed, p.K, rows, c, C, columns, row > first);
   }
 }
 
 inline void linear_weight_gradient(const LinearWeightGradient& p) {
-  const int64_t K = p.k[0] + p.k[1], first_panels = panels(p.k[0]), all_panels = first_panels + panels(p.k[1]);
+  const int64_t C = p.channels[0] + p.channels[1], first_panels = panels(p.channels[0]),
+                all_panels = first_panels + panels(p.channels[1]);
   const int64_t tasks = (p.dweight ? all_panels : 0) + (p.dbias ? 1 : 0);
-  if (tasks == 0 || p.N == 0) return;
-  const int64_t segments = larger<int64_t>(1, smaller<int64_t>(p.rows / 1024, ceil_div(64, tasks)));
-  const int64_t length = ceil_div(p.rows, segments), stride = round_up(p.N * K + p.N, 16);
+  if (tasks == 0 || p.K == 0) return;
+  const int64_t segments = max<int64_t>(1, min<int64_t>(p.rows / 1024, ceil_div(64, tasks)));
+  const int64_t length = ceil_div(p.rows, segments), stride = round_up(p.K * C + p.K, 16);
   float* partials = segments > 1 ? thread_scratch(kLinearSumsSlot, segments * stride) : nullptr;
-  const int64_t products = smaller(length, p.rows) * p.N * kPanel;
+  const int64_t products = min(length, p.rows) * p.K * kPanel;
   over_blocks(segments, tasks, products, [&](int64_t segment, int64_t task, bool) {
-    const int64_t first = segment * length, last = smaller(p.rows, first + length);
+    const int64_t first = segment * length, last = min(p.rows, first + length);
     if (p.dweight == nullptr || task == all_panels) {
-      float* sums = partials ? partials + segment * stride + p.N * K : p.dbias;
+      float* sums = partials ? partials + segment * stride + p.K * C : p.dbias;
       over_channels(
-          p.N, [&](int64_t n, auto lanes) { lanes.put(sums + n, sum_of_rows(p.grad + n, p.N, first, last, lanes)); });
+          p.K, [&](int64_t n, auto lanes) { lanes.put(sums + n, sum_of_rows(p.grad + n, p.K, first, last, lanes)); });
       return;
     }
     const int part = task >= first_panels;
     const int64_t panel = task - (part ? first_panels : 0);
     float* c = partials ? partials + segment * stride : p.dweight;
-    weight_gradient_panel(p, part, panel, first, last, c + (part ? p.k[0] : 0) + panel * kPanel, K);
+    weight_gradient_panel(p, part, panel, first, last, c + (part ? p.channels[0] : 0) + panel * kPanel, C);
   });
-  if (partials && p.dweight) add_partials(partials, segments, stride, p.N * K, p.dweight);
-  if (partials && p.dbias) add_partials(partials + p.N * K, segments, stride, p.N, p.dbias);
+  if (partials && p.dweight) add_partials(partials, segments, stride, p.K * C, p.dweight);
+  if (partials && p.dbias) add_partials(partials + p.K * C, segments, stride, p.K, p.dbias);
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

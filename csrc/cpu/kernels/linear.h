@@ -5,54 +5,54 @@
 
 namespace ddpm_fast {
 
-// A = [a0 | a1] side by side, (rows, k0) and (rows, k1), each with its own memory; k1 = 0 where there is one map.
-// W is (N, k0 + k1), torch's (O, I). Null stands for what is not there.
+// The input A is one map or two side by side, (rows, channels[i]) each with its own memory: C channels in all, and
+// channels[1] is 0 where there is one map. The weight W is (K, C), torch's (O, I). Null stands for what is not there.
 
 // out = row_scale·(A·(gain·W)ᵀ) + bias + residual, added to out where `add`.
 struct LinearForward {
-  const float* a[2];
-  int64_t k[2];
-  int64_t rows, N;
-  const float* weight;    // (N, K)
-  const float* bias;      // (N) or null
-  const float* residual;  // (rows, N) or null; may be out
-  float* out;             // (rows, N)
+  const float* input[2];
+  int64_t channels[2];
+  int64_t rows, K;
+  const float* weight;     // (K, C)
+  const float* bias;       // (K) or null
+  const float* residual;   // (rows, K) or null; may be out
+  const float* row_scale;  // (rows) or null
+  const float* gain;       // (C) or null
+  float* out;              // (rows, K)
   bool add;
-  const float* row_scale = nullptr;  // (rows) or null
-  const float* gain = nullptr;       // (K) or null
 };
 
-// dx = grad·W, or += where `add`; a null dx is left out.
+// dinput = grad·W, or += where `add`; a null dinput is left out.
 struct LinearDataGradient {
-  const float* grad;    // (rows, N)
-  const float* weight;  // (N, K)
-  int64_t rows, N;
-  float* dx[2];  // (rows, k)
-  int64_t k[2];
+  const float* grad;    // (rows, K)
+  const float* weight;  // (K, C)
+  int64_t rows, K;
+  float* dinput[2];  // (rows, channels[i])
+  int64_t channels[2];
   bool add;
 };
 
 // dweight = gradᵀ·(row_scale·A·gain), dbias = Σ over rows of grad.
 struct LinearWeightGradient {
-  const float* grad;  // (rows, N)
-  const float* a[2];
-  int64_t k[2];
-  int64_t rows, N;
-  float* dweight;                    // (N, K) or null
-  float* dbias;                      // (N) or null
-  const float* row_scale = nullptr;  // (rows) or null
-  const float* gain = nullptr;       // (K) or null
+  const float* grad;  // (rows, K)
+  const float* input[2];
+  int64_t channels[2];
+  int64_t rows, K;
+  const float* row_scale;  // (rows) or null
+  const float* gain;       // (C) or null
+  float* dweight;          // (K, C) or null
+  float* dbias;            // (K) or null
 };
 
 // Several layers of one input, their outputs side by side: out = [x·W₀ᵀ + b₀ | x·W₁ᵀ + b₁ | …].
 struct LinearsForward {
-  const float* x;  // (rows, K)
-  int64_t rows, K, count;
-  const float* const* weights;  // (widths[i], K), `count` of them
+  const float* x;  // (rows, C)
+  int64_t rows, C, count;
+  const float* const* weights;  // (widths[i], C), `count` of them
   const float* const* biases;   // (widths[i])
   const int64_t* widths;
-  float* out;  // (rows, N), N = Σ widths
-  int64_t N;
+  float* out;  // (rows, K), K = Σ widths
+  int64_t K;
 };
 
 struct LinearKernels {

@@ -21,14 +21,14 @@ constexpr int64_t kGroup = 256;     // positions; fewer do not pay for a group's
 constexpr int64_t kMaxGroups = 16;  // of a sample
 constexpr int64_t kRuns = 32;       // of groups that are taken one after another; bounds the sums kept for parameters
 constexpr int kSharedSlot = 0, kTileSlot = 1;  // of thread_scratch
-constexpr float kLowest = -3.402823466e38f;
+constexpr float kMinFloat = -3.402823466e38f;
 
 // Sizes, and how the work is cut up.
 struct Plan {
   LinearAttentionInputs in;
   bool block;                         // x is given
   int64_t HD, V, parts, width;        // values (N, parts·V); `width` of the HD channels belong to one part
-  int64_t groups, tile, stride, row;  // of a sample; positions; of tiles with HD columns and with larger(C, V·parts)
+  int64_t groups, tile, stride, row;  // of a sample; positions; of tiles with HD columns and with max(C, V·parts)
   int64_t samples;                    // that are taken together
 
   explicit Plan(const LinearAttentionInputs& inputs)
@@ -38,12 +38,12 @@ struct Plan {
         V(block ? inputs.C : inputs.D),
         parts(block ? 1 : inputs.heads),
         width(HD / parts),
-        groups(smaller(kMaxGroups, ceil_div(inputs.N, kGroup))),
+        groups(min(kMaxGroups, ceil_div(inputs.N, kGroup))),
         stride(padded(HD)),
         row(padded(inputs.C)) {
     const int64_t largest = ceil_div(inputs.N, groups), target = inputs.C <= 128 ? 128 : 64;
     tile = ceil_div(largest, ceil_div(largest, target));
-    samples = smaller(inputs.B, larger<int64_t>(1, kRuns / groups));
+    samples = min(inputs.B, max<int64_t>(1, kRuns / groups));
   }
   int64_t values_size() const { return parts * packed_size(tile, V); }
   int64_t sums_size() const { return round_up(HD * V, 16); }
@@ -146,7 +146,7 @@ inline void place_in_scratch(Places& places, int slot, const Plan& plan, Options
 template <typename Body>
 DDPM_FAST_INLINE void for_tiles(const Plan& plan, int64_t group, const Body& body) {
   const int64_t end = plan.first_position(group + 1);
-  for (int64_t n = plan.first_position(group); n < end; n += plan.tile) body(n, smaller(plan.tile, end - n));
+  for (int64_t n = plan.first_position(group); n < end; n += plan.tile) body(n, min(plan.tile, end - n));
 }
 
 // Normed rows of x and the values in panels, or the values of qkv in panels.
@@ -212,7 +212,7 @@ inline void exponentials(const Plan& plan, const Tile& tile, int64_t t) {
 inline void sum_group(const Plan& plan, const Tile& tile, const float* weight_k, int64_t sample, int64_t group,
                       float* sums, float* largest, float* total) {
   const int64_t HD = plan.HD, V = plan.V;
-  for (int64_t c = 0; c < HD; c += kLanes) store(tile.largest + c, splat(kLowest)), store(tile.total + c, vf{});
+  for (int64_t c = 0; c < HD; c += kLanes) store(tile.largest + c, splat(kMinFloat)), store(tile.total + c, vf{});
   bool first = true;
   for_tiles(plan, group, [&](int64_t n, int64_t t) {
     make_values(plan, tile, sample, n, t, true);
@@ -241,7 +241,7 @@ inline void merge_groups(const Plan& plan, const Weights& weights, const float* 
                          float* statistics, float* sums) {
   const int64_t HD = plan.HD, V = plan.V, M = plan.in.M, channels = weights.channels;
   for (int64_t c = 0; c < HD; c += kLanes) {
-    vf largest = splat(kLowest), total = {};
+    vf largest = splat(kMinFloat), total = {};
     for (int64_t m = 0; m < M; ++m) largest = vmax(load(weights.memory + m * channels + c), largest);
     for (int64_t g = 0; g < plan.groups; ++g) largest = vmax(load(group_statistics + 2 * g * channels + c), largest);
     for (int64_t m = 0; m < M; ++m) total += exp(load(weights.memory + m * channels + c) - largest);
@@ -252,7 +252,7 @@ inline void merge_groups(const Plan& plan, const Weights& weights, const float* 
       store(group, factor);
     }
     // Nothing but -inf: 0/0, as a softmax has it.
-    const vf inverse = select(largest > splat(kLowest), splat(1.0f) / total, splat(__builtin_nanf("")));
+    const vf inverse = select(largest > splat(kMinFloat), splat(1.0f) / total, splat(__builtin_nanf("")));
     for (int64_t g = 0; g < plan.groups; ++g) {
       float* group = group_statistics + 2 * g * channels + c;
       store(group, load(group) * inverse);
@@ -373,7 +373,7 @@ inline void forward(const LinearAttentionForward& args) {
   place_in_scratch(shared, kSharedSlot, plan);
   shared.weights.pack(plan, false);
   for (int64_t first = 0; first < args.in.B; first += plan.samples) {
-    const int64_t samples = smaller(plan.samples, args.in.B - first);
+    const int64_t samples = min(plan.samples, args.in.B - first);
     parallel(samples * groups, 1, [&](int64_t begin, int64_t end) {
       Tile tile;
       place_in_scratch(tile, kTileSlot, plan);

@@ -35,7 +35,7 @@ struct ParameterSums {
     const int64_t floats =
         items * (qk_size + 2 * row_size) + plan.samples * ((plan.block ? 2 : 1) * weight_size + memory_size);
     parallel(ceil_div(floats, kChunk), 4, [&](int64_t begin, int64_t end) {
-      const int64_t last = smaller(end * kChunk, floats);
+      const int64_t last = min(end * kChunk, floats);
       __builtin_memset(qk + begin * kChunk, 0, static_cast<unsigned long>(last - begin * kChunk) * 4);
     });
   }
@@ -282,7 +282,7 @@ inline void sample_backward(const Plan& plan, const LinearAttentionBackward& arg
 // Sums in order over `slots` of `stride` floats, of which the first `count` count.
 inline void sum_slots(const float* from, int64_t slots, int64_t stride, int64_t count, float* to) {
   parallel(ceil_div(count, ParameterSums::kChunk), 4, [&](int64_t begin, int64_t end) {
-    const int64_t last = smaller(end * ParameterSums::kChunk, count);
+    const int64_t last = min(end * ParameterSums::kChunk, count);
     for (int64_t i = begin * ParameterSums::kChunk; i < last; i += kLanes) {
       vf sum = load_upto(from + i, last - i);
       for (int64_t s = 1; s < slots; ++s) sum += load_upto(from + s * stride + i, last - i);
@@ -316,7 +316,7 @@ inline void backward(const LinearAttentionBackward& args) {
   shared.weights.pack(plan, true);
   shared.sums.clear(plan);
   for (int64_t first = 0; first < args.in.B; first += plan.samples) {
-    const int64_t samples = smaller(plan.samples, args.in.B - first);
+    const int64_t samples = min(plan.samples, args.in.B - first);
     const auto pass_over_items = [&](const auto& pass) {
       parallel(samples * plan.groups, 1, [&](int64_t begin, int64_t end) {
         Tile tile;

@@ -12,22 +12,20 @@ constexpr int kFactorsSlot = 3;  // of thread_scratch, as is linear's
 inline void norm_linear_forward(const NormLinearForward& p) {
   if (p.rows * p.C == 0) return;
   float* factors = thread_scratch(kFactorsSlot, p.rows);
-  parallel(p.rows, larger<int64_t>(1, 16384 / p.C), [&](int64_t begin, int64_t end) {
+  parallel(p.rows, max<int64_t>(1, 16384 / p.C), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       p.norms[row] = row_norm(p.x + row * p.C, nullptr, p.C);
       factors[row] = rms_factor(p.norms[row], p.C);
     }
   });
-  LinearForward linear{};
-  linear.a[0] = p.x;
-  linear.k[0] = p.C;
-  linear.rows = p.rows;
-  linear.N = p.M;
-  linear.weight = p.weight;
-  linear.out = p.out;
-  linear.row_scale = factors;
-  linear.gain = p.gain;
-  linear_forward(linear);
+  linear_forward({.input = {p.x},
+                  .channels = {p.C},
+                  .rows = p.rows,
+                  .K = p.K,
+                  .weight = p.weight,
+                  .row_scale = factors,
+                  .gain = p.gain,
+                  .out = p.out});
 }
 
 // A block's gradient of the normed rows is a product in scratch memory, which the norm's gradient then reads.
@@ -36,20 +34,20 @@ inline void norm_linear_data_gradient(const NormLinearDataGradient& p) {
   for (int64_t row = 0; p.factors && row < p.rows; ++row) p.factors[row] = rms_factor(p.norms[row], p.C);
   if (p.dx == nullptr) return;
   const int64_t C = p.C, block = block_rows(2 * C), blocks = ceil_div(p.rows, block);
-  float* packed = thread_scratch(kPackedSlot, packed_size(p.M, C));
-  pack_weight(p.weight, p.M, C, 0, C, packed);
+  float* packed = thread_scratch(kPackedSlot, packed_size(p.K, C));
+  pack_weight(p.weight, p.K, C, 0, C, packed);
   float* sums = thread_scratch(kLinearSumsSlot, blocks * C);  // of dgain, per block
-  parallel(blocks, task_grain(block * p.M * C), [&](int64_t begin, int64_t end) {
+  parallel(blocks, task_grain(block * p.K * C), [&](int64_t begin, int64_t end) {
     float* dh = thread_scratch(kFactorsSlot, block * C);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * block, rows = smaller(block, p.rows - first);
-      product(p.grad + first * p.M, p.M, 1, packed, rows, p.M, C, dh, C, false);
+      const int64_t first = b * block, rows = min(block, p.rows - first);
+      product(p.grad + first * p.K, p.K, 1, packed, rows, p.K, C, dh, C, false);
       float* dgain = sums + b * C;
       over_channels(C, [&](int64_t c, auto lanes) { lanes.put(dgain + c, vf{}); });
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t row = first + r;
         rms_row_backward<false>(dh + r * C, p.x + row * C, p.norms[row], nullptr, p.gain, nullptr, nullptr,
-                                p.dx + row * C, {dgain, nullptr, nullptr}, C);
+                                p.dx + row * C, {.products = dgain}, C);
       }
     }
   });

@@ -104,14 +104,15 @@ DDPM_FAST_INLINE float row_norm(const float* v, const float* bias, int64_t C) {
   return __builtin_sqrtf(reduce_add(even + odd));
 }
 
-constexpr float kSmallestNorm = 1e-12f;
+constexpr float kMinNorm = 1e-12f;
 
 // √C / max(norm, 1e-12); NaN stays NaN.
 DDPM_FAST_INLINE float rms_factor(float norm, int64_t C) {
-  return __builtin_sqrtf(static_cast<float>(C)) / (norm < kSmallestNorm ? kSmallestNorm : norm);
+  return __builtin_sqrtf(static_cast<float>(C)) / (norm < kMinNorm ? kMinNorm : norm);
 }
 
-// What follows the norm of a row, see rms_row.
+// One row: out = keep·SiLU(x̂·gain·(1 + scale) + shift) + residual, x̂ = (v + bias)·√C / norm with row_norm's `norm`.
+// bias, residual and keep may be null; out may be v or residual.
 template <bool kActivation>
 DDPM_FAST_INLINE void rms_apply(const float* v, float norm, const float* bias, const Affine& affine,
                                 const float* residual, float* out, int64_t C, const float* keep) {
@@ -122,32 +123,21 @@ DDPM_FAST_INLINE void rms_apply(const float* v, float norm, const float* bias, c
   });
 }
 
-// One finished row: out = keep·SiLU(x̂·gain·(1 + scale) + shift) + residual. gain is the norm's weight without √C.
-// Everything after gain but out may be null; out may be v or residual; norm_out receives ‖v + bias‖₂.
-template <bool kActivation>
-DDPM_FAST_INLINE void rms_row(const float* v, const float* bias, const float* gain, const float* scale,
-                              const float* shift, const float* residual, float* out, float* norm_out, int64_t C,
-                              const float* keep = nullptr) {
-  const float norm = row_norm(v, bias, C);
-  if (norm_out) *norm_out = norm;
-  rms_apply<kActivation>(v, norm, bias, {gain, nullptr, scale, shift}, residual, out, C, keep);
-}
-
 // Sums over pixels of one sample, per channel; those that are null are not made. With g the gradient with respect to y:
-// dweight = Σ over samples of (1 + scale)·products, dscale = weight·products + bias_affine·slopes, dshift = slopes,
-// dbias_affine = Σ over samples of (1 + scale)·slopes, dbias = Σ over samples of inputs.
+// dgain = Σ over samples of (1 + scale)·products, dscale = gain·products + offset·slopes, dshift = slopes,
+// doffset = Σ over samples of (1 + scale)·slopes, dbias = Σ over samples of inputs.
 struct NormSums {
   float* products;  // Σ g·x̂
   float* slopes;    // Σ g
   float* inputs;    // Σ dx
 };
 
-// The gradient of rms_row. norm is what it gave; dx may be grad. The sums are added to.
+// The gradient of a row, by its `norm`. dx may be grad. The sums are added to.
 template <bool kActivation>
 DDPM_FAST_INLINE void rms_row_backward(const float* grad, const float* v, float norm, const float* bias,
                                        const float* gain, const float* scale, const float* shift, float* dx,
                                        const NormSums& sums, int64_t C, const float* keep = nullptr) {
-  const Affine affine{gain, nullptr, scale, shift};
+  const Affine affine{.gain = gain, .offset = nullptr, .scale = scale, .shift = shift};
   const vf factor = splat(rms_factor(norm, C));
   vf dot = {};
   over_channels(C, [&](int64_t c, auto lanes) {
@@ -160,7 +150,7 @@ DDPM_FAST_INLINE void rms_row_backward(const float* grad, const float* v, float 
     lanes.put(dx + c, z);
   });
   // A norm at its bound is a constant: nothing flows through it.
-  const vf mean = splat(norm < kSmallestNorm ? 0.0f : reduce_add(dot) / static_cast<float>(C));
+  const vf mean = splat(norm < kMinNorm ? 0.0f : reduce_add(dot) / static_cast<float>(C));
   over_channels(C, [&](int64_t c, auto lanes) {
     const vf normed = get_biased(v, bias, c, lanes) * factor;
     const vf d = (lanes.get(dx + c) - normed * mean) * factor;

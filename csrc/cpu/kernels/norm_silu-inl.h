@@ -24,33 +24,38 @@ struct NormChunks {
   int64_t rows, per_sample, total, grain;
 
   NormChunks(int64_t B, int64_t N, int64_t C) {
-    rows = larger<int64_t>(1, smaller(N, kNormChunk / C));
+    rows = max<int64_t>(1, min(N, kNormChunk / C));
     per_sample = ceil_div(N, rows);
     total = B * per_sample;
-    grain = larger<int64_t>(1, kNormPiece / (rows * C));
+    grain = max<int64_t>(1, kNormPiece / (rows * C));
   }
 };
 
 // One chunk of one sample.
 struct NormChunk {
-  int64_t sample, first, rows, offset;  // offset: of the chunk's first element within the maps
+  int64_t sample, first, rows, begin;  // begin: of the chunk's first element within the maps
   Affine affine;
   const float* keep;  // (rows, C) or null
 
   NormChunk(const NormSiluArgs& p, const NormChunks& chunks, int64_t index) {
     sample = index / chunks.per_sample;
     first = index % chunks.per_sample * chunks.rows;
-    rows = smaller(chunks.rows, p.N - first);
-    offset = (sample * p.N + first) * p.C;
-    affine = {p.weight, p.bias_affine, p.scale ? p.scale + sample * p.C : nullptr,
-              p.shift ? p.shift + sample * p.C : nullptr};
-    keep = p.keep_threshold ? fill_keep(p) : nullptr;
+    rows = min(chunks.rows, p.N - first);
+    begin = (sample * p.N + first) * p.C;
+    affine = {.gain = p.gain,
+              .offset = p.offset,
+              .scale = p.scale ? p.scale + sample * p.C : nullptr,
+              .shift = p.shift ? p.shift + sample * p.C : nullptr};
+    keep = p.dropout.keep_threshold ? fill_keep(p) : nullptr;
   }
 
   // keep_scale where an element is kept and 0 where not. Elements are counted in C, H, W order, four to a Philox block.
   const float* fill_keep(const NormSiluArgs& p) const {
     float* mask = thread_scratch(kNormMaskSlot, rows * p.C);
-    const NoiseIndex index{philox_key(p.seed), static_cast<uint32_t>(sample), 0, kStreamDropout};
+    const NoiseIndex index{.key = philox_key(p.dropout.seed),
+                           .sample = static_cast<uint32_t>(sample),
+                           .step = 0,
+                           .stream = kStreamDropout};
     for (int64_t c = 0; c < p.C; ++c) {
       const int64_t begin = c * p.N + first, end = begin + rows;
       for (int64_t block = begin / 4; 4 * block < end; ++block) {
@@ -59,7 +64,7 @@ struct NormChunk {
         for (int i = 0; i < 4; ++i) {
           const int64_t element = 4 * block + i;
           if (element < begin || element >= end) continue;
-          mask[(element - begin) * p.C + c] = words[i] >= p.keep_threshold ? p.keep_scale : 0.0f;
+          mask[(element - begin) * p.C + c] = words[i] >= p.dropout.keep_threshold ? p.dropout.keep_scale : 0.0f;
         }
       }
     }
@@ -68,6 +73,12 @@ struct NormChunk {
 
   DDPM_FAST_INLINE const float* keep_row(int64_t row, int64_t C) const { return keep ? keep + row * C : nullptr; }
 };
+
+// For passes that do not read the mask.
+inline NormSiluArgs without_dropout(NormSiluArgs in) {
+  in.dropout.keep_threshold = 0;
+  return in;
+}
 
 template <typename Body>
 inline void over_chunks(const NormSiluArgs& p, const NormChunks& chunks, const Body& body) {
@@ -99,7 +110,7 @@ DDPM_FAST_INLINE vf group_normed(const float* v, const float* bias, const float*
 
 // Mean and sum of squared deviations of every group in a chunk, moments (groups, 2); room: (2, C).
 inline void chunk_moments(const NormSiluArgs& p, const NormChunk& chunk, float* room, float* moments) {
-  const float* x = p.x + chunk.offset;
+  const float* x = p.x + chunk.begin;
   const int64_t C = p.C, width = C / p.groups;
   float *means = room, *sums = room + C;
   clear(sums, C);
@@ -129,18 +140,18 @@ inline void chunk_moments(const NormSiluArgs& p, const NormChunk& chunk, float* 
 }
 
 // Moments of chunks put together (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance").
-inline void group_statistics(const NormSiluForwardArgs& p, const NormChunks& chunks) {
-  const int64_t G = p.groups, width = p.C / G;
+inline void group_statistics(const NormSiluForward& p, const NormChunks& chunks) {
+  const int64_t G = p.in.groups, width = p.in.C / G;
   float* moments = thread_scratch(kNormSumsSlot, chunks.total * G * 2);
-  over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t i) {
-    chunk_moments(p, chunk, thread_scratch(kNormMaskSlot, 2 * p.C), moments + i * G * 2);
+  over_chunks(without_dropout(p.in), chunks, [&](const NormChunk& chunk, int64_t i) {
+    chunk_moments(p.in, chunk, thread_scratch(kNormMaskSlot, 2 * p.in.C), moments + i * G * 2);
   });
-  for (int64_t b = 0; b < p.B; ++b) {
+  for (int64_t b = 0; b < p.in.B; ++b) {
     for (int64_t g = 0; g < G; ++g) {
       double count = 0, mean = 0, squares = 0;
       for (int64_t k = 0; k < chunks.per_sample; ++k) {
         const float* of_chunk = moments + ((b * chunks.per_sample + k) * G + g) * 2;
-        const double added = static_cast<double>(width * smaller(chunks.rows, p.N - k * chunks.rows));
+        const double added = static_cast<double>(width * min(chunks.rows, p.in.N - k * chunks.rows));
         const double difference = of_chunk[0] - mean;
         mean += difference * (added / (count + added));
         squares += of_chunk[1] + difference * difference * (count * added / (count + added));
@@ -148,7 +159,7 @@ inline void group_statistics(const NormSiluForwardArgs& p, const NormChunks& chu
       }
       float* to = p.statistics + (b * G + g) * 2;
       to[0] = static_cast<float>(mean);
-      to[1] = static_cast<float>(1 / __builtin_sqrt(squares / count + static_cast<double>(p.eps)));
+      to[1] = static_cast<float>(1 / __builtin_sqrt(squares / count + static_cast<double>(p.in.eps)));
     }
   }
 }
@@ -176,18 +187,18 @@ inline void group_means(const NormSiluArgs& p, const Affine& affine, const float
 // ---- the kernels ----
 
 template <bool kActivation>
-void rms_forward(const NormSiluForwardArgs& p, const NormChunks& chunks) {
-  const int64_t C = p.C;
-  over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t) {
-    const float *x = p.x + chunk.offset, *residual = p.residual ? p.residual + chunk.offset : nullptr;
-    float *out = p.out + chunk.offset, *norms = p.statistics + chunk.sample * p.N + chunk.first;
+void rms_forward(const NormSiluForward& p, const NormChunks& chunks) {
+  const int64_t C = p.in.C;
+  over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t) {
+    const float *x = p.in.x + chunk.begin, *residual = p.residual ? p.residual + chunk.begin : nullptr;
+    float *out = p.out + chunk.begin, *norms = p.statistics + chunk.sample * p.in.N + chunk.first;
     // A few rows at a time: their norms do not wait for one another, and the rows stay in the first-level cache.
-    const int64_t group = larger<int64_t>(1, smaller<int64_t>(8, 1024 / C));
+    const int64_t group = max<int64_t>(1, min<int64_t>(8, 1024 / C));
     for (int64_t first = 0; first < chunk.rows; first += group) {
-      const int64_t last = smaller(chunk.rows, first + group);
-      for (int64_t r = first; r < last; ++r) norms[r] = row_norm(x + r * C, p.bias, C);
+      const int64_t last = min(chunk.rows, first + group);
+      for (int64_t r = first; r < last; ++r) norms[r] = row_norm(x + r * C, p.in.bias, C);
       for (int64_t r = first; r < last; ++r) {
-        rms_apply<kActivation>(x + r * C, norms[r], p.bias, chunk.affine, residual ? residual + r * C : nullptr,
+        rms_apply<kActivation>(x + r * C, norms[r], p.in.bias, chunk.affine, residual ? residual + r * C : nullptr,
                                out + r * C, C, chunk.keep_row(r, C));
       }
     }
@@ -195,20 +206,19 @@ void rms_forward(const NormSiluForwardArgs& p, const NormChunks& chunks) {
 }
 
 template <bool kActivation>
-void group_forward(const NormSiluForwardArgs& p, const NormChunks& chunks) {
-  const int64_t C = p.C;
-  NormSiluForwardArgs undropped = p;
-  undropped.keep_threshold = 0;
-  group_statistics(undropped, chunks);
-  float* spread = thread_scratch(kNormSumsSlot, p.B * 2 * C);
-  for (int64_t b = 0; b < p.B; ++b) spread_statistics(p.statistics + b * p.groups * 2, p.groups, C, spread + b * 2 * C);
-  over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t) {
+void group_forward(const NormSiluForward& p, const NormChunks& chunks) {
+  const int64_t C = p.in.C;
+  group_statistics(p, chunks);
+  float* spread = thread_scratch(kNormSumsSlot, p.in.B * 2 * C);
+  for (int64_t b = 0; b < p.in.B; ++b)
+    spread_statistics(p.statistics + b * p.in.groups * 2, p.in.groups, C, spread + b * 2 * C);
+  over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t) {
     const float* mine = spread + chunk.sample * 2 * C;
     for (int64_t r = 0; r < chunk.rows; ++r) {
-      const int64_t at = chunk.offset + r * C;
+      const int64_t at = chunk.begin + r * C;
       const float* residual = p.residual ? p.residual + at : nullptr;
       over_channels(C, [&](int64_t c, auto lanes) {
-        const vf y = chunk.affine(group_normed(p.x + at, p.bias, mine, C, c, lanes), c, lanes);
+        const vf y = chunk.affine(group_normed(p.in.x + at, p.in.bias, mine, C, c, lanes), c, lanes);
         lanes.put(p.out + at + c, after_norm<kActivation>(y, chunk.keep_row(r, C), residual, c, lanes));
       });
     }
@@ -219,10 +229,11 @@ void group_forward(const NormSiluForwardArgs& p, const NormChunks& chunks) {
 class ChunkSums {
  public:
   // Sums of chunk i, which go on from `sums` if they are `begun`, else from 0.
-  ChunkSums(const NormSiluBackwardArgs& p, float* sums, int64_t i, bool begun = false)
-      : chunk_(sums + i * 3 * p.C), piece_(thread_scratch(kNormPieceSlot, 3 * p.C)), C_(p.C) {
-    const bool slopes = p.dbias_affine || p.dshift || p.dscale || p.groups;
-    rows = {piece_, slopes ? piece_ + C_ : nullptr, p.dbias ? piece_ + 2 * C_ : nullptr};
+  ChunkSums(const NormSiluBackward& p, float* sums, int64_t i, bool begun = false)
+      : chunk_(sums + i * 3 * p.in.C), piece_(thread_scratch(kNormPieceSlot, 3 * p.in.C)), C_(p.in.C) {
+    const bool slopes = p.doffset || p.dshift || p.dscale || p.in.groups;
+    rows = {
+        .products = piece_, .slopes = slopes ? piece_ + C_ : nullptr, .inputs = p.dbias ? piece_ + 2 * C_ : nullptr};
     if (!begun) clear(chunk_, 3 * C_);
     clear(piece_, 3 * C_);
   }
@@ -248,15 +259,16 @@ class ChunkSums {
 };
 
 template <bool kActivation>
-void rms_backward(const NormSiluBackwardArgs& p, const NormChunks& chunks, float* sums) {
-  const int64_t C = p.C;
-  over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t i) {
+void rms_backward(const NormSiluBackward& p, const NormChunks& chunks, float* sums) {
+  const int64_t C = p.in.C;
+  over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t i) {
     ChunkSums mine(p, sums, i);
-    const float* norms = p.statistics + chunk.sample * p.N + chunk.first;
+    const float* norms = p.statistics + chunk.sample * p.in.N + chunk.first;
     for (int64_t r = 0; r < chunk.rows; ++r) {
-      const int64_t at = chunk.offset + r * C;
-      rms_row_backward<kActivation>(p.grad + at, p.x + at, norms[r], p.bias, chunk.affine.gain, chunk.affine.scale,
-                                    chunk.affine.shift, p.dx + at, mine.rows, C, chunk.keep_row(r, C));
+      const int64_t at = chunk.begin + r * C;
+      rms_row_backward<kActivation>(p.grad + at, p.in.x + at, norms[r], p.in.bias, chunk.affine.gain,
+                                    chunk.affine.scale, chunk.affine.shift, p.dx + at, mine.rows, C,
+                                    chunk.keep_row(r, C));
       mine.end_row(r);
     }
     mine.finish();
@@ -264,22 +276,23 @@ void rms_backward(const NormSiluBackwardArgs& p, const NormChunks& chunks, float
 }
 
 template <bool kActivation>
-void group_backward(const NormSiluBackwardArgs& p, const NormChunks& chunks, float* sums, float* spread) {
-  const int64_t C = p.C;
-  float* means = spread + p.B * 2 * C;
-  for (int64_t b = 0; b < p.B; ++b) spread_statistics(p.statistics + b * p.groups * 2, p.groups, C, spread + b * 2 * C);
+void group_backward(const NormSiluBackward& p, const NormChunks& chunks, float* sums, float* spread) {
+  const int64_t C = p.in.C;
+  float* means = spread + p.in.B * 2 * C;
+  for (int64_t b = 0; b < p.in.B; ++b)
+    spread_statistics(p.statistics + b * p.in.groups * 2, p.in.groups, C, spread + b * 2 * C);
   // body(row of the chunk, index of its first element, channel, lanes, x̂) for every vector.
   const auto over_rows = [&](const NormChunk& chunk, ChunkSums& mine, const auto& body) {
     for (int64_t r = 0; r < chunk.rows; ++r) {
-      const int64_t at = chunk.offset + r * C;
+      const int64_t at = chunk.begin + r * C;
       over_channels(C, [&](int64_t c, auto lanes) {
-        body(r, at, c, lanes, group_normed(p.x + at, p.bias, spread + chunk.sample * 2 * C, C, c, lanes));
+        body(r, at, c, lanes, group_normed(p.in.x + at, p.in.bias, spread + chunk.sample * 2 * C, C, c, lanes));
       });
       mine.end_row(r);
     }
     mine.finish();
   };
-  over_chunks(p, chunks, [&](const NormChunk& chunk, int64_t i) {
+  over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t i) {
     ChunkSums mine(p, sums, i);
     over_rows(chunk, mine, [&](int64_t r, int64_t at, int64_t c, auto lanes, vf normed) {
       const vf g = before_activation<kActivation>(p.grad + at, chunk.keep_row(r, C), chunk.affine, normed, c, lanes);
@@ -288,13 +301,12 @@ void group_backward(const NormSiluBackwardArgs& p, const NormChunks& chunks, flo
       lanes.put(p.dx + at + c, g * chunk.affine.slope(c, lanes));  // z, which is read again below
     });
   });
-  for (int64_t b = 0; b < p.B; ++b) {
-    const Affine affine{p.weight, p.bias_affine, p.scale ? p.scale + b * C : nullptr, nullptr};
-    group_means(p, affine, sums + b * chunks.per_sample * 3 * C, chunks.per_sample, means + b * 2 * C);
+  for (int64_t b = 0; b < p.in.B; ++b) {
+    const Affine affine{
+        .gain = p.in.gain, .offset = p.in.offset, .scale = p.in.scale ? p.in.scale + b * C : nullptr, .shift = nullptr};
+    group_means(p.in, affine, sums + b * chunks.per_sample * 3 * C, chunks.per_sample, means + b * 2 * C);
   }
-  NormSiluArgs undropped = p;
-  undropped.keep_threshold = 0;
-  over_chunks(undropped, chunks, [&](const NormChunk& chunk, int64_t i) {
+  over_chunks(without_dropout(p.in), chunks, [&](const NormChunk& chunk, int64_t i) {
     ChunkSums mine(p, sums, i, true);
     const float *rstd = spread + (chunk.sample * 2 + 1) * C, *mean = means + chunk.sample * 2 * C;
     over_rows(chunk, mine, [&](int64_t, int64_t at, int64_t c, auto lanes, vf normed) {
@@ -307,12 +319,12 @@ void group_backward(const NormSiluBackwardArgs& p, const NormChunks& chunks, flo
 }
 
 // The gradients of the rows from the chunks' sums, see NormSums.
-inline void finish_sums(const NormSiluBackwardArgs& p, int64_t chunks, const float* sums) {
-  const int64_t C = p.C;
+inline void finish_sums(const NormSiluBackward& p, int64_t chunks, const float* sums) {
+  const int64_t C = p.in.C;
   const auto of_channels = [&](int64_t c, auto lanes) {
-    CarefulSum weight, affine, bias;
-    for (int64_t b = 0; b < p.B; ++b) {
-      CarefulSum all_products, all_slopes, all_inputs;
+    KahanSum gain, offset, bias;
+    for (int64_t b = 0; b < p.in.B; ++b) {
+      KahanSum all_products, all_slopes, all_inputs;
       for (int64_t k = b * chunks; k < (b + 1) * chunks; ++k) {
         all_products.add(lanes.get(sums + k * 3 * C + c));
         all_slopes.add(lanes.get(sums + (k * 3 + 1) * C + c));
@@ -321,19 +333,19 @@ inline void finish_sums(const NormSiluBackwardArgs& p, int64_t chunks, const flo
       const vf products = all_products.sum, slopes = all_slopes.sum, inputs = all_inputs.sum;
       if (p.dshift) lanes.put(p.dshift + b * C + c, slopes);
       if (p.dscale) {
-        const vf offset = p.bias_affine ? lanes.get(p.bias_affine + c) : vf{};
-        lanes.put(p.dscale + b * C + c, products * lanes.get(p.weight + c) + slopes * offset);
+        const vf added = p.in.offset ? lanes.get(p.in.offset + c) : vf{};
+        lanes.put(p.dscale + b * C + c, products * lanes.get(p.in.gain + c) + slopes * added);
       }
-      const vf factor = p.scale ? splat(1.0f) + lanes.get(p.scale + b * C + c) : splat(1.0f);
-      weight.add(products * factor);
-      affine.add(slopes * factor);
+      const vf factor = p.in.scale ? splat(1.0f) + lanes.get(p.in.scale + b * C + c) : splat(1.0f);
+      gain.add(products * factor);
+      offset.add(slopes * factor);
       bias.add(inputs);
     }
-    if (p.dweight) lanes.put(p.dweight + c, weight.sum);
-    if (p.dbias_affine) lanes.put(p.dbias_affine + c, affine.sum);
+    if (p.dgain) lanes.put(p.dgain + c, gain.sum);
+    if (p.doffset) lanes.put(p.doffset + c, offset.sum);
     if (p.dbias) lanes.put(p.dbias + c, bias.sum);
   };
-  const int64_t grain = larger<int64_t>(1, kNormPiece / (p.B * chunks * 3 * kLanes));
+  const int64_t grain = max<int64_t>(1, kNormPiece / (p.in.B * chunks * 3 * kLanes));
   parallel(ceil_div(C, kLanes), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t c = i * kLanes;
@@ -346,26 +358,26 @@ inline void finish_sums(const NormSiluBackwardArgs& p, int64_t chunks, const flo
   });
 }
 
-inline void norm_silu_forward(const NormSiluForwardArgs& p) {
-  if (p.B * p.N * p.C == 0) return;
-  const NormChunks chunks(p.B, p.N, p.C);
-  if (p.groups) {
-    p.activation ? group_forward<true>(p, chunks) : group_forward<false>(p, chunks);
+inline void norm_silu_forward(const NormSiluForward& p) {
+  if (p.in.B * p.in.N * p.in.C == 0) return;
+  const NormChunks chunks(p.in.B, p.in.N, p.in.C);
+  if (p.in.groups) {
+    p.in.activation ? group_forward<true>(p, chunks) : group_forward<false>(p, chunks);
   } else {
-    p.activation ? rms_forward<true>(p, chunks) : rms_forward<false>(p, chunks);
+    p.in.activation ? rms_forward<true>(p, chunks) : rms_forward<false>(p, chunks);
   }
 }
 
-inline void norm_silu_backward(const NormSiluBackwardArgs& p) {
-  if (p.B * p.N * p.C == 0) return;
-  const NormChunks chunks(p.B, p.N, p.C);
-  const int64_t of_chunks = chunks.total * 3 * p.C;
-  float* sums = thread_scratch(kNormSumsSlot, of_chunks + p.B * 4 * p.C);
-  if (p.groups) {
+inline void norm_silu_backward(const NormSiluBackward& p) {
+  if (p.in.B * p.in.N * p.in.C == 0) return;
+  const NormChunks chunks(p.in.B, p.in.N, p.in.C);
+  const int64_t of_chunks = chunks.total * 3 * p.in.C;
+  float* sums = thread_scratch(kNormSumsSlot, of_chunks + p.in.B * 4 * p.in.C);
+  if (p.in.groups) {
     float* spread = sums + of_chunks;
-    p.activation ? group_backward<true>(p, chunks, sums, spread) : group_backward<false>(p, chunks, sums, spread);
+    p.in.activation ? group_backward<true>(p, chunks, sums, spread) : group_backward<false>(p, chunks, sums, spread);
   } else {
-    p.activation ? rms_backward<true>(p, chunks, sums) : rms_backward<false>(p, chunks, sums);
+    p.in.activation ? rms_backward<true>(p, chunks, sums) : rms_backward<false>(p, chunks, sums);
   }
   finish_sums(p, chunks.per_sample, sums);
 }

@@ -5,44 +5,50 @@
 
 namespace ddpm_fast {
 
-// Maps are (B, N, C): N pixels, the channels of one side by side. Null stands for what is not there.
-struct NormSiluArgs {
-  const float* x;            // (B, N, C)
-  const float* weight;       // (C)
-  const float* bias_affine;  // (C), GroupNorm's; null: zeros
-  const float* bias;         // (C) or null, added to x before the norm
-  const float* scale;        // (B, C) or null
-  const float* shift;        // (B, C) or null
-  int64_t B, N, C;
-  int64_t groups;  // 0: RMSNorm
-  float eps;       // GroupNorm's, of forward
-  bool activation;
-  // Dropout keeps an element whose word of Philox is at least this, and multiplies it by keep_scale; 0: no dropout.
-  uint64_t keep_threshold;
+// Dropout keeps an element whose word of Philox is at least keep_threshold, and multiplies it by keep_scale.
+struct Dropout {
+  uint64_t keep_threshold;  // 0: no dropout
   float keep_scale;
   int64_t seed;
 };
 
-struct NormSiluForwardArgs : NormSiluArgs {
+// Maps are (B, N, C): N pixels, the channels of one side by side. Null stands for what is not there.
+struct NormSiluArgs {
+  const float* x;       // (B, N, C)
+  const float* gain;    // (C)
+  const float* offset;  // (C), GroupNorm's, added after gain; null: zeros
+  const float* bias;    // (C) or null, added to x before the norm
+  const float* scale;   // (B, C) or null
+  const float* shift;   // (B, C) or null
+  int64_t B, N, C;
+  int64_t groups;  // 0: RMSNorm
+  float eps;       // GroupNorm's, of forward
+  bool activation;
+  Dropout dropout;
+};
+
+struct NormSiluForward {
+  NormSiluArgs in;
   const float* residual;  // (B, N, C) or null
   float* out;             // (B, N, C); may be x or residual
   float* statistics;      // RMSNorm: (B, N), ‖x + bias‖₂. GroupNorm: (B, groups, 2), mean and 1/√(variance + eps)
 };
 
-struct NormSiluBackwardArgs : NormSiluArgs {
+struct NormSiluBackward {
+  NormSiluArgs in;
   const float* grad;        // (B, N, C)
   const float* statistics;  // of forward
   float* dx;                // (B, N, C); may be grad
-  float* dweight;           // (C) or null, as are the others
-  float* dbias_affine;      // (C)
+  float* dgain;             // (C) or null, as are the others
+  float* doffset;           // (C)
   float* dbias;             // (C)
   float* dscale;            // (B, C)
   float* dshift;            // (B, C)
 };
 
 struct NormSiluKernels {
-  void (*forward)(const NormSiluForwardArgs&);
-  void (*backward)(const NormSiluBackwardArgs&);
+  void (*forward)(const NormSiluForward&);
+  void (*backward)(const NormSiluBackward&);
 };
 
 }  // namespace ddpm_fast

@@ -32,7 +32,7 @@ DDPM_FAST_INLINE void pack_row(const Value& value, int64_t K, int64_t N, float* 
   }
   if (n < N) {
     const int64_t second = N - n - kLanes;
-    store(row, value(n, smaller<int64_t>(N - n, kLanes)));
+    store(row, value(n, min<int64_t>(N - n, kLanes)));
     store(row + kLanes, second > 0 ? value(n + kLanes, second) : vf{});
   }
 }
@@ -50,7 +50,7 @@ inline void deep_product(const float* a, int64_t row, int64_t step, const float*
                          int64_t N, float* c, int64_t stride, bool add) {
   const int64_t pieces = ceil_div(K, kDeepest);
   for (int64_t p = 0; p < panels(N); ++p) {
-    const int64_t columns = smaller<int64_t>(kPanel, N - p * kPanel);
+    const int64_t columns = min<int64_t>(kPanel, N - p * kPanel);
     for (int64_t i = 0; i < pieces; ++i) {
       const int64_t k = i * K / pieces;
       product_panel(a + k * step, row, step, packed + (p * K + k) * kPanel, M, (i + 1) * K / pieces - k, c + p * kPanel,
@@ -80,7 +80,7 @@ DDPM_FAST_INLINE void transpose4(const float* from, int64_t stride, float* to, i
 inline void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, int64_t first, int64_t last,
                          float* packed) {
   for (int64_t p = first; p < last; ++p) {
-    const int64_t columns = smaller<int64_t>(kPanel, N - p * kPanel);
+    const int64_t columns = min<int64_t>(kPanel, N - p * kPanel);
     float* panel = packed + p * K * kPanel;
     for (int64_t n = 0; n < kPanel; n += 4) {
       const float* from = b + (p * kPanel + n) * stride;
@@ -106,7 +106,7 @@ inline void transpose(const float* from, int64_t rows, int64_t columns, float* t
       for (; c + 4 <= columns; c += 4) transpose4(from + r * columns + c, columns, to + c * rows + r, rows);
     }
     for (; c < columns; ++c) {
-      for (int64_t i = r; i < smaller(r + 4, rows); ++i) to[c * rows + i] = from[i * columns + c];
+      for (int64_t i = r; i < min(r + 4, rows); ++i) to[c * rows + i] = from[i * columns + c];
     }
   }
 }

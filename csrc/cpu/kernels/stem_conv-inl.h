@@ -20,10 +20,10 @@ struct PaddedMap {
   DDPM_FAST_INLINE const float* at(int64_t b, int64_t y) const { return data + b * image + y * row; }
 };
 
-inline PaddedMap pad_map(const StemSizes& in, const float* x) {
+inline PaddedMap pad_map(const StemConvSizes& in, const float* x) {
   const int64_t margin = in.side / 2, rows = in.H + 2 * margin, row = (in.W + 2 * margin) * in.C;
   PaddedMap map{thread_scratch(kScratchShared, in.B * rows * row), row, rows * row, in.side * in.C};
-  parallel(in.B * rows, larger<int64_t>(1, 32768 / row), [&](int64_t begin, int64_t end) {
+  parallel(in.B * rows, max<int64_t>(1, 32768 / row), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / rows, y = i % rows - margin, inner = in.W * in.C, left = margin * in.C;
       float* to = map.data + i * row;
@@ -40,13 +40,14 @@ inline PaddedMap pad_map(const StemSizes& in, const float* x) {
 }
 
 // Where tap (i, j) of channel c of output channel n lies in a torch weight; row r of a panel is (i, j, c).
-DDPM_FAST_INLINE int64_t stem_tap(const StemSizes& in, int64_t n, int64_t r) {
+DDPM_FAST_INLINE int64_t stem_conv_tap(const StemConvSizes& in, int64_t n, int64_t r) {
   return (n * in.C + r % in.C) * in.side * in.side + r / in.C;
 }
 
 template <int R>
-inline __attribute__((noinline)) void stem_tile(const PaddedMap& map, const StemSizes& in, const float* from,
-                                                const float* panel, const float* bias, float* out, int64_t columns) {
+inline __attribute__((noinline)) void stem_conv_tile(const PaddedMap& map, const StemConvSizes& in, const float* from,
+                                                     const float* panel, const float* bias, float* out,
+                                                     int64_t columns) {
   Sums<R> sums;
   sums.clear();
   for (int64_t i = 0; i < in.side; ++i) {
@@ -60,21 +61,21 @@ inline __attribute__((noinline)) void stem_tile(const PaddedMap& map, const Stem
 }
 
 template <int R = kRows>
-DDPM_FAST_INLINE void stem_tile_of(int64_t rows, const PaddedMap& map, const StemSizes& in, const float* from,
-                                   const float* panel, const float* bias, float* out, int64_t columns) {
+DDPM_FAST_INLINE void stem_conv_tile_of(int64_t rows, const PaddedMap& map, const StemConvSizes& in, const float* from,
+                                        const float* panel, const float* bias, float* out, int64_t columns) {
   if constexpr (R > 0) {
-    if (rows == R) return stem_tile<R>(map, in, from, panel, bias, out, columns);
-    stem_tile_of<R - 1>(rows, map, in, from, panel, bias, out, columns);
+    if (rows == R) return stem_conv_tile<R>(map, in, from, panel, bias, out, columns);
+    stem_conv_tile_of<R - 1>(rows, map, in, from, panel, bias, out, columns);
   }
 }
 
 // Lines of the map that make up enough work for a thread.
-DDPM_FAST_INLINE int64_t stem_lines(const StemSizes& in) {
+DDPM_FAST_INLINE int64_t stem_conv_lines(const StemConvSizes& in) {
   return pieces_of(in.W * in.side * in.side * in.C * panels(in.K) * 2);
 }
 
-inline void stem_forward(const StemForward& p) {
-  const StemSizes& in = p.in;
+inline void stem_conv_forward(const StemConvForward& p) {
+  const StemConvSizes& in = p.in;
   const PaddedMap map = pad_map(in, p.x);
   const int64_t depth = in.side * map.depth, num_panels = panels(in.K);
   float* packed = thread_scratch(kScratchU, num_panels * (depth + 1) * kPanel);
@@ -82,18 +83,18 @@ inline void stem_forward(const StemForward& p) {
   for (int64_t n = 0; n < num_panels * kPanel; ++n) {
     const bool there = n < in.K;
     float* to = packed + n / kPanel * depth * kPanel + n % kPanel;
-    for (int64_t r = 0; r < depth; ++r) to[r * kPanel] = there ? p.weight[stem_tap(in, n, r)] : 0.0f;
+    for (int64_t r = 0; r < depth; ++r) to[r * kPanel] = there ? p.weight[stem_conv_tap(in, n, r)] : 0.0f;
     biases[n] = there && p.bias != nullptr ? p.bias[n] : 0.0f;
   }
-  parallel(in.B * in.H, stem_lines(in), [&](int64_t begin, int64_t end) {
+  parallel(in.B * in.H, stem_conv_lines(in), [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
       const float* from = map.at(line / in.H, line % in.H);
       for (int64_t panel = 0; panel < num_panels; ++panel) {
         const int64_t groups = ceil_div(in.W, kRows), column = panel * kPanel;
         for (int64_t g = 0, x = 0; g < groups; ++g) {
           const int64_t rows = (in.W - x + groups - g - 1) / (groups - g);
-          stem_tile_of(rows, map, in, from + x * in.C, packed + panel * depth * kPanel, biases + column,
-                       p.out + (line * in.W + x) * in.K + column, smaller<int64_t>(kPanel, in.K - column));
+          stem_conv_tile_of(rows, map, in, from + x * in.C, packed + panel * depth * kPanel, biases + column,
+                            p.out + (line * in.W + x) * in.K + column, min<int64_t>(kPanel, in.K - column));
           x += rows;
         }
       }
@@ -101,13 +102,13 @@ inline void stem_forward(const StemForward& p) {
   });
 }
 
-constexpr int64_t kStemChunks = 32;  // of lines, each with sums of its own; the same whatever the threads
+constexpr int64_t kStemConvChunks = 32;  // of lines, each with sums of its own; the same whatever the threads
 
-inline void stem_weight_gradient(const StemWeightGradient& p) {
-  const StemSizes& in = p.in;
+inline void stem_conv_weight_gradient(const StemConvWeightGradient& p) {
+  const StemConvSizes& in = p.in;
   if (p.dbias != nullptr) sum_rows(p.grad, in.B * in.H * in.W, in.K, p.dbias);
   const PaddedMap map = pad_map(in, p.x);
-  const int64_t lines = in.B * in.H, chunks = smaller(kStemChunks, lines), num_panels = panels(in.K);
+  const int64_t lines = in.B * in.H, chunks = min(kStemConvChunks, lines), num_panels = panels(in.K);
   const int64_t depth = in.side * map.depth, sums_size = num_panels * depth * kPanel;
   float* sums = thread_scratch(kScratchSums, chunks * sums_size);
   parallel(chunks * num_panels, pieces_of(lines / chunks * in.W * depth * 2), [&](int64_t begin, int64_t end) {
@@ -134,7 +135,7 @@ inline void stem_weight_gradient(const StemWeightGradient& p) {
     for (int64_t r = 0; r < depth; ++r) {
       float sum = 0;
       for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += from[chunk * sums_size + r * kPanel];
-      p.dweight[stem_tap(in, n, r)] = sum;
+      p.dweight[stem_conv_tap(in, n, r)] = sum;
     }
   }
 }

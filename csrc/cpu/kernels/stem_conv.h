@@ -6,30 +6,30 @@
 
 namespace ddpm_fast {
 
-struct StemSizes {
+struct StemConvSizes {
   int64_t B, H, W, C, K, side;  // side: of the kernel, odd
 };
 
 // out = conv(x, weight) + bias.
-struct StemForward {
-  StemSizes in;
+struct StemConvForward {
+  StemConvSizes in;
   const float* x;       // (B, H, W, C)
   const float* weight;  // (K, C, side, side)
   const float* bias;    // (K) or null
   float* out;           // (B, H, W, K)
 };
 
-struct StemWeightGradient {
-  StemSizes in;
+struct StemConvWeightGradient {
+  StemConvSizes in;
   const float* x;
   const float* grad;  // (B, H, W, K)
   float* dweight;     // (K, C, side, side)
   float* dbias;       // (K) or null
 };
 
-struct StemKernels {
-  void (*forward)(const StemForward&);
-  void (*weight_gradient)(const StemWeightGradient&);
+struct StemConvKernels {
+  void (*forward)(const StemConvForward&);
+  void (*weight_gradient)(const StemConvWeightGradient&);
 };
 
 }  // namespace ddpm_fast

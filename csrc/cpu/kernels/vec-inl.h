@@ -25,11 +25,11 @@ typedef uint32_t vu __attribute__((vector_size(DDPM_FAST_LANES * 4)));
 typedef float vf_unaligned __attribute__((vector_size(DDPM_FAST_LANES * 4), aligned(4), may_alias));
 
 template <typename T>
-DDPM_FAST_INLINE constexpr T smaller(T a, T b) {
+DDPM_FAST_INLINE constexpr T min(T a, T b) {
   return b < a ? b : a;
 }
 template <typename T>
-DDPM_FAST_INLINE constexpr T larger(T a, T b) {
+DDPM_FAST_INLINE constexpr T max(T a, T b) {
   return a < b ? b : a;
 }
 DDPM_FAST_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -65,13 +65,13 @@ DDPM_FAST_INLINE void store_upto(float* to, vf value, int64_t count) {
 // one without effect, and its calls away: the empty statement is an effect.
 constexpr int64_t kCacheLine = 16;  // floats
 
-DDPM_FAST_INLINE void fetch(const float* from, int64_t floats) {
+DDPM_FAST_INLINE void prefetch(const float* from, int64_t floats) {
   for (int64_t i = 0; i < floats; i += kCacheLine) {
     __builtin_prefetch(from + i, 0, 2);
     __asm__ volatile("");
   }
 }
-DDPM_FAST_INLINE void fetch_to_write(const float* to, int64_t floats) {
+DDPM_FAST_INLINE void prefetch_to_write(const float* to, int64_t floats) {
   for (int64_t i = 0; i < floats; i += kCacheLine) {
     __builtin_prefetch(to + i, 1, 2);
     __asm__ volatile("");
@@ -115,7 +115,7 @@ DDPM_FAST_INLINE float reduce_max(vf value) {
 }
 
 // A sum of many terms that rounds as if of two (Kahan 1965, "Further remarks on reducing truncation errors").
-struct CarefulSum {
+struct KahanSum {
   vf sum = {}, excess = {};
 
   DDPM_FAST_INLINE void add(vf term) {

@@ -28,26 +28,27 @@ struct Layout {
 };
 
 Layout layout_of(const at::Tensor& x, const char* name) {
-  Layout layout{x.numel() / x.size(0), 1, x.size(-1), 1, 1, true};
+  Layout layout{.elements = x.numel() / x.size(0),
+                .pixels = 1,
+                .row = x.size(-1),
+                .channel_stride = 1,
+                .pixel_stride = 1,
+                .dense = true};
   for (int64_t dim = 2; dim < x.dim(); ++dim) layout.pixels *= x.size(dim);
   layout.channel_stride = layout.pixels;
   if (x.is_contiguous()) return layout;
   TORCH_CHECK_VALUE(x.is_contiguous(at::MemoryFormat::ChannelsLast), name,
                     " must be contiguous or channels-last, got strides ", x.strides());
-  layout.channel_stride = 1, layout.pixel_stride = x.size(1), layout.dense = false;
+  layout.channel_stride = 1;
+  layout.pixel_stride = x.size(1);
+  layout.dense = false;
   return layout;
 }
-
-DDPM_FAST_VECTORISED void convert(float* to, const uint8_t* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]) / 255.0f;
-}
-
-using ddpm_fast::convert;
 
 // body(done, count, offset, step): elements [done, done + count) of those from `first` on lie at offset + i·step; a
 // mirrored image is read row by row from right to left.
 template <typename Body>
-DDPM_FAST_INLINE void for_runs(const Layout& layout, int64_t first, int64_t count, bool mirrored, const Body& body) {
+void for_runs(const Layout& layout, int64_t first, int64_t count, bool mirrored, const Body& body) {
   const int64_t length = mirrored ? layout.row : layout.pixels;
   int64_t run = first / length, at = first % length;
   for (int64_t done = 0; done < count; ++run, at = 0) {
@@ -153,7 +154,7 @@ struct Images {
     if (noise == nullptr || strength > 0) {
       TORCH_CHECK_VALUE(seed.has_value(), "seed must be given where noise or its offset is generated");
       check_one_int64(*seed, "seed", x_start.device());
-      index = {philox_key(*seed->const_data_ptr<int64_t>()), 0, 0, kStreamTraining};
+      index = {.key = philox_key(*seed->const_data_ptr<int64_t>()), .sample = 0, .step = 0, .stream = kStreamTraining};
     }
     if (strength > 0) make_offset(static_cast<float>(strength));
   }
@@ -166,7 +167,7 @@ struct Images {
     mine.stream = kStreamOffset;
     for (int64_t sample = 0; sample < batch; ++sample) {
       mine.sample = static_cast<uint32_t>(sample);
-      normal_tile(z.data(), mine, 0, channels);
+      kernels().noise.normal(z.data(), mine, 0, channels);
       for (int64_t c = 0; c < channels; ++c) offset[sample * channels + c] = strength * z[c];
     }
   }
@@ -206,7 +207,7 @@ struct Images {
     } else {
       NoiseIndex mine = index;
       mine.sample = static_cast<uint32_t>(sample);
-      normal_tile(room, mine, first, count);
+      kernels().noise.normal(room, mine, first, count);
     }
     if (offset.empty()) return eps;
     const float* of_sample = offset.data() + sample * x_start.size(1);
@@ -219,45 +220,6 @@ struct Images {
     return room;
   }
 };
-
-// p·ε + q·x0, where x0 is x or, normalised, 2·x − 1.
-DDPM_FAST_VECTORISED void combine_tile(float* __restrict__ to, const float* __restrict__ x,
-                                       const float* __restrict__ eps, float p, float q, bool normalize, int64_t count) {
-  if (normalize) {
-    for (int64_t i = 0; i < count; ++i) to[i] = p * eps[i] + q * (x[i] * 2.0f - 1.0f);
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = p * eps[i] + q * x[i];
-  }
-}
-
-// error ← output − target; returns Σ of its squares, in an order that depends on count alone.
-DDPM_FAST_VECTORISED float error_tile(float* __restrict__ error, const float* __restrict__ output,
-                                      const float* __restrict__ target, int64_t count) {
-  constexpr int kSums = 32;
-  float sums[kSums] = {};
-  int64_t i = 0;
-  for (; i + kSums <= count; i += kSums) {
-    for (int k = 0; k < kSums; ++k) {
-      const float difference = output[i + k] - target[i + k];
-      error[i + k] = difference;
-      sums[k] += difference * difference;
-    }
-  }
-  for (int k = 0; i < count; ++i, ++k) {
-    const float difference = output[i] - target[i];
-    error[i] = difference;
-    sums[k] += difference * difference;
-  }
-  for (int half = kSums / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-  }
-  return sums[0];
-}
-
-DDPM_FAST_VECTORISED void scale_tile(float* __restrict__ to, const float* __restrict__ from, float factor,
-                                     int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
-}
 
 // body(tile, sample, first, count) over all tiles, on torch's threads.
 template <typename Body>
@@ -291,7 +253,7 @@ at::Tensor q_sample(const at::Tensor& x_start, const at::Tensor& t, const at::Te
       const float* x = images.load_x_start(x_room, sample, first, count);
       const float* eps = images.load_noise(eps_room, sample, first, count);
       float* result = place_of_tile(room, of_sample, layout, first);
-      combine_tile(result, x, eps, ab[1], ab[0], images.normalize, count);
+      kernels().forward_diffusion.combine(result, x, eps, ab[1], ab[0], images.normalize, count);
       store_tile(of_sample, result, layout, first, count);
     });
   });
@@ -323,11 +285,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> diffusion_loss(const at::Tensor& 
       images.coefficients(cdw, sample);
       const float* x = images.load_x_start(x_room, sample, first, count);
       const float* eps = images.load_noise(eps_room, sample, first, count);
-      combine_tile(target, x, eps, cdw[0], cdw[1], images.normalize, count);
+      kernels().forward_diffusion.combine(target, x, eps, cdw[0], cdw[1], images.normalize, count);
       // The target is made, and x0 and ε may go.
       const float* output = load_tile(x_room, out + offset, layout, first, count, false);
       float* difference = with_gradient ? place_of_tile(eps_room, errors + offset, layout, first) : eps_room;
-      sums[tile] = error_tile(difference, output, target, count);
+      sums[tile] = kernels().forward_diffusion.subtract(difference, output, target, count);
       if (with_gradient) store_tile(errors + offset, difference, layout, first, count);
     });
   });
@@ -367,7 +329,7 @@ at::Tensor diffusion_loss_backward(const at::Tensor& error, const at::Tensor& fa
       const int64_t offset = sample * elements;
       const float* errors = load_tile(error_room, from + offset, in_memory, first, count, false);
       float* result = place_of_tile(room, to + offset, in_memory, first);
-      scale_tile(result, errors, of_sample[sample] * above[sample], count);
+      kernels().forward_diffusion.scale(result, errors, of_sample[sample] * above[sample], count);
       store_tile(to + offset, result, in_memory, first, count);
     });
   });

@@ -36,24 +36,22 @@ struct Call {
     bias = float_vector(output_bias, "bias", C);
     gain = float_vector(output_gain, "g", C);
     const float* data = map.const_data_ptr<float>();
-    in = {map.size(0),
-          map.size(2) * map.size(3),
-          heads,
-          D,
-          C,
-          memory.size(3),
-          block ? nullptr : data,
-          block ? data : nullptr,
-          nullptr,
-          nullptr,
-          mem_kv.const_data_ptr<float>(),
-          weight.const_data_ptr<float>(),
-          bias.const_data_ptr<float>(),
-          gain.const_data_ptr<float>()};
+    in = {.B = map.size(0),
+          .N = map.size(2) * map.size(3),
+          .heads = heads,
+          .D = D,
+          .C = C,
+          .M = memory.size(3),
+          .qkv = block ? nullptr : data,
+          .x = block ? data : nullptr,
+          .mem_kv = mem_kv.const_data_ptr<float>(),
+          .weight = weight.const_data_ptr<float>(),
+          .bias = bias.const_data_ptr<float>(),
+          .gain = gain.const_data_ptr<float>()};
   }
 
-  void set_input_product(const Tensor& g_in, const Tensor& qkv_weight) {
-    gain_in = float_vector(g_in, "g_in", in.C);
+  void set_input_product(const Tensor& input_gain, const Tensor& qkv_weight) {
+    gain_in = float_vector(input_gain, "g_in", in.C);
     weight_qkv = float_vector(qkv_weight, "weight_qkv", 3 * in.heads * in.D * in.C);
     in.gain_in = gain_in.const_data_ptr<float>();
     in.weight_qkv = weight_qkv.const_data_ptr<float>();
@@ -71,8 +69,11 @@ Forward run_forward(const Call& call, const Tensor& given, const std::optional<T
                                                          at::kFloat, format_of(given));
   const Tensor statistics = empty_tensor({call.in.B, 2, call.hidden()});
   const Tensor sums = empty_tensor({call.in.B, call.hidden(), call.values()});
-  kernels().linear_attention.forward({call.in, added.defined() ? added.const_data_ptr<float>() : nullptr,
-                                      out.data_ptr<float>(), statistics.data_ptr<float>(), sums.data_ptr<float>()});
+  kernels().linear_attention.forward({.in = call.in,
+                                      .residual = data_or_null(added),
+                                      .out = out.data_ptr<float>(),
+                                      .statistics = statistics.data_ptr<float>(),
+                                      .sums = sums.data_ptr<float>()});
   return {out.to(given.scalar_type()), statistics, sums};
 }
 
@@ -87,51 +88,62 @@ Gradients run_backward(const Call& call, const Tensor& grad, const Tensor& stati
   const Tensor kept_statistics = float_vector(statistics, "statistics", call.in.B * 2 * call.hidden());
   const Tensor kept_sums = float_vector(sums, "sums", call.in.B * call.hidden() * call.values());
   const auto empty = [](const Tensor& like) { return like.defined() ? empty_tensor_like(like) : Tensor(); };
-  Gradients d{empty(call.map),    empty(call.gain_in), empty(call.weight_qkv), empty(call.mem_kv),
-              empty(call.weight), empty(call.bias),    empty(call.gain)};
-  kernels().linear_attention.backward({call.in, dout.const_data_ptr<float>(), kept_statistics.const_data_ptr<float>(),
-                                       kept_sums.const_data_ptr<float>(), block ? nullptr : d.map.data_ptr<float>(),
-                                       block ? d.map.data_ptr<float>() : nullptr,
-                                       block ? d.gain_in.data_ptr<float>() : nullptr,
-                                       block ? d.weight_qkv.data_ptr<float>() : nullptr, d.mem_kv.data_ptr<float>(),
-                                       d.weight.data_ptr<float>(), d.bias.data_ptr<float>(), d.gain.data_ptr<float>()});
+  Gradients d{.map = empty(call.map),
+              .gain_in = empty(call.gain_in),
+              .weight_qkv = empty(call.weight_qkv),
+              .mem_kv = empty(call.mem_kv),
+              .weight = empty(call.weight),
+              .bias = empty(call.bias),
+              .gain = empty(call.gain)};
+  kernels().linear_attention.backward({.in = call.in,
+                                       .grad = dout.const_data_ptr<float>(),
+                                       .statistics = kept_statistics.const_data_ptr<float>(),
+                                       .sums = kept_sums.const_data_ptr<float>(),
+                                       .dqkv = block ? nullptr : d.map.data_ptr<float>(),
+                                       .dx = block ? d.map.data_ptr<float>() : nullptr,
+                                       .dgain_in = mutable_data_or_null(d.gain_in),
+                                       .dweight_qkv = mutable_data_or_null(d.weight_qkv),
+                                       .dmem_kv = d.mem_kv.data_ptr<float>(),
+                                       .dweight = d.weight.data_ptr<float>(),
+                                       .dbias = d.bias.data_ptr<float>(),
+                                       .dgain = d.gain.data_ptr<float>()});
   return d;
 }
 
 Forward linear_attention(const Tensor& qkv, const Tensor& mem_kv, const Tensor& weight, const Tensor& bias,
-                         const Tensor& g, const std::optional<Tensor>& residual, int64_t heads) {
-  return run_forward(Call(qkv, false, mem_kv, weight, bias, g, heads), qkv, residual);
+                         const Tensor& gain, const std::optional<Tensor>& residual, int64_t heads) {
+  return run_forward(Call(qkv, false, mem_kv, weight, bias, gain, heads), qkv, residual);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(const Tensor& grad, const Tensor& qkv,
                                                                              const Tensor& mem_kv, const Tensor& weight,
-                                                                             const Tensor& bias, const Tensor& g,
+                                                                             const Tensor& bias, const Tensor& gain,
                                                                              const Tensor& statistics,
                                                                              const Tensor& sums, int64_t heads) {
-  const Gradients d = run_backward(Call(qkv, false, mem_kv, weight, bias, g, heads), grad, statistics, sums);
+  const Gradients d = run_backward(Call(qkv, false, mem_kv, weight, bias, gain, heads), grad, statistics, sums);
   return {d.map.to(qkv.scalar_type()), d.mem_kv.to(mem_kv.scalar_type()), d.weight.to(weight.scalar_type()),
-          d.bias.to(bias.scalar_type()), d.gain.to(g.scalar_type())};
+          d.bias.to(bias.scalar_type()), d.gain.to(gain.scalar_type())};
 }
 
-Forward linear_attention_block(const Tensor& x, const Tensor& g_in, const Tensor& weight_qkv, const Tensor& mem_kv,
-                               const Tensor& weight, const Tensor& bias, const Tensor& g,
+Forward linear_attention_block(const Tensor& x, const Tensor& gain_in, const Tensor& weight_qkv, const Tensor& mem_kv,
+                               const Tensor& weight, const Tensor& bias, const Tensor& gain,
                                const std::optional<Tensor>& residual, int64_t heads) {
-  Call call(x, true, mem_kv, weight, bias, g, heads);
-  call.set_input_product(g_in, weight_qkv);
+  Call call(x, true, mem_kv, weight, bias, gain, heads);
+  call.set_input_product(gain_in, weight_qkv);
   return run_forward(call, x, residual);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_block_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& g_in, const Tensor& weight_qkv, const Tensor& mem_kv,
-    const Tensor& weight, const Tensor& bias, const Tensor& g, const Tensor& statistics, const Tensor& sums,
+    const Tensor& grad, const Tensor& x, const Tensor& gain_in, const Tensor& weight_qkv, const Tensor& mem_kv,
+    const Tensor& weight, const Tensor& bias, const Tensor& gain, const Tensor& statistics, const Tensor& sums,
     int64_t heads) {
-  Call call(x, true, mem_kv, weight, bias, g, heads);
-  call.set_input_product(g_in, weight_qkv);
+  Call call(x, true, mem_kv, weight, bias, gain, heads);
+  call.set_input_product(gain_in, weight_qkv);
   const Gradients d = run_backward(call, grad, statistics, sums);
   return {
-      d.map.to(x.scalar_type()),         d.gain_in.to(g_in.scalar_type()),  d.weight_qkv.to(weight_qkv.scalar_type()),
-      d.mem_kv.to(mem_kv.scalar_type()), d.weight.to(weight.scalar_type()), d.bias.to(bias.scalar_type()),
-      d.gain.to(g.scalar_type())};
+      d.map.to(x.scalar_type()),         d.gain_in.to(gain_in.scalar_type()), d.weight_qkv.to(weight_qkv.scalar_type()),
+      d.mem_kv.to(mem_kv.scalar_type()), d.weight.to(weight.scalar_type()),   d.bias.to(bias.scalar_type()),
+      d.gain.to(gain.scalar_type())};
 }
 
 }  // namespace

@@ -12,22 +12,6 @@ namespace ddpm_fast {
 
 namespace {
 
-// x_next may be x, and x_start may be previous: element i reads before it writes and touches nothing else.
-DDPM_FAST_VECTORISED void step_tile(const SamplerRow& row_in, bool clip, const float* x, const float* output,
-                                    const float* previous, const float* eps, float* x_next, float* x_start,
-                                    int64_t count) {
-  const SamplerRow row = row_in;
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC ivdep
-#endif
-  for (int64_t i = 0; i < count; ++i) {
-    const float start = predict_x_start(row, x[i], output[i], clip);
-    const float next = next_state(row, start, x[i], previous[i], eps[i]);
-    x_start[i] = start;
-    x_next[i] = next;
-  }
-}
-
 // Elements [first, first + count) of one sample of the model's output, in the state's order and float32.
 template <typename T>
 void load_output(float* to, const T* sample, const OutputLayout& layout, int64_t first, int64_t count) {
@@ -48,7 +32,8 @@ alignas(64) constexpr float kZeros[kTile] = {};
 template <typename T>
 void step_samples(const SamplerStepParams& p, const SamplerRow& row) {
   const Tiling tiling(p.batch, p.elements);
-  const NoiseIndex index{philox_key(*p.seed), 0, static_cast<uint32_t>(*p.step), p.stream};
+  const NoiseIndex index{
+      .key = philox_key(*p.seed), .sample = 0, .step = static_cast<uint32_t>(*p.step), .stream = p.stream};
   at::parallel_for(0, tiling.total, tiling.grain, [&](int64_t begin, int64_t end) {
     alignas(64) float output[kTile], generated[kTile], unwanted[kTile];
     NoiseIndex mine = index;
@@ -61,10 +46,16 @@ void step_samples(const SamplerStepParams& p, const SamplerRow& row) {
       const float* eps = row.sigma == 0 ? kZeros : p.noise ? p.noise + offset : generated;
       if (eps == generated) {
         mine.sample = static_cast<uint32_t>(p.start_index + sample);
-        normal_tile(generated, mine, first, count);
+        kernels().noise.normal(generated, mine, first, count);
       }
-      step_tile(row, p.clip_x_start, p.x + offset, output, row.u == 0 ? kZeros : p.previous + offset, eps,
-                p.x_next + offset, p.x_start ? p.x_start + offset : unwanted, count);
+      kernels().sampler_step.step(row, p.clip_x_start,
+                                  {.x = p.x + offset,
+                                   .output = output,
+                                   .previous = row.u == 0 ? kZeros : p.previous + offset,
+                                   .eps = eps,
+                                   .x_next = p.x_next + offset,
+                                   .x_start = p.x_start ? p.x_start + offset : unwanted,
+                                   .count = count});
     }
   });
 }

@@ -1,5 +1,4 @@
-// What the CPU operators share: a tile of one sample is computed in float32 by plain functions that the compiler
-// vectorises, once per instruction set.
+// Tiles of samples, in which the element-wise operators compute in float32.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -8,19 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "core/philox.h"
-
-// Each marked function is compiled for AVX-512, AVX2 with FMA, and the baseline; the loader picks one (needs ifunc).
-// A build for one processor (DDPM_FAST_MARCH=native in setup.py) compiles all its code for that.
-#if defined(DDPM_FAST_NATIVE)
-#define DDPM_FAST_VECTORISED
-#elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define DDPM_FAST_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
-#define DDPM_FAST_VECTORISED __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define DDPM_FAST_VECTORISED
-#endif
+#include "cpu/kernels/kernels.h"
 
 namespace ddpm_fast {
 
@@ -37,14 +24,20 @@ struct Tiling {
         grain(std::max<int64_t>(1, kElementsPerTask / std::clamp<int64_t>(elements, 1, kTile))) {}
 };
 
-// Elements [first, first + count) of a sample's noise. `first` is a multiple of 4; z has room for count rounded up to
-// whole blocks.
-void normal_tile(float* z, const NoiseIndex& index, int64_t first, int64_t count);
-
-void convert(float* to, const float* from, int64_t count);
-void convert(float* to, const c10::Half* from, int64_t count);
-void convert(float* to, const c10::BFloat16* from, int64_t count);
-void convert(c10::Half* to, const float* from, int64_t count);
-void convert(c10::BFloat16* to, const float* from, int64_t count);
+// Between float32 and a tensor's type.
+inline void convert(float* to, const float* from, int64_t count) { std::copy(from, from + count, to); }
+inline void convert(float* to, const c10::Half* from, int64_t count) {
+  kernels().convert.from_half(to, reinterpret_cast<const uint16_t*>(from), count);
+}
+inline void convert(float* to, const c10::BFloat16* from, int64_t count) {
+  kernels().convert.from_bfloat16(to, reinterpret_cast<const uint16_t*>(from), count);
+}
+inline void convert(float* to, const uint8_t* from, int64_t count) { kernels().convert.from_byte(to, from, count); }
+inline void convert(c10::Half* to, const float* from, int64_t count) {
+  kernels().convert.to_half(reinterpret_cast<uint16_t*>(to), from, count);
+}
+inline void convert(c10::BFloat16* to, const float* from, int64_t count) {
+  kernels().convert.to_bfloat16(reinterpret_cast<uint16_t*>(to), from, count);
+}
 
 }  // namespace ddpm_fast

@@ -87,11 +87,4 @@ inline float* mutable_data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.data_ptr<float>() : nullptr;
 }
 
-// A tensor that lives as long as the kernel reads it, or nothing.
-struct Optional {
-  at::Tensor tensor;
-
-  const float* data() const { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
-};
-
 }  // namespace ddpm_fast

@@ -27,8 +27,8 @@ namespace ddpm_fast {
 #ifdef DDPM_FAST_POOL
 namespace {
 
-constexpr size_t kLeast = 256 << 10;  // bytes; smaller tensors are malloc's
-constexpr size_t kStep = 2 << 20;     // the range grows by huge pages
+constexpr size_t kMinBytes = 256 << 10;  // bytes; smaller tensors are malloc's
+constexpr size_t kStep = 2 << 20;        // the range grows by huge pages
 // Between neighbours, so that maps whose sizes are powers of two do not lie a multiple of 4 KB apart: a load then seems
 // to depend on every store to the same place of another map.
 constexpr size_t kGap = 17 * 64;
@@ -96,7 +96,7 @@ class Pool {
     begin_ = static_cast<char*>(range) + (kStep - into_page) % kStep;
     end_ = begin_;
     limit_ = static_cast<char*>(range) + memory;
-    madvise(begin_, limit_ - begin_, MADV_HUGEPAGE);  // a wish
+    madvise(begin_, limit_ - begin_, MADV_HUGEPAGE);  // best effort
     pthread_atfork([] { the().mutex_.lock(); }, [] { the().mutex_.unlock(); }, [] { the().mutex_.unlock(); });
   }
 
@@ -130,10 +130,14 @@ class Pool {
     const auto now = Clock::now();
     recent_high_ = std::max(recent_high_, step_high_);
     if (step_high_ >= needed_) {
-      needed_ = step_high_, needed_at_ = now, recent_high_ = 0;
+      needed_ = step_high_;
+      needed_at_ = now;
+      recent_high_ = 0;
     } else if (now - needed_at_ > kept_) {
       give_back(begin_ + recent_high_);
-      needed_ = recent_high_, needed_at_ = now, recent_high_ = 0;
+      needed_ = recent_high_;
+      needed_at_ = now;
+      recent_high_ = 0;
     }
     step_high_ = 0;
   }
@@ -166,7 +170,7 @@ void give_to_pool(void* data) {
 
 struct PoolAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    void* const data = bytes < kLeast ? nullptr : Pool::the().take(bytes);
+    void* const data = bytes < kMinBytes ? nullptr : Pool::the().take(bytes);
     if (data == nullptr) return c10::GetCPUAllocator()->allocate(bytes);
     c10::profiledCPUMemoryReporter().New(data, bytes);
     return {data, data, &give_to_pool, at::Device(at::kCPU)};

@@ -10,29 +10,29 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 // Row i of five rows of a tile's inputs: its own four, and the first below.
-constexpr int64_t kRowsToFetch = 5;
-inline void fetch_input_row(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles,
-                            int64_t index, int64_t i) {
+constexpr int64_t kRowsToPrefetch = 5;
+inline void prefetch_input_row(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles,
+                               int64_t index, int64_t i) {
   const Tile tile(tiles, index);
-  const int64_t up = upsampled ? 1 : 0, y = smaller(tile.y + i, tiles.H - 1) >> up, x = tile.x >> up;
-  const int64_t width = (smaller<int64_t>(4, tiles.W - tile.x) + up) >> up;
+  const int64_t up = upsampled ? 1 : 0, y = min(tile.y + i, tiles.H - 1) >> up, x = tile.x >> up;
+  const int64_t width = (min<int64_t>(4, tiles.W - tile.x) + up) >> up;
   const int64_t pixel = (tile.b * (tiles.H >> up) + y) * (tiles.W >> up) + x;
   for (int part = 0; part < 2 && channels[part] > 0; ++part) {
-    fetch(input[part] + pixel * channels[part], width * channels[part]);
+    prefetch(input[part] + pixel * channels[part], width * channels[part]);
   }
 }
 
 // Row i of four rows of outputs of a tile, and of what the norm reads and writes.
-inline void fetch_output_row(const Conv3x3Forward& p, const Tiles& tiles, int64_t index, int64_t i) {
+inline void prefetch_output_row(const Conv3x3Forward& p, const Tiles& tiles, int64_t index, int64_t i) {
   const Tile tile(tiles, index);
   if (tile.y + i >= tiles.H || p.pooled) return;  // a second part's outputs are left to come by themselves
-  const int64_t K = p.output_channels[0], width = smaller<int64_t>(4, tiles.W - tile.x), floats = width * K;
+  const int64_t K = p.output_channels[0], width = min<int64_t>(4, tiles.W - tile.x), floats = width * K;
   const int64_t at = ((tile.b * tiles.H + tile.y + i) * tiles.W + tile.x) * K;
-  fetch_to_write(p.output[0] + at, floats);
-  if (p.residual[0] != nullptr) fetch(p.residual[0] + at, floats);
+  prefetch_to_write(p.output[0] + at, floats);
+  if (p.residual[0] != nullptr) prefetch(p.residual[0] + at, floats);
   if (p.norm == nullptr) return;
-  if (p.norm->out != p.output[0]) fetch_to_write(p.norm->out + at, floats);
-  if (p.norm->residual != nullptr) fetch(p.norm->residual + at, floats);
+  if (p.norm->out != p.output[0]) prefetch_to_write(p.norm->out + at, floats);
+  if (p.norm->residual != nullptr) prefetch(p.norm->residual + at, floats);
 }
 
 // The share of `count` things that falls to step i of `steps`.
@@ -42,13 +42,13 @@ DDPM_FAST_INLINE void share(int64_t count, int64_t i, int64_t steps, const Body&
 }
 
 // The weights of input channels [c, c + count) for a panel, in kPoints steps.
-inline void fetch_weights(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t c, int64_t count,
-                          int64_t step) {
+inline void prefetch_weights(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t c, int64_t count,
+                             int64_t step) {
   const float* from = w.data + first * w.out_stride + c * w.in_stride;
   if (w.in_stride == 9) {
-    share(columns, step, kPoints, [&](int64_t k) { fetch(from + k * w.out_stride, 9 * count); });
+    share(columns, step, kPoints, [&](int64_t k) { prefetch(from + k * w.out_stride, 9 * count); });
   } else {
-    share(count, step, kPoints, [&](int64_t n) { fetch(from + n * w.in_stride, 9 * columns); });
+    share(count, step, kPoints, [&](int64_t n) { prefetch(from + n * w.in_stride, 9 * columns); });
   }
 }
 
