@@ -18,10 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import noise
 from ddpm_fast.models.derived_weights import DerivesWeights
-from ddpm_fast.ops.attention.op import attention, attention_block_natively
+from ddpm_fast.ops.attention.op import attention
+from ddpm_fast.ops.attention_block.op import attention_block_natively
 from ddpm_fast.ops.conv3x3.op import conv3x3
-from ddpm_fast.ops.linear_attention.op import linear_attention, linear_attention_block_natively
+from ddpm_fast.ops.linear_attention.op import linear_attention
 from ddpm_fast.ops.linear_attention.reference import context_and_queries
+from ddpm_fast.ops.linear_attention_block.op import linear_attention_block_natively
 from ddpm_fast.ops.norm_linear.op import linear, linear_residual, linears, norm_linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
 from ddpm_fast.ops.resnet_block.op import natively, runs_natively

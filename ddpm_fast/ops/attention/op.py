@@ -1,11 +1,9 @@
-"""Softmax attention over the positions of a map, with memory, alone and as a whole block: public functions,
-registration, eligibility.
+"""Softmax attention over the positions of a map, with memory: public function, registration, eligibility.
 
     out = softmax(q·kᵀ / √D)·v   (Vaswani et al. 2017, eq. 1)
 
 per sample and head, where M learned keys and values, the same for every sample, stand before the N keys and values of
-the map. Backward keeps qkv, out and one float per head and position, and computes the softmax again. The block makes
-qkv of a normed map and ends with a 1×1 convolution and a residual; its backward keeps the map alone.
+the map. Backward keeps qkv, out and one float per head and position, and computes the softmax again.
 """
 
 from __future__ import annotations
@@ -36,14 +34,9 @@ for _schema in (
     "attention(Tensor qkv, Tensor mem_kv, int heads) -> (Tensor out, Tensor lse)",
     "attention_backward(Tensor grad, Tensor qkv, Tensor mem_kv, Tensor out, Tensor lse, int heads)"
     " -> (Tensor dqkv, Tensor dmem_kv)",
-    # Implemented in csrc/cpu/attention_cpu.cpp, where the softmax is made again from qkv, and that from x.
+    # Implemented in csrc/cpu/attention_cpu.cpp, where the softmax is made again from qkv.
     "native_attention(Tensor qkv, Tensor mem_kv, int heads) -> Tensor",
     "native_attention_backward(Tensor grad, Tensor qkv, Tensor mem_kv, int heads) -> (Tensor dqkv, Tensor dmem_kv)",
-    "native_attention_block(Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias,"
-    " Tensor? residual, int heads) -> Tensor",
-    "native_attention_block_backward(Tensor grad, Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv,"
-    " Tensor weight, Tensor bias, int heads)"
-    " -> (Tensor dx, Tensor dg_in, Tensor dweight_qkv, Tensor dmem_kv, Tensor dweight, Tensor dbias)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -108,16 +101,6 @@ def _native_backward_fake(grad, qkv, mem_kv, heads):
     return torch.empty_like(qkv), mem_kv.new_empty(mem_kv.shape)
 
 
-@torch.library.register_fake("ddpm_fast::native_attention_block", lib=_library)
-def _native_block_fake(x, g_in, weight_qkv, mem_kv, weight, bias, residual, heads):
-    return torch.empty_like(x)
-
-
-@torch.library.register_fake("ddpm_fast::native_attention_block_backward", lib=_library)
-def _native_block_backward_fake(grad, x, g_in, weight_qkv, mem_kv, weight, bias, heads):
-    return torch.empty_like(x), *(t.new_empty(t.shape) for t in (g_in, weight_qkv, mem_kv, weight, bias))
-
-
 def _setup_native_context(ctx, inputs, output) -> None:
     *tensors, heads = inputs
     ctx.save_for_backward(*tensors)
@@ -125,33 +108,14 @@ def _setup_native_context(ctx, inputs, output) -> None:
 
 
 def _native_backward(ctx, grad):
-    _refuse_second_derivatives("attention")
+    if torch.is_grad_enabled():
+        raise RuntimeError("attention: the native kernel's gradient cannot be differentiated again (create_graph=True)")
     return *torch.ops.ddpm_fast.native_attention_backward(grad, *ctx.saved_tensors, ctx.heads), None
 
 
-def _setup_native_block_context(ctx, inputs, output) -> None:
-    *tensors, residual, heads = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.heads = heads
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _native_block_backward(ctx, grad):
-    _refuse_second_derivatives("attention_block")
-    gradients = torch.ops.ddpm_fast.native_attention_block_backward(grad, *ctx.saved_tensors, ctx.heads)
-    return *gradients, None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype), None
-
-
-def _refuse_second_derivatives(name: str) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: the native kernel's gradient cannot be differentiated again (create_graph=True)")
-
-
-for _name, _gradients, _setup in (
-    ("native_attention", _native_backward, _setup_native_context),
-    ("native_attention_block", _native_block_backward, _setup_native_block_context),
-):
-    torch.library.register_autograd(f"ddpm_fast::{_name}", _gradients, setup_context=_setup, lib=_library)
+torch.library.register_autograd(
+    "ddpm_fast::native_attention", _native_backward, setup_context=_setup_native_context, lib=_library
+)
 
 
 def attention(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> torch.Tensor:
@@ -176,52 +140,9 @@ def attention(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> torch.T
     return _attention_op(qkv, mem_kv, heads=heads)
 
 
-def attention_block(
-    x: torch.Tensor,
-    g_in: torch.Tensor,
-    weight_qkv: torch.Tensor,
-    mem_kv: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    *,
-    heads: int,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """RMSNorm, the qkv product, `attention`, a 1×1 convolution and a residual in one op, which keeps x for backward.
-
-    Args:
-        x: (B, C, h, w) float32, float16, bfloat16 (float64: not native). The native code takes channels-last.
-        g_in: the norm's gain, C elements in any shape: x / max(‖x‖₂, 1e-12)·√C·g_in is what qkv is made of.
-        weight_qkv: (3·heads·D, C) or (3·heads·D, C, 1, 1), its rows ordered (3, heads, D).
-        mem_kv: (2, heads, M, D), see `attention`.
-        weight: (C, heads·D) or (C, heads·D, 1, 1), the convolution after attention.
-        bias: (C,), that convolution's.
-        heads: number of heads.
-        residual: (B, C, h, w), added last.
-
-    Returns:
-        (B, C, h, w) in the dtype and memory format of x. Gradients flow to every tensor, once: a second derivative is
-        refused.
-
-    Raises:
-        TypeError, ValueError: an argument is not what is said here.
-    """
-    given = {"x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias}
-    _check_block(given, heads, residual)
-    return _attention_block_op(*given.values(), heads=heads, residual=residual)
-
-
-def attention_block_natively(
-    x, g_in, weight_qkv, mem_kv, weight, bias, *, heads: int, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`attention_block` without its checks, for callers that know that it runs natively."""
-    _attention_block_op.count("native")
-    return _native_block(x, g_in, weight_qkv, mem_kv, weight, bias, heads=heads, residual=residual)
-
-
 def _check(qkv, mem_kv, heads) -> None:
     """The checks of every implementation."""
-    _check_kinds({"qkv": qkv, "mem_kv": mem_kv}, heads)
+    check_kinds({"qkv": qkv, "mem_kv": mem_kv}, heads)
     if qkv.dim() != 4 or qkv.shape[1] == 0 or qkv.shape[1] % (3 * heads):
         raise ValueError(f"qkv must have shape (B, 3·{heads}·D, h, w), got {tuple(qkv.shape)}")
     D = qkv.shape[1] // (3 * heads)
@@ -229,27 +150,7 @@ def _check(qkv, mem_kv, heads) -> None:
         raise ValueError(f"mem_kv must have shape (2, {heads}, M, {D}), got {tuple(mem_kv.shape)}")
 
 
-def _check_block(given: dict[str, torch.Tensor], heads: int, residual: torch.Tensor | None) -> None:
-    """The checks of the block's implementations."""
-    _check_kinds(given if residual is None else given | {"residual": residual}, heads)
-    x, g_in, weight_qkv, mem_kv, weight, bias = given.values()
-    if x.dim() != 4:
-        raise ValueError(f"x must have shape (B, C, h, w), got {tuple(x.shape)}")
-    if mem_kv.dim() != 4 or mem_kv.shape[:2] != (2, heads) or mem_kv.shape[3] == 0:
-        raise ValueError(f"mem_kv must have shape (2, {heads}, M, D), got {tuple(mem_kv.shape)}")
-    C, hidden = x.shape[1], heads * mem_kv.shape[3]
-    for name, tensor, shape in (("weight_qkv", weight_qkv, (3 * hidden, C)), ("weight", weight, (C, hidden))):
-        if tensor.shape not in (shape, (*shape, 1, 1)):
-            raise ValueError(f"{name} must have shape {shape} or {(*shape, 1, 1)}, got {tuple(tensor.shape)}")
-    if g_in.numel() != C:
-        raise ValueError(f"g_in must have {C} elements, one per channel of x, got shape {tuple(g_in.shape)}")
-    if bias.shape != (C,):
-        raise ValueError(f"bias must have shape ({C},), got {tuple(bias.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual must have shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-
-
-def _check_kinds(given: dict[str, torch.Tensor], heads: int) -> None:
+def check_kinds(given: dict[str, torch.Tensor], heads: int) -> None:
     """Types, dtypes and devices; the first is the map."""
     check_tensors(given)
     if not isinstance(heads, int) or heads < 1:
@@ -297,22 +198,7 @@ def _native(qkv, mem_kv, *, heads) -> torch.Tensor:
 
 
 def _native_refuses(qkv, mem_kv, *, heads) -> str | None:
-    return _why_not_native({"qkv": qkv, "mem_kv": mem_kv})
-
-
-def _native_block(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> torch.Tensor:
-    arguments = (x, g_in, weight_qkv, mem_kv, weight, bias, residual, heads)
-    return torch.ops.ddpm_fast.native_attention_block.default(*arguments)
-
-
-def _native_block_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> str | None:
-    given = {"x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias}
-    return _why_not_native(given if residual is None else given | {"residual": residual})
-
-
-def _why_not_native(given: dict[str, torch.Tensor]) -> str | None:
-    """Of the arguments by name, the map first."""
-    return why_not_on_cpu(given, maps=[next(iter(given))], may_be_empty=("mem_kv",))
+    return why_not_on_cpu({"qkv": qkv, "mem_kv": mem_kv}, maps=("qkv",), may_be_empty=("mem_kv",))
 
 
 def _example(side: int, D: int = 16, dtype: torch.dtype = torch.float32):
@@ -322,12 +208,6 @@ def _example(side: int, D: int = 16, dtype: torch.dtype = torch.float32):
         return (qkv, torch.zeros(2, 2, 4, D, device=device)), {"heads": 2}
 
     return example
-
-
-def _block_example(device: torch.device) -> tuple[tuple, dict]:
-    x, row = torch.zeros(1, 4, 4, 8, device=device).permute(0, 3, 1, 2), torch.zeros(8, device=device)
-    mem_kv, weight = torch.zeros(2, 2, 4, 16, device=device), torch.zeros(8, 32, device=device)
-    return (x, row, torch.zeros(96, 8, device=device), mem_kv, weight, row), {"heads": 2, "residual": None}
 
 
 _attention_op = Op(
@@ -344,13 +224,4 @@ _attention_op = Op(
         "attention, bfloat16, N = 4096": _example(64, dtype=torch.bfloat16),
         "attention, D = 128": _example(4, D=128),
     },
-)
-_attention_block_op = Op(
-    "attention_block",
-    [
-        Implementation("native", _native_block, _native_block_refuses),
-        Implementation("sdpa", reference.sdpa_attention_block, never_refuses),
-        Implementation("reference", reference.attention_block),
-    ],
-    _block_example,
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.ops.common.reference import linear_residual, norm_linear
 from ddpm_fast.runtime.dispatch import no_autocast
 
 
@@ -24,35 +23,6 @@ def sdpa_attention(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> to
     """The same by torch's scaled_dot_product_attention, which picks its kernel by device and dtype."""
     with no_autocast(qkv.device.type):
         return _as_map(F.scaled_dot_product_attention(*_split(qkv, mem_kv, heads)), qkv)
-
-
-def attention_block(
-    x: torch.Tensor,
-    g_in: torch.Tensor,
-    weight_qkv: torch.Tensor,
-    mem_kv: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    *,
-    heads: int,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See `ddpm_fast.ops.attention.op.attention_block`."""
-    return _block(attention, x, g_in, weight_qkv, mem_kv, weight, bias, heads, residual)
-
-
-def sdpa_attention_block(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual=None) -> torch.Tensor:
-    """The same by torch's scaled_dot_product_attention."""
-    return _block(sdpa_attention, x, g_in, weight_qkv, mem_kv, weight, bias, heads, residual)
-
-
-def _block(attend, x, g_in, weight_qkv, mem_kv, weight, bias, heads, residual) -> torch.Tensor:
-    out = attend(norm_linear(x, g_in, weight_qkv), mem_kv, heads=heads)
-    weight = weight.reshape(*weight.shape[:2], 1, 1)
-    if residual is not None:
-        return linear_residual(out, weight, bias, residual)
-    with no_autocast(x.device.type):
-        return F.conv2d(out, weight.to(x.dtype), bias.to(x.dtype))
 
 
 def empty_map(qkv: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,11 @@
-"""Linear attention, after the qkv product and as a whole block: public functions, registration, eligibility.
+"""Linear attention after the qkv product: public function, registration, eligibility.
 
     q̂ = softmax(q) over the D channels of a head      k̂ = softmax(k) over positions and memory entries
     context = k̂ᵀ·v      y = D^−½·q̂·context·weightᵀ + bias      (Shen et al. 2021, "Efficient Attention", section 3.3)
     out = y / max(‖y‖₂, 1e-12)·√C·g + residual      (Zhang & Sennrich 2019, in the peer's form)
 
 Backward keeps the arguments but residual, and per sample and head what a context and its projection take; maps are
-computed again. So the block, which makes qkv of a normed map, keeps the map alone:
-
-    qkv = weight_qkv·(x / max(‖x‖₂, 1e-12)·√C·g_in)
+computed again.
 """
 
 from __future__ import annotations
@@ -35,16 +33,12 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # Implemented in csrc/cpu/linear_attention_cpu.cpp. statistics: (B, 2, heads·D) float32, of k over positions and memory
-# the largest and 1 / Σ exp(k − largest); sums: softmax(k)ᵀ·v of the positions, or with x in place of v its normed rows.
-_BLOCK_ARGUMENTS = "Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor g"
+# the largest and 1 / Σ exp(k − largest); sums: softmax(k)ᵀ·v of the positions.
 _KEPT = "Tensor statistics, Tensor sums"
 for _schema in (
     f"native_linear_attention({_ARGUMENTS}, Tensor? residual, int heads) -> (Tensor out, {_KEPT})",
     f"native_linear_attention_backward(Tensor grad, {_ARGUMENTS}, {_KEPT}, int heads) "
     "-> (Tensor dqkv, Tensor dmem_kv, Tensor dweight, Tensor dbias, Tensor dg)",
-    f"native_linear_attention_block({_BLOCK_ARGUMENTS}, Tensor? residual, int heads) -> (Tensor out, {_KEPT})",
-    f"native_linear_attention_block_backward(Tensor grad, {_BLOCK_ARGUMENTS}, {_KEPT}, int heads) "
-    "-> (Tensor dx, Tensor dg_in, Tensor dweight_qkv, Tensor dmem_kv, Tensor dweight, Tensor dbias, Tensor dg)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -99,17 +93,6 @@ def _native_backward_fake(grad, qkv, mem_kv, weight, bias, g, statistics, sums, 
     return torch.empty_like(qkv), *(t.new_empty(t.shape) for t in (mem_kv, weight, bias, g))
 
 
-@torch.library.register_fake("ddpm_fast::native_linear_attention_block", lib=_library)
-def _native_block_fake(x, g_in, weight_qkv, mem_kv, weight, bias, g, residual, heads):
-    return torch.empty_like(x), *_native_kept_fake(x, mem_kv, x.shape[1])
-
-
-@torch.library.register_fake("ddpm_fast::native_linear_attention_block_backward", lib=_library)
-def _native_block_backward_fake(grad, x, g_in, weight_qkv, mem_kv, weight, bias, g, statistics, sums, heads):
-    parameters = (g_in, weight_qkv, mem_kv, weight, bias, g)
-    return torch.empty_like(x), *(t.new_empty(t.shape) for t in parameters)
-
-
 def _setup_context(ctx, inputs, output) -> None:
     qkv, mem_kv, weight, bias, g, residual, heads = inputs
     ctx.save_for_backward(qkv, mem_kv, weight, bias, g, *output[1:])
@@ -140,33 +123,24 @@ def _setup_native_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.heads, ctx.arguments = heads, len(inputs)
+    ctx.heads = heads
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-def _native_gradients(name: str, backward):
-    """The backward of a native operator."""
-
-    def gradients_of(ctx, grad, *_):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{name}: the native kernel's gradient cannot be differentiated again (create_graph=True)"
-            )
-        if grad is None:
-            return (None,) * ctx.arguments
-        dresidual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
-        return *backward(grad, *ctx.saved_tensors, ctx.heads), dresidual, None
-
-    return gradients_of
+def _native_backward(ctx, grad, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_attention: the native kernel's gradient cannot be differentiated again (create_graph=True)"
+        )
+    if grad is None:
+        return (None,) * 7
+    gradients = torch.ops.ddpm_fast.native_linear_attention_backward(grad, *ctx.saved_tensors, ctx.heads)
+    return *gradients, None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype), None
 
 
-for _name in ("linear_attention", "linear_attention_block"):
-    torch.library.register_autograd(
-        f"ddpm_fast::native_{_name}",
-        _native_gradients(_name, getattr(torch.ops.ddpm_fast, f"native_{_name}_backward")),
-        setup_context=_setup_native_context,
-        lib=_library,
-    )
+torch.library.register_autograd(
+    "ddpm_fast::native_linear_attention", _native_backward, setup_context=_setup_native_context, lib=_library
+)
 
 
 def linear_attention(
@@ -202,48 +176,9 @@ def linear_attention(
     return _linear_attention_op(qkv, mem_kv, weight, bias, g, heads=heads, residual=residual)
 
 
-def linear_attention_block(
-    x: torch.Tensor,
-    g_in: torch.Tensor,
-    weight_qkv: torch.Tensor,
-    mem_kv: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    g: torch.Tensor,
-    *,
-    heads: int,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """RMSNorm, the qkv product and `linear_attention` in one op, which keeps no map but x for backward.
-
-    Args:
-        x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). The native code takes channels-last.
-        g_in: the first norm's gain, C elements in any shape.
-        weight_qkv: (3·heads·D, C) or (3·heads·D, C, 1, 1), its rows ordered (3, heads, D).
-        others: see `linear_attention`; weight, bias and g have the C of x.
-
-    Returns:
-        (B, C, H, W), dtype and memory format of x. Gradients flow to every tensor, once: a second derivative is
-        refused.
-
-    Raises:
-        TypeError, ValueError: an argument is not what is said here.
-    """
-    _check_block(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads, residual)
-    return _linear_attention_block_op(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads=heads, residual=residual)
-
-
-def linear_attention_block_natively(
-    x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads: int, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`linear_attention_block` without its checks, for callers that know that it runs natively."""
-    _linear_attention_block_op.count("native")
-    return _native_block(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads=heads, residual=residual)
-
-
 def _check(qkv, mem_kv, weight, bias, g, heads, residual) -> None:
     """The checks of every implementation."""
-    _check_kinds({"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g, "residual": residual}, heads)
+    check_kinds({"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g, "residual": residual}, heads)
     if qkv.dim() != 4:
         raise ValueError(f"qkv must have shape (B, 3·heads·D, H, W), got {tuple(qkv.shape)}")
     B, channels, H, W = qkv.shape
@@ -253,37 +188,17 @@ def _check(qkv, mem_kv, weight, bias, g, heads, residual) -> None:
     D = hidden // heads
     if mem_kv.dim() != 4 or mem_kv.shape[:3] != (2, heads, D):
         raise ValueError(f"mem_kv must have shape (2, {heads}, {D}, M), got {tuple(mem_kv.shape)}")
-    _check_output(weight, bias, g, residual, hidden, (B, H, W))
+    check_output(weight, bias, g, residual, hidden, (B, H, W))
 
 
-def _check_block(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads, residual) -> None:
-    """The checks of the block's implementations."""
-    given = {"x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g}
-    _check_kinds(given | {"residual": residual}, heads)
-    if x.dim() != 4:
-        raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
-    B, C, H, W = x.shape
-    if mem_kv.dim() != 4 or mem_kv.shape[:2] != (2, heads) or mem_kv.shape[2] == 0:
-        raise ValueError(f"mem_kv must have shape (2, {heads}, D, M), got {tuple(mem_kv.shape)}")
-    hidden = heads * mem_kv.shape[2]
-    if weight_qkv.shape not in ((3 * hidden, C), (3 * hidden, C, 1, 1)):
-        expected = f"({3 * hidden}, {C}) or ({3 * hidden}, {C}, 1, 1)"
-        raise ValueError(f"weight_qkv must have shape {expected}, got {tuple(weight_qkv.shape)}")
-    if g_in.numel() != C:
-        raise ValueError(f"g_in must have {C} elements, one per channel of x, got shape {tuple(g_in.shape)}")
-    if weight.dim() > 0 and weight.shape[0] != C:
-        raise ValueError(f"weight must have the {C} channels of x as its first dimension, got {tuple(weight.shape)}")
-    _check_output(weight, bias, g, residual, hidden, (B, H, W))
-
-
-def _check_kinds(given: dict[str, torch.Tensor | None], heads: int) -> None:
+def check_kinds(given: dict[str, torch.Tensor | None], heads: int) -> None:
     """Types, dtypes and devices; the first is the map, and residual may be None."""
     check_tensors(given, optional=("residual",))
     if not isinstance(heads, int) or heads < 1:
         raise ValueError(f"heads must be a positive integer, got {heads!r}")
 
 
-def _check_output(weight, bias, g, residual, hidden: int, sizes: tuple[int, int, int]) -> None:
+def check_output(weight, bias, g, residual, hidden: int, sizes: tuple[int, int, int]) -> None:
     """What stands after attention, for maps of B, H, W."""
     if weight.dim() not in (2, 4) or weight.shape[1:].numel() != hidden or weight.shape[1] != hidden:
         raise ValueError(f"weight must have shape (C, {hidden}) or (C, {hidden}, 1, 1), got {tuple(weight.shape)}")
@@ -325,34 +240,13 @@ def _native(qkv, mem_kv, weight, bias, g, *, heads, residual) -> torch.Tensor:
 
 def _native_refuses(qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | None:
     given = {"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g, "residual": residual}
-    return _why_not_native(given)
-
-
-def _native_block(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads, residual) -> torch.Tensor:
-    arguments = (x, g_in, weight_qkv, mem_kv, weight, bias, g, residual, heads)
-    return torch.ops.ddpm_fast.native_linear_attention_block.default(*arguments)[0]
-
-
-def _native_block_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | None:
-    given = {"x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g}
-    return _why_not_native(given | {"residual": residual})
-
-
-def _why_not_native(given: dict[str, torch.Tensor | None]) -> str | None:
-    """Of the arguments by name, the map first."""
-    return why_not_on_cpu(given, maps=[next(iter(given))], may_be_empty=("mem_kv",))
+    return why_not_on_cpu(given, maps=("qkv",), may_be_empty=("mem_kv",))
 
 
 def _example(device: torch.device) -> tuple[tuple, dict]:
     qkv, mem_kv = torch.zeros(2, 4, 4, 24, device=device).permute(0, 3, 1, 2), torch.zeros(2, 1, 8, 4, device=device)
     row = torch.zeros(16, device=device)
     return (qkv, mem_kv, torch.zeros(16, 8, device=device), row, row), {"heads": 1, "residual": None}
-
-
-def _block_example(device: torch.device) -> tuple[tuple, dict]:
-    (_, *others), options = _example(device)
-    x, row = torch.zeros(2, 4, 4, 16, device=device).permute(0, 3, 1, 2), others[-1]
-    return (x, row, torch.zeros(24, 16, device=device), *others), options
 
 
 _linear_attention_op = Op(
@@ -363,12 +257,4 @@ _linear_attention_op = Op(
         Implementation("reference", reference.linear_attention),
     ],
     _example,
-)
-_linear_attention_block_op = Op(
-    "linear_attention_block",
-    [
-        Implementation("native", _native_block, _native_block_refuses),
-        Implementation("reference", reference.linear_attention_block),
-    ],
-    _block_example,
 )

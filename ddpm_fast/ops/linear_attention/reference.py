@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.ops.common.reference import norm_linear
 from ddpm_fast.ops.linear_attention.launch import has_channels_last_output
 from ddpm_fast.runtime.dispatch import no_autocast
 
@@ -57,20 +56,3 @@ def linear_attention(
         y = y.to(torch.promote_types(y.dtype, torch.float32))
         out = F.normalize(y, dim=1) * (g.to(y.dtype).reshape(1, C, 1, 1) * C**0.5)
         return (out if residual is None else out + residual.to(y.dtype)).to(dtype)
-
-
-def linear_attention_block(
-    x: torch.Tensor,
-    g_in: torch.Tensor,
-    weight_qkv: torch.Tensor,
-    mem_kv: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    g: torch.Tensor,
-    *,
-    heads: int,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See `ddpm_fast.ops.linear_attention.op.linear_attention_block`."""
-    qkv = norm_linear(x, g_in, weight_qkv)
-    return linear_attention(qkv, mem_kv, weight, bias, g, heads=heads, residual=residual)

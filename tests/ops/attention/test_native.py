@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_fast import use_backend
-from ddpm_fast.ops.attention.op import attention, attention_block
+from ddpm_fast.ops.attention.op import attention
+from ddpm_fast.ops.attention_block.op import attention_block
 from ddpm_fast.runtime import dispatch, extension
 from ddpm_fast.testing.native_cases import (
     CHANNELS_LAST,

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_fast import use_backend
-from ddpm_fast.ops.linear_attention.op import linear_attention, linear_attention_block
+from ddpm_fast.ops.linear_attention.op import linear_attention
+from ddpm_fast.ops.linear_attention_block.op import linear_attention_block
 from ddpm_fast.runtime import dispatch, extension
 from ddpm_fast.testing.native_cases import (
     CHANNELS_LAST,

@@ -1,0 +1,151 @@
+"""Softmax attention as a whole block: public function, registration, eligibility.
+
+    out = weight·attention(weight_qkv·RMSNorm(x)) + bias + residual
+
+Backward keeps x alone and computes qkv and the softmax again.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm_fast.ops.arguments import why_not_on_cpu
+from ddpm_fast.ops.attention.op import check_kinds
+from ddpm_fast.ops.attention_block import reference
+from ddpm_fast.runtime.dispatch import Implementation, Op, never_refuses
+
+_library = torch.library.Library("ddpm_fast", "FRAGMENT")
+for _schema in (
+    "native_attention_block(Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias,"
+    " Tensor? residual, int heads) -> Tensor",
+    "native_attention_block_backward(Tensor grad, Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv,"
+    " Tensor weight, Tensor bias, int heads)"
+    " -> (Tensor dx, Tensor dg_in, Tensor dweight_qkv, Tensor dmem_kv, Tensor dweight, Tensor dbias)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake("ddpm_fast::native_attention_block", lib=_library)
+def _native_fake(x, g_in, weight_qkv, mem_kv, weight, bias, residual, heads):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("ddpm_fast::native_attention_block_backward", lib=_library)
+def _native_backward_fake(grad, x, g_in, weight_qkv, mem_kv, weight, bias, heads):
+    return torch.empty_like(x), *(t.new_empty(t.shape) for t in (g_in, weight_qkv, mem_kv, weight, bias))
+
+
+def _setup_native_context(ctx, inputs, output) -> None:
+    *tensors, residual, heads = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.heads = heads
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _native_backward(ctx, grad):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "attention_block: the native kernel's gradient cannot be differentiated again (create_graph=True)"
+        )
+    gradients = torch.ops.ddpm_fast.native_attention_block_backward(grad, *ctx.saved_tensors, ctx.heads)
+    return *gradients, None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype), None
+
+
+torch.library.register_autograd(
+    "ddpm_fast::native_attention_block", _native_backward, setup_context=_setup_native_context, lib=_library
+)
+
+
+def attention_block(
+    x: torch.Tensor,
+    g_in: torch.Tensor,
+    weight_qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    heads: int,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """RMSNorm, the qkv product, `attention`, a 1×1 convolution and a residual in one op, which keeps x for backward.
+
+    Args:
+        x: (B, C, h, w) float32, float16, bfloat16 (float64: not native). The native code takes channels-last.
+        g_in: the norm's gain, C elements in any shape: x / max(‖x‖₂, 1e-12)·√C·g_in is what qkv is made of.
+        weight_qkv: (3·heads·D, C) or (3·heads·D, C, 1, 1), its rows ordered (3, heads, D).
+        mem_kv: (2, heads, M, D), see `attention`.
+        weight: (C, heads·D) or (C, heads·D, 1, 1), the convolution after attention.
+        bias: (C,), that convolution's.
+        heads: number of heads.
+        residual: (B, C, h, w), added last.
+
+    Returns:
+        (B, C, h, w) in the dtype and memory format of x. Gradients flow to every tensor, once: a second derivative is
+        refused.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said here.
+    """
+    given = {"x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias}
+    _check(given, heads, residual)
+    return _attention_block_op(*given.values(), heads=heads, residual=residual)
+
+
+def attention_block_natively(
+    x, g_in, weight_qkv, mem_kv, weight, bias, *, heads: int, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`attention_block` without its checks, for callers that know that it runs natively."""
+    _attention_block_op.count("native")
+    return _native(x, g_in, weight_qkv, mem_kv, weight, bias, heads=heads, residual=residual)
+
+
+def _check(given: dict[str, torch.Tensor], heads: int, residual: torch.Tensor | None) -> None:
+    """The checks of the block's implementations."""
+    check_kinds(given if residual is None else given | {"residual": residual}, heads)
+    x, g_in, weight_qkv, mem_kv, weight, bias = given.values()
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (B, C, h, w), got {tuple(x.shape)}")
+    if mem_kv.dim() != 4 or mem_kv.shape[:2] != (2, heads) or mem_kv.shape[3] == 0:
+        raise ValueError(f"mem_kv must have shape (2, {heads}, M, D), got {tuple(mem_kv.shape)}")
+    C, hidden = x.shape[1], heads * mem_kv.shape[3]
+    for name, tensor, shape in (("weight_qkv", weight_qkv, (3 * hidden, C)), ("weight", weight, (C, hidden))):
+        if tensor.shape not in (shape, (*shape, 1, 1)):
+            raise ValueError(f"{name} must have shape {shape} or {(*shape, 1, 1)}, got {tuple(tensor.shape)}")
+    if g_in.numel() != C:
+        raise ValueError(f"g_in must have {C} elements, one per channel of x, got shape {tuple(g_in.shape)}")
+    if bias.shape != (C,):
+        raise ValueError(f"bias must have shape ({C},), got {tuple(bias.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must have shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+
+
+def _native(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> torch.Tensor:
+    arguments = (x, g_in, weight_qkv, mem_kv, weight, bias, residual, heads)
+    return torch.ops.ddpm_fast.native_attention_block.default(*arguments)
+
+
+def _native_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> str | None:
+    given = {"x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias}
+    return _why_not_native(given if residual is None else given | {"residual": residual})
+
+
+def _why_not_native(given: dict[str, torch.Tensor]) -> str | None:
+    """Of the arguments by name, the map first."""
+    return why_not_on_cpu(given, maps=[next(iter(given))], may_be_empty=("mem_kv",))
+
+
+def _example(device: torch.device) -> tuple[tuple, dict]:
+    x, row = torch.zeros(1, 4, 4, 8, device=device).permute(0, 3, 1, 2), torch.zeros(8, device=device)
+    mem_kv, weight = torch.zeros(2, 2, 4, 16, device=device), torch.zeros(8, 32, device=device)
+    return (x, row, torch.zeros(96, 8, device=device), mem_kv, weight, row), {"heads": 2, "residual": None}
+
+
+_attention_block_op = Op(
+    "attention_block",
+    [
+        Implementation("native", _native, _native_refuses),
+        Implementation("sdpa", reference.sdpa_attention_block, never_refuses),
+        Implementation("reference", reference.attention_block),
+    ],
+    _example,
+)

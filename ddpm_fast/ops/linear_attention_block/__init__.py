@@ -1,0 +1,1 @@
+"""Linear attention as a whole block: RMSNorm, qkv product and linear attention."""
