@@ -42,7 +42,7 @@ ROWS = [
     ["ops/*/op"],
     ["ops/*/triton", "ops/*/native", "ops/*/reference"],
     ["ops/*/launch"],
-    ["ops/arguments", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
+    ["ops/arguments", "ops/operator", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
     ["ops/common/tables"],
     ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
     ["runtime/extension", "runtime/autocast", "runtime/extras"],
@@ -94,7 +94,7 @@ def test_imports_form_layers(module):
         assert row_of(imported) > row_of(module), f"{module} imports {imported}, which is not below it"
         if module.startswith("ops/") and imported.startswith("ops/"):
             kind = module.split("/")[-1]
-            of_kind = ("common/norm", f"common/{kind}") if kind in ("triton", "reference") else ("arguments",)
+            of_kind = ["common/norm", f"common/{kind}"] if kind in ("triton", "reference") else ["arguments", "operator"]
             shared = imported in [f"ops/{name}" for name in (*of_kind, "common/tables")]
             same_room = module.split("/")[1] == imported.split("/")[1]
             from_a_block = module.split("/")[1].endswith("_block")  # made of the steps' ops

@@ -15,101 +15,32 @@ import torch
 
 from ddpm_fast.ops.arguments import check_seed, check_tensors, why_not_on_cpu
 from ddpm_fast.ops.norm_silu import reference
+from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _LARGEST_ROW = 8192  # channels that the RMSNorm kernels keep in one program's registers
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
 
-_ROWS = "Tensor weight, Tensor? bias_affine, Tensor? bias, Tensor? scale, Tensor? shift"
-_library = torch.library.Library("ddpm_fast", "FRAGMENT")
-for _name in ("norm_silu", "native_norm_silu"):  # the Triton kernels' operators and the extension's
-    _library.define(
-        # groups = 0 is RMSNorm.
-        f"{_name}(Tensor x, {_ROWS}, Tensor? residual, Tensor? seed, int groups, float eps, bool activation, "
-        "float dropout_p) -> (Tensor out, Tensor statistics)",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    _library.define(
-        f"{_name}_backward(Tensor grad, Tensor x, Tensor statistics, {_ROWS}, Tensor? seed, int groups, "
-        "bool activation, float dropout_p) "
-        "-> (Tensor dx, Tensor dweight, Tensor dbias_affine, Tensor dbias, Tensor dscale, Tensor dshift)",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
 
-
-@torch.library.impl(_library, "norm_silu", "CPU")
-@torch.library.impl(_library, "norm_silu", "CUDA")
-def _norm_silu(x, weight, bias_affine, bias, scale, shift, residual, seed, groups, eps, activation, dropout_p):
-    from ddpm_fast.ops.norm_silu import triton as kernel
-
-    return kernel.forward(
-        x, weight, bias_affine, bias, scale, shift, residual, seed, groups, eps, activation, dropout_p
-    )
-
-
-@torch.library.impl(_library, "norm_silu_backward", "CPU")
-@torch.library.impl(_library, "norm_silu_backward", "CUDA")
-def _norm_silu_backward(
-    grad, x, statistics, weight, bias_affine, bias, scale, shift, seed, groups, activation, dropout_p
-):
-    from ddpm_fast.ops.norm_silu import triton as kernel
-
-    dx, *gradients = kernel.backward(
-        grad, x, statistics, weight, bias_affine, bias, scale, shift, seed, groups, activation, dropout_p
-    )
-    rows = (weight, bias_affine, bias, scale, shift)
-    return dx, *(
-        x.new_empty(0) if row is None else gradient.to(row.dtype).reshape(row.shape)
-        for row, gradient in zip(rows, gradients, strict=True)
-    )
-
-
-@torch.library.register_fake("ddpm_fast::norm_silu", lib=_library)
-@torch.library.register_fake("ddpm_fast::native_norm_silu", lib=_library)
-def _norm_silu_fake(x, weight, bias_affine, bias, scale, shift, residual, seed, groups, eps, activation, dropout_p):
+def _fake(x, groups, **_) -> tuple[torch.Tensor, torch.Tensor]:
     B, _, H, W = x.shape
     return torch.empty_like(x), x.new_empty((B, groups, 2) if groups else (B, H * W), dtype=torch.float32)
 
 
-@torch.library.register_fake("ddpm_fast::norm_silu_backward", lib=_library)
-@torch.library.register_fake("ddpm_fast::native_norm_silu_backward", lib=_library)
-def _norm_silu_backward_fake(
-    grad, x, statistics, weight, bias_affine, bias, scale, shift, seed, groups, activation, dropout_p
-):
-    rows = (weight, bias_affine, bias, scale, shift)
-    return torch.empty_like(x), *(x.new_empty(0) if row is None else row.new_empty(row.shape) for row in rows)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias_affine, bias, scale, shift, residual, seed, groups, _, activation, dropout_p = inputs
-    ctx.save_for_backward(x, output[1], weight, bias_affine, bias, scale, shift, seed)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for the statistics
-    ctx.options = (groups, activation, dropout_p)
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _backward_of(operator: str, kernel: str):
-    def backward(ctx, grad, _):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"norm_silu: the {kernel} kernel's gradient cannot be differentiated again (create_graph=True); "
-                'use ddpm_fast.use_backend("reference") for second derivatives'
-            )
-        saved = ctx.saved_tensors  # asked for once: under torch's checkpoint a second time is an error
-        dx, *rows = getattr(torch.ops.ddpm_fast, operator)(grad, *saved, *ctx.options)
-        given = saved[2:7]
-        rows = [None if tensor is None else row for tensor, row in zip(given, rows, strict=True)]
-        dresidual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
-        return dx, *rows, dresidual, None, None, None, None, None
-
-    return backward
-
-
-for _name, _kernel in (("norm_silu", "Triton"), ("native_norm_silu", "native")):
-    _backward = _backward_of(f"{_name}_backward", _kernel)
-    torch.library.register_autograd(f"ddpm_fast::{_name}", _backward, setup_context=_setup_context, lib=_library)
+_norm_silu = Operator(
+    "norm_silu",
+    # groups = 0 is RMSNorm.
+    "Tensor x, Tensor weight, Tensor? bias_affine, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, "
+    "Tensor? seed, int groups, float eps, bool activation, float dropout_p",
+    returns="out, statistics",
+    fake=_fake,
+    backward="grad, x, statistics, weight, bias_affine, bias, scale, shift, seed, groups, activation, dropout_p",
+    gradients="x, weight, bias_affine, bias, scale, shift",
+    passes="residual",
+    triton=f"{__package__}.triton",
+    native=True,
+)
 
 
 def rms_norm_silu(
@@ -282,12 +213,11 @@ def _example(affine: bool):
     return example
 
 
-_triton_operator, _native_operator = torch.ops.ddpm_fast.norm_silu, torch.ops.ddpm_fast.native_norm_silu
 _rms_norm_silu_op = Op(
     "rms_norm_silu",
     [
-        Implementation("triton", _rms(_triton_operator), _triton_rms_refuses),
-        Implementation("native", _rms(_native_operator), _native_refuses),
+        Implementation("triton", _rms(_norm_silu.triton), _triton_rms_refuses),
+        Implementation("native", _rms(_norm_silu.native), _native_refuses),
         Implementation("reference", reference.rms_norm_silu),
     ],
     _example(affine=False),
@@ -295,8 +225,8 @@ _rms_norm_silu_op = Op(
 _group_norm_silu_op = Op(
     "group_norm_silu",
     [
-        Implementation("triton", _group(_triton_operator), _triton_refuses),
-        Implementation("native", _group(_native_operator), _native_refuses),
+        Implementation("triton", _group(_norm_silu.triton), _triton_refuses),
+        Implementation("native", _group(_norm_silu.native), _native_refuses),
         Implementation("reference", reference.group_norm_silu),
     ],
     _example(affine=True),

@@ -462,7 +462,7 @@ def choose_tile(HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool,
     return Tile(block_n, block_c, tiles, num_warps)
 
 
-def forward(
+def norm_silu(
     x: torch.Tensor,  # (B, C, H, W), channels-last or contiguous
     weight: torch.Tensor,  # C elements
     affine: torch.Tensor | None,  # (C,)
@@ -476,7 +476,7 @@ def forward(
     activation: bool,
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output, and the statistics for `backward`: factors (B, HW) for RMSNorm (groups = 0), else (B, G, 2)."""
+    """Output, and the statistics for `norm_silu_backward`: factors (B, HW) for RMSNorm (groups = 0), else (B, G, 2)."""
     B, C, HW = _sizes(x)
     out = torch.empty_like(x)
     rows = _Rows(weight, affine, bias, scale, shift)
@@ -501,7 +501,7 @@ def forward(
         return out, statistics
 
 
-def backward(
+def norm_silu_backward(
     grad: torch.Tensor,  # (B, C, H, W)
     x: torch.Tensor,
     statistics: torch.Tensor,
@@ -515,7 +515,7 @@ def backward(
     activation: bool,
     dropout_p: float,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of x, and in float32 of weight, affine, bias, scale, shift (None where that is None); see `forward`."""
+    """Gradients of x, and in float32 of weight, affine, bias, scale, shift: None where the argument is None."""
     B, C, HW = _sizes(x)
     dx = torch.empty_like(x)
     grad = _laid_out_like(x, grad)

@@ -1,0 +1,231 @@
+"""An operator of torch, declared once: schemas, fakes, autograd and the lazy import of Triton, for every backend."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("ddpm_fast", "FRAGMENT")
+
+
+class Operator:
+    """`ddpm_fast::<name>` by Triton and `ddpm_fast::native_<name>` by C++, with their `_backward` operators.
+
+    A whole declaration, of out = x·weight + bias + residual with one weight and one bias per channel of x:
+
+        def _fake(x, **_):
+            return torch.empty_like(x)
+
+        _scale = Operator(
+            "scale",
+            "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps",
+            returns="out",
+            fake=_fake,
+            backward="grad, x, weight, eps, want_bias",
+            gradients="x, weight, bias",
+            passes="residual",
+            rows={"bias": "weight"},
+            wanted={"want_bias": "bias"},
+            triton=f"{__package__}.triton",
+            native=True,
+        )
+
+    `_scale.triton(x, weight, None, None, 1e-5)` calls `scale` of the folder's triton.py, its gradient `scale_backward`:
+    (grad, x, weight, eps, want_bias) -> (dx, dweight, dbias). `_scale.native` calls what csrc registers with
+    `TORCH_LIBRARY_IMPL` as `native_scale` and `native_scale_backward`. All arguments are positional, in the declared
+    order. Names in a string are separated by commas.
+
+    Args:
+        name: the operator's name in torch.ops.ddpm_fast and in errors.
+        arguments: types and names, as in a schema of torch.
+        returns: names of the returned tensors. Only the first is differentiable; the others are for backward.
+        fake: takes the arguments by name; returns empty outputs of the right shape, dtype and memory format.
+        backward: the backward operator's arguments: "grad" among the kept tensors, then options, then the flags of
+            `wanted`. Kept tensors are arguments or returns, options are arguments that are no tensors.
+        gradients: the arguments whose gradients the backward operator returns. Without any there is no such operator.
+        passes: arguments that are added to the output, so that their gradient is grad.
+        by_torch: names of further gradients, and a function (needs, grad, *kept tensors) that returns them, made of
+            torch's operators; `needs` has a bool for each. With these alone, gradients can be differentiated again.
+        maps: gradients in the memory format of their argument, or, if that is not kept, of the first kept tensor. The
+            other gradients are contiguous.
+        rows: gradients of arguments that are not kept, such as biases: the backward operator returns float32, as many
+            numbers as the first dimension of this kept argument.
+        wanted: flags of the backward operator. A flag is true if a gradient in its string is used; a tuple of n strings
+            makes a flag of type bool[n]. The operator returns an empty tensor for an unwanted gradient.
+        gradient_list: the backward operator returns Tensor[] instead of a tuple.
+        contiguous_grad: grad is made contiguous for the backward operator.
+        triton: the module of the functions `<name>` and `<name>_backward`, imported by the first call. A gradient from
+            there may have another dtype or shape than its argument, and be None if that is.
+        native: csrc implements the operator.
+
+    Attributes:
+        triton, native: the operators, each only where it is declared.
+    """
+
+    triton: Callable[..., Any]
+    native: Callable[..., Any]
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        *,
+        returns: str,
+        fake: Callable[..., Any],
+        backward: str = "",
+        gradients: str = "",
+        passes: str = "",
+        by_torch: tuple[str, Callable[..., Iterable[torch.Tensor | None]]] = ("", tuple),
+        maps: str = "x",
+        rows: Mapping[str, str] | None = None,
+        wanted: Mapping[str, str | tuple[str, ...]] | None = None,
+        gradient_list: bool = False,
+        contiguous_grad: bool = False,
+        triton: str | None = None,
+        native: bool = False,
+    ):
+        self.name, self._returns, self._backward = name, _names(returns), _names(backward)
+        self._gradients, self._passes, self._maps = _names(gradients), _names(passes), _names(maps)
+        self._by_torch, self._formula = _names(by_torch[0]), by_torch[1]
+        self._rows, self._wanted, self._contiguous_grad = dict(rows or {}), dict(wanted or {}), contiguous_grad
+        types = {argument.split()[1]: argument.split()[0] for argument in arguments.split(", ")}
+        self._arguments = tuple(types)
+        types |= dict.fromkeys(("grad", *self._returns), "Tensor")
+        types |= {flag: "bool" if isinstance(of, str) else f"bool[{len(of)}]" for flag, of in self._wanted.items()}
+        self._tensors = [name for name in self._backward if types[name].startswith("Tensor")]
+        self._options = [name for name in self._backward if name not in self._tensors and name not in self._wanted]
+        if self._backward != (*self._tensors, *self._options, *self._wanted):
+            raise ValueError(f"{name}: backward must name tensors, then options, then flags, got {backward}")
+
+        signature = f"({arguments}) -> {_type_of(self._returns)}"
+        takes = ", ".join(f"{types[name]} {name}" for name in self._backward)
+        made = "Tensor[]" if gradient_list else _type_of([f"d{name}" for name in self._gradients])
+        for kernel, prefix, declared in (("Triton", "", triton), ("native", "native_", native)):
+            if not declared:
+                continue
+            operator, gradient = _define(prefix + name, signature, _by_name(fake, self._arguments)), None
+            if self._gradients:
+                fake_gradients = _by_name(self._empty_gradients, self._backward)
+                gradient = _define(f"{prefix}{name}_backward", f"({takes}) -> {made}", fake_gradients)
+            if self._gradients or self._passes or self._by_torch:
+                setup, formula = self._autograd(kernel, gradient)
+                torch.library.register_autograd(operator, formula, setup_context=setup, lib=_library)
+            setattr(self, kernel.lower(), operator)
+        if triton is not None:
+            _launch(triton, name)
+            if self._gradients:
+                _launch(triton, f"{name}_backward", self._restored)
+
+    def _autograd(self, kernel: str, operator: Callable | None) -> tuple[Callable, Callable]:
+        """setup_context and backward for the operators of one kernel."""
+        names, several = (*self._arguments, *self._returns), len(self._returns) > 1
+        kept, restored = [n for n in self._tensors if n != "grad"], (*self._rows, *self._passes, *self._by_torch)
+        at = self._tensors.index("grad") if self._tensors else 0
+
+        def setup_context(ctx, inputs, output) -> None:
+            values = dict(zip(names, (*inputs, *output) if several else (*inputs, output), strict=True))
+            ctx.save_for_backward(*[values[name] for name in kept])
+            ctx.set_materialize_grads(False)  # no zeros as gradients of the other returns
+            if several:
+                ctx.mark_non_differentiable(*output[1:])
+            ctx.options = [values[name] for name in self._options]
+            ctx.dtypes = {name: values[name].dtype for name in restored if values[name] is not None}
+
+        def backward(ctx, grad, *_):
+            if operator is not None and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{self.name}: the {kernel} kernel's gradient cannot be differentiated again (create_graph=True); "
+                    'use ddpm_fast.use_backend("reference") for second derivatives'
+                )
+            if grad is None:
+                return (None,) * len(self._arguments)
+            needs = dict(zip(self._arguments, ctx.needs_input_grad, strict=True))
+            saved = ctx.saved_tensors  # read once: under torch's checkpoint a second read is an error
+            made = dict.fromkeys(self._passes, grad)
+            if operator is not None and any([needs[name] for name in self._gradients]):
+                flags = [_any_of(used, needs) for used in self._wanted.values()]
+                given = grad.contiguous() if self._contiguous_grad else grad
+                gradients = operator(*saved[:at], given, *saved[at:], *ctx.options, *flags)
+                made |= zip(self._gradients, [gradients] if len(self._gradients) == 1 else gradients, strict=True)
+            used = [needs[name] for name in self._by_torch]
+            if any(used):
+                made |= zip(self._by_torch, self._formula(used, grad, *saved), strict=True)
+            for name, dtype in ctx.dtypes.items():
+                if needs[name]:
+                    made[name] = made[name].to(dtype)
+            return tuple([made[name] if need else None for name, need in needs.items()])
+
+        return setup_context, backward
+
+    def _empty_gradients(self, **given) -> torch.Tensor | list[torch.Tensor]:
+        """What the backward operator returns, not written."""
+        first = next(given[name] for name in self._tensors if name != "grad")
+        unwanted = set()
+        for flag, of in self._wanted.items():
+            for names, used in [(of, given[flag])] if isinstance(of, str) else zip(of, given[flag], strict=True):
+                unwanted |= set() if used else set(_names(names))
+
+        def empty(name: str) -> torch.Tensor:
+            argument = given[self._rows[name]] if name in self._rows else given.get(name, first)
+            none = argument is None or name in unwanted
+            if name in self._rows:
+                return first.new_empty(0 if none else argument.shape[0], dtype=torch.float32)
+            if none:
+                return (first if argument is None else argument).new_empty(0)
+            return torch.empty_like(argument) if name in self._maps else argument.new_empty(argument.shape)
+
+        made = [empty(name) for name in self._gradients]
+        return made[0] if len(made) == 1 else made
+
+    def _restored(self, made: Any, *values: Any) -> torch.Tensor | list[torch.Tensor]:
+        """The gradients of a Triton kernel in the dtypes and shapes of their arguments; empty for None."""
+        if isinstance(made, torch.Tensor):
+            return made
+        given, restored = dict(zip(self._backward, values, strict=True)), []
+        for name, gradient in zip(self._gradients, made, strict=True):
+            argument = given.get(name)
+            if gradient is None:
+                gradient = values[0].new_empty(0)
+            elif argument is not None:
+                gradient = gradient.to(argument.dtype)
+                gradient = gradient if gradient.shape == argument.shape else gradient.reshape(argument.shape)
+            restored.append(gradient)
+        return restored
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(",", " ").split())
+
+
+def _any_of(used: str | tuple[str, ...], needs: dict[str, bool]) -> bool | list[bool]:
+    if isinstance(used, tuple):
+        return [_any_of(names, needs) for names in used]
+    return any([needs[name] for name in _names(used)])
+
+
+def _type_of(returns: Sequence[str]) -> str:
+    return "Tensor" if len(returns) == 1 else f"({', '.join(f'Tensor {name}' for name in returns)})"
+
+
+def _by_name(function: Callable, names: Sequence[str]) -> Callable:
+    return lambda *values: function(**dict(zip(names, values, strict=True)))
+
+
+def _define(name: str, signature: str, fake: Callable) -> Callable:
+    _library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"ddpm_fast::{name}", fake, lib=_library)
+    return getattr(torch.ops.ddpm_fast, name).default
+
+
+def _launch(module: str, name: str, finish: Callable | None = None) -> None:
+    """Implement an operator by the function of its name in a module, which the first call imports."""
+
+    def launch(*values):
+        made = getattr(importlib.import_module(module), name)(*values)
+        return made if finish is None else finish(made, *values)
+
+    for device in ("CPU", "CUDA"):  # on the CPU, Triton's interpreter
+        _library.impl(name, launch, device)
