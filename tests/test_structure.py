@@ -38,10 +38,11 @@ ROWS = [
     ["models/layers", "runtime/recording"],
     ["models/derived_weights"],
     ["ops/*_block/op"],
-    ["ops/*_block/reference"],
+    ["ops/*_block/composite", "ops/*_block/reference"],
     ["ops/*/op"],
     ["ops/*/triton", "ops/*/native", "ops/*/reference"],
     ["ops/*/launch"],
+    ["ops/layout"],
     ["ops/arguments", "ops/operator", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
     ["ops/common/tables"],
     ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
@@ -49,10 +50,15 @@ ROWS = [
 ]
 
 
+def is_a_block(op: str) -> bool:
+    """True for the package of an op that is made of other ops."""
+    return op.endswith("_block") or op == "resample"
+
+
 def row_of(module: str) -> int:
     parts = module.split("/")
     in_a_room = parts[0] == "ops" and len(parts) == 3 and parts[1] != "common"
-    folder = "*_block" if in_a_room and parts[1].endswith("_block") else "*"
+    folder = "*_block" if in_a_room and is_a_block(parts[1]) else "*"
     pattern = f"ops/{folder}/{parts[2]}" if in_a_room else module
     (row,) = [i for i, names in enumerate(ROWS) if pattern in names]
     return row
@@ -97,7 +103,7 @@ def test_imports_form_layers(module):
             of_kind = ["common/norm", f"common/{kind}"] if kind in ("triton", "reference") else ["arguments", "operator"]
             shared = imported in [f"ops/{name}" for name in (*of_kind, "common/tables")]
             same_room = module.split("/")[1] == imported.split("/")[1]
-            from_a_block = module.split("/")[1].endswith("_block")  # made of the steps' ops
+            from_a_block = is_a_block(module.split("/")[1])  # made of the steps' ops
             assert same_room or shared or from_a_block, f"{module} imports another room, {imported}"
 
 

@@ -356,12 +356,13 @@ def _count_kept(traffic: Traffic, excluded: set[int]):
 
     def checkpoint_and_count(function, *args, **kwargs):
         """torch's checkpoint keeps its arguments where no hook sees them."""
-        for tensor in args:
-            pack(tensor)
+        for argument in args:
+            if isinstance(argument, torch.Tensor):
+                pack(argument)
         return checkpoint(function, *args, **kwargs)
 
     with (
-        mock.patch("ddpm_fast.models.layers.checkpoint", checkpoint_and_count),
+        mock.patch("ddpm_fast.ops.linear_attention_block.composite.checkpoint", checkpoint_and_count),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         yield

@@ -19,14 +19,14 @@ from ddpm_fast.models.layers import (
     SinusoidalPosEmb,
     StemConv,
     Upsample,
-    has_native_maps,
     is_plain,
     linears_of_one_input,
-    weights_format,
 )
+from ddpm_fast.ops.layout import maps_format, weights_format
 
-# Of the smallest maps of a batch, and of their channels: below and from there on channels-last maps lose on a CPU
-# (Unet(64) at 32×32: 1.4 times the time with 32 pixels, 0.99 with 128; Unet(32, (1, 2, 4)) with 16 pixels: 0.92).
+# Without native kernels, channels-last is slower on the CPU when the smallest maps have fewer than 64 pixels per batch
+# and 256 channels or more (Unet(64) at 32×32: 1.4 times the time with 32 pixels, 0.99 with 128; Unet(32, (1, 2, 4))
+# with 16 pixels: 0.92).
 _FEW_PIXELS, _WIDE = 64, 256
 
 NORMS = ("rms", "group")
@@ -217,11 +217,11 @@ class Unet(DerivesWeights):
         if self.self_condition:
             x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond, x), dim=1)
 
-        # All maps lie like this one from here on: every convolution and op keeps what it is given.
-        maps_format = self._maps_format(x)
-        x = self.init_conv(x.contiguous(memory_format=maps_format))
-        if x.device.type == "cpu":  # an image of one channel lies either way, and torch's convolution then chooses
-            x = x.contiguous(memory_format=maps_format)
+        # Every convolution and op keeps this layout.
+        layout, has_both_layouts = self._maps_format(x), x.shape[1] == 1
+        x = self.init_conv(x.contiguous(memory_format=layout))
+        if has_both_layouts:  # then torch's convolution has chosen one
+            x = x.contiguous(memory_format=layout)
         residual = x
         rows = iter(self._scales_and_shifts(time))
 
@@ -244,7 +244,9 @@ class Unet(DerivesWeights):
             x = attn(x, residual=x)
             x = upsample(x)
 
-        return self.final_res_block.followed_by(self.final_conv, (x, residual), next(rows))
+        if is_plain(self.final_res_block, self.final_conv):
+            return self.final_res_block((x, residual), scale_shift=next(rows), final_conv=self.final_conv)
+        return self.final_conv(self.final_res_block((x, residual), scale_shift=next(rows)))
 
     def _blocks(self) -> list[ResnetBlock]:
         """The residual blocks in the order in which they run."""
@@ -297,21 +299,18 @@ class Unet(DerivesWeights):
                         tensor.data = tensor.data.contiguous(memory_format=weights_format(tensor.device))
 
     def _maps_format(self, x: torch.Tensor) -> torch.memory_format:
-        """How the network's maps lie: channels-last on CUDA, and on the CPU where the native kernels run.
+        """The memory format of the network's maps.
 
-        Where they do not, channels-last on the CPU in most sampling runs (`frozen_weights`) only: that makes a
-        forward pass up to 20% faster, but no training step; those, and single passes, round like the peer's. oneDNN
-        lays out weights anew for channels-last maps in every call: where few pixels meet wide weights that takes
-        longer than the product, and the maps stay as they come.
+        On the CPU without native kernels, channels-last makes a forward pass up to 20% faster and no training step:
+        only sampling runs (`frozen_weights`) use it. oneDNN then lays out weights anew in every call, which takes
+        longer than the product where few pixels meet wide weights.
         """
-        if has_native_maps(x):
-            return torch.channels_last
-        weights = weights_format(self.init_conv.weight.device)
-        if not self.is_frozen or torch.is_grad_enabled():
-            return weights
+        fastest = maps_format(x)
+        if fastest is torch.channels_last or not self.is_frozen or torch.is_grad_enabled():
+            return fastest
         pixels = x.shape[0] * x.shape[2] * x.shape[3] // self.downsample_factor**2
         few_for_wide = pixels < _FEW_PIXELS and self.mid_block1.dim_out >= _WIDE
-        return weights if few_for_wide else torch.channels_last
+        return fastest if few_for_wide else torch.channels_last
 
     def _time_embedding(self, time: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, 4·dim)
         embedding, *mlp = self.time_mlp

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ddpm_fast.runtime import extension
+from ddpm_fast.runtime import extension, triton_launch
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -48,6 +48,11 @@ def check_seed(dropout_p: float, seed: torch.Tensor | None, device: torch.device
         raise TypeError(f"seed must be a one-element int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
     if seed.device != device:
         raise ValueError(f"seed must be on the device of x, {device}, got {seed.device}")
+
+
+def why_steps_come_first(x: torch.Tensor, *args, **kwargs) -> str | None:
+    """Why a native block yields to the ops of its steps, in one clause; None where it does not."""
+    return "Triton runs the block's steps" if triton_launch.why_not_triton(x.device) is None else None
 
 
 def why_not_on_cpu(

@@ -20,6 +20,12 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
+def to_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the dtype that autocast gives a convolution; unchanged where it is off."""
+    dtype = autocast_dtype(tensors[0].device.type)
+    return tensors if dtype is None else tuple([tensor.to(dtype) for tensor in tensors])
+
+
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 

@@ -4,6 +4,9 @@ An op lists its implementations in order of preference. Each can refuse a call w
 that is expected to be faster; the first that does neither runs, and the last (the torch reference) never refuses.
 Nothing here catches an exception to choose, and nothing reads the environment: the same call is answered the same way
 every time, and `explain` prints the answer.
+
+A block op's last implementation is "composite": the block made of the ops of its steps, each of which chooses again. A
+forced backend that the block does not have is forced on these.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch.autograd import forward_ad
 from ddpm_fast.runtime import extension
 from ddpm_fast.runtime.autocast import no_autocast as no_autocast
 
+COMPOSITE = "composite"
 BACKENDS = ("triton", "native", "sdpa", "reference")
 
 # A plain module global, not a ContextVar: dynamo guards on the one and cannot trace the other.
@@ -41,7 +45,7 @@ class Implementation:
     """One way to compute an op.
 
     Args:
-        name: one of `BACKENDS`.
+        name: one of `BACKENDS`, or `COMPOSITE`.
         function: computes the op.
         refuses: takes the op's arguments; returns None to accept them or one clause that says why not.
         yields: asked with the same arguments where it does not refuse; returns None or one clause that says why a
@@ -103,6 +107,8 @@ class Op:
                     if reason is not None:
                         raise BackendRefused(f"{self.name}: backend {_forced!r} was forced and refuses: {reason}")
                     return implementation
+            if last.name == COMPOSITE:
+                return last
         if in_forward_mode():
             self.count(last.name, _NO_TANGENTS)
             return last
@@ -132,8 +138,8 @@ class Op:
 class use_backend:
     """Force every op that has an implementation `name` to run it, and to raise with its reason where it refuses.
 
-    Ops without an implementation of that name choose as always. Works at once, as a plain call or as a context manager
-    that restores what was forced before:
+    A block op without one runs the ops of its steps; other ops without one choose as always. Works at once, as a plain
+    call or as a context manager that restores what was forced before:
 
         ddpm_fast.use_backend("reference")
         with ddpm_fast.use_backend("native"): ...

@@ -29,7 +29,7 @@ from cuda_model.compiler import Pool, compile_variant  # noqa: E402
 
 import ddpm_fast  # noqa: E402
 from ddpm_fast.measure import traffic  # noqa: E402
-from ddpm_fast.models.layers import rms_norm_silu  # noqa: E402
+from ddpm_fast.ops.norm_silu.op import rms_norm_silu  # noqa: E402
 
 OPS = Path(ddpm_fast.__file__).parent / "ops"
 TARGET = driver.target_of("sm_90")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import ddpm_fast
 from ddpm_fast.measure import traffic
+from ddpm_fast.ops.norm_silu.op import rms_norm_silu
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "traffic.py"
 command = importlib.util.module_from_spec(importlib.util.spec_from_file_location("traffic_command", SCRIPT))
@@ -130,7 +131,7 @@ def test_an_op_of_this_package_is_asked_by_name():
     again = mock.patch.dict(traffic.SECOND_READS, {name: lambda arguments: [arguments["weight"]] * 2})
     scratch = mock.patch.dict(traffic.SCRATCH_BYTES, {name: lambda arguments: 1000 + len(arguments)})
     with flops, again, scratch, traffic.kernels_take_meta_tensors():
-        found = count(lambda: ddpm_fast.models.layers.rms_norm_silu(x, g))
+        found = count(lambda: rms_norm_silu(x, g))
     assert found.flops["matmul"] == 128
     statistics = 4 * 16
     assert found.bytes_moved == 4 * (2 * 128 + 8) + statistics + 2 * 4 * 8 + 1000 + 12

@@ -11,8 +11,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import Unet, use_backend
-from ddpm_fast.models import layers
-from ddpm_fast.models.layers import Attention, Downsample, LinearAttention, ResnetBlock, Upsample
+from ddpm_fast.models.layers import (
+    Attention,
+    Downsample,
+    LinearAttention,
+    ResnetBlock,
+    Upsample,
+    linears_of_one_input,
+)
+from ddpm_fast.ops.norm_linear.op import linears
+from ddpm_fast.ops.resnet_block.composite import convs_of_parts
 from ddpm_fast.testing.truth import assert_close_to_truth
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -92,7 +100,7 @@ def test_convolutions_of_maps_side_by_side(widths, layout):
         return tuple(leaves[f"part{i}"] for i in range(len(widths)))
 
     def ours(w3, w1, bias, **parts):
-        return layers.convs_of_parts(parts_of(parts), (w3, None), (w1, bias))
+        return convs_of_parts(parts_of(parts), (w3, None), (w1, bias))
 
     def plain(w3, w1, bias, **parts):
         h = torch.cat(parts_of(parts), dim=1)
@@ -118,7 +126,7 @@ def test_only_the_gradient_that_is_asked_for(wanted):
         return (out * torch.linspace(-1, 1, out.numel()).reshape(out.shape)).sum()
 
     parts = (leaves["part0"], leaves["part1"])
-    (out,) = layers.convs_of_parts(parts, (leaves["w3"], leaves["bias"]))
+    (out,) = convs_of_parts(parts, (leaves["w3"], leaves["bias"]))
     plain = F.conv2d(torch.cat(parts, dim=1), leaves["w3"], leaves["bias"], padding=1)
     (actual,), (expected,) = (torch.autograd.grad(loss(y), leaves[wanted]) for y in (out, plain))
     torch.testing.assert_close(actual, expected)
@@ -130,13 +138,13 @@ def test_linear_layers_of_one_input():
     leaves = {"x": normal(3, 6)} | {name: getattr(modules[int(name[-1])], name[:-1]) for name in names}
 
     def ours(x, **parameters):
-        return layers.linears(x, *([parameters[f"{kind}{i}"] for i in range(3)] for kind in ("weight", "bias")))
+        return linears(x, *([parameters[f"{kind}{i}"] for i in range(3)] for kind in ("weight", "bias")))
 
     def plain(x, **parameters):
         return torch.cat([F.linear(x, parameters[f"weight{i}"], parameters[f"bias{i}"]) for i in range(3)], dim=1)
 
     assert_same_function(ours, plain, leaves)
-    torch.testing.assert_close(layers.linears_of_one_input(leaves["x"], modules), plain(**leaves))
+    torch.testing.assert_close(linears_of_one_input(leaves["x"], modules), plain(**leaves))
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
@@ -147,7 +155,7 @@ def test_a_residual_block_takes_maps_side_by_side_and_rows_of_the_time_embedding
     torch.testing.assert_close(block(parts, t), expected)
     torch.testing.assert_close(block(parts, scale_shift=block.mlp(t).chunk(2, dim=1)), expected)
     conv = nn.Conv2d(4, 3, 1)
-    torch.testing.assert_close(block.followed_by(conv, parts, block.mlp(t).chunk(2, dim=1)), conv(expected))
+    torch.testing.assert_close(block(parts, t, final_conv=conv), conv(expected))
 
 
 def test_a_replaced_projection_of_the_time_embedding_runs():

@@ -5,6 +5,7 @@ Fake tensors show the strides that CUDA's convolutions give, without a GPU; in b
 
 from __future__ import annotations
 
+import contextlib
 from unittest import mock
 
 import pytest
@@ -69,12 +70,11 @@ def test_no_layout_copies_on_cuda(norm, memory):
 @pytest.mark.parametrize("memory", ["fast", "low"])
 def test_no_layout_copies_in_backward(memory):
     always = mock.Mock(return_value=torch.channels_last)
-    with kernels_take_meta_tensors(), FakeTensorMode():
-        with (
-            mock.patch("ddpm_fast.models.layers.weights_format", always),
-            mock.patch("ddpm_fast.models.unet.weights_format", always),
-        ):
-            run(Unet(16, dim_mults=(1, 2, 4, 8), memory=memory), "cpu", True)
+    users = ("layout", "resample.composite", "resnet_block.composite")
+    with kernels_take_meta_tensors(), FakeTensorMode(), contextlib.ExitStack() as patches:
+        for module in ("models.unet", *(f"ops.{user}" for user in users)):
+            patches.enter_context(mock.patch(f"ddpm_fast.{module}.weights_format", always))
+        run(Unet(16, dim_mults=(1, 2, 4, 8), memory=memory), "cpu", True)
 
 
 def test_weights_lie_as_their_device_wants_and_state_dicts_do_not_care():

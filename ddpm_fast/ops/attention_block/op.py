@@ -2,17 +2,17 @@
 
     out = weight·attention(weight_qkv·RMSNorm(x)) + bias + residual
 
-Backward keeps x alone and computes qkv and the softmax again.
+The native block keeps x alone for backward and computes qkv and the softmax again.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ddpm_fast.ops.arguments import why_not_on_cpu
+from ddpm_fast.ops.arguments import why_not_on_cpu, why_steps_come_first
 from ddpm_fast.ops.attention.op import check_kinds
-from ddpm_fast.ops.attention_block import reference
-from ddpm_fast.runtime.dispatch import Implementation, Op, never_refuses
+from ddpm_fast.ops.attention_block import composite
+from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
 
 _library = torch.library.Library("ddpm_fast", "FRAGMENT")
 for _schema in (
@@ -67,7 +67,7 @@ def attention_block(
     heads: int,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """RMSNorm, the qkv product, `attention`, a 1×1 convolution and a residual in one op, which keeps x for backward.
+    """RMSNorm, the qkv product, `attention`, a 1×1 convolution and a residual.
 
     Args:
         x: (B, C, h, w) float32, float16, bfloat16 (float64: not native). The native code takes channels-last.
@@ -88,15 +88,7 @@ def attention_block(
     """
     given = {"x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias}
     _check(given, heads, residual)
-    return _attention_block_op(*given.values(), heads=heads, residual=residual)
-
-
-def attention_block_natively(
-    x, g_in, weight_qkv, mem_kv, weight, bias, *, heads: int, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`attention_block` without its checks, for callers that know that it runs natively."""
-    _attention_block_op.count("native")
-    return _native(x, g_in, weight_qkv, mem_kv, weight, bias, heads=heads, residual=residual)
+    return unchecked_attention_block(*given.values(), heads=heads, residual=residual)
 
 
 def _check(given: dict[str, torch.Tensor], heads: int, residual: torch.Tensor | None) -> None:
@@ -125,13 +117,11 @@ def _native(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> to
 
 
 def _native_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> str | None:
-    given = {"x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias}
-    return _why_not_native(given if residual is None else given | {"residual": residual})
-
-
-def _why_not_native(given: dict[str, torch.Tensor]) -> str | None:
-    """Of the arguments by name, the map first."""
-    return why_not_on_cpu(given, maps=[next(iter(given))], may_be_empty=("mem_kv",))
+    given = {
+        "x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias,
+        "residual": residual,
+    }  # fmt: skip
+    return why_not_on_cpu(given, maps=("x",), may_be_empty=("mem_kv",))
 
 
 def _example(device: torch.device) -> tuple[tuple, dict]:
@@ -140,12 +130,12 @@ def _example(device: torch.device) -> tuple[tuple, dict]:
     return (x, row, torch.zeros(96, 8, device=device), mem_kv, weight, row), {"heads": 2, "residual": None}
 
 
-_attention_block_op = Op(
+# Without the checks, for callers whose arguments fit by construction: a network's modules.
+unchecked_attention_block = Op(
     "attention_block",
     [
-        Implementation("native", _native, _native_refuses),
-        Implementation("sdpa", reference.sdpa_attention_block, never_refuses),
-        Implementation("reference", reference.attention_block),
+        Implementation("native", _native, _native_refuses, why_steps_come_first),
+        Implementation(COMPOSITE, composite.attention_block),
     ],
     _example,
 )

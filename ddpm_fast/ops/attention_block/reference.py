@@ -1,6 +1,6 @@
-"""A block of softmax attention in plain torch: the specification and the oracle, and torch's fused kernel.
+"""A block of softmax attention in plain torch: the specification and the oracle.
 
-Both compute in the dtype of x whatever autocast says, as the kernels do, so that float64 tensors give a truth.
+It computes in the dtype of x whatever autocast says, as the kernels do, so that float64 tensors give a truth.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.ops.attention.reference import attention, sdpa_attention
+from ddpm_fast.ops.attention.reference import attention
 from ddpm_fast.ops.common.reference import linear_residual, norm_linear
 from ddpm_fast.runtime.dispatch import no_autocast
 
@@ -25,16 +25,7 @@ def attention_block(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ddpm_fast.ops.attention_block.op.attention_block`."""
-    return _block(attention, x, g_in, weight_qkv, mem_kv, weight, bias, heads, residual)
-
-
-def sdpa_attention_block(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual=None) -> torch.Tensor:
-    """The same by torch's scaled_dot_product_attention."""
-    return _block(sdpa_attention, x, g_in, weight_qkv, mem_kv, weight, bias, heads, residual)
-
-
-def _block(attend, x, g_in, weight_qkv, mem_kv, weight, bias, heads, residual) -> torch.Tensor:
-    out = attend(norm_linear(x, g_in, weight_qkv), mem_kv, heads=heads)
+    out = attention(norm_linear(x, g_in, weight_qkv), mem_kv, heads=heads)
     weight = weight.reshape(*weight.shape[:2], 1, 1)
     if residual is not None:
         return linear_residual(out, weight, bias, residual)

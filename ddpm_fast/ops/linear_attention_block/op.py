@@ -3,17 +3,17 @@
     qkv = weight_qkv·(x / max(‖x‖₂, 1e-12)·√C·g_in)
     out = linear_attention(qkv) + residual
 
-Backward keeps x alone of the maps and computes the others again.
+The native block keeps no map but x for backward and computes the others again.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ddpm_fast.ops.arguments import why_not_on_cpu
+from ddpm_fast.ops.arguments import why_not_on_cpu, why_steps_come_first
 from ddpm_fast.ops.linear_attention.op import check_kinds, check_output
-from ddpm_fast.ops.linear_attention_block import reference
-from ddpm_fast.runtime.dispatch import Implementation, Op
+from ddpm_fast.ops.linear_attention_block import composite
+from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
 
 _ARGUMENTS = "Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor g"
 # Implemented in csrc/cpu/linear_attention_cpu.cpp. statistics: (B, 2, heads·D) float32, of k over positions and memory
@@ -81,14 +81,16 @@ def linear_attention_block(
     *,
     heads: int,
     residual: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
-    """RMSNorm, the qkv product and `linear_attention` in one op, which keeps no map but x for backward.
+    """RMSNorm, the qkv product and `linear_attention`.
 
     Args:
         x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). The native code takes channels-last.
         g_in: the first norm's gain, C elements in any shape.
         weight_qkv: (3·heads·D, C) or (3·heads·D, C, 1, 1), its rows ordered (3, heads, D).
-        others: see `linear_attention`; weight, bias and g have the C of x.
+        mem_kv, weight, bias, g, heads, residual: see `linear_attention`; weight, bias and g have the C of x.
+        recompute: backward keeps the arguments alone and runs the block again. The native block always does.
 
     Returns:
         (B, C, H, W), dtype and memory format of x. Gradients flow to every tensor, once: a second derivative is
@@ -98,15 +100,9 @@ def linear_attention_block(
         TypeError, ValueError: an argument is not what is said here.
     """
     _check(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads, residual)
-    return _linear_attention_block_op(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads=heads, residual=residual)
-
-
-def linear_attention_block_natively(
-    x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads: int, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`linear_attention_block` without its checks, for callers that know that it runs natively."""
-    _linear_attention_block_op.count("native")
-    return _native(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads=heads, residual=residual)
+    return unchecked_linear_attention_block(
+        x, g_in, weight_qkv, mem_kv, weight, bias, g, heads=heads, residual=residual, recompute=recompute
+    )
 
 
 def _check(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads, residual) -> None:
@@ -129,32 +125,32 @@ def _check(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads, residual) -> Non
     check_output(weight, bias, g, residual, hidden, (B, H, W))
 
 
-def _native(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads, residual) -> torch.Tensor:
+def _native(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads, residual, recompute) -> torch.Tensor:
     arguments = (x, g_in, weight_qkv, mem_kv, weight, bias, g, residual, heads)
     return torch.ops.ddpm_fast.native_linear_attention_block.default(*arguments)[0]
 
 
-def _native_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | None:
-    given = {"x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g}
-    return _why_not_native(given | {"residual": residual})
-
-
-def _why_not_native(given: dict[str, torch.Tensor | None]) -> str | None:
-    """Of the arguments by name, the map first."""
-    return why_not_on_cpu(given, maps=[next(iter(given))], may_be_empty=("mem_kv",))
+def _native_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads, residual, recompute) -> str | None:
+    given = {
+        "x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g,
+        "residual": residual,
+    }  # fmt: skip
+    return why_not_on_cpu(given, maps=("x",), may_be_empty=("mem_kv",))
 
 
 def _example(device: torch.device) -> tuple[tuple, dict]:
     x, row = torch.zeros(2, 4, 4, 16, device=device).permute(0, 3, 1, 2), torch.zeros(16, device=device)
     mem_kv, weight = torch.zeros(2, 1, 8, 4, device=device), torch.zeros(16, 8, device=device)
-    return (x, row, torch.zeros(24, 16, device=device), mem_kv, weight, row, row), {"heads": 1, "residual": None}
+    options = {"heads": 1, "residual": None, "recompute": False}
+    return (x, row, torch.zeros(24, 16, device=device), mem_kv, weight, row, row), options
 
 
-_linear_attention_block_op = Op(
+# Without the checks, for callers whose arguments fit by construction: a network's modules.
+unchecked_linear_attention_block = Op(
     "linear_attention_block",
     [
-        Implementation("native", _native, _native_refuses),
-        Implementation("reference", reference.linear_attention_block),
+        Implementation("native", _native, _native_refuses, why_steps_come_first),
+        Implementation(COMPOSITE, composite.linear_attention_block),
     ],
     _example,
 )

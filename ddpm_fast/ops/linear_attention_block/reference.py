@@ -19,6 +19,7 @@ def linear_attention_block(
     *,
     heads: int,
     residual: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
     """See `ddpm_fast.ops.linear_attention_block.op.linear_attention_block`."""
     qkv = norm_linear(x, g_in, weight_qkv)

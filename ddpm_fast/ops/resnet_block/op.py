@@ -1,20 +1,21 @@
-"""A residual block of the UNet as one op on the CPU: public function, registration, eligibility.
+"""A residual block of the UNet: public function, registration, eligibility.
 
     h = dropout(SiLU(norm(conv3x3(x, weight1) + bias1)·(1 + scale) + shift))
     out = SiLU(norm(conv3x3(h, weight2) + bias2)) + (x, or its 1×1 convolution)
 
-with norm as in the room norm_silu. Backward keeps x and the two convolutions' outputs, and makes h again. On CUDA the
-UNet runs the rooms of the single steps instead (layers.py).
+with norm as in the op norm_silu. The native block keeps x and the two convolutions' outputs for backward, and computes
+h again.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from ddpm_fast.ops.arguments import check_seed, check_tensors, why_not_on_cpu
-from ddpm_fast.ops.resnet_block import reference
-from ddpm_fast.runtime import triton_launch
-from ddpm_fast.runtime.dispatch import Implementation, Op, forced_backend, in_forward_mode
+from ddpm_fast.ops.arguments import check_seed, check_tensors, why_not_on_cpu, why_steps_come_first
+from ddpm_fast.ops.norm_linear.op import linear
+from ddpm_fast.ops.resnet_block import composite
+from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
 
 _FIRST = "Tensor x, Tensor? beside, Tensor weight1{bias1}, Tensor gain1, Tensor? affine1, Tensor? scale, Tensor? shift"
 _SECOND = "Tensor weight2{bias2}, Tensor gain2, Tensor? affine2, Tensor? res_weight{res_bias}, Tensor? seed"
@@ -131,58 +132,50 @@ def resnet_block(
     shift: torch.Tensor | None = None,
     res_weight: torch.Tensor | None = None,
     res_bias: torch.Tensor | None = None,
+    out_weight: torch.Tensor | None = None,
+    out_bias: torch.Tensor | None = None,
     groups: int = 0,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
     """Two 3×3 convolutions with norms around a residual.
 
     Args:
-        x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). Channels-last runs natively on the CPU.
+        x: (B, C, H, W) float32, float16, bfloat16 (float64: not native). The native code takes channels-last.
         weight1, weight2: (K, C + C', 3, 3) and (K, K, 3, 3); bias1, bias2: (K,).
         gain1, gain2: the norms' gains, K elements in any shape.
         beside: (B, C', H, W), channels that follow those of x, as if the two were concatenated.
         affine1, affine2: (K,), GroupNorm's shifts.
         scale, shift: (B, K); the first norm's output times (1 + scale) plus shift.
         res_weight, res_bias: (K, C + C', 1, 1) and (K,), the residual's convolution; needed where C + C' is not K.
+        out_weight, out_bias: (M, K, 1, 1) and (M,), a 1×1 convolution of the block's output.
         groups: of GroupNorm with `eps`; 0 is RMSNorm.
         dropout_p, seed: dropout after the first activation, see `rms_norm_silu`.
+        recompute: keep fewer maps for backward and compute them again there. The native block keeps its arguments
+            alone; for the steps see composite.py.
 
     Returns:
-        (B, K, H, W) of the dtype and memory format of x. Gradients flow to everything but seed, once.
+        (B, K, H, W), or (B, M, H, W) with `out_weight`, of the dtype and memory format of x. Gradients flow to
+        everything but seed, once.
 
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
     options = {
         "beside": beside, "affine1": affine1, "affine2": affine2, "scale": scale, "shift": shift,
-        "res_weight": res_weight, "res_bias": res_bias, "groups": groups, "eps": eps, "dropout_p": dropout_p,
-        "seed": seed,
+        "res_weight": res_weight, "res_bias": res_bias, "out_weight": out_weight, "out_bias": out_bias,
+        "groups": groups, "eps": eps, "dropout_p": dropout_p, "seed": seed, "recompute": recompute,
     }  # fmt: skip
     _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options)
-    return _resnet_block_op(x, weight1, bias1, gain1, weight2, bias2, gain2, **options)
-
-
-def runs_natively(*maps: torch.Tensor) -> bool:
-    """Whether a block of maps like these would be one native op: layers.py asks before it takes the single steps."""
-    forced = forced_backend()
-    if in_forward_mode() and forced != "native":
-        return False
-    for x in maps:
-        if forced == "native":
-            _resnet_block_op.choose(x)  # raises with the reason why not
-        elif forced in ("triton", "reference") or triton_launch.why_not_triton(x.device) is None:
-            return False  # Triton has the single steps, and comes first where it runs
-        elif _native_refuses(x) is not None:
-            return False
-    return True
+    return unchecked_resnet_block(x, weight1, bias1, gain1, weight2, bias2, gain2, **options)
 
 
 def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
     """The checks of every implementation."""
     tensors = {"weight1": weight1, "bias1": bias1, "gain1": gain1, "weight2": weight2, "bias2": bias2, "gain2": gain2}
-    optional = ("beside", "affine1", "affine2", "scale", "shift", "res_weight", "res_bias")
+    optional = ("beside", "affine1", "affine2", "scale", "shift", "res_weight", "res_bias", "out_weight", "out_bias")
     tensors |= {name: options[name] for name in optional if options[name] is not None}
     check_tensors({"x": x, **tensors})
     check_seed(options["dropout_p"], options["seed"], x.device)
@@ -201,6 +194,11 @@ def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
         "weight1": (K, C, 3, 3), "weight2": (K, K, 3, 3), "bias1": (K,), "bias2": (K,), "affine1": (K,),
         "affine2": (K,), "scale": (B, K), "shift": (B, K), "res_weight": (K, C, 1, 1), "res_bias": (K,),
     }  # fmt: skip
+    if "out_weight" in tensors:
+        M = tensors["out_weight"].shape[0] if tensors["out_weight"].dim() else 0
+        shapes |= {"out_weight": (M, K, 1, 1), "out_bias": (M,)}
+    elif "out_bias" in tensors:
+        raise ValueError("out_bias must not be given without out_weight")
     for name, shape in shapes.items():
         if name in tensors and tensors[name].shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}")
@@ -217,30 +215,33 @@ def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
         raise ValueError("affine1 and affine2 are GroupNorm's, and must not be given with groups = 0")
 
 
-def natively(*tensors, **options) -> torch.Tensor:
-    """`resnet_block` without its checks, for callers that know that it `runs_natively`; the operator checks shapes."""
-    _resnet_block_op.count("native")
-    return _native(*tensors, **options)
-
-
 def _native(
     x, weight1, bias1, gain1, weight2, bias2, gain2, *, beside=None, affine1=None, affine2=None, scale=None, shift=None,
-    res_weight=None, res_bias=None, groups=0, eps=1e-5, dropout_p=0.0, seed=None,
+    res_weight=None, res_bias=None, out_weight=None, out_bias=None, groups=0, eps=1e-5, dropout_p=0.0, seed=None,
+    recompute=False,
 ) -> torch.Tensor:  # fmt: skip
-    """`resnet_block` without its checks, where `runs_natively` is known; the operator checks shapes itself."""
-    seed = seed if dropout_p > 0 else None
-    return torch.ops.ddpm_fast.native_resnet_block.default(
+    arguments = (
         x, beside, weight1, bias1, gain1, affine1, scale, shift, weight2, bias2, gain2, affine2, res_weight, res_bias,
-        seed, groups, eps, dropout_p, torch.is_grad_enabled(),
-    )[0]  # fmt: skip
+        seed if dropout_p > 0 else None, groups, eps, dropout_p,
+    )  # fmt: skip
+    if recompute and torch.is_grad_enabled():
+        out = checkpoint(_run, *arguments, use_reentrant=False, preserve_rng_state=False)
+    else:
+        out = _run(*arguments)
+    return out if out_weight is None else linear(out, out_weight, out_bias)
 
 
-def _native_refuses(x, *tensors, **options) -> str | None:
-    if not tensors:  # `runs_natively` knows the map alone
-        return why_not_on_cpu({"x": x}, maps=("x",))
-    names = ("weight1", "bias1", "gain1", "weight2", "bias2", "gain2")
+def _run(*arguments) -> torch.Tensor:
+    return torch.ops.ddpm_fast.native_resnet_block.default(*arguments, torch.is_grad_enabled())[0]
+
+
+def _native_refuses(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> str | None:
     given = {name: option for name, option in options.items() if isinstance(option, torch.Tensor)}
-    return why_not_on_cpu({"x": x, **dict(zip(names, tensors, strict=True)), **given}, maps=("x",))
+    given = {
+        "x": x, "weight1": weight1, "bias1": bias1, "gain1": gain1, "weight2": weight2, "bias2": bias2, "gain2": gain2,
+        **given,
+    }  # fmt: skip
+    return why_not_on_cpu(given, maps=("x",))
 
 
 def _example(device: torch.device) -> tuple[tuple, dict]:
@@ -249,8 +250,12 @@ def _example(device: torch.device) -> tuple[tuple, dict]:
     return (x, weight, row, row, weight, row, row), {}
 
 
-_resnet_block_op = Op(
+# Without the checks, for callers whose arguments fit by construction: a network's modules.
+unchecked_resnet_block = Op(
     "resnet_block",
-    [Implementation("native", _native, _native_refuses), Implementation("reference", reference.resnet_block)],
+    [
+        Implementation("native", _native, _native_refuses, why_steps_come_first),
+        Implementation(COMPOSITE, composite.resnet_block),
+    ],
     _example,
 )

@@ -25,10 +25,13 @@ def resnet_block(
     shift: torch.Tensor | None = None,
     res_weight: torch.Tensor | None = None,
     res_bias: torch.Tensor | None = None,
+    out_weight: torch.Tensor | None = None,
+    out_bias: torch.Tensor | None = None,
     groups: int = 0,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
     """See `ddpm_fast.ops.resnet_block.op.resnet_block`."""
     with no_autocast(x.device.type):
@@ -47,4 +50,5 @@ def resnet_block(
         y = F.conv2d(h, wide(weight1), wide(bias1), padding=1)
         y = norm(y, gain1, affine1, scale=scale, shift=shift, dropout_p=dropout_p, seed=seed)
         y = F.conv2d(y, wide(weight2), wide(bias2), padding=1)
-        return norm(y, gain2, affine2, residual=residual).to(x.dtype)
+        out = norm(y, gain2, affine2, residual=residual)
+        return (out if out_weight is None else F.conv2d(out, wide(out_weight), wide(out_bias))).to(x.dtype)

@@ -136,15 +136,23 @@ def test_on_the_cpu_triton_refuses_with_its_reason(norm):
 
 @both_norms
 def test_block_is_its_modules_in_a_row(norm):
-    """Convolution with bias, norm, scale and shift, SiLU: the parameters stand where the peer has them."""
-    block = Block(4, 8, norm=norm, groups=2)
+    """Convolution with bias, norm, scale and shift, SiLU: the parameters stand where the peer has them.
+
+    A residual block computes two of them as one op.
+    """
+    both = ResnetBlock(4, 8, norm=norm, groups=2)
+    block, block2 = both.block1, both.block2
     with torch.no_grad():
-        for parameter in block.norm.parameters():
+        for parameter in (*block.norm.parameters(), *block2.norm.parameters()):
             parameter.add_(0.3 * torch.randn_like(parameter))
-    x, scale, shift, residual = (torch.randn(s) for s in ((2, 4, 5, 6), (2, 8), (2, 8), (2, 8, 5, 6)))
+    x, scale, shift = (torch.randn(s) for s in ((2, 4, 5, 6), (2, 8), (2, 8)))
     y = block.norm(block.proj(x)) * (scale[:, :, None, None] + 1) + shift[:, :, None, None]
-    torch.testing.assert_close(block(x, (scale, shift), residual), block.act(y) + residual)
+    torch.testing.assert_close(block(x, (scale, shift)), block.act(y))
     torch.testing.assert_close(block(x), block.act(block.norm(block.proj(x))))
+    y = block2.act(block2.norm(block2.proj(block.act(y))))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        out = both(x.contiguous(memory_format=layout), scale_shift=(scale, shift))
+        torch.testing.assert_close(out, y + both.res_conv(x), rtol=1e-5, atol=1e-5)
     names = {"rms": ["norm.g"], "group": ["norm.weight", "norm.bias"]}[norm]
     assert sorted(block.state_dict()) == sorted(["proj.weight", "proj.bias", *names])
 

@@ -13,7 +13,8 @@ from ddpm_fast.ops.norm_silu.op import rms_norm_silu
 from ddpm_fast.ops.resnet_block import reference
 from ddpm_fast.ops.resnet_block.op import resnet_block
 from ddpm_fast.runtime import extension
-from ddpm_fast.testing.truth import errors
+from ddpm_fast.runtime.dispatch import watch_choices
+from ddpm_fast.testing.truth import assert_close_to_truth, errors
 
 pytestmark = pytest.mark.skipif(extension.load() is None, reason=f"no extension: {extension.reason()}")
 
@@ -193,10 +194,16 @@ def test_wrong_arguments(changes, message):
 
 
 @pytest.mark.parametrize("name", ["beside", "scale", "shift", "res_weight", "res_bias"])
-def test_options_of_float64_run_the_reference(name):
+def test_options_of_float64_run_the_steps(name):
     tensors, others = make(2, 16, 8, 32, 6, 5)
     tensors[name] = tensors[name].double()
-    assert torch.equal(resnet_block(**tensors, **others), reference.resnet_block(**tensors, **others))
+    expected = reference.resnet_block(**tensors, **others)
+    truth = reference.resnet_block(**{name: t.double() for name, t in tensors.items()}, **others)
+    with watch_choices() as choices:
+        actual = resnet_block(**tensors, **others)
+    assert {implementation for op, implementation, _ in choices if op == "resnet_block"} == {"composite"}
+    assert actual.dtype == torch.float32
+    assert_close_to_truth(actual, expected, truth)
     with use_backend("native"), pytest.raises(RuntimeError, match="float64"):
         resnet_block(**tensors, **others)
 

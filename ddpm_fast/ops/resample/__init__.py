@@ -1,0 +1,1 @@
+"""Upsampling and downsampling by 2, each joined with its convolution."""

@@ -1,0 +1,79 @@
+"""Resampling by 2 as one convolution of torch: what runs where no native code does."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ddpm_fast.ops.layout import weights_format
+from ddpm_fast.runtime.dispatch import in_forward_mode, no_autocast
+
+
+def upsample_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, taps: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See `ddpm_fast.ops.resample.op.upsample_conv`.
+
+    Every output pixel sees 2×2 pixels of the small map, with taps that are sums of the 3×3 ones: along an axis, w0 and
+    w1 + w2 at even positions, w0 + w1 and w2 at odd ones. A transposed 4×4 convolution of stride 2 is exactly that: 16
+    taps instead of 36 per pixel of the small map, and no large map before the convolution. On one CPU thread it takes
+    a third of the plain form's time, too.
+    """
+    with no_autocast(x.device.type):
+        bias = None if bias is None else bias.to(x.dtype)
+        if torch.is_grad_enabled() and not in_forward_mode():
+            return _UpsampleConv.apply(x, weight.to(x.dtype), bias)
+        taps = upsampling_taps(weight) if taps is None else taps
+        return F.conv_transpose2d(x, taps.to(x.dtype), bias, stride=2, padding=1)
+
+
+def downsample_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """See `ddpm_fast.ops.resample.op.downsample_conv`."""
+    with no_autocast(x.device.type):
+        return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride=2)
+
+
+def upsampling_taps(weight: torch.Tensor) -> torch.Tensor:  # (K, C, 3, 3) -> (C, K, 4, 4)
+    """Sums over the 2×2 windows of the zero-padded, mirrored weight: along an axis (w2, w1 + w2, w0 + w1, w0)."""
+    if weight.device.type == "cpu":
+        # Sums as a product: torch pools planes as small as these one by one, thirty times slower.
+        sums = weight.reshape(-1, 9) @ _window_sums(weight)
+        return sums.reshape(*weight.shape[:2], 4, 4).transpose(0, 1)
+    mirrored = weight.transpose(0, 1).flip(2, 3).contiguous(memory_format=weights_format(weight.device))
+    return F.avg_pool2d(mirrored, 2, stride=1, padding=1, divisor_override=1)
+
+
+def _window_sums(weight: torch.Tensor) -> torch.Tensor:
+    """(9, 16) zeros and ones: which of the 3×3 taps are summed into each of the 4×4."""
+    axis = weight.new_tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
+    return torch.kron(axis, axis)
+
+
+class _UpsampleConv(torch.autograd.Function):
+    """The transposed convolution. Backward computes the taps again: to keep them would take 1.8 weights.
+
+    It is made of torch's operators and can be differentiated again.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.conv_transpose2d(x, upsampling_taps(weight), bias, stride=2, padding=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        geometry = ((2, 2), (1, 1), (1, 1), True, (0, 0), 1)
+        dx, dtaps, dbias = torch.ops.aten.convolution_backward(
+            grad, x, upsampling_taps(weight), (weight.shape[0],), *geometry, wanted
+        )
+        return dx, _gradient_of_taps(dtaps) if wanted[1] else None, dbias
+
+
+def _gradient_of_taps(dtaps: torch.Tensor) -> torch.Tensor:  # (C, K, 4, 4) -> (K, C, 3, 3)
+    """Each tap of the weight went into 2×2 sums."""
+    if dtaps.device.type == "cpu":
+        sums = dtaps.reshape(-1, 16) @ _window_sums(dtaps).t()
+        return sums.reshape(*dtaps.shape[:2], 3, 3).transpose(0, 1)
+    return F.avg_pool2d(dtaps, 2, stride=1, divisor_override=1).flip(2, 3).transpose(0, 1)

@@ -1,0 +1,201 @@
+"""A residual block made of the ops of its steps, each with its own backend: what runs where no native block does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from ddpm_fast.ops.conv3x3.op import conv3x3
+from ddpm_fast.ops.layout import weights_format
+from ddpm_fast.ops.norm_linear.op import linear
+from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
+from ddpm_fast.runtime.dispatch import in_forward_mode, no_autocast
+
+
+def resnet_block(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    gain1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    gain2: torch.Tensor,
+    *,
+    beside: torch.Tensor | None = None,
+    affine1: torch.Tensor | None = None,
+    affine2: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    res_weight: torch.Tensor | None = None,
+    res_bias: torch.Tensor | None = None,
+    out_weight: torch.Tensor | None = None,
+    out_bias: torch.Tensor | None = None,
+    groups: int = 0,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    recompute: bool = False,
+) -> torch.Tensor:
+    """See `ddpm_fast.ops.resnet_block.op.resnet_block`.
+
+    With `recompute` backward computes two maps again: the second convolution's input, and the block's output if a 1×1
+    convolution reads it.
+    """
+    recompute = recompute and torch.is_grad_enabled() and not in_forward_mode()
+    norm1 = partial(_norm, groups=groups, eps=eps, dropout_p=dropout_p)
+    norm2 = partial(_norm, groups=groups, eps=eps)
+    with no_autocast(x.device.type):
+        if beside is not None and res_weight is None:
+            x, beside = torch.cat((x, beside.to(x.dtype)), dim=1), None
+        if beside is None:
+            y1 = conv3x3(x, weight1)
+            residual = x if res_weight is None else linear(x, res_weight, res_bias)
+        else:
+            y1, residual = convs_of_parts((x, beside), (weight1, None), (res_weight, res_bias))
+        first = (y1, gain1, affine1, bias1, scale, shift, None, seed)
+        h = norm1(*first)
+        y2 = conv_of_recomputed(h, norm1, first, weight2) if recompute else conv3x3(h, weight2)
+        out = norm2(y2, gain2, affine2, bias2, None, None, residual)
+        if out_weight is None:
+            return out
+        if not recompute:
+            return linear(out, out_weight, out_bias)
+        sources = (y2, gain2, affine2, bias2, x, beside, res_weight, res_bias)
+        return conv_of_recomputed(out, partial(_output, norm2), sources, out_weight, out_bias)
+
+
+def _norm(
+    y: torch.Tensor,
+    gain: torch.Tensor,
+    affine: torch.Tensor | None,
+    bias: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    seed: torch.Tensor | None = None,
+    *,
+    groups: int,
+    eps: float,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """dropout(SiLU(norm(y + bias)·(1 + scale) + shift)) + residual."""
+    rows = {"bias": bias, "scale": scale, "shift": shift, "residual": residual, "dropout_p": dropout_p, "seed": seed}
+    if groups == 0:
+        return rms_norm_silu(y, gain, **rows)
+    return group_norm_silu(y, gain, affine, groups=groups, eps=eps, **rows)
+
+
+def _output(norm: Callable, y2, gain2, affine2, bias2, x, beside, res_weight, res_bias) -> torch.Tensor:
+    """The block's output from the second convolution's output y2 and the block's inputs."""
+    if res_weight is None:
+        residual = x
+    elif beside is None:
+        residual = linear(x, res_weight, res_bias)
+    else:
+        (residual,) = convs_of_parts((x, beside), (res_weight, res_bias))
+    return norm(y2, gain2, affine2, bias2, None, None, residual)
+
+
+def conv_of_recomputed(
+    h: torch.Tensor,
+    remake: Callable[..., torch.Tensor],
+    sources: Sequence[torch.Tensor | None],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The convolution of h = remake(*sources), stride 1, same size; backward keeps the sources and computes h again.
+
+    The sources are smaller than h, or kept by what made h anyway: one elementwise pass more saves one map.
+    """
+    bias = None if bias is None else bias.to(h.dtype)
+    return _ConvOfRecomputed.apply(remake, h, weight.to(h.dtype), bias, *sources)
+
+
+class _ConvOfRecomputed(torch.autograd.Function):
+    """Gradients flow to h, weight and bias; those of the sources flow through h."""
+
+    @staticmethod
+    def forward(ctx, remake: Callable, h: torch.Tensor, weight: torch.Tensor, bias, *sources):
+        ctx.remake = remake
+        ctx.save_for_backward(weight, *sources)
+        return _same_conv(h, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # h is computed again without a graph: a second derivative through it would be wrong
+    def backward(ctx, grad):
+        weight, *sources = ctx.saved_tensors
+        with torch.no_grad(), no_autocast(grad.device.type):
+            h = ctx.remake(*sources).to(weight.dtype)
+        geometry = ((1, 1), (weight.shape[2] // 2,) * 2, (1, 1), False, (0, 0), 1)
+        wanted = ctx.needs_input_grad[1:4]
+        bias_size = (weight.shape[0],) if wanted[2] else None
+        gradients = torch.ops.aten.convolution_backward(grad, h, weight, bias_size, *geometry, wanted)
+        return None, *gradients, *(None for _ in sources)
+
+
+def convs_of_parts(
+    parts: tuple[torch.Tensor, ...], *parameters: tuple[torch.Tensor, torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """Convolutions of several maps side by side, one output for each weight (K, ΣC, k, k), k odd, and bias.
+
+    A skip connection is read by two convolutions and is kept already; the concatenated map is kept for neither.
+    Backward takes each map by itself: gradients are whole maps, not slices to copy.
+
+    Forward concatenates. For two maps of n bytes and two convolutions with outputs of n bytes this moves 10n: 4n to
+    concatenate, 3n per convolution. One convolution per map and a sum would move 14n, or 10n with the sums inside the
+    following norm. Producers cannot write into halves of one map: cuDNN's convolutions, which are half of them, do not,
+    and a skip has earlier readers of the whole.
+    """
+    dtype = parts[0].dtype
+    parts = tuple([part.to(dtype) for part in parts])
+    flat = [None if tensor is None else tensor.to(dtype) for pair in parameters for tensor in pair]
+    if torch.is_grad_enabled() and not in_forward_mode():
+        return _ConvsOfParts.apply(len(parts), *parts, *flat)
+    h = torch.cat(parts, dim=1)
+    return tuple([_same_conv(h, *pair) for pair in zip(flat[::2], flat[1::2], strict=True)])
+
+
+class _ConvsOfParts(torch.autograd.Function):
+    """See `convs_of_parts`. Backward is made of torch's operators and can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, num_parts, *tensors):
+        parts, rest = tensors[:num_parts], tensors[num_parts:]
+        weights, biases = rest[::2], rest[1::2]
+        ctx.save_for_backward(*parts, *weights)
+        ctx.num_parts = num_parts
+        h = torch.cat(parts, dim=1)
+        return tuple(_same_conv(h, *parameters) for parameters in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors  # read once: under torch's checkpoint a second read is an error
+        parts, weights = saved[: ctx.num_parts], saved[ctx.num_parts :]
+        needs = ctx.needs_input_grad[1:]
+        needs_parts, needs = needs[: len(parts)], needs[len(parts) :]
+        dparts, gradients = [None] * len(parts), []
+        for grad, weight, needs_weight, needs_bias in zip(grads, weights, needs[::2], needs[1::2], strict=True):
+            geometry = ((1, 1), (weight.shape[2] // 2,) * 2, (1, 1), False, (0, 0), 1)
+            dweights, dbias, channel = [], None, 0
+            for i, part in enumerate(parts):
+                taps = weight[:, channel : channel + part.shape[1]]
+                taps = taps.contiguous(memory_format=weights_format(weight.device))
+                channel += part.shape[1]
+                wanted = (needs_parts[i], needs_weight, needs_bias and i == 0)
+                dpart, dweight, dbias_once = torch.ops.aten.convolution_backward(
+                    grad, part, taps, (weight.shape[0],), *geometry, wanted
+                )
+                dweights.append(dweight)
+                dbias = dbias_once if i == 0 else dbias
+                if needs_parts[i]:
+                    dparts[i] = dpart if dparts[i] is None else dparts[i] + dpart
+            gradients += [torch.cat(dweights, dim=1) if needs_weight else None, dbias]
+        return None, *dparts, *gradients
+
+
+def _same_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
