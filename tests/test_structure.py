@@ -100,7 +100,9 @@ def test_imports_form_layers(module):
         assert row_of(imported) > row_of(module), f"{module} imports {imported}, which is not below it"
         if module.startswith("ops/") and imported.startswith("ops/"):
             kind = module.split("/")[-1]
-            of_kind = ["common/norm", f"common/{kind}"] if kind in ("triton", "reference") else ["arguments", "operator"]
+            of_kind = (
+                ("common/norm", f"common/{kind}") if kind in ("triton", "reference") else ("arguments", "operator")
+            )
             shared = imported in [f"ops/{name}" for name in (*of_kind, "common/tables")]
             same_room = module.split("/")[1] == imported.split("/")[1]
             from_a_block = is_a_block(module.split("/")[1])  # made of the steps' ops
