@@ -88,6 +88,7 @@ def compile_kernel(
     num_stages: int = 1,
     unaligned: tuple[str, ...] = (),
     enable_fp_fusion: bool = True,
+    maxnreg: int | None = None,
 ) -> Machine:
     """Compile a `@triton.jit` kernel for one architecture and read its machine code.
 
@@ -96,6 +97,7 @@ def compile_kernel(
         constants: value of every other argument; None stands for a pointer that is not given.
         capability: 80, 90 or 100.
         enable_fp_fusion: the compiler may fuse products with sums.
+        maxnreg: most registers per thread; None: the compiler chooses.
         unaligned: pointers and integers not to be assumed multiples of 16; every other one is, as a launch would see.
     """
     names = kernel.arg_names
@@ -105,6 +107,7 @@ def compile_kernel(
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, types, constants, attrs)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    options["maxnreg"] = maxnreg
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     machine = read_machine(compiled.asm["cubin"], compiled.metadata.shared, tmp_path)
     return replace(machine, ptx=compiled.asm["ptx"], ttgir=compiled.asm["ttgir"])

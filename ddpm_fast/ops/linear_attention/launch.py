@@ -40,12 +40,14 @@ class Tile:
         num_warps: warps per program.
         tiles: tiles that one program walks over, a power of two.
         group: heads that a program has side by side, a power of two.
+        registers: most per thread; None lets the compiler choose, which may spill in order to get below its choice.
     """
 
     rows: int
     num_warps: int
     tiles: int = 1
     group: int = 1
+    registers: int | None = None
 
     def programs(self, N: int) -> int:
         """How many cover N positions."""
@@ -58,8 +60,10 @@ class Tile:
     @property
     def constants(self) -> dict[str, int]:
         """Keyword arguments of every launch."""
+        # Only NVIDIA's compiler takes maxnreg.
+        bound = {} if self.registers is None or torch.version.hip else {"maxnreg": self.registers}
         # Two stages: the next tile is on its way while this one is worked on.
-        return {"BLOCK_N": self.rows, "num_warps": self.num_warps, "num_stages": 2 if self.tiles > 1 else 1}
+        return {"BLOCK_N": self.rows, "num_warps": self.num_warps, "num_stages": 2 if self.tiles > 1 else 1} | bound
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,9 @@ def choose_launch(N: int, heads: int, D: int, C: int, *, half: bool, interpreted
     all_heads = triton_launch.next_power_of_2(heads)
     columns = min(64, block_c)
 
-    def tile(rows: int, num_warps: int, width: int | None = None, chunks: bool = False) -> Tile:
+    def tile(
+        rows: int, num_warps: int, width: int | None = None, chunks: bool = False, registers: int | None = None
+    ) -> Tile:
         """A tile of so many rows where there are as many, and of heads of `width` columns in sum."""
         rows = max(16, min(rows, triton_launch.next_power_of_2(N)))
         # Each chunk costs partial sums: it has 256 positions or more, and there are at most 32, or more than 64 tiles.
@@ -129,8 +135,14 @@ def choose_launch(N: int, heads: int, D: int, C: int, *, half: bool, interpreted
         if interpreted:
             rows, tiles = max(16, min(256, triton_launch.next_power_of_2(-(-N // 3)))), 2 if chunks else 1
         group = 1 if width is None else max(1, min(all_heads, width // block_d))
-        return Tile(rows, num_warps, triton_launch.next_power_of_2(tiles), group)
+        return Tile(rows, num_warps, triton_launch.next_power_of_2(tiles), group, registers)
 
+    if not half:
+        context = tile(1024 // block_d, 8, chunks=True)
+    elif block_d > 32:
+        context = tile(4096 // block_d, 4, chunks=True)
+    else:  # 96 registers: five programs per multiprocessor, and no spills under Triton 3.5 to 3.8
+        context = tile(2048 // block_d, 4, chunks=True, registers=96)
     # Whole rows of the output where P of a head or more fits, so that y is made once.
     width = min(128 if half else 64, _LARGEST_PROJECTION // (block_c * (2 if half else 4)))
     forward_columns = block_c if width >= max(block_d, 32) else columns
@@ -140,7 +152,7 @@ def choose_launch(N: int, heads: int, D: int, C: int, *, half: bool, interpreted
         forward_columns,
         backward_columns=columns,
         small_columns=min(columns, max(16, 1024 // block_d)),
-        context=tile(4096 // block_d, 4, chunks=True) if half else tile(1024 // block_d, 8, chunks=True),
+        context=context,
         forward=tile(min(64 if half else 32, 8192 // forward_columns), 4 if half and columns == block_c else 8, width),
         backward=tile(32 if half else 16, 8, 128 if half else 64, chunks=columns == block_c),
         sums=tile(32 if half else 16, 8, 128 if half else 32, chunks=True),

@@ -28,6 +28,8 @@ MAPS = ("qkv_ptr", "out_ptr", "residual_ptr", "grad_ptr", "dqkv_ptr", "projectio
 # Kernel, dtype and channels that every architecture compiles; the rest is compiled for one.
 EVERYWHERE = [
     ("context", "fp32", 64),
+    ("context", "bf16", 64),
+    ("context", "bf16", 128),
     ("rows_fwd", "fp32", 256),
     ("rows_bwd", "bf16", 64),
     ("rows_bwd", "fp32", 64),
@@ -37,7 +39,6 @@ EVERYWHERE = [
     ("small_bwd", "fp32", 256),
 ]
 ON_SM_90 = [
-    ("context", "bf16", 64),
     ("rows_fwd", "bf16", 64),
     ("rows_fwd", "bf16", 128),
     ("rows_fwd", "bf16", 256),
