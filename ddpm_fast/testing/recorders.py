@@ -1,4 +1,4 @@
-"""Recorders that count, and what torch keeps of CUDA graphs outside of them: stand-ins to test recording on the CPU."""
+"""Recorders that count, layers that no capture takes, and what torch keeps of CUDA graphs outside of them."""
 
 from __future__ import annotations
 
@@ -52,6 +52,30 @@ class PretendedCudaRecorder(CudaRecorder):
 
         call.graph = super().record(body, reset).__self__  # type: ignore[attr-defined]  # lives as long as what replays it
         return call
+
+
+class Waits(torch.nn.Conv2d):
+    """Reads a value in forward, so that no capture of it succeeds."""
+
+    def forward(self, x):
+        assert x.sum().item() != 12345
+        return super().forward(x)
+
+
+class WaitsInBackward(torch.nn.Conv2d):
+    """Reads a value in backward, so that no capture of it succeeds."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * (1 if grad.sum().item() < 12345 else 2)
+
+    def forward(self, x):
+        return super().forward(self.Function.apply(x))
 
 
 class PretendedCuda:

@@ -8,29 +8,9 @@ from __future__ import annotations
 import torch
 
 from ddpm_fast import GaussianDiffusion, Unet, capture_training_step
-from ddpm_fast.testing.recorders import bytes_in_pools
+from ddpm_fast.testing.recorders import Waits, WaitsInBackward, bytes_in_pools
 
 STEPS = 3
-
-
-class Waits(torch.nn.Conv2d):
-    def forward(self, x):
-        assert x.sum().item() != 12345
-        return super().forward(x)
-
-
-class WaitsInBackward(torch.nn.Conv2d):
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * (1 if grad.sum().item() < 12345 else 2)
-
-    def forward(self, x):
-        return super().forward(self.Function.apply(x))
 
 
 def make() -> GaussianDiffusion:
@@ -53,7 +33,7 @@ def fail(call, line: str) -> None:
         sentence = str(error)
     else:
         raise AssertionError("the capture did not fail")
-    assert line in sentence and "failing_capture.py" in sentence, sentence
+    assert line in sentence and "recorders.py" in sentence, sentence
     assert "cannot be captured into a CUDA graph" in sentence and "graph=False runs without one" in sentence, sentence
     assert torch.cuda.current_stream() == stream and torch.cuda.current_device() == device
     assert torch.isfinite(torch.randn(8, device="cuda")).all()

@@ -8,7 +8,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ddpm_fast import GaussianDiffusion, Unet
 from ddpm_fast.runtime import recording
-from ddpm_fast.testing.recorders import FrozenRecorder, Operators, PretendedCuda, PretendedCudaRecorder
+from ddpm_fast.testing.recorders import (
+    FrozenRecorder,
+    Operators,
+    PretendedCuda,
+    PretendedCudaRecorder,
+    Waits,
+    WaitsInBackward,
+)
 from ddpm_fast.training.captured_step import TrainingStep, _Average
 
 RELEASES = [(2, 11), (2, 13), (2, 14)]
@@ -25,26 +32,6 @@ def cuda(request, monkeypatch):
     with Operators(found):
         yield found
     assert found.left_behind().keys() <= {"memory"}, "recordings that are kept"
-
-
-class Waits(torch.nn.Conv2d):
-    def forward(self, x):
-        assert x.sum().item() != 12345
-        return super().forward(x)
-
-
-class WaitsInBackward(torch.nn.Conv2d):
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * (1 if grad.sum().item() < 12345 else 2)
-
-    def forward(self, x):
-        return super().forward(self.Function.apply(x))
 
 
 class FailsAtItsEnd(torch.nn.Conv2d):
@@ -78,7 +65,7 @@ def test_sampling_goes_on_after_a_capture_that_failed(cuda):
     before = both(diffusion), both(diffusion, batch=1)
     diffusion.model.final_conv.__class__ = Waits
     sentence = (
-        r"^`assert x.sum\(\).item\(\) != 12345` in forward \(test_graphs_failure.py, line \d+\) cannot be captured "
+        r"^`assert x.sum\(\).item\(\) != 12345` in forward \(recorders.py, line \d+\) cannot be captured "
         r"into a CUDA graph: CUDA error: operation not permitted when stream is capturing; graph=False runs without "
         r"one$"
     )
