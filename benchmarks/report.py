@@ -94,7 +94,8 @@ PLANS = {
         needed=0.3,
         reserve=3.0,
     ),
-    # In 4 minutes who is faster, in 6 also where it is right, in 9 everything.
+    # In 4 minutes who is faster, in 6 also where it is right, in 9 everything. Not max-autotune in 6: the steps before
+    # it may take 330 of 352 seconds, and its compilation alone is expected to take over 60.
     "cuda": Plan(
         minutes=(4, 6, 9),
         seconds={
