@@ -56,6 +56,15 @@ def row_sum(columns: int) -> Launch:
     return Launch(min(1024, max(32, next_power_of_2(columns))), num_warps=1)
 
 
+def register_bound(registers: int | None) -> dict[str, int]:
+    """The option of a launch that bounds the registers of a thread; None lets the compiler choose.
+
+    ptxas aims below what a kernel needs, and spills a few loop invariants to get there, unless it is given a bound.
+    """
+    # Only NVIDIA's compiler has the option.
+    return {} if registers is None or torch.version.hip else {"maxnreg": registers}
+
+
 @cache
 def installed() -> bool:
     """Whether there is a Triton to import; looked for once."""

@@ -18,7 +18,7 @@ and accumulators are float32; products take the dtype of qkv, as torch's attenti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -226,12 +226,14 @@ def attention_dkv_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """How a launch is cut up: queries and keys of a tile, warps per program, pipeline stages of its loop."""
+    """How a launch is cut up: queries and keys of a tile, warps per program, pipeline stages of its loop, and
+    `triton_launch.register_bound`."""
 
     queries: int
     keys: int
     num_warps: int = 4
     num_stages: int = 1
+    registers: int | None = None
 
 
 # By kernel and kind of product: the tile for heads of at most so many dimensions. The largest that do not spill when
@@ -251,7 +253,7 @@ _TILES = {
     "dkv": {
         "half": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2)},
         "tf32": {128: Tile(32, 32)},
-        "ieee": {32: Tile(32, 32), 64: Tile(32, 32, 8), 128: Tile(16, 32, 8)},
+        "ieee": {32: Tile(32, 32), 64: Tile(32, 32, 8, registers=128), 128: Tile(16, 32, 8)},
     },
 }
 # The interpreter's time is per operation: small tiles of unequal sides, so that a small test has several, then large
@@ -272,7 +274,7 @@ def choose_tile(name: str, kind: str, N: int, D: int, *, interpreted: bool = Fal
     table, size = (_INTERPRETER, N) if interpreted else (_TILES[name][kind], D)
     tile = table[min(limit for limit in table if limit >= size)]
     largest = max(_SMALLEST_BLOCK, triton_launch.next_power_of_2(N))
-    return Tile(min(tile.queries, largest), min(tile.keys, largest), tile.num_warps, tile.num_stages)
+    return replace(tile, queries=min(tile.queries, largest), keys=min(tile.keys, largest))
 
 
 def block_of_memory(M: int) -> int:
@@ -350,6 +352,7 @@ class _Launch:
             "PRECISION": "tf32" if kind == "tf32" else "ieee",
             "num_warps": self.tile.num_warps,
             "num_stages": self.tile.num_stages,
+            **triton_launch.register_bound(self.tile.registers),
         }
         self.memory_constants = {"M": M, "BLOCK_M": block_of_memory(M)}
 

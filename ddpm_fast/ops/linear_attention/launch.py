@@ -40,7 +40,7 @@ class Tile:
         num_warps: warps per program.
         tiles: tiles that one program walks over, a power of two.
         group: heads that a program has side by side, a power of two.
-        registers: most per thread; None lets the compiler choose, which may spill in order to get below its choice.
+        registers: see `tuning.register_bound`.
     """
 
     rows: int
@@ -60,10 +60,9 @@ class Tile:
     @property
     def constants(self) -> dict[str, int]:
         """Keyword arguments of every launch."""
-        # Only NVIDIA's compiler takes maxnreg.
-        bound = {} if self.registers is None or torch.version.hip else {"maxnreg": self.registers}
         # Two stages: the next tile is on its way while this one is worked on.
-        return {"BLOCK_N": self.rows, "num_warps": self.num_warps, "num_stages": 2 if self.tiles > 1 else 1} | bound
+        sizes = {"BLOCK_N": self.rows, "num_warps": self.num_warps, "num_stages": 2 if self.tiles > 1 else 1}
+        return sizes | tuning.register_bound(self.registers)
 
 
 @dataclass(frozen=True)
