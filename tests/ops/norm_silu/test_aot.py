@@ -128,22 +128,27 @@ def compile_few_channels(capability: int, tmp_path) -> Machine:
     return compile_kernel(function, signature, constants, capability, tmp_path, num_warps=1, unaligned=("tiles",))
 
 
+def arithmetic(machine: Machine) -> set[str]:
+    """Its instructions without .ftz, which Triton 3.5 adds: that changes only numbers below 1.2e-38."""
+    return {name.replace(".ftz", "") for name in machine.arithmetic()}
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_gradients_that_cancel_have_correctly_rounded_factors(capability, tmp_path):
     """√C / ‖v‖ of few channels is made once per pixel, with correct rounding; see docs/arithmetic.md.
 
     SiLU's division remains approximate; nothing is subtracted from it.
     """
-    forward = compile_few_channels(capability, tmp_path).arithmetic()
+    forward = arithmetic(compile_few_channels(capability, tmp_path))
     assert {"sqrt.rn.f32", "div.rn.f32"} <= forward
     assert not [n for n in forward if n.startswith(("sqrt.approx", "rsqrt", "rcp"))]
     plain, _ = compile_stage("rms_norm_silu_bwd_kernel", "fp32", 64, False, capability, tmp_path)
-    assert "div.rn.f32" in plain.arithmetic()
-    assert not [n for n in plain.arithmetic() if n.startswith(("sqrt", "rsqrt", "rcp"))]
+    assert "div.rn.f32" in arithmetic(plain)
+    assert not [n for n in arithmetic(plain) if n.startswith(("sqrt", "rsqrt", "rcp"))]
 
 
 def test_the_statistics_of_groups_are_correctly_rounded(tmp_path):
     signature = {n: type_of(n, "fp32") for n in kernel.group_merge_kernel.arg_names[:7]}
     constants = {"CHUNK": 256, "BLOCK_K": 64, "BLOCK_D": 8, "BLOCKS_K": 2, "BLOCKS_D": 1}
     machine = compile_kernel(kernel.group_merge_kernel, signature, constants, 90, tmp_path, num_warps=1)
-    assert {"sqrt.rn.f32", "div.rn.f32"} <= machine.arithmetic() and "sqrt.approx.ftz.f32" not in machine.arithmetic()
+    assert {"sqrt.rn.f32", "div.rn.f32"} <= arithmetic(machine) and "sqrt.approx.f32" not in arithmetic(machine)
