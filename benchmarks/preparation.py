@@ -38,7 +38,10 @@ def halves() -> tuple[set[int], set[int]] | tuple[None, None]:
 
 
 def machine(report: Report, limit: float) -> dict:
-    """What it is, and for a report its ceilings; on a GPU machine build and kernels begin first, in the background."""
+    """What it is, and for a report its ceilings; on a GPU machine build and kernels begin first, in the background.
+
+    Without the device that the report is about it fails, and leaves the reason in `report.absent`.
+    """
     until = time.time() + limit
     if report.device == "cuda":
         if not list((ROOT / "ddpm_fast").glob("_C.*")):
@@ -48,17 +51,22 @@ def machine(report: Report, limit: float) -> dict:
             report.processes.start("nvidia-smi", ["nvidia-smi"])  # for the log; nothing waits for it
     code = (
         f"import json, torch; from ddpm_fast.measure import machine; device = torch.device({report.device!r})\n"
-        f"ceilings = {report.plan != 'triage'} and machine.measure_ceilings(device, quick={report.quick}).as_dict()\n"
-        "print(json.dumps([machine.describe(device), ceilings]))"
+        "absent = machine.why_absent(device)\n"
+        f"measures = absent is None and {report.plan != 'triage'}\n"
+        f"ceilings = measures and machine.measure_ceilings(device, quick={report.quick}).as_dict()\n"
+        "print(json.dumps([machine.describe('cpu' if absent else device), absent, ceilings]))"
     )
-    facts, ceilings = json.loads(report.call([PYTHON, "-c", code], until - time.time()).splitlines()[-1])
+    facts, report.absent, ceilings = json.loads(report.call([PYTHON, "-c", code], until - time.time()).splitlines()[-1])
     report.results["machine"] = facts
     if ceilings:
         report.results["ceilings"] = ceilings
         (report.work / "ceilings.json").write_text(json.dumps(ceilings))
     if "build" not in report.background and why_build(report, facts["extension"]):
         start_build(report)
-    return {"summary": f"{facts.get('gpu', facts['processor'])}, torch {facts['torch']}, triton {facts['triton']}"}
+    summary = f"{facts.get('gpu', facts['processor'])}, torch {facts['torch']}, triton {facts['triton']}"
+    if report.absent:
+        raise Failed(f"{report.absent}; {summary}")
+    return {"summary": summary}
 
 
 def why_build(report: Report, found: dict | str) -> str | None:

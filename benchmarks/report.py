@@ -142,6 +142,10 @@ PLANS = {
 }
 
 
+# Steps that run whatever is chosen, and need no GPU.
+PREPARATION = ("machine", "kernels", "extension")
+
+
 class Report:
     """Runs the steps of a plan and keeps OUT up to date.
 
@@ -173,6 +177,7 @@ class Report:
             cache = ROOT / "build" / "gpu-cache"
         self.cache = cache.resolve() if cache else None
         self.background: dict[str, Process] = {}
+        self.absent: str | None = None  # why there is no such device, where that is known
         self.out.mkdir(parents=True, exist_ok=True)
         file, log = ("triage.json", "triage.log") if self.plan == "triage" else ("results.json", "log.txt")
         self.file = self.out / file
@@ -221,11 +226,10 @@ class Report:
     def steps(self) -> list[Step]:
         """The plan's steps, in order."""
         plan = PLANS[self.plan]
-        always = ("machine", "kernels", "extension")
         return [
             Step(name, partial(steps.STEPS[self.plan][name], self), seconds, seconds * plan.needed)
             for name, seconds in plan.shares(self.minutes).items()
-            if not self.only or name in self.only or name in always
+            if not self.only or name in self.only or name in PREPARATION
         ]
 
     def left(self) -> float:
@@ -240,6 +244,8 @@ class Report:
         began = time.time()
         if step.seconds == 0 and not self.only:
             outcome = {"status": "skipped", "why": f"not in a run of {self.minutes:g} minutes"}
+        elif self.absent and step.name not in PREPARATION:
+            outcome = {"status": "skipped", "why": self.absent}
         elif left < 3:
             outcome = {"status": "skipped", "why": "out of time"}
         elif left < step.least:

@@ -23,7 +23,7 @@ import torch
 from network_cases import network_cases
 from op_cases import DTYPES, Inputs, OpCase, op_cases
 
-from ddpm_fast.measure import baselines, compare, profile
+from ddpm_fast.measure import baselines, compare, machine, profile
 from ddpm_fast.measure.baselines import Configuration
 from ddpm_fast.measure.timing import Interleaved, Timing
 from ddpm_fast.runtime import dispatch
@@ -252,6 +252,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--records", type=Path, help="append lines of JSON to this file")
     parser.add_argument("--ops", nargs="+", help="names of ops; default: all")
     options = parser.parse_args(arguments)
+    absent = machine.why_absent(options.device)
+    if absent:
+        sys.exit(absent)
     seconds = 0.2 if options.size == "quick" else 2.0
     part = Part(torch.device(options.device), options.size, options.records, options.ops, seconds)
     # Whoever stops a part that hangs asks it first: it then says where it is.

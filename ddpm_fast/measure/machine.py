@@ -38,6 +38,17 @@ class Ceilings:
         return asdict(self)
 
 
+def why_absent(device: torch.device) -> str | None:
+    """Why torch cannot use a device, in one clause; None where it can."""
+    if torch.device(device).type != "cuda":
+        return None
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA; no driver or no GPU
+        return str(error).partition(". ")[0]
+    return None
+
+
 def describe(device: torch.device) -> dict:
     """Machine, driver and versions, for the head of a report. Nothing here identifies a user or a host."""
     device = torch.device(device)

@@ -279,6 +279,28 @@ def test_build_and_kernels_begin_first_on_cores_of_their_own(tmp_path, monkeypat
     assert run.cores() is None
 
 
+def test_without_a_gpu_what_needs_none_still_runs(tmp_path, monkeypatch):
+    """The reason is said once by each step, in a line and not in a traceback."""
+    for name in ("start_build", "start_kernels"):
+        monkeypatch.setattr(preparation, name, lambda report: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    run = make(tmp_path, device="cuda")
+    finished = subprocess.run(
+        steps.part_command(run, "training"), env=run.processes.environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 1 and finished.stdout == "" and len(finished.stderr.splitlines()) == 1
+    run.steps = lambda: [
+        Step("machine", lambda limit: preparation.machine(run, limit), 60.0),
+        Step("extension", lambda limit: {"summary": "built"}, 5.0),
+        Step("training", lambda limit: {"summary": "trained"}, 5.0),
+    ]
+    run.run()
+    found, reason = results_of(tmp_path), finished.stderr.strip()
+    assert found["steps"]["machine"]["why"].startswith(f"{reason}; ") and found["machine"]["torch"] in str(found)
+    assert found["steps"]["extension"]["summary"] == "built"
+    assert (found["steps"]["training"]["status"], found["steps"]["training"]["why"]) == ("skipped", reason)
+
+
 def test_when_the_extension_is_built(tmp_path, monkeypatch):
     """Where it does not load, lacks CUDA, or was built from other sources on a machine that was kept."""
     monkeypatch.setattr(preparation, "BUILT_FROM", tmp_path / "built-from")
