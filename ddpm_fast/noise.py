@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -178,7 +179,7 @@ class Noise:
     seed: int | torch.Tensor | None = None
     offset_noise_strength: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.offset_noise_strength < 0:
             raise ValueError(f"offset_noise_strength must not be negative, got {self.offset_noise_strength}")
         if self.seed is None and (self.tensor is None or self.offset_noise_strength > 0):
@@ -202,6 +203,7 @@ def epsilon(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """ε of training as a tensor: given, or the noise function's, with offset noise added; arguments as in `Noise`."""
+    seed = cast("int | torch.Tensor", seed)  # `Noise` refuses to be without one where it is needed
     if noise is None:
         dtype = x_start.dtype if x_start.is_floating_point() else dtype
         noise = normal(x_start.shape, seed=seed, stream=STREAM_TRAINING, device=x_start.device, dtype=dtype)
