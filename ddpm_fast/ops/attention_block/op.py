@@ -12,47 +12,23 @@ import torch
 from ddpm_fast.ops.arguments import why_not_on_cpu, why_steps_come_first
 from ddpm_fast.ops.attention.op import check_kinds
 from ddpm_fast.ops.attention_block import composite
+from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
 
-_library = torch.library.Library("ddpm_fast", "FRAGMENT")
-for _schema in (
-    "native_attention_block(Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias,"
-    " Tensor? residual, int heads) -> Tensor",
-    "native_attention_block_backward(Tensor grad, Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv,"
-    " Tensor weight, Tensor bias, int heads)"
-    " -> (Tensor dx, Tensor dg_in, Tensor dweight_qkv, Tensor dmem_kv, Tensor dweight, Tensor dbias)",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-
-@torch.library.register_fake("ddpm_fast::native_attention_block", lib=_library)
-def _native_fake(x, g_in, weight_qkv, mem_kv, weight, bias, residual, heads):
+def _fake(x, **_) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("ddpm_fast::native_attention_block_backward", lib=_library)
-def _native_backward_fake(grad, x, g_in, weight_qkv, mem_kv, weight, bias, heads):
-    return torch.empty_like(x), *(t.new_empty(t.shape) for t in (g_in, weight_qkv, mem_kv, weight, bias))
-
-
-def _setup_native_context(ctx, inputs, output) -> None:
-    *tensors, residual, heads = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.heads = heads
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _native_backward(ctx, grad):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "attention_block: the native kernel's gradient cannot be differentiated again (create_graph=True)"
-        )
-    gradients = torch.ops.ddpm_fast.native_attention_block_backward(grad, *ctx.saved_tensors, ctx.heads)
-    return *gradients, None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype), None
-
-
-torch.library.register_autograd(
-    "ddpm_fast::native_attention_block", _native_backward, setup_context=_setup_native_context, lib=_library
+_attention_block = Operator(
+    "attention_block",
+    "Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor? residual, int heads",
+    returns="out",
+    fake=_fake,
+    backward="grad, x, g_in, weight_qkv, mem_kv, weight, bias, heads",
+    gradients="x, g_in, weight_qkv, mem_kv, weight, bias",
+    passes="residual",
+    native=True,
 )
 
 
@@ -112,8 +88,7 @@ def _check(given: dict[str, torch.Tensor], heads: int, residual: torch.Tensor | 
 
 
 def _native(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> torch.Tensor:
-    arguments = (x, g_in, weight_qkv, mem_kv, weight, bias, residual, heads)
-    return torch.ops.ddpm_fast.native_attention_block.default(*arguments)
+    return _attention_block.native(x, g_in, weight_qkv, mem_kv, weight, bias, residual, heads)
 
 
 def _native_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> str | None:

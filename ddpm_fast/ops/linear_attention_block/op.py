@@ -13,60 +13,28 @@ import torch
 from ddpm_fast.ops.arguments import why_not_on_cpu, why_steps_come_first
 from ddpm_fast.ops.linear_attention.op import check_kinds, check_output
 from ddpm_fast.ops.linear_attention_block import composite
+from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
 
-_ARGUMENTS = "Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor g"
-# Implemented in csrc/cpu/linear_attention_cpu.cpp. statistics: (B, 2, heads·D) float32, of k over positions and memory
-# the largest and 1 / Σ exp(k − largest); sums: softmax(k)ᵀ·(normed rows of x).
-_KEPT = "Tensor statistics, Tensor sums"
-_library = torch.library.Library("ddpm_fast", "FRAGMENT")
-for _schema in (
-    f"native_linear_attention_block({_ARGUMENTS}, Tensor? residual, int heads) -> (Tensor out, {_KEPT})",
-    f"native_linear_attention_block_backward(Tensor grad, {_ARGUMENTS}, {_KEPT}, int heads) "
-    "-> (Tensor dx, Tensor dg_in, Tensor dweight_qkv, Tensor dmem_kv, Tensor dweight, Tensor dbias, Tensor dg)",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+def _fake(x, mem_kv, **_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    B, hidden = x.shape[0], mem_kv.shape[1] * mem_kv.shape[2]
+    statistics = x.new_empty((B, 2, hidden), dtype=torch.float32)
+    return torch.empty_like(x), statistics, x.new_empty((B, hidden, x.shape[1]), dtype=torch.float32)
 
 
-def _native_kept_fake(map, mem_kv, values) -> tuple[torch.Tensor, torch.Tensor]:
-    B, hidden = map.shape[0], mem_kv.shape[1] * mem_kv.shape[2]
-    statistics = map.new_empty((B, 2, hidden), dtype=torch.float32)
-    return statistics, map.new_empty((B, hidden, values), dtype=torch.float32)
-
-
-@torch.library.register_fake("ddpm_fast::native_linear_attention_block", lib=_library)
-def _native_fake(x, g_in, weight_qkv, mem_kv, weight, bias, g, residual, heads):
-    return torch.empty_like(x), *_native_kept_fake(x, mem_kv, x.shape[1])
-
-
-@torch.library.register_fake("ddpm_fast::native_linear_attention_block_backward", lib=_library)
-def _native_backward_fake(grad, x, g_in, weight_qkv, mem_kv, weight, bias, g, statistics, sums, heads):
-    parameters = (g_in, weight_qkv, mem_kv, weight, bias, g)
-    return torch.empty_like(x), *(t.new_empty(t.shape) for t in parameters)
-
-
-def _setup_native_context(ctx, inputs, output) -> None:
-    *tensors, residual, heads = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.heads = heads
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _native_backward(ctx, grad, *_):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_attention_block: the native kernel's gradient cannot be differentiated again (create_graph=True)"
-        )
-    if grad is None:
-        return (None,) * 9
-    gradients = torch.ops.ddpm_fast.native_linear_attention_block_backward(grad, *ctx.saved_tensors, ctx.heads)
-    return *gradients, None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype), None
-
-
-torch.library.register_autograd(
-    "ddpm_fast::native_linear_attention_block", _native_backward, setup_context=_setup_native_context, lib=_library
+_linear_attention_block = Operator(
+    "linear_attention_block",
+    "Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor g, Tensor? residual, "
+    "int heads",
+    # statistics: (B, 2, heads·D) float32, the maximum of k over positions and memory, and 1 / Σ exp(k − maximum);
+    # sums: (B, heads·D, C) float32, softmax(k)ᵀ·(normed rows of x).
+    returns="out, statistics, sums",
+    fake=_fake,
+    backward="grad, x, g_in, weight_qkv, mem_kv, weight, bias, g, statistics, sums, heads",
+    gradients="x, g_in, weight_qkv, mem_kv, weight, bias, g",
+    passes="residual",
+    native=True,
 )
 
 
@@ -126,8 +94,7 @@ def _check(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads, residual) -> Non
 
 
 def _native(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads, residual, recompute) -> torch.Tensor:
-    arguments = (x, g_in, weight_qkv, mem_kv, weight, bias, g, residual, heads)
-    return torch.ops.ddpm_fast.native_linear_attention_block.default(*arguments)[0]
+    return _linear_attention_block.native(x, g_in, weight_qkv, mem_kv, weight, bias, g, residual, heads)[0]
 
 
 def _native_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads, residual, recompute) -> str | None:

@@ -14,106 +14,42 @@ from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast.ops.arguments import check_seed, check_tensors, why_not_on_cpu, why_steps_come_first
 from ddpm_fast.ops.norm_linear.op import linear
+from ddpm_fast.ops.operator import Operator
 from ddpm_fast.ops.resnet_block import composite
 from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
 
-_FIRST = "Tensor x, Tensor? beside, Tensor weight1{bias1}, Tensor gain1, Tensor? affine1, Tensor? scale, Tensor? shift"
-_SECOND = "Tensor weight2{bias2}, Tensor gain2, Tensor? affine2, Tensor? res_weight{res_bias}, Tensor? seed"
-_OPTIONS = "int groups, float eps, float dropout_p"
-_BIASES = {"bias1": ", Tensor bias1", "bias2": ", Tensor bias2", "res_bias": ", Tensor? res_bias"}
-_forward = f"{_FIRST}, {_SECOND}".format(**_BIASES)
-_given = f"{_FIRST}, {_SECOND}".format(bias1="", bias2="", res_bias="")
 
-_library = torch.library.Library("ddpm_fast", "FRAGMENT")
-_library.define(
-    # Without `keep` only out is returned, and empty tensors for what backward would need. groups = 0 is RMSNorm.
-    f"native_resnet_block({_forward}, {_OPTIONS}, bool keep)"
-    " -> (Tensor out, Tensor y1, Tensor statistics1, Tensor y2, Tensor statistics2)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    # Gradients in the order of the forward's tensors but seed; an empty tensor stands for one that there is not.
-    f"native_resnet_block_backward(Tensor grad, {_given}, Tensor y1, Tensor statistics1, Tensor y2, Tensor statistics2,"
-    f" {_OPTIONS}, bool wants_dx) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _empty_map(shape, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
-
-
-@torch.library.register_fake("ddpm_fast::native_resnet_block", lib=_library)
-def _native_fake(
-    x, beside, weight1, bias1, gain1, affine1, scale, shift, weight2, bias2, gain2, affine2, res_weight, res_bias, seed,
-    groups, eps, dropout_p, keep,
-):  # fmt: skip
+def _fake(x, weight1, groups, keep, **_) -> tuple[torch.Tensor, ...]:
     B, _, H, W = x.shape
-    shape = (B, weight1.shape[0], H, W)
-    out = _empty_map(shape, x, x.dtype)
+
+    def empty_map(dtype: torch.dtype) -> torch.Tensor:
+        shape = (B, weight1.shape[0], H, W)
+        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
     if not keep:
-        return out, *(x.new_empty(0, dtype=torch.float32) for _ in range(4))
-    statistics = (B, groups, 2) if groups else (B, H * W)
-
-    def kept():
-        return _empty_map(shape, x, torch.float32), x.new_empty(statistics, dtype=torch.float32)
-
-    return out, *kept(), *kept()
+        return empty_map(x.dtype), *(x.new_empty(0, dtype=torch.float32) for _ in range(4))
+    statistics = [x.new_empty((B, groups, 2) if groups else (B, H * W), dtype=torch.float32) for _ in range(2)]
+    return empty_map(x.dtype), empty_map(torch.float32), statistics[0], empty_map(torch.float32), statistics[1]
 
 
-@torch.library.register_fake("ddpm_fast::native_resnet_block_backward", lib=_library)
-def _native_backward_fake(
-    grad, x, beside, weight1, gain1, affine1, scale, shift, weight2, gain2, affine2, res_weight, seed,
-    y1, statistics1, y2, statistics2, groups, eps, dropout_p, wants_dx,
-):  # fmt: skip
-    def like(t):
-        return x.new_empty(0, dtype=torch.float32) if t is None else t.new_empty(t.shape)
-
-    def map_like(t):
-        if t is None:
-            return x.new_empty(0, dtype=torch.float32)
-        return _empty_map(t.shape, t, t.dtype) if wants_dx else t.new_empty(0)
-
-    def row():
-        return x.new_empty(weight1.shape[0], dtype=torch.float32)
-
-    return [
-        map_like(x), map_like(beside), like(weight1), row(), like(gain1), like(affine1), like(scale), like(shift),
-        like(weight2), row(), like(gain2), like(affine2), like(res_weight),
-        x.new_empty(0, dtype=torch.float32) if res_weight is None else row(),
-    ]  # fmt: skip
-
-
-_NUM_TENSORS = 15  # of the forward
-_BIAS_PLACES = (3, 9, 13)  # of these, what backward has no use for
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    tensors, ctx.options = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:-1]
-    given = [tensor for i, tensor in enumerate(tensors) if i not in _BIAS_PLACES]
-    ctx.save_for_backward(*given, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-
-
-def _backward(ctx, grad, *_):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "resnet_block: the native kernel's gradient cannot be differentiated again (create_graph=True); "
-            'use ddpm_fast.use_backend("reference") for second derivatives'
-        )
-    nothing = (None,) * (len(ctx.options) + 2)  # of seed, the options and keep
-    if grad is None:
-        return (None,) * (_NUM_TENSORS - 1) + nothing
-    wants_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-    saved = ctx.saved_tensors
-    gradients = torch.ops.ddpm_fast.native_resnet_block_backward(grad, *saved, *ctx.options, wants_dx)
-    needed = zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    return *(g.to(dtype) if needs else None for g, dtype, needs in needed), *nothing
-
-
-torch.library.register_autograd("ddpm_fast::native_resnet_block", _backward, setup_context=_setup_context, lib=_library)
+_resnet_block = Operator(
+    "resnet_block",
+    # groups = 0 is RMSNorm. Without `keep` only out is returned, and empty tensors in place of the others.
+    "Tensor x, Tensor? beside, Tensor weight1, Tensor bias1, Tensor gain1, Tensor? affine1, Tensor? scale, "
+    "Tensor? shift, Tensor weight2, Tensor bias2, Tensor gain2, Tensor? affine2, Tensor? res_weight, Tensor? res_bias, "
+    "Tensor? seed, int groups, float eps, float dropout_p, bool keep",
+    returns="out, y1, statistics1, y2, statistics2",
+    fake=_fake,
+    backward="grad, x, beside, weight1, gain1, affine1, scale, shift, weight2, gain2, affine2, res_weight, seed, "
+    "y1, statistics1, y2, statistics2, groups, eps, dropout_p, wants_dx",
+    gradients="x, beside, weight1, bias1, gain1, affine1, scale, shift, weight2, bias2, gain2, affine2, res_weight, "
+    "res_bias",
+    maps="x, beside",
+    rows={"bias1": "weight1", "bias2": "weight2", "res_bias": "res_weight"},
+    wanted={"wants_dx": "x, beside"},
+    gradient_list=True,
+    native=True,
+)
 
 
 def resnet_block(
@@ -220,6 +156,8 @@ def _native(
     res_weight=None, res_bias=None, out_weight=None, out_bias=None, groups=0, eps=1e-5, dropout_p=0.0, seed=None,
     recompute=False,
 ) -> torch.Tensor:  # fmt: skip
+    if beside is not None:
+        beside = beside.contiguous(memory_format=torch.channels_last)  # the layout of its gradient
     arguments = (
         x, beside, weight1, bias1, gain1, affine1, scale, shift, weight2, bias2, gain2, affine2, res_weight, res_bias,
         seed if dropout_p > 0 else None, groups, eps, dropout_p,
@@ -232,7 +170,7 @@ def _native(
 
 
 def _run(*arguments) -> torch.Tensor:
-    return torch.ops.ddpm_fast.native_resnet_block.default(*arguments, torch.is_grad_enabled())[0]
+    return _resnet_block.native(*arguments, torch.is_grad_enabled())[0]
 
 
 def _native_refuses(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> str | None:
