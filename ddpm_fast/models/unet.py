@@ -8,20 +8,12 @@ from functools import partial
 import torch
 from torch import nn
 
+from ddpm_fast.models.attention import Attention, LinearAttention
+from ddpm_fast.models.convolution import Conv3x3, Downsample, StemConv, Upsample
 from ddpm_fast.models.derived_weights import DerivesWeights
-from ddpm_fast.models.layers import (
-    Attention,
-    Conv3x3,
-    Downsample,
-    LinearAttention,
-    RandomOrLearnedSinusoidalPosEmb,
-    ResnetBlock,
-    SinusoidalPosEmb,
-    StemConv,
-    Upsample,
-    is_plain,
-    linears_of_one_input,
-)
+from ddpm_fast.models.embeddings import RandomOrLearnedSinusoidalPosEmb, SinusoidalPosEmb, linears_of_one_input
+from ddpm_fast.models.resnet import ResnetBlock
+from ddpm_fast.models.stock import is_plain
 from ddpm_fast.ops.layout import maps_format, weights_format
 
 # Without native kernels, channels-last is slower on the CPU when the smallest maps have fewer than 64 pixels per batch

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddpm_fast import GaussianDiffusion, Unet
-from ddpm_fast.models import layers
+from ddpm_fast.models import attention as attention_layers
 
 SMALL = dict(dim=8, dim_mults=(1, 2))
 
@@ -76,12 +76,12 @@ def test_offset_noise_has_the_right_statistics():
 
 def test_flash_attention_takes_float32_everywhere():
     """The peer pins one flash backend on CUDA, which has no float32 kernel, and excludes the A100 by `> 8.0`."""
-    attention = layers.Attention(8, flash=True)
-    plain = layers.Attention(8, flash=False)
+    attention = attention_layers.Attention(8, flash=True)
+    plain = attention_layers.Attention(8, flash=False)
     plain.load_state_dict(attention.state_dict())
     x = torch.randn(1, 8, 4, 4)
     assert torch.equal(attention(x), plain(x))
-    assert not any("sdpa_kernel" in name for name in layers.__dict__)
+    assert not any("sdpa_kernel" in name for name in attention_layers.__dict__)
 
 
 def test_interpolate_ends_are_reconstructions(peer, monkeypatch):
@@ -139,8 +139,8 @@ def test_full_attn_false_is_not_unset(peer):
     def kinds(module, cls):
         return [isinstance(stage[2], cls) for stage in module.downs]
 
-    assert kinds(Unet(**SMALL, full_attn=False), layers.LinearAttention) == [True, True]
-    assert kinds(Unet(**SMALL), layers.LinearAttention) == [True, False]
+    assert kinds(Unet(**SMALL, full_attn=False), attention_layers.LinearAttention) == [True, True]
+    assert kinds(Unet(**SMALL), attention_layers.LinearAttention) == [True, False]
     assert kinds(peer.Unet(**SMALL, full_attn=False), peer.LinearAttention) == [True, False], "the peer has been fixed"
 
 

@@ -11,14 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import Unet, use_backend
-from ddpm_fast.models.layers import (
-    Attention,
-    Downsample,
-    LinearAttention,
-    ResnetBlock,
-    Upsample,
-    linears_of_one_input,
-)
+from ddpm_fast.models.attention import Attention, LinearAttention
+from ddpm_fast.models.convolution import Downsample, Upsample
+from ddpm_fast.models.embeddings import linears_of_one_input
+from ddpm_fast.models.resnet import ResnetBlock
 from ddpm_fast.ops.norm_linear.op import linears
 from ddpm_fast.ops.resnet_block.composite import convs_of_parts
 from ddpm_fast.testing.truth import assert_close_to_truth

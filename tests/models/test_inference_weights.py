@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_fast import Unet, use_backend
-from ddpm_fast.models import layers
+from ddpm_fast.models import convolution
 from ddpm_fast.models.derived_weights import DerivesWeights, frozen_weights
 from ddpm_fast.ops.resample import composite
 
@@ -51,7 +51,7 @@ def test_derives_once(model, monkeypatch):
     calls = []
     downsample, make_taps = deriving(model)[1], composite.upsampling_taps
     monkeypatch.setattr(downsample, "derive", lambda make=downsample.derive: calls.append(0) or make())
-    for module in (layers, composite):  # without kept taps the op of upsampling makes them
+    for module in (convolution, composite):  # without kept taps the op of upsampling makes them
         monkeypatch.setattr(module, "upsampling_taps", lambda weight: calls.append(0) or make_taps(weight))
     monkeypatch.setattr(model, "_projections", lambda t, make=model._projections: calls.append(0) or make(t))
     with torch.no_grad(), use_backend("reference"):  # native code has no use for the taps of upsampling

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast import use_backend
-from ddpm_fast.models import layers
+from ddpm_fast.models.attention import Attention
 from ddpm_fast.ops.attention import op, reference
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.runtime import dispatch, extension, triton_launch
@@ -48,8 +48,8 @@ def test_reference_without_memory_and_with_one_position():
 
 
 def test_reference_is_the_layer():
-    """What layers.Attention computes between its convolutions."""
-    layer = layers.Attention(8, heads=2, dim_head=4, num_mem_kv=3)
+    """What Attention computes between its convolutions."""
+    layer = Attention(8, heads=2, dim_head=4, num_mem_kv=3)
     x = torch.randn(2, 8, 3, 5)
     qkv = layer.to_qkv(layer.norm(x))
     for backend in ("reference", "sdpa"):

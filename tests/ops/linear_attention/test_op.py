@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_fast import use_backend
-from ddpm_fast.models import layers
+from ddpm_fast.models.attention import LinearAttention
 from ddpm_fast.ops.linear_attention.op import linear_attention
 from ddpm_fast.runtime import dispatch
 from ddpm_fast.testing.linear_attention_cases import LAYOUTS, SMALL, make, run
@@ -105,7 +105,7 @@ def kept_bytes(function) -> int:
 def test_reference_keeps_less_than_the_formula_in_a_row(layout):
     """The map between attention and the output projection does not exist."""
     C, heads, D, size = 24, 2, 16, 24
-    attention = layers.LinearAttention(C, heads, D)
+    attention = LinearAttention(C, heads, D)
     qkv = torch.randn(2, 3 * heads * D, size, size).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
     conv, norm = attention.to_out
     arguments = (qkv, attention.mem_kv, conv.weight, conv.bias, norm.g)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ddpm_fast import use_backend
-from ddpm_fast.models.layers import Block, ResnetBlock
+from ddpm_fast.models.resnet import Block, ResnetBlock
 from ddpm_fast.ops.norm_silu import reference
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
 from ddpm_fast.runtime import dispatch
