@@ -5,12 +5,13 @@ can use it, and the trainer's libraries by the first use of the trainer.
 """
 
 from importlib import import_module
+from warnings import warn as _warn
 
 from ddpm_fast import noise
 from ddpm_fast._version import __version__
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion, ModelPrediction
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
-from ddpm_fast.models.derived_weights import frozen_weights
+from ddpm_fast.models.derived_weights import inference_weights
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.dispatch import explain, use_backend
 from ddpm_fast.runtime.extension import empty_cache
@@ -31,7 +32,7 @@ __all__ = [
     "cosine_beta_schedule",
     "empty_cache",
     "explain",
-    "frozen_weights",
+    "inference_weights",
     "linear_beta_schedule",
     "noise",
     "sigmoid_beta_schedule",
@@ -43,6 +44,10 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name == "frozen_weights":  # the old name, for one release
+        _warn("frozen_weights is now inference_weights", FutureWarning, stacklevel=2)
+        globals()[name] = inference_weights  # one warning per process
+        return inference_weights
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

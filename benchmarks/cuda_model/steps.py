@@ -17,7 +17,7 @@ from cuda_model.recorder import Step, recording
 from ddpm_fast import GaussianDiffusion, Unet, noise
 from ddpm_fast.diffusion.sampling import SamplingState
 from ddpm_fast.measure.compare import PHASES
-from ddpm_fast.models.derived_weights import frozen_weights
+from ddpm_fast.models.derived_weights import inference_weights
 from ddpm_fast.runtime.autocast import uncached_autocast
 from ddpm_fast.runtime.recording import EagerRecorder
 from ddpm_fast.training.captured_step import TrainingStep
@@ -86,7 +86,7 @@ def make_sampling_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> 
 @contextlib.contextmanager
 def sampling_mode(diffusion: GaussianDiffusion):
     """As the loop of a sampler has it."""
-    with frozen_weights(diffusion.model, diffusion.num_timesteps), torch.inference_mode():
+    with inference_weights(diffusion.model, diffusion.num_timesteps), torch.inference_mode():
         yield
 
 
@@ -97,7 +97,7 @@ def record_sampling(
     found: Found = nothing,
     diffusion: GaussianDiffusion | None = None,
 ) -> Step:
-    """The network and the sampler's update, with frozen weights."""
+    """The network and the sampler's update, with inference weights."""
     diffusion = diffusion or make_diffusion()
     with recording(target, found) as block:
         run = make_sampling_step(diffusion, batch, dtype)

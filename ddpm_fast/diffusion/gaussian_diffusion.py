@@ -14,7 +14,7 @@ from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.diffusion_process import ModelPrediction as ModelPrediction
 from ddpm_fast.diffusion.diffusion_process import extract as extract
 from ddpm_fast.diffusion.sampling import SamplingRun, sample_loop
-from ddpm_fast.models.derived_weights import forget_frozen_weights, frozen_weights
+from ddpm_fast.models.derived_weights import free_inference_weights, inference_weights
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.ops.noise.op import normal
@@ -192,7 +192,7 @@ class GaussianDiffusion(DiffusionProcess):
     def clear_graphs(self) -> None:
         """Drop recorded graphs and the memory they hold, derived weights included; the next `sample` records anew."""
         self.graphs.clear()
-        forget_frozen_weights(self.model)
+        free_inference_weights(self.model)
 
     def _sample(
         self,
@@ -253,7 +253,7 @@ class GaussianDiffusion(DiffusionProcess):
         x_start, plan = None, run.plan
         full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps
         # No table over timesteps: an override may call the network with other times.
-        with frozen_weights(self.model), run.progress_bar(x.device) as bar:
+        with inference_weights(self.model), run.progress_bar(x.device) as bar:
             for row in run.rows:
                 x_self_cond = x_start if self.self_condition else None
                 if full_ddpm and "p_sample" in self._overridden():

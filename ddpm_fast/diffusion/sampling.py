@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ddpm_fast.diffusion.samplers import SamplerTable
-from ddpm_fast.models.derived_weights import frozen_weights
+from ddpm_fast.models.derived_weights import inference_weights
 from ddpm_fast.ops.sampler_step.op import sampler_step_
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.autocast import autocast_dtype, call_model, uncached_autocast
@@ -271,7 +271,7 @@ def sample_loop(
         "self_condition": self_condition,
         "start_index": run.start_index,
     }
-    with frozen_weights(model, num_timesteps), run.progress_bar(x.device) as bar:
+    with inference_weights(model, num_timesteps), run.progress_bar(x.device) as bar:
         if cache is None:
             state = SamplingState(model, x, num_steps, **options)
         else:

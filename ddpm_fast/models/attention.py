@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast.models.norm import RMSNorm
-from ddpm_fast.models.stock import is_plain
+from ddpm_fast.models.stock import is_unmodified
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.ops.attention_block.op import unchecked_attention_block
 from ddpm_fast.ops.linear_attention_block.op import unchecked_linear_attention_block
@@ -35,7 +35,7 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of x, plus `residual` of its shape where one is given."""
-        if not is_plain(self.norm, self.to_qkv, self.to_out, *self.to_out):
+        if not is_unmodified(self.norm, self.to_qkv, self.to_out, *self.to_out):
             out = self._by_modules(x)
             return out if residual is None else out + residual
         conv, norm = self.to_out
@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of x, plus `residual` of its shape where one is given."""
-        if not is_plain(self.norm, self.to_qkv, self.to_out):
+        if not is_unmodified(self.norm, self.to_qkv, self.to_out):
             out = self.to_out(attention(self.to_qkv(self.norm(x)), self.mem_kv, heads=self.heads))
             return out if residual is None else out + residual
         return unchecked_attention_block(

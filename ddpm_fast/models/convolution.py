@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ddpm_fast.models.derived_weights import DerivesWeights
+from ddpm_fast.models.derived_weights import HasDerivedWeight
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.resample.composite import upsampling_taps
 from ddpm_fast.ops.resample.op import downsample_conv, upsample_conv
@@ -33,14 +33,14 @@ class StemConv(nn.Conv2d):
         return stem_conv(*to_autocast_dtype(x), self.weight, self.bias)
 
 
-class _UpsampleConv2d(nn.Conv2d, DerivesWeights):
+class _UpsampleConv2d(nn.Conv2d, HasDerivedWeight):
     """Nearest 2× upsampling and a 3×3 convolution: (B, C, H, W) → (B, dim_out, 2H, 2W)."""
 
     def derive(self) -> torch.Tensor:
         return upsampling_taps(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return upsample_conv(*to_autocast_dtype(x), self.weight, self.bias, taps=self._frozen)
+        return upsample_conv(*to_autocast_dtype(x), self.weight, self.bias, taps=self._built)
 
 
 def Upsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
@@ -49,7 +49,7 @@ def Upsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
     return nn.Sequential(nn.Identity(), _UpsampleConv2d(dim, dim if dim_out is None else dim_out, 3, padding=1))
 
 
-class _PixelUnshuffleConv2d(nn.Conv2d, DerivesWeights):
+class _PixelUnshuffleConv2d(nn.Conv2d, HasDerivedWeight):
     """Pixel-unshuffle by 2 and a 1×1 convolution: (B, C, H, W) → (B, dim_out, H/2, W/2).
 
     The weight keeps the shape (dim_out, 4·C, 1, 1) of the 1×1 convolution. Its input channels are ordered

@@ -7,7 +7,7 @@ from torch import nn
 
 from ddpm_fast import noise
 from ddpm_fast.models.norm import RMSNorm, make_norm
-from ddpm_fast.models.stock import is_plain, parameter, stock
+from ddpm_fast.models.stock import is_unmodified, parameter, stock
 from ddpm_fast.ops.resnet_block.op import unchecked_resnet_block
 from ddpm_fast.runtime.autocast import to_autocast_dtype
 
@@ -80,7 +80,7 @@ class ResnetBlock(nn.Module):
             scale_shift = self.mlp(time_emb).chunk(2, dim=1)
         modules = self._modules  # see `parameter`
         block1, block2, res_conv = modules["block1"], modules["block2"], modules["res_conv"]
-        if not is_plain(block1, block2, res_conv, *block1._modules.values(), *block2._modules.values()):
+        if not is_unmodified(block1, block2, res_conv, *block1._modules.values(), *block2._modules.values()):
             x = torch.cat(x, dim=1) if isinstance(x, tuple) else x
             x = block2(block1(x, scale_shift)) + res_conv(x)
             return x if final_conv is None else final_conv(x)

@@ -17,7 +17,7 @@ def stock(cls: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
-def is_plain(*modules: nn.Module) -> bool:
+def is_unmodified(*modules: nn.Module) -> bool:
     """True if every module is stock and has no hooks, so its weights may be used without calling it."""
     for module in modules:  # dicts, not attributes: a small network asks two hundred times in a forward pass
         own = module.__dict__

@@ -10,10 +10,10 @@ from torch import nn
 
 from ddpm_fast.models.attention import Attention, LinearAttention
 from ddpm_fast.models.convolution import Conv3x3, Downsample, StemConv, Upsample
-from ddpm_fast.models.derived_weights import DerivesWeights
+from ddpm_fast.models.derived_weights import HasDerivedWeight
 from ddpm_fast.models.embeddings import RandomOrLearnedSinusoidalPosEmb, SinusoidalPosEmb, linears_of_one_input
 from ddpm_fast.models.resnet import ResnetBlock
-from ddpm_fast.models.stock import is_plain
+from ddpm_fast.models.stock import is_unmodified
 from ddpm_fast.ops.layout import maps_format, weights_format
 
 # Without native kernels, channels-last is slower on the CPU when the smallest maps have fewer than 64 pixels per batch
@@ -33,7 +33,7 @@ def _per_stage(name: str, value, num_stages: int) -> tuple:
     return values
 
 
-class Unet(DerivesWeights):
+class Unet(HasDerivedWeight):
     """UNet of Ho et al. 2020 as `denoising-diffusion-pytorch` 2.3 builds it; checkpoints load both ways.
 
     Args:
@@ -236,7 +236,7 @@ class Unet(DerivesWeights):
             x = attn(x, residual=x)
             x = upsample(x)
 
-        if is_plain(self.final_res_block, self.final_conv):
+        if is_unmodified(self.final_res_block, self.final_conv):
             return self.final_res_block((x, residual), scale_shift=next(rows), final_conv=self.final_conv)
         return self.final_conv(self.final_res_block((x, residual), scale_shift=next(rows)))
 
@@ -252,10 +252,10 @@ class Unet(DerivesWeights):
 
     def _scales_and_shifts(self, time: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What each of `_blocks` gets from the timestep: (B,) → two of (B, dim_out) for every block."""
-        if self._frozen is None or torch.is_grad_enabled() or time.is_floating_point():
+        if self._built is None or torch.is_grad_enabled() or time.is_floating_point():
             rows = self._projections(time)
         else:
-            rows = self._frozen[time]
+            rows = self._built[time]
         widths = [block.dim_out for block in self._blocks() for _ in range(2)]
         parts = rows.split(widths, dim=1)
         return list(zip(parts[::2], parts[1::2], strict=True))
@@ -264,13 +264,13 @@ class Unet(DerivesWeights):
         """All blocks' projections of the time embedding side by side, as one product: (B,) → (B, Σ 2·dim_out)."""
         t = self._time_embedding(time)
         blocks = self._blocks()
-        if not all(is_plain(block.mlp, *block.mlp) for block in blocks):  # replaced, by an adapter for example
+        if not all(is_unmodified(block.mlp, *block.mlp) for block in blocks):  # replaced, by an adapter for example
             return torch.cat([block.mlp(t) for block in blocks], dim=1)
         return linears_of_one_input(nn.functional.silu(t), [block.mlp[1] for block in blocks])
 
-    def freeze(self, num_timesteps: int | None) -> None:
+    def build(self, num_timesteps: int | None) -> None:
         """The table of `_projections` for all timesteps, (T, Σ 2·dim_out): a step then looks up its row."""
-        self.is_frozen = True
+        self.is_built = True
         modules = [*self.time_mlp.modules(), *(m for block in self._blocks() for m in block.mlp.modules())]
         listened = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
         if num_timesteps is not None and not listened:
@@ -294,11 +294,11 @@ class Unet(DerivesWeights):
         """The memory format of the network's maps.
 
         On the CPU without native kernels, channels-last makes a forward pass up to 20% faster and no training step:
-        only sampling runs (`frozen_weights`) use it. oneDNN then lays out weights anew in every call, which takes
+        only sampling runs (`inference_weights`) use it. oneDNN then lays out weights anew in every call, which takes
         longer than the product where few pixels meet wide weights.
         """
         fastest = maps_format(x)
-        if fastest is torch.channels_last or not self.is_frozen or torch.is_grad_enabled():
+        if fastest is torch.channels_last or not self.is_built or torch.is_grad_enabled():
             return fastest
         pixels = x.shape[0] * x.shape[2] * x.shape[3] // self.downsample_factor**2
         few_for_wide = pixels < _FEW_PIXELS and self.mid_block1.dim_out >= _WIDE

@@ -300,7 +300,7 @@ def places_of(tensors: Iterable[torch.Tensor]) -> tuple:
 def weights_of(model: nn.Module) -> tuple:
     """What a recording of a model in inference holds fast: its weights and how its modules are set.
 
-    A replay reads weights anew, so that those which change in place stay valid, and with them what `frozen_weights`
+    A replay reads weights anew, so that those which change in place stay valid, and with them what `inference_weights`
     derives from them in place.
     """
     places = places_of((*model.parameters(), *model.buffers()))

@@ -1,16 +1,18 @@
-"""frozen_weights: what a sampling run derives from the weights is made once, and is never stale."""
+"""inference_weights: what a sampling run derives from the weights is made once, and is never stale."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 
+import ddpm_fast
 from ddpm_fast import Unet, use_backend
 from ddpm_fast.models import convolution
-from ddpm_fast.models.derived_weights import DerivesWeights, frozen_weights
+from ddpm_fast.models.derived_weights import HasDerivedWeight, inference_weights
 from ddpm_fast.ops.resample import composite
 
 T = 20
@@ -32,19 +34,19 @@ def live(model):
         return model(*batch())
 
 
-def frozen(model, num_timesteps=T):
-    with torch.inference_mode(), frozen_weights(model, num_timesteps):
+def inside(model, num_timesteps=T):
+    with torch.inference_mode(), inference_weights(model, num_timesteps):
         return model(*batch())
 
 
 def deriving(model):
-    return [module for module in model.modules() if isinstance(module, DerivesWeights)]
+    return [module for module in model.modules() if isinstance(module, HasDerivedWeight)]
 
 
 def test_equals_the_network_as_always(model):
     assert len(deriving(model)) == 3, "the Unet, one downsampling, one upsampling"
     for num_timesteps in (T, None):
-        torch.testing.assert_close(frozen(model, num_timesteps), live(model), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inside(model, num_timesteps), live(model), rtol=1e-4, atol=1e-5)
 
 
 def test_derives_once(model, monkeypatch):
@@ -55,7 +57,7 @@ def test_derives_once(model, monkeypatch):
         monkeypatch.setattr(module, "upsampling_taps", lambda weight: calls.append(0) or make_taps(weight))
     monkeypatch.setattr(model, "_projections", lambda t, make=model._projections: calls.append(0) or make(t))
     with torch.no_grad(), use_backend("reference"):  # native code has no use for the taps of upsampling
-        with frozen_weights(model, T):
+        with inference_weights(model, T):
             for _ in range(3):
                 model(*batch())
         assert len(calls) == 3
@@ -72,12 +74,12 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_count_from_the_next_block_on(model, change):
-    before = frozen(model)
+    before = inside(model)
     addresses = [module._slots[key].data_ptr() for module in deriving(model) for key in module._slots]
     with torch.no_grad():
         for p in model.parameters():
             CHANGES[change](p)
-    after = frozen(model)
+    after = inside(model)
     torch.testing.assert_close(after, live(model), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(after, before)
     assert [module._slots[key].data_ptr() for module in deriving(model) for key in module._slots] == addresses, (
@@ -86,43 +88,43 @@ def test_changed_weights_count_from_the_next_block_on(model, change):
 
 
 def test_nothing_is_written_into_parameters(model):
-    frozen(model)
+    inside(model)
     old = [p.data for p in model.parameters()]
     values = [p.clone() for p in old]
     for p in model.parameters():
         p.data = p.data * 1.5
-    frozen(model)
+    inside(model)
     assert all(torch.equal(p, value) for p, value in zip(old, values, strict=True))
 
 
 def test_weights_made_in_inference_mode():
     with torch.inference_mode():
         model = Unet(8, dim_mults=(1, 2))
-    first = frozen(model)
+    first = inside(model)
     with torch.inference_mode():
         for p in model.parameters():
             p.mul_(1.1)
         expected = model(*batch())
-    assert not torch.allclose(frozen(model), first)
-    torch.testing.assert_close(frozen(model), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(inside(model), first)
+    torch.testing.assert_close(inside(model), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_another_dtype_has_its_own_tensors(model):
-    expected = frozen(model)
+    expected = inside(model)
     slots = {id(tensor) for module in deriving(model) for tensor in module._slots.values()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert frozen(model).dtype == torch.bfloat16
-    assert torch.equal(frozen(model), expected)
+        assert inside(model).dtype == torch.bfloat16
+    assert torch.equal(inside(model), expected)
     assert slots <= {id(tensor) for module in deriving(model) for tensor in module._slots.values()}
     model.double()
     x, t = batch()
-    with torch.no_grad(), frozen_weights(model, T):
+    with torch.no_grad(), inference_weights(model, T):
         torch.testing.assert_close(model(x.double(), t).float(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_flow_inside(model):
     x, t = batch()
-    with frozen_weights(model, T):
+    with inference_weights(model, T):
         out = model(x, t)
         out.sum().backward()
     assert torch.equal(out, model(x, t))
@@ -132,39 +134,39 @@ def test_gradients_flow_inside(model):
 def test_times_between_timesteps_are_computed(model):
     x, _ = batch()
     t = torch.tensor([3.5, 1e6])
-    with torch.no_grad(), frozen_weights(model, T):
+    with torch.no_grad(), inference_weights(model, T):
         inside = model(x, t)
     with torch.no_grad():
         torch.testing.assert_close(inside, model(x, t), rtol=1e-4, atol=1e-5)
 
 
 def test_ends_with_the_block_even_by_an_error(model):
-    with pytest.raises(KeyError), frozen_weights(model, T):
+    with pytest.raises(KeyError), inference_weights(model, T):
         raise KeyError
-    with frozen_weights(model, T), frozen_weights(model, T):
+    with inference_weights(model, T), inference_weights(model, T):
         pass
-    assert not any(module.is_frozen or module._frozen is not None for module in deriving(model))
+    assert not any(module.is_built or module._built is not None for module in deriving(model))
 
 
 def test_copies_and_pickles_leave_it_out(model):
-    expected = frozen(model)
-    with frozen_weights(model, T):
+    expected = inside(model)
+    with inference_weights(model, T):
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for other in copies:
-        assert not any(hasattr(module, "_slots") or module.is_frozen for module in deriving(other))
-        assert torch.equal(frozen(other), expected)
+        assert not any(hasattr(module, "_slots") or module.is_built for module in deriving(other))
+        assert torch.equal(inside(other), expected)
     assert model.state_dict().keys() == Unet(8, dim_mults=(1, 2)).state_dict().keys()
 
 
 def test_what_derives_nothing_runs_as_always():
     for network in (torch.nn.Linear(2, 2), lambda x, t, c: x):
-        with frozen_weights(network, T):
+        with inference_weights(network, T):
             pass
 
 
 def test_compiles_whole(model):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad(), frozen_weights(model, T):
+    with torch.no_grad(), inference_weights(model, T):
         torch.testing.assert_close(compiled(*batch()), model(*batch()))
     with torch.no_grad():
         torch.testing.assert_close(compiled(*batch()), live(model))
@@ -173,4 +175,15 @@ def test_compiles_whole(model):
 def test_self_conditioning_and_fourier_features():
     for config in (dict(self_condition=True), dict(learned_sinusoidal_cond=True, learned_sinusoidal_dim=6)):
         model = Unet(8, dim_mults=(1, 2), **config)
-        torch.testing.assert_close(frozen(model), live(model), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inside(model), live(model), rtol=1e-4, atol=1e-5)
+
+
+def test_the_old_name_warns_once(monkeypatch):
+    monkeypatch.delitem(vars(ddpm_fast), "frozen_weights", raising=False)
+    with pytest.warns(FutureWarning, match="frozen_weights is now inference_weights"):
+        from ddpm_fast import frozen_weights
+    assert frozen_weights is inference_weights
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ddpm_fast.frozen_weights is inference_weights
+    assert "frozen_weights" not in ddpm_fast.__all__

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm_fast import GaussianDiffusion, Unet, frozen_weights
+from ddpm_fast import GaussianDiffusion, Unet, inference_weights
 from ddpm_fast.runtime import recording
 from ddpm_fast.testing.recorders import FrozenRecorder
 
@@ -87,7 +87,7 @@ def test_every_module_that_is_listened_to_is_called(norm):
     torch.testing.assert_close(network(*inputs()), plain, rtol=1e-10, atol=1e-10)
     assert called == set(leaves)
     called.clear()
-    with torch.no_grad(), frozen_weights(network, 10):
+    with torch.no_grad(), inference_weights(network, 10):
         torch.testing.assert_close(network(*inputs()), plain, rtol=1e-10, atol=1e-10)
     assert called == set(leaves)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddpm_fast import Unet
-from ddpm_fast.models.derived_weights import frozen_weights
+from ddpm_fast.models.derived_weights import inference_weights
 from ddpm_fast.testing.networks import UNETS, assert_equal_networks, drawn_unet, inputs, randomise
 
 
@@ -129,7 +129,7 @@ def test_bfloat16_trains_and_samples_close_to_float32(peer, norm):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             out = model.train()(x, t)
             (out.float() * torch.linspace(-1, 1, out.numel()).reshape(out.shape)).sum().backward()
-            with torch.no_grad(), frozen_weights(model.eval(), 1000):
+            with torch.no_grad(), inference_weights(model.eval(), 1000):
                 sampled = model(x, t)
             expected = theirs(x, t).dtype
         assert out.dtype == sampled.dtype == expected

@@ -74,6 +74,24 @@ def test_an_op_without_the_forced_backend_chooses_freely(op):
         assert op(4) == ("native", 2)
 
 
+def test_a_backend_that_a_block_lacks_is_forced_on_its_steps(op):
+    block = Op(
+        "halve_twice",
+        [Implementation("native", lambda n: ("native", n // 4)), Implementation("composite", lambda n: op(op(n)[1]))],
+        lambda device: ((8,), {}),
+    )
+    assert block(8) == ("native", 2)
+    with use_backend("reference"):
+        assert block(8) == ("reference", 2.0)
+        assert "* composite" in dispatch.explain([torch.device("cpu")])
+    with use_backend("native"):
+        assert block(8) == ("native", 2)
+    with use_backend("triton"):  # the steps have none and choose freely
+        assert block(8) == ("native", 2) and block.choose(8).name == "composite"
+    with torch.autograd.forward_ad.dual_level():
+        assert block(8) == ("reference", 2.0)
+
+
 def test_plain_call_forces_until_undone(op):
     use_backend("reference")
     try:

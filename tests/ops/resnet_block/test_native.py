@@ -99,6 +99,38 @@ def test_options(options):
     check(*make(2, 16, 8, 32, 6, 5, **options))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["native", "reference", None])
+def test_a_final_convolution_and_recomputation(backend, recompute):
+    tensors, others = make(2, 16, 8, 32, 6, 5, dropout_p=0.25)
+    tensors |= {"out_weight": torch.randn(3, 32, 1, 1) / 32**0.5, "out_bias": torch.randn(3)}
+    with use_backend(backend):
+        actual = run(resnet_block, tensors, others | {"recompute": recompute})
+    expected = run(reference.resnet_block, tensors, others)
+    truth = run(reference.resnet_block, {name: t.double() for name, t in tensors.items()}, others)
+    for name in truth:
+        assert_close_to_truth(actual[name], expected[name], truth[name], name=name, floor=64)
+
+
+def test_the_steps_have_second_derivatives():
+    tensors, others = make(1, 3, 2, 4, 3, 4, groups=2)
+    leaves = [tensor.double().requires_grad_() for tensor in tensors.values()]
+
+    def block(*leaves):
+        return resnet_block(**dict(zip(tensors, leaves, strict=True)), **others)
+
+    with use_backend("reference"):
+        assert torch.autograd.gradgradcheck(block, leaves)
+
+
+def test_tangents_of_maps_side_by_side():
+    tensors, others = make(1, 3, 2, 4, 4, 4)
+    x = tensors.pop("x")
+    _, tangent = torch.func.jvp(lambda x: resnet_block(x, **tensors, **others), (x,), (torch.ones_like(x),))
+    _, expected = torch.func.jvp(lambda x: reference.resnet_block(x, **tensors, **others), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
 def test_every_instruction_set(name):
     module = extension.load()
@@ -185,6 +217,8 @@ def test_operator_keeps_torchs_rules():
         ({"affine2": torch.zeros(32)}, "must not be given with groups = 0"),
         ({"dropout_p": 0.5}, "seed must be given"),
         ({"bias1": 3.0}, "bias1 must be a tensor"),
+        ({"out_weight": torch.zeros(3, 31, 1, 1)}, "out_weight must have shape"),
+        ({"out_bias": torch.zeros(3)}, "out_bias must not be given without out_weight"),
     ],
 )
 def test_wrong_arguments(changes, message):
