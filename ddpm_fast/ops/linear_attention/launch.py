@@ -40,7 +40,7 @@ class Tile:
         num_warps: warps per program.
         tiles: tiles that one program walks over, a power of two.
         group: heads that a program has side by side, a power of two.
-        registers: see `tuning.register_bound`.
+        registers: see `triton_launch.register_bound`.
     """
 
     rows: int
@@ -62,7 +62,7 @@ class Tile:
         """Keyword arguments of every launch."""
         # Two stages: the next tile is on its way while this one is worked on.
         sizes = {"BLOCK_N": self.rows, "num_warps": self.num_warps, "num_stages": 2 if self.tiles > 1 else 1}
-        return sizes | tuning.register_bound(self.registers)
+        return sizes | triton_launch.register_bound(self.registers)
 
 
 @dataclass(frozen=True)

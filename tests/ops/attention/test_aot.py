@@ -43,7 +43,7 @@ def compile_case(name: str, dtype: str, D: int, capability: int, tmp_path, **siz
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path,
         num_warps=tile.num_warps, num_stages=tile.num_stages, unaligned=tuple(n for n in unaligned if n in signature),
-        **tuning.register_bound(tile.registers),
+        **triton_launch.register_bound(tile.registers),
     )  # fmt: skip
     return machine, tile
 
