@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class Operator:
             numbers as the first dimension of this kept argument.
         wanted: flags of the backward operator. A flag is true if a gradient in its string is used; a tuple of n strings
             makes a flag of type bool[n]. The operator returns an empty tensor for an unwanted gradient.
+        none_like: dtypes of empty gradients: the empty gradient of an argument that is None has the dtype of this kept
+            tensor. By default it is the first one.
         gradient_list: the backward operator returns Tensor[] instead of a tuple.
         contiguous_grad: grad is made contiguous for the backward operator.
         triton: the module of the functions `<name>` and `<name>_backward`, imported by the first call. A gradient from
@@ -82,6 +85,7 @@ class Operator:
         maps: str = "x",
         rows: Mapping[str, str] | None = None,
         wanted: Mapping[str, str | tuple[str, ...]] | None = None,
+        none_like: Mapping[str, str] | None = None,
         gradient_list: bool = False,
         contiguous_grad: bool = False,
         triton: str | None = None,
@@ -90,7 +94,8 @@ class Operator:
         self.name, self._returns, self._backward = name, _names(returns), _names(backward)
         self._gradients, self._passes, self._maps = _names(gradients), _names(passes), _names(maps)
         self._by_torch, self._formula = _names(by_torch[0]), by_torch[1]
-        self._rows, self._wanted, self._contiguous_grad = dict(rows or {}), dict(wanted or {}), contiguous_grad
+        self._rows, self._none_like, self._wanted = dict(rows or {}), dict(none_like or {}), dict(wanted or {})
+        self._contiguous_grad = contiguous_grad
         types = {argument.split()[1]: argument.split()[0] for argument in arguments.split(", ")}
         self._arguments = tuple(types)
         types |= dict.fromkeys(("grad", *self._returns), "Tensor")
@@ -119,44 +124,55 @@ class Operator:
             if self._gradients:
                 _launch(triton, f"{name}_backward", self._restored)
 
-    def _autograd(self, kernel: str, operator: Callable | None) -> tuple[Callable, Callable]:
-        """setup_context and backward for the operators of one kernel."""
-        names, several = (*self._arguments, *self._returns), len(self._returns) > 1
-        kept, restored = [n for n in self._tensors if n != "grad"], (*self._rows, *self._passes, *self._by_torch)
+    def _autograd(self, kernel: str, gradients_of: Callable | None) -> tuple[Callable, Callable]:
+        """setup_context and backward for the operators of one kernel; indices are looked up here, not in a call."""
+        place = {name: i for i, name in enumerate((*self._arguments, *self._returns))}.__getitem__
+        kept = _items(place(name) for name in self._tensors if name != "grad")
+        options = _items(map(place, self._options))
+        made, passed, by_torch = (list(map(place, names)) for names in (self._gradients, self._passes, self._by_torch))
+        restored = [*map(place, self._rows), *passed, *by_torch]
+        flags = [_flag(of, place) for of in self._wanted.values()]
+        made_of, by_torch_of = _items(made), _items(by_torch)
         at = self._tensors.index("grad") if self._tensors else 0
+        several = len(self._returns) > 1
 
         def setup_context(ctx, inputs, output) -> None:
-            values = dict(zip(names, (*inputs, *output) if several else (*inputs, output), strict=True))
-            ctx.save_for_backward(*[values[name] for name in kept])
-            ctx.set_materialize_grads(False)  # no zeros as gradients of the other returns
+            ctx.save_for_backward(*kept(inputs + output if several else (*inputs, output)))
+            ctx.options = options(inputs)
+            ctx.dtypes = [(i, inputs[i].dtype) for i in restored if inputs[i] is not None]
             if several:
                 ctx.mark_non_differentiable(*output[1:])
-            ctx.options = [values[name] for name in self._options]
-            ctx.dtypes = {name: values[name].dtype for name in restored if values[name] is not None}
+                ctx.set_materialize_grads(False)  # no zeros as gradients of the other returns
 
         def backward(ctx, grad, *_):
-            if operator is not None and torch.is_grad_enabled():
+            if gradients_of is not None and torch.is_grad_enabled():
                 raise RuntimeError(
                     f"{self.name}: the {kernel} kernel's gradient cannot be differentiated again (create_graph=True); "
                     'use ddpm_fast.use_backend("reference") for second derivatives'
                 )
+            result: list[torch.Tensor | None] = [None] * len(self._arguments)
             if grad is None:
-                return (None,) * len(self._arguments)
-            needs = dict(zip(self._arguments, ctx.needs_input_grad, strict=True))
+                return tuple(result)
+            needs = ctx.needs_input_grad
             saved = ctx.saved_tensors  # read once: under torch's checkpoint a second read is an error
-            made = dict.fromkeys(self._passes, grad)
-            if operator is not None and any([needs[name] for name in self._gradients]):
-                flags = [_any_of(used, needs) for used in self._wanted.values()]
+            if gradients_of is not None and True in made_of(needs):
                 given = grad.contiguous() if self._contiguous_grad else grad
-                gradients = operator(*saved[:at], given, *saved[at:], *ctx.options, *flags)
-                made |= zip(self._gradients, [gradients] if len(self._gradients) == 1 else gradients, strict=True)
-            used = [needs[name] for name in self._by_torch]
-            if any(used):
-                made |= zip(self._by_torch, self._formula(used, grad, *saved), strict=True)
-            for name, dtype in ctx.dtypes.items():
-                if needs[name]:
-                    made[name] = made[name].to(dtype)
-            return tuple([made[name] if need else None for name, need in needs.items()])
+                wanted = [flag(needs) for flag in flags]
+                gradients = gradients_of(*saved[:at], given, *saved[at:], *ctx.options, *wanted)
+                for i, gradient in zip(made, [gradients] if len(made) == 1 else gradients, strict=True):
+                    if needs[i]:
+                        result[i] = gradient
+            if by_torch and True in by_torch_of(needs):
+                for i, gradient in zip(by_torch, self._formula(by_torch_of(needs), grad, *saved), strict=True):
+                    result[i] = gradient
+            for i in passed:
+                result[i] = grad
+            for i, dtype in ctx.dtypes:
+                if not needs[i]:
+                    result[i] = None
+                elif result[i].dtype != dtype:
+                    result[i] = result[i].to(dtype)
+            return tuple(result)
 
         return setup_context, backward
 
@@ -170,12 +186,14 @@ class Operator:
 
         def empty(name: str) -> torch.Tensor:
             argument = given[self._rows[name]] if name in self._rows else given.get(name, first)
-            none = argument is None or name in unwanted
+            if argument is None:
+                like = given[self._none_like[name]] if name in self._none_like else first
+                return like.new_empty(0, dtype=torch.float32 if name in self._rows else like.dtype)
             if name in self._rows:
-                return first.new_empty(0 if none else argument.shape[0], dtype=torch.float32)
-            if none:
-                return (first if argument is None else argument).new_empty(0)
-            return torch.empty_like(argument) if name in self._maps else argument.new_empty(argument.shape)
+                return argument.new_empty(0 if name in unwanted else argument.shape[0], dtype=torch.float32)
+            if name in self._maps and name not in unwanted:
+                return torch.empty_like(argument)
+            return argument.new_empty(0 if name in unwanted else argument.shape)
 
         made = [empty(name) for name in self._gradients]
         return made[0] if len(made) == 1 else made
@@ -200,10 +218,21 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.replace(",", " ").split())
 
 
-def _any_of(used: str | tuple[str, ...], needs: dict[str, bool]) -> bool | list[bool]:
+def _items(indices: Iterable[int]) -> Callable[[Sequence], tuple]:
+    """A function that picks a tuple of items."""
+    indices = tuple(indices)
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    return lambda values: tuple([values[i] for i in indices])
+
+
+def _flag(used: str | tuple[str, ...], place: Callable[[str], int]) -> Callable[[Sequence[bool]], bool | list[bool]]:
+    """A function that makes a flag of `wanted` from needs_input_grad."""
     if isinstance(used, tuple):
-        return [_any_of(names, needs) for names in used]
-    return any([needs[name] for name in _names(used)])
+        parts = [_flag(names, place) for names in used]
+        return lambda needs: [part(needs) for part in parts]
+    of = _items(map(place, _names(used)))
+    return lambda needs: True in of(needs)
 
 
 def _type_of(returns: Sequence[str]) -> str:
