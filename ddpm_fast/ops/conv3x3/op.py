@@ -1,4 +1,4 @@
-"""3×3 convolutions of stride 1 and padding 1: public function, registration, eligibility.
+"""3×3 convolutions of stride 1 and padding 1: declaration, public function, eligibility.
 
 On the CPU, Winograd's F(4×4, 3×3) (Lavin & Gray 2016) with the interpolation points 0, ±1/√2, ±√2, ∞: a quarter of the
 products of a direct convolution, at 1.5 to 2 times its rounding error. Elsewhere torch's convolution.
@@ -10,72 +10,32 @@ import torch
 
 from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.conv3x3 import reference
+from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _SMALLEST_SIDE = 3  # of maps for which a tile of 4×4 outputs pays
 
-_library = torch.library.Library("ddpm_fast", "FRAGMENT")
-for _schema in (
-    "native_conv3x3(Tensor x, Tensor? beside, Tensor weight, Tensor? bias, Tensor? residual, bool upsampled) -> Tensor",
-    # wanted: the gradients of the inputs, of weight, of bias; an empty tensor stands for one that is not.
-    "native_conv3x3_backward(Tensor grad, Tensor x, Tensor? beside, Tensor weight, bool upsampled, bool[3] wanted)"
-    " -> (Tensor dx, Tensor dbeside, Tensor dweight, Tensor dbias)",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-
-@torch.library.register_fake("ddpm_fast::native_conv3x3", lib=_library)
-def _native_fake(x, beside, weight, bias, residual, upsampled):
+def _native_fake(x, weight, upsampled, **_) -> torch.Tensor:
     B, _, H, W = x.shape
     factor = 2 if upsampled else 1
     shape = (B, weight.shape[0], factor * H, factor * W)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("ddpm_fast::native_conv3x3_backward", lib=_library)
-def _native_backward_fake(grad, x, beside, weight, upsampled, wanted):
-    def map_like(t):
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=torch.channels_last)
-
-    return (
-        map_like(x) if wanted[0] else x.new_empty(0),
-        map_like(beside) if wanted[0] and beside is not None else x.new_empty(0),
-        weight.new_empty(weight.shape if wanted[1] else 0),
-        weight.new_empty(weight.shape[0] if wanted[2] else 0, dtype=torch.float32),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, beside, weight, bias, residual, upsampled = inputs
-    ctx.save_for_backward(x, beside, weight)
-    ctx.upsampled = upsampled
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _backward(ctx, grad):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "conv3x3: the native kernel's gradient cannot be differentiated again (create_graph=True); "
-            'use ddpm_fast.use_backend("reference") for second derivatives'
-        )
-    x, beside, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    wanted = (needs[0] or needs[1], needs[2], needs[3])
-    dx, dbeside, dweight, dbias = torch.ops.ddpm_fast.native_conv3x3_backward(
-        grad, x, beside, weight, ctx.upsampled, wanted
-    )
-    return (
-        dx if wanted[0] else None,
-        dbeside if wanted[0] and beside is not None else None,
-        dweight if wanted[1] else None,
-        dbias.to(ctx.bias_dtype) if wanted[2] else None,
-        grad.to(ctx.residual_dtype) if ctx.residual_dtype is not None else None,
-        None,
-    )
-
-
-torch.library.register_autograd("ddpm_fast::native_conv3x3", _backward, setup_context=_setup_context, lib=_library)
+_conv3x3 = Operator(
+    "conv3x3",
+    "Tensor x, Tensor? beside, Tensor weight, Tensor? bias, Tensor? residual, bool upsampled",
+    returns="out",
+    fake=_native_fake,
+    backward="grad, x, beside, weight, upsampled, wanted",
+    gradients="x, beside, weight, bias",
+    maps="x, beside",
+    rows={"bias": "weight"},
+    passes="residual",
+    wanted={"wanted": ("x, beside", "weight", "bias")},
+    native=True,
+)
 
 
 def conv3x3(
@@ -131,7 +91,7 @@ def _check(x, weight, bias, beside, residual, upsampled) -> None:
 
 
 def _native(x, weight, bias, *, beside, residual, upsampled) -> torch.Tensor:
-    return torch.ops.ddpm_fast.native_conv3x3.default(x, beside, weight, bias, residual, upsampled)
+    return _conv3x3.native(x, beside, weight, bias, residual, upsampled)
 
 
 def _native_refuses(x, weight, bias, *, beside, residual, upsampled) -> str | None:
