@@ -1,4 +1,4 @@
-"""A large odd kernel on few channels, stride 1, zeros around: public function, registration, eligibility.
+"""A large odd kernel on few channels, stride 1, zeros around: declaration, public function, eligibility.
 
 On the CPU, products of rows of the padded map, in which what a row of the kernel sees of a pixel lies side by side
 (csrc/cpu/simd/stem.h). Elsewhere torch's convolution.
@@ -9,55 +9,36 @@ from __future__ import annotations
 import torch
 
 from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
+from ddpm_fast.ops.operator import Operator
 from ddpm_fast.ops.stem_conv import reference
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _MOST_CHANNELS = 16  # with more, a direct convolution's own blocks of channels are filled
 
-_library = torch.library.Library("ddpm_fast", "FRAGMENT")
-for _schema in (
-    "native_stem_conv(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    "native_stem_conv_backward(Tensor grad, Tensor x, Tensor weight, bool want_bias) -> (Tensor dweight, Tensor dbias)",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-
-@torch.library.register_fake("ddpm_fast::native_stem_conv", lib=_library)
-def _native_fake(x, weight, bias):
+def _native_fake(x, weight, **_) -> torch.Tensor:
     shape = (x.shape[0], weight.shape[0], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("ddpm_fast::native_stem_conv_backward", lib=_library)
-def _native_backward_fake(grad, x, weight, want_bias):
-    return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0] if want_bias else 0, dtype=torch.float32)
+def _image_gradient(needs, grad, x, weight) -> tuple[torch.Tensor]:
+    """Of x by torch: training needs no gradient of an image."""
+    dx = torch.nn.grad.conv2d_input(x.shape, weight.to(grad.dtype), grad, padding=weight.shape[2] // 2)
+    return (dx.to(x.dtype),)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx, grad):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "stem_conv: the native kernel's gradient cannot be differentiated again (create_graph=True); "
-            'use ddpm_fast.use_backend("reference") for second derivatives'
-        )
-    x, weight = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-    dx = dweight = dbias = None
-    if needs_x:  # the gradient of an image, which training has no use for: torch's own
-        padding = weight.shape[2] // 2
-        taps = weight.to(grad.dtype)
-        dx = torch.nn.grad.conv2d_input(x.shape, taps, grad, padding=padding).to(x.dtype)
-    if needs_weight or needs_bias:
-        dweight, dbias = torch.ops.ddpm_fast.native_stem_conv_backward(grad, x, weight, needs_bias)
-    return dx, dweight if needs_weight else None, dbias.to(ctx.bias_dtype) if needs_bias else None
-
-
-torch.library.register_autograd("ddpm_fast::native_stem_conv", _backward, setup_context=_setup_context, lib=_library)
+_stem_conv = Operator(
+    "stem_conv",
+    "Tensor x, Tensor weight, Tensor? bias",
+    returns="out",
+    fake=_native_fake,
+    backward="grad, x, weight, want_bias",
+    gradients="weight, bias",
+    by_torch=("x", _image_gradient),
+    rows={"bias": "weight"},
+    wanted={"want_bias": "bias"},
+    native=True,
+)
 
 
 def stem_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -92,7 +73,7 @@ def _check(x, weight, bias) -> None:
 
 
 def _native(x, weight, bias) -> torch.Tensor:
-    return torch.ops.ddpm_fast.native_stem_conv.default(x, weight, bias)
+    return _stem_conv.native(x, weight, bias)
 
 
 def _native_refuses(x, weight, bias) -> str | None:
