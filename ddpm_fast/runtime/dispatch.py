@@ -20,7 +20,6 @@ import torch
 from torch.autograd import forward_ad
 
 from ddpm_fast.runtime import extension
-from ddpm_fast.runtime.autocast import no_autocast as no_autocast
 
 COMPOSITE = "composite"
 BACKENDS = ("triton", "native", "sdpa", "reference")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.runtime.dispatch import no_autocast
+from ddpm_fast.runtime.autocast import no_autocast
 
 
 def attention(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.ops.norm_linear.op import linear, linear_residual, norm_linear
-from ddpm_fast.runtime.dispatch import no_autocast
+from ddpm_fast.runtime.autocast import no_autocast
 
 
 def attention_block(

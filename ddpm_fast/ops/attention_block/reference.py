@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ddpm_fast.ops.attention.reference import attention
 from ddpm_fast.ops.common.reference import linear_residual, norm_linear
-from ddpm_fast.runtime.dispatch import no_autocast
+from ddpm_fast.runtime.autocast import no_autocast
 
 
 def attention_block(

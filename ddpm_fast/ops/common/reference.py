@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ddpm_fast.runtime.dispatch import no_autocast
+from ddpm_fast.runtime.autocast import no_autocast
 
 
 def norm_linear(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

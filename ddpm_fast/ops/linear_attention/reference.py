@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.ops.linear_attention.launch import has_channels_last_output
-from ddpm_fast.runtime.dispatch import no_autocast
+from ddpm_fast.runtime.autocast import no_autocast
 
 
 def context_and_queries(qkv: torch.Tensor, mem_kv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:

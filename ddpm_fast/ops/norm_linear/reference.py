@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.ops.common.reference import linear_residual, norm_linear
-from ddpm_fast.runtime.dispatch import no_autocast
+from ddpm_fast.runtime.autocast import no_autocast
 
 __all__ = ["linear", "linear_residual", "linears", "norm_linear"]
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.ops.layout import weights_format
-from ddpm_fast.runtime.dispatch import in_forward_mode, no_autocast
+from ddpm_fast.runtime.autocast import no_autocast
+from ddpm_fast.runtime.dispatch import in_forward_mode
 
 
 def upsample_conv(

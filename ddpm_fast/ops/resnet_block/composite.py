@@ -13,7 +13,8 @@ from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.layout import weights_format
 from ddpm_fast.ops.norm_linear.op import linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
-from ddpm_fast.runtime.dispatch import in_forward_mode, no_autocast
+from ddpm_fast.runtime.autocast import no_autocast
+from ddpm_fast.runtime.dispatch import in_forward_mode
 
 
 def resnet_block(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.ops.common.norm import group_norm_silu, rms_norm_silu
-from ddpm_fast.runtime.dispatch import no_autocast
+from ddpm_fast.runtime.autocast import no_autocast
 
 
 def resnet_block(
