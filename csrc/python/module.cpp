@@ -1,5 +1,5 @@
 // The Python side of the extension: tapes, memory, build information, and Philox itself for its known answers. The
-// operators register themselves with torch when the module is loaded; their schemas stand in ddpm_fast/ops/*/op.py.
+// operators register themselves with torch when the module is loaded; their schemas are in ddpm_fast/ops/*/op.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>
@@ -7,6 +7,7 @@
 #include "core/philox.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/memory.h"
+#include "ivalue.h"
 #include "tape.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -26,9 +27,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return before;
       },
       "Take the kernels of \"avx512\", \"avx2\" or \"portable\"; returns what was taken before. For tests.");
-  m.def("empty_cache", &ddpm_fast::empty_cache, "See _extension.py.");
+  m.def("empty_cache", &ddpm_fast::empty_cache, "See runtime/extension.py.");
   m.def(
-      "empty_tensor", [](const std::vector<int64_t>& sizes) { return ddpm_fast::empty_tensor(sizes); },
+      "empty_tensor",
+      [](const std::vector<int64_t>& sizes) { return torch::jit::toPyObject(ddpm_fast::empty_tensor(sizes)); },
       "A float32 tensor where native operators have theirs. For tests.");
   m.def("keep_memory_for", &ddpm_fast::keep_memory_for,
         "How many seconds memory that no step needs stays with the process. For tests.");

@@ -1,16 +1,14 @@
-#include <torch/library.h>
 
 #include <optional>
 #include <tuple>
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
+#include "ops.h"
 
-namespace ddpm_fast {
+namespace ddpm_fast::cpu {
 
 namespace {
-
-using at::Tensor;
 
 void check_memory(const Tensor& mem_kv, int64_t heads) {
   TORCH_CHECK_VALUE(
@@ -41,6 +39,8 @@ struct Call {
   }
 };
 
+}  // namespace
+
 Tensor attention(const Tensor& qkv, const Tensor& mem_kv, int64_t heads) {
   const Call call(qkv, mem_kv, heads);
   const at::MemoryFormat format = at::MemoryFormat::ChannelsLast;
@@ -62,6 +62,8 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& 
                                 .dmem_kv = dmem_kv.data_ptr<float>()});
   return {dqkv.to(qkv.scalar_type()), dmem_kv.to(mem_kv.scalar_type())};
 }
+
+namespace {
 
 struct BlockCall {
   Tensor x, gain_in, weight_qkv, mem_kv, weight;
@@ -85,8 +87,10 @@ struct BlockCall {
   }
 };
 
+}  // namespace
+
 Tensor attention_block(const Tensor& x, const Tensor& gain_in, const Tensor& weight_qkv, const Tensor& mem_kv,
-                       const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual, int64_t heads) {
+                       const Tensor& weight, const Tensor& bias, const OptionalTensor& residual, int64_t heads) {
   const BlockCall call(x, gain_in, weight_qkv, mem_kv, weight, heads);
   const Tensor added_bias = float_vector(bias, "bias", call.in.C);
   Tensor added;
@@ -121,13 +125,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backw
       dmem_kv.to(mem_kv.scalar_type()), dweight.to(weight.scalar_type()),   dbias.to(bias.scalar_type())};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
-  m.impl("native_attention", &attention);
-  m.impl("native_attention_backward", &attention_backward);
-  m.impl("native_attention_block", &attention_block);
-  m.impl("native_attention_block_backward", &attention_block_backward);
-}
-
-}  // namespace ddpm_fast
+}  // namespace ddpm_fast::cpu

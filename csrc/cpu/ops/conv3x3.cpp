@@ -1,6 +1,3 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <array>
 #include <tuple>
@@ -8,18 +5,19 @@
 #include "conv3x3_weight.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
+#include "ops.h"
 
-namespace ddpm_fast {
+namespace ddpm_fast::cpu {
 
 namespace {
 
 // The input of a convolution: one map or two side by side, as float32 channels-last.
 struct Parts {
-  at::Tensor first, second;
+  Tensor first, second;
   int64_t channels[2], C, B, H, W;  // H and W of the convolution
   bool upsampled;
 
-  Parts(const at::Tensor& x, const std::optional<at::Tensor>& skip, const at::Tensor& weight, bool up) : upsampled(up) {
+  Parts(const Tensor& x, const OptionalTensor& skip, const Tensor& weight, bool up) : upsampled(up) {
     TORCH_CHECK_VALUE(x.dim() == 4, "x must have shape (B, C, H, W), got ", x.sizes());
     first = float_map(x);
     B = x.size(0);
@@ -38,13 +36,15 @@ struct Parts {
   }
 };
 
-at::Tensor forward(const at::Tensor& x, const std::optional<at::Tensor>& skip, const at::Tensor& weight,
-                   const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual, bool upsampled) {
+}  // namespace
+
+Tensor conv3x3(const Tensor& x, const OptionalTensor& skip, const Tensor& weight, const OptionalTensor& bias,
+               const OptionalTensor& residual, bool upsampled) {
   const Parts parts(x, skip, weight, upsampled);
   const int64_t K = weight.size(0);
-  const at::Tensor w = weight.to(at::kFloat).contiguous(), b = float_vector(bias, "bias", K);
-  const at::Tensor out = empty_float_map({parts.B, K, parts.H, parts.W});
-  const at::Tensor r = residual.has_value() ? float_map(*residual, "residual", out.sizes()) : at::Tensor();
+  const Tensor w = weight.to(at::kFloat).contiguous(), b = float_vector(bias, "bias", K);
+  const Tensor out = empty_float_map({parts.B, K, parts.H, parts.W});
+  const Tensor r = residual.has_value() ? float_map(*residual, "residual", out.sizes()) : Tensor();
   kernels().conv3x3.forward({.B = parts.B,
                              .H = parts.H,
                              .W = parts.W,
@@ -59,20 +59,18 @@ at::Tensor forward(const at::Tensor& x, const std::optional<at::Tensor>& skip, c
   return out.to(x.scalar_type());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x,
-                                                                    const std::optional<at::Tensor>& skip,
-                                                                    const at::Tensor& weight, bool upsampled,
-                                                                    std::array<bool, 3> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv3x3_backward(const Tensor& grad, const Tensor& x,
+                                                            const OptionalTensor& skip, const Tensor& weight,
+                                                            bool upsampled, std::array<bool, 3> needs) {
   const Parts parts(x, skip, weight, upsampled);
   const int64_t K = weight.size(0);
-  const at::Tensor w = weight.to(at::kFloat).contiguous();
-  const at::Tensor g = float_map(grad, "grad", {parts.B, K, parts.H, parts.W});
-  const auto none = [&](at::ScalarType type) { return at::empty({0}, type); };
-  at::Tensor dx = none(x.scalar_type()), dskip = none(x.scalar_type()), dweight = none(weight.scalar_type());
-  at::Tensor dbias = none(at::kFloat);
+  const Tensor w = weight.to(at::kFloat).contiguous();
+  const Tensor g = float_map(grad, "grad", {parts.B, K, parts.H, parts.W});
+  Tensor dx = no_tensor(x.scalar_type()), dskip = no_tensor(x.scalar_type()), dweight = no_tensor(weight.scalar_type());
+  Tensor dbias = no_tensor(at::kFloat);
   if (needs[0]) {
-    const at::Tensor d0 = empty_float_map(parts.first.sizes());
-    const at::Tensor d1 = parts.second.defined() ? empty_float_map(parts.second.sizes()) : at::Tensor();
+    const Tensor d0 = empty_float_map(parts.first.sizes());
+    const Tensor d1 = parts.second.defined() ? empty_float_map(parts.second.sizes()) : Tensor();
     kernels().conv3x3.forward({.B = parts.B,
                                .H = parts.H,
                                .W = parts.W,
@@ -86,8 +84,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(const at::Te
     if (d1.defined()) dskip = d1.to(skip->scalar_type());
   }
   if (needs[1] || needs[2]) {
-    const at::Tensor dw = needs[1] ? empty_tensor(weight.sizes()) : at::Tensor();
-    const at::Tensor db = needs[2] ? at::empty({K}, at::kFloat) : at::Tensor();
+    const Tensor dw = needs[1] ? empty_tensor(weight.sizes()) : Tensor();
+    const Tensor db = needs[2] ? unpooled_tensor({K}) : Tensor();
     kernels().conv3x3.weight_gradient({.B = parts.B,
                                        .H = parts.H,
                                        .W = parts.W,
@@ -104,11 +102,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(const at::Te
   return {dx, dskip, dweight, dbias};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
-  m.impl("native_conv3x3", &forward);
-  m.impl("native_conv3x3_backward", &backward);
-}
-
-}  // namespace ddpm_fast
+}  // namespace ddpm_fast::cpu

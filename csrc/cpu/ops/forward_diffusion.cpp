@@ -2,9 +2,6 @@
 // tiles of elements in C, H, W order, in which the noise is counted; images lie in that order or channels-last.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <tuple>
@@ -12,9 +9,11 @@
 #include <vector>
 
 #include "core/checks.h"
+#include "cpu/runtime/memory.h"
+#include "ops.h"
 #include "tile.h"
 
-namespace ddpm_fast {
+namespace ddpm_fast::cpu {
 
 namespace {
 
@@ -27,7 +26,7 @@ struct Layout {
   bool dense;
 };
 
-Layout layout_of(const at::Tensor& x, const char* name) {
+Layout layout_of(const Tensor& x, const char* name) {
   Layout layout{.elements = x.numel() / x.size(0),
                 .pixels = 1,
                 .row = x.size(-1),
@@ -110,7 +109,7 @@ void store_tile(T* sample, const float* from, const Layout& layout, int64_t firs
 
 // What both ops read: x0 and ε of a tile.
 struct Images {
-  const at::Tensor &x_start, &t, &table;
+  const Tensor &x_start, &t, &table;
   int64_t batch, columns;
   Layout x_layout, noise_layout;
   const void* noise = nullptr;
@@ -120,9 +119,9 @@ struct Images {
   bool normalize;
   std::vector<float> offset;  // of ε, for every image and channel; empty for none
 
-  Images(const at::Tensor& x_start_in, const at::Tensor& t_in, const at::Tensor& table_in,
-         const std::optional<at::Tensor>& noise_in, const std::optional<at::Tensor>& seed,
-         const std::optional<at::Tensor>& flip_in, bool normalize_in, double strength, int64_t columns_in)
+  Images(const Tensor& x_start_in, const Tensor& t_in, const Tensor& table_in, const OptionalTensor& noise_in,
+         const OptionalTensor& seed, const OptionalTensor& flip_in, bool normalize_in, double strength,
+         int64_t columns_in)
       : x_start(x_start_in), t(t_in), table(table_in), columns(columns_in), normalize(normalize_in) {
     TORCH_CHECK_VALUE(x_start.dim() >= 2 && x_start.numel() > 0, "x_start must be (B, C, ...) and not empty, got ",
                       x_start.sizes());
@@ -233,15 +232,16 @@ void for_tiles(int64_t batch, int64_t elements, const Body& body) {
   });
 }
 
-at::Tensor q_sample(const at::Tensor& x_start, const at::Tensor& t, const at::Tensor& table,
-                    const std::optional<at::Tensor>& noise, const std::optional<at::Tensor>& seed,
-                    const std::optional<at::Tensor>& flip, bool normalize, double offset_noise_strength,
-                    at::ScalarType dtype, bool channels_last) {
+}  // namespace
+
+Tensor q_sample(const Tensor& x_start, const Tensor& t, const Tensor& table, const OptionalTensor& noise,
+                const OptionalTensor& seed, const OptionalTensor& flip, bool normalize, double offset_noise_strength,
+                at::ScalarType dtype, bool channels_last) {
   const Images images(x_start, t, table, noise, seed, flip, normalize, offset_noise_strength, 2);
   const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   TORCH_CHECK_VALUE(!channels_last || x_start.dim() == 4, "only (B, C, H, W) can be channels-last, got ",
                     x_start.sizes());
-  const at::Tensor x_t = at::empty(x_start.sizes(), x_start.options().dtype(dtype).memory_format(format));
+  const Tensor x_t = unpooled_tensor(x_start.sizes(), dtype, format);
   const Layout layout = layout_of(x_t, "x_t");
   DDPM_FAST_FLOATS(dtype, "q_sample", [&] {
     scalar_t* out = x_t.data_ptr<scalar_t>();
@@ -260,19 +260,17 @@ at::Tensor q_sample(const at::Tensor& x_start, const at::Tensor& t, const at::Te
   return x_t;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> diffusion_loss(const at::Tensor& model_output, const at::Tensor& x_start,
-                                                              const at::Tensor& t, const at::Tensor& table,
-                                                              const std::optional<at::Tensor>& noise,
-                                                              const std::optional<at::Tensor>& seed,
-                                                              const std::optional<at::Tensor>& flip, bool normalize,
-                                                              double offset_noise_strength, bool with_gradient) {
+std::tuple<Tensor, Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Tensor& x_start, const Tensor& t,
+                                                  const Tensor& table, const OptionalTensor& noise,
+                                                  const OptionalTensor& seed, const OptionalTensor& flip,
+                                                  bool normalize, double offset_noise_strength, bool with_gradient) {
   const Images images(x_start, t, table, noise, seed, flip, normalize, offset_noise_strength, 3);
   TORCH_CHECK_VALUE(model_output.sizes() == x_start.sizes() && model_output.device() == x_start.device(),
                     "model_output must have x_start's shape ", x_start.sizes(), ", got ", model_output.sizes());
   const Layout layout = layout_of(model_output, "model_output");
-  const at::Tensor loss = at::empty({images.batch}, x_start.options().dtype(at::kFloat));
-  const at::Tensor factor = at::empty_like(loss);
-  const at::Tensor error = with_gradient ? at::empty_like(model_output) : at::empty({0}, model_output.options());
+  const Tensor loss = unpooled_tensor({images.batch});
+  const Tensor factor = unpooled_tensor_like(loss);
+  const Tensor error = with_gradient ? unpooled_tensor_like(model_output) : no_tensor(model_output.scalar_type());
   const Tiling tiling(images.batch, layout.elements);
   std::vector<float> sums(tiling.total);
   DDPM_FAST_FLOATS(model_output.scalar_type(), "diffusion_loss", [&] {
@@ -306,19 +304,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> diffusion_loss(const at::Tensor& 
 }
 
 // error · factor · dloss of each sample.
-at::Tensor diffusion_loss_backward(const at::Tensor& error, const at::Tensor& factor, const at::Tensor& dloss) {
+Tensor diffusion_loss_backward(const Tensor& error, const Tensor& factor, const Tensor& dloss) {
   TORCH_CHECK_VALUE(error.dim() >= 2 && error.numel() > 0, "error must be (B, C, ...) and not empty, got ",
                     error.sizes());
   Layout in_memory = layout_of(error, "error");
   in_memory.dense = true;  // the gradient lies like the error, so that one walks through both
-  for (const at::Tensor* tensor : {&factor, &dloss}) {
+  for (const Tensor* tensor : {&factor, &dloss}) {
     TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, "factor and dloss must be float32, got ",
                      tensor->scalar_type());
     TORCH_CHECK_VALUE(tensor->dim() == 1 && tensor->size(0) == error.size(0) && tensor->is_contiguous() &&
                           tensor->device() == error.device(),
                       "factor and dloss must be contiguous, of shape (B,), got ", tensor->sizes());
   }
-  const at::Tensor doutput = at::empty_like(error);
+  const Tensor doutput = unpooled_tensor_like(error);
   const int64_t batch = error.size(0), elements = error.numel() / batch;
   const float *of_sample = factor.const_data_ptr<float>(), *above = dloss.const_data_ptr<float>();
   DDPM_FAST_FLOATS(error.scalar_type(), "diffusion_loss_backward", [&] {
@@ -336,12 +334,4 @@ at::Tensor diffusion_loss_backward(const at::Tensor& error, const at::Tensor& fa
   return doutput;
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
-  m.impl("native_q_sample", &q_sample);
-  m.impl("native_diffusion_loss", &diffusion_loss);
-  m.impl("native_diffusion_loss_backward", &diffusion_loss_backward);
-}
-
-}  // namespace ddpm_fast
+}  // namespace ddpm_fast::cpu

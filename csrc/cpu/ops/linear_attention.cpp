@@ -1,16 +1,15 @@
-#include <torch/library.h>
 
 #include <optional>
 #include <tuple>
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
+#include "ops.h"
 
-namespace ddpm_fast {
+namespace ddpm_fast::cpu {
 
 namespace {
 
-using at::Tensor;
 using Forward = std::tuple<Tensor, Tensor, Tensor>;  // out, statistics, sums
 
 // The arguments of a call in float32, and what the kernels take of them.
@@ -61,7 +60,7 @@ struct Call {
   int64_t values() const { return in.x != nullptr ? in.C : in.D; }
 };
 
-Forward run_forward(const Call& call, const Tensor& given, const std::optional<Tensor>& residual) {
+Forward run_forward(const Call& call, const Tensor& given, const OptionalTensor& residual) {
   Tensor added;
   if (residual.has_value()) added = float_map_like(*residual, "residual", given, call.in.C);
   const Tensor out = call.in.x != nullptr ? empty_tensor_like(call.map)
@@ -110,8 +109,10 @@ Gradients run_backward(const Call& call, const Tensor& grad, const Tensor& stati
   return d;
 }
 
+}  // namespace
+
 Forward linear_attention(const Tensor& qkv, const Tensor& mem_kv, const Tensor& weight, const Tensor& bias,
-                         const Tensor& gain, const std::optional<Tensor>& residual, int64_t heads) {
+                         const Tensor& gain, const OptionalTensor& residual, int64_t heads) {
   return run_forward(Call(qkv, false, mem_kv, weight, bias, gain, heads), qkv, residual);
 }
 
@@ -127,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(con
 
 Forward linear_attention_block(const Tensor& x, const Tensor& gain_in, const Tensor& weight_qkv, const Tensor& mem_kv,
                                const Tensor& weight, const Tensor& bias, const Tensor& gain,
-                               const std::optional<Tensor>& residual, int64_t heads) {
+                               const OptionalTensor& residual, int64_t heads) {
   Call call(x, true, mem_kv, weight, bias, gain, heads);
   call.set_input_product(gain_in, weight_qkv);
   return run_forward(call, x, residual);
@@ -146,13 +147,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       d.gain.to(gain.scalar_type())};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
-  m.impl("native_linear_attention", &linear_attention);
-  m.impl("native_linear_attention_backward", &linear_attention_backward);
-  m.impl("native_linear_attention_block", &linear_attention_block);
-  m.impl("native_linear_attention_block_backward", &linear_attention_block_backward);
-}
-
-}  // namespace ddpm_fast
+}  // namespace ddpm_fast::cpu

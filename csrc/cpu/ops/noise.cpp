@@ -1,11 +1,11 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include "core/checks.h"
+#include "ops.h"
 #include "tile.h"
 
-namespace ddpm_fast {
+namespace ddpm_fast::cpu {
 
 namespace {
 
@@ -26,8 +26,9 @@ void fill(T* out, int64_t batch, int64_t elements, int64_t start_index, NoiseInd
   });
 }
 
-void fill_normal_(at::Tensor& out, const at::Tensor& seed, const at::Tensor& step, int64_t stream,
-                  int64_t start_index) {
+}  // namespace
+
+void fill_normal_(Tensor& out, const Tensor& seed, const Tensor& step, int64_t stream, int64_t start_index) {
   check_counter_range(out, start_index, stream);
   check_one_int64(seed, "seed", out.device());
   check_one_int64(step, "step", out.device());
@@ -46,8 +47,4 @@ void fill_normal_(at::Tensor& out, const at::Tensor& seed, const at::Tensor& ste
       }) AT_DISPATCH_CASE(at::kBFloat16, [&] { fill(out.data_ptr<scalar_t>(), batch, elements, start_index, index); }));
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) { m.impl("fill_normal_", &fill_normal_); }
-
-}  // namespace ddpm_fast
+}  // namespace ddpm_fast::cpu

@@ -1,23 +1,19 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <tuple>
 #include <vector>
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
+#include "ops.h"
 
-namespace ddpm_fast {
+namespace ddpm_fast::cpu {
 
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-int64_t pixels(const at::Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
+int64_t pixels(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
 // (K, C, 1, 1) as float32 (K, C).
-at::Tensor check_weight(const at::Tensor& weight, int64_t C) {
+Tensor check_weight(const Tensor& weight, int64_t C) {
   check_floating(weight, "weight");
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(1) == C && weight.size(2) == 1 && weight.size(3) == 1,
                     "weight must have shape (K, ", C, ", 1, 1), got ", weight.sizes());
@@ -25,23 +21,24 @@ at::Tensor check_weight(const at::Tensor& weight, int64_t C) {
 }
 
 // A gradient in the dtype of what it is the gradient of; empty where it was not made.
-at::Tensor in_dtype_of(const at::Tensor& given, const at::Tensor& made) {
-  return made.defined() ? made.to(given.scalar_type()) : at::empty({0}, given.options());
+Tensor in_dtype_of(const Tensor& given, const Tensor& made) {
+  return made.defined() ? made.to(given.scalar_type()) : no_tensor(given.scalar_type());
 }
 
 // Room for sums over pixels: zeros where there are none to add.
-at::Tensor sums_like(const at::Tensor& tensor, int64_t rows) {
-  const auto options = tensor.options().dtype(at::kFloat);
-  return rows ? empty_tensor(tensor.sizes()) : at::zeros(tensor.sizes(), options);
+Tensor sums_like(const Tensor& tensor, int64_t rows) {
+  return rows ? empty_tensor(tensor.sizes()) : unpooled_tensor(tensor.sizes()).zero_();
 }
 
-std::tuple<at::Tensor, at::Tensor> norm_linear(const at::Tensor& x, const at::Tensor& gain, const at::Tensor& weight) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> norm_linear(const Tensor& x, const Tensor& gain, const Tensor& weight) {
   check_map(x, "x");
   const int64_t C = x.size(1), K = weight.size(0);
   check_elements(gain, "g", C);
-  const at::Tensor matrix = check_weight(weight, C), map = float_map(x), row = float_vector(gain);
-  const at::Tensor out = empty_float_map({x.size(0), K, x.size(2), x.size(3)});
-  const at::Tensor norms = empty_tensor({x.size(0), x.size(2) * x.size(3)});
+  const Tensor matrix = check_weight(weight, C), map = float_map(x), row = float_vector(gain);
+  const Tensor out = empty_float_map({x.size(0), K, x.size(2), x.size(3)});
+  const Tensor norms = empty_tensor({x.size(0), x.size(2) * x.size(3)});
   kernels().norm_linear.forward({.x = map.const_data_ptr<float>(),
                                  .gain = row.const_data_ptr<float>(),
                                  .weight = matrix.const_data_ptr<float>(),
@@ -54,20 +51,19 @@ std::tuple<at::Tensor, at::Tensor> norm_linear(const at::Tensor& x, const at::Te
 }
 
 // The gradients of x and gain are made together. A gradient that is not needed is empty.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_linear_backward(const at::Tensor& grad, const at::Tensor& x,
-                                                                    const at::Tensor& norms, const at::Tensor& gain,
-                                                                    const at::Tensor& weight, bool needs_x_or_gain,
-                                                                    bool needs_weight) {
+std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& norms,
+                                                        const Tensor& gain, const Tensor& weight, bool needs_x_or_gain,
+                                                        bool needs_weight) {
   check_map(x, "x");
   const int64_t C = x.size(1), K = weight.size(0), rows = pixels(x);
   check_elements(gain, "g", C);
   check_sizes(grad, "grad", {x.size(0), K, x.size(2), x.size(3)});
   TORCH_CHECK_TYPE(norms.scalar_type() == at::kFloat, "norms must be float32");
   check_elements(norms, "norms", rows);
-  const at::Tensor matrix = check_weight(weight, C), map = float_map(x), row = float_vector(gain),
-                   gradient = float_map(grad), lengths = norms.contiguous();
-  const at::Tensor factors = needs_weight ? empty_tensor({rows}) : at::Tensor();
-  at::Tensor dx, dgain, dweight;
+  const Tensor matrix = check_weight(weight, C), map = float_map(x), row = float_vector(gain),
+               gradient = float_map(grad), lengths = norms.contiguous();
+  const Tensor factors = needs_weight ? empty_tensor({rows}) : Tensor();
+  Tensor dx, dgain, dweight;
   if (needs_x_or_gain) {
     dx = empty_tensor_like(map);
     dgain = sums_like(gain, rows);
@@ -98,13 +94,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_linear_backward(const at::Te
   return {in_dtype_of(x, dx), in_dtype_of(gain, dgain), in_dtype_of(weight, dweight)};
 }
 
+namespace {
+
 // One map or two maps side by side, of one dtype.
 struct Parts {
-  at::Tensor maps[2];
+  Tensor maps[2];
   int64_t channels[2] = {0, 0};
   int64_t rows;
 
-  Parts(const at::Tensor& x, const OptionalTensor& skip) {
+  Parts(const Tensor& x, const OptionalTensor& skip) {
     check_map(x, "the first map");
     maps[0] = float_map(x);
     channels[0] = x.size(1);
@@ -122,12 +120,14 @@ struct Parts {
   int64_t C() const { return channels[0] + channels[1]; }
 };
 
-at::Tensor linear(const at::Tensor& x, const OptionalTensor& skip, const at::Tensor& weight, const OptionalTensor& bias,
-                  const OptionalTensor& residual) {
+}  // namespace
+
+Tensor linear(const Tensor& x, const OptionalTensor& skip, const Tensor& weight, const OptionalTensor& bias,
+              const OptionalTensor& residual) {
   const Parts parts(x, skip);
-  const at::Tensor matrix = check_weight(weight, parts.C());
+  const Tensor matrix = check_weight(weight, parts.C());
   const int64_t K = matrix.size(0);
-  at::Tensor row, added;
+  Tensor row, added;
   if (bias.has_value()) {
     check_sizes(*bias, "bias", {K});
     row = float_vector(*bias);
@@ -136,7 +136,7 @@ at::Tensor linear(const at::Tensor& x, const OptionalTensor& skip, const at::Ten
     check_sizes(*residual, "residual", {x.size(0), K, x.size(2), x.size(3)});
     added = float_map(*residual);
   }
-  const at::Tensor out = empty_float_map({x.size(0), K, x.size(2), x.size(3)});
+  const Tensor out = empty_float_map({x.size(0), K, x.size(2), x.size(3)});
   kernels().linear.forward({.input = {data_or_null(parts.maps[0]), data_or_null(parts.maps[1])},
                             .channels = {parts.channels[0], parts.channels[1]},
                             .rows = parts.rows,
@@ -149,16 +149,17 @@ at::Tensor linear(const at::Tensor& x, const OptionalTensor& skip, const at::Ten
 }
 
 // The gradients of x, skip, weight and bias. A gradient that is not needed is empty.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward(
-    const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& skip, const at::Tensor& weight,
-    const OptionalTensor& bias, bool needs_x, bool needs_skip, bool needs_weight, bool needs_bias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x,
+                                                           const OptionalTensor& skip, const Tensor& weight,
+                                                           const OptionalTensor& bias, bool needs_x, bool needs_skip,
+                                                           bool needs_weight, bool needs_bias) {
   const Parts parts(x, skip);
-  const at::Tensor matrix = check_weight(weight, parts.C());
+  const Tensor matrix = check_weight(weight, parts.C());
   const int64_t K = matrix.size(0);
   check_sizes(grad, "grad", {x.size(0), K, x.size(2), x.size(3)});
   if (bias.has_value()) check_sizes(*bias, "bias", {K});
-  const at::Tensor gradient = float_map(grad);
-  at::Tensor dx, dskip, dweight, dbias;
+  const Tensor gradient = float_map(grad);
+  Tensor dx, dskip, dweight, dbias;
   if (needs_x) dx = empty_tensor_like(parts.maps[0]);
   if (needs_skip && skip.has_value()) dskip = empty_tensor_like(parts.maps[1]);
   kernels().linear.data_gradient({.grad = gradient.const_data_ptr<float>(),
@@ -182,14 +183,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward(
 }
 
 // x (B, C) times each weight (K_i, C), plus its bias, side by side; all float32.
-at::Tensor linears(const at::Tensor& x, at::TensorList weights, at::TensorList biases) {
+Tensor linears(const Tensor& x, at::TensorList weights, at::TensorList biases) {
   TORCH_CHECK_VALUE(x.dim() == 2, "x must have shape (B, K), got ", x.sizes());
   TORCH_CHECK_VALUE(weights.size() == biases.size(), "there must be as many biases as weights, got ", biases.size(),
                     " and ", weights.size());
   const int64_t C = x.size(1), count = static_cast<int64_t>(weights.size());
-  std::vector<at::Tensor> kept;  // copies of what does not lie as the kernel reads it
+  std::vector<Tensor> kept;  // copies of what does not lie as the kernel reads it
   kept.reserve(2 * weights.size() + 1);
-  const auto read = [&](const at::Tensor& tensor, const char* name) {
+  const auto read = [&](const Tensor& tensor, const char* name) {
     TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, name, " must be float32, got ", tensor.scalar_type());
     TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU, got ", tensor.device());
     if (tensor.is_contiguous()) return tensor.const_data_ptr<float>();
@@ -209,7 +210,7 @@ at::Tensor linears(const at::Tensor& x, at::TensorList weights, at::TensorList b
     vectors.push_back(read(biases[i], "biases"));
     K += widths[i];
   }
-  const at::Tensor out = at::empty({x.size(0), K}, x.options());
+  const Tensor out = unpooled_tensor({x.size(0), K});
   kernels().linear.forward_many({.x = read(x, "x"),
                                  .rows = x.size(0),
                                  .C = C,
@@ -222,14 +223,4 @@ at::Tensor linears(const at::Tensor& x, at::TensorList weights, at::TensorList b
   return out;
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
-  m.impl("native_norm_linear", &norm_linear);
-  m.impl("native_norm_linear_backward", &norm_linear_backward);
-  m.impl("native_linear", &linear);
-  m.impl("native_linear_backward", &linear_backward);
-  m.impl("native_linears", &linears);
-}
-
-}  // namespace ddpm_fast
+}  // namespace ddpm_fast::cpu

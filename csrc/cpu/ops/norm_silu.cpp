@@ -1,6 +1,3 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <tuple>
@@ -8,19 +5,18 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
 #include "dropout.h"
+#include "ops.h"
 
-namespace ddpm_fast {
+namespace ddpm_fast::cpu {
 
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 // The arguments of both directions, and the float32 tensors that they point into.
 struct Inputs {
-  at::Tensor x, gain, offset, bias, scale, shift;
+  Tensor x, gain, offset, bias, scale, shift;
   NormSiluArgs args;
 
-  Inputs(const at::Tensor& map, const at::Tensor& given_gain, const OptionalTensor& given_offset,
+  Inputs(const Tensor& map, const Tensor& given_gain, const OptionalTensor& given_offset,
          const OptionalTensor& given_bias, const OptionalTensor& given_scale, const OptionalTensor& given_shift,
          const OptionalTensor& seed, int64_t groups, double eps, bool activation, double dropout_p) {
     check_map(map, "x");
@@ -49,27 +45,28 @@ struct Inputs {
             .dropout = check_dropout(seed, dropout_p, C * N)};
   }
 
-  static at::Tensor vector(const OptionalTensor& tensor, const char* name, at::IntArrayRef sizes) {
+  static Tensor vector(const OptionalTensor& tensor, const char* name, at::IntArrayRef sizes) {
     if (!tensor.has_value()) return {};
     check_sizes(*tensor, name, sizes);
     return float_vector(*tensor);
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> norm_silu(const at::Tensor& x, const at::Tensor& gain, const OptionalTensor& offset,
-                                             const OptionalTensor& bias, const OptionalTensor& scale,
-                                             const OptionalTensor& shift, const OptionalTensor& residual,
-                                             const OptionalTensor& seed, int64_t groups, double eps, bool activation,
-                                             double dropout_p) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> norm_silu(const Tensor& x, const Tensor& gain, const OptionalTensor& offset,
+                                     const OptionalTensor& bias, const OptionalTensor& scale,
+                                     const OptionalTensor& shift, const OptionalTensor& residual,
+                                     const OptionalTensor& seed, int64_t groups, double eps, bool activation,
+                                     double dropout_p) {
   const Inputs inputs(x, gain, offset, bias, scale, shift, seed, groups, eps, activation, dropout_p);
-  at::Tensor added;
+  Tensor added;
   if (residual.has_value()) {
     check_sizes(*residual, "residual", x.sizes());
     added = float_map(*residual);
   }
-  const at::Tensor out = empty_tensor_like(x, at::kFloat);
-  const at::Tensor statistics =
-      groups ? empty_tensor({x.size(0), groups, 2}) : empty_tensor({x.size(0), inputs.args.N});
+  const Tensor out = empty_tensor_like(x, at::kFloat);
+  const Tensor statistics = groups ? empty_tensor({x.size(0), groups, 2}) : empty_tensor({x.size(0), inputs.args.N});
   kernels().norm_silu.forward({.in = inputs.args,
                                .residual = data_or_null(added),
                                .out = out.data_ptr<float>(),
@@ -77,22 +74,21 @@ std::tuple<at::Tensor, at::Tensor> norm_silu(const at::Tensor& x, const at::Tens
   return {out.to(x.scalar_type()), statistics};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_silu_backward(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& statistics, const at::Tensor& gain,
-    const OptionalTensor& offset, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
-    const OptionalTensor& seed, int64_t groups, bool activation, double dropout_p) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_silu_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& statistics, const Tensor& gain, const OptionalTensor& offset,
+    const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& seed,
+    int64_t groups, bool activation, double dropout_p) {
   const Inputs inputs(x, gain, offset, bias, scale, shift, seed, groups, 0, activation, dropout_p);
   check_sizes(grad, "grad", x.sizes());
   TORCH_CHECK_TYPE(statistics.scalar_type() == at::kFloat, "statistics must be float32");
   check_elements(statistics, "statistics", x.size(0) * (groups ? 2 * groups : inputs.args.N));
-  const at::Tensor gradient = float_map(grad), kept = statistics.contiguous();
-  const auto floats = x.options().dtype(at::kFloat);
-  const auto like = [&](const at::Tensor& given) {
+  const Tensor gradient = float_map(grad), kept = statistics.contiguous();
+  const auto like = [&](const Tensor& given) {
     if (!given.defined()) return given;
-    return x.numel() ? empty_tensor(given.sizes()) : at::zeros(given.sizes(), floats);
+    return x.numel() ? empty_tensor(given.sizes()) : unpooled_tensor(given.sizes()).zero_();
   };
-  const at::Tensor dx = empty_tensor_like(x, at::kFloat), dgain = like(inputs.gain), doffset = like(inputs.offset),
-                   dbias = like(inputs.bias), dscale = like(inputs.scale), dshift = like(inputs.shift);
+  const Tensor dx = empty_tensor_like(x, at::kFloat), dgain = like(inputs.gain), doffset = like(inputs.offset),
+               dbias = like(inputs.bias), dscale = like(inputs.scale), dshift = like(inputs.shift);
   kernels().norm_silu.backward({.in = inputs.args,
                                 .grad = gradient.const_data_ptr<float>(),
                                 .statistics = kept.const_data_ptr<float>(),
@@ -103,18 +99,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                                 .dscale = mutable_data_or_null(dscale),
                                 .dshift = mutable_data_or_null(dshift)});
   // In the dtype of what it is the gradient of; an empty tensor where that was not given.
-  const auto result = [&](const at::Tensor& made, const OptionalTensor& given) {
-    return given.has_value() ? made.to(given->scalar_type()) : at::empty({0}, x.options());
+  const auto result = [&](const Tensor& made, const OptionalTensor& given) {
+    return given.has_value() ? made.to(given->scalar_type()) : no_tensor(x.scalar_type());
   };
   return {dx.to(x.scalar_type()), result(dgain, gain),   result(doffset, offset),
           result(dbias, bias),    result(dscale, scale), result(dshift, shift)};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
-  m.impl("native_norm_silu", &norm_silu);
-  m.impl("native_norm_silu_backward", &norm_silu_backward);
-}
-
-}  // namespace ddpm_fast
+}  // namespace ddpm_fast::cpu

@@ -1,7 +1,5 @@
 // A residual block as one operator: two 3×3 convolutions, norms, and the 1×1 convolution of the residual, by the
 // kernels of their own rooms. What is between the first norm and the second convolution is made again in backward.
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -12,24 +10,25 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
 #include "dropout.h"
+#include "ops.h"
 
-namespace ddpm_fast {
+namespace ddpm_fast::cpu {
 
 namespace {
 
 struct Block;
 
 struct Norm {
-  at::Tensor gain, offset;
+  Tensor gain, offset;
   const float *scale, *shift;  // (B, K) or null
-  const std::optional<at::Tensor>& seed;
+  const OptionalTensor& seed;
   int64_t groups;
   double eps, dropout_p;
 
   NormSiluArgs args(const Block& block, const float* x) const;
-  at::Tensor empty_statistics(const at::Tensor& x) const {
+  Tensor empty_statistics(const Tensor& x) const {
     const int64_t B = x.size(0);
-    return groups == 0 ? at::empty({B, x.size(2) * x.size(3)}, at::kFloat) : at::empty({B, groups, 2}, at::kFloat);
+    return groups == 0 ? unpooled_tensor({B, x.size(2) * x.size(3)}) : unpooled_tensor({B, groups, 2});
   }
 
   PixelNorm of_pixels(const float* residual, float* out, float* norms) const {
@@ -48,16 +47,15 @@ struct Norm {
 
 // What both directions are given, as float32 and checked; or some of its images.
 struct Block {
-  at::Tensor x_map, skip_map, scale, shift, weight1, weight2, res_weight;
+  Tensor x_map, skip_map, scale, shift, weight1, weight2, res_weight;
   const float *x, *skip;
   Norm norm1, norm2;
   int64_t B, H, W, K, channels[2];
 
-  Block(const at::Tensor& x_in, const std::optional<at::Tensor>& skip_in, const at::Tensor& weight1_in,
-        const at::Tensor& gain1, const std::optional<at::Tensor>& offset1, const std::optional<at::Tensor>& scale_in,
-        const std::optional<at::Tensor>& shift_in, const at::Tensor& weight2_in, const at::Tensor& gain2,
-        const std::optional<at::Tensor>& offset2, const std::optional<at::Tensor>& res_weight_in,
-        const std::optional<at::Tensor>& seed, int64_t groups, double eps, double dropout_p)
+  Block(const Tensor& x_in, const OptionalTensor& skip_in, const Tensor& weight1_in, const Tensor& gain1,
+        const OptionalTensor& offset1, const OptionalTensor& scale_in, const OptionalTensor& shift_in,
+        const Tensor& weight2_in, const Tensor& gain2, const OptionalTensor& offset2,
+        const OptionalTensor& res_weight_in, const OptionalTensor& seed, int64_t groups, double eps, double dropout_p)
       : norm1{.scale = nullptr, .seed = seed, .groups = groups, .eps = eps, .dropout_p = dropout_p},
         norm2{.scale = nullptr, .seed = no_seed, .groups = groups, .eps = eps, .dropout_p = 0.0} {
     TORCH_CHECK_VALUE(x_in.dim() == 4 && x_in.numel() > 0, "x must have shape (B, C, H, W) and not be empty, got ",
@@ -121,7 +119,7 @@ struct Block {
     return std::min(B, std::max({int64_t{1}, fitting, (kMinTilesAtOnce + tiles - 1) / tiles}));
   }
 
-  at::Tensor empty_output() const { return empty_float_map({B, K, H, W}); }
+  Tensor empty_output() const { return empty_float_map({B, K, H, W}); }
 
   int64_t input_channels() const { return channels[0] + channels[1]; }
 
@@ -178,9 +176,9 @@ struct Block {
 
  private:
   static constexpr int64_t kCachedFloats = 512 << 10, kMinTilesAtOnce = 256;
-  static inline const std::optional<at::Tensor> no_seed;
+  static inline const OptionalTensor no_seed;
 
-  at::Tensor as_weight(const at::Tensor& weight, const char* name, int64_t C, int64_t side) const {
+  Tensor as_weight(const Tensor& weight, const char* name, int64_t C, int64_t side) const {
     TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(std::array<int64_t, 4>{K, C, side, side}), name,
                       " must have shape (", K, ", ", C, ", ", side, ", ", side, "), got ", weight.sizes());
     check_floating(weight, name);
@@ -204,43 +202,40 @@ NormSiluArgs Norm::args(const Block& block, const float* x) const {
           .dropout = check_dropout(seed, dropout_p, block.K * pixels)};
 }
 
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+}  // namespace
 
-Outputs forward(const at::Tensor& x, const std::optional<at::Tensor>& skip, const at::Tensor& weight1,
-                const at::Tensor& bias1, const at::Tensor& gain1, const std::optional<at::Tensor>& offset1,
-                const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
-                const at::Tensor& weight2, const at::Tensor& bias2, const at::Tensor& gain2,
-                const std::optional<at::Tensor>& offset2, const std::optional<at::Tensor>& res_weight,
-                const std::optional<at::Tensor>& res_bias, const std::optional<at::Tensor>& seed, int64_t groups,
-                double eps, double dropout_p, bool keep) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> resnet_block(
+    const Tensor& x, const OptionalTensor& skip, const Tensor& weight1, const Tensor& bias1, const Tensor& gain1,
+    const OptionalTensor& offset1, const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& weight2,
+    const Tensor& bias2, const Tensor& gain2, const OptionalTensor& offset2, const OptionalTensor& res_weight,
+    const OptionalTensor& res_bias, const OptionalTensor& seed, int64_t groups, double eps, double dropout_p,
+    bool keep) {
   const Block block(x, skip, weight1, gain1, offset1, scale, shift, weight2, gain2, offset2, res_weight, seed, groups,
                     eps, dropout_p);
-  const at::Tensor b1 = float_vector(bias1, "bias1", block.K), b2 = float_vector(bias2, "bias2", block.K);
-  const at::Tensor rb = float_vector(res_bias, "res_bias", block.K);
+  const Tensor b1 = float_vector(bias1, "bias1", block.K), b2 = float_vector(bias2, "bias2", block.K);
+  const Tensor rb = float_vector(res_bias, "res_bias", block.K);
   // RMSNorm without dropout is per pixel, so the convolution's epilogue applies it while the pixel is in cache.
   const bool fused1 = groups == 0 && dropout_p == 0, fused2 = groups == 0;
   const bool keeps1 = keep || !fused1, keeps2 = keep || !fused2;
   const int64_t B = block.B, K = block.K, pixels = block.H * block.W;
-  const at::Tensor out = block.empty_output();
-  const at::Tensor y1 = keeps1 ? block.empty_output() : at::Tensor(), y2 = keeps2 ? block.empty_output() : out;
-  const at::Tensor statistics1 = keeps1 ? block.norm1.empty_statistics(y1) : at::Tensor();
-  const at::Tensor statistics2 = keeps2 ? block.norm2.empty_statistics(y2) : at::Tensor();
+  const Tensor out = block.empty_output();
+  const Tensor y1 = keeps1 ? block.empty_output() : Tensor(), y2 = keeps2 ? block.empty_output() : out;
+  const Tensor statistics1 = keeps1 ? block.norm1.empty_statistics(y1) : Tensor();
+  const Tensor statistics2 = keeps2 ? block.norm2.empty_statistics(y2) : Tensor();
   const int64_t count = groups == 0 && dropout_p == 0 ? block.images_at_once() : B;
-  const at::Tensor h_room = empty_tensor({count * pixels * K});
+  const Tensor h_room = empty_tensor({count * pixels * K});
   // The residual's convolution goes into out, unless the second convolution writes there before its norm reads it.
   const bool convolved = block.res_weight.defined(), apart = convolved && !keeps2;
-  const at::Tensor residual_room = apart ? empty_tensor({count * pixels * K}) : at::Tensor();
+  const Tensor residual_room = apart ? empty_tensor({count * pixels * K}) : Tensor();
 
   for (int64_t first = 0; first < B; first += count) {
     const Block images = block.images(first, std::min(count, B - first));
     const int64_t offset = first * pixels * K;
-    const auto at_images = [&](const at::Tensor& map) {
-      return map.defined() ? map.data_ptr<float>() + offset : nullptr;
-    };
+    const auto at_images = [&](const Tensor& map) { return map.defined() ? map.data_ptr<float>() + offset : nullptr; };
     float* const h = h_room.data_ptr<float>();
     float* const y1_now = keeps1 ? at_images(y1) : h;
     const int64_t per_image = groups == 0 ? pixels : 2 * groups;
-    const auto at_statistics = [&](const at::Tensor& t) {
+    const auto at_statistics = [&](const Tensor& t) {
       return t.defined() ? t.data_ptr<float>() + first * per_image : nullptr;
     };
 
@@ -267,42 +262,41 @@ Outputs forward(const at::Tensor& x, const std::optional<at::Tensor>& skip, cons
     if (!fused2) images.norm2.forward(images, at_images(y2), residual, at_images(out), at_statistics(statistics2));
   }
 
-  const auto kept = [&](const at::Tensor& t) { return keep ? t : at::empty({0}, at::kFloat); };
+  const auto kept = [&](const Tensor& t) { return keep ? t : no_tensor(at::kFloat); };
   return {out.to(x.scalar_type()), kept(y1), kept(statistics1), kept(y2), kept(statistics2)};
 }
 
-std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& skip,
-                                 const at::Tensor& weight1, const at::Tensor& gain1,
-                                 const std::optional<at::Tensor>& offset1, const std::optional<at::Tensor>& scale,
-                                 const std::optional<at::Tensor>& shift, const at::Tensor& weight2,
-                                 const at::Tensor& gain2, const std::optional<at::Tensor>& offset2,
-                                 const std::optional<at::Tensor>& res_weight, const std::optional<at::Tensor>& seed,
-                                 const at::Tensor& y1, const at::Tensor& statistics1, const at::Tensor& y2,
-                                 const at::Tensor& statistics2, int64_t groups, double eps, double dropout_p,
-                                 bool needs_dx) {
+std::vector<Tensor> resnet_block_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& skip,
+                                          const Tensor& weight1, const Tensor& gain1, const OptionalTensor& offset1,
+                                          const OptionalTensor& scale, const OptionalTensor& shift,
+                                          const Tensor& weight2, const Tensor& gain2, const OptionalTensor& offset2,
+                                          const OptionalTensor& res_weight, const OptionalTensor& seed,
+                                          const Tensor& y1, const Tensor& statistics1, const Tensor& y2,
+                                          const Tensor& statistics2, int64_t groups, double eps, double dropout_p,
+                                          bool needs_dx) {
   const Block block(x, skip, weight1, gain1, offset1, scale, shift, weight2, gain2, offset2, res_weight, seed, groups,
                     eps, dropout_p);
   const int64_t B = block.B, K = block.K, H = block.H, W = block.W;
   const std::array<int64_t, 4> map{B, K, H, W};
-  const at::Tensor g = float_map(grad, "grad", map);
-  for (const at::Tensor* y : {&y1, &y2}) {
+  const Tensor g = float_map(grad, "grad", map);
+  for (const Tensor* y : {&y1, &y2}) {
     TORCH_CHECK_VALUE(y->sizes() == at::IntArrayRef(map) && y->scalar_type() == at::kFloat &&
                           y->is_contiguous(at::MemoryFormat::ChannelsLast),
                       "y1 and y2 must be what the forward gave");
   }
-  for (const at::Tensor* s : {&statistics1, &statistics2}) {
+  for (const Tensor* s : {&statistics1, &statistics2}) {
     TORCH_CHECK_VALUE(s->numel() == (groups == 0 ? B * H * W : 2 * B * groups) && s->scalar_type() == at::kFloat &&
                           s->is_contiguous(),
                       "statistics1 and statistics2 must be what the forward gave");
   }
   const auto floats = [](at::IntArrayRef shape) { return empty_tensor(shape); };
-  const auto row = [&](const at::Tensor& given) { return given.defined() ? floats(given.sizes()) : at::Tensor(); };
+  const auto row = [&](const Tensor& given) { return given.defined() ? floats(given.sizes()) : Tensor(); };
 
   // Allocate the returned gradients first and temporaries last: the pool (memory.cpp) is first-fit, so freeing the
   // temporaries leaves one contiguous piece.
   const int64_t C = block.input_channels();
-  const at::Tensor dweight1 = floats({K, C, 3, 3}), dweight2 = floats({K, K, 3, 3});
-  at::Tensor dres_weight, dres_bias, dx, dskip;
+  const Tensor dweight1 = floats({K, C, 3, 3}), dweight2 = floats({K, K, 3, 3});
+  Tensor dres_weight, dres_bias, dx, dskip;
   if (block.res_weight.defined()) {
     dres_weight = floats({K, C, 1, 1});
     dres_bias = floats({K});
@@ -311,11 +305,11 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
   if (needs_dx) dx = empty_float_map(block.x_map.sizes());
 
   // The second norm and convolution.
-  const at::Tensor dgain2 = floats({K}), doffset2 = row(block.norm2.offset), dbias2 = floats({K});
-  const at::Tensor dy = block.empty_output();
-  const auto backward_norm = [&](const Norm& norm, const at::Tensor& y, const at::Tensor& statistics,
-                                 const at::Tensor& incoming, const at::Tensor& dgain, const at::Tensor& doffset,
-                                 const at::Tensor& dbias, const at::Tensor& dscale, const at::Tensor& dshift) {
+  const Tensor dgain2 = floats({K}), doffset2 = row(block.norm2.offset), dbias2 = floats({K});
+  const Tensor dy = block.empty_output();
+  const auto backward_norm = [&](const Norm& norm, const Tensor& y, const Tensor& statistics, const Tensor& incoming,
+                                 const Tensor& dgain, const Tensor& doffset, const Tensor& dbias, const Tensor& dscale,
+                                 const Tensor& dshift) {
     kernels().norm_silu.backward({.in = norm.args(block, y.const_data_ptr<float>()),
                                   .grad = incoming.const_data_ptr<float>(),
                                   .statistics = statistics.const_data_ptr<float>(),
@@ -326,10 +320,10 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
                                   .dscale = mutable_data_or_null(dscale),
                                   .dshift = mutable_data_or_null(dshift)});
   };
-  backward_norm(block.norm2, y2, statistics2, g, dgain2, doffset2, dbias2, at::Tensor(), at::Tensor());
+  backward_norm(block.norm2, y2, statistics2, g, dgain2, doffset2, dbias2, Tensor(), Tensor());
 
-  const at::Tensor h = block.empty_output();
-  const at::Tensor unused = block.norm1.empty_statistics(y1);
+  const Tensor h = block.empty_output();
+  const Tensor unused = block.norm1.empty_statistics(y1);
   block.norm1.forward(block, y1.const_data_ptr<float>(), nullptr, h.data_ptr<float>(), unused.data_ptr<float>());
   kernels().conv3x3.weight_gradient({.B = B,
                                      .H = H,
@@ -343,9 +337,9 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
   kernels().conv3x3.forward(block.second_data_gradient(dy.const_data_ptr<float>(), dh));
 
   // The first norm and convolution.
-  const at::Tensor dgain1 = floats({K}), doffset1 = row(block.norm1.offset), dbias1 = floats({K});
-  const at::Tensor dscale = block.scale.defined() ? floats({B, K}) : at::Tensor();
-  const at::Tensor dshift = block.shift.defined() ? floats({B, K}) : at::Tensor();
+  const Tensor dgain1 = floats({K}), doffset1 = row(block.norm1.offset), dbias1 = floats({K});
+  const Tensor dscale = block.scale.defined() ? floats({B, K}) : Tensor();
+  const Tensor dshift = block.shift.defined() ? floats({B, K}) : Tensor();
   backward_norm(block.norm1, y1, statistics1, h, dgain1, doffset1, dbias1, dscale, dshift);
   kernels().conv3x3.weight_gradient({.B = B,
                                      .H = H,
@@ -380,17 +374,17 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
     kernels().conv3x3.forward(
         block.first_data_gradient(dy.const_data_ptr<float>(), dx_data, dskip_data, dx_residual, dskip_data));
   }
-  const auto like = [](const at::Tensor& t, const at::Tensor& given) {
-    return t.defined() ? t.reshape(given.sizes()).to(given.scalar_type()) : at::empty({0}, given.options());
+  const auto like = [](const Tensor& t, const Tensor& given) {
+    return t.defined() ? t.reshape(given.sizes()).to(given.scalar_type()) : no_tensor(given.scalar_type());
   };
-  const auto like_optional = [&](const at::Tensor& t, const std::optional<at::Tensor>& given) {
-    return given.has_value() ? like(t, *given) : at::empty({0}, at::kFloat);
+  const auto like_optional = [&](const Tensor& t, const OptionalTensor& given) {
+    return given.has_value() ? like(t, *given) : no_tensor(at::kFloat);
   };
-  const auto map_like = [](const at::Tensor& t, const at::Tensor& given) {
-    return t.defined() ? t.to(given.scalar_type()) : at::empty({0}, given.options());
+  const auto map_like = [](const Tensor& t, const Tensor& given) {
+    return t.defined() ? t.to(given.scalar_type()) : no_tensor(given.scalar_type());
   };
   return {map_like(dx, x),
-          skip.has_value() ? map_like(dskip, *skip) : at::empty({0}, at::kFloat),
+          skip.has_value() ? map_like(dskip, *skip) : no_tensor(at::kFloat),
           like(dweight1, weight1),
           dbias1,
           like(dgain1, gain1),
@@ -402,14 +396,7 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
           like(dgain2, gain2),
           like_optional(doffset2, offset2),
           like_optional(dres_weight, res_weight),
-          dres_bias.defined() ? dres_bias : at::empty({0}, at::kFloat)};
+          dres_bias.defined() ? dres_bias : no_tensor(at::kFloat)};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
-  m.impl("native_resnet_block", &forward);
-  m.impl("native_resnet_block_backward", &backward);
-}
-
-}  // namespace ddpm_fast
+}  // namespace ddpm_fast::cpu

@@ -1,14 +1,14 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "core/checks.h"
+#include "cpu/runtime/memory.h"
+#include "ops.h"
 #include "tile.h"
 
-namespace ddpm_fast {
+namespace ddpm_fast::cpu {
 
 namespace {
 
@@ -72,31 +72,25 @@ void run(const SamplerStepParams& p, at::ScalarType output_type) {
                              AT_DISPATCH_CASE(at::kBFloat16, [&] { step_samples<scalar_t>(p, row); }));
 }
 
-std::tuple<at::Tensor, at::Tensor> sampler_step(const at::Tensor& x, const at::Tensor& model_output,
-                                                const at::Tensor& table, const at::Tensor& step, const at::Tensor& seed,
-                                                const std::optional<at::Tensor>& x_start_previous,
-                                                const std::optional<at::Tensor>& noise, bool clip_x_start,
-                                                int64_t start_index, int64_t stream) {
-  const at::Tensor x_next = at::empty_like(x), x_start = at::empty_like(x);
+}  // namespace
+
+std::tuple<Tensor, Tensor> sampler_step(const Tensor& x, const Tensor& model_output, const Tensor& table,
+                                        const Tensor& step, const Tensor& seed, const OptionalTensor& x_start_previous,
+                                        const OptionalTensor& noise, bool clip_x_start, int64_t start_index,
+                                        int64_t stream) {
+  const Tensor x_next = unpooled_tensor_like(x), x_start = unpooled_tensor_like(x);
   run(check_sampler_step(x, model_output, table, step, seed, x_start_previous, noise, x_next, x_start, clip_x_start,
                          start_index, stream),
       model_output.scalar_type());
   return {x_next, x_start};
 }
 
-void sampler_step_(at::Tensor& x, const at::Tensor& model_output, const at::Tensor& table, const at::Tensor& step,
-                   const at::Tensor& seed, const std::optional<at::Tensor>& x_start,
-                   const std::optional<at::Tensor>& noise, bool clip_x_start, int64_t start_index, int64_t stream) {
+void sampler_step_(Tensor& x, const Tensor& model_output, const Tensor& table, const Tensor& step, const Tensor& seed,
+                   const OptionalTensor& x_start, const OptionalTensor& noise, bool clip_x_start, int64_t start_index,
+                   int64_t stream) {
   run(check_sampler_step(x, model_output, table, step, seed, x_start, noise, x, x_start, clip_x_start, start_index,
                          stream),
       model_output.scalar_type());
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
-  m.impl("sampler_step", &sampler_step);
-  m.impl("sampler_step_", &sampler_step_);
-}
-
-}  // namespace ddpm_fast
+}  // namespace ddpm_fast::cpu

@@ -1,16 +1,15 @@
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
+#include "ops.h"
 
-namespace ddpm_fast {
+namespace ddpm_fast::cpu {
 
 namespace {
 
-StemConvSizes sizes_of(const at::Tensor& x, const at::Tensor& weight) {
+StemConvSizes sizes_of(const Tensor& x, const Tensor& weight) {
   check_floating(x, "x");
   check_floating(weight, "weight");
   TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, "x must have shape (B, C, H, W) and elements, got ", x.sizes());
@@ -20,10 +19,12 @@ StemConvSizes sizes_of(const at::Tensor& x, const at::Tensor& weight) {
   return {.B = x.size(0), .H = x.size(2), .W = x.size(3), .C = x.size(1), .K = weight.size(0), .side = weight.size(2)};
 }
 
-at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+}  // namespace
+
+Tensor stem_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const StemConvSizes sizes = sizes_of(x, weight);
-  const at::Tensor map = float_map(x), taps = float_vector(weight), row = float_vector(bias, "bias", sizes.K);
-  const at::Tensor out = empty_float_map({sizes.B, sizes.K, sizes.H, sizes.W});
+  const Tensor map = float_map(x), taps = float_vector(weight), row = float_vector(bias, "bias", sizes.K);
+  const Tensor out = empty_float_map({sizes.B, sizes.K, sizes.H, sizes.W});
   kernels().stem_conv.forward({.in = sizes,
                                .x = map.const_data_ptr<float>(),
                                .weight = taps.const_data_ptr<float>(),
@@ -32,11 +33,11 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const std::opt
   return out.to(x.scalar_type());
 }
 
-std::tuple<at::Tensor, at::Tensor> weight_gradient(const at::Tensor& grad, const at::Tensor& x,
-                                                   const at::Tensor& weight, bool needs_bias) {
+std::tuple<Tensor, Tensor> stem_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                              bool needs_bias) {
   const StemConvSizes sizes = sizes_of(x, weight);
-  const at::Tensor map = float_map(x), gradient = float_map(grad, "grad", {sizes.B, sizes.K, sizes.H, sizes.W});
-  const at::Tensor dweight = empty_tensor(weight.sizes()), dbias = at::empty({needs_bias ? sizes.K : 0}, at::kFloat);
+  const Tensor map = float_map(x), gradient = float_map(grad, "grad", {sizes.B, sizes.K, sizes.H, sizes.W});
+  const Tensor dweight = empty_tensor(weight.sizes()), dbias = unpooled_tensor({needs_bias ? sizes.K : 0});
   kernels().stem_conv.weight_gradient({.in = sizes,
                                        .x = map.const_data_ptr<float>(),
                                        .grad = gradient.const_data_ptr<float>(),
@@ -45,11 +46,4 @@ std::tuple<at::Tensor, at::Tensor> weight_gradient(const at::Tensor& grad, const
   return {dweight.to(weight.scalar_type()), dbias};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
-  m.impl("native_stem_conv", &forward);
-  m.impl("native_stem_conv_backward", &weight_gradient);
-}
-
-}  // namespace ddpm_fast
+}  // namespace ddpm_fast::cpu

@@ -1,18 +1,25 @@
 #include <cstring>
 
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/targets/targets.h"
 
 namespace ddpm_fast {
 
-extern const Kernels kPortableKernels;
-#if defined(__x86_64__)
-extern const Kernels kAvx2Kernels, kAvx512Kernels;
-#endif
+extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels;
 
 namespace {
 
+bool has_avx2() {
+#if defined(DDPM_FAST_AVX2)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+// Emulated, it runs where AVX2 does, but is not chosen unless asked for.
 bool has_avx512() {
-#if defined(__x86_64__) && !defined(DDPM_FAST_EMULATE_AVX512)
+#if defined(DDPM_FAST_AVX512) && !defined(DDPM_FAST_EMULATE_AVX512)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
 #else
@@ -20,21 +27,14 @@ bool has_avx512() {
 #endif
 }
 
-bool has_avx2() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
-
 const Kernels* table_of(const char* name) {
   if (std::strcmp(name, "portable") == 0) return &kPortableKernels;
-#if defined(__x86_64__)
+#if defined(DDPM_FAST_AVX2)
   if (std::strcmp(name, "avx2") == 0 && has_avx2()) return &kAvx2Kernels;
+#endif
 #if defined(DDPM_FAST_EMULATE_AVX512)
   if (std::strcmp(name, "avx512") == 0 && has_avx2()) return &kAvx512Kernels;
-#endif
+#elif defined(DDPM_FAST_AVX512)
   if (std::strcmp(name, "avx512") == 0 && has_avx512()) return &kAvx512Kernels;
 #endif
   return nullptr;

@@ -6,7 +6,6 @@
 #include "memory.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/StorageImpl.h>
 
@@ -193,7 +192,7 @@ void keep_memory_for(double seconds) { Pool::the().keep_for(seconds); }
 #else
 
 at::Tensor empty_tensor(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format) {
-  return at::empty(sizes, at::TensorOptions(type).memory_format(format));
+  return unpooled_tensor(sizes, type, format);
 }
 
 int64_t empty_cache() { return 0; }
@@ -202,14 +201,30 @@ void keep_memory_for(double) {}
 
 #endif
 
-at::Tensor empty_tensor_like(const at::Tensor& tensor, at::ScalarType type) {
-  const at::Tensor like = empty_tensor(tensor.sizes(), type, tensor.suggest_memory_format());
+at::Tensor unpooled_tensor(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format) {
+  return at::Tensor(at::detail::empty_cpu(sizes, type, /*pin_memory=*/false, format));
+}
+
+namespace {
+
+// An empty tensor with the strides of another, where those leave no gaps.
+at::Tensor with_strides_of(const at::Tensor& tensor, const at::Tensor& empty) {
   if (tensor.is_non_overlapping_and_dense()) {
-    like.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides());
+    empty.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides());
   }
-  return like;
+  return empty;
+}
+
+}  // namespace
+
+at::Tensor empty_tensor_like(const at::Tensor& tensor, at::ScalarType type) {
+  return with_strides_of(tensor, empty_tensor(tensor.sizes(), type, tensor.suggest_memory_format()));
 }
 
 at::Tensor empty_tensor_like(const at::Tensor& tensor) { return empty_tensor_like(tensor, tensor.scalar_type()); }
+
+at::Tensor unpooled_tensor_like(const at::Tensor& tensor) {
+  return with_strides_of(tensor, unpooled_tensor(tensor.sizes(), tensor.scalar_type(), tensor.suggest_memory_format()));
+}
 
 }  // namespace ddpm_fast

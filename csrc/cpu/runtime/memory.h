@@ -1,15 +1,23 @@
-// Where the maps and gradients of native operators lie.
+// Memory for the tensors of native operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 namespace ddpm_fast {
 
-// Tensors as at::empty makes them, of memory that is taken again in the next step, see memory.cpp.
+// Tensors as at::empty makes them, from a pool whose memory the next step uses again, see memory.cpp.
 at::Tensor empty_tensor(at::IntArrayRef sizes, at::ScalarType type = at::kFloat,
                         at::MemoryFormat format = at::MemoryFormat::Contiguous);
 at::Tensor empty_tensor_like(const at::Tensor& tensor, at::ScalarType type);
 at::Tensor empty_tensor_like(const at::Tensor& tensor);
+
+// The same from malloc: for small tensors, and for results that a caller may keep for long.
+at::Tensor unpooled_tensor(at::IntArrayRef sizes, at::ScalarType type = at::kFloat,
+                           at::MemoryFormat format = at::MemoryFormat::Contiguous);
+at::Tensor unpooled_tensor_like(const at::Tensor& tensor);
+
+// Stands for an output that was not asked for.
+inline at::Tensor no_tensor(at::ScalarType type) { return unpooled_tensor({0}, type); }
 
 // Gives what no tensor uses back to the system; returns how many bytes.
 int64_t empty_cache();

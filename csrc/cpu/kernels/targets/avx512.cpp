@@ -1,5 +1,6 @@
 // The kernels for x86-64 with AVX-512 (F, BW, CD, DQ, VL).
-#if defined(__x86_64__)
+#include "targets.h"
+#if defined(DDPM_FAST_AVX512)
 // What philox.h includes of the standard library, before the target: those functions are everybody's.
 #include <cmath>
 #include <cstdint>
