@@ -1,4 +1,4 @@
-"""Forward diffusion and its loss: public functions, registration, eligibility.
+"""Forward diffusion and its loss: declarations, public functions, eligibility.
 
     x_t = a·x0 + b·ε
     loss = w · mean((out − (c·ε + d·x0))²) per sample
@@ -15,6 +15,7 @@ from ddpm_fast import noise as noise_function
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops.common.tables import widest_dtype
 from ddpm_fast.ops.forward_diffusion import reference
+from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import extension, triton_launch
 from ddpm_fast.runtime.autocast import autocast_dtype
 from ddpm_fast.runtime.dispatch import Implementation, Op
@@ -26,86 +27,38 @@ _MAX_ELEMENTS = 2**31 - 2**16  # positions within a sample are 32-bit
 _IMAGES = "Tensor x_start, Tensor t, Tensor table, Tensor? noise, Tensor? seed, Tensor? flip"
 _OPTIONS = "bool normalize, float offset_noise_strength"
 
-# The operators of the Triton kernels, and with `native_` before their names those of the C++ ones.
-_SCHEMAS = {
-    "q_sample": f"({_IMAGES}, {_OPTIONS}, ScalarType dtype, bool channels_last) -> Tensor",
-    "diffusion_loss": f"(Tensor model_output, {_IMAGES}, {_OPTIONS}, bool with_gradient)"
-    " -> (Tensor loss, Tensor factor, Tensor error)",
-    "diffusion_loss_backward": "(Tensor error, Tensor factor, Tensor dloss) -> Tensor",
-}
-_PREFIXES = ("", "native_")
-_library = torch.library.Library("ddpm_fast", "FRAGMENT")
-for _prefix in _PREFIXES:
-    for _name, _schema in _SCHEMAS.items():
-        _library.define(f"{_prefix}{_name}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
-
-def _launcher(name: str):
-    """The function of kernel.py; Triton is imported by the first call."""
-
-    def launch(*args):
-        from ddpm_fast.ops.forward_diffusion import triton as kernel
-
-        return getattr(kernel, name)(*args)
-
-    return launch
-
-
-for _name in _SCHEMAS:
-    for _device in ("CPU", "CUDA"):  # on the CPU, Triton's interpreter
-        _library.impl(_name, _launcher(_name), _device)
-
-
-def _q_sample_fake(x_start, t, table, noise, seed, flip, normalize, offset_noise_strength, dtype, channels_last):
+def _q_sample_fake(x_start, dtype, channels_last, **_) -> torch.Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(x_start.shape, dtype=dtype, device=x_start.device, memory_format=memory_format)
 
 
-def _diffusion_loss_fake(
-    model_output, x_start, t, table, noise, seed, flip, normalize, offset_noise_strength, with_gradient
-):
+def _diffusion_loss_fake(model_output, x_start, with_gradient, **_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     loss = torch.empty(x_start.shape[:1], dtype=torch.float32, device=x_start.device)
     error = torch.empty_like(model_output) if with_gradient else model_output.new_empty(0)
     return loss, torch.empty_like(loss), error
 
 
-def _diffusion_loss_backward_fake(error, factor, dloss):
-    return torch.empty_like(error)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    _, factor, error = output
-    ctx.mark_non_differentiable(factor, error)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(error, factor)
-
-
-def _backward_by(operator: str):
-    def backward(ctx, dloss, dfactor, derror):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "diffusion_loss: the kernel's gradient cannot be differentiated again (create_graph=True); "
-                'use ddpm_fast.use_backend("reference") for second derivatives'
-            )
-        doutput = None
-        if dloss is not None:
-            error, factor = ctx.saved_tensors
-            doutput = getattr(torch.ops.ddpm_fast, operator)(error, factor, dloss.contiguous())
-        return doutput, *(None,) * 9
-
-    return backward
-
-
-_FAKES = (_q_sample_fake, _diffusion_loss_fake, _diffusion_loss_backward_fake)
-for _prefix in _PREFIXES:
-    for _name, _fake in zip(_SCHEMAS, _FAKES, strict=True):
-        torch.library.register_fake(f"ddpm_fast::{_prefix}{_name}", _fake, lib=_library)
-    torch.library.register_autograd(
-        f"ddpm_fast::{_prefix}diffusion_loss",
-        _backward_by(f"{_prefix}diffusion_loss_backward"),
-        setup_context=_setup_context,
-        lib=_library,
-    )
+_q_sample = Operator(
+    "q_sample",
+    f"{_IMAGES}, {_OPTIONS}, ScalarType dtype, bool channels_last",
+    returns="x_t",
+    fake=_q_sample_fake,
+    triton=f"{__package__}.triton",
+    native=True,
+)
+_diffusion_loss = Operator(
+    "diffusion_loss",
+    f"Tensor model_output, {_IMAGES}, {_OPTIONS}, bool with_gradient",
+    returns="loss, factor, error",
+    fake=_diffusion_loss_fake,
+    backward="error, factor, grad",
+    gradients="model_output",
+    maps="model_output",
+    contiguous_grad=True,
+    triton=f"{__package__}.triton",
+    native=True,
+)
 
 
 def q_sample(
@@ -273,23 +226,23 @@ def _check(x_start, t, table, noise: Noise, flip, columns) -> None:
         raise ValueError(f"x_start must have channels for offset noise, got shape {tuple(x_start.shape)}")
 
 
-def _q_sample_by(operator: str):
+def _q_sample_by(operator):
     def run(
         x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength, dtype, memory_format
     ) -> torch.Tensor:
         if dtype is None:
             dtype = widest_dtype(table, x_start, noise)
         options = (normalize, offset_noise_strength, dtype, _writes_channels_last(x_start, memory_format))
-        return getattr(torch.ops.ddpm_fast, operator)(x_start, t, table, noise, seed, flip, *options)
+        return operator(x_start, t, table, noise, seed, flip, *options)
 
     return run
 
 
-def _diffusion_loss_by(operator: str):
+def _diffusion_loss_by(operator):
     def run(model_output, x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength) -> torch.Tensor:
         with_gradient = torch.is_grad_enabled() and model_output.requires_grad
         options = (normalize, offset_noise_strength, with_gradient)
-        return getattr(torch.ops.ddpm_fast, operator)(model_output, x_start, t, table, noise, seed, flip, *options)[0]
+        return operator(model_output, x_start, t, table, noise, seed, flip, *options)[0]
 
     return run
 
@@ -419,8 +372,8 @@ def _example(columns: int):
 _q_sample_op = Op(
     "q_sample",
     [
-        Implementation("triton", _q_sample_by("q_sample"), _triton_q_sample_refuses),
-        Implementation("native", _q_sample_by("native_q_sample"), _native_q_sample_refuses),
+        Implementation("triton", _q_sample_by(_q_sample.triton), _triton_q_sample_refuses),
+        Implementation("native", _q_sample_by(_q_sample.native), _native_q_sample_refuses),
         Implementation("reference", reference.q_sample),
     ],
     _example(2),
@@ -428,8 +381,8 @@ _q_sample_op = Op(
 _diffusion_loss_op = Op(
     "diffusion_loss",
     [
-        Implementation("triton", _diffusion_loss_by("diffusion_loss"), _triton_diffusion_loss_refuses),
-        Implementation("native", _diffusion_loss_by("native_diffusion_loss"), _native_diffusion_loss_refuses),
+        Implementation("triton", _diffusion_loss_by(_diffusion_loss.triton), _triton_diffusion_loss_refuses),
+        Implementation("native", _diffusion_loss_by(_diffusion_loss.native), _native_diffusion_loss_refuses),
         Implementation("reference", reference.diffusion_loss),
     ],
     _example(3),
