@@ -1,4 +1,4 @@
-"""Softmax attention over the positions of a map, with memory: public function, registration, eligibility.
+"""Softmax attention over the positions of a map, with memory: declarations, public function, eligibility.
 
     out = softmax(q·kᵀ / √D)·v   (Vaswani et al. 2017, eq. 1)
 
@@ -12,6 +12,7 @@ import torch
 
 from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.attention import reference
+from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import Implementation, Op, never_refuses
 
@@ -28,93 +29,43 @@ _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets rea
 _OURS_UP_TO = {torch.float16: 1024, torch.bfloat16: 1024, torch.float32: 256}
 _WIDEST_HEAD_OF_OURS = {torch.float16: _LARGEST_HEAD, torch.bfloat16: _LARGEST_HEAD, torch.float32: 64}
 
-_library = torch.library.Library("ddpm_fast", "FRAGMENT")
-for _schema in (
-    # lse: (B, heads, N) float32, log2 of the sum of 2^(scores·log2 e).
-    "attention(Tensor qkv, Tensor mem_kv, int heads) -> (Tensor out, Tensor lse)",
-    "attention_backward(Tensor grad, Tensor qkv, Tensor mem_kv, Tensor out, Tensor lse, int heads)"
-    " -> (Tensor dqkv, Tensor dmem_kv)",
-    # Implemented in csrc/cpu/attention_cpu.cpp, where the softmax is made again from qkv.
-    "native_attention(Tensor qkv, Tensor mem_kv, int heads) -> Tensor",
-    "native_attention_backward(Tensor grad, Tensor qkv, Tensor mem_kv, int heads) -> (Tensor dqkv, Tensor dmem_kv)",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+def _empty_map(qkv: torch.Tensor) -> torch.Tensor:
+    B, channels, h, w = qkv.shape
+    channels_last = qkv.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((B, channels // 3, h, w), dtype=qkv.dtype, device=qkv.device, memory_format=memory_format)
 
 
-@torch.library.impl(_library, "attention", "CPU")
-@torch.library.impl(_library, "attention", "CUDA")
-def _attention(qkv, mem_kv, heads):
-    from ddpm_fast.ops.attention import triton as kernel
-
-    out = reference.empty_map(qkv)
-    return out, kernel.forward(qkv, mem_kv, heads, out)
-
-
-@torch.library.impl(_library, "attention_backward", "CPU")
-@torch.library.impl(_library, "attention_backward", "CUDA")
-def _attention_backward(grad, qkv, mem_kv, out, lse, heads):
-    from ddpm_fast.ops.attention import triton as kernel
-
-    dqkv, dmem_kv = kernel.backward(grad, qkv, mem_kv, out, lse, heads)
-    return dqkv, dmem_kv.to(mem_kv.dtype)
-
-
-@torch.library.register_fake("ddpm_fast::attention", lib=_library)
-def _attention_fake(qkv, mem_kv, heads):
+def _triton_fake(qkv, heads, **_) -> tuple[torch.Tensor, torch.Tensor]:
     B, _, h, w = qkv.shape
-    return reference.empty_map(qkv), qkv.new_empty((B, heads, h * w), dtype=torch.float32)
+    return _empty_map(qkv), qkv.new_empty((B, heads, h * w), dtype=torch.float32)
 
 
-@torch.library.register_fake("ddpm_fast::attention_backward", lib=_library)
-def _attention_backward_fake(grad, qkv, mem_kv, out, lse, heads):
-    return torch.empty_like(qkv), mem_kv.new_empty(mem_kv.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    qkv, mem_kv, heads = inputs
-    out, lse = output
-    ctx.save_for_backward(qkv, mem_kv, out, lse)
-    ctx.mark_non_differentiable(lse)
-    ctx.heads = heads
-
-
-def _backward(ctx, grad, _):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "attention: the Triton kernel's gradient cannot be differentiated again (create_graph=True); "
-            'use ddpm_fast.use_backend("reference") for second derivatives'
-        )
-    return *torch.ops.ddpm_fast.attention_backward(grad, *ctx.saved_tensors, ctx.heads), None
-
-
-torch.library.register_autograd("ddpm_fast::attention", _backward, setup_context=_setup_context, lib=_library)
-
-
-@torch.library.register_fake("ddpm_fast::native_attention", lib=_library)
-def _native_fake(qkv, mem_kv, heads):
+def _native_fake(qkv, **_) -> torch.Tensor:
     B, channels, h, w = qkv.shape
     return qkv.new_empty((B, channels // 3, h, w)).contiguous(memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("ddpm_fast::native_attention_backward", lib=_library)
-def _native_backward_fake(grad, qkv, mem_kv, heads):
-    return torch.empty_like(qkv), mem_kv.new_empty(mem_kv.shape)
-
-
-def _setup_native_context(ctx, inputs, output) -> None:
-    *tensors, heads = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.heads = heads
-
-
-def _native_backward(ctx, grad):
-    if torch.is_grad_enabled():
-        raise RuntimeError("attention: the native kernel's gradient cannot be differentiated again (create_graph=True)")
-    return *torch.ops.ddpm_fast.native_attention_backward(grad, *ctx.saved_tensors, ctx.heads), None
-
-
-torch.library.register_autograd(
-    "ddpm_fast::native_attention", _native_backward, setup_context=_setup_native_context, lib=_library
+_triton_attention = Operator(
+    "attention",
+    "Tensor qkv, Tensor mem_kv, int heads",
+    returns="out, lse",  # lse: (B, heads, N) float32, log2 of the sum of 2^(scores·log2 e)
+    fake=_triton_fake,
+    backward="grad, qkv, mem_kv, out, lse, heads",
+    gradients="qkv, mem_kv",
+    maps="qkv",
+    triton=f"{__package__}.triton",
+)
+_native_attention = Operator(
+    "attention",
+    "Tensor qkv, Tensor mem_kv, int heads",
+    returns="out",
+    fake=_native_fake,
+    backward="grad, qkv, mem_kv, heads",  # the softmax is computed again from qkv
+    gradients="qkv, mem_kv",
+    maps="qkv",
+    native=True,
 )
 
 
@@ -158,7 +109,7 @@ def check_kinds(given: dict[str, torch.Tensor], heads: int) -> None:
 
 
 def _triton(qkv, mem_kv, *, heads) -> torch.Tensor:
-    return torch.ops.ddpm_fast.attention(qkv, mem_kv, heads)[0]
+    return _triton_attention.triton(qkv, mem_kv, heads)[0]
 
 
 def _triton_refuses(qkv, mem_kv, *, heads) -> str | None:
@@ -194,7 +145,7 @@ def _triton_yields(qkv, mem_kv, *, heads) -> str | None:
 
 
 def _native(qkv, mem_kv, *, heads) -> torch.Tensor:
-    return torch.ops.ddpm_fast.native_attention(qkv, mem_kv, heads)
+    return _native_attention.native(qkv, mem_kv, heads)
 
 
 def _native_refuses(qkv, mem_kv, *, heads) -> str | None:

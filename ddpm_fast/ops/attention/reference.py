@@ -25,12 +25,6 @@ def sdpa_attention(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> to
         return _as_map(F.scaled_dot_product_attention(*_split(qkv, mem_kv, heads)), qkv)
 
 
-def empty_map(qkv: torch.Tensor) -> torch.Tensor:
-    """An output of attention, not filled: (B, channels / 3, h, w) of qkv's dtype, device and memory format."""
-    B, channels, h, w = qkv.shape
-    return torch.empty((B, channels // 3, h, w), dtype=qkv.dtype, device=qkv.device, memory_format=_memory_format(qkv))
-
-
 def _memory_format(qkv: torch.Tensor) -> torch.memory_format:
     channels_last = qkv.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format

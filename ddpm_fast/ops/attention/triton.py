@@ -289,23 +289,26 @@ def product_kind(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def forward(
+def attention(
     qkv: torch.Tensor,  # (B, 3·H·D, h, w), channels-last or contiguous
     mem_kv: torch.Tensor,  # (2, H, M, D)
     heads: int,
-    out: torch.Tensor,  # (B, H·D, h, w), laid out as qkv; written
-) -> torch.Tensor:
-    """Writes `out`; returns lse, (B, H, N) float32."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, H·D, h, w) in the memory format of qkv, and lse, (B, H, N) float32."""
     launch = _Launch(qkv, mem_kv, heads, "fwd")
-    lse = qkv.new_empty(launch.B, heads, launch.N, dtype=torch.float32)
+    B, channels, h, w = qkv.shape
+    channels_last = qkv.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty((B, channels // 3, h, w), dtype=qkv.dtype, device=qkv.device, memory_format=memory_format)
+    lse = qkv.new_empty(B, heads, launch.N, dtype=torch.float32)
     with torch.cuda.device_of(qkv):
         attention_fwd_kernel[launch.grid](
             qkv, mem_kv.contiguous(), out, lse, *launch.numbers, **launch.constants, **launch.memory_constants
         )
-    return lse
+    return out, lse
 
 
-def backward(
+def attention_backward(
     grad: torch.Tensor,  # (B, H·D, h, w)
     qkv: torch.Tensor,
     mem_kv: torch.Tensor,
@@ -313,7 +316,7 @@ def backward(
     lse: torch.Tensor,
     heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of qkv, laid out as it is, and of mem_kv in float32; see `forward`."""
+    """Gradients of qkv, laid out as it is, and of mem_kv in float32; see `attention`."""
     dqkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
     if grad.stride() != out.stride():
