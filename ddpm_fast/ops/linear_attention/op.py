@@ -1,4 +1,4 @@
-"""Linear attention after the qkv product: public function, registration, eligibility.
+"""Linear attention after the qkv product: declarations, public function, eligibility.
 
     q̂ = softmax(q) over the D channels of a head      k̂ = softmax(k) over positions and memory entries
     context = k̂ᵀ·v      y = D^−½·q̂·context·weightᵀ + bias      (Shen et al. 2021, "Efficient Attention", section 3.3)
@@ -15,131 +15,51 @@ import torch
 from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.linear_attention import reference
 from ddpm_fast.ops.linear_attention.launch import empty_output, why_too_large
+from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
 
-_ARGUMENTS = "Tensor qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor g"
-_library = torch.library.Library("ddpm_fast", "FRAGMENT")
-_library.define(
-    f"linear_attention({_ARGUMENTS}, Tensor? residual, int heads) "
-    "-> (Tensor out, Tensor context, Tensor statistics, Tensor projection)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    f"linear_attention_backward(Tensor grad, {_ARGUMENTS}, Tensor context, Tensor statistics, Tensor projection, "
-    "int heads) -> (Tensor dqkv, Tensor dmem_kv, Tensor dweight, Tensor dbias, Tensor dg)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-# Implemented in csrc/cpu/linear_attention_cpu.cpp. statistics: (B, 2, heads·D) float32, of k over positions and memory
-# the largest and 1 / Σ exp(k − largest); sums: softmax(k)ᵀ·v of the positions.
-_KEPT = "Tensor statistics, Tensor sums"
-for _schema in (
-    f"native_linear_attention({_ARGUMENTS}, Tensor? residual, int heads) -> (Tensor out, {_KEPT})",
-    f"native_linear_attention_backward(Tensor grad, {_ARGUMENTS}, {_KEPT}, int heads) "
-    "-> (Tensor dqkv, Tensor dmem_kv, Tensor dweight, Tensor dbias, Tensor dg)",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+_ARGUMENTS = "Tensor qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor g, Tensor? residual, int heads"
 
 
-@torch.library.impl(_library, "linear_attention", "CPU")
-@torch.library.impl(_library, "linear_attention", "CUDA")
-def _linear_attention(qkv, mem_kv, weight, bias, g, residual, heads):
-    from ddpm_fast.ops.linear_attention import triton as kernel
-
-    return kernel.forward(qkv, mem_kv, weight, bias, g, residual, heads)
-
-
-@torch.library.impl(_library, "linear_attention_backward", "CPU")
-@torch.library.impl(_library, "linear_attention_backward", "CUDA")
-def _linear_attention_backward(grad, qkv, mem_kv, weight, bias, g, context, statistics, projection, heads):
-    from ddpm_fast.ops.linear_attention import triton as kernel
-
-    dqkv, *gradients = kernel.backward(grad, qkv, mem_kv, weight, bias, g, context, statistics, projection, heads)
-    parameters = (mem_kv, weight, bias, g)
-    return dqkv, *(
-        gradient.to(parameter.dtype).reshape(parameter.shape)
-        for parameter, gradient in zip(parameters, gradients, strict=True)
-    )
-
-
-@torch.library.register_fake("ddpm_fast::linear_attention", lib=_library)
-def _linear_attention_fake(qkv, mem_kv, weight, bias, g, residual, heads):
+def _triton_fake(qkv, mem_kv, weight, heads, **_) -> tuple[torch.Tensor, ...]:
     B, C, D = qkv.shape[0], weight.shape[0], mem_kv.shape[2]
     context = qkv.new_empty((B, heads, D, D), dtype=torch.float32)
     statistics = qkv.new_empty((B, heads, 2, D), dtype=torch.float32)
     return empty_output(qkv, C), context, statistics, qkv.new_empty((B, heads * D, C))
 
 
-@torch.library.register_fake("ddpm_fast::linear_attention_backward", lib=_library)
-def _linear_attention_backward_fake(grad, qkv, mem_kv, weight, bias, g, context, statistics, projection, heads):
-    return torch.empty_like(qkv), *(t.new_empty(t.shape) for t in (mem_kv, weight, bias, g))
+def _native_fake(qkv, mem_kv, weight, **_) -> tuple[torch.Tensor, ...]:
+    B, heads, D = qkv.shape[0], *mem_kv.shape[1:3]
+    statistics = qkv.new_empty((B, 2, heads * D), dtype=torch.float32)
+    return empty_output(qkv, weight.shape[0]), statistics, qkv.new_empty((B, heads * D, D), dtype=torch.float32)
 
 
-def _native_kept_fake(map, mem_kv, values) -> tuple[torch.Tensor, torch.Tensor]:
-    B, hidden = map.shape[0], mem_kv.shape[1] * mem_kv.shape[2]
-    statistics = map.new_empty((B, 2, hidden), dtype=torch.float32)
-    return statistics, map.new_empty((B, hidden, values), dtype=torch.float32)
-
-
-@torch.library.register_fake("ddpm_fast::native_linear_attention", lib=_library)
-def _native_fake(qkv, mem_kv, weight, bias, g, residual, heads):
-    return empty_output(qkv, weight.shape[0]), *_native_kept_fake(qkv, mem_kv, mem_kv.shape[2])
-
-
-@torch.library.register_fake("ddpm_fast::native_linear_attention_backward", lib=_library)
-def _native_backward_fake(grad, qkv, mem_kv, weight, bias, g, statistics, sums, heads):
-    return torch.empty_like(qkv), *(t.new_empty(t.shape) for t in (mem_kv, weight, bias, g))
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    qkv, mem_kv, weight, bias, g, residual, heads = inputs
-    ctx.save_for_backward(qkv, mem_kv, weight, bias, g, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros in place of the gradients that there are none of
-    ctx.heads = heads
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _backward(ctx, grad, *_):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_attention: the Triton kernel's gradient cannot be differentiated again (create_graph=True); "
-            'use ddpm_fast.use_backend("reference") for second derivatives'
-        )
-    if grad is None:
-        return (None,) * 7
-    gradients = torch.ops.ddpm_fast.linear_attention_backward(grad, *ctx.saved_tensors, ctx.heads)
-    dresidual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
-    return *gradients, dresidual, None
-
-
-torch.library.register_autograd("ddpm_fast::linear_attention", _backward, setup_context=_setup_context, lib=_library)
-
-
-def _setup_native_context(ctx, inputs, output) -> None:
-    *tensors, residual, heads = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.heads = heads
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _native_backward(ctx, grad, *_):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_attention: the native kernel's gradient cannot be differentiated again (create_graph=True)"
-        )
-    if grad is None:
-        return (None,) * 7
-    gradients = torch.ops.ddpm_fast.native_linear_attention_backward(grad, *ctx.saved_tensors, ctx.heads)
-    return *gradients, None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype), None
-
-
-torch.library.register_autograd(
-    "ddpm_fast::native_linear_attention", _native_backward, setup_context=_setup_native_context, lib=_library
+_triton_linear_attention = Operator(
+    "linear_attention",
+    _ARGUMENTS,
+    returns="out, context, statistics, projection",
+    fake=_triton_fake,
+    backward="grad, qkv, mem_kv, weight, bias, g, context, statistics, projection, heads",
+    gradients="qkv, mem_kv, weight, bias, g",
+    maps="qkv",
+    passes="residual",
+    triton=f"{__package__}.triton",
+)
+_native_linear_attention = Operator(
+    "linear_attention",
+    _ARGUMENTS,
+    # statistics: (B, 2, heads·D) float32, of k over positions and memory the largest and 1 / Σ exp(k − largest).
+    # sums: softmax(k)ᵀ·v of the positions.
+    returns="out, statistics, sums",
+    fake=_native_fake,
+    backward="grad, qkv, mem_kv, weight, bias, g, statistics, sums, heads",
+    gradients="qkv, mem_kv, weight, bias, g",
+    maps="qkv",
+    passes="residual",
+    native=True,
 )
 
 
@@ -212,7 +132,7 @@ def check_output(weight, bias, g, residual, hidden: int, sizes: tuple[int, int, 
 
 
 def _triton(qkv, mem_kv, weight, bias, g, *, heads, residual) -> torch.Tensor:
-    return torch.ops.ddpm_fast.linear_attention(qkv, mem_kv, weight, bias, g, residual, heads)[0]
+    return _triton_linear_attention.triton(qkv, mem_kv, weight, bias, g, residual, heads)[0]
 
 
 def _triton_refuses(qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | None:
@@ -235,7 +155,7 @@ def _triton_refuses(qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | N
 
 
 def _native(qkv, mem_kv, weight, bias, g, *, heads, residual) -> torch.Tensor:
-    return torch.ops.ddpm_fast.native_linear_attention(qkv, mem_kv, weight, bias, g, residual, heads)[0]
+    return _native_linear_attention.native(qkv, mem_kv, weight, bias, g, residual, heads)[0]
 
 
 def _native_refuses(qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | None:

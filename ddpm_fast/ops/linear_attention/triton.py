@@ -518,7 +518,7 @@ def linear_attention_kv_bwd_kernel(
     tl.store(dqkv_ptr + o_k + o_tile, b_dk.to(DTYPE), mask=m_tile)
 
 
-def forward(
+def linear_attention(
     qkv: torch.Tensor,  # (B, 3·HD, H, W), channels-last or contiguous
     mem_kv: torch.Tensor,  # (2, heads, D, M)
     weight: torch.Tensor,  # (C, HD[, 1, 1])
@@ -527,7 +527,7 @@ def forward(
     residual: torch.Tensor | None,  # (B, C, H, W)
     heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, and for `backward` context (B, heads, D, E), statistics (B, heads, 2, D), P (B, HD, C)."""
+    """Output, and for its backward context (B, heads, D, E), statistics (B, heads, 2, D), P (B, HD, C)."""
     B, C, N, D, M = _sizes(qkv, weight, mem_kv, heads)
     out = empty_output(qkv, C)
     launch = _launch_for(qkv, heads, D, C)
@@ -560,7 +560,7 @@ def forward(
     return out, context, statistics, projection
 
 
-def backward(
+def linear_attention_backward(
     grad: torch.Tensor,  # (B, C, H, W)
     qkv: torch.Tensor,
     mem_kv: torch.Tensor,
@@ -572,7 +572,7 @@ def backward(
     projection: torch.Tensor,
     heads: int,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of qkv, and in float32 of mem_kv, weight (C, HD), bias and g (C,); see `forward`."""
+    """Gradients of qkv, and in float32 of mem_kv, weight (C, HD), bias and g (C,); see `linear_attention`."""
     B, C, N, D, M = _sizes(qkv, weight, mem_kv, heads)
     launch = _launch_for(qkv, heads, D, C)
     dqkv = torch.empty_like(qkv)
