@@ -1,4 +1,4 @@
-"""RMSNorm and GroupNorm with everything around them in one pass: public functions, registration, eligibility.
+"""RMSNorm and GroupNorm with everything around them in one pass: declaration, public functions, eligibility.
 
     v = x + bias
     x̂ = v / max(‖v‖₂, 1e-12) · √C   (RMSNorm over channels, Zhang & Sennrich 2019, in the peer's form), or
