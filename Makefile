@@ -1,8 +1,11 @@
 # make demo   train on handwritten digits on the CPU and draw some: demo/grid.png, demo/strip.png, demo/loss.png
 # make test   set up an environment and run every test, two at a time (WORKERS=8: eight)
+# make check  lint, types, structure and the quick tests: before every commit, under 4 minutes on 2 cores
+# make lint   ruff, ruff format, clang-format and mypy, each at its pinned version
+# make docs   the documentation as a site, strict: build/site
 # make test-torch TORCH=2.11.0  the native, compile and interpreter tests on another release: .venv-torch-2.11.0
-# make bench  measure this machine against the peer, in at most 21 minutes: bench/report.md, results.json, pictures
-# make bench-compiled  compile the peer for every benchmark ahead, once, in about ten minutes: make bench then meets it
+# make bench  measure this machine against upstream, in at most 21 minutes: bench/report.md, results.json, pictures
+# make bench-compiled  compile upstream for every benchmark ahead, once, in about ten minutes: make bench then meets it
 # make cuda-model  what a step launches on a CUDA device, and the time of its parts on an H100 and an A100; no GPU
 # make sanitize  the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer: build/sanitize
 # make wheels packages that a GPU machine without network lacks, for benchmarks/gpu_report.sh: .whl/
@@ -25,6 +28,8 @@ WHEELS ?= "denoising-diffusion-pytorch>=2.3.4,<2.4" ema-pytorch pytorch-fid eino
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc ddpm_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h') setup.py pyproject.toml
 
+NATIVE_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+
 # For maps of 8 x 8 pixels a second thread helps little, and on a busy machine the two mostly wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=1
 
@@ -34,7 +39,17 @@ BENCH_THREADS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 2 ? n : 2
 # Triton decides at its import whether it interprets, so that `make test` runs pytest twice: kernels, then the rest.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-torch bench bench-compiled cuda-model sanitize wheels clean
+# The quick tests: layers and importing, missing packages, documentation, noise, tables and samplers, arguments, dispatch,
+# recordings and tapes, the network's algebra, the sampler step, images. The rest of them is `make test`'s.
+QUICK := $(addprefix tests/,test_structure.py test_noise.py runtime/test_extras.py runtime/test_dispatch.py \
+	runtime/test_recording.py runtime/test_tape.py docs diffusion/test_schedules.py diffusion/test_samplers_gaussian.py \
+	diffusion/test_input_errors.py models/test_algebra.py ops/sampler_step/test_op.py training/test_data.py)
+
+# The packages of an extra that needs nothing of ddpm_fast, as pyproject.toml pins them.
+EXTRA = $$($(BIN)/python -c 'from setuptools.config.pyprojecttoml import read_configuration as read; \
+	print(*read("pyproject.toml", expand=False)["project"]["optional-dependencies"]["$(1)"])')
+
+.PHONY: demo test check lint docs test-torch bench bench-compiled cuda-model sanitize wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-ready
@@ -47,6 +62,18 @@ demo: $(VENV)/.demo-ready
 
 test: $(VENV)/.test-ready
 	@failed=0; TRITON_INTERPRET=1 $(PYTEST) tests/ops || failed=1; $(PYTEST) && exit $$failed
+
+check: lint $(VENV)/.test-ready
+	$(ONE_THREAD) $(PYTEST) -m "not slow and not gpu" $(QUICK)
+
+lint: $(VENV)/.lint-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs-ready
+	$(BIN)/mkdocs build --strict
 
 # A number, torch==2.11.0 or newest; without TORCH the pinned release. It needs nothing of $(VENV).
 test-torch:
@@ -84,4 +111,13 @@ $(VENV)/.demo-ready: $(VENV)/.build-ready $(SOURCES)
 $(VENV)/.test-ready: $(VENV)/.build-ready $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peer-1x $(PEER_1X)
+	touch $@
+
+# mypy reads the types of what the tests install.
+$(VENV)/.lint-ready: $(VENV)/.test-ready
+	$(BIN)/python -m pip install --quiet $(call EXTRA,lint)
+	touch $@
+
+$(VENV)/.docs-ready: $(VENV)/.build-ready pyproject.toml
+	$(BIN)/python -m pip install --quiet $(call EXTRA,docs)
 	touch $@
