@@ -11,6 +11,7 @@ import torch
 
 import ddpm_fast
 from ddpm_fast.cli import bench, doctor, sample, train
+from ddpm_fast.diffusion import samplers
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,8 +50,9 @@ def options_of(command: type) -> set[str]:
 
 @pytest.fixture
 def _small(tmp_path, monkeypatch):
-    """A folder of its own, one thread, and nothing forced afterwards."""
+    """A folder of its own, one thread; nothing is forced or registered afterwards."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(samplers, "SAMPLERS", dict(samplers.SAMPLERS))  # pages register their own
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
