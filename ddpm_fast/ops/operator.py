@@ -95,7 +95,7 @@ class Operator:
         self._gradients, self._passes, self._maps = _names(gradients), _names(passes), _names(maps)
         self._by_torch, self._formula = _names(by_torch[0]), by_torch[1]
         self._rows, self._none_like, self._wanted = dict(rows or {}), dict(none_like or {}), dict(wanted or {})
-        self._contiguous_grad = contiguous_grad
+        self._contiguous_grad, self._single = contiguous_grad, len(self._gradients) == 1 and not gradient_list
         types = {argument.split()[1]: argument.split()[0] for argument in arguments.split(", ")}
         self._arguments = tuple(types)
         types |= dict.fromkeys(("grad", *self._returns), "Tensor")
@@ -137,7 +137,7 @@ class Operator:
         several = len(self._returns) > 1
 
         def setup_context(ctx, inputs, output) -> None:
-            ctx.save_for_backward(*kept(inputs + output if several else (*inputs, output)))
+            ctx.save_for_backward(*kept((*inputs, *output) if several else (*inputs, output)))
             ctx.options = options(inputs)
             ctx.dtypes = [(i, inputs[i].dtype) for i in restored if inputs[i] is not None]
             if several:
@@ -159,20 +159,17 @@ class Operator:
                 given = grad.contiguous() if self._contiguous_grad else grad
                 wanted = [flag(needs) for flag in flags]
                 gradients = gradients_of(*saved[:at], given, *saved[at:], *ctx.options, *wanted)
-                for i, gradient in zip(made, [gradients] if len(made) == 1 else gradients, strict=True):
-                    if needs[i]:
-                        result[i] = gradient
+                for i, gradient in zip(made, [gradients] if self._single else gradients, strict=True):
+                    result[i] = gradient
             if by_torch and True in by_torch_of(needs):
                 for i, gradient in zip(by_torch, self._formula(by_torch_of(needs), grad, *saved), strict=True):
                     result[i] = gradient
             for i in passed:
                 result[i] = grad
             for i, dtype in ctx.dtypes:
-                if not needs[i]:
-                    result[i] = None
-                elif result[i].dtype != dtype:
+                if needs[i]:
                     result[i] = result[i].to(dtype)
-            return tuple(result)
+            return tuple([gradient if need else None for gradient, need in zip(result, needs, strict=True)])
 
         return setup_context, backward
 
@@ -186,17 +183,18 @@ class Operator:
 
         def empty(name: str) -> torch.Tensor:
             argument = given[self._rows[name]] if name in self._rows else given.get(name, first)
+            made = argument is not None and name not in unwanted
             if argument is None:
-                like = given[self._none_like[name]] if name in self._none_like else first
-                return like.new_empty(0, dtype=torch.float32 if name in self._rows else like.dtype)
-            if name in self._rows:
-                return argument.new_empty(0 if name in unwanted else argument.shape[0], dtype=torch.float32)
-            if name in self._maps and name not in unwanted:
+                argument = given[self._none_like[name]] if name in self._none_like else first
+            if name in self._maps and made:
                 return torch.empty_like(argument)
-            return argument.new_empty(0 if name in unwanted else argument.shape)
+            shape = argument.shape[:1] if name in self._rows else argument.shape
+            return argument.new_empty(
+                shape if made else 0, dtype=torch.float32 if name in self._rows else argument.dtype
+            )
 
         made = [empty(name) for name in self._gradients]
-        return made[0] if len(made) == 1 else made
+        return made[0] if self._single else made
 
     def _restored(self, made: Any, *values: Any) -> torch.Tensor | list[torch.Tensor]:
         """The gradients of a Triton kernel in the dtypes and shapes of their arguments; empty for None."""
