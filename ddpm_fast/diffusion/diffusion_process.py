@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from ddpm_fast.ops.common.tables import lookup
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.runtime.autocast import call_model
 from ddpm_fast.runtime.recording import GraphCache
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ModelPrediction = namedtuple("ModelPrediction", ["pred_noise", "pred_x_start"])
 
@@ -47,6 +51,27 @@ class DiffusionProcess(nn.Module):
     The arguments are those of `GaussianDiffusion`.
     """
 
+    model: Any  # called as model(x, t, x_self_cond), with channels, out_dim and self_condition
+    channels: int
+    self_condition: bool
+    # Upstream's buffers, (T,) float32.
+    betas: torch.Tensor
+    alphas_cumprod: torch.Tensor
+    alphas_cumprod_prev: torch.Tensor
+    sqrt_alphas_cumprod: torch.Tensor
+    sqrt_one_minus_alphas_cumprod: torch.Tensor
+    log_one_minus_alphas_cumprod: torch.Tensor
+    sqrt_recip_alphas_cumprod: torch.Tensor
+    sqrt_recipm1_alphas_cumprod: torch.Tensor
+    posterior_variance: torch.Tensor
+    posterior_log_variance_clipped: torch.Tensor
+    posterior_mean_coef1: torch.Tensor
+    posterior_mean_coef2: torch.Tensor
+    loss_weight: torch.Tensor
+    # Tables of the ops.
+    forward_table: torch.Tensor  # (T, 2)
+    loss_table: torch.Tensor  # (T, 3)
+
     def __init__(
         self,
         model: nn.Module,
@@ -73,8 +98,8 @@ class DiffusionProcess(nn.Module):
 
         schedule_fn_kwargs = dict(schedule_fn_kwargs or {})
         self.model = model
-        self.channels: int = model.channels
-        self.self_condition = model.self_condition
+        self.channels = self.model.channels
+        self.self_condition = self.model.self_condition
         self.image_size = _image_size(image_size)
         self.objective = objective
         self.config = dict(
@@ -134,20 +159,21 @@ class DiffusionProcess(nn.Module):
             else:
                 setattr(self, name, table.to(device=self.betas.device, dtype=torch.float32))
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Follow the loaded buffers, which may be of another schedule or loss weight than the constructor's."""
         super()._load_from_state_dict(*args, **kwargs)
         betas = self.betas.detach().cpu()
         same = torch.equal(betas.float(), self._schedule.betas.float())
         self._use_schedule(self._schedule if same else Schedule(betas.double()))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Moves and casts, of which the schedule takes no narrowing: half a network still needs float32 tables."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = before[name].to(buffer.device)
+                kept = before[name]
+                self._buffers[name] = None if kept is None else kept.to(buffer.device)
         return self
 
     def _plan(self, sampler: str, sampling_timesteps: int) -> SamplerTable:
@@ -264,7 +290,7 @@ class DiffusionProcess(nn.Module):
     def training_noise(self, x_start: torch.Tensor, offset_noise_strength: float = 0.0) -> torch.Tensor:
         """Fresh ε for x_start, offset and assigned to the images as configured."""
         seed = noise_function.draw_seed(x_start.device)
-        kwargs = {"seed": seed, "device": x_start.device, "dtype": x_start.dtype}
+        kwargs: dict[str, Any] = {"seed": seed, "device": x_start.device, "dtype": x_start.dtype}
         noise = normal(x_start.shape, stream=noise_function.STREAM_TRAINING, **kwargs)
         if offset_noise_strength > 0:
             noise = self._offset(noise, offset_noise_strength, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -169,8 +170,8 @@ class GaussianDiffusion(DiffusionProcess):
         sampler = self.sampler or ("ddim" if self.is_ddim_sampling else "ddpm")
         # Only what differs from the defaults: a subclass may have these methods with the peer's arguments.
         defaults = {"seed": None, "start_index": 0, "progress": True, "graph": None}
-        kwargs = {"seed": seed, "start_index": start_index, "progress": progress, "graph": graph}
-        kwargs = {name: value for name, value in kwargs.items() if value is not defaults[name]}
+        given = {"seed": seed, "start_index": start_index, "progress": progress, "graph": graph}
+        kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not defaults[name]}
         if sampler == "ddim":
             return self.ddim_sample(shape, return_all_timesteps, **kwargs)
         if sampler == "ddpm" and self.sampling_timesteps == self.num_timesteps:
@@ -201,7 +202,7 @@ class GaussianDiffusion(DiffusionProcess):
         shape: Sequence[int],
         return_all_timesteps: bool,
         seed: int | torch.Tensor | None,
-        **options,
+        **options: Any,
     ) -> torch.Tensor:
         """Images from noise; `options` are of `SamplingRun`."""
         run = SamplingRun(self._plan(sampler, sampling_timesteps), self._seed(seed), **options)
@@ -211,8 +212,8 @@ class GaussianDiffusion(DiffusionProcess):
         if return_all_timesteps:
             states = x.new_empty(x.shape[0], len(run.plan.times) + 1, *x.shape[1:])  # (B, S + 1, C, H, W)
             unwritten = iter(states.unbind(1))
-            run.on_step = lambda state: next(unwritten).copy_(state)
-            run.on_step(x)
+            on_step = run.on_step = lambda state: next(unwritten).copy_(state)
+            on_step(x)
         x = self._denoise(x, run)
         with torch.inference_mode():
             result = self.unnormalize(states if return_all_timesteps else x)
@@ -259,7 +260,7 @@ class GaussianDiffusion(DiffusionProcess):
                 if full_ddpm and "p_sample" in self._overridden():
                     x, x_start = self.p_sample(x, plan.times[row], x_self_cond)
                 elif full_ddpm:
-                    options = {"seed": run.seed, "start_index": run.start_index}
+                    options: dict[str, Any] = {"seed": run.seed, "start_index": run.start_index}
                     x, x_start = self.p_sample(x, plan.times[row], x_self_cond, **options)
                 else:
                     x, x_start = self._step_from_predictions(run, row, x, x_start, x_self_cond)
@@ -435,21 +436,26 @@ class GaussianDiffusion(DiffusionProcess):
         self._check_images("x_start", x_start, sized=False)
         t = self._check_times(t, x_start)
         strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
-        noise = self._noise(x_start, noise, strength)
+        drawn = self._noise(x_start, noise, strength)
         if type(self).q_sample is GaussianDiffusion.q_sample:
-            x = q_sample(x_start, t, self.forward_table, noise, **self._network_input(x_start))
+            x = q_sample(x_start, t, self.forward_table, drawn, **self._network_input(x_start))
         else:
-            x = self.q_sample(x_start=x_start, t=t, noise=noise.tensor)
+            x = self.q_sample(x_start=x_start, t=t, noise=drawn.tensor)
         x_self_cond = None
         if self.draw_self_condition() if self_conditioned is None else self_conditioned:
             with torch.no_grad(), uncached_autocast(x.device, autocast_dtype(x.device.type)):
                 x_self_cond = self.model_predictions(x, t).pred_x_start
         model_output = call_model(self.model, x, t, x_self_cond)
-        loss = diffusion_loss(model_output, x_start, t, self.loss_table, noise)
+        loss = diffusion_loss(model_output, x_start, t, self.loss_table, drawn)
         return loss if loss_reduction == "none" else loss.mean()
 
     def forward(
-        self, img: torch.Tensor, *args, times: torch.Tensor | None = None, loss_reduction: str = "mean", **kwargs
+        self,
+        img: torch.Tensor,
+        *args: Any,
+        times: torch.Tensor | None = None,
+        loss_reduction: str = "mean",
+        **kwargs: Any,
     ) -> torch.Tensor:
         """The training loss of a batch of images, at random timesteps unless `times` gives them.
 
@@ -464,7 +470,8 @@ class GaussianDiffusion(DiffusionProcess):
         """
         self._check_images("img", img)
         times = self.random_times(img.shape[0]) if times is None else times
-        return self.p_losses(self.normalize(img), times, *args, loss_reduction=loss_reduction, **kwargs)
+        x_start = self.normalize(img)
+        return self.p_losses(x_start, times, *args, loss_reduction=loss_reduction, **kwargs)  # type: ignore[misc]
 
 
 def _relevant_methods(sampler: str) -> tuple[str, ...]:

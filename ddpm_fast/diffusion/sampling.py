@@ -12,6 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from ddpm_fast.ops.sampler_step.op import sampler_step_
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.autocast import autocast_dtype, call_model, uncached_autocast
 
-Model = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Model = Any  # (x, t, x_self_cond) -> the objective's output, shape of x; most are modules
 
 _STEPS_AHEAD = 32  # how far the host may run before the device while a progress bar is shown
 
@@ -40,17 +41,15 @@ class Progress:
             calls end when the work is done, as on the CPU.
     """
 
-    def __init__(self, total: int, *, desc: str, enabled: bool, mark: Callable[[], object] | None = None):
-        self._bar = None
-        if enabled:
-            self._bar = _make_bar(desc, total)
+    def __init__(self, total: int, *, desc: str, enabled: bool, mark: Callable[[], Any] | None = None):
+        self._bar: Any = _make_bar(desc, total) if enabled else None
         self._mark = mark
-        self._pending = deque()
+        self._pending: deque[Any] = deque()
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type | None, error: object, trace: object) -> None:
         if self._bar is None:
             return
         if kind is None:
@@ -74,7 +73,7 @@ class Progress:
             self._bar.update(1)
 
 
-def _make_bar(desc: str, total: int):
+def _make_bar(desc: str, total: int) -> Any:
     """tqdm's bar, or None with a warning where tqdm is not installed: a bar is no reason to refuse samples."""
     if importlib.util.find_spec("tqdm") is None:
         hint = "pip install tqdm, or progress=False"
@@ -109,7 +108,7 @@ class SamplingRun:
     seed: torch.Tensor
     start_index: int = 0
     first_step: int = 0
-    on_step: Callable[[torch.Tensor], None] | None = None
+    on_step: Callable[[torch.Tensor], object] | None = None
     progress: bool = False
     desc: str = "sampling loop time step"
     graph: bool | None = None
@@ -198,7 +197,7 @@ class SamplingState:
 class RecordedSteps:
     """A `SamplingState` whose step is recorded; the first x0 is zeros, which `takes_zeros_for_no_estimate` allows."""
 
-    def __init__(self, state: SamplingState, recorder, autocast: torch.dtype | None):
+    def __init__(self, state: SamplingState, recorder: Any, autocast: torch.dtype | None):
         self.state = state
         self._autocast = autocast
         self.replay = recorder.record(self._body, self._reset)
@@ -266,7 +265,7 @@ def sample_loop(
     if cache is not None and noise_for_step is not None:
         raise ValueError("noise_for_step must be None where steps are recorded, since a replay calls no function")
     num_steps = len(run.plan.times)
-    options = {
+    options: dict[str, Any] = {
         "keeps_x_start": run.plan.uses_x_start_previous,
         "self_condition": self_condition,
         "start_index": run.start_index,
@@ -295,7 +294,7 @@ def _recorded(
     autocast = autocast_dtype(x.device.type)
     key = (tuple(x.shape), x.device, num_steps, num_timesteps, *options.values(), autocast, recording.settings())
 
-    def make(recorder) -> RecordedSteps:
+    def make(recorder: Any) -> RecordedSteps:
         with torch.inference_mode(False), torch.no_grad():
             state = SamplingState(model, torch.zeros_like(x), num_steps, **options)
             return RecordedSteps(state, recorder, autocast)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def _betas_from_alphas_cumprod(alphas_cumprod: torch.Tensor) -> torch.Tensor:
 BETA_SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule, "sigmoid": sigmoid_beta_schedule}
 
 
-def make_betas(beta_schedule: str, timesteps: int, **kwargs) -> torch.Tensor:
+def make_betas(beta_schedule: str, timesteps: int, **kwargs: Any) -> torch.Tensor:
     """Betas of a named schedule, checked.
 
     Raises:
@@ -95,7 +96,7 @@ class Schedule:
 
     betas: torch.Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         inside = (self.betas > 0) & (self.betas < 1)
         if not inside.all():
             t = int((~inside).nonzero()[0])

@@ -106,8 +106,12 @@ def compile_kernel(
     aligned = [n for n, kind in signature.items() if n not in unaligned and (kind[0] == "*" or kind[0] in "iu")]
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, types, constants, attrs)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
-    options["maxnreg"] = maxnreg
+    options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "enable_fp_fusion": enable_fp_fusion,
+        "maxnreg": maxnreg,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     machine = read_machine(compiled.asm["cubin"], compiled.metadata.shared, tmp_path)
     return replace(machine, ptx=compiled.asm["ptx"], ttgir=compiled.asm["ttgir"])
