@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast.models.norm import RMSNorm
-from ddpm_fast.models.stock import is_unmodified
+from ddpm_fast.models.stock import is_unmodified, parameter
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.ops.attention_block.op import unchecked_attention_block
 from ddpm_fast.ops.linear_attention_block.op import unchecked_linear_attention_block
@@ -35,12 +35,16 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of x, plus `residual` of its shape where one is given."""
-        if not is_unmodified(self.norm, self.to_qkv, self.to_out, *self.to_out):
+        modules = self._modules  # see `parameter`
+        norm, to_qkv, to_out = modules["norm"], modules["to_qkv"], modules["to_out"]
+        projection = tuple(to_out._modules.values())
+        if len(projection) != 2 or not is_unmodified(norm, to_qkv, to_out, *projection):
             out = self._by_modules(x)
             return out if residual is None else out + residual
-        conv, norm = self.to_out
+        conv, norm_out = projection
         return unchecked_linear_attention_block(
-            *to_autocast_dtype(x), self.norm.g, self.to_qkv.weight, self.mem_kv, conv.weight, conv.bias, norm.g,
+            *to_autocast_dtype(x), parameter(norm, "g"), parameter(to_qkv, "weight"), parameter(self, "mem_kv"),
+            parameter(conv, "weight"), parameter(conv, "bias"), parameter(norm_out, "g"),
             heads=self.heads, residual=residual, recompute=self.low_memory,
         )  # fmt: skip
 
@@ -78,10 +82,12 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of x, plus `residual` of its shape where one is given."""
-        if not is_unmodified(self.norm, self.to_qkv, self.to_out):
+        modules = self._modules  # see `parameter`
+        norm, to_qkv, to_out = modules["norm"], modules["to_qkv"], modules["to_out"]
+        if not is_unmodified(norm, to_qkv, to_out):
             out = self.to_out(attention(self.to_qkv(self.norm(x)), self.mem_kv, heads=self.heads))
             return out if residual is None else out + residual
         return unchecked_attention_block(
-            *to_autocast_dtype(x), self.norm.g, self.to_qkv.weight, self.mem_kv, self.to_out.weight, self.to_out.bias,
-            heads=self.heads, residual=residual,
+            *to_autocast_dtype(x), parameter(norm, "g"), parameter(to_qkv, "weight"), parameter(self, "mem_kv"),
+            parameter(to_out, "weight"), parameter(to_out, "bias"), heads=self.heads, residual=residual,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import nn
 from ddpm_fast.models.derived_weights import HasDerivedWeight
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.resample.composite import upsampling_taps
-from ddpm_fast.ops.resample.op import downsample_conv, upsample_conv
+from ddpm_fast.ops.resample.op import unchecked_downsample_conv, unchecked_upsample_conv
 from ddpm_fast.ops.stem_conv.op import stem_conv
 from ddpm_fast.runtime.autocast import to_autocast_dtype
 
@@ -40,7 +40,7 @@ class _UpsampleConv2d(nn.Conv2d, HasDerivedWeight):
         return upsampling_taps(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return upsample_conv(*to_autocast_dtype(x), self.weight, self.bias, taps=self._built)
+        return unchecked_upsample_conv(*to_autocast_dtype(x), self.weight, self.bias, taps=self._built)
 
 
 def Upsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
@@ -61,7 +61,7 @@ class _PixelUnshuffleConv2d(nn.Conv2d, HasDerivedWeight):
         return weight.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return downsample_conv(*to_autocast_dtype(x), self.derived(), self.bias)
+        return unchecked_downsample_conv(*to_autocast_dtype(x), self.derived(), self.bias)
 
 
 def Downsample(dim: int, dim_out: int | None = None) -> nn.Sequential:

@@ -84,13 +84,13 @@ class ResnetBlock(nn.Module):
             x = torch.cat(x, dim=1) if isinstance(x, tuple) else x
             x = block2(block1(x, scale_shift)) + res_conv(x)
             return x if final_conv is None else final_conv(x)
-        maps = to_autocast_dtype(*x) if isinstance(x, tuple) else to_autocast_dtype(x)
+        x, beside = to_autocast_dtype(*x) if isinstance(x, tuple) else (*to_autocast_dtype(x), None)
         scale, shift = (None, None) if scale_shift is None else scale_shift
-        options = {"beside": maps[1] if len(maps) == 2 else None, "scale": scale, "shift": shift}
+        options = {"beside": beside, "scale": scale, "shift": shift, "recompute": self.low_memory}
         block1, block2 = block1._modules, block2._modules
         dropout = block1["dropout"]
         if dropout.training and dropout.p > 0:
-            options |= {"dropout_p": dropout.p, "seed": noise.draw_seed(maps[0].device)}
+            options |= {"dropout_p": dropout.p, "seed": noise.draw_seed(x.device)}
         norm1, norm2 = block1["norm"], block2["norm"]
         if isinstance(norm1, RMSNorm):
             gain1, gain2 = parameter(norm1, "g"), parameter(norm2, "g")
@@ -103,6 +103,6 @@ class ResnetBlock(nn.Module):
             options |= {"out_weight": parameter(final_conv, "weight"), "out_bias": parameter(final_conv, "bias")}
         conv1, conv2 = block1["proj"], block2["proj"]
         return unchecked_resnet_block(
-            maps[0], parameter(conv1, "weight"), parameter(conv1, "bias"), gain1,
-            parameter(conv2, "weight"), parameter(conv2, "bias"), gain2, recompute=self.low_memory, **options,
+            x, parameter(conv1, "weight"), parameter(conv1, "bias"), gain1,
+            parameter(conv2, "weight"), parameter(conv2, "bias"), gain2, **options,
         )  # fmt: skip

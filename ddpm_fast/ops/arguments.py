@@ -8,6 +8,7 @@ import torch
 
 from ddpm_fast.runtime import extension, triton_launch
 
+_FLOAT64 = torch.float64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -74,7 +75,7 @@ def why_not_on_cpu(
     for name, tensor in given.items():
         if tensor is None:
             continue
-        if tensor.dtype == torch.float64:
+        if tensor.dtype == _FLOAT64:
             return f"{name} is torch.float64, and native code computes in float32"
         if tensor.numel() == 0 and name not in may_be_empty:
             return f"{name} is empty"

@@ -96,6 +96,9 @@ class Op:
         Raises:
             BackendRefused: `use_backend` forces one that this op has and that refuses the call.
         """
+        return self._choose(args, kwargs)
+
+    def _choose(self, args: tuple, kwargs: dict) -> Implementation:
         last = self.implementations[-1]
         if _forced is not None:
             for implementation in self.implementations:
@@ -131,7 +134,7 @@ class Op:
             _watched[key] = _watched.get(key, 0) + 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.choose(*args, **kwargs).function(*args, **kwargs)
+        return self._choose(args, kwargs).function(*args, **kwargs)
 
 
 class use_backend:

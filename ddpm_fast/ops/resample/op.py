@@ -35,7 +35,7 @@ def upsample_conv(
     _check(x, weight, bias, taps, (3, 3))
     if taps is not None and taps.shape != (weight.shape[1], weight.shape[0], 4, 4):
         raise ValueError(f"taps must have shape {(weight.shape[1], weight.shape[0], 4, 4)}, got {tuple(taps.shape)}")
-    return _upsample_conv_op(x, weight, bias, taps=taps)
+    return unchecked_upsample_conv(x, weight, bias, taps=taps)
 
 
 def downsample_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,7 +53,7 @@ def downsample_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         TypeError, ValueError: an argument does not fit.
     """
     _check(x, weight, bias, None, (2, 2))
-    return _downsample_conv_op(x, weight, bias)
+    return unchecked_downsample_conv(x, weight, bias)
 
 
 def _check(x, weight, bias, taps, window: tuple[int, int]) -> None:
@@ -102,7 +102,8 @@ def _example(window: int):
     return example
 
 
-_upsample_conv_op = Op(
+# Without the checks, for callers whose arguments fit by construction: a network's modules.
+unchecked_upsample_conv = Op(
     "upsample_conv",
     [
         Implementation("native", _native_upsample, _native_upsample_refuses, why_steps_come_first),
@@ -110,7 +111,7 @@ _upsample_conv_op = Op(
     ],
     _example(3),
 )
-_downsample_conv_op = Op(
+unchecked_downsample_conv = Op(
     "downsample_conv",
     [
         Implementation("native", _native_downsample, _native_downsample_refuses, why_steps_come_first),

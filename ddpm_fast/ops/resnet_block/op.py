@@ -162,22 +162,27 @@ def _native(
         x, beside, weight1, bias1, gain1, affine1, scale, shift, weight2, bias2, gain2, affine2, res_weight, res_bias,
         seed if dropout_p > 0 else None, groups, eps, dropout_p,
     )  # fmt: skip
-    if recompute and torch.is_grad_enabled():
+    keep = torch.is_grad_enabled()
+    if recompute and keep:
         out = checkpoint(_run, *arguments, use_reentrant=False, preserve_rng_state=False)
     else:
-        out = _run(*arguments)
+        out = _resnet_block.native(*arguments, keep)[0]
     return out if out_weight is None else linear(out, out_weight, out_bias)
 
 
 def _run(*arguments) -> torch.Tensor:
-    return _resnet_block.native(*arguments, torch.is_grad_enabled())[0]
+    """The native block; backward calls it with gradients enabled, too."""
+    return _resnet_block.native(*arguments, True)[0]
 
 
-def _native_refuses(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> str | None:
-    given = {name: option for name, option in options.items() if isinstance(option, torch.Tensor)}
+def _native_refuses(
+    x, weight1, bias1, gain1, weight2, bias2, gain2, *, beside=None, affine1=None, affine2=None, scale=None, shift=None,
+    res_weight=None, res_bias=None, **others,
+) -> str | None:  # fmt: skip
     given = {
         "x": x, "weight1": weight1, "bias1": bias1, "gain1": gain1, "weight2": weight2, "bias2": bias2, "gain2": gain2,
-        **given,
+        "beside": beside, "affine1": affine1, "affine2": affine2, "scale": scale, "shift": shift,
+        "res_weight": res_weight, "res_bias": res_bias,
     }  # fmt: skip
     return why_not_on_cpu(given, maps=("x",))
 
