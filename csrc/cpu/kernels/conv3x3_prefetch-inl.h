@@ -1,5 +1,5 @@
-// What the transforms of a 3×3 convolution want next is asked for while a product runs, which leaves the memory idle:
-// alone they would wait for it up to two thirds of their time.
+// Software prefetch for the transforms of a 3×3 convolution, issued inside its products, which are bound by arithmetic.
+// Without it the transforms stall on memory for up to two thirds of their time.
 #pragma once
 
 #include "conv3x3.h"

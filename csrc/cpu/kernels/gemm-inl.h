@@ -54,9 +54,8 @@ struct Sums<0> {
   DDPM_FAST_INLINE void write(Out&) {}
 };
 
-// Adds K terms of R rows, and moves on; element (m, k) of A lies at a[m·row + k·step]. So few sums that an addition
-// would wait for the one before are made in several chains; few sums in several terms at a time, so that the loop's own
-// instructions run beside them.
+// Adds K terms of R rows, and moves `a` and `panel` on; element (m, k) of A is at a[m·row + k·step]. R <= 3: several
+// independent chains of sums hide the latency of an addition. R <= 6: unrolled by 4 to hide the loop's instructions.
 template <int R>
 DDPM_FAST_INLINE void add_terms(Sums<R>& sums, const float*& a, int64_t row, int64_t step, const float*& panel,
                                 int64_t K) {

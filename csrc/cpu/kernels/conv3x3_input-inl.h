@@ -1,0 +1,124 @@
+// The transform of a 3×3 convolution's inputs, V in conv3x3-inl.h. It vectorises over channels.
+#pragma once
+
+#include "dispatch-inl.h"
+#include "parallel-inl.h"
+#include "tiles-inl.h"
+#include "winograd-inl.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+enum ConvScratch { kScratchV, kScratchM, kScratchU, kScratchShared, kScratchZeros, kScratchGradients, kScratchSums };
+// Planes that are a multiple of 4 KB apart share cache lines: 16 floats more between them.
+DDPM_FAST_INLINE constexpr int64_t plane_stride(int64_t floats) { return round_up(floats, 16) + 16; }
+// The same for rows of V.
+DDPM_FAST_INLINE constexpr int64_t row_stride(int64_t C) { return C % 128 == 0 ? C + 16 : round_up(C, 16); }
+alignas(64) constexpr float kZeroVector[kLanes] = {};
+
+// V of a tile for kLanes or fewer channels: read(i, j) gives input (i, j), write(to, value) stores.
+// Points are made in three passes of two rows, so that what is between the two axes stays in registers; its twelve
+// vectors are cheaper to make from inputs loaded again than all thirty-six are to keep in memory.
+template <typename Read, typename Write>
+DDPM_FAST_INLINE void transform_tile(const Read& read, const Write& write, float* v, int64_t plane) {
+  const auto put = [&](int i, vf c0, vf c1, vf c2, vf c3, vf c4, vf c5) DDPM_FAST_LAMBDA {
+    const Six points = input_points({c0, c1, c2, c3, c4, c5});
+    float* to = v + i * 6 * plane;
+    write(to, points.a0);
+    write(to + plane, points.a1);
+    write(to + 2 * plane, points.a2);
+    write(to + 3 * plane, points.a3);
+    write(to + 4 * plane, points.a4);
+    write(to + 5 * plane, points.a5);
+  };
+  const auto outer = [&](int j, int first) DDPM_FAST_LAMBDA {
+    return outer_input_point(read(first, j), read(first + 2, j), read(first + 4, j));
+  };
+#pragma GCC unroll 2
+  for (int first = 0; first < 2; ++first) {
+    put(first * 5, outer(0, first), outer(1, first), outer(2, first), outer(3, first), outer(4, first),
+        outer(5, first));
+  }
+  const auto inner = [&](float factor, float point, int i) DDPM_FAST_LAMBDA {
+    const auto pair = [&](int j) DDPM_FAST_LAMBDA {
+      return inner_input_points(read(1, j), read(2, j), read(3, j), read(4, j), factor, point);
+    };
+    const Two a = pair(0), b = pair(1), c = pair(2), d = pair(3), e = pair(4), f = pair(5);
+    put(i, a.a0, b.a0, c.a0, d.a0, e.a0, f.a0);
+    put(i + 1, a.a1, b.a1, c.a1, d.a1, e.a1, f.a1);
+  };
+  inner(-2.0f, kP, 1);
+  inner(-0.5f, kQ, 3);
+}
+
+template <bool kUpsampled, bool kLeft, bool kRight>
+DDPM_FAST_INLINE void transform_rows(const float* const* rows, int64_t pixel, int64_t channels, float* v,
+                                     int64_t plane) {
+  const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3], *r4 = rows[4], *r5 = rows[5];
+  for (int64_t c = 0; c + kLanes <= channels; c += kLanes) {
+    transform_tile(
+        [&](int i, int j) DDPM_FAST_LAMBDA {
+          if ((kLeft && j == 0) || (kRight && j == 5)) return vf{};
+          const float* row = i == 0 ? r0 : i == 1 ? r1 : i == 2 ? r2 : i == 3 ? r3 : i == 4 ? r4 : r5;
+          return load(row + (kUpsampled ? (j + 1) / 2 : j) * pixel + c);
+        },
+        [](float* to, vf value) DDPM_FAST_LAMBDA { store(to, value); }, v + c, plane);
+  }
+}
+
+// V of one tile and some of a part's channels, which lie `pixel` floats apart: v + point·plane gets `channels` floats.
+// `zeros` are 6·pixel of them.
+inline void transform_input(const float* input, int64_t pixel, int64_t channels, bool upsampled, const Tiles& tiles,
+                            const Tile& tile, const float* zeros, float* v, int64_t plane) {
+  const int64_t height = upsampled ? tiles.H / 2 : tiles.H, width = upsampled ? tiles.W / 2 : tiles.W;
+  int64_t done = 0;
+  if (tile.x + 4 <= tiles.W) {
+    const float* rows[6];
+    const int64_t column = upsampled ? (tile.x >> 1) - 1 : tile.x - 1;
+    for (int i = 0; i < 6; ++i) {
+      const int64_t y = tile.y - 1 + i;
+      const int64_t row = upsampled ? y >> 1 : y;
+      rows[i] = y < 0 || y >= tiles.H ? zeros : input + ((tile.b * height + row) * width + column) * pixel;
+    }
+    const auto transform = [&](auto up, auto left, auto right) {
+      transform_rows<decltype(up)::value, decltype(left)::value, decltype(right)::value>(rows, pixel, channels, v,
+                                                                                         plane);
+    };
+    dispatch(transform, upsampled, tile.x == 0, tile.x + 4 == tiles.W);
+    done = channels / kLanes * kLanes;
+  }
+  if (done == channels) return;
+  const float* from[36];
+  int64_t step[36];  // 1, or 0 at pixels outside, which read zeros
+  for (int i = 0; i < 36; ++i) {
+    const int64_t y = tile.y - 1 + i / 6, x = tile.x - 1 + i % 6;
+    const bool inside = y >= 0 && y < tiles.H && x >= 0 && x < tiles.W;
+    const int64_t row = upsampled ? y >> 1 : y, column = upsampled ? x >> 1 : x;
+    from[i] = inside ? input + ((tile.b * height + row) * width + column) * pixel : kZeroVector;
+    step[i] = inside ? 1 : 0;
+  }
+  for (int64_t c = done; c < channels; c += kLanes) {
+    const int64_t count = min<int64_t>(kLanes, channels - c);
+    transform_tile([&](int i, int j)
+                       DDPM_FAST_LAMBDA { return load_upto(from[6 * i + j] + c * step[6 * i + j], count); },
+                   [=](float* to, vf value) DDPM_FAST_LAMBDA { store_upto(to, value, count); }, v + c, plane);
+  }
+}
+// V of tiles [begin, end) and channels [c, c + count) of both parts: v + point·plane + tile·row.
+inline void transform_inputs(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles,
+                             int64_t begin, int64_t end, int64_t c, int64_t count, float* v, int64_t row,
+                             int64_t plane) {
+  const int64_t floats = 6 * max(channels[0], channels[1]);
+  float* zeros = thread_scratch(kScratchZeros, floats);
+  for (int64_t i = 0; i < floats; ++i) zeros[i] = 0;
+  const int64_t left = max<int64_t>(0, min(c + count, channels[0]) - c), skipped = max<int64_t>(0, c - channels[0]);
+  for (int64_t t = begin; t < end; ++t) {
+    const Tile tile(tiles, t);
+    float* to = v + (t - begin) * row;
+    if (left > 0) transform_input(input[0] + c, channels[0], left, upsampled, tiles, tile, zeros, to, plane);
+    if (left < count) {
+      transform_input(input[1] + skipped, channels[1], count - left, upsampled, tiles, tile, zeros, to + left, plane);
+    }
+  }
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

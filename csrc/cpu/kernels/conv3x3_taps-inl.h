@@ -1,0 +1,124 @@
+// The transform of a 3×3 convolution's taps, U in conv3x3-inl.h: packed for products, output channels side by side.
+#pragma once
+
+#include "conv3x3.h"
+#include "gemm-inl.h"
+#include "shuffle-inl.h"
+#include "winograd-inl.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+// to[8 - tap] lane l = from[9·l + tap].
+template <int kTap>
+DDPM_FAST_INLINE void gather_tap(const vf (&parts)[9], float (*to)[kLanes]) {
+  vf mixed = parts[0];
+#pragma GCC unroll 9
+  for (int part = 1; part < 9; ++part) {
+    // Lane 9·l + tap - kLanes·part of this part, where that is a lane.
+    const auto here = [&](int place) {
+      return ((place - kTap + kLanes * part) % 9 == 0 && place - kTap + kLanes * part >= 0 &&
+              (place - kTap + kLanes * part) / 9 < kLanes)
+                 ? -1
+                 : 0;
+    };
+    mixed = lanes_of(here) ? parts[part] : mixed;
+  }
+  constexpr auto place = [](int l) constexpr { return (9 * l + kTap) % kLanes; };
+  store(to[8 - kTap], shuffle(mixed, mixed, lanes_of(place)));
+}
+
+DDPM_FAST_INLINE void deinterleave(const float* from, float (*to)[kLanes]) {
+  const vf parts[9] = {load(from),
+                       load(from + kLanes),
+                       load(from + 2 * kLanes),
+                       load(from + 3 * kLanes),
+                       load(from + 4 * kLanes),
+                       load(from + 5 * kLanes),
+                       load(from + 6 * kLanes),
+                       load(from + 7 * kLanes),
+                       load(from + 8 * kLanes)};
+  gather_tap<0>(parts, to);
+  gather_tap<1>(parts, to);
+  gather_tap<2>(parts, to);
+  gather_tap<3>(parts, to);
+  gather_tap<4>(parts, to);
+  gather_tap<5>(parts, to);
+  gather_tap<6>(parts, to);
+  gather_tap<7>(parts, to);
+  gather_tap<8>(parts, to);
+}
+
+// The taps of input channels [c, c + count) for the output channels [first, first + columns) of one vector, count and
+// columns at most kLanes: tap (i, j) of channel c + n as taps[n·9 + 3i + j], output channels side by side, 0 past
+// `columns`.
+DDPM_FAST_INLINE void load_taps(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t c, int64_t count,
+                                float (*taps)[kLanes]) {
+  const float* from = w.data + first * w.out_stride + c * w.in_stride;
+  if (columns == kLanes && count == kLanes && !w.mirrored && w.in_stride == 9) {
+    // Every output channel has 9·kLanes floats in a row: nine transpositions.
+    for (int part = 0; part < 9; ++part) {
+      vf rows[kLanes];
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) rows[n] = load(from + n * w.out_stride + part * kLanes);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) store(taps[part * kLanes + n], rows[n]);
+    }
+    return;
+  }
+  if (columns == kLanes && w.mirrored && w.out_stride == 9) {
+    // Every input channel has 9·kLanes floats in a row, output channels 9 apart. Since 9 is odd, the places modulo
+    // kLanes of one tap's floats are all different: it takes each lane from one of nine vectors, then orders the lanes.
+    for (int64_t n = 0; n < count; ++n) {
+      deinterleave(from + n * w.in_stride, taps + n * 9);
+    }
+    return;
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    for (int64_t k = 0; k < kLanes; ++k) {
+      for (int tap = 0; tap < 9; ++tap) {
+        taps[n * 9 + (w.mirrored ? 8 - tap : tap)][k] =
+            k < columns ? from[n * w.in_stride + k * w.out_stride + tap] : 0;
+      }
+    }
+  }
+}
+
+// U of output channels [first, first + columns) and input channels [begin, end): u + point·plane gets (end - begin)
+// rows of kPanel floats, of which those past `columns` are 0.
+inline void transform_weight(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t begin, int64_t end,
+                             float* u, int64_t plane) {
+  alignas(64) float taps[9 * kLanes][kLanes];
+  for (int64_t c = begin; c < end; c += kLanes) {
+    const int64_t count = min<int64_t>(kLanes, end - c);
+    for (int half = 0; half < kPanel; half += kLanes) {
+      const int64_t left = columns - half;
+      load_taps(w, first + half, left < 0 ? 0 : min<int64_t>(kLanes, left), c, count, taps);
+      for (int64_t n = 0; n < count; ++n) {
+        const float* t = taps[9 * n];
+        const Six a = tap_points({load(t), load(t + 3 * kLanes), load(t + 6 * kLanes)});
+        const Six b = tap_points({load(t + kLanes), load(t + 4 * kLanes), load(t + 7 * kLanes)});
+        const Six d = tap_points({load(t + 2 * kLanes), load(t + 5 * kLanes), load(t + 8 * kLanes)});
+        float* to = u + (c - begin + n) * kPanel + half;
+        const auto put = [&](int i, vf x, vf y, vf z) DDPM_FAST_LAMBDA {
+          const Six points = tap_points({x, y, z});
+          float* at = to + i * 6 * plane;
+          store(at, points.a0);
+          store(at + plane, points.a1);
+          store(at + 2 * plane, points.a2);
+          store(at + 3 * plane, points.a3);
+          store(at + 4 * plane, points.a4);
+          store(at + 5 * plane, points.a5);
+        };
+        put(0, a.a0, b.a0, d.a0);
+        put(1, a.a1, b.a1, d.a1);
+        put(2, a.a2, b.a2, d.a2);
+        put(3, a.a3, b.a3, d.a3);
+        put(4, a.a4, b.a4, d.a4);
+        put(5, a.a5, b.a5, d.a5);
+      }
+    }
+  }
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA
