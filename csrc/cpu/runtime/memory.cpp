@@ -6,6 +6,7 @@
 #include "memory.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty_ops.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/StorageImpl.h>
 
@@ -202,7 +203,9 @@ void keep_memory_for(double) {}
 #endif
 
 at::Tensor unpooled_tensor(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format) {
-  return at::Tensor(at::detail::empty_cpu(sizes, type, /*pin_memory=*/false, format));
+  // at::empty without its header, which brings ATen/Context.h.
+  return at::_ops::empty_memory_format::call(c10::fromIntArrayRefSlow(sizes), type, at::kStrided, at::kCPU,
+                                             /*pin_memory=*/false, format);
 }
 
 namespace {
