@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import ddpm_fast
 from ddpm_fast.measure import traffic
-from ddpm_fast.ops.norm_silu.op import rms_norm_silu
+from ddpm_fast.runtime import triton_launch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "traffic.py"
 command = importlib.util.module_from_spec(importlib.util.spec_from_file_location("traffic_command", SCRIPT))
@@ -152,8 +152,8 @@ def test_partial_sums_of_norm_silu_are_those_of_its_launches(C, size, dropout, g
     names += ["group_norm_silu_sums_kernel", "group_norm_silu_bwd_kernel", "rms_norm_silu_bwd_kernel"]
     names += ["rms_norm_silu_fwd_kernel"]
     with mock.patch.multiple(kernel, **{name: mock.MagicMock() for name in names}):
-        kernel.forward(x, residual=None, eps=1e-5, **rows)
-        kernel.backward(x, x, statistics, **rows)
+        kernel.norm_silu(x, residual=None, eps=1e-5, **rows)
+        kernel.norm_silu_backward(x, x, statistics, **rows)
         calls = {name: getattr(kernel, name).__getitem__.return_value.call_args for name in names}
     arguments = {"x": x, "groups": groups, "bias": rows["bias"], "seed": seed}
     forward = traffic.SCRATCH_BYTES["ddpm_fast::norm_silu"](arguments)
@@ -187,8 +187,10 @@ def test_partial_sums_of_norm_linear_are_those_of_its_launch(shape):
     x = torch.empty(shape, device="meta").to(memory_format=torch.channels_last)
     g, weight = torch.empty(shape[1], device="meta"), torch.empty(40, shape[1], 1, 1, device="meta")
     grad, norms = kernel.empty_outputs(x, 40)
-    with mock.patch.multiple(kernel, **{f"norm_linear_bwd_{n}_kernel": mock.MagicMock() for n in ("x", "weight")}):
-        kernel.backward(grad, x, norms, g, weight, "tf32")
+    kernels = {f"norm_linear_bwd_{n}_kernel": mock.MagicMock() for n in ("x", "weight")}
+    tf32 = mock.patch.object(triton_launch, "convolution_precision", return_value="tf32")
+    with tf32, mock.patch.multiple(kernel, **kernels):
+        kernel.norm_linear_backward(grad, x, norms, g, weight)
         sums = kernel.norm_linear_bwd_weight_kernel.__getitem__.return_value.call_args.args[3]
     counted = traffic.SCRATCH_BYTES["ddpm_fast::norm_linear_backward"]({"x": x, "weight": weight})
     assert counted == 2 * sums.nbytes + 3 * sums[0].nbytes
