@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import linecache
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -125,53 +125,60 @@ class Operator:
                 _launch(triton, f"{name}_backward", self._restored)
 
     def _autograd(self, kernel: str, gradients_of: Callable | None) -> tuple[Callable, Callable]:
-        """setup_context and backward for the operators of one kernel; indices are looked up here, not in a call."""
-        place = {name: i for i, name in enumerate((*self._arguments, *self._returns))}.__getitem__
-        kept = _items(place(name) for name in self._tensors if name != "grad")
-        options = _items(map(place, self._options))
-        made, passed, by_torch = (list(map(place, names)) for names in (self._gradients, self._passes, self._by_torch))
-        restored = [*map(place, self._rows), *passed, *by_torch]
-        flags = [_flag(of, place) for of in self._wanted.values()]
-        made_of, by_torch_of = _items(made), _items(by_torch)
-        at = self._tensors.index("grad") if self._tensors else 0
+        """setup_context and backward of one kernel's operator, compiled from the source that one would write by hand.
+
+        Loops over names instead cost 5 to 15 µs per call, 3 to 6% of a small operator forward and backward.
+        """
+        restored = (*self._rows, *self._passes, *self._by_torch)
+        kept = ", ".join(name for name in self._tensors if name != "grad")
+        made, by_torch = (", ".join(f"d{name}" for name in names) for names in (self._gradients, self._by_torch))
+        passed = [f"ctx.option_{name}" for name in self._options]
+        flags = [_flag(used) for used in self._wanted.values()]
+        given = {"grad": "grad.contiguous()"} if self._contiguous_grad else {}
+        call = ", ".join([*(given.get(name, name) for name in self._tensors), *passed, *flags])
+        results = [
+            f"{'grad' if name in self._passes else f'd{name}'}{f'.to(ctx.dtype_{name})' if name in restored else ''}"
+            f" if needs_{name} else None"
+            if name in (*self._gradients, *restored)
+            else "None"
+            for name in self._arguments
+        ]
         several = len(self._returns) > 1
+        lines = [
+            "def setup_context(ctx, inputs, output):",
+            f"    {', '.join(self._arguments)}, = inputs",
+            f"    {', '.join(self._returns)} = output",
+            f"    ctx.save_for_backward({kept})",
+            f"    ctx.mark_non_differentiable({', '.join(self._returns[1:])})" if several else "",
+            "    ctx.set_materialize_grads(False)  # no zeros as gradients of the other returns",
+            *(f"    ctx.option_{name} = {name}" for name in self._options),
+            *(f"    ctx.dtype_{name} = None if {name} is None else {name}.dtype" for name in restored),
+            "def backward(ctx, grad, *_):",
+            "    if is_grad_enabled(): refuse()" if gradients_of else "",
+            f"    if grad is None: return {'None, ' * len(self._arguments)}",
+            f"    {', '.join(f'needs_{name}' for name in self._arguments)}, = ctx.needs_input_grad",
+            f"    {kept}, = ctx.saved_tensors  # read once: under torch's checkpoint a second read is an error",
+            f"    if {_any(self._gradients)}: {made}{'' if self._single else ','} = gradients_of({call})"
+            if made
+            else "",
+            f"    if {_any(self._by_torch)}: {by_torch}, = by_torch(({_needs(self._by_torch)}), grad, {kept})"
+            if by_torch
+            else "",
+            f"    return {', '.join(results)},",
+        ]
 
-        def setup_context(ctx, inputs, output) -> None:
-            ctx.save_for_backward(*kept((*inputs, *output) if several else (*inputs, output)))
-            ctx.options = options(inputs)
-            ctx.dtypes = [(i, inputs[i].dtype) for i in restored if inputs[i] is not None]
-            if several:
-                ctx.mark_non_differentiable(*output[1:])
-                ctx.set_materialize_grads(False)  # no zeros as gradients of the other returns
+        def refuse() -> None:
+            raise RuntimeError(
+                f"{self.name}: the {kernel} kernel's gradient cannot be differentiated again (create_graph=True); "
+                'use ddpm_fast.use_backend("reference") for second derivatives'
+            )
 
-        def backward(ctx, grad, *_):
-            if gradients_of is not None and torch.is_grad_enabled():
-                raise RuntimeError(
-                    f"{self.name}: the {kernel} kernel's gradient cannot be differentiated again (create_graph=True); "
-                    'use ddpm_fast.use_backend("reference") for second derivatives'
-                )
-            result: list[torch.Tensor | None] = [None] * len(self._arguments)
-            if grad is None:
-                return tuple(result)
-            needs = ctx.needs_input_grad
-            saved = ctx.saved_tensors  # read once: under torch's checkpoint a second read is an error
-            if gradients_of is not None and True in made_of(needs):
-                given = grad.contiguous() if self._contiguous_grad else grad
-                wanted = [flag(needs) for flag in flags]
-                gradients = gradients_of(*saved[:at], given, *saved[at:], *ctx.options, *wanted)
-                for i, gradient in zip(made, [gradients] if self._single else gradients, strict=True):
-                    result[i] = gradient
-            if by_torch and True in by_torch_of(needs):
-                for i, gradient in zip(by_torch, self._formula(by_torch_of(needs), grad, *saved), strict=True):
-                    result[i] = gradient
-            for i in passed:
-                result[i] = grad
-            for i, dtype in ctx.dtypes:
-                if needs[i]:
-                    result[i] = result[i].to(dtype)
-            return tuple([gradient if need else None for gradient, need in zip(result, needs, strict=True)])
-
-        return setup_context, backward
+        source, file = "\n".join(line for line in lines if line), f"<{kernel} {self.name}>"
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
+        names = {"is_grad_enabled": torch.is_grad_enabled, "refuse": refuse}
+        names |= {"gradients_of": gradients_of, "by_torch": self._formula}
+        exec(compile(source, file, "exec"), names)
+        return names["setup_context"], names["backward"]
 
     def _empty_gradients(self, **given) -> torch.Tensor | list[torch.Tensor]:
         """What the backward operator returns, not written."""
@@ -216,21 +223,17 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.replace(",", " ").split())
 
 
-def _items(indices: Iterable[int]) -> Callable[[Sequence], tuple]:
-    """A function that picks a tuple of items."""
-    indices = tuple(indices)
-    if len(indices) > 1:
-        return itemgetter(*indices)
-    return lambda values: tuple([values[i] for i in indices])
+def _needs(names: Iterable[str]) -> str:
+    return "".join(f"needs_{name}, " for name in names)
 
 
-def _flag(used: str | tuple[str, ...], place: Callable[[str], int]) -> Callable[[Sequence[bool]], bool | list[bool]]:
-    """A function that makes a flag of `wanted` from needs_input_grad."""
-    if isinstance(used, tuple):
-        parts = [_flag(names, place) for names in used]
-        return lambda needs: [part(needs) for part in parts]
-    of = _items(map(place, _names(used)))
-    return lambda needs: True in of(needs)
+def _any(names: Iterable[str]) -> str:
+    return " or ".join(f"needs_{name}" for name in names)
+
+
+def _flag(used: str | tuple[str, ...]) -> str:
+    """The source of a flag of `wanted`."""
+    return f"[{', '.join(map(_flag, used))}]" if isinstance(used, tuple) else _any(_names(used))
 
 
 def _type_of(returns: Sequence[str]) -> str:
