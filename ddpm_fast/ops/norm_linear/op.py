@@ -1,5 +1,5 @@
 """1×1 convolutions as matrix products: of an RMSNorm, with a residual, of two maps side by side. Public functions,
-registration, eligibility; the CPU's operators stand in native.py.
+declarations, eligibility; native.py declares the CPU's operators.
 
     out = weight · (x / max(‖x‖₂, 1e-12) · g · √C)   per pixel (Zhang & Sennrich 2019, in the peer's form)
 
@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ddpm_fast.ops.arguments import check_tensors
 from ddpm_fast.ops.norm_linear import native, reference
+from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
@@ -22,111 +23,37 @@ _LARGEST_ROW = 1024  # channels that the kernel of dx keeps in one program's reg
 _LARGEST_EXACT_ROW = 512  # the same where float32 products use no tensor cores and take more registers
 _LARGEST_ROWS = 2**31 - 2**16  # pixels that the kernels' 32-bit indices count
 
-_library = torch.library.Library("ddpm_fast", "FRAGMENT")
-_library.define(
-    "norm_linear(Tensor x, Tensor g, Tensor weight) -> (Tensor out, Tensor factors)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "norm_linear_backward(Tensor grad, Tensor x, Tensor factors, Tensor g, Tensor weight) "
-    "-> (Tensor dx, Tensor dg, Tensor dweight)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "linear_residual(Tensor x, Tensor weight, Tensor bias, Tensor residual) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
-
-def _precision() -> str:
-    """Of float32 products: what torch's own convolution, which this replaces, may use."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-
-
-_precision._dynamo_marked_constant = True  # dynamo cannot trace torch.backends; see tuning.why_not_triton
-
-
-@torch.library.impl(_library, "norm_linear", "CPU")
-@torch.library.impl(_library, "norm_linear", "CUDA")
-def _norm_linear(x, g, weight):
-    from ddpm_fast.ops.norm_linear import triton as kernel
-
-    return kernel.forward(x, g, weight, _precision())
-
-
-@torch.library.impl(_library, "norm_linear_backward", "CPU")
-@torch.library.impl(_library, "norm_linear_backward", "CUDA")
-def _norm_linear_backward(grad, x, factors, g, weight):
-    from ddpm_fast.ops.norm_linear import triton as kernel
-
-    return kernel.backward(grad, x, factors, g, weight, _precision())
-
-
-@torch.library.register_fake("ddpm_fast::norm_linear", lib=_library)
-def _norm_linear_fake(x, g, weight):
+def _norm_linear_fake(x, weight, **_) -> tuple[torch.Tensor, torch.Tensor]:
     from ddpm_fast.ops.norm_linear import triton as kernel
 
     return kernel.empty_outputs(x, weight.shape[0])
 
 
-@torch.library.register_fake("ddpm_fast::norm_linear_backward", lib=_library)
-def _norm_linear_backward_fake(grad, x, factors, g, weight):
-    return torch.empty_like(x), g.new_empty(g.shape), weight.new_empty(weight.shape)
+def _linear_residual_gradients(needs, grad, x, weight) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of a convolution's input, weight and bias."""
+    geometry = ((1, 1), (0, 0), (1, 1), False, (0, 0), 1, needs)
+    return torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), (weight.shape[0],), *geometry)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, g, weight = inputs
-    ctx.save_for_backward(x, output[1], g, weight)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, _):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "norm_linear: the Triton kernel's gradient cannot be differentiated again (create_graph=True)"
-        )
-    if grad is None:
-        return None, None, None
-    return torch.ops.ddpm_fast.norm_linear_backward(grad, *ctx.saved_tensors)
-
-
-torch.library.register_autograd("ddpm_fast::norm_linear", _backward, setup_context=_setup_context, lib=_library)
-
-
-@torch.library.impl(_library, "linear_residual", "CPU")
-@torch.library.impl(_library, "linear_residual", "CUDA")
-def _linear_residual(x, weight, bias, residual):
-    from ddpm_fast.ops.norm_linear import triton as kernel
-
-    return kernel.forward_residual(x, weight, bias, residual, _precision())
-
-
-@torch.library.register_fake("ddpm_fast::linear_residual", lib=_library)
-def _linear_residual_fake(x, weight, bias, residual):
-    from ddpm_fast.ops.norm_linear import triton as kernel
-
-    return kernel.empty_outputs(x, weight.shape[0])[0]
-
-
-def _setup_residual_context(ctx, inputs, output) -> None:
-    x, weight, bias, residual = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.dtypes = (bias.dtype, residual.dtype)
-
-
-def _residual_backward(ctx, grad):
-    """A convolution's own; the residual's gradient is grad itself."""
-    x, weight = ctx.saved_tensors
-    bias_dtype, residual_dtype = ctx.dtypes
-    geometry = ((1, 1), (0, 0), (1, 1), False, (0, 0), 1, ctx.needs_input_grad[:3])
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), (weight.shape[0],), *geometry)
-    dweight = None if dweight is None else dweight.to(weight.dtype)
-    return dx, dweight, None if dbias is None else dbias.to(bias_dtype), grad.to(residual_dtype)
-
-
-torch.library.register_autograd(
-    "ddpm_fast::linear_residual", _residual_backward, setup_context=_setup_residual_context, lib=_library
+_norm_linear = Operator(
+    "norm_linear",
+    "Tensor x, Tensor g, Tensor weight",
+    returns="out, factors",
+    fake=_norm_linear_fake,
+    backward="grad, x, factors, g, weight",
+    gradients="x, g, weight",
+    triton=f"{__package__}.triton",
+)
+_linear_residual = Operator(
+    "linear_residual",
+    "Tensor x, Tensor weight, Tensor bias, Tensor residual",
+    returns="out",
+    fake=lambda x, weight, **_: _norm_linear_fake(x, weight)[0],
+    backward="grad, x, weight",
+    by_torch=("x, weight, bias", _linear_residual_gradients),
+    passes="residual",
+    triton=f"{__package__}.triton",
 )
 
 
@@ -291,7 +218,7 @@ def _check_weight(weight: torch.Tensor, C: int) -> None:
 
 
 def _triton(x, g, weight) -> torch.Tensor:
-    return torch.ops.ddpm_fast.norm_linear(x, g, weight)[0]
+    return _norm_linear.triton(x, g, weight)[0]
 
 
 def _triton_refuses(x, *others) -> str | None:
@@ -311,7 +238,11 @@ def _triton_refuses(x, *others) -> str | None:
 
 
 def _triton_norm_refuses(x, g, weight) -> str | None:
-    largest = _LARGEST_EXACT_ROW if x.dtype == torch.float32 and _precision() == "ieee" else _LARGEST_ROW
+    largest = (
+        _LARGEST_EXACT_ROW
+        if x.dtype == torch.float32 and triton_launch.convolution_precision() == "ieee"
+        else _LARGEST_ROW
+    )
     reason = _triton_refuses(x, g, weight)
     if reason is None and x.shape[1] > largest:
         return f"x has {x.shape[1]} channels, and a program of the kernels holds at most {largest} of {x.dtype}"
@@ -354,7 +285,7 @@ _norm_linear_op = Op(
 _linear_residual_op = Op(
     "linear_residual",
     [
-        Implementation("triton", torch.ops.ddpm_fast.linear_residual, _triton_refuses),
+        Implementation("triton", _linear_residual.triton, _triton_refuses),
         Implementation("native", native.linear_residual, native.linear_residual_refuses),
         Implementation("reference", reference.linear_residual),
     ],

@@ -223,34 +223,33 @@ def tiles_per_chunk(N: int, C: int, M: int, tile: Tile) -> int:
     return max(2, triton_launch.next_power_of_2(triton.cdiv(triton.cdiv(N, tile.block_n), chunks)))
 
 
-def forward(
+def norm_linear(
     x: torch.Tensor,  # (B, C, H, W), channels-last or contiguous
     g: torch.Tensor,  # C elements
     weight: torch.Tensor,  # (M, C, 1, 1)
-    precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, M, H, W) in the memory format of x, and √C / max(‖x‖₂, 1e-12) of every pixel, (B, H·W) float32."""
     out, factors = empty_outputs(x, weight.shape[0])
-    _launch_forward(x, g.contiguous(), weight, None, None, out, factors, precision)
+    _launch_forward(x, g.contiguous(), weight, None, None, out, factors)
     return out, factors
 
 
-def forward_residual(
+def linear_residual(
     x: torch.Tensor,  # (B, C, H, W), channels-last or contiguous
     weight: torch.Tensor,  # (M, C, 1, 1)
     bias: torch.Tensor,  # (M,)
     residual: torch.Tensor,  # (B, M, H, W)
-    precision: str,
 ) -> torch.Tensor:
     """The same product without the norm, plus bias and residual: (B, M, H, W) in the memory format of x."""
     out = empty_outputs(x, weight.shape[0])[0]
-    _launch_forward(x, None, weight, bias.contiguous(), _laid_out_for(x, residual), out, None, precision)
+    _launch_forward(x, None, weight, bias.contiguous(), _laid_out_for(x, residual), out, None)
     return out
 
 
-def _launch_forward(x, g, weight, bias, residual, out, factors, precision: str) -> None:
+def _launch_forward(x, g, weight, bias, residual, out, factors) -> None:
     M, C = weight.shape[:2]
     B, N = _rows(x)
+    precision = triton_launch.convolution_precision()
     tile = forward_tile(_pixels(x), C, M, exact_products(x.dtype, precision))
     tiles_n, tiles_o = triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_o)
     with torch.cuda.device_of(x):
@@ -261,15 +260,14 @@ def _launch_forward(x, g, weight, bias, residual, out, factors, precision: str) 
         )  # fmt: skip
 
 
-def backward(
+def norm_linear_backward(
     grad: torch.Tensor,  # (B, M, H, W)
     x: torch.Tensor,
     factors: torch.Tensor,  # (B, H·W) float32
     g: torch.Tensor,
     weight: torch.Tensor,
-    precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, g and weight, each in the dtype and shape of what it belongs to; see `forward`.
+    """Gradients of x, and in float32 of g (C,) and weight (M, C); see `norm_linear`.
 
     Four small torch operators, on (M, C) and on the chunks' sums of it, follow the two kernels.
     """
@@ -279,6 +277,7 @@ def backward(
     B, N = _rows(x)
     g_row, weight_rows = g.contiguous(), weight.reshape(M, C).contiguous()
     strides = (*_strides(x, N), *_strides(grad, N))
+    precision = triton_launch.convolution_precision()
     exact = exact_products(x.dtype, precision)
     tile, sum_tile = backward_x_tile(_pixels(x), C, M, exact), backward_weight_tile(N, C, M, exact)
     tiles_n = triton.cdiv(N, tile.block_n)
@@ -296,12 +295,11 @@ def backward(
             PRECISION=precision, TILES=tiles, **sum_tile.constants,
         )  # fmt: skip
     folded = sums.sum(0)  # (M, C), the gradient of weight·g
-    dg = (folded * weight_rows).sum(0).to(g.dtype).reshape(g.shape)
-    return dx, dg, (folded * g_row.reshape(-1)).to(weight.dtype).reshape(weight.shape)
+    return dx, (folded * weight_rows).sum(0), folded * g_row.reshape(-1)
 
 
 def empty_outputs(x: torch.Tensor, M: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `forward` returns, not yet written."""
+    """The outputs of `norm_linear`, not yet written."""
     B, _, H, W = x.shape
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
