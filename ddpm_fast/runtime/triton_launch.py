@@ -105,9 +105,10 @@ def why_not_triton(device: torch.device) -> str | None:
 why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# dynamo cannot trace torch.backends.
 def convolution_precision() -> str:
     """How float32 products replace those of torch's convolution: "tf32" where cuDNN may use it, else "ieee"."""
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
-convolution_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]  # dynamo cannot trace torch.backends
+convolution_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]

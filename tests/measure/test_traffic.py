@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import ddpm_fast
 from ddpm_fast.measure import traffic
+from ddpm_fast.ops.norm_silu.op import rms_norm_silu
 from ddpm_fast.runtime import triton_launch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "traffic.py"
