@@ -7,6 +7,7 @@
 # make bench  measure this machine against upstream, in at most 21 minutes: bench/report.md, results.json, pictures
 # make bench-compiled  compile upstream for every benchmark ahead, once, in about ten minutes: make bench then meets it
 # make cuda-model  what a step launches on a CUDA device, and the time of its parts on an H100 and an A100; no GPU
+# make release-tests  a real wheel, built and measured, which the other tests do not do
 # make sanitize  the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer: build/sanitize
 # make wheels packages that a GPU machine without network lacks, for benchmarks/gpu_report.sh: .whl/
 # make clean  remove what these have made, the pictures excepted
@@ -26,7 +27,7 @@ WHEELS ?= "denoising-diffusion-pytorch>=2.3.4,<2.4" ema-pytorch pytorch-fid eino
 	"tyro>=0.9" docstring-parser typeguard pytest-benchmark py-cpuinfo pytest-xdist execnet
 
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc ddpm_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h') setup.py pyproject.toml
+SOURCES := $(shell find csrc ddpm_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh') setup.py pyproject.toml
 
 NATIVE_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
@@ -49,7 +50,7 @@ QUICK := $(addprefix tests/,test_structure.py test_noise.py runtime/test_extras.
 EXTRA = $$($(BIN)/python -c 'from setuptools.config.pyprojecttoml import read_configuration as read; \
 	print(*read("pyproject.toml", expand=False)["project"]["optional-dependencies"]["$(1)"])')
 
-.PHONY: demo test check lint docs test-torch bench bench-compiled cuda-model sanitize wheels clean
+.PHONY: demo test check lint docs test-torch bench bench-compiled cuda-model release-tests sanitize wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-ready
@@ -90,6 +91,9 @@ bench-compiled: $(VENV)/.test-ready
 cuda-model: $(VENV)/.test-ready
 	@$(ONE_THREAD) $(BIN)/python benchmarks/roofline.py
 
+release-tests: $(VENV)/.test-ready
+	DDPM_FAST_RELEASE=1 $(BIN)/python -m pytest tests/build/test_extension_build.py
+
 sanitize: $(VENV)/.test-ready
 	$(ONE_THREAD) $(BIN)/python tests/build/sanitize.py
 
@@ -104,12 +108,18 @@ $(VENV)/.build-ready:
 	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel ninja pybind11 $(TORCH)
 	touch $@
 
-$(VENV)/.demo-ready: $(VENV)/.build-ready $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo]"
+# The one build of the extension.
+$(VENV)/.package-ready: $(VENV)/.build-ready $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.test-ready: $(VENV)/.build-ready $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+# The package is there already, so that pip installs what these parts need and builds nothing.
+$(VENV)/.demo-ready: $(VENV)/.package-ready
+	$(BIN)/python -m pip install --quiet "ddpm_fast[demo]"
+	touch $@
+
+$(VENV)/.test-ready: $(VENV)/.package-ready
+	$(BIN)/python -m pip install --quiet "ddpm_fast[test]"
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peer-1x $(PEER_1X)
 	touch $@
 

@@ -1,4 +1,13 @@
-"""Building the package and loading its extension: what is built, what is said, and what happens where it is broken."""
+"""Building the package and loading its extension: what is built, what is said, and what happens if it is broken.
+
+Builds here are of a stub: tests/build/stub has a C++ module of the same shape with no operators, which compiles in
+seconds. What is tested of them is setup.py: modes, fallbacks, messages, the wheel's contents, _build_info.json, and
+when something is compiled again.
+
+The real sources are built once, by `make test` for its environment. The tests that take the fixture `package` load a
+copy of that build and run its operators, and its size has a bound. The other operators' tests run it, too. A real
+portable wheel is built and measured by `make release-tests`, and by tests/build/sanitize.py with sanitizers.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +20,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import gate as regression_gate
 import pytest
 import torch
 
@@ -21,7 +31,26 @@ PACKAGE = Path(extension.__file__).parents[1]
 CPUINFO = Path("/proc/cpuinfo")
 FLAGS = re.findall(r"^flags\s*:(.*)$", CPUINFO.read_text() if CPUINFO.exists() else "", re.MULTILINE)
 
-# Imports the package, says why the extension is not there, and runs a step in the reference.
+STUB = Path(__file__).parent / "stub" / "csrc"
+RELEASE = pytest.mark.skipif("DDPM_FAST_RELEASE" not in os.environ, reason="builds everything: make release-tests")
+
+# Imports the package, loads a stub or says why not.
+STUB_PROBE = """
+import json, sys
+import ddpm_fast
+assert "ddpm_fast._C" not in sys.modules, "importing the package loaded the extension"
+from ddpm_fast.runtime import extension
+module = extension.load()
+print(json.dumps({
+    "file": ddpm_fast.__file__,
+    "reason": extension.reason(),
+    "has_cuda": extension.has_cuda(),
+    "instruction_set": extension.instruction_set(),
+    "answer": module and module.answer(),
+}))
+"""
+
+# The same of a real extension, or of none, and runs a step: natively, or in the reference.
 PROBE = """
 import json, sys
 import ddpm_fast
@@ -51,26 +80,26 @@ def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> sub
     return result
 
 
-def probe(folder: Path) -> dict:
+def probe(folder: Path, code: str = PROBE) -> dict:
     """What a fresh process finds that imports the package from `folder`."""
-    return json.loads(run(sys.executable, "-c", PROBE, cwd=folder, PYTHONPATH=str(folder)).stdout)
+    return json.loads(run(sys.executable, "-c", code, cwd=folder, PYTHONPATH=str(folder)).stdout)
 
 
-def copy_of_sources(folder: Path) -> Path:
-    """The source tree without anything built."""
+def copy_of_sources(folder: Path, csrc: Path = STUB) -> Path:
+    """The source tree without anything built, with the stub's C++."""
     folder.mkdir()
     built = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
-    for name in ("csrc", "ddpm_fast"):
-        shutil.copytree(ROOT / name, folder / name, ignore=built)
+    shutil.copytree(ROOT / "ddpm_fast", folder / "ddpm_fast", ignore=built)
+    shutil.copytree(csrc, folder / "csrc")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, folder)
     return folder
 
 
-def build_wheel(tmp_path: Path, mode: str, **environment: str) -> tuple[Path, dict, str]:
+def build_wheel(tmp_path: Path, mode: str, csrc: Path = STUB, **environment: str) -> tuple[Path, dict, str]:
     """(folder where the wheel is installed, its build information, the build's output)."""
-    source = copy_of_sources(tmp_path / "source")
+    source = copy_of_sources(tmp_path / "source", csrc)
     output = run(
         sys.executable,
         *("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)),
@@ -89,14 +118,6 @@ def build_wheel(tmp_path: Path, mode: str, **environment: str) -> tuple[Path, di
     with zipfile.ZipFile(wheel) as archive:
         info = json.loads(archive.read("ddpm_fast/_build_info.json"))
     return installed, info, output.stdout + output.stderr
-
-
-def quick_compiler(folder: Path) -> dict[str, str]:
-    """The environment of a build that is about packaging: the kernels, which are not looked at, unoptimised."""
-    script = folder / "quick-c++"
-    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
-    script.chmod(0o755)
-    return {"CXX": str(script)}
 
 
 def wheel_bytes(folder: Path) -> int:
@@ -209,19 +230,41 @@ def test_the_first_load_may_happen_while_compiling(package):
     assert json.loads(result.stdout)["loaded"]
 
 
-@pytest.mark.slow
-def test_a_wheel_works_outside_the_source_tree(tmp_path, gate):
+def test_the_size_of_the_environments_package_is_bounded(tmp_path, gate):
+    """As a wheel, by what was built; the bound of a portable wheel is held by `make release-tests`."""
+    info = extension.info()
+    assert extension.load() is not None, extension.reason()
+    name = f"{' + '.join(info['built'])}, {info['march']}, {extension.instruction_set()}"
+    if name not in regression_gate.table("wheel bytes", regression_gate.bounds()):
+        pytest.skip(f"bounds.json has no bound for a build of {name}")
+    wheel = tmp_path / "package.zip"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(PACKAGE.rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts:
+                archive.write(file, file.relative_to(PACKAGE))
+    gate("wheel bytes", name, wheel.stat().st_size)
+
+
+def test_a_wheel_works_outside_the_source_tree(tmp_path):
     installed, info, _ = build_wheel(tmp_path, "cpu")
-    gate("wheel bytes", "cpu", wheel_bytes(tmp_path))
     assert info["built"] == ["cpu"] and info["cuda_left_out"] == "DDPM_FAST_BUILD=cpu"
     assert info["torch"] == torch.__version__ and info["torch_cuda"] == torch.version.cuda and info["compiler"]
     assert info["march"] == "portable" and info["cpu_features"] == [], "a wheel may travel"
-    found = probe(installed)
+    found = probe(installed, STUB_PROBE)
     assert Path(found["file"]).parent == installed / "ddpm_fast"
+    assert found["answer"] == 42 and found["instruction_set"] == "portable" and not found["has_cuda"]
+    assert not list(installed.rglob("*.cpp")) and not list(installed.rglob("tests"))
+
+
+@RELEASE
+def test_a_real_wheel_works_outside_the_source_tree(tmp_path, gate):
+    installed, info, _ = build_wheel(tmp_path, "cpu", csrc=ROOT / "csrc")
+    gate("wheel bytes", "cpu", wheel_bytes(tmp_path))
+    assert info["built"] == ["cpu"] and info["march"] == "portable"
+    found = probe(installed)
     assert found["loaded"] and not found["has_cuda"] and "* native" in found["explain"]
 
 
-@pytest.mark.slow
 def test_an_editable_build_puts_the_extension_beside_its_sources(tmp_path):
     source = copy_of_sources(tmp_path / "source")
     run(
@@ -233,14 +276,66 @@ def test_an_editable_build_puts_the_extension_beside_its_sources(tmp_path):
         cwd=source,
         DDPM_FAST_BUILD="cpu",
         MAX_JOBS="2",
-        **quick_compiler(tmp_path),
     )
-    found = probe(source)
-    assert found["loaded"] and Path(found["file"]).parent == source / "ddpm_fast"
+    found = probe(source, STUB_PROBE)
     info = json.loads((source / "ddpm_fast" / "_build_info.json").read_text())
-    assert info["march"] == ("native" if FLAGS else "portable"), "it stays on this machine"
+    assert found["answer"] == 42 and Path(found["file"]).parent == source / "ddpm_fast"
+    assert found["instruction_set"] == info["march"] == ("native" if FLAGS else "portable"), "it stays on this machine"
     assert info["march"] == "portable" or set(info["cpu_features"]) <= set(FLAGS[0].split())
     assert (info["march"] == "native" and "avx2" in FLAGS[0].split()) == ("avx2" in info["cpu_features"])
+
+
+def build_in_place(source: Path, **environment: str) -> None:
+    environment = {"DDPM_FAST_BUILD": "cpu", "MAX_JOBS": "2", **environment}
+    run(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=source, **environment)
+
+
+def test_what_changed_is_compiled_again(tmp_path):
+    """A header's age or another march; nothing where nothing changed."""
+    source = copy_of_sources(tmp_path / "source")
+    objects = ("python/module.o", "cpu/kernels/sets.o")
+
+    def ages() -> list[int]:
+        (build,) = (source / "build").glob("temp.*")
+        return [(build / "csrc" / name).stat().st_mtime_ns for name in objects]
+
+    build_in_place(source, DDPM_FAST_MARCH="portable")
+    first = ages()
+    build_in_place(source, DDPM_FAST_MARCH="portable")
+    assert ages() == first
+    header = source / "csrc" / "core" / "answer.h"
+    header.write_text(header.read_text().replace("42", "43"))
+    build_in_place(source, DDPM_FAST_MARCH="portable")
+    second = ages()
+    assert second[0] > first[0] and second[1] == first[1], "what includes the header, and nothing else"
+    assert probe(source, STUB_PROBE)["answer"] == 43
+    if FLAGS:
+        build_in_place(source, DDPM_FAST_MARCH="native")
+        assert all(new > old for new, old in zip(ages(), second, strict=True))
+        assert probe(source, STUB_PROBE)["instruction_set"] == "native"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or torch.version.cuda is None, reason="needs nvcc and torch for CUDA")
+def test_a_cuda_build_has_both_parts(tmp_path):
+    """Two files of one base name in two folders are two objects."""
+    installed, info, _ = build_wheel(tmp_path, "cuda", TORCH_CUDA_ARCH_LIST="9.0")
+    assert info["built"] == ["cpu", "cuda"] and info["cuda_left_out"] is None and info["architectures"] == "9.0"
+    found = probe(installed, STUB_PROBE)
+    assert found["answer"] == 42 and found["has_cuda"]
+
+
+def test_no_two_sources_share_an_object():
+    sources = [file for file in (ROOT / "csrc").rglob("*") if file.suffix in (".cpp", ".cu")]
+    assert len({file.with_suffix("") for file in sources}) == len(sources)
+
+
+def test_demo_and_test_build_the_package_once(tmp_path):
+    """`make test` after `make demo` installs what the tests need, and compiles nothing."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make")
+    listed = run("make", "-n", f"VENV={tmp_path}/venv", "demo", "test", cwd=ROOT).stdout
+    assert listed.count("--editable") == 1 and listed.count("setup.py") == 0
+    assert "ddpm_fast[demo]" in listed and "ddpm_fast[test]" in listed
 
 
 @pytest.mark.slow
@@ -272,11 +367,11 @@ def test_auto_builds_the_cpu_part_and_says_so_where_cuda_does_not_compile(tmp_pa
     )
     nvcc.chmod(0o755)
     toolkit = {"CUDA_HOME": str(tmp_path / "toolkit")}
-    installed, info, output = build_wheel(tmp_path, "auto", **toolkit, **quick_compiler(tmp_path))
+    installed, info, output = build_wheel(tmp_path, "auto", **toolkit)
     reason = "it did not compile" if torch.version.cuda else "is not a CUDA build"
     assert info["built"] == ["cpu"] and reason in info["cuda_left_out"] and info["reason"] is None
     assert f"WARNING: built without the CUDA part: {info['cuda_left_out']}" in output
-    assert probe(installed)["loaded"]
+    assert probe(installed, STUB_PROBE)["answer"] == 42
 
 
 @pytest.mark.slow
