@@ -1,4 +1,4 @@
-"""A training step and a sampling run, ours against the peer in every form, and diffusers.
+"""A training step and a sampling run, ours against upstream in every form, and diffusers.
 
     pytest benchmarks/bench_networks.py
 

@@ -41,7 +41,7 @@ _TRAINING, _SAMPLING = PHASES
 # What only training tells from ours; triage times sampling step by step.
 TRAINING_ONLY = ("ours-low-memory", "ours-step-by-step")
 
-# The most that training may take of the peer's memory.
+# The most that training may take of upstream's memory.
 MEMORY_TARGET = 1 / 2
 
 # Sampling runs take few steps, all of them alike; the report gives seconds per 1,000. On a GPU, where a step is short,

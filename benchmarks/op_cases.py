@@ -42,7 +42,7 @@ class Inputs:
 
     Args:
         call: our op, through dispatch; its result is the output.
-        eager: the same numbers by the operators that the peer runs.
+        eager: the same numbers by the operators that upstream runs.
         leaves: tensors that take a gradient; empty where the op has none.
         others: further ways to the same numbers and gradients, by name, each with its own leaves.
         fresh: called before each check: restores what `call` overwrites.
@@ -206,7 +206,7 @@ def _heads_of(channels: int) -> tuple[int, int]:
 
 
 def _split(qkv: torch.Tensor, heads: int, D: int) -> tuple[torch.Tensor, ...]:
-    """The peer's q, k, v (B, heads, D, N) of a map."""
+    """Upstream's q, k, v (B, heads, D, N) of a map."""
     return qkv.reshape(qkv.shape[0], 3, heads, D, -1).unbind(1)
 
 

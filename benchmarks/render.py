@@ -145,7 +145,7 @@ def sides_note(results: dict) -> str:
 
 
 def memory_table(results: dict) -> str:
-    """MiB of each side, absolute and above what is there before the first step, and the shares of the peer's."""
+    """MiB of each side, absolute and above what is there before the first step, and the shares of upstream's."""
     rows = []
     for record in select(results, "memory"):
         above = {name: b["peak"] - b["before"] for name, b in record["bytes"].items()}

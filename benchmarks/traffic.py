@@ -1,4 +1,4 @@
-"""What a training step and a sampling step do, counted from operator dispatch: ours against the peer.
+"""What a training step and a sampling step do, counted from operator dispatch: ours against upstream.
 
     python benchmarks/traffic.py [--dim 64] [--dim-mults 1 2 4 8] [--image-size 128] [--memory fast] [--json FILE]
     python benchmarks/traffic.py --keep             the seed configuration, for the README
@@ -23,7 +23,7 @@ SEED_CONFIG = {"dim": 64, "dim_mults": (1, 2, 4, 8), "image_size": 128}
 
 
 def table(peer: dict[str, Traffic], ours: dict[str, Traffic]) -> str:
-    """Markdown: each quantity of the peer and ours, and their ratio."""
+    """Markdown: each quantity of upstream and ours, and their ratio."""
     lines = ["| per image | | peer | ours | peer / ours |", "|---|---|---|---|---|"]
     rows = [
         ("operators", "operators", "{:.0f}", 1),

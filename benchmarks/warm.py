@@ -1,4 +1,4 @@
-"""Compile the peer ahead of the benchmarks, into torch's compile cache, and print how long each form took as JSON.
+"""Compile upstream ahead of the benchmarks, into torch's compile cache, and print how long each form took as JSON.
 
 python benchmarks/warm.py DEVICE SIZE
 """

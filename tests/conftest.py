@@ -1,4 +1,4 @@
-"""Shared fixtures: the real peer packages, the regression gate, and a clean dispatch state."""
+"""Shared fixtures: the real upstream packages, the regression gate, and a clean dispatch state."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def peer():
-    """The peer's main module, 2.3."""
+    """Upstream's main module, 2.3."""
     return importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 
 
 @pytest.fixture(scope="session")
 def peer_1x(peer):
-    """The main module of the peer's last 1.x release, which `make test` installs beside the 2.3 one."""
+    """The main module of upstream's last 1.x release, which `make test` installs beside the 2.3 one."""
     if not PEER_1X.is_dir():
         pytest.fail("the 1.x peer is not installed; `make test` does it, see the Makefile")
     name = "denoising_diffusion_pytorch"

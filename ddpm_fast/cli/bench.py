@@ -32,7 +32,7 @@ Rival = Literal[
 
 @dataclasses.dataclass
 class Bench:
-    """Time a configuration here against the peer, denoising-diffusion-pytorch, which must be installed.
+    """Time a configuration here against upstream, denoising-diffusion-pytorch, which must be installed.
 
     Both take turns in one process with the same weights, images and precision, after their output, loss and gradients
     were found equal. Prints a table, says which implementation each op took and why, and draws a bar chart.

@@ -133,7 +133,7 @@ class DiffusionProcess(nn.Module):
         weight = schedules.loss_weight(schedule, objective, min_snr_gamma if min_snr_loss_weight else None)
         self.register_buffer("loss_weight", weight.to(torch.float32))
 
-        # Tables of the ops; the state dict stays the peer's.
+        # Tables of the ops; the state dict stays upstream's.
         self.register_buffer("forward_table", None, persistent=False)
         self.register_buffer("loss_table", None, persistent=False)
         self._use_schedule(schedule)

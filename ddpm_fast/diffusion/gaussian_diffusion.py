@@ -1,4 +1,4 @@
-"""The peer's GaussianDiffusion on tables: sampling and the training loss."""
+"""Upstream's GaussianDiffusion on tables: sampling and the training loss."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STEP_METHODS = (
 
 
 class GaussianDiffusion(DiffusionProcess):
-    """Denoising diffusion (Ho et al. 2020) around a model; the peer's arguments, buffers and methods.
+    """Denoising diffusion (Ho et al. 2020) around a model; upstream's arguments, buffers and methods.
 
     Args:
         model: takes (x, t, x_self_cond) and has `channels`, `out_dim` and `self_condition`, such as `Unet`.
@@ -49,7 +49,7 @@ class GaussianDiffusion(DiffusionProcess):
         offset_noise_strength: adds one normal number per channel to the noise, 0.1 is usual.
         min_snr_loss_weight, min_snr_gamma: clip the SNR in the loss weight (Hang et al. 2023).
         immiscible: assign noise to images by distance within the batch (Li et al. 2024).
-        sampler: "ddpm", "ddim" or "dpmpp_2m"; None is the peer's rule, DDIM if `sampling_timesteps` < T, else DDPM.
+        sampler: "ddpm", "ddim" or "dpmpp_2m"; None is upstream's rule, DDIM if `sampling_timesteps` < T, else DDPM.
 
     Raises:
         ValueError: an argument does not fit, named in one sentence.
@@ -168,7 +168,7 @@ class GaussianDiffusion(DiffusionProcess):
             raise ValueError(f"batch_size must be an int of at least 0, got {batch_size!r}")
         shape = (batch_size, self.channels, *self.image_size)
         sampler = self.sampler or ("ddim" if self.is_ddim_sampling else "ddpm")
-        # Only what differs from the defaults: a subclass may have these methods with the peer's arguments.
+        # Only what differs from the defaults: a subclass may have these methods with upstream's arguments.
         defaults = {"seed": None, "start_index": 0, "progress": True, "graph": None}
         given = {"seed": seed, "start_index": start_index, "progress": progress, "graph": graph}
         kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not defaults[name]}

@@ -28,7 +28,7 @@ _STEPS_AHEAD = 32  # how far the host may run before the device while a progress
 
 
 class Progress:
-    """The peer's progress bar, counting the steps that the device has finished.
+    """Upstream's progress bar, counting the steps that the device has finished.
 
     The host never waits for the latest step, only, where it is far ahead, for one of long before; at the end it waits
     for the rest.

@@ -46,13 +46,13 @@ def sigmoid_beta_schedule(
 ) -> torch.Tensor:
     """Sigmoid schedule (Jabri et al. 2022, arXiv 2212.11972, algorithm 1); good for images larger than 64×64.
 
-    `clamp_min` is accepted and not used, as in the peer.
+    `clamp_min` is accepted and not used, as in upstream.
 
     Returns:
         (T,) float64, clipped to [0, 0.999].
     """
     t = torch.linspace(0, timesteps, timesteps + 1, dtype=torch.float64) / timesteps
-    # The two ends are float32 in the peer, and its buffers and checkpoints carry that rounding.
+    # The two ends are float32 in upstream, and its buffers and checkpoints carry that rounding.
     v_start = torch.tensor(start / tau, dtype=torch.float32).sigmoid()
     v_end = torch.tensor(end / tau, dtype=torch.float32).sigmoid()
     return _betas_from_alphas_cumprod((-((t * (end - start) + start) / tau).sigmoid() + v_end) / (v_end - v_start))
@@ -128,7 +128,7 @@ class Schedule:
         return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """The peer's buffers by name, float64, in the peer's order (the loss weight aside)."""
+        """Upstream's buffers by name, float64, in upstream's order (the loss weight aside)."""
         betas, alphas_cumprod, alphas_cumprod_prev = self.betas, self.alphas_cumprod, self.alphas_cumprod_prev
         return {
             "betas": betas,

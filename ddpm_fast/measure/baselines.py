@@ -1,6 +1,6 @@
-"""Networks that are timed against each other: ours, the peer in the forms its users run it, diffusers.
+"""Networks that are timed against each other: ours, upstream in the forms its users run it, diffusers.
 
-Each contender takes one training step or draws images from the same inputs, in the same precision. The peer's forms
+Each contender takes one training step or draws images from the same inputs, in the same precision. Upstream's forms
 hold our weights, and `check_equal` finds their output, loss and gradients equal to ours before anything is timed.
 """
 
@@ -31,7 +31,7 @@ NEEDS = {
     "diffusers": "diffusers",
 }
 
-# Relative error allowed between ours and the peer: of outputs and losses, and of gradients, as ‖a − b‖ / ‖b‖.
+# Relative error allowed between ours and upstream: of outputs and losses, and of gradients, as ‖a − b‖ / ‖b‖.
 # TF32 and half precision round to 11 and 8 bits, and the two sides round at different places.
 _TOLERANCE = {"fp32": (1e-4, 1e-3), "tf32": (1e-2, 3e-2), "fp16": (2e-2, 5e-2), "bf16": (5e-2, 1.5e-1)}
 
@@ -145,7 +145,7 @@ def make(name: str, configuration: Configuration, device: torch.device, *, seed:
 
 
 def check(ours: Contender, other: Contender, configuration: Configuration, *, gradients: bool = True) -> dict:
-    """Give a form of the peer our weights and hold it equal (`check_equal`); diffusers is held to `same_size`."""
+    """Give a form of upstream our weights and hold it equal (`check_equal`); diffusers is held to `same_size`."""
     if other.name == "diffusers":
         return same_size(ours, other)
     load_weights(ours, other)
@@ -155,7 +155,7 @@ def check(ours: Contender, other: Contender, configuration: Configuration, *, gr
 def check_equal(
     ours: Contender, other: Contender, configuration: Configuration, *, gradients: bool = True
 ) -> dict[str, float]:
-    """Hold a form of the peer to our numbers: the network's output, the loss and every gradient, for one noise.
+    """Hold a form of upstream to our numbers: the network's output, the loss and every gradient, for one noise.
 
     Args:
         gradients: False compares outputs alone, as sampling makes them.
@@ -265,7 +265,7 @@ def _peer(name: str, configuration: Configuration, on_cuda: bool) -> torch.nn.Mo
 
 
 class _Diffusers(torch.nn.Module):
-    """diffusers' UNet2DModel and DDPMScheduler behind the peer's two calls."""
+    """diffusers' UNet2DModel and DDPMScheduler behind upstream's two calls."""
 
     def __init__(self, configuration: Configuration):
         super().__init__()
@@ -317,7 +317,7 @@ def _diffusers(name: str, configuration: Configuration, on_cuda: bool) -> torch.
 
 
 def load_weights(ours: Contender, other: Contender) -> None:
-    """Give a form of the peer our weights."""
+    """Give a form of upstream our weights."""
     network = other.diffusion.model
     network = getattr(network, "_orig_mod", network)
     network.load_state_dict(copy.deepcopy(ours.diffusion.model.state_dict()))
@@ -329,7 +329,7 @@ def _images(configuration: Configuration, device: torch.device) -> torch.Tensor:
 
 
 def _adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
-    """What the peer's users write."""
+    """What upstream's users write."""
     return torch.optim.Adam(diffusion.parameters(), lr=1e-5), "torch.optim.Adam"
 
 

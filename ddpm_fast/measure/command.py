@@ -1,4 +1,4 @@
-"""`ddpm-fast bench`: a user's own configuration, ours against the peer, as a table and a bar chart."""
+"""`ddpm-fast bench`: a user's own configuration, ours against upstream, as a table and a bar chart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddpm_fast.models.unet import Unet
 from ddpm_fast.training.atomic_files import write_atomically
 from ddpm_fast.training.checkpoint import load_checkpoint
 
-# What fits a minute of timing: a GPU takes the size that the peer's README shows, a CPU a small one.
+# What fits a minute of timing: a GPU takes the size that upstream's README shows, a CPU a small one.
 _SIZE = {"cuda": {"image_size": 128, "batch": 16}, "cpu": {"image_size": 32, "batch": 4}}
 
 

@@ -409,6 +409,6 @@ def measure_sampling(diffusion: Any, batch: int = 1) -> Traffic:
 
 
 def measure(package: ModuleType, image_size: int | tuple[int, int], **unet) -> dict[str, Traffic]:
-    """Both of a package that has Unet and GaussianDiffusion, the peer or this one; `unet` goes to its Unet."""
+    """Both of a package that has Unet and GaussianDiffusion, upstream or this one; `unet` goes to its Unet."""
     diffusion = package.GaussianDiffusion(package.Unet(**unet), image_size=image_size)
     return {"training step": measure_training(diffusion), "sampling step": measure_sampling(diffusion)}

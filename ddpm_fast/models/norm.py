@@ -11,7 +11,7 @@ from ddpm_fast.ops.norm_silu.op import rms_norm_silu
 
 @stock
 class RMSNorm(nn.Module):
-    """x / max(‖x‖₂, 1e-12) · g · √C over the channels (Zhang & Sennrich 2019, in the peer's form).
+    """x / max(‖x‖₂, 1e-12) · g · √C over the channels (Zhang & Sennrich 2019, in upstream's form).
 
     Shapes: (B, C, H, W) → (B, C, H, W).
     """
@@ -26,5 +26,5 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(norm: str, dim: int, groups: int) -> nn.Module:
-    """The norm of a residual block: "rms" is the peer's 2.x network, "group" its 1.x network."""
+    """The norm of a residual block: "rms" is upstream's 2.x network, "group" its 1.x network."""
     return RMSNorm(dim) if norm == "rms" else nn.GroupNorm(groups, dim)

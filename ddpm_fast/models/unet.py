@@ -1,4 +1,4 @@
-"""The peer's UNet: same arguments, same parameters, same function."""
+"""Upstream's UNet: same arguments, same parameters, same function."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Unet(HasDerivedWeight):
         dropout: after the first block of each residual block.
         attn_dim_head, attn_heads: one value, or one per stage.
         full_attn: softmax attention instead of linear attention, one bool or one per stage; None: the last stage only.
-            The peer treats False like None; here False means linear attention in every stage. The middle of the network
+            Upstream treats False like None; here False means linear attention in every stage. The middle of the network
             always has softmax attention.
-        flash_attn: kept for the peer's signature; torch's attention kernels run either way.
-        norm: "rms" (the peer's 2.x network) or "group" (its 1.9–1.11 network, GroupNorm in the residual blocks).
+        flash_attn: kept for upstream's signature; torch's attention kernels run either way.
+        norm: "rms" (upstream's 2.x network) or "group" (its 1.9–1.11 network, GroupNorm in the residual blocks).
         resnet_block_groups: groups of that GroupNorm.
         memory: "fast", or "low", which keeps fewer maps from forward for backward and makes the others again there: the
             map between the two blocks of each residual block, and what is inside linear attention.
@@ -147,7 +147,7 @@ class Unet(HasDerivedWeight):
                 return Attention(width, flash=flash_attn, **kwargs)
             return LinearAttention(width, low_memory=memory == "low", **kwargs)
 
-        # Modules are made in the peer's order, so that one seed gives both the same initial weights.
+        # Modules are made in upstream's order, so that one seed gives both the same initial weights.
         self.downs = nn.ModuleList()
         self.ups = nn.ModuleList()
         for stage, (dim_in, dim_out) in enumerate(in_out):

@@ -169,7 +169,7 @@ class use_backend:
 
 
 def ops() -> dict[str, Op]:
-    """Every registered op by name; an op is registered when its room is imported."""
+    """Every registered op by name; an op is registered when its package is imported."""
     return dict(_ops)
 
 

@@ -106,7 +106,7 @@ def assert_equal_networks(theirs, ours, config, size):
     args = inputs(config, size)
     truth, truth_grads = run(truth_model, args[0], args[1].double(), args[2])
     expected, expected_grads = run(theirs, *args)
-    # A whole network rounds in other places than the peer, and more where native code convolves by Winograd's method;
+    # A whole network rounds in other places than upstream, and more where native code convolves by Winograd's method;
     # a wrong formula is off by far more than this many ulp.
     for backend, floor in (("reference", 128), (None, 256)):
         ours.zero_grad()

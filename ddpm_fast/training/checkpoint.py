@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code, rebuilt from their tensors where need be.
 
-A checkpoint is the peer's dictionary (step, model, opt, ema, scaler, version) plus `config`, the constructor arguments.
-The peer's files lack `config`; then the architecture and the process are read off names, shapes and buffers.
+A checkpoint is upstream's dictionary (step, model, opt, ema, scaler, version) plus `config`, the constructor arguments.
+Upstream's files lack `config`; then the architecture and the process are read off names, shapes and buffers.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def load_file(path: _Path, map_location: torch.device | str = "cpu", mmap: bool 
 def load_checkpoint(
     path: _Path, *, image_size: _Size | None = None, map_location: torch.device | str = "cpu", **overrides: Any
 ) -> Checkpoint:
-    """Rebuild network, diffusion and EMA from a checkpoint of ours or of the peer's `Trainer`; returns a `Checkpoint`.
+    """Rebuild network, diffusion and EMA from a checkpoint of ours or of upstream's `Trainer`; returns a `Checkpoint`.
 
     Plain state dicts of a `GaussianDiffusion` or a `Unet` load too (step 0, EMA equal to the weights).
-    image_size: needed for the peer's files to sample, since they do not record it. overrides: further arguments of
+    image_size: needed for upstream's files to sample, since they do not record it. overrides: further arguments of
     `Unet` and `GaussianDiffusion`, for what tensors cannot tell (`resnet_block_groups`, `auto_normalize`, ...) or what
     may be chosen anew (`sampling_timesteps`, `sampler`, ...).
 

@@ -22,7 +22,7 @@ class FIDUnavailableError(ValueError):
 
 
 class FIDEvaluation:
-    """FID of `sampler` against the images of `dl`, the peer's class and arguments.
+    """FID of `sampler` against the images of `dl`, upstream's class and arguments.
 
     dl: iterable of image batches (B, C, h, w) in [0, 1], read once; the statistics stay in stats_dir/dataset_stats.npz.
     feature_extractor: maps float32 (B, 3, h, w) in [0, 1] to features (B, D); by default pytorch_fid's InceptionV3,

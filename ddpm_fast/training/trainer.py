@@ -50,7 +50,7 @@ class DivergenceError(ValueError):
 
 
 class Trainer:
-    """The peer's trainer: same arguments, attributes and checkpoint files, with runs that resume exactly.
+    """Upstream's trainer: same arguments, attributes and checkpoint files, with runs that resume exactly.
 
     folder: a folder of images, or any map-style torch dataset of float images (C, h, w) in [0, 1].
     train_batch_size: images per step and accumulation, over all processes (`split_batches=True`) or in each.
@@ -116,7 +116,7 @@ class Trainer:
         self.accelerator = Accelerator(
             # Without this, torchrun on a machine without accelerators would start unrelated single runs.
             cpu=not torch.accelerator.is_available(),
-            # accelerate 1.x ignores its old argument split_batches=, which the peer still passes.
+            # accelerate 1.x ignores its old argument split_batches=, which upstream still passes.
             dataloader_config=DataLoaderConfiguration(split_batches=split_batches),
             mixed_precision=mixed_precision_type if amp else "no",
             kwargs_handlers=[
@@ -216,7 +216,7 @@ class Trainer:
         save_atomically(data, self._latest_path)
 
     def load(self, milestone: int | str) -> None:
-        """Continue from model-{milestone}.pt, ours or the peer's; every process calls this.
+        """Continue from model-{milestone}.pt, ours or upstream's; every process calls this.
 
         The seed of our files replaces the trainer's. Raises FileNotFoundError, or CheckpointError for a damaged file,
         another architecture or another objective.
@@ -470,7 +470,7 @@ class Trainer:
             )
 
     def _continue_order(self, training: dict[str, Any]) -> None:
-        """Set seed and position in the data from a checkpoint's record; the peer's files have none."""
+        """Set seed and position in the data from a checkpoint's record; upstream's files have none."""
         self.seed = training.get("seed", self.seed)
         self.best_fid = training.get("best_fid", math.inf)
         consumed = self.step * self.gradient_accumulate_every * self._global_batch_size()

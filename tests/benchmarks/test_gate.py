@@ -24,7 +24,7 @@ print(json.dumps([ratio, len(sys.modules) - before]))
 
 
 def test_import(tmp_path, gate):
-    """The peer takes about 2 s over torch. The first run writes bytecode and is not counted."""
+    """Upstream takes about 2 s over torch. The first run writes bytecode and is not counted."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = []
     for _ in range(4):

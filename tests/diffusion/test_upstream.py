@@ -1,4 +1,4 @@
-"""GaussianDiffusion equals the peer's: buffers, predictions, loss, gradients, whole trajectories."""
+"""GaussianDiffusion equals upstream's: buffers, predictions, loss, gradients, whole trajectories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = dict(dim=8, dim_mults=(1, 2))
 
 
 def pair(peer, unet: dict | None = None, **diffusion):
-    """The peer's diffusion and ours with the same weights."""
+    """Upstream's diffusion and ours with the same weights."""
     unet = {**SMALL, **(unet or {})}
     diffusion = {"image_size": SIZE, "timesteps": 30, **diffusion}
     theirs = peer.GaussianDiffusion(peer.Unet(**unet), **diffusion)
@@ -68,7 +68,7 @@ def test_loss_and_gradients_equal_the_peers(peer, name):
     for key, model, dtype in (("truth", truth_model, torch.float64), ("peer", theirs, None), ("ours", ours, None)):
         dtype = dtype or torch.float32
         times = t
-        if key == "truth":  # the peer's time embedding follows the dtype of the timestep
+        if key == "truth":  # upstream's time embedding follows the dtype of the timestep
             inner = model.model.time_mlp[0]
             inner.register_forward_pre_hook(lambda module, args: (args[0].double(),))
         loss = model(x.to(dtype), times=times, noise=eps.to(dtype), loss_reduction="none")
@@ -107,7 +107,7 @@ def test_predictions_equal_the_peers(peer, objective, clip, rederive):
 
 
 class ScriptedNoise:
-    """Stands in for torch's generators in the peer: x_T first, then our noise function step by step."""
+    """Stands in for torch's generators in upstream: x_T first, then our noise function step by step."""
 
     def __init__(self, monkeypatch, peer, seed: int):
         self.seed, self.steps = seed, 0
@@ -210,7 +210,7 @@ def test_settings_may_change_after_construction():
 
 
 def test_a_loaded_schedule_is_followed(peer):
-    """Buffers of another schedule in a state dict change the process, as they do in the peer."""
+    """Buffers of another schedule in a state dict change the process, as they do in upstream."""
     theirs = peer.GaussianDiffusion(peer.Unet(**SMALL), image_size=SIZE, timesteps=30, beta_schedule="cosine")
     ours = GaussianDiffusion(Unet(**SMALL), image_size=SIZE, timesteps=30, beta_schedule="linear")
     ours.load_state_dict(theirs.state_dict(), strict=True)

@@ -1,4 +1,4 @@
-"""The peer's bugs that a drop-in must not copy; each test also shows that it would fail on the peer's behaviour.
+"""Upstream's bugs that a drop-in must not copy; each test also shows that it would fail on upstream's behaviour.
 
 The image stretch and the all-reduce of every accumulation step are in test_data.py and test_trainer.py.
 """
@@ -75,7 +75,7 @@ def test_offset_noise_has_the_right_statistics():
 
 
 def test_flash_attention_takes_float32_everywhere():
-    """The peer pins one flash backend on CUDA, which has no float32 kernel, and excludes the A100 by `> 8.0`."""
+    """Upstream pins one flash backend on CUDA, which has no float32 kernel, and excludes the A100 by `> 8.0`."""
     attention = attention_layers.Attention(8, flash=True)
     plain = attention_layers.Attention(8, flash=False)
     plain.load_state_dict(attention.state_dict())
@@ -116,7 +116,7 @@ def test_interpolate_goes_from_one_image_to_the_other():
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_self_conditioning_coin_is_torchs(peer, ours):
-    """torch.manual_seed fixes which steps are self-conditioned; in the peer Python's `random` decides."""
+    """torch.manual_seed fixes which steps are self-conditioned; in upstream Python's `random` decides."""
     cls = GaussianDiffusion if ours else peer.GaussianDiffusion
     diffusion = cls(Recorder(self_condition=True), image_size=4, timesteps=20)
 

@@ -85,7 +85,7 @@ def test_ours_is_recorded_on_cuda(monkeypatch, name, dtype, graph):
 
 
 def test_a_red_equality_check_refuses_to_time(monkeypatch):
-    """The peer with other weights is not the same function: nothing is timed."""
+    """Upstream with other weights is not the same function: nothing is timed."""
     load = baselines.load_weights
 
     def load_others(ours, other):

@@ -1,4 +1,4 @@
-"""Counting operators, bytes and operations: what is counted is what is launched, and ours against the peer's."""
+"""Counting operators, bytes and operations: what is counted is what is launched, and ours against upstream's."""
 
 from __future__ import annotations
 

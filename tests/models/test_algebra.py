@@ -1,4 +1,4 @@
-"""Layers that run another form of the peer's formula: each equals the plain form, output and every gradient."""
+"""Layers that run another form of upstream's formula: each equals the plain form, output and every gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unet equals the peer's: parameters, output and every gradient."""
+"""Unet equals upstream's: parameters, output and every gradient."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_weights_are_read_anew():
 
 
 def test_a_sampling_step_calls_few_operators():
-    """About one per module; the peer's step has some 800 for this network."""
+    """About one per module; upstream's step has some 800 for this network."""
     diffusion = GaussianDiffusion(Unet(32, dim_mults=(1, 2, 4)), image_size=16, timesteps=3)
     tapes = []
 

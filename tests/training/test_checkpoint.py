@@ -1,4 +1,4 @@
-"""Checkpoints: never partial, never unsafe, read in both directions between us and the peer."""
+"""Checkpoints: never partial, never unsafe, read in both directions between us and upstream."""
 
 import os
 import pickle
@@ -59,7 +59,7 @@ def make_trainer(folder, unet=SMALL, **diffusion):
 
 
 def make_peer_trainer(peer, folder, image_folder, unet=SMALL, image_size=8, **diffusion):
-    """The peer's trainer on a folder of digits; without workers, which take seconds to end."""
+    """Upstream's trainer on a folder of digits; without workers, which take seconds to end."""
     peer.cpu_count = lambda: 0
     model = peer.Unet(**unet)
     process = peer.GaussianDiffusion(model, **{"image_size": image_size, "timesteps": 20, **diffusion})

@@ -51,7 +51,7 @@ def test_conversion_matches_the_peer(tmp_path, to_mode):
 @pytest.mark.parametrize("target", [(16, 48), (48, 16), (24, 40)])
 @pytest.mark.parametrize("size", [(64, 64), (200, 30), (30, 200)])
 def test_non_square_targets_keep_the_aspect_ratio(tmp_path, target, size):
-    """A centred disc stays a disc; the peer's Resize((h, w)) makes an ellipse of it."""
+    """A centred disc stays a disc; upstream's Resize((h, w)) makes an ellipse of it."""
     width, height = size
     y, x = np.mgrid[:height, :width].astype(float)
     radius = min(width, height) / 12

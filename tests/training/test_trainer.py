@@ -230,13 +230,13 @@ class Images(torch.utils.data.Dataset):
 
 class TestManyProcesses:
     def test_gradients_are_reduced_once_per_step_and_ranks_stay_equal(self, tmp_path):
-        """The peer reduces in each of the accumulation's backwards."""
+        """Upstream reduces in each of the accumulation's backwards."""
         output = run_training(tmp_path, "count-reductions", processes=2, train_num_steps=2, gradient_accumulate_every=4)
         assert re.findall(r"reductions (\d+)", output) == ["2", "2"]
         assert "ranks equal" in output and "noise differs" in output
 
     def test_two_processes_see_the_images_of_one(self, tmp_path):
-        """With split_batches=True `train_batch_size` is for all ranks; under accelerate 1.x the peer's is per rank."""
+        """With split_batches=True `train_batch_size` is for all ranks; under accelerate 1.x upstream's is per rank."""
         alone = run_training(tmp_path / "one", "print-order", train_num_steps=1)
         pair = run_training(tmp_path / "two", "print-order", processes=2, train_num_steps=1)
 
@@ -310,7 +310,7 @@ class TestOutputs:
         assert float(some[1][1]) == pytest.approx(sum(each[3:]) / 3, rel=1e-6)
 
     def test_the_loss_is_read_only_when_logged(self, tmp_path):
-        """The peer calls .item() in every micro-step."""
+        """Upstream calls .item() in every micro-step."""
         trainer = make_trainer(tmp_path, gradient_accumulate_every=2, log_every=5, train_num_steps=10)
         reads = []
         trainer.model.forward = lambda images: CountedReads.of(next(trainer.model.parameters()).square().sum(), reads)

@@ -60,7 +60,7 @@ def test_files_load_both_ways(tmp_path, written_by_fused):
     saved = torch.load(tmp_path / "model-1.pt", weights_only=True)["opt"]
     assert set(saved["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
     loading = torch.optim.Adam(second.model.parameters())
-    loading.load_state_dict(saved)  # as the peer does
+    loading.load_state_dict(saved)  # as upstream does
     second.load(1)
     assert second.opt.param_groups[0]["fused"] is True, "the device decides, not the file"
     take_steps(first, 5)

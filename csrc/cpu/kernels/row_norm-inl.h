@@ -1,4 +1,4 @@
-// RMSNorm of a row, x·√C / max(‖x‖₂, 1e-12), and its backward (Zhang & Sennrich 2019, in the peer's form).
+// RMSNorm of a row, x·√C / max(‖x‖₂, 1e-12), and its backward (Zhang & Sennrich 2019, in upstream's form).
 #pragma once
 
 #include "vec-inl.h"

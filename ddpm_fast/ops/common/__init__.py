@@ -1,1 +1,1 @@
-"""Device functions shared by the Triton kernels of all rooms."""
+"""Device functions shared by the Triton kernels of all ops."""

@@ -1,4 +1,4 @@
-"""Triton device functions shared by the kernels of all rooms: the noise function, SiLU, products and rounding.
+"""Triton device functions shared by the kernels of all ops: the noise function, SiLU, products and rounding.
 
 The noise function is csrc/core/philox.h in Triton, the same polynomials in the same order: Philox4x32-10 (Salmon et al.
 2011, "Parallel random numbers: as easy as 1, 2, 3"), then Box-Muller (Box & Muller 1958). No libm call, so that the

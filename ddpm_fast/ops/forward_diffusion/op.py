@@ -312,7 +312,7 @@ def _native_refused(x_start: torch.Tensor) -> str | None:
 
 
 def _images_refused(x_start, t, table, noise, flip) -> str | None:
-    """Why no kernel of this room can run on these inputs, in one clause; None where both can."""
+    """Why no kernel of this op can run on these inputs, in one clause; None where both can."""
     if x_start.numel() == 0:
         return "the batch is empty"
     if table.dtype != torch.float32:

@@ -2,7 +2,7 @@
 
     q̂ = softmax(q) over the D channels of a head      k̂ = softmax(k) over positions and memory entries
     context = k̂ᵀ·v      y = D^−½·q̂·context·weightᵀ + bias      (Shen et al. 2021, "Efficient Attention", section 3.3)
-    out = y / max(‖y‖₂, 1e-12)·√C·g + residual      (Zhang & Sennrich 2019, in the peer's form)
+    out = y / max(‖y‖₂, 1e-12)·√C·g + residual      (Zhang & Sennrich 2019, in upstream's form)
 
 Backward keeps the arguments but residual, and per sample and head what a context and its projection take; maps are
 computed again.
@@ -82,7 +82,7 @@ def linear_attention(
         mem_kv: (2, heads, D, M), keys and values that precede those of the H·W positions; M may be 0.
         weight: (C, heads·D) or (C, heads·D, 1, 1), the 1×1 convolution after attention.
         bias: (C,), that convolution's.
-        g: the norm's gain, C elements in any shape; the peer's is (1, C, 1, 1).
+        g: the norm's gain, C elements in any shape; upstream's is (1, C, 1, 1).
         heads: of D channels each; the kernels take D up to 64 in float32 and 128 in half types.
         residual: (B, C, H, W), added last.
 

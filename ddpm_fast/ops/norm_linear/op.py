@@ -1,7 +1,7 @@
 """1×1 convolutions as matrix products: of an RMSNorm, with a residual, of two maps side by side. Public functions,
 declarations, eligibility; native.py declares the CPU's operators.
 
-    out = weight · (x / max(‖x‖₂, 1e-12) · g · √C)   per pixel (Zhang & Sennrich 2019, in the peer's form)
+    out = weight · (x / max(‖x‖₂, 1e-12) · g · √C)   per pixel (Zhang & Sennrich 2019, in upstream's form)
 
 Backward keeps x and one float per pixel.
 """
@@ -63,7 +63,7 @@ def norm_linear(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch
     Args:
         x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). Channels-last is the fast layout,
             on CUDA contiguous runs as well; others run the reference.
-        g: the norm's gain, C elements in any shape; the peer's is (1, C, 1, 1).
+        g: the norm's gain, C elements in any shape; upstream's is (1, C, 1, 1).
         weight: (M, C, 1, 1). g and weight may be float32 where x is a half type: their product is rounded once, to the
             dtype of x. Products of float32 are TF32 where torch's convolutions may use it
             (`torch.backends.cudnn.conv.fp32_precision`).

@@ -1,7 +1,7 @@
 """RMSNorm and GroupNorm with everything around them in one pass: declaration, public functions, eligibility.
 
     v = x + bias
-    x̂ = v / max(‖v‖₂, 1e-12) · √C   (RMSNorm over channels, Zhang & Sennrich 2019, in the peer's form), or
+    x̂ = v / max(‖v‖₂, 1e-12) · √C   (RMSNorm over channels, Zhang & Sennrich 2019, in upstream's form), or
     x̂ = (v − mean) / √(variance + eps) over a group of channels and all pixels   (GroupNorm, Wu & He 2018)
     y = (x̂·weight + bias_affine)·(1 + scale) + shift
     out = dropout(SiLU(y)) + residual
@@ -60,7 +60,7 @@ def rms_norm_silu(
     Args:
         x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). Statistics and arithmetic are float32.
             Channels-last is the fast layout; on CUDA contiguous runs as well; others run the reference.
-        weight: the norm's gain, C elements in any shape; the peer's is (1, C, 1, 1).
+        weight: the norm's gain, C elements in any shape; upstream's is (1, C, 1, 1).
         bias: (C,), added before the norm: the bias of the convolution that made x.
         scale, shift: (B, C); y·(1 + scale) + shift after the norm.
         residual: shape of x, added last.

@@ -17,7 +17,7 @@ from ddpm_fast.testing.aot import CAPABILITIES, compile_kernel
 
 pytestmark = pytest.mark.slow
 
-HEADS, D = 4, 32  # the peer's
+HEADS, D = 4, 32  # upstream's
 BITS = {"bf16": 16, "fp32": 32}
 SHARED = 99 * 1024  # bytes that a program may have on every GPU since sm_80
 

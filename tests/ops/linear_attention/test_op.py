@@ -21,7 +21,7 @@ both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def peers_tail(attention: torch.nn.Module, qkv: torch.Tensor, residual: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the peer's LinearAttention makes of a qkv product and adds to a residual, with the gradients of all."""
+    """What upstream's LinearAttention makes of a qkv product and adds to a residual, with the gradients of all."""
     qkv, residual = (tensor.clone().requires_grad_() for tensor in (qkv, residual))
     hook = attention.to_qkv.register_forward_hook(lambda module, args, out: qkv)
     attention.zero_grad()
@@ -37,7 +37,7 @@ def peers_tail(attention: torch.nn.Module, qkv: torch.Tensor, residual: torch.Te
 @both_layouts
 @pytest.mark.parametrize("M", [1, 4])
 def test_reference_is_the_peers_tail(peer, layout, M):
-    """Output and every gradient: the same in float64, and as accurate as the peer's own in float32."""
+    """Output and every gradient: the same in float64, and as accurate as upstream's own in float32."""
     tensors, others = make((2, 3, 10, 24, M, 5, 6), layout)
     attention = peer.LinearAttention(24, heads=3, dim_head=10, num_mem_kv=M)
     conv, norm = attention.to_out

@@ -21,7 +21,7 @@ SHAPE = (2, 8, 3, 4, 12)
 
 
 def plain(x, g, weight):
-    """The peer's two modules in a row."""
+    """Upstream's two modules in a row."""
     return F.conv2d(F.normalize(x, dim=1) * g * x.shape[1] ** 0.5, weight)
 
 

@@ -136,7 +136,7 @@ def test_on_the_cpu_triton_refuses_with_its_reason(norm):
 
 @both_norms
 def test_block_is_its_modules_in_a_row(norm):
-    """Convolution with bias, norm, scale and shift, SiLU: the parameters stand where the peer has them.
+    """Convolution with bias, norm, scale and shift, SiLU: the parameters stand where upstream has them.
 
     A residual block computes two of them as one op.
     """
