@@ -253,8 +253,8 @@ def emulated(name: str, *, inside: bool = False) -> Iterator[None]:
             stack.enter_context(mock.patch.object(builder, op, function))
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", launch_with_options))
         for package in pkgutil.iter_modules(ops.__path__, "ddpm_fast.ops."):
-            if importlib.util.find_spec(f"{package.name}.kernel") is not None:
-                module = importlib.import_module(f"{package.name}.kernel")
-                stack.enter_context(mock.patch.object(module, "tuning", compiled))
+            if package.ispkg and importlib.util.find_spec(f"{package.name}.triton") is not None:
+                module = importlib.import_module(f"{package.name}.triton")
+                stack.enter_context(mock.patch.object(module, "triton_launch", compiled))
         stack.enter_context(mock.patch.object(common, "_INTERPRETED", tl.constexpr(False)))
         yield
