@@ -112,7 +112,7 @@ def _attention_backward_scratch(arguments: Arguments) -> int:
 
 
 def _norm_silu_chunks(arguments: Arguments, dropout: bool) -> int:
-    """Chunks of pixels, over the batch, into which ops/norm_silu/kernel.py cuts its sums, times channels."""
+    """Chunks of pixels, over the batch, into which ops/norm_silu/triton.py cuts its sums, times channels."""
     from ddpm_fast.ops.norm_silu import triton as kernel
 
     B, C, H, W = arguments["x"].shape

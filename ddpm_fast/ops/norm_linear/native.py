@@ -1,4 +1,4 @@
-"""The CPU's 1×1 convolutions: declarations of the operators of csrc/cpu/norm_linear_cpu.cpp, and eligibility."""
+"""The CPU's 1×1 convolutions: declarations of the operators of csrc/cpu/ops/norm_linear.cpp, and eligibility."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def _check(x, model_output, table, step, seed, previous_name, previous, noise, s
             raise TypeError(
                 f"{name} must be a one-element int64 tensor, got {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
-    # Not while calls are written down (graphs.py): a replay looks at no value, and native code checks them itself.
+    # Not in a recording (runtime/recording.py): a replay looks at no value, and native code checks them itself.
     watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
     if x.device.type == "cpu" and not watched:
         _check_values(table, step, previous_name, previous)

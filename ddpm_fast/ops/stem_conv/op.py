@@ -1,7 +1,7 @@
 """A large odd kernel on few channels, stride 1, zeros around: declaration, public function, eligibility.
 
 On the CPU, products of rows of the padded map, in which what a row of the kernel sees of a pixel lies side by side
-(csrc/cpu/simd/stem.h). Elsewhere torch's convolution.
+(csrc/cpu/kernels/stem_conv-inl.h). Elsewhere torch's convolution.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ LOSS = {
 
 
 def compile_images(function, pointers: dict[str, str], case, capability, tmp_path) -> Machine:
-    """Compile q_sample_fwd_kernel or diffusion_loss_fwd_kernel as kernel.py launches it for a case."""
+    """Compile q_sample_fwd_kernel or diffusion_loss_fwd_kernel as triton.py launches it for a case."""
     _, x_dtype, given, channels_last, x_channels_last, options = case
     launch, shape = kernel.tile_constants(CHANNELS, PIXELS, channels_last)
     signature = {
