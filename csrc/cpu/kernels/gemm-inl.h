@@ -119,9 +119,8 @@ struct Store {
 };
 
 template <int R>
-inline __attribute__((noinline)) void product_tile(const float* a, int64_t row, int64_t step, const float* panel,
-                                                   int64_t K, float* c, int64_t stride, int64_t columns, bool add,
-                                                   int64_t piece) {
+DDPM_FAST_NOINLINE void product_tile(const float* a, int64_t row, int64_t step, const float* panel, int64_t K, float* c,
+                                     int64_t stride, int64_t columns, bool add, int64_t piece) {
   Store out{c, stride, columns, add};
   for (int64_t k = 0; k == 0 || k < K; k += piece) {  // once where K = 0: zeros
     product_rows<R>(a + k * step, row, step, panel + k * kPanel, min(piece, K - k), out);

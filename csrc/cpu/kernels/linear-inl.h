@@ -47,8 +47,8 @@ DDPM_FAST_INLINE void transpose_4x4(const float* from, int64_t stride, const flo
 }
 
 // Packs panels [first, last) of (k, n) = gain[k]·w[n·stride + k], with k in [0, K) and n in [0, N); gain may be null.
-inline void pack_transposed(const float* w, int64_t stride, const float* gain, int64_t K, int64_t N, int64_t first,
-                            int64_t last, float* packed) {
+DDPM_FAST_NOINLINE void pack_transposed(const float* w, int64_t stride, const float* gain, int64_t K, int64_t N,
+                                        int64_t first, int64_t last, float* packed) {
   for (int64_t p = first; p < last; ++p) {
     const int64_t columns = min<int64_t>(kPanel, N - p * kPanel);
     const float* from = w + p * kPanel * stride;
@@ -156,8 +156,8 @@ inline BlockRows rows_of_block(const float* const* input, const int64_t* channel
 
 // R rows, from row `local` of a block on, which is row `row` of out.
 template <int R>
-inline __attribute__((noinline)) void linear_tile(const LinearForward& p, const BlockRows& block, int64_t local,
-                                                  int64_t row, int64_t column, const float* panel) {
+DDPM_FAST_NOINLINE void linear_tile(const LinearForward& p, const BlockRows& block, int64_t local, int64_t row,
+                                    int64_t column, const float* panel) {
   const int64_t columns = min<int64_t>(kPanel, p.K - column);
   for (int64_t r = 0; r < R; ++r) {
     const int64_t at = (row + r) * p.K + column;

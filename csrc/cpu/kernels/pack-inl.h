@@ -77,8 +77,8 @@ DDPM_FAST_INLINE void transpose4(const float* from, int64_t stride, float* to, i
 }
 
 // Panels [first, last) of B (K, N), (k, n) at b[n·stride + k]: the transpose of a matrix of N rows.
-inline void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, int64_t first, int64_t last,
-                         float* packed) {
+DDPM_FAST_NOINLINE void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, int64_t first, int64_t last,
+                                     float* packed) {
   for (int64_t p = first; p < last; ++p) {
     const int64_t columns = min<int64_t>(kPanel, N - p * kPanel);
     float* panel = packed + p * K * kPanel;
@@ -99,7 +99,7 @@ inline void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, f
 }
 
 // (rows, columns) to (columns, rows), both without gaps.
-inline void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+DDPM_FAST_NOINLINE void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
   for (int64_t r = 0; r < rows; r += 4) {
     int64_t c = 0;
     if (r + 4 <= rows) {

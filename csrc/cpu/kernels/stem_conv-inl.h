@@ -45,9 +45,8 @@ DDPM_FAST_INLINE int64_t stem_conv_tap(const StemConvSizes& in, int64_t n, int64
 }
 
 template <int R>
-inline __attribute__((noinline)) void stem_conv_tile(const PaddedMap& map, const StemConvSizes& in, const float* from,
-                                                     const float* panel, const float* bias, float* out,
-                                                     int64_t columns) {
+DDPM_FAST_NOINLINE void stem_conv_tile(const PaddedMap& map, const StemConvSizes& in, const float* from,
+                                       const float* panel, const float* bias, float* out, int64_t columns) {
   Sums<R> sums;
   sums.clear();
   for (int64_t i = 0; i < in.side; ++i) {
