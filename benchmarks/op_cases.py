@@ -44,7 +44,7 @@ class Inputs:
         call: our op, through dispatch; its result is the output.
         eager: the same numbers by the operators that upstream runs.
         leaves: tensors that take a gradient; empty where the op has none.
-        others: further ways to the same numbers and gradients, by name, each with its own leaves.
+        others: further implementations of the same numbers and gradients, by name, each with its own leaves.
         fresh: called before each check: restores what `call` overwrites.
         comparable: False where `eager` draws its own random numbers.
         flops: of matrix products in the forward pass; a multiply-add is two.
@@ -186,17 +186,17 @@ def _group_norm_silu(shape, device, dtype, compute) -> Inputs:
     draw, (_, C, _, _) = _Draw(device, dtype, compute), shape
     x = draw.normal(*shape, channels_last=True).requires_grad_()
     residual = draw.normal(*shape, channels_last=True).requires_grad_()
-    weight, affine = (draw.normal(C, full=True).requires_grad_() for _ in range(2))
+    gain, offset = (draw.normal(C, full=True).requires_grad_() for _ in range(2))
     plain = x.detach().contiguous().requires_grad_()
 
     def torch_of(y: torch.Tensor) -> torch.Tensor:
-        return F.silu(F.group_norm(y, 8, weight.to(y.dtype), affine.to(y.dtype))) + residual
+        return F.silu(F.group_norm(y, 8, gain.to(y.dtype), offset.to(y.dtype))) + residual
 
     return Inputs(
-        lambda: group_norm_silu(x, weight, affine, groups=8, residual=residual), lambda: torch_of(x),
-        reads=[x, residual], leaves=[x, weight, affine, residual], read_again=[x], written=[x, weight, affine],
+        lambda: group_norm_silu(x, gain, offset, groups=8, residual=residual), lambda: torch_of(x),
+        reads=[x, residual], leaves=[x, gain, offset, residual], read_again=[x], written=[x, gain, offset],
         # Where torch has a channels-last kernel, `eager` runs it; this is the layout that it has been written for.
-        others={"eager NCHW": (lambda: torch_of(plain), [plain, weight, affine, residual])},
+        others={"eager NCHW": (lambda: torch_of(plain), [plain, gain, offset, residual])},
     )  # fmt: skip
 
 

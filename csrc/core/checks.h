@@ -41,7 +41,7 @@ inline float* state_or_null(const std::optional<at::Tensor>& tensor, const char*
   return tensor->data_ptr<float>();
 }
 
-// Dimensions from the third on must lie evenly spaced, as in contiguous and channels-last tensors and their slices.
+// Dimensions from the third on must be evenly spaced, as in contiguous and channels-last tensors and their slices.
 inline OutputLayout output_layout(const at::Tensor& output) {
   OutputLayout layout{.pixels = 1, .batch_stride = output.stride(0), .dense = true};
   for (int64_t dim = output.dim() - 1; dim >= 2; --dim) {

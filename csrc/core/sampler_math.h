@@ -35,7 +35,7 @@ DDPM_FAST_INLINE float next_state(const SamplerRow& row, float x_start, float x,
   return row.r * x_start + row.s * x + row.u * previous + row.sigma * eps;
 }
 
-// Where element e of sample b of the model's output lies, C, H, W being its order in the state:
+// Where element e of sample b of the model's output is, C, H, W being its order in the state:
 // b·batch_stride + (e / pixels)·channel_stride + (e % pixels)·pixel_stride.
 struct OutputLayout {
   int64_t pixels;

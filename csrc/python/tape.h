@@ -56,17 +56,17 @@ class Tape {
       for_each_tensor(value, [&](const at::Tensor& tensor, int64_t element) {
         given.push_back(tensor.unsafeGetTensorImpl());
         const auto known = produced_.find(tensor.unsafeGetTensorImpl());
-        if (known != produced_.end()) call.holes.push_back({static_cast<int64_t>(i), element, known->second.slot});
+        if (known != produced_.end()) call.inputs.push_back({static_cast<int64_t>(i), element, known->second.slot});
       });
       call.stack.push_back(std::move(value));
     }
-    for (const Hole& hole : call.holes) {  // a map of the recording must not live on in the tape
-      IValue& value = call.stack[hole.argument];
-      if (hole.element < 0) {
+    for (const TensorRef& input : call.inputs) {  // a map of the recording must not live on in the tape
+      IValue& value = call.stack[input.argument];
+      if (input.element < 0) {
         value = IValue(at::Tensor());
       } else {
         value = copy_of_list(value);
-        value.toList().set(hole.element, at::Tensor());
+        value.toList().set(input.element, at::Tensor());
       }
     }
 
@@ -102,8 +102,8 @@ class Tape {
     produced_.clear();
     std::vector<size_t> last(num_slots_, 0);
     for (size_t i = 0; i < calls_.size(); ++i) {
-      for (const Hole& hole : calls_[i].holes) last[hole.slot] = i;
-      for (const Hole& result : calls_[i].results) last[result.slot] = i;
+      for (const TensorRef& input : calls_[i].inputs) last[input.slot] = i;
+      for (const TensorRef& result : calls_[i].results) last[result.slot] = i;
     }
     for (int64_t slot = 0; slot < num_slots_; ++slot) calls_[last[slot]].frees.push_back(slot);
   }
@@ -115,17 +115,17 @@ class Tape {
     torch::jit::Stack stack;
     for (const Call& call : calls_) {
       stack = call.stack;
-      for (const Hole& hole : call.holes) {
-        IValue& value = stack[hole.argument];
-        if (hole.element < 0) {
-          value = slots[hole.slot];
+      for (const TensorRef& input : call.inputs) {
+        IValue& value = stack[input.argument];
+        if (input.element < 0) {
+          value = slots[input.slot];
         } else {
           value = copy_of_list(value);
-          value.toList().set(hole.element, slots[hole.slot]);
+          value.toList().set(input.element, slots[input.slot]);
         }
       }
       call.op.callBoxed(stack);
-      for (const Hole& result : call.results) {
+      for (const TensorRef& result : call.results) {
         const IValue& value = stack[result.argument];
         slots[result.slot] = result.element < 0 ? value.toTensor() : value.toList().get(result.element).toTensor();
       }
@@ -137,7 +137,7 @@ class Tape {
   int64_t size() const { return static_cast<int64_t>(calls_.size()); }
 
  private:
-  struct Hole {
+  struct TensorRef {
     int64_t argument;  // or return value
     int64_t element;   // of a list, or -1
     int64_t slot;
@@ -146,7 +146,7 @@ class Tape {
     explicit Call(c10::OperatorHandle op) : op(std::move(op)) {}
     c10::OperatorHandle op;
     torch::jit::Stack stack;
-    std::vector<Hole> holes, results;
+    std::vector<TensorRef> inputs, results;
     std::vector<int64_t> frees;
   };
   // The weak reference keeps the address from being used for another tensor, and not the tensor's memory.

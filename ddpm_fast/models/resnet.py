@@ -72,7 +72,7 @@ class ResnetBlock(nn.Module):
         """One residual block.
 
         Args:
-            x: a map, or two whose channels stand side by side.
+            x: a map, or two whose channels are concatenated.
             scale_shift: the output of `mlp` where the caller has computed it already.
             final_conv: a stock 1×1 convolution of the block's output, which `low_memory` does not keep for it.
         """
@@ -84,9 +84,9 @@ class ResnetBlock(nn.Module):
             x = torch.cat(x, dim=1) if isinstance(x, tuple) else x
             x = block2(block1(x, scale_shift)) + res_conv(x)
             return x if final_conv is None else final_conv(x)
-        x, beside = to_autocast_dtype(*x) if isinstance(x, tuple) else (*to_autocast_dtype(x), None)
+        x, skip = to_autocast_dtype(*x) if isinstance(x, tuple) else (*to_autocast_dtype(x), None)
         scale, shift = (None, None) if scale_shift is None else scale_shift
-        options = {"beside": beside, "scale": scale, "shift": shift, "recompute": self.low_memory}
+        options = {"skip": skip, "scale": scale, "shift": shift, "recompute": self.low_memory}
         block1, block2 = block1._modules, block2._modules
         dropout = block1["dropout"]
         if dropout.training and dropout.p > 0:
@@ -96,7 +96,7 @@ class ResnetBlock(nn.Module):
             gain1, gain2 = parameter(norm1, "g"), parameter(norm2, "g")
         else:
             gain1, gain2 = norm1.weight, norm2.weight
-            options |= {"affine1": norm1.bias, "affine2": norm2.bias, "groups": norm1.num_groups, "eps": norm1.eps}
+            options |= {"offset1": norm1.bias, "offset2": norm2.bias, "groups": norm1.num_groups, "eps": norm1.eps}
         if isinstance(res_conv, nn.Conv2d):
             options |= {"res_weight": parameter(res_conv, "weight"), "res_bias": parameter(res_conv, "bias")}
         if final_conv is not None:

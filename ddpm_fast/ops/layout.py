@@ -9,7 +9,7 @@ from ddpm_fast.runtime.dispatch import forced_backend, in_forward_mode
 
 
 def weights_format(device: torch.device) -> torch.memory_format:
-    """The memory format of convolution weights: channels-last on CUDA, and on meta tensors, which stand for CUDA's.
+    """The memory format of convolution weights: channels-last on CUDA, and on meta tensors, which represent CUDA's.
 
     cuDNN would copy them in every call otherwise. oneDNN copies them into blocks of its own in either case.
     """

@@ -54,7 +54,7 @@ class Machine:
     def accumulators(self) -> list[str]:
         """What each product on float32 tensors starts from: "zero", or a name. A product that goes on is left out.
 
-        On sm_100 an accumulator may lie in tensor memory, where it is stored before the product that adds to it.
+        On sm_100 an accumulator may be in tensor memory, where it is stored before the product that adds to it.
         """
         defined = dict(re.findall(r"(%[\w]+)(?::\d+)? = (.*)", self.ttgir))
         operands = re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) (.*)", self.ttgir)
@@ -94,7 +94,7 @@ def compile_kernel(
 
     Args:
         signature: type of every argument that is no constant, such as {"x_ptr": "*bf16", "n": "i32"}.
-        constants: value of every other argument; None stands for a pointer that is not given.
+        constants: value of every other argument; None is a pointer that is not given.
         capability: 80, 90 or 100.
         enable_fp_fusion: the compiler may fuse products with sums.
         maxnreg: most registers per thread; None: the compiler chooses.

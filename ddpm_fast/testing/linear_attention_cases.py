@@ -28,7 +28,7 @@ def make(shape, layout: str = "nhwc", device="cpu", residual: bool = True, seed:
         "mem_kv": normal(2, heads, D, M),
         "weight": normal(C, heads * D, 1, 1) / (heads * D) ** 0.5,
         "bias": 0.5 * normal(C),
-        "g": 1 + 0.3 * normal(1, C, 1, 1),
+        "gain": 1 + 0.3 * normal(1, C, 1, 1),
     }
     if residual:
         tensors["residual"] = normal(B, C, H, W)

@@ -12,7 +12,7 @@ from ddpm_fast.testing.truth import assert_close_to_truth
 
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
-# B, C, H, W, M
+# B, C, H, W, K
 SHAPES = [
     (1, 1, 1, 1, 1),
     (2, 3, 1, 7, 5),
@@ -26,13 +26,13 @@ SHAPES = [
 
 def make(shape, layout: str, device="cpu") -> dict[str, torch.Tensor]:
     """Random float32 tensors that take a gradient."""
-    B, C, H, W, M = shape
+    B, C, H, W, K = shape
     generator = torch.Generator().manual_seed(0)
     x = 2 * torch.randn(B, C, H, W, generator=generator) + 0.5
-    g = 1 + 0.3 * torch.randn(1, C, 1, 1, generator=generator)
-    weight = torch.randn(M, C, 1, 1, generator=generator)
+    gain = 1 + 0.3 * torch.randn(1, C, 1, 1, generator=generator)
+    weight = torch.randn(K, C, 1, 1, generator=generator)
     x = x.contiguous(memory_format=LAYOUTS[layout])
-    return {"x": x.to(device), "g": g.to(device), "weight": weight.to(device)}
+    return {"x": x.to(device), "gain": gain.to(device), "weight": weight.to(device)}
 
 
 def run(backend: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def run(backend: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 # Sums over pixels: the interpreter's numpy adds a tile's pixels one after another, torch in pairs.
-SUMS = ("dg", "dweight")
+SUMS = ("dgain", "dweight")
 
 
 def assert_as_accurate_as_the_reference(tensors: dict[str, torch.Tensor]) -> None:

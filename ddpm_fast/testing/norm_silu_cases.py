@@ -52,16 +52,16 @@ def make(norm: str, shape, option: str, layout: str, device="cpu", seed=0) -> tu
         return torch.randn(*size, generator=generator)
 
     names, numbers = OPTIONS[option]
-    tensors = {"x": 2 * normal(B, C, H, W) + 0.5, "weight": 1 + 0.3 * normal(C)}
+    tensors = {"x": 2 * normal(B, C, H, W) + 0.5, "gain": 1 + 0.3 * normal(C)}
     candidates = {"bias": normal(C), "scale": normal(B, C), "shift": normal(B, C), "residual": normal(B, C, H, W)}
     tensors |= {name: candidates[name] for name in names}
     others = dict(numbers)
     if "dropout_p" in others:
         others["seed"] = torch.tensor([0x1234_5678_9ABC], device=device)
     if norm == "rms":
-        tensors["weight"] = tensors["weight"].reshape(1, C, 1, 1)
+        tensors["gain"] = tensors["gain"].reshape(1, C, 1, 1)
     else:
-        tensors["bias_affine"] = normal(C)
+        tensors["offset"] = normal(C)
         others["groups"] = G
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     for name in ("x", "residual"):
@@ -85,7 +85,7 @@ def run(norm: str, backend: str, tensors: dict, others: dict) -> dict[str, torch
 
 
 # Gradients that are sums over pixels: the interpreter's numpy adds a tile's pixels one after another, torch in pairs.
-SUMS = ("dweight", "dbias_affine", "dbias", "dscale", "dshift")
+SUMS = ("dgain", "doffset", "dbias", "dscale", "dshift")
 
 
 def assert_as_accurate_as_the_reference(norm: str, tensors: dict, others: dict) -> None:

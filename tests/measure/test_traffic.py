@@ -26,32 +26,32 @@ SEED_CONFIG = command.SEED_CONFIG
 
 
 @pytest.fixture(scope="module")
-def measured(peer):
+def measured(upstream):
     """By network: training and sampling step of the seed configuration."""
     with traffic.kernels_take_meta_tensors():
         ours = {memory: traffic.measure(ddpm_fast, **SEED_CONFIG, memory=memory) for memory in ("fast", "low")}
-    return {"peer": traffic.measure(peer, **SEED_CONFIG), **ours}
+    return {"upstream": traffic.measure(upstream, **SEED_CONFIG), **ours}
 
 
-def test_the_peer_is_counted_as_it_was_measured(measured):
-    training = measured["peer"]["training step"]
+def test_upstream_is_counted_as_it_was_measured(measured):
+    training = measured["upstream"]["training step"]
     assert training.operators == pytest.approx(2000, rel=0.02)
     assert training.bytes_kept == pytest.approx(527e6, rel=0.02)
 
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
-def test_training_against_the_peer(measured, memory):
-    peer, ours = measured["peer"]["training step"], measured[memory]["training step"]
-    assert peer.bytes_kept / ours.bytes_kept >= {"fast": 2.25, "low": 4.05}[memory]
-    assert ours.bytes_moved <= {"fast": 0.38, "low": 0.42}[memory] * peer.bytes_moved
+def test_training_against_upstream(measured, memory):
+    upstream, ours = measured["upstream"]["training step"], measured[memory]["training step"]
+    assert upstream.bytes_kept / ours.bytes_kept >= {"fast": 2.25, "low": 4.05}[memory]
+    assert ours.bytes_moved <= {"fast": 0.38, "low": 0.42}[memory] * upstream.bytes_moved
     assert ours.operators <= {"fast": 435, "low": 470}[memory]
 
 
-def test_sampling_against_the_peer(measured):
+def test_sampling_against_upstream(measured):
     """Both memories sample alike. About 45 of these operators make the sampler's table, once per run in a loop."""
-    peer, ours = measured["peer"]["sampling step"], measured["fast"]["sampling step"]
+    upstream, ours = measured["upstream"]["sampling step"], measured["fast"]["sampling step"]
     assert ours == measured["low"]["sampling step"]
-    assert ours.bytes_moved <= 0.38 * peer.bytes_moved
+    assert ours.bytes_moved <= 0.38 * upstream.bytes_moved
     assert ours.operators <= 175
 
 
@@ -79,7 +79,7 @@ def test_what_the_readme_shows_is_what_is_counted(measured):
         assert kept == found, "run benchmarks/traffic.py --keep and benchmarks/render.py"
 
 
-@pytest.mark.parametrize("network", ["peer", "fast", "low"])
+@pytest.mark.parametrize("network", ["upstream", "fast", "low"])
 def test_operators_by_name_add_up(measured, network):
     for found in measured[network].values():
         assert sum(operator.calls for operator in found.by_operator.values()) == found.operators
@@ -95,15 +95,15 @@ def test_convolutions_are_those_of_the_network(measured):
     Ours has as many but those that are part of an attention: nine before, nine after. Three read upsampled maps: they
     have 4 taps per pixel of their output instead of 9.
     """
-    peer, ours = (measured[side]["sampling step"] for side in ("peer", "fast"))
-    assert [side.by_operator["aten::convolution"].calls for side in (peer, ours)] == [75, 57]
-    assert peer.by_operator["aten::convolution"].flops > 2 * 7 * 7 * 3 * 64 * 128**2
+    upstream, ours = (measured[side]["sampling step"] for side in ("upstream", "fast"))
+    assert [side.by_operator["aten::convolution"].calls for side in (upstream, ours)] == [75, 57]
+    assert upstream.by_operator["aten::convolution"].flops > 2 * 7 * 7 * 3 * 64 * 128**2
     assert "aten::conv2d" not in ours.by_operator
     upsampled = sum(
         2 * c_in * c_out * size**2 for c_in, c_out, size in ((512, 256, 32), (256, 128, 64), (128, 64, 128))
     )
     after_attention = 2 * 128 * (2 * (64 * 128**2) + (64 + 128) * 64**2 + (128 + 256) * 32**2)
-    assert ours.flops["convolution"] == peer.flops["convolution"] - (9 - 4) * upsampled - after_attention
+    assert ours.flops["convolution"] == upstream.flops["convolution"] - (9 - 4) * upsampled - after_attention
 
 
 def count(function) -> traffic.Traffic:
@@ -146,7 +146,7 @@ def test_partial_sums_of_norm_silu_are_those_of_its_launches(C, size, dropout, g
     x = torch.empty(2, C, size, size, device="meta").to(memory_format=torch.channels_last)
     row = torch.empty(C, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout else None
-    rows = {"weight": row, "affine": row if groups else None, "bias": row if with_bias else None}
+    rows = {"gain": row, "offset": row if groups else None, "bias": row if with_bias else None}
     rows |= {"scale": None, "shift": None, "seed": seed, "groups": groups, "activation": True, "dropout_p": 0.5}
     statistics = torch.empty((2, groups, 2) if groups else (2, size * size), device="meta")
     names = ["group_moments_kernel", "group_merge_kernel", "group_norm_silu_fwd_kernel"]
@@ -209,7 +209,7 @@ def test_the_command(tmp_path):
     printed = subprocess.run(arguments, check=True, capture_output=True, text=True, env=environment).stdout
     found = json.loads((tmp_path / "traffic.json").read_text())
     assert found["config"]["dim_mults"] == [1, 2]
-    for side in ("peer", "ours"):
+    for side in ("upstream", "ours"):
         for step in ("training step", "sampling step"):
             assert found[side][step]["operators"] > 0 and found[side][step]["flops"]["convolution"] > 0
     assert printed.count("| training step |") == 5 and printed.count("| sampling step |") == 4

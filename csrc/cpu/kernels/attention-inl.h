@@ -21,7 +21,7 @@ inline void place_in_scratch(Places& places, int slot, const Plan& plan, Options
   places.place(plan, arena, options...);
 }
 
-// Sizes, and how far apart the rows of positions lie.
+// Sizes, and the distance between rows of positions.
 struct Plan {
   AttentionInputs in;
   int64_t HD, keys, tile, stride;  // keys of a head; queries of a tile; of its scores

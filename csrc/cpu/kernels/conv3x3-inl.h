@@ -88,7 +88,7 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
 
 constexpr int64_t kChannelBlock = 64;  // input channels whose taps are transformed at a time
 
-// V lies block by block of channels: what one product reads is one piece of memory.
+// V is stored block by block of channels: one product reads contiguous memory.
 inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K, int64_t first_tile,
                               int64_t last_tile) {
   const int64_t T = last_tile - first_tile, blocks = ceil_div(C, kChannelBlock),

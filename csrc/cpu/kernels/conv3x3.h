@@ -28,7 +28,7 @@ struct PixelNorm {
 // output = conv3x3(input, weight) + bias + residual. Maps of several parts have their channels side by side.
 struct Conv3x3Forward {
   int64_t B, H, W;        // of the convolution
-  bool upsampled;         // the input has half the height and width, and each of its pixels stands for 2×2
+  bool upsampled;         // the input has half the height and width, and each of its pixels becomes 2×2
   bool pooled;            // the output has half the height and width: sums of 2×2 pixels; H and W are even then
   const float* input[2];  // (B, H, W, channels[i])
   int64_t channels[2];    // C in all; channels[1] is 0 where there is one part

@@ -2,7 +2,7 @@
 //
 //   A[pixel][tap][c] = the pixel's 3×3 neighbours      output = A · W, W[tap][c][k] packed panel by panel
 //
-// A tile or two, or tiles that lie mostly outside, pay for no transform of the weights: Winograd's saves at most three
+// A tile or two, or tiles that are mostly outside, pay for no transform of the weights: Winograd's saves at most three
 // quarters of so few products, and costs four times the memory of the weights.
 #pragma once
 

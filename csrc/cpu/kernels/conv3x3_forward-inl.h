@@ -1,4 +1,4 @@
-// Which way a 3×3 convolution is computed, by its sizes alone, and the norm of what was not normed on the way.
+// The choice of a 3×3 convolution's algorithm, by its sizes alone, and the norm where the epilogue did not apply it.
 #pragma once
 
 #include "conv3x3_direct-inl.h"

@@ -65,7 +65,7 @@ DDPM_FAST_INLINE void transform_rows(const float* const* rows, int64_t pixel, in
   }
 }
 
-// V of one tile and some of a part's channels, which lie `pixel` floats apart: v + point·plane gets `channels` floats.
+// V of one tile and some of a part's channels, which are `pixel` floats apart: v + point·plane gets `channels` floats.
 // `zeros` are 6·pixel of them.
 inline void transform_input(const float* input, int64_t pixel, int64_t channels, bool upsampled, const Tiles& tiles,
                             const Tile& tile, const float* zeros, float* v, int64_t plane) {

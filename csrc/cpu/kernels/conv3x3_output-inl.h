@@ -9,7 +9,7 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// Output channels from k on, at most kLanes and below `last`, that lie in one part.
+// Output channels from k on, at most kLanes and below `last`, that belong to one part.
 struct OutputSlice {
   float* output;
   const float* residual;
@@ -29,7 +29,7 @@ struct OutputSlice {
 };
 
 // The 4×4 outputs of a tile for up to kLanes channels from m + point·plane; with kPooled the sums of 2×2 of them.
-// kWhole: the tile lies inside the map, and there are kLanes channels. The two outer rows of each axis' four are made
+// kWhole: the tile is inside the map, and there are kLanes channels. The two outer rows of each axis' four are made
 // apart from the inner two, from values loaded again, so that all stays in registers.
 template <bool kPooled, bool kWhole, bool kResidual>
 DDPM_FAST_INLINE void transform_output(const float* m, int64_t plane, const Tiles& tiles, const Tile& tile,

@@ -1,7 +1,7 @@
 // 1×1 convolutions of one or two maps side by side as matrix products, with the bias, a residual and a scale per row.
 //
-// The weight is packed on the way, which pays from some sixteen rows on. Sums over rows are made per segment of rows,
-// which depends on the sizes alone, then over segments in order.
+// The weight is packed in the same pass, which pays from some sixteen rows on. Sums over rows are made per segment of
+// rows, which depends on the sizes alone, then over segments in order.
 #pragma once
 
 #include "gemm-inl.h"
@@ -129,7 +129,7 @@ struct LinearOut {
   }
 };
 
-// Where the rows of a block lie.
+// Addresses of the rows of a block.
 struct BlockRows {
   const float* a[2];
   int64_t stride[2];
@@ -168,21 +168,21 @@ DDPM_FAST_NOINLINE void linear_tile(const LinearForward& p, const BlockRows& blo
   Pile pile{before, true};
   Sums<R> sums;
   sums.clear();
-  int64_t room = kSumLength, left = p.channels[0] + p.channels[1];
+  int64_t until_flush = kSumLength, left = p.channels[0] + p.channels[1];
   for (int part = 0; part < 2; ++part) {
     const int64_t stride = block.stride[part];
     const float* a = block.a[part] + local * stride;
     for (int64_t remaining = p.channels[part]; remaining > 0;) {
-      const int64_t steps = min(remaining, room);
+      const int64_t steps = min(remaining, until_flush);
       add_terms(sums, a, stride, 1, panel, steps);
       remaining -= steps;
-      room -= steps;
+      until_flush -= steps;
       left -= steps;
-      if (room == 0 && left > 0) {
+      if (until_flush == 0 && left > 0) {
         sums.write(pile);
         pile.empty = false;
         sums.clear();
-        room = kSumLength;
+        until_flush = kSumLength;
       }
     }
   }

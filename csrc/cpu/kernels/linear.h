@@ -6,7 +6,7 @@
 namespace ddpm_fast {
 
 // The input A is one map or two side by side, (rows, channels[i]) each with its own memory: C channels in all, and
-// channels[1] is 0 where there is one map. The weight W is (K, C), torch's (O, I). Null stands for what is not there.
+// channels[1] is 0 where there is one map. The weight W is (K, C), torch's (O, I). Null is an absent argument.
 
 // out = row_scale·(A·(gain·W)ᵀ) + bias + residual, added to out where `add`.
 struct LinearForward {

@@ -6,7 +6,7 @@
 //   y = softmax(q)·projection + bias            projection = context·weightᵀ
 //
 // Positions are taken in groups, the same whatever the number of threads, and those in tiles that stay in the cache. q
-// and k are made from x tile by tile, in forward and again in backward, and never stand in memory.
+// and k are made from x tile by tile, in forward and again in backward, and are never in memory.
 #pragma once
 
 #include "head_softmax-inl.h"

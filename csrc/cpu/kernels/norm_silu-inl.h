@@ -108,11 +108,11 @@ DDPM_FAST_INLINE vf group_normed(const float* v, const float* bias, const float*
   return (get_biased(v, bias, c, lanes) - lanes.get(spread + c)) * lanes.get(spread + C + c);
 }
 
-// Mean and sum of squared deviations of every group in a chunk, moments (groups, 2); room: (2, C).
-inline void chunk_moments(const NormSiluArgs& p, const NormChunk& chunk, float* room, float* moments) {
+// Mean and sum of squared deviations of every group in a chunk, moments (groups, 2); buffer: (2, C).
+inline void chunk_moments(const NormSiluArgs& p, const NormChunk& chunk, float* buffer, float* moments) {
   const float* x = p.x + chunk.begin;
   const int64_t C = p.C, width = C / p.groups;
-  float *means = room, *sums = room + C;
+  float *means = buffer, *sums = buffer + C;
   clear(sums, C);
   for (int64_t r = 0; r < chunk.rows; ++r) {
     over_channels(C,

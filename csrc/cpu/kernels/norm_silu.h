@@ -12,7 +12,7 @@ struct Dropout {
   int64_t seed;
 };
 
-// Maps are (B, N, C): N pixels, the channels of one side by side. Null stands for what is not there.
+// Maps are (B, N, C): N pixels, the channels of one adjacent. Null is an absent argument.
 struct NormSiluArgs {
   const float* x;       // (B, N, C)
   const float* gain;    // (C)

@@ -39,7 +39,7 @@ inline PaddedMap pad_map(const StemConvSizes& in, const float* x) {
   return map;
 }
 
-// Where tap (i, j) of channel c of output channel n lies in a torch weight; row r of a panel is (i, j, c).
+// Where tap (i, j) of channel c of output channel n is in a torch weight; row r of a panel is (i, j, c).
 DDPM_FAST_INLINE int64_t stem_conv_tap(const StemConvSizes& in, int64_t n, int64_t r) {
   return (n * in.C + r % in.C) * in.side * in.side + r / in.C;
 }

@@ -149,7 +149,7 @@ DDPM_FAST_INLINE vf exp(vf x) {
   p = p * (r * r) + r + splat(1.0f);
   vu bits;
   __builtin_memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127) << 23;  // n stands in the lowest bits of `shifted`, above which there are zeros enough
+  bits = (bits + 127) << 23;  // n is in the lowest bits of `shifted`, above which there are zeros enough
   vf scale;
   __builtin_memcpy(&scale, &bits, sizeof(scale));
   return p * scale;

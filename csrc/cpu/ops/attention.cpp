@@ -74,7 +74,7 @@ struct BlockCall {
       : x(float_map(given, "x")) {
     check_memory(memory, heads);
     const int64_t C = x.size(1), hidden = heads * memory.size(3);
-    gain_in = float_vector(input_gain, "g_in", C);
+    gain_in = float_vector(input_gain, "gain_in", C);
     weight_qkv = float_vector(qkv_weight, "weight_qkv", 3 * hidden * C);
     mem_kv = float_vector(memory, "mem_kv", memory.numel());
     weight = float_vector(output_weight, "weight", C * hidden);

@@ -24,7 +24,7 @@ struct Parts {
     H = x.size(2) * (up ? 2 : 1);
     W = x.size(3) * (up ? 2 : 1);
     if (skip.has_value())
-      second = float_map(*skip, "beside", {B, skip->dim() == 4 ? skip->size(1) : 0, x.size(2), x.size(3)});
+      second = float_map(*skip, "skip", {B, skip->dim() == 4 ? skip->size(1) : 0, x.size(2), x.size(3)});
     channels[0] = x.size(1);
     channels[1] = second.defined() ? second.size(1) : 0;
     C = channels[0] + channels[1];

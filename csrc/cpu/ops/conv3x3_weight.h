@@ -1,4 +1,4 @@
-// How a torch weight (K, C, 3, 3) lies in memory for the kernels of conv3x3.
+// The layout of a torch weight (K, C, 3, 3) for the kernels of conv3x3.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
 // x_t = a·x0 + b·ε and w · mean((out − (c·ε + d·x0))²), see ddpm_fast/ops/forward_diffusion/op.py. Samples are cut into
-// tiles of elements in C, H, W order, in which the noise is counted; images lie in that order or channels-last.
+// tiles of elements in C, H, W order, in which the noise is counted; images are in that order or channels-last.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
@@ -19,7 +19,7 @@ namespace {
 
 constexpr uint32_t kStreamTraining = 2, kStreamOffset = 3;  // of ddpm_fast/noise.py
 
-// Where the elements of a sample lie, whose batch stride is `elements`.
+// The layout of a sample's elements, whose batch stride is `elements`.
 struct Layout {
   int64_t elements, pixels, row;  // of a sample, of a channel, of a row of pixels
   int64_t channel_stride, pixel_stride;
@@ -44,7 +44,7 @@ Layout layout_of(const Tensor& x, const char* name) {
   return layout;
 }
 
-// body(done, count, offset, step): elements [done, done + count) of those from `first` on lie at offset + i·step; a
+// body(done, count, offset, step): elements [done, done + count) of those from `first` on are at offset + i·step; a
 // mirrored image is read row by row from right to left.
 template <typename Body>
 void for_runs(const Layout& layout, int64_t first, int64_t count, bool mirrored, const Body& body) {
@@ -59,34 +59,34 @@ void for_runs(const Layout& layout, int64_t first, int64_t count, bool mirrored,
   }
 }
 
-// A tile of one sample as float32, 8-bit images divided by 255: where it lies already, else in `room`.
+// A tile of one sample as float32, 8-bit images divided by 255: in place where possible, else in `buffer`.
 template <typename T>
-const float* load_tile(float* room, const T* sample, const Layout& layout, int64_t first, int64_t count,
+const float* load_tile(float* buffer, const T* sample, const Layout& layout, int64_t first, int64_t count,
                        bool mirrored) {
   const bool in_order = layout.dense && !mirrored;
   if constexpr (std::is_same_v<T, float>) {
     if (in_order) return sample + first;
   }
   if (in_order) {
-    convert(room, sample + first, count);
-    return room;
+    convert(buffer, sample + first, count);
+    return buffer;
   }
   T gathered[kTile];
   for_runs(layout, first, count, mirrored, [&](int64_t done, int64_t size, int64_t offset, int64_t step) {
     const T* from = sample + offset;
     for (int64_t i = 0; i < size; ++i) gathered[done + i] = from[i * step];
   });
-  convert(room, gathered, count);
-  return room;
+  convert(buffer, gathered, count);
+  return buffer;
 }
 
-// Where a tile is to be computed: in the result itself where that is possible, else in `room`.
+// Where a tile is to be computed: in the result itself where that is possible, else in `buffer`.
 template <typename T>
-float* place_of_tile(float* room, T* sample, const Layout& layout, int64_t first) {
+float* place_of_tile(float* buffer, T* sample, const Layout& layout, int64_t first) {
   if constexpr (std::is_same_v<T, float>) {
     if (layout.dense) return sample + first;
   }
-  return room;
+  return buffer;
 }
 
 // Writes a tile that was computed at place_of_tile.
@@ -159,9 +159,9 @@ struct Images {
   }
 
   void make_offset(float strength) {
-    const int64_t channels = x_start.size(1), room = (channels + 3) / 4 * 4;
+    const int64_t channels = x_start.size(1), padded = (channels + 3) / 4 * 4;
     offset.resize(batch * channels);
-    std::vector<float> z(room);
+    std::vector<float> z(padded);
     NoiseIndex mine = index;
     mine.stream = kStreamOffset;
     for (int64_t sample = 0; sample < batch; ++sample) {
@@ -179,11 +179,11 @@ struct Images {
     for (int64_t i = 0; i < columns; ++i) row[i] = inside ? from[i] : NAN;
   }
 
-  const float* load_x_start(float* room, int64_t sample, int64_t first, int64_t count) const {
+  const float* load_x_start(float* buffer, int64_t sample, int64_t first, int64_t count) const {
     const bool mirrored = flip != nullptr && flip[sample] != 0;
     const float* x = nullptr;
     const auto load = [&](auto* from) {
-      x = load_tile(room, from + sample * x_layout.elements, x_layout, first, count, mirrored);
+      x = load_tile(buffer, from + sample * x_layout.elements, x_layout, first, count, mirrored);
     };
     AT_DISPATCH_SWITCH(
         x_start.scalar_type(), "x_start",
@@ -195,28 +195,28 @@ struct Images {
     return x;
   }
 
-  // `room` holds count rounded up to a multiple of 4.
-  const float* load_noise(float* room, int64_t sample, int64_t first, int64_t count) const {
-    const float* eps = room;
+  // `buffer` holds count rounded up to a multiple of 4.
+  const float* load_noise(float* buffer, int64_t sample, int64_t first, int64_t count) const {
+    const float* eps = buffer;
     if (noise != nullptr) {
       DDPM_FAST_FLOATS(noise_type, "noise", [&] {
         const scalar_t* from = static_cast<const scalar_t*>(noise) + sample * noise_layout.elements;
-        eps = load_tile(room, from, noise_layout, first, count, false);
+        eps = load_tile(buffer, from, noise_layout, first, count, false);
       });
     } else {
       NoiseIndex mine = index;
       mine.sample = static_cast<uint32_t>(sample);
-      kernels().noise.normal(room, mine, first, count);
+      kernels().noise.normal(buffer, mine, first, count);
     }
     if (offset.empty()) return eps;
     const float* of_sample = offset.data() + sample * x_start.size(1);
     int64_t channel = first / x_layout.pixels, at = first % x_layout.pixels;
     for (int64_t done = 0; done < count; ++channel, at = 0) {
       const int64_t size = std::min(x_layout.pixels - at, count - done);
-      for (int64_t i = done; i < done + size; ++i) room[i] = eps[i] + of_sample[channel];
+      for (int64_t i = done; i < done + size; ++i) buffer[i] = eps[i] + of_sample[channel];
       done += size;
     }
-    return room;
+    return buffer;
   }
 };
 
@@ -246,13 +246,13 @@ Tensor q_sample(const Tensor& x_start, const Tensor& t, const Tensor& table, con
   DDPM_FAST_FLOATS(dtype, "q_sample", [&] {
     scalar_t* out = x_t.data_ptr<scalar_t>();
     for_tiles(images.batch, layout.elements, [&](int64_t, int64_t sample, int64_t first, int64_t count) {
-      alignas(64) float x_room[kTile], eps_room[kTile], room[kTile];
+      alignas(64) float x_buffer[kTile], eps_buffer[kTile], buffer[kTile];
       scalar_t* of_sample = out + sample * layout.elements;
       float ab[2];
       images.coefficients(ab, sample);
-      const float* x = images.load_x_start(x_room, sample, first, count);
-      const float* eps = images.load_noise(eps_room, sample, first, count);
-      float* result = place_of_tile(room, of_sample, layout, first);
+      const float* x = images.load_x_start(x_buffer, sample, first, count);
+      const float* eps = images.load_noise(eps_buffer, sample, first, count);
+      float* result = place_of_tile(buffer, of_sample, layout, first);
       kernels().forward_diffusion.combine(result, x, eps, ab[1], ab[0], images.normalize, count);
       store_tile(of_sample, result, layout, first, count);
     });
@@ -277,16 +277,16 @@ std::tuple<Tensor, Tensor, Tensor> diffusion_loss(const Tensor& model_output, co
     const scalar_t* out = model_output.const_data_ptr<scalar_t>();
     scalar_t* errors = with_gradient ? error.data_ptr<scalar_t>() : nullptr;
     for_tiles(images.batch, layout.elements, [&](int64_t tile, int64_t sample, int64_t first, int64_t count) {
-      alignas(64) float x_room[kTile], eps_room[kTile], target[kTile];
+      alignas(64) float x_buffer[kTile], eps_buffer[kTile], target[kTile];
       const int64_t offset = sample * layout.elements;
       float cdw[3];
       images.coefficients(cdw, sample);
-      const float* x = images.load_x_start(x_room, sample, first, count);
-      const float* eps = images.load_noise(eps_room, sample, first, count);
+      const float* x = images.load_x_start(x_buffer, sample, first, count);
+      const float* eps = images.load_noise(eps_buffer, sample, first, count);
       kernels().forward_diffusion.combine(target, x, eps, cdw[0], cdw[1], images.normalize, count);
       // The target is made, and x0 and ε may go.
-      const float* output = load_tile(x_room, out + offset, layout, first, count, false);
-      float* difference = with_gradient ? place_of_tile(eps_room, errors + offset, layout, first) : eps_room;
+      const float* output = load_tile(x_buffer, out + offset, layout, first, count, false);
+      float* difference = with_gradient ? place_of_tile(eps_buffer, errors + offset, layout, first) : eps_buffer;
       sums[tile] = kernels().forward_diffusion.subtract(difference, output, target, count);
       if (with_gradient) store_tile(errors + offset, difference, layout, first, count);
     });
@@ -308,7 +308,7 @@ Tensor diffusion_loss_backward(const Tensor& error, const Tensor& factor, const 
   TORCH_CHECK_VALUE(error.dim() >= 2 && error.numel() > 0, "error must be (B, C, ...) and not empty, got ",
                     error.sizes());
   Layout in_memory = layout_of(error, "error");
-  in_memory.dense = true;  // the gradient lies like the error, so that one walks through both
+  in_memory.dense = true;  // the gradient has the error's layout, so one loop serves both
   for (const Tensor* tensor : {&factor, &dloss}) {
     TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, "factor and dloss must be float32, got ",
                      tensor->scalar_type());
@@ -323,10 +323,10 @@ Tensor diffusion_loss_backward(const Tensor& error, const Tensor& factor, const 
     const scalar_t* from = error.const_data_ptr<scalar_t>();
     scalar_t* to = doutput.data_ptr<scalar_t>();
     for_tiles(batch, elements, [&](int64_t, int64_t sample, int64_t first, int64_t count) {
-      alignas(64) float error_room[kTile], room[kTile];
+      alignas(64) float error_buffer[kTile], buffer[kTile];
       const int64_t offset = sample * elements;
-      const float* errors = load_tile(error_room, from + offset, in_memory, first, count, false);
-      float* result = place_of_tile(room, to + offset, in_memory, first);
+      const float* errors = load_tile(error_buffer, from + offset, in_memory, first, count, false);
+      float* result = place_of_tile(buffer, to + offset, in_memory, first);
       kernels().forward_diffusion.scale(result, errors, of_sample[sample] * above[sample], count);
       store_tile(to + offset, result, in_memory, first, count);
     });

@@ -33,7 +33,7 @@ struct Call {
     mem_kv = float_vector(memory, "mem_kv", 2 * heads * D * memory.size(3));
     weight = float_vector(output_weight, "weight", C * heads * D);
     bias = float_vector(output_bias, "bias", C);
-    gain = float_vector(output_gain, "g", C);
+    gain = float_vector(output_gain, "gain", C);
     const float* data = map.const_data_ptr<float>();
     in = {.B = map.size(0),
           .N = map.size(2) * map.size(3),
@@ -50,7 +50,7 @@ struct Call {
   }
 
   void set_input_product(const Tensor& input_gain, const Tensor& qkv_weight) {
-    gain_in = float_vector(input_gain, "g_in", in.C);
+    gain_in = float_vector(input_gain, "gain_in", in.C);
     weight_qkv = float_vector(qkv_weight, "weight_qkv", 3 * in.heads * in.D * in.C);
     in.gain_in = gain_in.const_data_ptr<float>();
     in.weight_qkv = weight_qkv.const_data_ptr<float>();

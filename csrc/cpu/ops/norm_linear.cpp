@@ -35,7 +35,7 @@ Tensor sums_like(const Tensor& tensor, int64_t rows) {
 std::tuple<Tensor, Tensor> norm_linear(const Tensor& x, const Tensor& gain, const Tensor& weight) {
   check_map(x, "x");
   const int64_t C = x.size(1), K = weight.size(0);
-  check_elements(gain, "g", C);
+  check_elements(gain, "gain", C);
   const Tensor matrix = check_weight(weight, C), map = float_map(x), row = float_vector(gain);
   const Tensor out = empty_float_map({x.size(0), K, x.size(2), x.size(3)});
   const Tensor norms = empty_tensor({x.size(0), x.size(2) * x.size(3)});
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(const Tensor& grad, cons
                                                         bool needs_weight) {
   check_map(x, "x");
   const int64_t C = x.size(1), K = weight.size(0), rows = pixels(x);
-  check_elements(gain, "g", C);
+  check_elements(gain, "gain", C);
   check_sizes(grad, "grad", {x.size(0), K, x.size(2), x.size(3)});
   TORCH_CHECK_TYPE(norms.scalar_type() == at::kFloat, "norms must be float32");
   check_elements(norms, "norms", rows);
@@ -188,7 +188,7 @@ Tensor linears(const Tensor& x, at::TensorList weights, at::TensorList biases) {
   TORCH_CHECK_VALUE(weights.size() == biases.size(), "there must be as many biases as weights, got ", biases.size(),
                     " and ", weights.size());
   const int64_t C = x.size(1), count = static_cast<int64_t>(weights.size());
-  std::vector<Tensor> kept;  // copies of what does not lie as the kernel reads it
+  std::vector<Tensor> kept;  // copies of tensors in another layout than the kernel's
   kept.reserve(2 * weights.size() + 1);
   const auto read = [&](const Tensor& tensor, const char* name) {
     TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, name, " must be float32, got ", tensor.scalar_type());

@@ -21,12 +21,12 @@ struct Inputs {
          const OptionalTensor& seed, int64_t groups, double eps, bool activation, double dropout_p) {
     check_map(map, "x");
     const int64_t B = map.size(0), C = map.size(1), N = map.size(2) * map.size(3);
-    check_elements(given_gain, "weight", C);
+    check_elements(given_gain, "gain", C);
     TORCH_CHECK_VALUE(groups >= 0 && (groups == 0 || C % groups == 0), "groups must divide the ", C,
                       " channels of x, got ", groups);
     x = float_map(map);
     gain = float_vector(given_gain);
-    offset = vector(given_offset, "bias_affine", {C});
+    offset = vector(given_offset, "offset", {C});
     bias = vector(given_bias, "bias", {C});
     scale = vector(given_scale, "scale", {B, C});
     shift = vector(given_shift, "shift", {B, C});

@@ -1,5 +1,5 @@
 // A residual block as one operator: two 3×3 convolutions, norms, and the 1×1 convolution of the residual, by the
-// kernels of their own rooms. What is between the first norm and the second convolution is made again in backward.
+// kernels of the single ops. What is between the first norm and the second convolution is made again in backward.
 
 #include <algorithm>
 #include <array>
@@ -66,7 +66,7 @@ struct Block {
     W = x_in.size(3);
     x_map = float_map(x_in);
     if (skip_in.has_value()) {
-      skip_map = float_map(*skip_in, "beside", {B, skip_in->dim() == 4 ? skip_in->size(1) : 0, H, W});
+      skip_map = float_map(*skip_in, "skip", {B, skip_in->dim() == 4 ? skip_in->size(1) : 0, H, W});
     }
     x = x_map.const_data_ptr<float>();
     skip = data_or_null(skip_map);
@@ -87,15 +87,15 @@ struct Block {
     TORCH_CHECK_VALUE(groups >= 0 && (groups == 0 || K % groups == 0), "groups must divide ", K, " channels, got ",
                       groups);
     TORCH_CHECK_VALUE(groups > 0 || (!offset1.has_value() && !offset2.has_value()),
-                      "affine1 and affine2 must not be given with groups = 0");
+                      "offset1 and offset2 must not be given with groups = 0");
     scale = float_vector(scale_in, "scale", B * K);
     shift = float_vector(shift_in, "shift", B * K);
     norm1.gain = float_vector(gain1, "gain1", K);
-    norm1.offset = float_vector(offset1, "affine1", K);
+    norm1.offset = float_vector(offset1, "offset1", K);
     norm1.scale = data_or_null(scale);
     norm1.shift = data_or_null(shift);
     norm2.gain = float_vector(gain2, "gain2", K);
-    norm2.offset = float_vector(offset2, "affine2", K);
+    norm2.offset = float_vector(offset2, "offset2", K);
   }
 
   Block images(int64_t first, int64_t count) const {
@@ -223,16 +223,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> resnet_block(
   const Tensor statistics1 = keeps1 ? block.norm1.empty_statistics(y1) : Tensor();
   const Tensor statistics2 = keeps2 ? block.norm2.empty_statistics(y2) : Tensor();
   const int64_t count = groups == 0 && dropout_p == 0 ? block.images_at_once() : B;
-  const Tensor h_room = empty_tensor({count * pixels * K});
+  const Tensor h_buffer = empty_tensor({count * pixels * K});
   // The residual's convolution goes into out, unless the second convolution writes there before its norm reads it.
   const bool convolved = block.res_weight.defined(), apart = convolved && !keeps2;
-  const Tensor residual_room = apart ? empty_tensor({count * pixels * K}) : Tensor();
+  const Tensor residual_buffer = apart ? empty_tensor({count * pixels * K}) : Tensor();
 
   for (int64_t first = 0; first < B; first += count) {
     const Block images = block.images(first, std::min(count, B - first));
     const int64_t offset = first * pixels * K;
     const auto at_images = [&](const Tensor& map) { return map.defined() ? map.data_ptr<float>() + offset : nullptr; };
-    float* const h = h_room.data_ptr<float>();
+    float* const h = h_buffer.data_ptr<float>();
     float* const y1_now = keeps1 ? at_images(y1) : h;
     const int64_t per_image = groups == 0 ? pixels : 2 * groups;
     const auto at_statistics = [&](const Tensor& t) {
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> resnet_block(
 
     const float* residual = images.x;
     if (convolved) {
-      float* const to = apart ? residual_room.data_ptr<float>() : at_images(out);
+      float* const to = apart ? residual_buffer.data_ptr<float>() : at_images(out);
       kernels().linear.forward({.input = {images.x, images.skip},
                                 .channels = {images.channels[0], images.channels[1]},
                                 .rows = images.B * pixels,

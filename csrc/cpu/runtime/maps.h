@@ -46,7 +46,7 @@ inline at::Tensor float_map(const at::Tensor& map, const char* name) {
   return map.to(at::kFloat);
 }
 
-// Where a map lies in both formats its outputs are contiguous.
+// Where a map is contiguous in both formats its outputs are contiguous.
 inline at::MemoryFormat format_of(const at::Tensor& map) {
   return map.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
 }

@@ -1,8 +1,9 @@
 // A network asks for the memory of its maps and gradients again in every step. malloc would either give it back to the
-// system in between and take it anew, page by page (27,000 page faults, 5% of a training step of Unet(64) at 32×32), or
-// keep it in holes between what lives on, such as Adam's moments, where few of the next tensors fit (another 100 MB
-// there). So large tensors come from one range of addresses: each lies as low in it as it fits, which leaves one free
-// piece above the maps where the gradients of backward follow them down; and its pages are huge, where Linux has those.
+// system in between and take it again, page by page (27,000 page faults, 5% of a training step of Unet(64) at 32×32),
+// or keep it in holes between what lives on, such as Adam's moments, where few of the next tensors fit (another 100 MB
+// there). So large tensors come from one range of addresses: each takes the lowest address where it fits, which leaves
+// one free piece above the maps where the gradients of backward follow them down; and its pages are huge, where Linux
+// has those.
 #include "memory.h"
 
 #include <ATen/EmptyTensor.h>
@@ -29,7 +30,7 @@ namespace {
 
 constexpr size_t kMinBytes = 256 << 10;  // bytes; smaller tensors are malloc's
 constexpr size_t kStep = 2 << 20;        // the range grows by huge pages
-// Between neighbours, so that maps whose sizes are powers of two do not lie a multiple of 4 KB apart: a load then seems
+// Between neighbours, so that maps whose sizes are powers of two are not a multiple of 4 KB apart: a load then seems
 // to depend on every store to the same place of another map.
 constexpr size_t kGap = 17 * 64;
 constexpr double kKeptSeconds = 10;

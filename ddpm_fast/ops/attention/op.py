@@ -2,7 +2,7 @@
 
     out = softmax(q·kᵀ / √D)·v   (Vaswani et al. 2017, eq. 1)
 
-per sample and head, where M learned keys and values, the same for every sample, stand before the N keys and values of
+per sample and head, where M learned keys and values, the same for every sample, precede the N keys and values of
 the map. Backward keeps qkv, out and one float per head and position, and computes the softmax again.
 """
 

@@ -1,6 +1,6 @@
 """Triton kernels of attention, and their launches.
 
-Of one sample and head, q, k and v are (N, D) matrices that lie side by side in qkv and are read in place through
+Of one sample and head, q, k and v are (N, D) matrices, adjacent in qkv and read in place through
 strides; channels-last is the fast layout, contiguous works as well. Memory keys and values (M, D) come first, as tiles
 of their own, so that nothing is concatenated. The softmax is online (Milakov & Gimelshein 2018; Dao et al. 2022,
 "FlashAttention", algorithm 1): forward keeps per query

@@ -11,7 +11,7 @@ from ddpm_fast.runtime.autocast import no_autocast
 
 def attention_block(
     x: torch.Tensor,
-    g_in: torch.Tensor,
+    gain_in: torch.Tensor,
     weight_qkv: torch.Tensor,
     mem_kv: torch.Tensor,
     weight: torch.Tensor,
@@ -22,7 +22,7 @@ def attention_block(
 ) -> torch.Tensor:
     """See `ddpm_fast.ops.attention_block.op.attention_block`."""
     with no_autocast(x.device.type):
-        qkv = norm_linear(x, g_in, weight_qkv.reshape(*weight_qkv.shape[:2], 1, 1))
+        qkv = norm_linear(x, gain_in, weight_qkv.reshape(*weight_qkv.shape[:2], 1, 1))
         out = attention(qkv, mem_kv, heads=heads)
         weight = weight.reshape(*weight.shape[:2], 1, 1)
         return linear(out, weight, bias) if residual is None else linear_residual(out, weight, bias, residual)

@@ -22,11 +22,12 @@ def _fake(x, **_) -> torch.Tensor:
 
 _attention_block = Operator(
     "attention_block",
-    "Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor? residual, int heads",
+    "Tensor x, Tensor gain_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor? residual, "
+    "int heads",
     returns="out",
     fake=_fake,
-    backward="grad, x, g_in, weight_qkv, mem_kv, weight, bias, heads",
-    gradients="x, g_in, weight_qkv, mem_kv, weight, bias",
+    backward="grad, x, gain_in, weight_qkv, mem_kv, weight, bias, heads",
+    gradients="x, gain_in, weight_qkv, mem_kv, weight, bias",
     passes="residual",
     native=True,
 )
@@ -34,7 +35,7 @@ _attention_block = Operator(
 
 def attention_block(
     x: torch.Tensor,
-    g_in: torch.Tensor,
+    gain_in: torch.Tensor,
     weight_qkv: torch.Tensor,
     mem_kv: torch.Tensor,
     weight: torch.Tensor,
@@ -47,7 +48,7 @@ def attention_block(
 
     Args:
         x: (B, C, h, w) float32, float16, bfloat16 (float64: not native). The native code takes channels-last.
-        g_in: the norm's gain, C elements in any shape: x / max(‖x‖₂, 1e-12)·√C·g_in is what qkv is made of.
+        gain_in: the norm's gain, C elements in any shape: x / max(‖x‖₂, 1e-12)·√C·gain_in is what qkv is made of.
         weight_qkv: (3·heads·D, C) or (3·heads·D, C, 1, 1), its rows ordered (3, heads, D).
         mem_kv: (2, heads, M, D), see `attention`.
         weight: (C, heads·D) or (C, heads·D, 1, 1), the convolution after attention.
@@ -62,7 +63,7 @@ def attention_block(
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
-    given = {"x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias}
+    given = {"x": x, "gain_in": gain_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias}
     _check(given, heads, residual)
     return unchecked_attention_block(*given.values(), heads=heads, residual=residual)
 
@@ -70,7 +71,7 @@ def attention_block(
 def _check(given: dict[str, torch.Tensor], heads: int, residual: torch.Tensor | None) -> None:
     """The checks of the block's implementations."""
     check_kinds(given if residual is None else given | {"residual": residual}, heads)
-    x, g_in, weight_qkv, mem_kv, weight, bias = given.values()
+    x, gain_in, weight_qkv, mem_kv, weight, bias = given.values()
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, C, h, w), got {tuple(x.shape)}")
     if mem_kv.dim() != 4 or mem_kv.shape[:2] != (2, heads) or mem_kv.shape[3] == 0:
@@ -79,21 +80,21 @@ def _check(given: dict[str, torch.Tensor], heads: int, residual: torch.Tensor | 
     for name, tensor, shape in (("weight_qkv", weight_qkv, (3 * hidden, C)), ("weight", weight, (C, hidden))):
         if tensor.shape not in (shape, (*shape, 1, 1)):
             raise ValueError(f"{name} must have shape {shape} or {(*shape, 1, 1)}, got {tuple(tensor.shape)}")
-    if g_in.numel() != C:
-        raise ValueError(f"g_in must have {C} elements, one per channel of x, got shape {tuple(g_in.shape)}")
+    if gain_in.numel() != C:
+        raise ValueError(f"gain_in must have {C} elements, one per channel of x, got shape {tuple(gain_in.shape)}")
     if bias.shape != (C,):
         raise ValueError(f"bias must have shape ({C},), got {tuple(bias.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have shape {tuple(x.shape)}, got {tuple(residual.shape)}")
 
 
-def _native(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> torch.Tensor:
-    return _attention_block.native(x, g_in, weight_qkv, mem_kv, weight, bias, residual, heads)
+def _native(x, gain_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> torch.Tensor:
+    return _attention_block.native(x, gain_in, weight_qkv, mem_kv, weight, bias, residual, heads)
 
 
-def _native_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> str | None:
+def _native_refuses(x, gain_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> str | None:
     given = {
-        "x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias,
+        "x": x, "gain_in": gain_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias,
         "residual": residual,
     }  # fmt: skip
     return why_not_on_cpu(given, maps=("x",), may_be_empty=("mem_kv",))

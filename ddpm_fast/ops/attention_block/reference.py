@@ -15,7 +15,7 @@ from ddpm_fast.runtime.autocast import no_autocast
 
 def attention_block(
     x: torch.Tensor,
-    g_in: torch.Tensor,
+    gain_in: torch.Tensor,
     weight_qkv: torch.Tensor,
     mem_kv: torch.Tensor,
     weight: torch.Tensor,
@@ -25,7 +25,7 @@ def attention_block(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ddpm_fast.ops.attention_block.op.attention_block`."""
-    out = attention(norm_linear(x, g_in, weight_qkv), mem_kv, heads=heads)
+    out = attention(norm_linear(x, gain_in, weight_qkv), mem_kv, heads=heads)
     weight = weight.reshape(*weight.shape[:2], 1, 1)
     if residual is not None:
         return linear_residual(out, weight, bias, residual)

@@ -15,7 +15,7 @@ from ddpm_fast.noise import STREAM_DROPOUT
 
 def rms_norm_silu(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    gain: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
@@ -27,14 +27,14 @@ def rms_norm_silu(
 ) -> torch.Tensor:
     """See `ddpm_fast.ops.norm_silu.op.rms_norm_silu`."""
     v = _with_bias(x, bias)
-    y = F.normalize(v, dim=1) * (_per_channel(weight, v) * v.shape[1] ** 0.5)
+    y = F.normalize(v, dim=1) * (_per_channel(gain, v) * v.shape[1] ** 0.5)
     return _after_norm(y, scale, shift, residual, activation, dropout_p, seed).to(x.dtype)
 
 
 def group_norm_silu(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias_affine: torch.Tensor,
+    gain: torch.Tensor,
+    offset: torch.Tensor,
     *,
     groups: int,
     eps: float = 1e-5,
@@ -48,7 +48,7 @@ def group_norm_silu(
 ) -> torch.Tensor:
     """See `ddpm_fast.ops.norm_silu.op.group_norm_silu`."""
     v = _with_bias(x, bias)
-    y = torch.group_norm(v, groups, weight.to(v.dtype), bias_affine.to(v.dtype), eps)
+    y = torch.group_norm(v, groups, gain.to(v.dtype), offset.to(v.dtype), eps)
     return _after_norm(y, scale, shift, residual, activation, dropout_p, seed).to(x.dtype)
 
 

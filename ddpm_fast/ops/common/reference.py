@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 from ddpm_fast.runtime.autocast import no_autocast
 
 
-def norm_linear(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def norm_linear(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """See `ddpm_fast.ops.norm_linear.op.norm_linear`."""
-    return _NormLinear.apply(x, g, weight)
+    return _NormLinear.apply(x, gain, weight)
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -27,10 +27,10 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, g, weight):
-        ctx.save_for_backward(x, g, weight)
+    def forward(ctx, x, gain, weight):
+        ctx.save_for_backward(x, gain, weight)
         with no_autocast(x.device.type):
-            return _product(_matrix(weight, x), _times_gain(_normed(x)[0], g).to(x.dtype))
+            return _product(_matrix(weight, x), _times_gain(_normed(x)[0], gain).to(x.dtype))
 
     @staticmethod
     @once_differentiable  # the normed map is made again without a graph: a second derivative would be wrong
@@ -39,33 +39,33 @@ class _NormLinear(torch.autograd.Function):
             return _gradients(*ctx.saved_tensors, grad, ctx.needs_input_grad)
 
 
-def _gradients(x, g, weight, grad, needs) -> tuple[torch.Tensor | None, ...]:
-    """Of x, g and weight, those that are needed."""
+def _gradients(x, gain, weight, grad, needs) -> tuple[torch.Tensor | None, ...]:
+    """Of x, gain and weight, those that are needed."""
     needs_x, needs_g, needs_weight = needs
     normed, factor, clamped = _normed(x)
-    dx = dg = dweight = None
+    dx = dgain = dweight = None
     if needs_weight:
-        h = _times_gain(normed, g).to(x.dtype)
+        h = _times_gain(normed, gain).to(x.dtype)
         dweight = torch.bmm(grad.flatten(2), h.flatten(2).transpose(1, 2)).sum(0)
         dweight = dweight.reshape(weight.shape).to(weight.dtype)
     if needs_x or needs_g:
         dh = _product(_matrix(weight, x).t(), grad)
     if needs_g:
-        dg = (dh * normed).sum((0, 2, 3)).reshape(g.shape).to(g.dtype)
+        dgain = (dh * normed).sum((0, 2, 3)).reshape(gain.shape).to(gain.dtype)
     if needs_x:
-        z = _times_gain(dh, g)
+        z = _times_gain(dh, gain)
         projection = (z * normed).mean(1, keepdim=True)
         # A clamped norm is a constant: nothing flows through it.
         dx = (torch.addcmul(z, normed, projection.masked_fill(clamped, 0), value=-1) * factor).to(x.dtype)
-    return dx, dg, dweight
+    return dx, dgain, dweight
 
 
-def _matrix(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:  # (M, C, 1, 1) -> (M, C) in the dtype of x
+def _matrix(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:  # (K, C, 1, 1) -> (K, C) in the dtype of x
     return weight.reshape(weight.shape[:2]).to(x.dtype)
 
 
-def _product(matrix: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:  # (M, C), (B, C, H, W) -> (B, M, H, W)
-    """The matrix times every pixel; the result lies as the maps do."""
+def _product(matrix: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:  # (K, C), (B, C, H, W) -> (B, K, H, W)
+    """The matrix times every pixel; the result has the layout of the maps."""
     B, _, H, W = maps.shape
     columns = maps.flatten(2)  # (B, C, N)
     matrix = matrix.expand(B, -1, -1)
@@ -84,5 +84,5 @@ def _normed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x * factor, factor, norm <= 1e-12
 
 
-def _times_gain(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    return x * g.reshape(1, -1, 1, 1).to(torch.promote_types(x.dtype, torch.float32))
+def _times_gain(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    return x * gain.reshape(1, -1, 1, 1).to(torch.promote_types(x.dtype, torch.float32))

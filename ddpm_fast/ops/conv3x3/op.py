@@ -25,15 +25,15 @@ def _native_fake(x, weight, upsampled, **_) -> torch.Tensor:
 
 _conv3x3 = Operator(
     "conv3x3",
-    "Tensor x, Tensor? beside, Tensor weight, Tensor? bias, Tensor? residual, bool upsampled",
+    "Tensor x, Tensor? skip, Tensor weight, Tensor? bias, Tensor? residual, bool upsampled",
     returns="out",
     fake=_native_fake,
-    backward="grad, x, beside, weight, upsampled, wanted",
-    gradients="x, beside, weight, bias",
-    maps="x, beside",
+    backward="grad, x, skip, weight, upsampled, wanted",
+    gradients="x, skip, weight, bias",
+    maps="x, skip",
     rows={"bias": "weight"},
     passes="residual",
-    wanted={"wanted": ("x, beside", "weight", "bias")},
+    wanted={"wanted": ("x, skip", "weight", "bias")},
     native=True,
 )
 
@@ -43,7 +43,7 @@ def conv3x3(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    beside: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     upsampled: bool = False,
 ) -> torch.Tensor:
@@ -54,9 +54,9 @@ def conv3x3(
             where half types are computed in float32 and rounded once.
         weight: (K, C + C', 3, 3).
         bias: (K,).
-        beside: (B, C', H, W), channels that follow those of x, as if the two were concatenated.
+        skip: (B, C', H, W), channels that follow those of x, as if the two were concatenated.
         residual: shape of the output, added to it.
-        upsampled: every pixel of the input stands for 2×2 (nearest upsampling before the convolution); the large map is
+        upsampled: every pixel of the input becomes 2×2 (nearest upsampling before the convolution); the large map is
             never built natively.
 
     Returns:
@@ -66,20 +66,20 @@ def conv3x3(
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
-    _check(x, weight, bias, beside, residual, upsampled)
-    return _conv3x3_op(x, weight, bias, beside=beside, residual=residual, upsampled=upsampled)
+    _check(x, weight, bias, skip, residual, upsampled)
+    return _conv3x3_op(x, weight, bias, skip=skip, residual=residual, upsampled=upsampled)
 
 
-def _check(x, weight, bias, beside, residual, upsampled) -> None:
+def _check(x, weight, bias, skip, residual, upsampled) -> None:
     """The checks of every implementation."""
-    given = {"x": x, "weight": weight, "bias": bias, "beside": beside, "residual": residual}
-    check_tensors(given, optional=("bias", "beside", "residual"))
+    given = {"x": x, "weight": weight, "bias": bias, "skip": skip, "residual": residual}
+    check_tensors(given, optional=("bias", "skip", "residual"))
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
     B, C, H, W = x.shape
-    if beside is not None and (beside.dim() != 4 or (beside.shape[0], *beside.shape[2:]) != (B, H, W)):
-        raise ValueError(f"beside must have shape ({B}, C, {H}, {W}), got {tuple(beside.shape)}")
-    channels = C if beside is None else C + beside.shape[1]
+    if skip is not None and (skip.dim() != 4 or (skip.shape[0], *skip.shape[2:]) != (B, H, W)):
+        raise ValueError(f"skip must have shape ({B}, C, {H}, {W}), got {tuple(skip.shape)}")
+    channels = C if skip is None else C + skip.shape[1]
     if weight.dim() != 4 or weight.shape[1:] != (channels, 3, 3):
         raise ValueError(f"weight must have shape (K, {channels}, 3, 3), got {tuple(weight.shape)}")
     K = weight.shape[0]
@@ -90,27 +90,27 @@ def _check(x, weight, bias, beside, residual, upsampled) -> None:
         raise ValueError(f"residual must have shape {(B, K, factor * H, factor * W)}, got {tuple(residual.shape)}")
 
 
-def _native(x, weight, bias, *, beside, residual, upsampled) -> torch.Tensor:
-    return _conv3x3.native(x, beside, weight, bias, residual, upsampled)
+def _native(x, weight, bias, *, skip, residual, upsampled) -> torch.Tensor:
+    return _conv3x3.native(x, skip, weight, bias, residual, upsampled)
 
 
-def _native_refuses(x, weight, bias, *, beside, residual, upsampled) -> str | None:
-    given = {"x": x, "weight": weight, "bias": bias, "beside": beside, "residual": residual}
+def _native_refuses(x, weight, bias, *, skip, residual, upsampled) -> str | None:
+    given = {"x": x, "weight": weight, "bias": bias, "skip": skip, "residual": residual}
     return why_not_on_cpu(given, maps=("x",))
 
 
-def _native_yields(x, weight, bias, *, beside, residual, upsampled) -> str | None:
+def _native_yields(x, weight, bias, *, skip, residual, upsampled) -> str | None:
     factor = 2 if upsampled else 1
     for name, size in (("H", factor * x.shape[2]), ("W", factor * x.shape[3])):
         if size < _SMALLEST_SIDE:
-            return f"{name} = {size}: most of a 4×4 tile would lie outside, and torch's convolution is more accurate"
+            return f"{name} = {size}: most of a 4×4 tile would be outside, and torch's convolution is more accurate"
     return None
 
 
 def _example(side: int):
     def example(device: torch.device) -> tuple[tuple, dict]:
         x = torch.zeros(1, 8, side, side, device=device).contiguous(memory_format=torch.channels_last)
-        options = {"beside": None, "residual": None, "upsampled": False}
+        options = {"skip": None, "residual": None, "upsampled": False}
         return (x, torch.zeros(8, 8, 3, 3, device=device), None), options
 
     return example

@@ -14,14 +14,14 @@ def conv3x3(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    beside: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     upsampled: bool = False,
 ) -> torch.Tensor:
     """See `ddpm_fast.ops.conv3x3.op.conv3x3`."""
     with no_autocast(x.device.type):
         dtype = x.dtype
-        h = x if beside is None else torch.cat((x, beside.to(dtype)), dim=1)
+        h = x if skip is None else torch.cat((x, skip.to(dtype)), dim=1)
         if upsampled:
             h = F.interpolate(h, scale_factor=2, mode="nearest")
         out = F.conv2d(h, weight.to(dtype), None if bias is None else bias.to(dtype), padding=1)

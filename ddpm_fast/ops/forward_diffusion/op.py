@@ -184,12 +184,12 @@ def _as_noise(noise: torch.Tensor | Noise | None, seed: int | torch.Tensor | Non
     """The three arguments as one value.
 
     Raises:
-        ValueError: a `Noise` with a seed or a strength beside it, or none of what makes noise.
+        ValueError: a `Noise` together with a seed or a strength, or none of what makes noise.
     """
     if not isinstance(noise, Noise):
         return Noise(noise, seed, strength)
     if seed is not None or strength != 0.0:
-        raise ValueError("seed and offset_noise_strength must not be given beside a Noise, which has its own")
+        raise ValueError("seed and offset_noise_strength must not be given with a Noise, which has its own")
     return noise
 
 

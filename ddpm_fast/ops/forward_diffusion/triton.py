@@ -30,7 +30,7 @@ def table_entry(table_ptr, t, T, COLUMN: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def tile_position(tile, HW, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Where a tile lies in its sample: memory position, channel, pixel and mask, each (BLOCK,).
+    """The place of a tile in its sample: memory position, channel, pixel and mask, each (BLOCK,).
 
     A tile covers STEP ≤ BLOCK positions. Positions outside have channel and pixel 0.
     """

@@ -60,7 +60,7 @@ class Tile:
     @property
     def constants(self) -> dict[str, int]:
         """Keyword arguments of every launch."""
-        # Two stages: the next tile is on its way while this one is worked on.
+        # Two stages: the next tile is loaded while this one is computed.
         sizes = {"BLOCK_N": self.rows, "num_warps": self.num_warps, "num_stages": 2 if self.tiles > 1 else 1}
         return sizes | triton_launch.register_bound(self.registers)
 

@@ -2,7 +2,7 @@
 
     q̂ = softmax(q) over the D channels of a head      k̂ = softmax(k) over positions and memory entries
     context = k̂ᵀ·v      y = D^−½·q̂·context·weightᵀ + bias      (Shen et al. 2021, "Efficient Attention", section 3.3)
-    out = y / max(‖y‖₂, 1e-12)·√C·g + residual      (Zhang & Sennrich 2019, in upstream's form)
+    out = y / max(‖y‖₂, 1e-12)·√C·gain + residual      (Zhang & Sennrich 2019, in upstream's form)
 
 Backward keeps the arguments but residual, and per sample and head what a context and its projection take; maps are
 computed again.
@@ -21,7 +21,7 @@ from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
 
-_ARGUMENTS = "Tensor qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor g, Tensor? residual, int heads"
+_ARGUMENTS = "Tensor qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor gain, Tensor? residual, int heads"
 
 
 def _triton_fake(qkv, mem_kv, weight, heads, **_) -> tuple[torch.Tensor, ...]:
@@ -42,8 +42,8 @@ _triton_linear_attention = Operator(
     _ARGUMENTS,
     returns="out, context, statistics, projection",
     fake=_triton_fake,
-    backward="grad, qkv, mem_kv, weight, bias, g, context, statistics, projection, heads",
-    gradients="qkv, mem_kv, weight, bias, g",
+    backward="grad, qkv, mem_kv, weight, bias, gain, context, statistics, projection, heads",
+    gradients="qkv, mem_kv, weight, bias, gain",
     maps="qkv",
     passes="residual",
     triton=f"{__package__}.triton",
@@ -55,8 +55,8 @@ _native_linear_attention = Operator(
     # sums: softmax(k)ᵀ·v of the positions.
     returns="out, statistics, sums",
     fake=_native_fake,
-    backward="grad, qkv, mem_kv, weight, bias, g, statistics, sums, heads",
-    gradients="qkv, mem_kv, weight, bias, g",
+    backward="grad, qkv, mem_kv, weight, bias, gain, statistics, sums, heads",
+    gradients="qkv, mem_kv, weight, bias, gain",
     maps="qkv",
     passes="residual",
     native=True,
@@ -68,7 +68,7 @@ def linear_attention(
     mem_kv: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    g: torch.Tensor,
+    gain: torch.Tensor,
     *,
     heads: int,
     residual: torch.Tensor | None = None,
@@ -82,7 +82,7 @@ def linear_attention(
         mem_kv: (2, heads, D, M), keys and values that precede those of the H·W positions; M may be 0.
         weight: (C, heads·D) or (C, heads·D, 1, 1), the 1×1 convolution after attention.
         bias: (C,), that convolution's.
-        g: the norm's gain, C elements in any shape; upstream's is (1, C, 1, 1).
+        gain: the norm's gain, C elements in any shape; upstream's is (1, C, 1, 1).
         heads: of D channels each; the kernels take D up to 64 in float32 and 128 in half types.
         residual: (B, C, H, W), added last.
 
@@ -92,13 +92,15 @@ def linear_attention(
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
-    _check(qkv, mem_kv, weight, bias, g, heads, residual)
-    return _linear_attention_op(qkv, mem_kv, weight, bias, g, heads=heads, residual=residual)
+    _check(qkv, mem_kv, weight, bias, gain, heads, residual)
+    return _linear_attention_op(qkv, mem_kv, weight, bias, gain, heads=heads, residual=residual)
 
 
-def _check(qkv, mem_kv, weight, bias, g, heads, residual) -> None:
+def _check(qkv, mem_kv, weight, bias, gain, heads, residual) -> None:
     """The checks of every implementation."""
-    check_kinds({"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g, "residual": residual}, heads)
+    check_kinds(
+        {"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "gain": gain, "residual": residual}, heads
+    )
     if qkv.dim() != 4:
         raise ValueError(f"qkv must have shape (B, 3·heads·D, H, W), got {tuple(qkv.shape)}")
     B, channels, H, W = qkv.shape
@@ -108,7 +110,7 @@ def _check(qkv, mem_kv, weight, bias, g, heads, residual) -> None:
     D = hidden // heads
     if mem_kv.dim() != 4 or mem_kv.shape[:3] != (2, heads, D):
         raise ValueError(f"mem_kv must have shape (2, {heads}, {D}, M), got {tuple(mem_kv.shape)}")
-    check_output(weight, bias, g, residual, hidden, (B, H, W))
+    check_output(weight, bias, gain, residual, hidden, (B, H, W))
 
 
 def check_kinds(given: dict[str, torch.Tensor | None], heads: int) -> None:
@@ -118,28 +120,28 @@ def check_kinds(given: dict[str, torch.Tensor | None], heads: int) -> None:
         raise ValueError(f"heads must be a positive integer, got {heads!r}")
 
 
-def check_output(weight, bias, g, residual, hidden: int, sizes: tuple[int, int, int]) -> None:
-    """What stands after attention, for maps of B, H, W."""
+def check_output(weight, bias, gain, residual, hidden: int, sizes: tuple[int, int, int]) -> None:
+    """The arguments of the output projection, for maps of B, H, W."""
     if weight.dim() not in (2, 4) or weight.shape[1:].numel() != hidden or weight.shape[1] != hidden:
         raise ValueError(f"weight must have shape (C, {hidden}) or (C, {hidden}, 1, 1), got {tuple(weight.shape)}")
     C, (B, H, W) = weight.shape[0], sizes
     if bias.shape != (C,):
         raise ValueError(f"bias must have shape ({C},), got {tuple(bias.shape)}")
-    if g.numel() != C:
-        raise ValueError(f"g must have {C} elements, one per channel of the output, got shape {tuple(g.shape)}")
+    if gain.numel() != C:
+        raise ValueError(f"gain must have {C} elements, one per channel of the output, got shape {tuple(gain.shape)}")
     if residual is not None and residual.shape != (B, C, H, W):
         raise ValueError(f"residual must have shape {(B, C, H, W)}, got {tuple(residual.shape)}")
 
 
-def _triton(qkv, mem_kv, weight, bias, g, *, heads, residual) -> torch.Tensor:
-    return _triton_linear_attention.triton(qkv, mem_kv, weight, bias, g, residual, heads)[0]
+def _triton(qkv, mem_kv, weight, bias, gain, *, heads, residual) -> torch.Tensor:
+    return _triton_linear_attention.triton(qkv, mem_kv, weight, bias, gain, residual, heads)[0]
 
 
-def _triton_refuses(qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | None:
+def _triton_refuses(qkv, mem_kv, weight, bias, gain, *, heads, residual) -> str | None:
     reason = triton_launch.why_not_triton(qkv.device)
     if reason is not None:
         return reason
-    given = {"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g, "residual": residual}
+    given = {"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "gain": gain, "residual": residual}
     for name, tensor in given.items():
         if tensor is not None and tensor.dtype == torch.float64:
             return f"{name} is torch.float64, and the kernels compute in float32"
@@ -154,12 +156,12 @@ def _triton_refuses(qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | N
     return why_too_large(mem_kv.shape[2], qkv.dtype)
 
 
-def _native(qkv, mem_kv, weight, bias, g, *, heads, residual) -> torch.Tensor:
-    return _native_linear_attention.native(qkv, mem_kv, weight, bias, g, residual, heads)[0]
+def _native(qkv, mem_kv, weight, bias, gain, *, heads, residual) -> torch.Tensor:
+    return _native_linear_attention.native(qkv, mem_kv, weight, bias, gain, residual, heads)[0]
 
 
-def _native_refuses(qkv, mem_kv, weight, bias, g, *, heads, residual) -> str | None:
-    given = {"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g, "residual": residual}
+def _native_refuses(qkv, mem_kv, weight, bias, gain, *, heads, residual) -> str | None:
+    given = {"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "gain": gain, "residual": residual}
     return why_not_on_cpu(given, maps=("qkv",), may_be_empty=("mem_kv",))
 
 

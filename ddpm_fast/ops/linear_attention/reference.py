@@ -34,7 +34,7 @@ def linear_attention(
     mem_kv: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    g: torch.Tensor,
+    gain: torch.Tensor,
     *,
     heads: int,
     residual: torch.Tensor | None = None,
@@ -44,7 +44,7 @@ def linear_attention(
         B, _, H, W = qkv.shape
         C, dtype = weight.shape[0], qkv.dtype
         context, q = context_and_queries(qkv, mem_kv, heads)
-        # The output projection is folded into the context: what stands between the two never exists.
+        # The output projection is folded into the context: the map between the two never exists.
         weight = weight.to(dtype).reshape(C, heads, -1).permute(1, 2, 0)  # (heads, E, C)
         projection = (context @ weight).flatten(1, 2)  # (B, HD, C)
         q = q.flatten(1, 2)  # (B, HD, N)
@@ -54,5 +54,5 @@ def linear_attention(
             y = torch.baddbmm(bias.to(projection.dtype)[:, None], projection.transpose(1, 2), q)
         y = y.reshape(B, C, H, W)
         y = y.to(torch.promote_types(y.dtype, torch.float32))
-        out = F.normalize(y, dim=1) * (g.to(y.dtype).reshape(1, C, 1, 1) * C**0.5)
+        out = F.normalize(y, dim=1) * (gain.to(y.dtype).reshape(1, C, 1, 1) * C**0.5)
         return (out if residual is None else out + residual.to(y.dtype)).to(dtype)

@@ -5,7 +5,7 @@ by side, HD = heads·D:
 
     context[d, e] = Σ k̂[n, d]·v[n, e] over N positions and M memory entries      k̂ = exp(k − max) / sum
     P[d, c] = D^−½·Σ context[d, e]·weight[c, e]      (HD, C), the output projection folded into the context
-    y = q̂·P + bias      (N, C)      out = y / max(‖y‖₂, 1e-12)·√C·g + residual
+    y = q̂·P + bias      (N, C)      out = y / max(‖y‖₂, 1e-12)·√C·gain + residual
 
 Forward is three launches: partial contexts per chunk of positions with a running maximum (Milakov & Gimelshein 2018),
 their merge with the memory entries, and the rows. Backward is one pass over rows for q, the gradient's small matrices,
@@ -196,7 +196,7 @@ def linear_attention_rows_fwd_kernel(
     qkv_ptr,  # (B, 3·HD, N) through stride_b, stride_c, stride_n
     projection_ptr,  # (B, HD, C)
     bias_ptr,  # (C,)
-    g_ptr,  # (C,)
+    gain_ptr,  # (C,)
     residual_ptr,  # laid out like out, or None
     out_ptr,  # (B, C, N) through stride_out_c, stride_out_n
     N, C, tiles, root_c, stride_b, stride_c, stride_n, stride_out_c, stride_out_n,
@@ -231,7 +231,7 @@ def linear_attention_rows_fwd_kernel(
         if BLOCKS_C == 1:
             b_square = tl.sum(b_y * b_y, axis=1)
         b_factor = root_c / tl.maximum(tl.sqrt(b_square), _SMALLEST_NORM)
-        b_out = b_y * b_factor[:, None] * _load(g_ptr, o_c, m_c)[None, :]
+        b_out = b_y * b_factor[:, None] * _load(gain_ptr, o_c, m_c)[None, :]
         o_tile, m_tile = o_n[:, None] * stride_out_n + o_c[None, :] * stride_out_c, m_n[:, None] & m_c[None, :]
         if residual_ptr is not None:
             b_out += _load(residual_ptr, o_tile, m_tile)
@@ -264,7 +264,7 @@ def _grad_and_y(
 
 @triton.jit
 def _row_numbers(b_square, b_product, root_c):
-    """factor and inner, with which dy = factor·u and u = grad·g − y·factor·inner, of ‖y‖² and Σ grad·g·y over a row."""
+    """factor and inner of ‖y‖² and Σ grad·gain·y over a row: dy = factor·u, u = grad·gain − y·factor·inner."""
     b_norm = tl.maximum(tl.sqrt(b_square), _SMALLEST_NORM)
     b_factor = root_c / b_norm
     # A clamped norm is a constant: nothing flows through it.
@@ -275,7 +275,7 @@ def _row_numbers(b_square, b_product, root_c):
 def _scaled_dot(b_q, b_factor, m_n, b_u, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """(factor·q̂)ᵀ·u of the rows that exist.
 
-    float16 does not hold 1 / ‖y‖ of a small y: there the largest factor stands outside.
+    float16 does not hold 1 / ‖y‖ of a small y: there the largest factor is applied outside.
     """
     if DTYPE != tl.float16:
         return _dot(tl.trans(b_q * b_factor[:, None]), b_u, DTYPE, PRECISION)
@@ -285,7 +285,7 @@ def _scaled_dot(b_q, b_factor, m_n, b_u, DTYPE: tl.constexpr, PRECISION: tl.cons
     return _dot(tl.trans(b_q * (b_factor / b_largest)[:, None]), b_u, DTYPE, PRECISION) * b_largest
 
 
-# In the backward of rows factor stands outside the products with u, which half types could not always hold.
+# In the backward of rows factor is applied outside the products with u, which half types could not always hold.
 
 
 @triton.jit
@@ -293,11 +293,11 @@ def linear_attention_rows_bwd_kernel(
     grad_ptr,  # (B, C, N) through stride_out_c, stride_out_n
     qkv_ptr,  # (B, 3·HD, N) through stride_b, stride_c, stride_n; so is dqkv
     dqkv_ptr,  # its q part is written
-    sums_ptr,  # (B, chunks, HD + 1, C) float32: dP, and in the last row dg, over a chunk's positions
+    sums_ptr,  # (B, chunks, HD + 1, C) float32: dP, and in the last row dgain, over a chunk's positions
     numbers_ptr,  # (B, 2, N) float32: factor and inner
     projection_ptr,  # (B, HD, C)
     bias_ptr,  # (C,)
-    g_ptr,  # (C,)
+    gain_ptr,  # (C,)
     N, C, chunks, root_c, stride_b, stride_c, stride_n, stride_out_c, stride_out_n,
     HEADS: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCKS_C: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
@@ -331,7 +331,7 @@ def linear_attention_rows_bwd_kernel(
                 grad_ptr, qkv_ptr, projection_ptr, bias_ptr, b_q, o_own, m_own, i_own, o_n, m_n, o_c, m_c, C, stride_c,
                 stride_n, stride_out_c, stride_out_n, HEADS, D, GROUP, GROUPS, BLOCK_D, PRECISION,
             )  # fmt: skip
-            b_u = b_grad * _load(g_ptr, o_c, m_c)[None, :]
+            b_u = b_grad * _load(gain_ptr, o_c, m_c)[None, :]
             b_factor, b_inner = _row_numbers(tl.sum(b_y * b_y, axis=1), tl.sum(b_u * b_y, axis=1), root_c)
             b_y *= b_factor[:, None]
             b_u -= b_y * b_inner[:, None]
@@ -348,7 +348,7 @@ def linear_attention_rows_bwd_kernel(
                     stride_c, stride_n, stride_out_c, stride_out_n, HEADS, D, GROUP, GROUPS, BLOCK_D, PRECISION,
                 )  # fmt: skip
                 b_square += tl.sum(b_y * b_y, axis=1)
-                b_product += tl.sum(b_grad * _load(g_ptr, o_c, m_c)[None, :] * b_y, axis=1)
+                b_product += tl.sum(b_grad * _load(gain_ptr, o_c, m_c)[None, :] * b_y, axis=1)
             b_factor, b_inner = _row_numbers(b_square, b_product, root_c)
             o_numbers, m_numbers = i_b.to(tl.int64) * (2 * N) + o_n, m_n & (i_own == 0)
             tl.store(numbers_ptr + o_numbers, b_factor, mask=m_numbers)
@@ -361,7 +361,7 @@ def linear_attention_rows_bwd_kernel(
                     grad_ptr, qkv_ptr, projection_ptr, bias_ptr, b_q, o_own, m_own, i_own, o_n, m_n, o_c, m_c, C,
                     stride_c, stride_n, stride_out_c, stride_out_n, HEADS, D, GROUP, GROUPS, BLOCK_D, PRECISION,
                 )  # fmt: skip
-                b_u = b_grad * _load(g_ptr, o_c, m_c)[None, :] - b_y * (b_factor * b_inner)[:, None]
+                b_u = b_grad * _load(gain_ptr, o_c, m_c)[None, :] - b_y * (b_factor * b_inner)[:, None]
                 b_dq += _dot(b_u, tl.trans(b_p), DTYPE, PRECISION)
         b_dq *= b_factor[:, None]
         b_dq = b_q * (b_dq - _sum_of_heads(b_q * b_dq, GROUP, BLOCK_D))
@@ -382,11 +382,11 @@ def _store_sums(sums_ptr, i_partial, b_dp, b_dg, i_own, o_own, m_own, o_c, m_c, 
 def linear_attention_sums_bwd_kernel(
     grad_ptr,  # (B, C, N) through stride_out_c, stride_out_n
     qkv_ptr,  # (B, 3·HD, N) through stride_b, stride_c, stride_n
-    sums_ptr,  # (B, chunks, HD + 1, C) float32: dP, and in the last row dg, over a chunk's positions
+    sums_ptr,  # (B, chunks, HD + 1, C) float32: dP, and in the last row dgain, over a chunk's positions
     numbers_ptr,  # (B, 2, N) float32: factor and inner
     projection_ptr,  # (B, HD, C)
     bias_ptr,  # (C,)
-    g_ptr,  # (C,)
+    gain_ptr,  # (C,)
     N, C, chunks, stride_b, stride_c, stride_n, stride_out_c, stride_out_n,
     HEADS: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCKS_C: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
@@ -417,7 +417,7 @@ def linear_attention_sums_bwd_kernel(
         b_factor = _load(numbers_ptr, o_n, m_n)
         b_y *= b_factor[:, None]
         b_dg += tl.sum(b_grad * b_y, axis=0)
-        b_u = b_grad * _load(g_ptr, o_c, m_c)[None, :] - b_y * _load(numbers_ptr, N + o_n, m_n)[:, None]
+        b_u = b_grad * _load(gain_ptr, o_c, m_c)[None, :] - b_y * _load(numbers_ptr, N + o_n, m_n)[:, None]
         b_dp += _scaled_dot(b_q, b_factor, m_n, b_u, DTYPE, PRECISION)
     _store_sums(sums_ptr, i_b * chunks + i_chunk, b_dp, b_dg, i_own, o_own, m_own, o_c, m_c, C, HEADS * D)
 
@@ -504,7 +504,7 @@ def linear_attention_kv_bwd_kernel(
 
     dcontext_ptr += i_bh * (D * D)
     b_dcontext = _load(dcontext_ptr, o_d[:, None] * D + o_d[None, :], m_d[:, None] & m_d[None, :])
-    # float16 holds neither what sums over positions may become nor 1 / their number: largest and sum stand outside.
+    # float16 holds neither large sums over positions nor 1 / their number: largest and sum are applied outside.
     b_largest = tl.max(tl.max(tl.abs(b_dcontext), axis=1), axis=0)
     b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
     b_dcontext = b_dcontext / b_largest
@@ -523,7 +523,7 @@ def linear_attention(
     mem_kv: torch.Tensor,  # (2, heads, D, M)
     weight: torch.Tensor,  # (C, HD[, 1, 1])
     bias: torch.Tensor,  # (C,)
-    g: torch.Tensor,  # C elements
+    gain: torch.Tensor,  # C elements
     residual: torch.Tensor | None,  # (B, C, H, W)
     heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -552,7 +552,7 @@ def linear_attention(
         )  # fmt: skip
         tiles = launch.forward.programs(N)
         linear_attention_rows_fwd_kernel[(B * tiles,)](
-            qkv, projection, bias.contiguous(), g.contiguous(), residual, out, N, C, tiles, C**0.5,
+            qkv, projection, bias.contiguous(), gain.contiguous(), residual, out, N, C, tiles, C**0.5,
             *_strides(qkv), *_strides(out)[1:], **head, **precision, GROUP=launch.forward.group,
             GROUPS=launch.forward.groups(heads), **_columns(launch, launch.forward_columns),
             **launch.forward.constants,
@@ -566,13 +566,13 @@ def linear_attention_backward(
     mem_kv: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    g: torch.Tensor,
+    gain: torch.Tensor,
     context: torch.Tensor,
     statistics: torch.Tensor,
     projection: torch.Tensor,
     heads: int,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of qkv, and in float32 of mem_kv, weight (C, HD), bias and g (C,); see `linear_attention`."""
+    """Gradients of qkv, and in float32 of mem_kv, weight (C, HD), bias and gain (C,); see `linear_attention`."""
     B, C, N, D, M = _sizes(qkv, weight, mem_kv, heads)
     launch = _launch_for(qkv, heads, D, C)
     dqkv = torch.empty_like(qkv)
@@ -587,7 +587,7 @@ def linear_attention_backward(
     make = qkv.new_empty if blocks == 1 else qkv.new_zeros  # a block of rows leaves the others' keys alone
     dmem_kv = make(B * blocks, 2, heads, D, M, dtype=torch.float32)
     dweight = qkv.new_empty(B * blocks, C, heads * D, dtype=torch.float32)
-    parameters = (projection, bias.contiguous(), g.contiguous())
+    parameters = (projection, bias.contiguous(), gain.contiguous())
     head = {"HEADS": heads, "D": D, "BLOCK_D": launch.block_d}
     columns = _columns(launch, launch.backward_columns)
     precision = {"PRECISION": _precision()}

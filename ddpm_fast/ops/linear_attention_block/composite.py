@@ -11,12 +11,12 @@ from ddpm_fast.ops.norm_linear.op import norm_linear
 
 def linear_attention_block(
     x: torch.Tensor,
-    g_in: torch.Tensor,
+    gain_in: torch.Tensor,
     weight_qkv: torch.Tensor,
     mem_kv: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    g: torch.Tensor,
+    gain: torch.Tensor,
     *,
     heads: int,
     residual: torch.Tensor | None = None,
@@ -26,12 +26,12 @@ def linear_attention_block(
 
     With `recompute` only the arguments are kept, and backward runs the block again.
     """
-    tensors = (x, residual, g_in, weight_qkv, mem_kv, weight, bias, g)
+    tensors = (x, residual, gain_in, weight_qkv, mem_kv, weight, bias, gain)
     if recompute and torch.is_grad_enabled():
         return checkpoint(_steps, *tensors, heads, use_reentrant=False, preserve_rng_state=False)
     return _steps(*tensors, heads)
 
 
-def _steps(x, residual, g_in, weight_qkv, mem_kv, weight, bias, g, heads: int) -> torch.Tensor:
-    qkv = norm_linear(x, g_in, weight_qkv.reshape(*weight_qkv.shape[:2], 1, 1))
-    return linear_attention(qkv, mem_kv, weight, bias, g, heads=heads, residual=residual)
+def _steps(x, residual, gain_in, weight_qkv, mem_kv, weight, bias, gain, heads: int) -> torch.Tensor:
+    qkv = norm_linear(x, gain_in, weight_qkv.reshape(*weight_qkv.shape[:2], 1, 1))
+    return linear_attention(qkv, mem_kv, weight, bias, gain, heads=heads, residual=residual)

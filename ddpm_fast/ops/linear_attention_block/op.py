@@ -1,6 +1,6 @@
 """Linear attention as a whole block: public function, registration, eligibility.
 
-    qkv = weight_qkv·(x / max(‖x‖₂, 1e-12)·√C·g_in)
+    qkv = weight_qkv·(x / max(‖x‖₂, 1e-12)·√C·gain_in)
     out = linear_attention(qkv) + residual
 
 The native block keeps no map but x for backward and computes the others again.
@@ -25,14 +25,14 @@ def _fake(x, mem_kv, **_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 _linear_attention_block = Operator(
     "linear_attention_block",
-    "Tensor x, Tensor g_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor g, Tensor? residual, "
-    "int heads",
+    "Tensor x, Tensor gain_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor gain, "
+    "Tensor? residual, int heads",
     # statistics: (B, 2, heads·D) float32, the maximum of k over positions and memory, and 1 / Σ exp(k − maximum);
     # sums: (B, heads·D, C) float32, softmax(k)ᵀ·(normed rows of x).
     returns="out, statistics, sums",
     fake=_fake,
-    backward="grad, x, g_in, weight_qkv, mem_kv, weight, bias, g, statistics, sums, heads",
-    gradients="x, g_in, weight_qkv, mem_kv, weight, bias, g",
+    backward="grad, x, gain_in, weight_qkv, mem_kv, weight, bias, gain, statistics, sums, heads",
+    gradients="x, gain_in, weight_qkv, mem_kv, weight, bias, gain",
     passes="residual",
     native=True,
 )
@@ -40,12 +40,12 @@ _linear_attention_block = Operator(
 
 def linear_attention_block(
     x: torch.Tensor,
-    g_in: torch.Tensor,
+    gain_in: torch.Tensor,
     weight_qkv: torch.Tensor,
     mem_kv: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    g: torch.Tensor,
+    gain: torch.Tensor,
     *,
     heads: int,
     residual: torch.Tensor | None = None,
@@ -55,9 +55,9 @@ def linear_attention_block(
 
     Args:
         x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). The native code takes channels-last.
-        g_in: the first norm's gain, C elements in any shape.
+        gain_in: the first norm's gain, C elements in any shape.
         weight_qkv: (3·heads·D, C) or (3·heads·D, C, 1, 1), its rows ordered (3, heads, D).
-        mem_kv, weight, bias, g, heads, residual: see `linear_attention`; weight, bias and g have the C of x.
+        mem_kv, weight, bias, gain, heads, residual: see `linear_attention`; weight, bias and gain have the C of x.
         recompute: backward keeps the arguments alone and runs the block again. The native block always does.
 
     Returns:
@@ -67,15 +67,23 @@ def linear_attention_block(
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
-    _check(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads, residual)
+    _check(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, heads, residual)
     return unchecked_linear_attention_block(
-        x, g_in, weight_qkv, mem_kv, weight, bias, g, heads=heads, residual=residual, recompute=recompute
+        x, gain_in, weight_qkv, mem_kv, weight, bias, gain, heads=heads, residual=residual, recompute=recompute
     )
 
 
-def _check(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads, residual) -> None:
+def _check(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, heads, residual) -> None:
     """The checks of the block's implementations."""
-    given = {"x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g}
+    given = {
+        "x": x,
+        "gain_in": gain_in,
+        "weight_qkv": weight_qkv,
+        "mem_kv": mem_kv,
+        "weight": weight,
+        "bias": bias,
+        "gain": gain,
+    }
     check_kinds(given | {"residual": residual}, heads)
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
@@ -86,21 +94,21 @@ def _check(x, g_in, weight_qkv, mem_kv, weight, bias, g, heads, residual) -> Non
     if weight_qkv.shape not in ((3 * hidden, C), (3 * hidden, C, 1, 1)):
         expected = f"({3 * hidden}, {C}) or ({3 * hidden}, {C}, 1, 1)"
         raise ValueError(f"weight_qkv must have shape {expected}, got {tuple(weight_qkv.shape)}")
-    if g_in.numel() != C:
-        raise ValueError(f"g_in must have {C} elements, one per channel of x, got shape {tuple(g_in.shape)}")
+    if gain_in.numel() != C:
+        raise ValueError(f"gain_in must have {C} elements, one per channel of x, got shape {tuple(gain_in.shape)}")
     if weight.dim() > 0 and weight.shape[0] != C:
         raise ValueError(f"weight must have the {C} channels of x as its first dimension, got {tuple(weight.shape)}")
-    check_output(weight, bias, g, residual, hidden, (B, H, W))
+    check_output(weight, bias, gain, residual, hidden, (B, H, W))
 
 
-def _native(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads, residual, recompute) -> torch.Tensor:
-    return _linear_attention_block.native(x, g_in, weight_qkv, mem_kv, weight, bias, g, residual, heads)[0]
+def _native(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, *, heads, residual, recompute) -> torch.Tensor:
+    return _linear_attention_block.native(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, residual, heads)[0]
 
 
-def _native_refuses(x, g_in, weight_qkv, mem_kv, weight, bias, g, *, heads, residual, recompute) -> str | None:
+def _native_refuses(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, *, heads, residual, recompute) -> str | None:
     given = {
-        "x": x, "g_in": g_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "g": g,
-        "residual": residual,
+        "x": x, "gain_in": gain_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias,
+        "gain": gain, "residual": residual,
     }  # fmt: skip
     return why_not_on_cpu(given, maps=("x",), may_be_empty=("mem_kv",))
 

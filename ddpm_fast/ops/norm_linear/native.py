@@ -27,12 +27,12 @@ def _linears_fake(x, weights, **_) -> torch.Tensor:
 
 _norm_linear = Operator(
     "norm_linear",
-    "Tensor x, Tensor g, Tensor weight",
+    "Tensor x, Tensor gain, Tensor weight",
     returns="out, norms",
     fake=_norm_linear_fake,
-    backward="grad, x, norms, g, weight, want_x_or_g, want_weight",
-    gradients="x, g, weight",
-    wanted={"want_x_or_g": "x, g", "want_weight": "weight"},
+    backward="grad, x, norms, gain, weight, want_x_or_gain, want_weight",
+    gradients="x, gain, weight",
+    wanted={"want_x_or_gain": "x, gain", "want_weight": "weight"},
     native=True,
 )
 _linear = Operator(
@@ -59,8 +59,8 @@ _linears = Operator(
 )
 
 
-def norm_linear(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return _norm_linear.native(x, g, weight)[0]
+def norm_linear(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return _norm_linear.native(x, gain, weight)[0]
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -82,8 +82,8 @@ def linears_refuses(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Se
     return why_not_on_cpu({"x": x})
 
 
-def norm_linear_refuses(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> str | None:
-    return why_not_on_cpu({"x": x, "g": g, "weight": weight}, maps=("x",))
+def norm_linear_refuses(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> str | None:
+    return why_not_on_cpu({"x": x, "gain": gain, "weight": weight}, maps=("x",))
 
 
 def linear_residual_refuses(x, weight, bias, residual) -> str | None:

@@ -1,7 +1,7 @@
 """1×1 convolutions as matrix products: of an RMSNorm, with a residual, of two maps side by side. Public functions,
 declarations, eligibility; native.py declares the CPU's operators.
 
-    out = weight · (x / max(‖x‖₂, 1e-12) · g · √C)   per pixel (Zhang & Sennrich 2019, in upstream's form)
+    out = weight · (x / max(‖x‖₂, 1e-12) · gain · √C)   per pixel (Zhang & Sennrich 2019, in upstream's form)
 
 Backward keeps x and one float per pixel.
 """
@@ -38,11 +38,11 @@ def _linear_residual_gradients(needs, grad, x, weight) -> tuple[torch.Tensor | N
 
 _norm_linear = Operator(
     "norm_linear",
-    "Tensor x, Tensor g, Tensor weight",
+    "Tensor x, Tensor gain, Tensor weight",
     returns="out, factors",
     fake=_norm_linear_fake,
-    backward="grad, x, factors, g, weight",
-    gradients="x, g, weight",
+    backward="grad, x, factors, gain, weight",
+    gradients="x, gain, weight",
     triton=f"{__package__}.triton",
 )
 _linear_residual = Operator(
@@ -57,29 +57,29 @@ _linear_residual = Operator(
 )
 
 
-def norm_linear(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def norm_linear(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A 1×1 convolution without bias of RMSNorm(x) over the channels.
 
     Args:
         x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). Channels-last is the fast layout,
             on CUDA contiguous runs as well; others run the reference.
-        g: the norm's gain, C elements in any shape; upstream's is (1, C, 1, 1).
-        weight: (M, C, 1, 1). g and weight may be float32 where x is a half type: their product is rounded once, to the
-            dtype of x. Products of float32 are TF32 where torch's convolutions may use it
+        gain: the norm's gain, C elements in any shape; upstream's is (1, C, 1, 1).
+        weight: (K, C, 1, 1). gain and weight may be float32 where x is a half type: their product is rounded once, to
+            the dtype of x. Products of float32 are TF32 where torch's convolutions may use it
             (`torch.backends.cudnn.conv.fp32_precision`).
 
     Returns:
-        (B, M, H, W) of the dtype and memory format of x. Gradients flow to everything, once: a second derivative is
+        (B, K, H, W) of the dtype and memory format of x. Gradients flow to everything, once: a second derivative is
         refused.
 
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
-    _check({"x": x, "g": g, "weight": weight})
+    _check({"x": x, "gain": gain, "weight": weight})
     C = x.shape[1]
-    if g.numel() != C:
-        raise ValueError(f"g must have {C} elements, one per channel of x, got shape {tuple(g.shape)}")
-    return _norm_linear_op(x, g, weight)
+    if gain.numel() != C:
+        raise ValueError(f"gain must have {C} elements, one per channel of x, got shape {tuple(gain.shape)}")
+    return _norm_linear_op(x, gain, weight)
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -87,21 +87,21 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
 
     Args:
         x: (B, C, H, W), see `norm_linear`.
-        weight: (M, C, 1, 1).
-        bias: (M,).
-        residual: (B, M, H, W), best laid out as x.
+        weight: (K, C, 1, 1).
+        bias: (K,).
+        residual: (B, K, H, W), best laid out as x.
 
     Returns:
-        (B, M, H, W) of the dtype and memory format of x. Gradients flow to everything.
+        (B, K, H, W) of the dtype and memory format of x. Gradients flow to everything.
 
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
     _check({"x": x, "weight": weight, "bias": bias, "residual": residual})
-    M = weight.shape[0]
-    if bias.shape != (M,):
-        raise ValueError(f"bias must have shape ({M},), got {tuple(bias.shape)}")
-    expected = (x.shape[0], M, *x.shape[2:])
+    K = weight.shape[0]
+    if bias.shape != (K,):
+        raise ValueError(f"bias must have shape ({K},), got {tuple(bias.shape)}")
+    expected = (x.shape[0], K, *x.shape[2:])
     if residual.shape != expected:
         raise ValueError(f"residual must have shape {expected}, got {tuple(residual.shape)}")
     return _linear_residual_op(x, weight, bias, residual)
@@ -114,11 +114,11 @@ def linear(
 
     Args:
         x: (B, C, H, W), see `norm_linear`, or two maps (B, C0, H, W) and (B, C1, H, W) with C = C0 + C1.
-        weight: (M, C, 1, 1).
-        bias: (M,).
+        weight: (K, C, 1, 1).
+        bias: (K,).
 
     Returns:
-        (B, M, H, W), of the dtype of x (of the wider one of two) and, where maps are all channels-last, channels-last.
+        (B, K, H, W), of the dtype of x (of the wider one of two) and, where maps are all channels-last, channels-last.
         Gradients flow to everything; on the CPU once.
 
     Raises:
@@ -214,11 +214,11 @@ def _check_tensors(given: dict[str, torch.Tensor]) -> None:
 
 def _check_weight(weight: torch.Tensor, C: int) -> None:
     if weight.dim() != 4 or weight.shape[1:] != (C, 1, 1):
-        raise ValueError(f"weight must have shape (M, {C}, 1, 1), got {tuple(weight.shape)}")
+        raise ValueError(f"weight must have shape (K, {C}, 1, 1), got {tuple(weight.shape)}")
 
 
-def _triton(x, g, weight) -> torch.Tensor:
-    return _norm_linear.triton(x, g, weight)[0]
+def _triton(x, gain, weight) -> torch.Tensor:
+    return _norm_linear.triton(x, gain, weight)[0]
 
 
 def _triton_refuses(x, *others) -> str | None:
@@ -237,13 +237,13 @@ def _triton_refuses(x, *others) -> str | None:
     return None
 
 
-def _triton_norm_refuses(x, g, weight) -> str | None:
+def _triton_norm_refuses(x, gain, weight) -> str | None:
     largest = (
         _LARGEST_EXACT_ROW
         if x.dtype == torch.float32 and triton_launch.convolution_precision() == "ieee"
         else _LARGEST_ROW
     )
-    reason = _triton_refuses(x, g, weight)
+    reason = _triton_refuses(x, gain, weight)
     if reason is None and x.shape[1] > largest:
         return f"x has {x.shape[1]} channels, and a program of the kernels holds at most {largest} of {x.dtype}"
     return reason
@@ -254,8 +254,8 @@ def _map(device: torch.device, channels: int = 8) -> torch.Tensor:
 
 
 def _example(device: torch.device) -> tuple[tuple, dict]:
-    g = torch.zeros(8, device=device)
-    return (_map(device), g, torch.zeros(24, 8, 1, 1, device=device)), {}
+    gain = torch.zeros(8, device=device)
+    return (_map(device), gain, torch.zeros(24, 8, 1, 1, device=device)), {}
 
 
 def _residual_example(device: torch.device) -> tuple[tuple, dict]:

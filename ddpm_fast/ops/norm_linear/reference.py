@@ -1,4 +1,4 @@
-"""RMSNorm and 1×1 convolutions in plain torch; the formulas that blocks of other ops share stand in ops/common."""
+"""RMSNorm and 1×1 convolutions in plain torch; ops/common has the formulas that other ops share."""
 
 from __future__ import annotations
 

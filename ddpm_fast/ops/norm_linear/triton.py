@@ -2,18 +2,18 @@
 
 RMSNorm is a scale per pixel, so that it commutes with the product over channels: with n = max(‖x‖₂, 1e-12) of a pixel
 
-    out = (√C / n) · x·(weight·g)ᵀ
+    out = (√C / n) · x·(weight·gain)ᵀ
 
 The forward kernel adds up the squares while it reads x for the product and scales in the epilogue; the normed map never
 exists. (Without the norm, and with a bias and a residual in the epilogue, it is linear_residual.)
 Backward, for z the gradient at x̂ = x·√C / n:
 
-    z = grad·(weight·g)     dx = (z − x̂·⟨x̂, z⟩ / C) · √C / n     d(weight·g) = gradᵀ·x̂
+    z = grad·(weight·gain)     dx = (z − x̂·⟨x̂, z⟩ / C) · √C / n     d(weight·gain) = gradᵀ·x̂
 
 The first two are one kernel over pixels, whose programs hold whole rows of z. The last one is a sum over pixels in two
 stages, chunks of pixels and then the sum over chunks, without atomics.
 
-Rows are the pixels of one sample, or of the whole batch where maps are channels-last: then all of them stand in a row.
+Rows are the pixels of one sample, or of the whole batch where maps are channels-last: then all of them form one row.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ _SMALLEST_NORM = tl.constexpr(1e-12)
 
 
 @triton.jit
-def _folded_weight(weight_ptr, g_ptr, o_o, o_c, M, C, dtype: tl.constexpr):
-    """(weight·g) of some outputs and channels, the weight itself without g: rounded to the maps' dtype; 0 outside."""
+def _folded_weight(weight_ptr, gain_ptr, o_o, o_c, K, C, dtype: tl.constexpr):
+    """weight·gain (weight without gain) of some outputs and channels, rounded to the maps' dtype; 0 outside."""
     m_c = o_c < C
-    b_weight = tl.load(weight_ptr + o_o[:, None] * C + o_c[None, :], mask=(o_o < M)[:, None] & m_c[None, :], other=0.0)
+    b_weight = tl.load(weight_ptr + o_o[:, None] * C + o_c[None, :], mask=(o_o < K)[:, None] & m_c[None, :], other=0.0)
     b_weight = b_weight.to(tl.float32)
-    if g_ptr is not None:
-        b_weight *= tl.load(g_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    if gain_ptr is not None:
+        b_weight *= tl.load(gain_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     return cast(b_weight, dtype)
 
 
 @triton.jit
 def norm_linear_fwd_kernel(
     x_ptr,  # (B, C, N) through stride_b, stride_c, stride_n
-    g_ptr,  # (C,) or None
-    weight_ptr,  # (M, C)
-    bias_ptr,  # (M,) or None
+    gain_ptr,  # (C,) or None
+    weight_ptr,  # (K, C)
+    bias_ptr,  # (K,) or None
     residual_ptr,  # as out, or None
-    out_ptr,  # (B, M, N) through out_b, out_c, out_n
+    out_ptr,  # (B, K, N) through out_b, out_c, out_n
     factors_ptr,  # (B, N) float32: √C / max(‖x‖₂, 1e-12); or None: x is not normed
-    N, C, M, tiles_n, tiles_o, root_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
+    N, C, K, tiles_n, tiles_o, root_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
     PRECISION: tl.constexpr, TILES_C: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def norm_linear_fwd_kernel(
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
         o_x = o_c.to(tl.int64)[None, :] * stride_c
         b_x = tl.load(x_row + o_x, mask=m_n[:, None] & (o_c < C)[None, :], other=0.0)
-        b_weight = _folded_weight(weight_ptr, g_ptr, o_o, o_c, M, C, x_ptr.dtype.element_ty)
+        b_weight = _folded_weight(weight_ptr, gain_ptr, o_o, o_c, K, C, x_ptr.dtype.element_ty)
         if factors_ptr is not None:
             b_squares += tl.sum(b_x.to(tl.float32) * b_x.to(tl.float32), axis=1)
         b_out = dot(b_x, tl.trans(b_weight), b_out, PRECISION)
@@ -77,9 +77,9 @@ def norm_linear_fwd_kernel(
             tl.store(factors_ptr + i_b * N + o_n, b_factor, mask=m_n)
         b_out *= b_factor[:, None]
     if bias_ptr is not None:
-        b_out += tl.load(bias_ptr + o_o, mask=o_o < M, other=0.0).to(tl.float32)[None, :]
+        b_out += tl.load(bias_ptr + o_o, mask=o_o < K, other=0.0).to(tl.float32)[None, :]
     o_tile = i_b * out_b + o_n.to(tl.int64)[:, None] * out_n + o_o.to(tl.int64)[None, :] * out_c
-    m_tile = m_n[:, None] & (o_o < M)[None, :]
+    m_tile = m_n[:, None] & (o_o < K)[None, :]
     if residual_ptr is not None:
         b_out += tl.load(residual_ptr + o_tile, mask=m_tile, other=0.0).to(tl.float32)
     tl.store(out_ptr + o_tile, cast(b_out, out_ptr.dtype.element_ty), mask=m_tile)
@@ -87,13 +87,13 @@ def norm_linear_fwd_kernel(
 
 @triton.jit
 def norm_linear_bwd_x_kernel(
-    grad_ptr,  # (B, M, N) through out_b, out_c, out_n
+    grad_ptr,  # (B, K, N) through out_b, out_c, out_n
     x_ptr,  # (B, C, N) through stride_b, stride_c, stride_n; so is dx
     dx_ptr,
     factors_ptr,  # (B, N)
-    g_ptr,  # (C,)
-    weight_ptr,  # (M, C)
-    N, C, M, tiles_n, root_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
+    gain_ptr,  # (C,)
+    weight_ptr,  # (K, C)
+    N, C, K, tiles_n, root_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
     PRECISION: tl.constexpr, TILES_O: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -105,8 +105,8 @@ def norm_linear_bwd_x_kernel(
     for i_o in range(TILES_O):
         o_o = i_o * BLOCK_O + tl.arange(0, BLOCK_O)
         o_grad = o_o.to(tl.int64)[None, :] * out_c
-        b_grad = tl.load(grad_row + o_grad, mask=m_n[:, None] & (o_o < M)[None, :], other=0.0)
-        b_weight = _folded_weight(weight_ptr, g_ptr, o_o, o_c, M, C, grad_ptr.dtype.element_ty)
+        b_grad = tl.load(grad_row + o_grad, mask=m_n[:, None] & (o_o < K)[None, :], other=0.0)
+        b_weight = _folded_weight(weight_ptr, gain_ptr, o_o, o_c, K, C, grad_ptr.dtype.element_ty)
         b_z = dot_of_many(b_grad, b_weight, b_z, PRECISION)
     o_tile = i_b * stride_b + o_n.to(tl.int64)[:, None] * stride_n + o_c.to(tl.int64)[None, :] * stride_c
     m_tile = m_n[:, None] & (o_c < C)[None, :]
@@ -121,11 +121,11 @@ def norm_linear_bwd_x_kernel(
 
 @triton.jit
 def norm_linear_bwd_weight_kernel(
-    grad_ptr,  # (B, M, N) through out_b, out_c, out_n
+    grad_ptr,  # (B, K, N) through out_b, out_c, out_n
     x_ptr,  # (B, C, N) through stride_b, stride_c, stride_n
     factors_ptr,  # (B, N)
-    sums_ptr,  # (B·chunks, M, C) float32: gradᵀ·x̂ of a chunk's pixels
-    N, C, M, chunks, tiles_o, tiles_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
+    sums_ptr,  # (B·chunks, K, C) float32: gradᵀ·x̂ of a chunk's pixels
+    N, C, K, chunks, tiles_o, tiles_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
     PRECISION: tl.constexpr, TILES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +133,7 @@ def norm_linear_bwd_weight_kernel(
     i_tile, i_chunk = tl.program_id(0) % (tiles_o * tiles_c), tl.program_id(0) // (tiles_o * tiles_c)
     i_b, i_n = (i_chunk // chunks).to(tl.int64), i_chunk % chunks
     o_o, o_c = i_tile // tiles_c * BLOCK_O + tl.arange(0, BLOCK_O), i_tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_o, m_c = o_o < M, o_c < C
+    m_o, m_c = o_o < K, o_c < C
     grad_ptr += i_b * out_b
     x_ptr += i_b * stride_b
     o_grad, o_x = o_o.to(tl.int64)[None, :] * out_c, o_c.to(tl.int64)[None, :] * stride_c
@@ -147,7 +147,7 @@ def norm_linear_bwd_weight_kernel(
         b_factor = tl.load(factors_ptr + i_b * N + o_n, mask=m_n, other=0.0)
         b_normed = cast(b_x.to(tl.float32) * b_factor[:, None], grad_ptr.dtype.element_ty)
         b_sum = dot_of_many(tl.trans(b_grad), b_normed, b_sum, PRECISION)
-    o_sums = i_chunk.to(tl.int64) * M * C + o_o[:, None] * C + o_c[None, :]
+    o_sums = i_chunk.to(tl.int64) * K * C + o_o[:, None] * C + o_c[None, :]
     tl.store(sums_ptr + o_sums, b_sum, mask=m_o[:, None] & m_c[None, :])
 
 
@@ -182,15 +182,15 @@ def exact_products(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision == "ieee"
 
 
-def forward_tile(N: int, C: int, M: int, exact: bool) -> Tile:
+def forward_tile(N: int, C: int, K: int, exact: bool) -> Tile:
     """The launch of the forward kernel: 64 × 64 products, few enough that maps of 16 × 16 pixels fill a GPU."""
-    block_n, block_o = _block(N, 64), _block(M, 64)
+    block_n, block_o = _block(N, 64), _block(K, 64)
     if exact:
         return Tile(block_n, block_o, 16, _exact_warps(block_n * block_o), num_stages=2)
     return Tile(block_n, block_o, _block(C, 32), num_warps=4, num_stages=3)
 
 
-def backward_x_tile(N: int, C: int, M: int, exact: bool) -> Tile:
+def backward_x_tile(N: int, C: int, K: int, exact: bool) -> Tile:
     """The launch of the kernel of dx, which holds whole rows of z: 32 float32 per thread, 64 at 1024 channels."""
     block_c = _block(C, 1024)
     block_n = _block(N, max(16, min(32 if exact else 64, 8192 // block_c)))
@@ -198,12 +198,12 @@ def backward_x_tile(N: int, C: int, M: int, exact: bool) -> Tile:
         return Tile(block_n, 16, block_c, _exact_warps(block_n * block_c), num_stages=2)
     num_warps = 8 if block_n * block_c > 4096 else 4
     # Tiles of the weight are in shared memory, of which some GPUs give a program 99 KiB: 16 outputs of wide rows.
-    return Tile(block_n, _block(M, 16 if block_c > 512 else 32), block_c, num_warps, num_stages=2)
+    return Tile(block_n, _block(K, 16 if block_c > 512 else 32), block_c, num_warps, num_stages=2)
 
 
-def backward_weight_tile(N: int, C: int, M: int, exact: bool) -> Tile:
+def backward_weight_tile(N: int, C: int, K: int, exact: bool) -> Tile:
     """The launch of the kernel of the weight's gradient."""
-    block_o, block_c = _block(M, 64), _block(C, 64)
+    block_o, block_c = _block(K, 64), _block(C, 64)
     if exact:
         return Tile(16, block_o, block_c, _exact_warps(block_o * block_c), num_stages=2)
     return Tile(_block(N, 32), block_o, block_c, num_warps=4, num_stages=3)
@@ -214,96 +214,96 @@ def _exact_warps(elements: int) -> int:
     return max(1, min(16, elements // 512))
 
 
-def tiles_per_chunk(N: int, C: int, M: int, tile: Tile) -> int:
+def tiles_per_chunk(N: int, C: int, K: int, tile: Tile) -> int:
     """Tiles of pixels that one program of the weight's gradient adds up: a power of two from 2 on.
 
-    With the tiles of (M, C) these are about 256 programs, enough to fill a GPU, and no more partial sums than that.
+    With the tiles of (K, C) these are about 256 programs, enough to fill a GPU, and no more partial sums than that.
     """
-    chunks = max(1, 256 // (triton.cdiv(M, tile.block_o) * triton.cdiv(C, tile.block_c)))
+    chunks = max(1, 256 // (triton.cdiv(K, tile.block_o) * triton.cdiv(C, tile.block_c)))
     return max(2, triton_launch.next_power_of_2(triton.cdiv(triton.cdiv(N, tile.block_n), chunks)))
 
 
 def norm_linear(
     x: torch.Tensor,  # (B, C, H, W), channels-last or contiguous
-    g: torch.Tensor,  # C elements
-    weight: torch.Tensor,  # (M, C, 1, 1)
+    gain: torch.Tensor,  # C elements
+    weight: torch.Tensor,  # (K, C, 1, 1)
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, M, H, W) in the memory format of x, and √C / max(‖x‖₂, 1e-12) of every pixel, (B, H·W) float32."""
+    """Output (B, K, H, W) in the memory format of x, and √C / max(‖x‖₂, 1e-12) of every pixel, (B, H·W) float32."""
     out, factors = empty_outputs(x, weight.shape[0])
-    _launch_forward(x, g.contiguous(), weight, None, None, out, factors)
+    _launch_forward(x, gain.contiguous(), weight, None, None, out, factors)
     return out, factors
 
 
 def linear_residual(
     x: torch.Tensor,  # (B, C, H, W), channels-last or contiguous
-    weight: torch.Tensor,  # (M, C, 1, 1)
-    bias: torch.Tensor,  # (M,)
-    residual: torch.Tensor,  # (B, M, H, W)
+    weight: torch.Tensor,  # (K, C, 1, 1)
+    bias: torch.Tensor,  # (K,)
+    residual: torch.Tensor,  # (B, K, H, W)
 ) -> torch.Tensor:
-    """The same product without the norm, plus bias and residual: (B, M, H, W) in the memory format of x."""
+    """The same product without the norm, plus bias and residual: (B, K, H, W) in the memory format of x."""
     out = empty_outputs(x, weight.shape[0])[0]
     _launch_forward(x, None, weight, bias.contiguous(), _laid_out_for(x, residual), out, None)
     return out
 
 
-def _launch_forward(x, g, weight, bias, residual, out, factors) -> None:
-    M, C = weight.shape[:2]
+def _launch_forward(x, gain, weight, bias, residual, out, factors) -> None:
+    K, C = weight.shape[:2]
     B, N = _rows(x)
     precision = triton_launch.convolution_precision()
-    tile = forward_tile(_pixels(x), C, M, exact_products(x.dtype, precision))
-    tiles_n, tiles_o = triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_o)
+    tile = forward_tile(_pixels(x), C, K, exact_products(x.dtype, precision))
+    tiles_n, tiles_o = triton.cdiv(N, tile.block_n), triton.cdiv(K, tile.block_o)
     with torch.cuda.device_of(x):
         norm_linear_fwd_kernel[(B * tiles_n * tiles_o,)](
-            x, g, weight.reshape(M, C).contiguous(), bias, residual, out, factors, N, C, M, tiles_n, tiles_o, C**0.5,
+            x, gain, weight.reshape(K, C).contiguous(), bias, residual, out, factors, N, C, K, tiles_n, tiles_o, C**0.5,
             *_strides(x, N), *_strides(out, N), PRECISION=precision, TILES_C=triton.cdiv(C, tile.block_c),
             **tile.constants,
         )  # fmt: skip
 
 
 def norm_linear_backward(
-    grad: torch.Tensor,  # (B, M, H, W)
+    grad: torch.Tensor,  # (B, K, H, W)
     x: torch.Tensor,
     factors: torch.Tensor,  # (B, H·W) float32
-    g: torch.Tensor,
+    gain: torch.Tensor,
     weight: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, and in float32 of g (C,) and weight (M, C); see `norm_linear`.
+    """Gradients of x, and in float32 of gain (C,) and weight (K, C); see `norm_linear`.
 
-    Four small torch operators, on (M, C) and on the chunks' sums of it, follow the two kernels.
+    Four small torch operators, on (K, C) and on the chunks' sums of it, follow the two kernels.
     """
-    M, C = weight.shape[:2]
+    K, C = weight.shape[:2]
     grad = _laid_out_for(x, grad)
     dx = torch.empty_like(x)
     B, N = _rows(x)
-    g_row, weight_rows = g.contiguous(), weight.reshape(M, C).contiguous()
+    gain_row, weight_rows = gain.contiguous(), weight.reshape(K, C).contiguous()
     strides = (*_strides(x, N), *_strides(grad, N))
     precision = triton_launch.convolution_precision()
     exact = exact_products(x.dtype, precision)
-    tile, sum_tile = backward_x_tile(_pixels(x), C, M, exact), backward_weight_tile(N, C, M, exact)
+    tile, sum_tile = backward_x_tile(_pixels(x), C, K, exact), backward_weight_tile(N, C, K, exact)
     tiles_n = triton.cdiv(N, tile.block_n)
-    tiles = tiles_per_chunk(N, C, M, sum_tile)
+    tiles = tiles_per_chunk(N, C, K, sum_tile)
     chunks = triton.cdiv(N, sum_tile.block_n * tiles)
-    tiles_o, tiles_c = triton.cdiv(M, sum_tile.block_o), triton.cdiv(C, sum_tile.block_c)
-    sums = x.new_empty(B * chunks, M, C, dtype=torch.float32)
+    tiles_o, tiles_c = triton.cdiv(K, sum_tile.block_o), triton.cdiv(C, sum_tile.block_c)
+    sums = x.new_empty(B * chunks, K, C, dtype=torch.float32)
     with torch.cuda.device_of(x):
         norm_linear_bwd_x_kernel[(B * tiles_n,)](
-            grad, x, dx, factors, g_row, weight_rows, N, C, M, tiles_n, C**0.5, *strides,
-            PRECISION=precision, TILES_O=triton.cdiv(M, tile.block_o), **tile.constants,
+            grad, x, dx, factors, gain_row, weight_rows, N, C, K, tiles_n, C**0.5, *strides,
+            PRECISION=precision, TILES_O=triton.cdiv(K, tile.block_o), **tile.constants,
         )  # fmt: skip
         norm_linear_bwd_weight_kernel[(B * chunks * tiles_o * tiles_c,)](
-            grad, x, factors, sums, N, C, M, chunks, tiles_o, tiles_c, *strides,
+            grad, x, factors, sums, N, C, K, chunks, tiles_o, tiles_c, *strides,
             PRECISION=precision, TILES=tiles, **sum_tile.constants,
         )  # fmt: skip
-    folded = sums.sum(0)  # (M, C), the gradient of weight·g
-    return dx, (folded * weight_rows).sum(0), folded * g_row.reshape(-1)
+    folded = sums.sum(0)  # (K, C), the gradient of weight·gain
+    return dx, (folded * weight_rows).sum(0), folded * gain_row.reshape(-1)
 
 
-def empty_outputs(x: torch.Tensor, M: int) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_outputs(x: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The outputs of `norm_linear`, not yet written."""
     B, _, H, W = x.shape
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((B, M, H, W), dtype=x.dtype, device=x.device, memory_format=memory_format)
+    out = torch.empty((B, K, H, W), dtype=x.dtype, device=x.device, memory_format=memory_format)
     return out, x.new_empty(B, H * W, dtype=torch.float32)
 
 

@@ -3,7 +3,7 @@
     v = x + bias
     x̂ = v / max(‖v‖₂, 1e-12) · √C   (RMSNorm over channels, Zhang & Sennrich 2019, in upstream's form), or
     x̂ = (v − mean) / √(variance + eps) over a group of channels and all pixels   (GroupNorm, Wu & He 2018)
-    y = (x̂·weight + bias_affine)·(1 + scale) + shift
+    y = (x̂·gain + offset)·(1 + scale) + shift
     out = dropout(SiLU(y)) + residual
 
 Backward keeps x and one (RMSNorm, per pixel) or two (GroupNorm, per group) floats, and computes the rest again.
@@ -31,12 +31,12 @@ def _fake(x, groups, **_) -> tuple[torch.Tensor, torch.Tensor]:
 _norm_silu = Operator(
     "norm_silu",
     # groups = 0 is RMSNorm.
-    "Tensor x, Tensor weight, Tensor? bias_affine, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, "
+    "Tensor x, Tensor gain, Tensor? offset, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, "
     "Tensor? seed, int groups, float eps, bool activation, float dropout_p",
     returns="out, statistics",
     fake=_fake,
-    backward="grad, x, statistics, weight, bias_affine, bias, scale, shift, seed, groups, activation, dropout_p",
-    gradients="x, weight, bias_affine, bias, scale, shift",
+    backward="grad, x, statistics, gain, offset, bias, scale, shift, seed, groups, activation, dropout_p",
+    gradients="x, gain, offset, bias, scale, shift",
     passes="residual",
     triton=f"{__package__}.triton",
     native=True,
@@ -45,7 +45,7 @@ _norm_silu = Operator(
 
 def rms_norm_silu(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    gain: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
@@ -55,12 +55,12 @@ def rms_norm_silu(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """RMSNorm over the channels, and what stands around it.
+    """RMSNorm over the channels, with bias, scale and shift, SiLU, dropout and residual.
 
     Args:
         x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). Statistics and arithmetic are float32.
             Channels-last is the fast layout; on CUDA contiguous runs as well; others run the reference.
-        weight: the norm's gain, C elements in any shape; upstream's is (1, C, 1, 1).
+        gain: the norm's gain, C elements in any shape; upstream's is (1, C, 1, 1).
         bias: (C,), added before the norm: the bias of the convolution that made x.
         scale, shift: (B, C); y·(1 + scale) + shift after the norm.
         residual: shape of x, added last.
@@ -76,10 +76,10 @@ def rms_norm_silu(
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
-    _check(x, weight, None, bias, scale, shift, residual, dropout_p, seed)
+    _check(x, gain, None, bias, scale, shift, residual, dropout_p, seed)
     return _rms_norm_silu_op(
         x,
-        weight,
+        gain,
         bias=bias,
         scale=scale,
         shift=shift,
@@ -92,8 +92,8 @@ def rms_norm_silu(
 
 def group_norm_silu(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias_affine: torch.Tensor,
+    gain: torch.Tensor,
+    offset: torch.Tensor,
     *,
     groups: int,
     eps: float = 1e-5,
@@ -105,10 +105,10 @@ def group_norm_silu(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """GroupNorm, and what stands around it.
+    """GroupNorm, with bias, scale and shift, SiLU, dropout and residual.
 
     Args:
-        weight, bias_affine: (C,), the norm's own affine map.
+        gain, offset: (C,), the norm's own affine map.
         groups: divides C.
         eps: added to the variance.
         others: see `rms_norm_silu`.
@@ -119,13 +119,13 @@ def group_norm_silu(
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
-    _check(x, weight, bias_affine, bias, scale, shift, residual, dropout_p, seed)
+    _check(x, gain, offset, bias, scale, shift, residual, dropout_p, seed)
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
     return _group_norm_silu_op(
         x,
-        weight,
-        bias_affine,
+        gain,
+        offset,
         groups=groups,
         eps=eps,
         bias=bias,
@@ -138,47 +138,45 @@ def group_norm_silu(
     )
 
 
-def _check(x, weight, bias_affine, bias, scale, shift, residual, dropout_p, seed) -> None:
+def _check(x, gain, offset, bias, scale, shift, residual, dropout_p, seed) -> None:
     """The checks of every implementation."""
-    optional = {"bias_affine": bias_affine, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
-    given = {"x": x, "weight": weight, **{name: tensor for name, tensor in optional.items() if tensor is not None}}
+    optional = {"offset": offset, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
+    given = {"x": x, "gain": gain, **{name: tensor for name, tensor in optional.items() if tensor is not None}}
     check_tensors(given)
     check_seed(dropout_p, seed, x.device)
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
     B, C, _, _ = x.shape
-    if weight.numel() != C:
-        raise ValueError(f"weight must have {C} elements, one per channel of x, got shape {tuple(weight.shape)}")
-    shapes = {"bias_affine": (C,), "bias": (C,), "scale": (B, C), "shift": (B, C), "residual": tuple(x.shape)}
+    if gain.numel() != C:
+        raise ValueError(f"gain must have {C} elements, one per channel of x, got shape {tuple(gain.shape)}")
+    shapes = {"offset": (C,), "bias": (C,), "scale": (B, C), "shift": (B, C), "residual": tuple(x.shape)}
     for name, shape in shapes.items():
         if name in given and given[name].shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(given[name].shape)}")
 
 
 def _rms(operator):
-    def run(x, weight, *, bias, scale, shift, residual, activation, dropout_p, seed) -> torch.Tensor:
+    def run(x, gain, *, bias, scale, shift, residual, activation, dropout_p, seed) -> torch.Tensor:
         seed = seed if dropout_p > 0 else None
-        return operator(x, weight, None, bias, scale, shift, residual, seed, 0, 0.0, activation, dropout_p)[0]
+        return operator(x, gain, None, bias, scale, shift, residual, seed, 0, 0.0, activation, dropout_p)[0]
 
     return run
 
 
 def _group(operator):
-    def run(
-        x, weight, bias_affine, *, groups, eps, bias, scale, shift, residual, activation, dropout_p, seed
-    ) -> torch.Tensor:
+    def run(x, gain, offset, *, groups, eps, bias, scale, shift, residual, activation, dropout_p, seed) -> torch.Tensor:
         seed = seed if dropout_p > 0 else None
-        rows = (weight, bias_affine, bias, scale, shift)
+        rows = (gain, offset, bias, scale, shift)
         return operator(x, *rows, residual, seed, groups, eps, activation, dropout_p)[0]
 
     return run
 
 
-def _triton_refuses(x, weight, bias_affine=None, **options) -> str | None:
+def _triton_refuses(x, gain, offset=None, **options) -> str | None:
     reason = triton_launch.why_not_triton(x.device)
     if reason is not None:
         return reason
-    for name, tensor in {"x": x, "weight": weight, "bias_affine": bias_affine, **options}.items():
+    for name, tensor in {"x": x, "gain": gain, "offset": offset, **options}.items():
         if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
             return f"{name} is torch.float64, and the kernels compute in float32"
     if x.numel() == 0:
@@ -190,25 +188,25 @@ def _triton_refuses(x, weight, bias_affine=None, **options) -> str | None:
     return None
 
 
-def _triton_rms_refuses(x, weight, **options) -> str | None:
-    reason = _triton_refuses(x, weight, **options)
+def _triton_rms_refuses(x, gain, **options) -> str | None:
+    reason = _triton_refuses(x, gain, **options)
     if reason is None and x.shape[1] > _LARGEST_ROW:
         return f"x has {x.shape[1]} channels, and a program of the RMSNorm kernel holds at most {_LARGEST_ROW}"
     return reason
 
 
-def _native_refuses(x, weight, bias_affine=None, **options) -> str | None:
+def _native_refuses(x, gain, offset=None, **options) -> str | None:
     given = {name: option for name, option in options.items() if isinstance(option, torch.Tensor)}
-    return why_not_on_cpu({"x": x, "weight": weight, "bias_affine": bias_affine, **given}, maps=("x",))
+    return why_not_on_cpu({"x": x, "gain": gain, "offset": offset, **given}, maps=("x",))
 
 
-def _example(affine: bool):
+def _example(offset: bool):
     def example(device: torch.device) -> tuple[tuple, dict]:
         x = torch.zeros(2, 8, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
         row = torch.zeros(8, device=device)
         options = {"bias": None, "scale": None, "shift": None, "residual": None}
         options |= {"activation": True, "dropout_p": 0.0, "seed": None}
-        return (x, row, row) if affine else (x, row), options | ({"groups": 2, "eps": 1e-5} if affine else {})
+        return (x, row, row) if offset else (x, row), options | ({"groups": 2, "eps": 1e-5} if offset else {})
 
     return example
 
@@ -220,7 +218,7 @@ _rms_norm_silu_op = Op(
         Implementation("native", _rms(_norm_silu.native), _native_refuses),
         Implementation("reference", reference.rms_norm_silu),
     ],
-    _example(affine=False),
+    _example(offset=False),
 )
 _group_norm_silu_op = Op(
     "group_norm_silu",
@@ -229,5 +227,5 @@ _group_norm_silu_op = Op(
         Implementation("native", _group(_norm_silu.native), _native_refuses),
         Implementation("reference", reference.group_norm_silu),
     ],
-    _example(affine=True),
+    _example(offset=True),
 )

@@ -5,8 +5,8 @@ the fast layout, contiguous works as well. Statistics and arithmetic are float32
 
 Everything per channel after the norm folds into one multiplication and one addition with
 
-    gain = weight·(1 + scale)      offset = bias_affine·(1 + scale) + shift
-    y = x̂·gain + offset      out = dropout(SiLU(y)) + residual
+    slope = gain·(1 + scale)      intercept = offset·(1 + scale) + shift
+    y = x̂·slope + intercept      out = dropout(SiLU(y)) + residual
 
 so that all parameter gradients follow from two sums over the pixels of each sample and channel, Σ dy and Σ dy·x̂
 (`parameter_gradients`). Sums are made in two stages, per chunk of pixels and then over chunks, without atomics.
@@ -43,19 +43,19 @@ def _load_with_bias(x_ptr, o_tile, m_tile, bias_ptr, o_c, m_c):
 
 
 @triton.jit
-def _gain_and_offset(weight_ptr, affine_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c):
+def _slope_and_intercept(gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c):
     """(BLOCK_C,) each, both 0 in channels that do not exist."""
-    b_gain = _load(weight_ptr, o_c, m_c)
-    b_offset = tl.zeros_like(b_gain)
-    if affine_ptr is not None:
-        b_offset = _load(affine_ptr, o_c, m_c)
+    b_slope = _load(gain_ptr, o_c, m_c)
+    b_intercept = tl.zeros_like(b_slope)
+    if offset_ptr is not None:
+        b_intercept = _load(offset_ptr, o_c, m_c)
     if scale_ptr is not None:
         b_factor = 1.0 + _load(scale_ptr, i_b * stride_scale + o_c, m_c)
-        b_gain *= b_factor
-        b_offset *= b_factor
+        b_slope *= b_factor
+        b_intercept *= b_factor
     if shift_ptr is not None:
-        b_offset += _load(shift_ptr, i_b * stride_shift + o_c, m_c)
-    return b_gain, b_offset
+        b_intercept += _load(shift_ptr, i_b * stride_shift + o_c, m_c)
+    return b_slope, b_intercept
 
 
 @triton.jit
@@ -92,11 +92,11 @@ def _dropped(b_y, seed_ptr, i_b, n_start, o_c, HW, threshold, kept_scale, BLOCK_
 
 @triton.jit
 def _finish_fwd(
-    b_normed, residual_ptr, out_ptr, o_tile, m_tile, b_gain, b_offset, seed_ptr, i_b, n_start, o_c, HW, threshold,
+    b_normed, residual_ptr, out_ptr, o_tile, m_tile, b_slope, b_intercept, seed_ptr, i_b, n_start, o_c, HW, threshold,
     kept_scale, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """What follows x̂, and the store."""
-    b_y = b_normed * b_gain[None, :] + b_offset[None, :]
+    b_y = b_normed * b_slope[None, :] + b_intercept[None, :]
     if ACTIVATION:
         b_y = silu(b_y)
     if seed_ptr is not None:
@@ -108,15 +108,15 @@ def _finish_fwd(
 
 @triton.jit
 def _finish_bwd(
-    grad_ptr, b_normed, o_tile, m_tile, b_gain, b_offset, seed_ptr, i_b, n_start, o_c, HW, threshold, kept_scale,
+    grad_ptr, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, i_b, n_start, o_c, HW, threshold, kept_scale,
     ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """dy, the gradient at y = x̂·gain + offset, 0 outside the map."""
+    """dy, the gradient at y = x̂·slope + intercept, 0 outside the map."""
     b_dy = _load(grad_ptr, o_tile, m_tile)
     if seed_ptr is not None:
         b_dy = _dropped(b_dy, seed_ptr, i_b, n_start, o_c, HW, threshold, kept_scale, BLOCK_N, QUADS)
     if ACTIVATION:
-        b_dy *= silu_derivative(b_normed * b_gain[None, :] + b_offset[None, :])
+        b_dy *= silu_derivative(b_normed * b_slope[None, :] + b_intercept[None, :])
     return b_dy
 
 
@@ -125,7 +125,7 @@ def rms_norm_silu_fwd_kernel(
     x_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so are out and residual
     out_ptr,
     factors_ptr,  # (B, HW) float32: √C / max(‖v‖₂, 1e-12)
-    weight_ptr,  # (C,)
+    gain_ptr,  # (C,)
     bias_ptr,  # (C,) or None
     scale_ptr,  # (B, C) or None
     shift_ptr,  # (B, C) or None
@@ -141,8 +141,8 @@ def rms_norm_silu_fwd_kernel(
     o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, m_n[:, None] & m_c[None, :]
     if residual_ptr is not None:
         residual_ptr += o_sample
-    b_gain, b_offset = _gain_and_offset(
-        weight_ptr, None, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+    b_slope, b_intercept = _slope_and_intercept(
+        gain_ptr, None, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
 
     b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
@@ -153,8 +153,8 @@ def rms_norm_silu_fwd_kernel(
         b_factor = root_c / tl.maximum(tl.sqrt(b_square), _SMALLEST_NORM)
     tl.store(factors_ptr + i_b.to(tl.int64) * HW + o_n, b_factor, mask=m_n)
     _finish_fwd(
-        b_v * b_factor[:, None], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_gain, b_offset,
-        seed_ptr, i_b, i_n * BLOCK_N, o_c, HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+        b_v * b_factor[:, None], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_slope,
+        b_intercept, seed_ptr, i_b, i_n * BLOCK_N, o_c, HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
     )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def rms_norm_silu_bwd_kernel(
     dx_ptr,
     sums_ptr,  # (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of a chunk's pixels
     factors_ptr,  # (B, HW)
-    weight_ptr,  # (C,)
+    gain_ptr,  # (C,)
     bias_ptr,  # (C,) or None
     scale_ptr,  # (B, C) or None
     shift_ptr,  # (B, C) or None
@@ -177,8 +177,8 @@ def rms_norm_silu_bwd_kernel(
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
     o_sample = i_b.to(tl.int64) * stride_b
-    b_gain, b_offset = _gain_and_offset(
-        weight_ptr, None, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+    b_slope, b_intercept = _slope_and_intercept(
+        gain_ptr, None, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
     b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dy_normed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -194,10 +194,10 @@ def rms_norm_silu_bwd_kernel(
         b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
         b_normed = b_v * b_factor[:, None]
         b_dy = _finish_bwd(
-            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_gain, b_offset, seed_ptr, i_b, n_start, o_c, HW,
+            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, i_b, n_start, o_c, HW,
             threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
         )  # fmt: skip
-        b_dnormed = b_dy * b_gain[None, :]
+        b_dnormed = b_dy * b_slope[None, :]
         # A clamped norm is a constant: nothing flows through it.
         b_projection = tl.where(b_factor < largest_factor, tl.sum(b_dnormed * b_normed, axis=1) * inverse_c, 0.0)
         b_dx = (b_dnormed - b_normed * b_projection[:, None]) * b_factor[:, None]
@@ -293,8 +293,8 @@ def group_norm_silu_fwd_kernel(
     x_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so are out and residual
     out_ptr,
     statistics_ptr,  # (B, G, 2)
-    weight_ptr,  # (C,)
-    affine_ptr,  # (C,)
+    gain_ptr,  # (C,)
+    offset_ptr,  # (C,)
     bias_ptr,  # (C,) or None
     scale_ptr,  # (B, C) or None
     shift_ptr,  # (B, C) or None
@@ -310,15 +310,15 @@ def group_norm_silu_fwd_kernel(
     o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, (o_n < HW)[:, None] & m_c[None, :]
     if residual_ptr is not None:
         residual_ptr += o_sample
-    b_gain, b_offset = _gain_and_offset(
-        weight_ptr, affine_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+    b_slope, b_intercept = _slope_and_intercept(
+        gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
     b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
 
     b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
     _finish_fwd(
-        (b_v - b_mean[None, :]) * b_rstd[None, :], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_gain, b_offset,
-        seed_ptr, i_b, i_n * BLOCK_N, o_c, HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+        (b_v - b_mean[None, :]) * b_rstd[None, :], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_slope,
+        b_intercept, seed_ptr, i_b, i_n * BLOCK_N, o_c, HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
     )  # fmt: skip
 
 
@@ -335,8 +335,8 @@ def group_norm_silu_sums_kernel(
     x_ptr,
     sums_ptr,  # (B, chunks, 2, C) float32: Σ dy and Σ dy·x̂ of a chunk's pixels
     statistics_ptr,  # (B, G, 2)
-    weight_ptr,  # (C,)
-    affine_ptr,  # (C,)
+    gain_ptr,  # (C,)
+    offset_ptr,  # (C,)
     bias_ptr,  # (C,) or None
     scale_ptr,  # (B, C) or None
     shift_ptr,  # (B, C) or None
@@ -348,8 +348,8 @@ def group_norm_silu_sums_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     o_sample = i_b.to(tl.int64) * stride_b
-    b_gain, b_offset = _gain_and_offset(
-        weight_ptr, affine_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+    b_slope, b_intercept = _slope_and_intercept(
+        gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
     b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
     b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -361,7 +361,7 @@ def group_norm_silu_sums_kernel(
         b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
         b_normed = (b_v - b_mean[None, :]) * b_rstd[None, :]
         b_dy = _finish_bwd(
-            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_gain, b_offset, seed_ptr, i_b, n_start, o_c, HW,
+            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, i_b, n_start, o_c, HW,
             threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
         )  # fmt: skip
         b_sum_dy += b_dy
@@ -379,8 +379,8 @@ def group_norm_silu_bwd_kernel(
     sums_ptr,  # (B, chunks, C) float32: Σ dx of a chunk's pixels; not touched without bias
     statistics_ptr,  # (B, G, 2)
     means_ptr,  # (B, 2, G) float32: mean over the group of dx̂ and of dx̂·x̂
-    weight_ptr,  # (C,)
-    affine_ptr,  # (C,)
+    gain_ptr,  # (C,)
+    offset_ptr,  # (C,)
     bias_ptr,  # (C,) or None
     scale_ptr,  # (B, C) or None
     shift_ptr,  # (B, C) or None
@@ -392,8 +392,8 @@ def group_norm_silu_bwd_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     o_sample = i_b.to(tl.int64) * stride_b
-    b_gain, b_offset = _gain_and_offset(
-        weight_ptr, affine_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+    b_slope, b_intercept = _slope_and_intercept(
+        gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
     b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
     o_means = i_b * 2 * G + o_c // (C // G)
@@ -407,10 +407,10 @@ def group_norm_silu_bwd_kernel(
         b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
         b_normed = (b_v - b_mean[None, :]) * b_rstd[None, :]
         b_dy = _finish_bwd(
-            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_gain, b_offset, seed_ptr, i_b, n_start, o_c, HW,
+            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, i_b, n_start, o_c, HW,
             threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
         )  # fmt: skip
-        b_dx = b_dy * b_gain[None, :] - b_mean_dnormed[None, :] - b_normed * b_projection[None, :]
+        b_dx = b_dy * b_slope[None, :] - b_mean_dnormed[None, :] - b_normed * b_projection[None, :]
         b_dx *= b_rstd[None, :]
         tl.store(dx_ptr + o_sample + o_tile, b_dx.to(dx_ptr.dtype.element_ty), mask=m_tile)
         if bias_ptr is not None:
@@ -464,8 +464,8 @@ def choose_tile(HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool,
 
 def norm_silu(
     x: torch.Tensor,  # (B, C, H, W), channels-last or contiguous
-    weight: torch.Tensor,  # C elements
-    affine: torch.Tensor | None,  # (C,)
+    gain: torch.Tensor,  # C elements
+    offset: torch.Tensor | None,  # (C,)
     bias: torch.Tensor | None,  # (C,)
     scale: torch.Tensor | None,  # (B, C)
     shift: torch.Tensor | None,  # (B, C)
@@ -479,7 +479,7 @@ def norm_silu(
     """Output, and the statistics for `norm_silu_backward`: factors (B, HW) for RMSNorm (groups = 0), else (B, G, 2)."""
     B, C, HW = _sizes(x)
     out = torch.empty_like(x)
-    rows = _Rows(weight, affine, bias, scale, shift)
+    rows = _Rows(gain, offset, bias, scale, shift)
     residual = None if residual is None else _laid_out_like(x, residual)
     tile = _tile_for(x, seed, whole_rows=groups == 0, sums=False)
     tiles = triton.cdiv(HW, tile.block_n)
@@ -489,13 +489,13 @@ def norm_silu(
         if groups == 0:
             statistics = x.new_empty(B, HW, dtype=torch.float32)
             rms_norm_silu_fwd_kernel[(B * tiles,)](
-                x, out, statistics, rows.weight, rows.bias, rows.scale, rows.shift, residual, seed, HW, C, tiles,
+                x, out, statistics, rows.gain, rows.bias, rows.scale, rows.shift, residual, seed, HW, C, tiles,
                 C**0.5, *numbers, **constants,
             )  # fmt: skip
             return out, statistics
         statistics = _group_statistics_of(x, rows.bias, groups, eps)
         group_norm_silu_fwd_kernel[(B * tiles, triton.cdiv(C, tile.block_c))](
-            x, out, statistics, rows.weight, rows.affine, rows.bias, rows.scale, rows.shift, residual, seed, HW, C,
+            x, out, statistics, rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, residual, seed, HW, C,
             groups, tiles, *numbers, **constants,
         )  # fmt: skip
         return out, statistics
@@ -505,8 +505,8 @@ def norm_silu_backward(
     grad: torch.Tensor,  # (B, C, H, W)
     x: torch.Tensor,
     statistics: torch.Tensor,
-    weight: torch.Tensor,
-    affine: torch.Tensor | None,
+    gain: torch.Tensor,
+    offset: torch.Tensor | None,
     bias: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
@@ -515,11 +515,11 @@ def norm_silu_backward(
     activation: bool,
     dropout_p: float,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of x, and in float32 of weight, affine, bias, scale, shift: None where the argument is None."""
+    """Gradients of x, and in float32 of gain, offset, bias, scale, shift: None where the argument is None."""
     B, C, HW = _sizes(x)
     dx = torch.empty_like(x)
     grad = _laid_out_like(x, grad)
-    rows = _Rows(weight, affine, bias, scale, shift)
+    rows = _Rows(gain, offset, bias, scale, shift)
     tile = _tile_for(x, seed, whole_rows=groups == 0, sums=True)
     chunks = triton.cdiv(HW, tile.chunk)
     numbers = (*_strides(x), *rows.strides, *_dropout_numbers(dropout_p))
@@ -528,21 +528,21 @@ def norm_silu_backward(
         if groups == 0:
             partial = x.new_empty(B, chunks, 2 if bias is None else 3, C, dtype=torch.float32)
             rms_norm_silu_bwd_kernel[(B * chunks,)](
-                grad, x, dx, partial, statistics, rows.weight, rows.bias, rows.scale, rows.shift, seed, HW, C, chunks,
+                grad, x, dx, partial, statistics, rows.gain, rows.bias, rows.scale, rows.shift, seed, HW, C, chunks,
                 C**0.5, *numbers, **constants,
             )  # fmt: skip
             sums = partial.sum(1)
             return dx, *parameter_gradients(sums, sums[:, 2:], rows)
         grid = (B * chunks, triton.cdiv(C, tile.block_c))
-        inputs = (rows.weight, rows.affine, rows.bias, rows.scale, rows.shift, seed, HW, C, groups, chunks, *numbers)
+        inputs = (rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, seed, HW, C, groups, chunks, *numbers)
         partial = x.new_empty(B, chunks, 2, C, dtype=torch.float32)
         if HW * C == groups:
             # A group of one number has no gradient: both kernels must round its dy as torch rounds the mean below.
             constants["enable_fp_fusion"] = False
         group_norm_silu_sums_kernel[grid](grad, x, partial, statistics, *inputs, **constants)
         sums = partial.sum(1)
-        gain = rows.scaled(rows.weight.float().reshape(1, -1))  # (B or 1, C)
-        means = (sums * gain[:, None]).reshape(B, 2, groups, -1).sum(-1) / (HW * (C // groups))
+        slope = rows.scaled(rows.gain.float().reshape(1, -1))  # (B or 1, C)
+        means = (sums * slope[:, None]).reshape(B, 2, groups, -1).sum(-1) / (HW * (C // groups))
         partial_dx = x.new_empty(B, chunks, 0 if bias is None else 1, C, dtype=torch.float32)
         group_norm_silu_bwd_kernel[grid](grad, x, dx, partial_dx, statistics, means, *inputs, **constants)
         return dx, *parameter_gradients(sums, partial_dx.sum(1), rows)
@@ -551,9 +551,9 @@ def norm_silu_backward(
 class _Rows:
     """The arguments per channel as the kernels read them: channels side by side, rows of scale and shift anywhere."""
 
-    def __init__(self, weight, affine, bias, scale, shift):
-        self.weight = weight.contiguous()
-        self.affine = None if affine is None else affine.contiguous()
+    def __init__(self, gain, offset, bias, scale, shift):
+        self.gain = gain.contiguous()
+        self.offset = None if offset is None else offset.contiguous()
         self.bias = None if bias is None else bias.contiguous()
         self.scale, self.shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
 
@@ -567,22 +567,22 @@ class _Rows:
 
 
 def parameter_gradients(sums: torch.Tensor, sums_dx: torch.Tensor, rows: _Rows) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of weight (C,), affine (C,), bias (C,), scale (B, C), shift (B, C), None for what was not given.
+    """Gradients of gain (C,), offset (C,), bias (C,), scale (B, C), shift (B, C), None for what was not given.
 
     Args:
         sums: (B, 2 or more, C), first Σ dy, then Σ dy·x̂ of each sample.
         sums_dx: (B, 1 or 0, C), Σ dx.
     """
     sum_dy, sum_dy_normed = sums[:, 0], sums[:, 1]
-    dweight = rows.scaled(sum_dy_normed).sum(0)
-    daffine = None if rows.affine is None else rows.scaled(sum_dy).sum(0)
+    dgain = rows.scaled(sum_dy_normed).sum(0)
+    doffset = None if rows.offset is None else rows.scaled(sum_dy).sum(0)
     dbias = None if rows.bias is None else sums_dx.sum(0).flatten()
     dscale = None
     if rows.scale is not None:
-        dscale = sum_dy_normed * rows.weight.float().reshape(-1)
-        if rows.affine is not None:
-            dscale = dscale + sum_dy * rows.affine.float()
-    return dweight, daffine, dbias, dscale, None if rows.shift is None else sum_dy.contiguous()
+        dscale = sum_dy_normed * rows.gain.float().reshape(-1)
+        if rows.offset is not None:
+            dscale = dscale + sum_dy * rows.offset.float()
+    return dgain, doffset, dbias, dscale, None if rows.shift is None else sum_dy.contiguous()
 
 
 def _group_statistics_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int, eps: float) -> torch.Tensor:

@@ -26,9 +26,9 @@ def resnet_block(
     bias2: torch.Tensor,
     gain2: torch.Tensor,
     *,
-    beside: torch.Tensor | None = None,
-    affine1: torch.Tensor | None = None,
-    affine2: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+    offset1: torch.Tensor | None = None,
+    offset2: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     res_weight: torch.Tensor | None = None,
@@ -50,29 +50,29 @@ def resnet_block(
     norm1 = partial(_norm, groups=groups, eps=eps, dropout_p=dropout_p)
     norm2 = partial(_norm, groups=groups, eps=eps)
     with no_autocast(x.device.type):
-        if beside is not None and res_weight is None:
-            x, beside = torch.cat((x, beside.to(x.dtype)), dim=1), None
-        if beside is None:
+        if skip is not None and res_weight is None:
+            x, skip = torch.cat((x, skip.to(x.dtype)), dim=1), None
+        if skip is None:
             y1 = conv3x3(x, weight1)
             residual = x if res_weight is None else linear(x, res_weight, res_bias)
         else:
-            y1, residual = convs_of_parts((x, beside), (weight1, None), (res_weight, res_bias))
-        first = (y1, gain1, affine1, bias1, scale, shift, None, seed)
+            y1, residual = convs_of_parts((x, skip), (weight1, None), (res_weight, res_bias))
+        first = (y1, gain1, offset1, bias1, scale, shift, None, seed)
         h = norm1(*first)
         y2 = conv_of_recomputed(h, norm1, first, weight2) if recompute else conv3x3(h, weight2)
-        out = norm2(y2, gain2, affine2, bias2, None, None, residual)
+        out = norm2(y2, gain2, offset2, bias2, None, None, residual)
         if out_weight is None:
             return out
         if not recompute:
             return linear(out, out_weight, out_bias)
-        sources = (y2, gain2, affine2, bias2, x, beside, res_weight, res_bias)
+        sources = (y2, gain2, offset2, bias2, x, skip, res_weight, res_bias)
         return conv_of_recomputed(out, partial(_output, norm2), sources, out_weight, out_bias)
 
 
 def _norm(
     y: torch.Tensor,
     gain: torch.Tensor,
-    affine: torch.Tensor | None,
+    offset: torch.Tensor | None,
     bias: torch.Tensor,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
@@ -87,18 +87,18 @@ def _norm(
     rows = {"bias": bias, "scale": scale, "shift": shift, "residual": residual, "dropout_p": dropout_p, "seed": seed}
     if groups == 0:
         return rms_norm_silu(y, gain, **rows)
-    return group_norm_silu(y, gain, affine, groups=groups, eps=eps, **rows)
+    return group_norm_silu(y, gain, offset, groups=groups, eps=eps, **rows)
 
 
-def _output(norm: Callable, y2, gain2, affine2, bias2, x, beside, res_weight, res_bias) -> torch.Tensor:
+def _output(norm: Callable, y2, gain2, offset2, bias2, x, skip, res_weight, res_bias) -> torch.Tensor:
     """The block's output from the second convolution's output y2 and the block's inputs."""
     if res_weight is None:
         residual = x
-    elif beside is None:
+    elif skip is None:
         residual = linear(x, res_weight, res_bias)
     else:
-        (residual,) = convs_of_parts((x, beside), (res_weight, res_bias))
-    return norm(y2, gain2, affine2, bias2, None, None, residual)
+        (residual,) = convs_of_parts((x, skip), (res_weight, res_bias))
+    return norm(y2, gain2, offset2, bias2, None, None, residual)
 
 
 def conv_of_recomputed(

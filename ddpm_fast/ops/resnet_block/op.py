@@ -35,18 +35,18 @@ def _fake(x, weight1, groups, keep, **_) -> tuple[torch.Tensor, ...]:
 _resnet_block = Operator(
     "resnet_block",
     # groups = 0 is RMSNorm. Without `keep` only out is returned, and empty tensors in place of the others.
-    "Tensor x, Tensor? beside, Tensor weight1, Tensor bias1, Tensor gain1, Tensor? affine1, Tensor? scale, "
-    "Tensor? shift, Tensor weight2, Tensor bias2, Tensor gain2, Tensor? affine2, Tensor? res_weight, Tensor? res_bias, "
+    "Tensor x, Tensor? skip, Tensor weight1, Tensor bias1, Tensor gain1, Tensor? offset1, Tensor? scale, "
+    "Tensor? shift, Tensor weight2, Tensor bias2, Tensor gain2, Tensor? offset2, Tensor? res_weight, Tensor? res_bias, "
     "Tensor? seed, int groups, float eps, float dropout_p, bool keep",
     returns="out, y1, statistics1, y2, statistics2",
     fake=_fake,
-    backward="grad, x, beside, weight1, gain1, affine1, scale, shift, weight2, gain2, affine2, res_weight, seed, "
+    backward="grad, x, skip, weight1, gain1, offset1, scale, shift, weight2, gain2, offset2, res_weight, seed, "
     "y1, statistics1, y2, statistics2, groups, eps, dropout_p, wants_dx",
-    gradients="x, beside, weight1, bias1, gain1, affine1, scale, shift, weight2, bias2, gain2, affine2, res_weight, "
+    gradients="x, skip, weight1, bias1, gain1, offset1, scale, shift, weight2, bias2, gain2, offset2, res_weight, "
     "res_bias",
-    maps="x, beside",
+    maps="x, skip",
     rows={"bias1": "weight1", "bias2": "weight2", "res_bias": "res_weight"},
-    wanted={"wants_dx": "x, beside"},
+    wanted={"wants_dx": "x, skip"},
     gradient_list=True,
     native=True,
 )
@@ -61,9 +61,9 @@ def resnet_block(
     bias2: torch.Tensor,
     gain2: torch.Tensor,
     *,
-    beside: torch.Tensor | None = None,
-    affine1: torch.Tensor | None = None,
-    affine2: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+    offset1: torch.Tensor | None = None,
+    offset2: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     res_weight: torch.Tensor | None = None,
@@ -82,25 +82,25 @@ def resnet_block(
         x: (B, C, H, W) float32, float16, bfloat16 (float64: not native). The native code takes channels-last.
         weight1, weight2: (K, C + C', 3, 3) and (K, K, 3, 3); bias1, bias2: (K,).
         gain1, gain2: the norms' gains, K elements in any shape.
-        beside: (B, C', H, W), channels that follow those of x, as if the two were concatenated.
-        affine1, affine2: (K,), GroupNorm's shifts.
+        skip: (B, C', H, W), channels that follow those of x, as if the two were concatenated.
+        offset1, offset2: (K,), GroupNorm's shifts.
         scale, shift: (B, K); the first norm's output times (1 + scale) plus shift.
         res_weight, res_bias: (K, C + C', 1, 1) and (K,), the residual's convolution; needed where C + C' is not K.
-        out_weight, out_bias: (M, K, 1, 1) and (M,), a 1×1 convolution of the block's output.
+        out_weight, out_bias: (O, K, 1, 1) and (O,), a 1×1 convolution of the block's output.
         groups: of GroupNorm with `eps`; 0 is RMSNorm.
         dropout_p, seed: dropout after the first activation, see `rms_norm_silu`.
         recompute: keep fewer maps for backward and compute them again there. The native block keeps its arguments
             alone; for the steps see composite.py.
 
     Returns:
-        (B, K, H, W), or (B, M, H, W) with `out_weight`, of the dtype and memory format of x. Gradients flow to
+        (B, K, H, W), or (B, O, H, W) with `out_weight`, of the dtype and memory format of x. Gradients flow to
         everything but seed, once.
 
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
     options = {
-        "beside": beside, "affine1": affine1, "affine2": affine2, "scale": scale, "shift": shift,
+        "skip": skip, "offset1": offset1, "offset2": offset2, "scale": scale, "shift": shift,
         "res_weight": res_weight, "res_bias": res_bias, "out_weight": out_weight, "out_bias": out_bias,
         "groups": groups, "eps": eps, "dropout_p": dropout_p, "seed": seed, "recompute": recompute,
     }  # fmt: skip
@@ -111,7 +111,7 @@ def resnet_block(
 def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
     """The checks of every implementation."""
     tensors = {"weight1": weight1, "bias1": bias1, "gain1": gain1, "weight2": weight2, "bias2": bias2, "gain2": gain2}
-    optional = ("beside", "affine1", "affine2", "scale", "shift", "res_weight", "res_bias", "out_weight", "out_bias")
+    optional = ("skip", "offset1", "offset2", "scale", "shift", "res_weight", "res_bias", "out_weight", "out_bias")
     tensors |= {name: options[name] for name in optional if options[name] is not None}
     check_tensors({"x": x, **tensors})
     check_seed(options["dropout_p"], options["seed"], x.device)
@@ -120,19 +120,19 @@ def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
             f"x and weight1 must have four dimensions, got shapes {tuple(x.shape)} and {tuple(weight1.shape)}"
         )
     B, C, H, W = x.shape
-    beside = options["beside"]
-    if beside is not None:
-        if beside.dim() != 4 or (beside.shape[0], *beside.shape[2:]) != (B, H, W):
-            raise ValueError(f"beside must have shape ({B}, C, {H}, {W}), got {tuple(beside.shape)}")
-        C += beside.shape[1]
+    skip = options["skip"]
+    if skip is not None:
+        if skip.dim() != 4 or (skip.shape[0], *skip.shape[2:]) != (B, H, W):
+            raise ValueError(f"skip must have shape ({B}, C, {H}, {W}), got {tuple(skip.shape)}")
+        C += skip.shape[1]
     K, groups = weight1.shape[0], options["groups"]
     shapes = {
-        "weight1": (K, C, 3, 3), "weight2": (K, K, 3, 3), "bias1": (K,), "bias2": (K,), "affine1": (K,),
-        "affine2": (K,), "scale": (B, K), "shift": (B, K), "res_weight": (K, C, 1, 1), "res_bias": (K,),
+        "weight1": (K, C, 3, 3), "weight2": (K, K, 3, 3), "bias1": (K,), "bias2": (K,), "offset1": (K,),
+        "offset2": (K,), "scale": (B, K), "shift": (B, K), "res_weight": (K, C, 1, 1), "res_bias": (K,),
     }  # fmt: skip
     if "out_weight" in tensors:
-        M = tensors["out_weight"].shape[0] if tensors["out_weight"].dim() else 0
-        shapes |= {"out_weight": (M, K, 1, 1), "out_bias": (M,)}
+        outputs = tensors["out_weight"].shape[0] if tensors["out_weight"].dim() else 0
+        shapes |= {"out_weight": (outputs, K, 1, 1), "out_bias": (outputs,)}
     elif "out_bias" in tensors:
         raise ValueError("out_bias must not be given without out_weight")
     for name, shape in shapes.items():
@@ -145,21 +145,21 @@ def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
         raise ValueError(f"res_weight must be given where the block takes {C} channels to {K}")
     if groups < 0 or (groups > 0 and K % groups):
         raise ValueError(f"groups must divide the {K} channels of the block, got {groups}")
-    if groups > 0 and not ("affine1" in tensors and "affine2" in tensors):
-        raise ValueError("affine1 and affine2 must be given with groups > 0")
-    if groups == 0 and ("affine1" in tensors or "affine2" in tensors):
-        raise ValueError("affine1 and affine2 are GroupNorm's, and must not be given with groups = 0")
+    if groups > 0 and not ("offset1" in tensors and "offset2" in tensors):
+        raise ValueError("offset1 and offset2 must be given with groups > 0")
+    if groups == 0 and ("offset1" in tensors or "offset2" in tensors):
+        raise ValueError("offset1 and offset2 are GroupNorm's, and must not be given with groups = 0")
 
 
 def _native(
-    x, weight1, bias1, gain1, weight2, bias2, gain2, *, beside=None, affine1=None, affine2=None, scale=None, shift=None,
+    x, weight1, bias1, gain1, weight2, bias2, gain2, *, skip=None, offset1=None, offset2=None, scale=None, shift=None,
     res_weight=None, res_bias=None, out_weight=None, out_bias=None, groups=0, eps=1e-5, dropout_p=0.0, seed=None,
     recompute=False,
 ) -> torch.Tensor:  # fmt: skip
-    if beside is not None:
-        beside = beside.contiguous(memory_format=torch.channels_last)  # the layout of its gradient
+    if skip is not None:
+        skip = skip.contiguous(memory_format=torch.channels_last)  # the layout of its gradient
     arguments = (
-        x, beside, weight1, bias1, gain1, affine1, scale, shift, weight2, bias2, gain2, affine2, res_weight, res_bias,
+        x, skip, weight1, bias1, gain1, offset1, scale, shift, weight2, bias2, gain2, offset2, res_weight, res_bias,
         seed if dropout_p > 0 else None, groups, eps, dropout_p,
     )  # fmt: skip
     keep = torch.is_grad_enabled()
@@ -176,12 +176,12 @@ def _run(*arguments) -> torch.Tensor:
 
 
 def _native_refuses(
-    x, weight1, bias1, gain1, weight2, bias2, gain2, *, beside=None, affine1=None, affine2=None, scale=None, shift=None,
+    x, weight1, bias1, gain1, weight2, bias2, gain2, *, skip=None, offset1=None, offset2=None, scale=None, shift=None,
     res_weight=None, res_bias=None, **others,
 ) -> str | None:  # fmt: skip
     given = {
         "x": x, "weight1": weight1, "bias1": bias1, "gain1": gain1, "weight2": weight2, "bias2": bias2, "gain2": gain2,
-        "beside": beside, "affine1": affine1, "affine2": affine2, "scale": scale, "shift": shift,
+        "skip": skip, "offset1": offset1, "offset2": offset2, "scale": scale, "shift": shift,
         "res_weight": res_weight, "res_bias": res_bias,
     }  # fmt: skip
     return why_not_on_cpu(given, maps=("x",))

@@ -18,9 +18,9 @@ def resnet_block(
     bias2: torch.Tensor,
     gain2: torch.Tensor,
     *,
-    beside: torch.Tensor | None = None,
-    affine1: torch.Tensor | None = None,
-    affine2: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+    offset1: torch.Tensor | None = None,
+    offset2: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     res_weight: torch.Tensor | None = None,
@@ -40,15 +40,15 @@ def resnet_block(
         def wide(tensor):
             return None if tensor is None else tensor.to(dtype)
 
-        def norm(y, gain, affine, **options):
+        def norm(y, gain, offset, **options):
             if groups == 0:
                 return rms_norm_silu(y, gain, **options)
-            return group_norm_silu(y, gain, affine, groups=groups, eps=eps, **options)
+            return group_norm_silu(y, gain, offset, groups=groups, eps=eps, **options)
 
-        h = wide(x) if beside is None else torch.cat((wide(x), wide(beside)), dim=1)
+        h = wide(x) if skip is None else torch.cat((wide(x), wide(skip)), dim=1)
         residual = h if res_weight is None else F.conv2d(h, wide(res_weight), wide(res_bias))
         y = F.conv2d(h, wide(weight1), wide(bias1), padding=1)
-        y = norm(y, gain1, affine1, scale=scale, shift=shift, dropout_p=dropout_p, seed=seed)
+        y = norm(y, gain1, offset1, scale=scale, shift=shift, dropout_p=dropout_p, seed=seed)
         y = F.conv2d(y, wide(weight2), wide(bias2), padding=1)
-        out = norm(y, gain2, affine2, residual=residual)
+        out = norm(y, gain2, offset2, residual=residual)
         return (out if out_weight is None else F.conv2d(out, wide(out_weight), wide(out_bias))).to(x.dtype)

@@ -3,7 +3,7 @@
     x0 = p·x + q·out, clipped to [−1, 1] where asked
     x ← r·x0 + s·x + u·x0_previous + σ·ε
 
-A sampler is a table of p, q, r, s, u, σ with a row per step, made by ddpm_fast/schedules.py: ancestral sampling (Ho et
+A sampler is a table of p, q, r, s, u, σ with a row per step, made by diffusion/samplers.py: ancestral sampling (Ho et
 al. 2020, eq. 7), DDIM with any eta (Song et al. 2021, eq. 12), DPM-Solver++(2M) (Lu et al. 2022, algorithm 2).
 """
 

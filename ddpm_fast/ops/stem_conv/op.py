@@ -1,6 +1,6 @@
 """A large odd kernel on few channels, stride 1, zeros around: declaration, public function, eligibility.
 
-On the CPU, products of rows of the padded map, in which what a row of the kernel sees of a pixel lies side by side
+On the CPU, products of rows of the padded map, in which what a row of the kernel sees of a pixel is contiguous
 (csrc/cpu/kernels/stem_conv-inl.h). Elsewhere torch's convolution.
 """
 

@@ -23,8 +23,8 @@ BITS = {"bf16": 16, "fp32": 32}
 N, M = 16 * 16, 4
 # Tiles of queries and of keys read from maps, tiles of queries and of keys written.
 TILES = {"fwd": (1, 2, 1, 0), "dq": (3, 2, 1, 0), "dkv": (2, 2, 0, 2)}
-# Most registers stand in benchmarks/bounds.json: 65,536 are in a multiprocessor, so that two programs of four warps fit
-# with 255 registers, three with 168, four with 128; one of eight warps with 255, two with 128.
+# Bounds of registers are in benchmarks/bounds.json. A multiprocessor has 65,536: two programs of four warps fit with
+# 255 registers, three with 168, four with 128; one of eight warps with 255, two with 128.
 # FMA units do not differ between the three, tensor cores do: each architecture gets one case of either.
 CASES = [("bf16", 32, 80), ("fp32", 64, 80), ("bf16", 32, 100), ("fp32", 64, 100)]
 CASES += [(dtype, D, 90) for dtype in BITS for D in (32, 64)]

@@ -53,7 +53,7 @@ def make(name: str, shape, residual: bool = True, seed: int = 0) -> tuple[dict, 
         return {"qkv": 2 * normal(B, 3 * hidden, H, W), "mem_kv": normal(2, heads, M, D)}, {"heads": heads}
     tensors = {
         "x": normal(B, C, H, W),
-        "g_in": 1 + 0.3 * normal(1, C, 1, 1),
+        "gain_in": 1 + 0.3 * normal(1, C, 1, 1),
         "weight_qkv": 2 * normal(3 * hidden, C, 1, 1) / C**0.5,
         "mem_kv": normal(2, heads, M, D),
         "weight": normal(C, hidden, 1, 1) / hidden**0.5,
@@ -83,7 +83,7 @@ def test_layouts_of_gradients_and_parameters(name, grad):
     assert_as_accurate_as_the_reference(OPS[name], tensors, options, GRADS[grad])
     if name == "core":
         return
-    flat = tensors | {"g_in": tensors["g_in"].flatten()}
+    flat = tensors | {"gain_in": tensors["gain_in"].flatten()}
     flat |= {key: tensors[key].flatten(1) for key in ("weight", "weight_qkv")}
     actual, expected = run(OPS[name], "native", flat, options), run(OPS[name], "native", tensors, options)
     assert_equal(actual, {key: value.reshape(actual[key].shape) for key, value in expected.items()})
@@ -256,7 +256,7 @@ def test_what_native_refuses_runs_elsewhere(name):
     [
         ({"x": torch.zeros(3)}, ValueError, "x must have shape"),
         ({"x": torch.zeros(2, 7, 3, 5)}, ValueError, "weight_qkv must have shape"),
-        ({"g_in": torch.zeros(3)}, ValueError, "g_in must have 20 elements"),
+        ({"gain_in": torch.zeros(3)}, ValueError, "gain_in must have 20 elements"),
         ({"mem_kv": torch.zeros(2, 3, 1, 8)}, ValueError, "mem_kv must have shape"),
         ({"weight": torch.zeros(19, 16)}, ValueError, "weight must have shape"),
         ({"bias": torch.zeros(3)}, ValueError, "bias must have shape"),

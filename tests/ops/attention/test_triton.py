@@ -53,7 +53,7 @@ def test_gradients_of_another_layout():
     """A contiguous and an expanded gradient of a channels-last output."""
     qkv, mem_kv, heads = make((2, 1, 16, 5, 7, 4), "nhwc", DEVICE)
     found = []
-    for change in (lambda g: g, lambda g: g.contiguous(memory_format=torch.channels_last)):
+    for change in (lambda grad: grad, lambda grad: grad.contiguous(memory_format=torch.channels_last)):
         leaf = qkv.clone().requires_grad_()
         with use_backend("triton"):
             out = attention(leaf, mem_kv, heads=heads)

@@ -30,7 +30,7 @@ def instruction_set(request):
     module.use_instruction_set(before)
 
 
-def make(B, C, beside, K, H, W, upsampled=False, bias=True, residual=True, seed=0) -> tuple[dict, dict]:
+def make(B, C, skip, K, H, W, upsampled=False, bias=True, residual=True, seed=0) -> tuple[dict, dict]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -39,12 +39,12 @@ def make(B, C, beside, K, H, W, upsampled=False, bias=True, residual=True, seed=
     factor = 2 if upsampled else 1
     tensors = {
         "x": normal(B, C, H, W).contiguous(memory_format=torch.channels_last),
-        "weight": normal(K, C + beside, 3, 3) / (9 * (C + beside)) ** 0.5,
+        "weight": normal(K, C + skip, 3, 3) / (9 * (C + skip)) ** 0.5,
     }
     if bias:
         tensors["bias"] = normal(K)
-    if beside:
-        tensors["beside"] = normal(B, beside, H, W).contiguous(memory_format=torch.channels_last)
+    if skip:
+        tensors["skip"] = normal(B, skip, H, W).contiguous(memory_format=torch.channels_last)
     if residual:
         tensors["residual"] = normal(B, K, factor * H, factor * W)
     return tensors, {"upsampled": upsampled}
@@ -85,7 +85,7 @@ def check(tensors, others):
 EPS = torch.finfo(torch.float32).eps
 
 SHAPES = [
-    # B, C, beside, K, H, W
+    # B, C, skip, K, H, W
     (1, 1, 0, 1, 1, 1),
     (3, 3, 0, 17, 7, 3),
     (1, 64, 0, 64, 8, 8),
@@ -139,8 +139,8 @@ def test_without_bias_or_residual(names):
     *(st.integers(low, high) for low, high in ((1, 70), (0, 40), (1, 70), (1, 14), (1, 14))),
     *(st.booleans() for _ in range(3)),
 )
-def test_random_shapes(B, C, beside, K, H, W, upsampled, bias, residual):
-    check(*make(B, C, beside, K, H, W, upsampled, bias, residual))
+def test_random_shapes(B, C, skip, K, H, W, upsampled, bias, residual):
+    check(*make(B, C, skip, K, H, W, upsampled, bias, residual))
 
 
 def test_threads_do_not_matter():
@@ -193,7 +193,7 @@ def test_operator_keeps_torchs_rules():
     tensors, _ = make(2, 8, 4, 6, 4, 4)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     for upsampled, residual in ((False, leaves["residual"]), (True, None)):
-        arguments = (leaves["x"], leaves["beside"], leaves["weight"], leaves["bias"], residual, upsampled)
+        arguments = (leaves["x"], leaves["skip"], leaves["weight"], leaves["bias"], residual, upsampled)
         torch.library.opcheck(torch.ops.ddpm_fast.native_conv3x3.default, arguments)
 
 
@@ -213,9 +213,9 @@ def test_refusals():
 
 def test_tiny_maps_are_left_to_torch():
     tensors, others = make(1, 8, 0, 6, 2, 9, residual=False)
-    choice = op._conv3x3_op.choose(**tensors, beside=None, residual=None, **others)
+    choice = op._conv3x3_op.choose(**tensors, skip=None, residual=None, **others)
     assert choice.name == "reference" and "H = 2" in op._conv3x3_op.implementations[0].why_not(
-        **tensors, beside=None, residual=None, **others
+        **tensors, skip=None, residual=None, **others
     )
 
 
@@ -235,7 +235,7 @@ def test_second_derivatives_are_refused():
         ({"weight": torch.zeros(6, 7, 3, 3)}, r"weight must have shape \(K, 8, 3, 3\)"),
         ({"weight": torch.zeros(6, 8, 1, 1)}, "weight must have shape"),
         ({"bias": torch.zeros(5)}, "bias must have shape"),
-        ({"beside": torch.zeros(2, 8, 4, 4)}, "beside must have shape"),
+        ({"skip": torch.zeros(2, 8, 4, 4)}, "skip must have shape"),
         ({"residual": torch.zeros(1, 6, 8, 8)}, "residual must have shape"),
         ({"x": torch.zeros(1, 8, 4, 4, dtype=torch.int32)}, "x must be float32"),
         ({"weight": None}, "weight must be a tensor"),

@@ -42,7 +42,7 @@ def test_every_value_of_a_half_type_there_and_back(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_float32_is_rounded_to_nearest_even(dtype):
-    """Between, beside and at ties of neighbouring values, and beyond the largest."""
+    """Between, next to and at ties of neighbouring values, and beyond the largest."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float()
     finite = every[every.isfinite()].sort().values
     between = (finite[1:] + finite[:-1]) / 2

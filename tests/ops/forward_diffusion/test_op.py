@@ -143,7 +143,7 @@ def test_noise_that_cannot_be_made_is_refused():
         (lambda: Noise(), "seed must be given where noise or its offset is generated"),
         (lambda: Noise(eps, offset_noise_strength=0.1), "seed must be given where noise or its offset is generated"),
         (lambda: Noise(eps, 3, -0.1), "offset_noise_strength must not be negative, got -0.1"),
-        (lambda: q_sample(x, t, table, Noise(eps), seed=3), "must not be given beside a Noise"),
+        (lambda: q_sample(x, t, table, Noise(eps), seed=3), "must not be given with a Noise"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

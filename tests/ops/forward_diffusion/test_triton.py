@@ -266,7 +266,7 @@ def test_the_second_stage_sums_any_number_of_tiles():
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_only_the_result_is_written(memory_format, monkeypatch):
-    """Every output lies between guards that no kernel may touch."""
+    """Every output is between guards that no kernel may touch."""
     guard, made, empty = 64, [], torch.empty
 
     def guarded(shape, *, memory_format=torch.contiguous_format, **kwargs):

@@ -50,7 +50,7 @@ def make(name: str, shape, residual: bool = True, seed: int = 0) -> tuple[dict, 
 
     hidden = heads * D
     if name == "block":
-        tensors = {"x": normal(B, C, H, W), "g_in": 1 + 0.3 * normal(1, C, 1, 1)}
+        tensors = {"x": normal(B, C, H, W), "gain_in": 1 + 0.3 * normal(1, C, 1, 1)}
         tensors["weight_qkv"] = 2 * normal(3 * hidden, C, 1, 1) / C**0.5
     else:
         tensors = {"qkv": 2 * normal(B, 3 * hidden, H, W)}
@@ -58,7 +58,7 @@ def make(name: str, shape, residual: bool = True, seed: int = 0) -> tuple[dict, 
         "mem_kv": normal(2, heads, D, M),
         "weight": normal(C, hidden, 1, 1) / hidden**0.5,
         "bias": 0.5 * normal(C),
-        "g": 1 + 0.3 * normal(1, C, 1, 1),
+        "gain": 1 + 0.3 * normal(1, C, 1, 1),
     }
     if residual:
         tensors["residual"] = normal(B, C, H, W)
@@ -82,9 +82,9 @@ def test_layouts_of_gradients_and_parameters(name, grad):
         tensors[key] = torch.stack((tensors[key], tensors[key]), dim=-1)[..., 0]
         assert not tensors[key].is_contiguous()
     assert_as_accurate_as_the_reference(OPS[name], tensors, options, GRADS[grad])
-    flat = dict(tensors, g=tensors["g"].flatten(), weight=tensors["weight"].flatten(1))
+    flat = dict(tensors, gain=tensors["gain"].flatten(), weight=tensors["weight"].flatten(1))
     if name == "block":
-        flat |= {"g_in": tensors["g_in"].flatten(), "weight_qkv": tensors["weight_qkv"].flatten(1)}
+        flat |= {"gain_in": tensors["gain_in"].flatten(), "weight_qkv": tensors["weight_qkv"].flatten(1)}
     actual, expected = run(OPS[name], "native", flat, options), run(OPS[name], "native", tensors, options)
     assert_equal(actual, {key: value.reshape(actual[key].shape) for key, value in expected.items()})
 
@@ -265,13 +265,13 @@ def test_what_native_refuses_runs_in_the_reference(name):
     [
         ({"x": torch.zeros(3)}, ValueError, "x must have shape"),
         ({"x": torch.zeros(2, 7, 3, 5)}, ValueError, "weight_qkv must have shape"),
-        ({"g_in": torch.zeros(3)}, ValueError, "g_in must have 20 elements"),
+        ({"gain_in": torch.zeros(3)}, ValueError, "gain_in must have 20 elements"),
         ({"mem_kv": torch.zeros(2, 3, 8, 1)}, ValueError, "mem_kv must have shape"),
         ({"weight": torch.zeros(19, 16)}, ValueError, "weight must have the 20 channels of x"),
         ({"weight": torch.zeros(20, 15)}, ValueError, "weight must have shape"),
         ({"bias": torch.zeros(3)}, ValueError, "bias must have shape"),
         ({"residual": torch.zeros(2, 20, 3, 4)}, ValueError, "residual must have shape"),
-        ({"g": 3}, TypeError, "g must be a tensor"),
+        ({"gain": 3}, TypeError, "gain must be a tensor"),
         ({"bias": torch.zeros(20).int()}, TypeError, "bias must be float32"),
         ({"heads": 0}, ValueError, "heads must be a positive integer"),
     ],
@@ -299,7 +299,7 @@ def test_the_operators_themselves_guard_memory():
             forward(*given, None, 3)
         with pytest.raises(ValueError, match="residual must have shape"):
             forward(*given, residual[:1], 2)
-        with pytest.raises(ValueError, match="g must have 20 elements"):
+        with pytest.raises(ValueError, match="gain must have 20 elements"):
             forward(*given[:-1], given[-1][:, 1:], None, 2)
         with pytest.raises(TypeError, match="must be float32"):
             forward(*given[:-1], given[-1].double(), None, 2)

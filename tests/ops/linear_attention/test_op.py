@@ -20,7 +20,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def peers_tail(attention: torch.nn.Module, qkv: torch.Tensor, residual: torch.Tensor) -> dict[str, torch.Tensor]:
+def upstream_tail(attention: torch.nn.Module, qkv: torch.Tensor, residual: torch.Tensor) -> dict[str, torch.Tensor]:
     """What upstream's LinearAttention makes of a qkv product and adds to a residual, with the gradients of all."""
     qkv, residual = (tensor.clone().requires_grad_() for tensor in (qkv, residual))
     hook = attention.to_qkv.register_forward_hook(lambda module, args, out: qkv)
@@ -29,26 +29,26 @@ def peers_tail(attention: torch.nn.Module, qkv: torch.Tensor, residual: torch.Te
     hook.remove()
     out.backward(torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out.dtype))
     conv, norm = attention.to_out
-    leaves = {"qkv": qkv, "mem_kv": attention.mem_kv, "weight": conv.weight, "bias": conv.bias, "g": norm.g}
+    leaves = {"qkv": qkv, "mem_kv": attention.mem_kv, "weight": conv.weight, "bias": conv.bias, "gain": norm.g}
     gradients = {f"d{name}": leaf.grad.clone() for name, leaf in (leaves | {"residual": residual}).items()}
     return {"out": out.detach()} | gradients
 
 
 @both_layouts
 @pytest.mark.parametrize("M", [1, 4])
-def test_reference_is_the_peers_tail(peer, layout, M):
+def test_reference_is_upstreams_tail(upstream, layout, M):
     """Output and every gradient: the same in float64, and as accurate as upstream's own in float32."""
     tensors, others = make((2, 3, 10, 24, M, 5, 6), layout)
-    attention = peer.LinearAttention(24, heads=3, dim_head=10, num_mem_kv=M)
+    attention = upstream.LinearAttention(24, heads=3, dim_head=10, num_mem_kv=M)
     conv, norm = attention.to_out
     attention.mem_kv.data, conv.weight.data, conv.bias.data, norm.g.data = list(tensors.values())[1:5]
-    expected = peers_tail(attention, tensors["qkv"], tensors["residual"])
+    expected = upstream_tail(attention, tensors["qkv"], tensors["residual"])
     actual = run("reference", tensors, others)
     doubles = {name: tensor.double() for name, tensor in tensors.items()}
     truth = run("reference", doubles, others)
-    peers_truth = peers_tail(attention.double(), doubles["qkv"], doubles["residual"])
+    upstream_truth = upstream_tail(attention.double(), doubles["qkv"], doubles["residual"])
     for name in truth:
-        torch.testing.assert_close(truth[name], peers_truth[name], rtol=1e-9, atol=1e-11, msg=name)
+        torch.testing.assert_close(truth[name], upstream_truth[name], rtol=1e-9, atol=1e-11, msg=name)
         assert_close_to_truth(actual[name], expected[name], truth[name], name=name)
 
 
@@ -87,7 +87,7 @@ def test_reference_takes_what_kernels_do_not():
 
 
 def kept_bytes(function) -> int:
-    """Of the distinct storages that autograd saves, leaves aside."""
+    """Of the distinct storages that autograd saves, without leaves."""
     storages = {}
 
     def pack(tensor):
@@ -120,7 +120,7 @@ def test_reference_keeps_less_than_the_formula_in_a_row(layout):
     ours = kept_bytes(lambda: linear_attention(*arguments, heads=heads))
     torch.testing.assert_close(linear_attention(*arguments, heads=heads), in_a_row(), rtol=1e-4, atol=1e-5)
     one_map = 2 * size**2 * heads * D * 4
-    assert ours <= kept_bytes(in_a_row) - 0.9 * one_map  # small matrices aside
+    assert ours <= kept_bytes(in_a_row) - 0.9 * one_map  # and small matrices
 
 
 def test_compiles_whole():
@@ -148,7 +148,7 @@ ERRORS = {
     ),
     "3×3 weight": ({"weight": torch.zeros(24, 16, 3, 3)}, ValueError, r"weight must have shape .* got \(24, 16, 3"),
     "bias": ({"bias": torch.zeros(1, 24)}, ValueError, r"bias must have shape \(24,\), got \(1, 24\)"),
-    "g": ({"g": torch.zeros(23)}, ValueError, r"g must have 24 elements, .* got shape \(23,\)"),
+    "gain": ({"gain": torch.zeros(23)}, ValueError, r"gain must have 24 elements, .* got shape \(23,\)"),
     "residual": ({"residual": torch.zeros(1, 24, 3, 4)}, ValueError, r"residual must have shape \(2, 24, 3, 4\), got"),
 }
 

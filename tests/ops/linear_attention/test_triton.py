@@ -56,7 +56,7 @@ def test_contiguous_maps():
 
 def test_without_residual_and_with_a_weight_of_two_dimensions():
     tensors, others = make(SMALL, device=DEVICE, residual=False)
-    tensors["weight"], tensors["g"] = tensors["weight"].flatten(1), tensors["g"].flatten()
+    tensors["weight"], tensors["gain"] = tensors["weight"].flatten(1), tensors["gain"].flatten()
     assert_as_accurate_as_the_reference(tensors, others)
 
 
@@ -150,7 +150,7 @@ def test_rows_of_zeros():
 
 
 def test_maps_of_other_layouts_and_dtypes():
-    """A residual and a gradient that do not lie as the output does."""
+    """A residual and a gradient in another layout than the output."""
     tensors, others = make(SMALL, device=DEVICE)
     plain = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
     other = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}

@@ -33,7 +33,7 @@ KERNELS = {
 PRODUCTS = [("bf16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee")]
 
 
-NOT_GIVEN = {"norm": ("bias_ptr", "residual_ptr"), "residual": ("g_ptr", "factors_ptr")}
+NOT_GIVEN = {"norm": ("bias_ptr", "residual_ptr"), "residual": ("gain_ptr", "factors_ptr")}
 
 
 def compile_stage(name: str, dtype: str, precision: str, C: int, capability: int, tmp_path, op: str = "norm"):
@@ -116,7 +116,7 @@ def test_the_widest_rows_fit(name, tmp_path):
 def test_sizes_of_one_compile(name, tmp_path):
     """A launch makes integers that are 1 constants of the kernel."""
     function = getattr(kernel, name)
-    ones = ["N", "C", "M", "chunks", "TILES_C", "TILES_O"]
+    ones = ["N", "C", "K", "chunks", "TILES_C", "TILES_O"]
     ones += [n for n in function.arg_names if n.startswith(("tiles", "stride_", "out_")) and not n.endswith("_ptr")]
     constants = {n: 1 for n in ones} | {"PRECISION": "ieee", "TILES": 2, "BLOCK_N": 16, "BLOCK_O": 16, "BLOCK_C": 16}
     constants = {n: value for n, value in constants.items() if n in function.arg_names}

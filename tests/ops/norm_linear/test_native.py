@@ -14,7 +14,7 @@ from ddpm_fast.testing.truth import assert_close_to_truth
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
-# B, C, H, W, M
+# B, C, H, W, K
 SHAPES = [
     (1, 1, 1, 1, 1),
     (3, 3, 7, 1, 5),
@@ -53,20 +53,20 @@ def normal(generator, *size):
 
 def make(op: str, shape, seed=0, bias=True) -> dict[str, torch.Tensor]:
     """Random float32 arguments, maps channels-last."""
-    B, C, H, W, M = shape
+    B, C, H, W, K = shape
     generator = torch.Generator().manual_seed(seed)
     x = 2 * normal(generator, B, C, H, W) + 0.5
-    tensors = {"x": x, "weight": normal(generator, M, C, 1, 1)}
+    tensors = {"x": x, "weight": normal(generator, K, C, 1, 1)}
     if op == "norm_linear":
-        tensors = {"x": x, "g": 1 + 0.3 * normal(generator, 1, C, 1, 1), "weight": tensors["weight"]}
+        tensors = {"x": x, "gain": 1 + 0.3 * normal(generator, 1, C, 1, 1), "weight": tensors["weight"]}
     if op == "linear of two":
         first = C // 2 or 1
         tensors |= {"second": normal(generator, B, C, H, W)[:, first:] if C > 1 else normal(generator, B, 1, H, W)}
-        tensors |= {"x": x[:, :first], "weight": normal(generator, M, max(C, 2), 1, 1)}
+        tensors |= {"x": x[:, :first], "weight": normal(generator, K, max(C, 2), 1, 1)}
     if op != "norm_linear" and bias:
-        tensors["bias"] = normal(generator, M)
+        tensors["bias"] = normal(generator, K)
     if op == "linear_residual":
-        tensors["residual"] = normal(generator, B, M, H, W)
+        tensors["residual"] = normal(generator, B, K, H, W)
     for name in ("x", "second", "residual"):
         if name in tensors:
             tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
@@ -143,9 +143,9 @@ def test_random_shapes(data):
 @pytest.mark.parametrize("op", OPS)
 def test_arguments_and_gradients_in_any_layout(op):
     tensors = make(op, (2, 20, 4, 6, 12))
-    M, K = tensors["weight"].shape[:2]
-    tensors["weight"] = torch.randn(K, M, 1, 1).transpose(0, 1)
-    tensors |= {"g": torch.randn(40)[::2]} if op == "norm_linear" else {"bias": torch.randn(24)[::2]}
+    K, C = tensors["weight"].shape[:2]
+    tensors["weight"] = torch.randn(C, K, 1, 1).transpose(0, 1)
+    tensors |= {"gain": torch.randn(40)[::2]} if op == "norm_linear" else {"bias": torch.randn(24)[::2]}
     if "residual" in tensors:
         tensors["residual"] = tensors["residual"].contiguous()
     grads = [torch.randn(2, 12, 4, 6), torch.tensor(1.5).expand(2, 12, 4, 6), torch.randn(2, 12, 4, 12)[..., ::2]]
@@ -217,12 +217,12 @@ def test_what_is_not_finite_is_not_hidden(op, bad):
 def test_opcheck(dtype):
     ops = torch.ops.ddpm_fast
     tensors = make("norm_linear", (2, 12, 3, 5, 7))
-    x, g, weight = (tensor.to(dtype).requires_grad_() for tensor in tensors.values())
-    torch.library.opcheck(ops.native_norm_linear.default, (x, g, weight))
-    out, norms = (tensor.detach() for tensor in ops.native_norm_linear(x, g, weight))
-    x, g, weight = x.detach(), g.detach(), weight.detach()
+    x, gain, weight = (tensor.to(dtype).requires_grad_() for tensor in tensors.values())
+    torch.library.opcheck(ops.native_norm_linear.default, (x, gain, weight))
+    out, norms = (tensor.detach() for tensor in ops.native_norm_linear(x, gain, weight))
+    x, gain, weight = x.detach(), gain.detach(), weight.detach()
     for wanted in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(ops.native_norm_linear_backward.default, (out, x, norms, g, weight, *wanted))
+        torch.library.opcheck(ops.native_norm_linear_backward.default, (out, x, norms, gain, weight, *wanted))
     tensors = make("linear of two", (2, 12, 3, 5, 7))
     x, second = (tensors[name].to(dtype).requires_grad_() for name in ("x", "second"))
     weight, bias = tensors["weight"].requires_grad_(), tensors["bias"].requires_grad_()
@@ -287,7 +287,7 @@ def test_linear_is_a_convolution_of_maps_put_together():
         ({"x": (torch.zeros(2, 4, 3, 3), [1])}, TypeError, r"x\[1\] must be a tensor, got list"),
         ({"x": (torch.zeros(2, 4, 3, 3), torch.zeros(2, 4))}, ValueError, r"x\[1\] must have shape \(B, C, H, W\)"),
         ({"x": (torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 2))}, ValueError, "must agree in all but their channels"),
-        ({"x": torch.zeros(2, 7, 3, 3)}, ValueError, r"weight must have shape \(M, 7, 1, 1\)"),
+        ({"x": torch.zeros(2, 7, 3, 3)}, ValueError, r"weight must have shape \(K, 7, 1, 1\)"),
         ({"bias": torch.zeros(1, 5)}, ValueError, r"bias must have shape \(5,\), got \(1, 5\)"),
         ({"weight": torch.zeros(5, 8, 1, 1).int()}, TypeError, "weight must be float32"),
         ({"bias": torch.zeros(5, device="meta")}, ValueError, "bias must be on the device of x"),
@@ -302,23 +302,26 @@ def test_errors_of_linear_are_named(change, error, sentence):
 def test_the_operators_themselves_guard_memory():
     ops = torch.ops.ddpm_fast
     x = torch.zeros(2, 8, 3, 5).contiguous(memory_format=torch.channels_last)
-    weight, g, bias = torch.zeros(6, 8, 1, 1), torch.zeros(8), torch.zeros(6)
-    out, norms = ops.native_norm_linear(x, g, weight)
+    weight, gain, bias = torch.zeros(6, 8, 1, 1), torch.zeros(8), torch.zeros(6)
+    out, norms = ops.native_norm_linear(x, gain, weight)
     for function, sentence in [
-        (lambda: ops.native_norm_linear(x.contiguous(), g, weight), "x must be channels-last"),
-        (lambda: ops.native_norm_linear(x[0], g, weight), "x must have shape"),
-        (lambda: ops.native_norm_linear(x.double(), g, weight), "x must be float32"),
-        (lambda: ops.native_norm_linear(x, g[1:], weight), "g must have 8 elements"),
-        (lambda: ops.native_norm_linear(x, g, weight[:, 1:]), "weight must have shape"),
-        (lambda: ops.native_norm_linear_backward(x, x, norms, g, weight, True, True), "grad must have shape"),
-        (lambda: ops.native_norm_linear_backward(out, x, norms[1:], g, weight, True, True), "norms must have"),
+        (lambda: ops.native_norm_linear(x.contiguous(), gain, weight), "x must be channels-last"),
+        (lambda: ops.native_norm_linear(x[0], gain, weight), "x must have shape"),
+        (lambda: ops.native_norm_linear(x.double(), gain, weight), "x must be float32"),
+        (lambda: ops.native_norm_linear(x, gain[1:], weight), "gain must have 8 elements"),
+        (lambda: ops.native_norm_linear(x, gain, weight[:, 1:]), "weight must have shape"),
+        (lambda: ops.native_norm_linear_backward(x, x, norms, gain, weight, True, True), "grad must have shape"),
+        (lambda: ops.native_norm_linear_backward(out, x, norms[1:], gain, weight, True, True), "norms must have"),
         (lambda: ops.native_linear(x, x[:1], weight, bias, None), "maps must agree"),
         (lambda: ops.native_linear(x, x.half(), weight, bias, None), "maps must be of one dtype"),
         (lambda: ops.native_linear(x, x, weight, bias, None), "weight must have shape"),
         (lambda: ops.native_linear(x, None, weight, bias[1:], None), "bias must have shape"),
         (lambda: ops.native_linear(x, None, weight, bias, x), "residual must have shape"),
         (lambda: ops.native_linear_backward(x, x, None, weight, bias, True, True, True, True), "grad must have shape"),
-        (lambda: ops.native_linear_backward(out, x, None, weight, g, True, True, True, True), "bias must have shape"),
+        (
+            lambda: ops.native_linear_backward(out, x, None, weight, gain, True, True, True, True),
+            "bias must have shape",
+        ),
     ]:
         with pytest.raises((TypeError, ValueError), match=sentence):
             function()
@@ -327,9 +330,9 @@ def test_the_operators_themselves_guard_memory():
 def test_empty_maps_of_the_operators_give_zero_gradients():
     ops = torch.ops.ddpm_fast
     x = torch.zeros(0, 8, 3, 5).contiguous(memory_format=torch.channels_last)
-    weight, g, bias = torch.zeros(6, 8, 1, 1), torch.zeros(8), torch.zeros(6)
-    out, norms = ops.native_norm_linear(x, g, weight)
-    assert all(not tensor.any() for tensor in ops.native_norm_linear_backward(out, x, norms, g, weight, True, True))
+    weight, gain, bias = torch.zeros(6, 8, 1, 1), torch.zeros(8), torch.zeros(6)
+    out, norms = ops.native_norm_linear(x, gain, weight)
+    assert all(not tensor.any() for tensor in ops.native_norm_linear_backward(out, x, norms, gain, weight, True, True))
     gradients = ops.native_linear_backward(out, x, None, weight, bias, True, True, True, True)
     assert gradients[2].shape == weight.shape and all(not tensor.any() for tensor in gradients)
 

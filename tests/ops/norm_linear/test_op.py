@@ -20,16 +20,16 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 SHAPE = (2, 8, 3, 4, 12)
 
 
-def plain(x, g, weight):
+def plain(x, gain, weight):
     """Upstream's two modules in a row."""
-    return F.conv2d(F.normalize(x, dim=1) * g * x.shape[1] ** 0.5, weight)
+    return F.conv2d(F.normalize(x, dim=1) * gain * x.shape[1] ** 0.5, weight)
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
-def test_reference_is_the_peers_modules(peer, layout):
+def test_reference_is_upstreams_modules(upstream, layout):
     tensors = {name: tensor.requires_grad_() for name, tensor in make(SHAPE, layout).items()}
-    norm = peer.RMSNorm(SHAPE[1])
-    norm.g.data = tensors["g"].detach()
+    norm = upstream.RMSNorm(SHAPE[1])
+    norm.g.data = tensors["gain"].detach()
     out, expected = norm_linear(**tensors), F.conv2d(norm(tensors["x"]), tensors["weight"])
     torch.testing.assert_close(out, expected)
     assert out.stride() == expected.stride()
@@ -62,13 +62,17 @@ def test_gradients_of_the_reference_are_autograds(dtype):
 def test_autocast_changes_nothing(op, dtype):
     """Neither forward nor, where it runs in autocast too, backward."""
     tensors = make(SHAPE, "nhwc")
-    x, g, weight = tensors["x"].to(dtype), tensors["g"], tensors["weight"]
+    x, gain, weight = tensors["x"].to(dtype), tensors["gain"], tensors["weight"]
     bias, residual = torch.randn(12), torch.randn(2, 12, 3, 4)
     results = []
     for enabled in (False, True):
         leaf = x.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            out = norm_linear(leaf, g, weight) if op == "norm_linear" else linear_residual(leaf, weight, bias, residual)
+            out = (
+                norm_linear(leaf, gain, weight)
+                if op == "norm_linear"
+                else linear_residual(leaf, weight, bias, residual)
+            )
             (dx,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
         assert out.dtype == dx.dtype == dtype
         results.append((out, dx))
@@ -80,7 +84,7 @@ def test_gradients_of_the_reference_are_its_differences():
     assert torch.autograd.gradcheck(reference.norm_linear, leaves)
 
 
-@pytest.mark.parametrize("wanted", ["x", "g", "weight"])
+@pytest.mark.parametrize("wanted", ["x", "gain", "weight"])
 def test_only_the_gradient_that_is_asked_for(wanted):
     tensors = make(SHAPE, "nhwc")
     expected = run("reference", tensors)
@@ -122,13 +126,13 @@ ERRORS = {
     "x": ({"x": torch.zeros(2, 8, 3)}, ValueError, r"x must have shape \(B, C, H, W\), got \(2, 8, 3\)"),
     "x type": ({"x": [1]}, TypeError, "x must be a tensor, got list"),
     "integers": ({"x": torch.zeros(2, 8, 3, 4).int()}, TypeError, "x must be float32, .* got torch.int32"),
-    "g": ({"g": torch.zeros(7)}, ValueError, r"g must have 8 elements, .* got shape \(7,\)"),
+    "gain": ({"gain": torch.zeros(7)}, ValueError, r"gain must have 8 elements, .* got shape \(7,\)"),
     "weight": (
         {"weight": torch.zeros(12, 8)},
         ValueError,
-        r"weight must have shape \(M, 8, 1, 1\), got \(12, 8\)",
+        r"weight must have shape \(K, 8, 1, 1\), got \(12, 8\)",
     ),
-    "device": ({"g": torch.zeros(8, device="meta")}, ValueError, "g must be on the device of x, cpu, got meta"),
+    "device": ({"gain": torch.zeros(8, device="meta")}, ValueError, "gain must be on the device of x, cpu, got meta"),
 }
 
 
@@ -145,7 +149,7 @@ RESIDUAL_ERRORS = {
         {"residual": torch.zeros(2, 8, 3, 4)},
         r"residual must have shape \(2, 12, 3, 4\), got \(2, 8, 3, 4\)",
     ),
-    "weight": ({"weight": torch.zeros(12, 7, 1, 1)}, r"weight must have shape \(M, 8, 1, 1\), got \(12, 7, 1, 1\)"),
+    "weight": ({"weight": torch.zeros(12, 7, 1, 1)}, r"weight must have shape \(K, 8, 1, 1\), got \(12, 7, 1, 1\)"),
 }
 
 

@@ -33,7 +33,7 @@ def test_shapes(layout, shape):
 
 
 def test_many_chunks_of_pixels():
-    """Programs walk over several tiles of pixels, and the last one stands half outside."""
+    """Programs walk over several tiles of pixels, and the last one is half outside."""
     shape = (2, 68, 31, 29, 900)
     tile = kernel.backward_weight_tile(2 * 31 * 29, 68, 900, True)
     assert kernel.tiles_per_chunk(2 * 31 * 29, 68, 900, tile) == 16
@@ -75,7 +75,7 @@ def test_a_gradient_of_another_layout():
     for memory_format in (torch.channels_last, torch.contiguous_format):
         x = tensors["x"].clone().requires_grad_()
         with use_backend("triton"):
-            out = norm_linear(x, tensors["g"], tensors["weight"])
+            out = norm_linear(x, tensors["gain"], tensors["weight"])
         grad = torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape)
         out.backward(grad.contiguous(memory_format=memory_format))
         results.append(x.grad)
@@ -113,7 +113,7 @@ def test_independent_of_the_batch(side, layout, monkeypatch):
     for part in (slice(3), slice(1)):
         x = tensors["x"][part].clone().requires_grad_()
         with use_backend("triton"):
-            out = norm_linear(x, tensors["g"], tensors["weight"])
+            out = norm_linear(x, tensors["gain"], tensors["weight"])
         (dx,) = torch.autograd.grad(out, x, grad[part])
         results.append((out[:1], dx[:1]))
     assert len(tiles) == 2
@@ -152,7 +152,7 @@ def test_opcheck(layout):
     tensors = {name: tensor.requires_grad_() for name, tensor in make((2, 8, 3, 4, 12), layout, DEVICE).items()}
     torch.library.opcheck(torch.ops.ddpm_fast.norm_linear.default, tuple(tensors.values()))
     out, norms = torch.ops.ddpm_fast.norm_linear(*tensors.values())
-    arguments = (out.detach(), tensors["x"].detach(), norms, tensors["g"].detach(), tensors["weight"].detach())
+    arguments = (out.detach(), tensors["x"].detach(), norms, tensors["gain"].detach(), tensors["weight"].detach())
     torch.library.opcheck(torch.ops.ddpm_fast.norm_linear_backward.default, arguments)
 
 
@@ -160,8 +160,8 @@ def test_opcheck(layout):
 def test_compiles_whole(layout):
     tensors = make((2, 8, 3, 4, 12), layout, DEVICE)
 
-    def loss(x, g, weight):
-        out = norm_linear(x, g, weight)
+    def loss(x, gain, weight):
+        out = norm_linear(x, gain, weight)
         return (out * torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape)).sum(), out
 
     results = []
@@ -205,7 +205,7 @@ def test_refuses_rows_that_registers_do_not_hold(precision, most):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_residual(dtype, layout):
-    """Maps in a half type have their parameters in float32; a residual may lie otherwise."""
+    """Maps in a half type have their parameters in float32; a residual may have another layout."""
     shape = (2, 70, 5, 7, 24)
     tensors = make(shape, layout, DEVICE)
     leaves = {"x": tensors["x"].to(dtype), "weight": tensors["weight"], "bias": torch.randn(24, device=DEVICE)}

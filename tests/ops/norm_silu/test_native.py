@@ -114,7 +114,7 @@ def test_gradients_arrive_in_any_layout():
     tensors, others = make("rms", (2, 20, 4, 6, 1), "all", "nhwc")
     tensors["residual"] = tensors["residual"].contiguous()
     tensors["scale"] = torch.randn(20, 4).t()[:2].T.contiguous().T  # (2, 20), columns first
-    tensors["weight"] = torch.randn(1, 40, 1, 1)[:, ::2]
+    tensors["gain"] = torch.randn(1, 40, 1, 1)[:, ::2]
     grads = {
         "contiguous": torch.randn(2, 20, 4, 6),
         "expanded": torch.tensor(1.5).expand(2, 20, 4, 6),
@@ -198,7 +198,7 @@ def arguments(norm: str, dtype=torch.float32, grad=True):
     tensors, others = make(norm, (2, 12, 3, 5, 3), "all", "nhwc")
     tensors["x"] = tensors["x"].to(dtype)
     tensors = {name: tensor.requires_grad_(grad) for name, tensor in tensors.items()}
-    rows = [tensors.get(name) for name in ("x", "weight", "bias_affine", "bias", "scale", "shift", "residual")]
+    rows = [tensors.get(name) for name in ("x", "gain", "offset", "bias", "scale", "shift", "residual")]
     return *rows, others["seed"], 3 if norm == "group" else 0, 1e-5, True, 0.1
 
 
@@ -207,13 +207,11 @@ def arguments(norm: str, dtype=torch.float32, grad=True):
 def test_opcheck(norm, dtype):
     ops = torch.ops.ddpm_fast
     torch.library.opcheck(ops.native_norm_silu.default, arguments(norm, dtype))
-    x, weight, bias_affine, bias, scale, shift, _, seed, groups, eps, activation, p = arguments(norm, dtype, grad=False)
-    statistics = ops.native_norm_silu(
-        x, weight, bias_affine, bias, scale, shift, None, seed, groups, eps, activation, p
-    )[1]
+    x, gain, offset, bias, scale, shift, _, seed, groups, eps, activation, p = arguments(norm, dtype, grad=False)
+    statistics = ops.native_norm_silu(x, gain, offset, bias, scale, shift, None, seed, groups, eps, activation, p)[1]
     torch.library.opcheck(
         ops.native_norm_silu_backward.default,
-        (x, x, statistics, weight, bias_affine, bias, scale, None, seed, groups, activation, p),
+        (x, x, statistics, gain, offset, bias, scale, None, seed, groups, activation, p),
     )
 
 
@@ -228,7 +226,7 @@ def test_a_second_derivative_is_refused():
     tensors, others = make("rms", (1, 8, 2, 2, 1), "plain", "nhwc")
     x = tensors["x"].requires_grad_()
     with use_backend("native"):
-        out = rms_norm_silu(x, tensors["weight"], **others)
+        out = rms_norm_silu(x, tensors["gain"], **others)
     with pytest.raises(RuntimeError, match="native kernel's gradient cannot be differentiated again"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
 
@@ -239,7 +237,7 @@ def test_what_native_refuses_runs_in_the_reference():
     for call, reason in [
         (lambda: rms_norm_silu(x, row), "x is not channels-last, its strides are"),
         (lambda: rms_norm_silu(last.double(), row), "x is torch.float64"),
-        (lambda: rms_norm_silu(last, row.double()), "weight is torch.float64"),
+        (lambda: rms_norm_silu(last, row.double()), "gain is torch.float64"),
         (lambda: group_norm_silu(last, row, row, groups=2, scale=torch.zeros(2, 8).double()), "scale is torch.float64"),
         (lambda: rms_norm_silu(last[:0], row), "x is empty"),
     ]:
@@ -249,14 +247,14 @@ def test_what_native_refuses_runs_in_the_reference():
 
 
 def test_the_operator_itself_guards_memory():
-    names = ("x", "weight", "bias_affine", "bias", "scale", "shift", "residual", "seed")
+    names = ("x", "gain", "offset", "bias", "scale", "shift", "residual", "seed")
     good = dict(zip(names, arguments("group", grad=False)[:8], strict=True))
     bad = [
         ({"x": good["x"].contiguous()}, "x must be channels-last"),
         ({"x": good["x"][0]}, "x must have shape"),
         ({"x": good["x"].double()}, "x must be float32, float16 or bfloat16"),
-        ({"weight": torch.zeros(11)}, "weight must have 12 elements"),
-        ({"bias_affine": torch.zeros(3)}, "bias_affine must have shape"),
+        ({"gain": torch.zeros(11)}, "gain must have 12 elements"),
+        ({"offset": torch.zeros(3)}, "offset must have shape"),
         ({"bias": torch.zeros(13)}, "bias must have shape"),
         ({"scale": torch.zeros(12)}, "scale must have shape"),
         ({"shift": torch.zeros(1, 12)}, "shift must have shape"),

@@ -34,10 +34,10 @@ def test_gradients_of_the_reference_are_its_differences(norm, option):
     assert torch.autograd.gradcheck(lambda *t: function(**dict(zip(names, t, strict=True)), **others), leaves)
 
 
-def test_reference_is_the_peers_formula(peer):
+def test_reference_is_upstreams_formula(upstream):
     tensors, _ = make("rms", SHAPE, "all but the activation", "nchw")
-    norm = peer.RMSNorm(SHAPE[1])
-    norm.g.data = tensors["weight"]
+    norm = upstream.RMSNorm(SHAPE[1])
+    norm.g.data = tensors["gain"]
     y = norm(tensors["x"] + tensors["bias"][:, None, None])
     y = y * (tensors["scale"][:, :, None, None] + 1) + tensors["shift"][:, :, None, None]
     actual = rms_norm_silu(**tensors | {"residual": None})
@@ -47,7 +47,7 @@ def test_reference_is_the_peers_formula(peer):
 def test_reference_is_torchs_group_norm():
     tensors, others = make("group", SHAPE, "plain", "nchw")
     norm = nn.GroupNorm(SHAPE[4], SHAPE[1])
-    norm.weight.data, norm.bias.data = tensors["weight"], tensors["bias_affine"]
+    norm.gain.data, norm.bias.data = tensors["gain"], tensors["offset"]
     assert torch.equal(group_norm_silu(**tensors, **others), nn.functional.silu(norm(tensors["x"])))
 
 
@@ -89,7 +89,7 @@ ERRORS = {
     "x": ({"x": torch.zeros(2, 8, 3)}, ValueError, r"x must have shape \(B, C, H, W\), got \(2, 8, 3\)"),
     "x type": ({"x": [1]}, TypeError, "x must be a tensor, got list"),
     "integers": ({"x": torch.zeros(2, 8, 3, 4).int()}, TypeError, "x must be float32, .* got torch.int32"),
-    "weight": ({"weight": torch.zeros(7)}, ValueError, r"weight must have 8 elements, .* got shape \(7,\)"),
+    "gain": ({"gain": torch.zeros(7)}, ValueError, r"gain must have 8 elements, .* got shape \(7,\)"),
     "bias": ({"bias": torch.zeros(1, 8)}, ValueError, r"bias must have shape \(8,\), got \(1, 8\)"),
     "scale": ({"scale": torch.zeros(1, 8)}, ValueError, r"scale must have shape \(2, 8\), got \(1, 8\)"),
     "shift": ({"shift": torch.zeros(2, 8, 1, 1)}, ValueError, r"shift must have shape \(2, 8\), got \(2, 8, 1, 1\)"),
@@ -136,7 +136,7 @@ def test_on_the_cpu_triton_refuses_with_its_reason(norm):
 
 @both_norms
 def test_block_is_its_modules_in_a_row(norm):
-    """Convolution with bias, norm, scale and shift, SiLU: the parameters stand where upstream has them.
+    """Convolution with bias, norm, scale and shift, SiLU: the parameters are where upstream has them.
 
     A residual block computes two of them as one op.
     """
@@ -153,8 +153,8 @@ def test_block_is_its_modules_in_a_row(norm):
     for layout in (torch.contiguous_format, torch.channels_last):
         out = both(x.contiguous(memory_format=layout), scale_shift=(scale, shift))
         torch.testing.assert_close(out, y + both.res_conv(x), rtol=1e-5, atol=1e-5)
-    names = {"rms": ["norm.g"], "group": ["norm.weight", "norm.bias"]}[norm]
-    assert sorted(block.state_dict()) == sorted(["proj.weight", "proj.bias", *names])
+    names = {"rms": ["norm.g"], "group": ["norm.gain", "norm.bias"]}[norm]
+    assert sorted(block.state_dict()) == sorted(["proj.gain", "proj.bias", *names])
 
 
 def test_dropout_of_blocks_follows_torchs_generator():

@@ -65,7 +65,7 @@ def test_half_types(norm, layout, dtype):
 
 @both_norms
 def test_maps_of_other_layouts_and_dtypes(norm):
-    """A residual and rows that do not lie as x does."""
+    """A residual and rows in another layout than x."""
     tensors, others = make(norm, (3, 24, 4, 6, 4), "all", "nhwc", DEVICE)
     tensors["residual"] = tensors["residual"].contiguous().to(torch.bfloat16)
     wide = torch.randn(3, 48, device=DEVICE)
@@ -103,8 +103,8 @@ def test_gradients_that_cancel():
     tensors, others = make("rms", (2, 1, 5, 5, 1), "plain", "nhwc", DEVICE)
     gradients = run("rms", "triton", tensors, others)
     assert gradients["dx"].abs().max() < 1e-5
-    y = (tensors["x"].sign() * tensors["weight"]).double()
-    d = torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape) * tensors["weight"]
+    y = (tensors["x"].sign() * tensors["gain"]).double()
+    d = torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape) * tensors["gain"]
     d = d * y.sigmoid() * (1 + y * (1 - y.sigmoid()))
     assert (gradients["dx"].abs() <= 1.001 * 6 * 2**-24 * d.abs() / tensors["x"].abs()).all()
     gradients = run("group", "triton", *make("group", (2, 3, 5, 5, 3), "bias", "nhwc", DEVICE))
@@ -203,7 +203,7 @@ def test_keeps_only_x_and_a_few_floats(norm):
 def test_opcheck(norm, option):
     tensors, others = make(norm, (2, 8, 3, 4, 2), option, "nhwc", DEVICE)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    rows = [leaves.get(name) for name in ("weight", "bias_affine", "bias", "scale", "shift")]
+    rows = [leaves.get(name) for name in ("gain", "offset", "bias", "scale", "shift")]
     numbers = (others.get("groups", 0), 1e-5, True, others.get("dropout_p", 0.0))
     arguments = (leaves["x"], *rows, leaves.get("residual"), others.get("seed"), *numbers)
     torch.library.opcheck(torch.ops.ddpm_fast.norm_silu.default, arguments)
@@ -260,9 +260,9 @@ def test_refuses_and_the_reference_runs(name):
 
 
 def test_refuses_rows_that_registers_do_not_hold():
-    x, weight = torch.zeros(1, 8193, 1, 1, device=DEVICE), torch.zeros(8193, device=DEVICE)
+    x, gain = torch.zeros(1, 8193, 1, 1, device=DEVICE), torch.zeros(8193, device=DEVICE)
     with use_backend("triton"), pytest.raises(RuntimeError, match="x has 8193 channels, and a program of the RMSNorm"):
-        NORMS["rms"](x, weight)
+        NORMS["rms"](x, gain)
 
 
 def test_triton_is_preferred_where_it_runs():

@@ -19,7 +19,7 @@ from ddpm_fast.testing.truth import assert_close_to_truth, errors
 pytestmark = pytest.mark.skipif(extension.load() is None, reason=f"no extension: {extension.reason()}")
 
 
-def make(B, C, beside, K, H, W, groups=0, timed=True, dropout_p=0.0, seed=0) -> tuple[dict, dict]:
+def make(B, C, skip, K, H, W, groups=0, timed=True, dropout_p=0.0, seed=0) -> tuple[dict, dict]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -30,21 +30,21 @@ def make(B, C, beside, K, H, W, groups=0, timed=True, dropout_p=0.0, seed=0) -> 
 
     tensors = {
         "x": normal(B, C, H, W).contiguous(memory_format=torch.channels_last),
-        "weight1": weight(K, C + beside, 3, 3),
+        "weight1": weight(K, C + skip, 3, 3),
         "bias1": normal(K),
         "gain1": 1 + 0.3 * normal(1, K, 1, 1),
         "weight2": weight(K, K, 3, 3),
         "bias2": normal(K),
         "gain2": 1 + 0.3 * normal(1, K, 1, 1),
     }
-    if beside:
-        tensors["beside"] = normal(B, beside, H, W).contiguous(memory_format=torch.channels_last)
-    if beside or C != K:
-        tensors |= {"res_weight": weight(K, C + beside, 1, 1), "res_bias": normal(K)}
+    if skip:
+        tensors["skip"] = normal(B, skip, H, W).contiguous(memory_format=torch.channels_last)
+    if skip or C != K:
+        tensors |= {"res_weight": weight(K, C + skip, 1, 1), "res_bias": normal(K)}
     if timed:
         tensors |= {"scale": normal(B, K), "shift": normal(B, K)}
     if groups:
-        tensors |= {"affine1": normal(K), "affine2": normal(K), "gain1": 1 + normal(K), "gain2": 1 + normal(K)}
+        tensors |= {"offset1": normal(K), "offset2": normal(K), "gain1": 1 + normal(K), "gain2": 1 + normal(K)}
     others = {"groups": groups, "dropout_p": dropout_p}
     if dropout_p:
         others["seed"] = torch.tensor([0x1234_5678_9ABC])
@@ -78,7 +78,7 @@ def check(tensors, others):
 
 
 SHAPES = [
-    # B, C, beside, K, H, W
+    # B, C, skip, K, H, W
     (1, 64, 0, 64, 8, 8),
     (3, 8, 0, 24, 7, 3),
     (2, 16, 8, 32, 4, 4),
@@ -151,8 +151,8 @@ def test_every_instruction_set(name):
     *(st.integers(low, high) for low, high in ((4, 40), (0, 30), (8, 40), (3, 10), (3, 10))),
     st.booleans(),
 )
-def test_random_shapes(B, C, beside, K, H, W, timed):
-    check(*make(B, C, beside, K, H, W, timed=timed))
+def test_random_shapes(B, C, skip, K, H, W, timed):
+    check(*make(B, C, skip, K, H, W, timed=timed))
 
 
 def test_without_gradients_it_is_the_same():
@@ -197,7 +197,7 @@ def test_operator_keeps_torchs_rules():
     tensors, _ = make(2, 16, 8, 32, 4, 4)
     t = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     arguments = (
-        t["x"], t["beside"], t["weight1"], t["bias1"], t["gain1"], None, t["scale"], t["shift"],
+        t["x"], t["skip"], t["weight1"], t["bias1"], t["gain1"], None, t["scale"], t["shift"],
         t["weight2"], t["bias2"], t["gain2"], None, t["res_weight"], t["res_bias"], None, 0, 1e-5, 0.0, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.ddpm_fast.native_resnet_block.default, arguments)
@@ -207,14 +207,14 @@ def test_operator_keeps_torchs_rules():
     ("changes", "message"),
     [
         ({"weight2": torch.zeros(32, 24, 3, 3)}, "weight2 must have shape"),
-        ({"beside": torch.zeros(2, 8, 4, 4)}, "beside must have shape"),
+        ({"skip": torch.zeros(2, 8, 4, 4)}, "skip must have shape"),
         ({"scale": torch.zeros(2, 31)}, "scale must have shape"),
         ({"gain1": torch.zeros(31)}, "gain1 must have 32 elements"),
         ({"res_weight": None}, "res_weight must be given"),
         ({"groups": 5}, "groups must divide"),
-        ({"groups": 4}, "affine1 and affine2 must be given"),
-        ({"affine1": torch.zeros(32)}, "must not be given with groups = 0"),
-        ({"affine2": torch.zeros(32)}, "must not be given with groups = 0"),
+        ({"groups": 4}, "offset1 and offset2 must be given"),
+        ({"offset1": torch.zeros(32)}, "must not be given with groups = 0"),
+        ({"offset2": torch.zeros(32)}, "must not be given with groups = 0"),
         ({"dropout_p": 0.5}, "seed must be given"),
         ({"bias1": 3.0}, "bias1 must be a tensor"),
         ({"out_weight": torch.zeros(3, 31, 1, 1)}, "out_weight must have shape"),
@@ -227,7 +227,7 @@ def test_wrong_arguments(changes, message):
         resnet_block(**tensors | others | changes)
 
 
-@pytest.mark.parametrize("name", ["beside", "scale", "shift", "res_weight", "res_bias"])
+@pytest.mark.parametrize("name", ["skip", "scale", "shift", "res_weight", "res_bias"])
 def test_options_of_float64_run_the_steps(name):
     tensors, others = make(2, 16, 8, 32, 6, 5)
     tensors[name] = tensors[name].double()

@@ -1,4 +1,4 @@
-// Which tables this build has beside the portable one. A build for this processor (DDPM_FAST_NATIVE) leaves out what
+// Which tables this build has besides the portable one. A build for this processor (DDPM_FAST_NATIVE) leaves out what
 // the processor could not run.
 #pragma once
 
