@@ -16,8 +16,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The one place that pins torch. Any build of it will do, for the CPU or for CUDA.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
-# The peer's last release with GroupNorm blocks, kept beside the current one for the equivalence tests.
-PEER_1X ?= denoising-diffusion-pytorch==1.11.1
+# Upstream's last release with GroupNorm blocks, installed next to the current one for the equivalence tests.
+UPSTREAM_1X ?= denoising-diffusion-pytorch==1.11.1
 
 # Processes that share the tests; each takes one processor and up to a gigabyte.
 WORKERS ?= 2
@@ -120,7 +120,7 @@ $(VENV)/.demo-ready: $(VENV)/.package-ready
 
 $(VENV)/.test-ready: $(VENV)/.package-ready
 	$(BIN)/python -m pip install --quiet "ddpm_fast[test]"
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peer-1x $(PEER_1X)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/upstream-1x $(UPSTREAM_1X)
 	touch $@
 
 # mypy reads the types of what the tests install.

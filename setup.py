@@ -1,11 +1,11 @@
-"""Builds the extension ddpm_fast._C; everything else about the package stands in pyproject.toml.
+"""Builds the extension ddpm_fast._C; everything else about the package is in pyproject.toml.
 
 DDPM_FAST_BUILD=auto|cpu|cuda|none. `auto` builds what it can: CUDA kernels where there are nvcc and a CUDA build of
 torch (a GPU is not needed), C++ alone otherwise, pure Python if nothing compiles. `cpu` and `cuda` fail instead. What
 was built, against what, and why the rest was left out goes to ddpm_fast/_build_info.json, which the loader reads.
 
 DDPM_FAST_MARCH=native|portable. `native` compiles for this processor, `portable` for any of its kind, with the kernels
-chosen while running. Not set, it is native where the extension stays beside its sources (in place, editable) on Linux
+chosen while running. Not set, it is native where the extension stays next to its sources (in place, editable) on Linux
 and x86-64, and portable in a wheel, which may travel.
 DDPM_FAST_EMULATE_AVX512=1 builds the AVX-512 kernels from vectors of AVX2, for tests of their arithmetic on processors
 without AVX-512.
@@ -47,7 +47,7 @@ HEADERS = files("csrc/**/*.h", "csrc/**/*.cuh")
 # torch adds a standard where no flag names one, and before 2.13 it adds C++17; the CPU's sources need C++20. nvcc gets
 # torch's, since the CUDA sources compile under both.
 STANDARD = "/std:c++20" if sys.platform == "win32" else "-std=c++20"
-# NaN has to work, so not -ffast-math: only errno and traps, which stand in the way of vectorised code, are given up.
+# NaN has to work, so not -ffast-math: only errno and traps, which prevent vectorised code, are given up.
 CXX_FLAGS = [STANDARD, "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 if SANITIZE:

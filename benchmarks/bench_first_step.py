@@ -1,6 +1,6 @@
 """From a cold process to the first training step, and peak memory in training: `pytest benchmarks/bench_first_step.py`.
 
-Every contender runs in processes of its own, in turns, with empty compile caches. `ours-precompiled` is ours after
+Every baseline runs in processes of its own, interleaved, with empty compile caches. `ours-precompiled` is ours after
 benchmarks/precompile.py has compiled the kernels with all cores, which counts.
 """
 
@@ -33,8 +33,8 @@ def first_step(name: str, configuration, device) -> dict:
         started = time.time()
         if name == PRECOMPILED:
             run([str(FOLDER / "precompile.py"), "--processes", str(os.cpu_count()), "--case", "training"], caches)
-        contender = "ours" if name == PRECOMPILED else name
-        arguments = [contender, json.dumps(configuration.as_dict()), str(device), str(started)]
+        baseline = "ours" if name == PRECOMPILED else name
+        arguments = [baseline, json.dumps(configuration.as_dict()), str(device), str(started)]
         return json.loads(run([str(FOLDER / "first_step.py"), *arguments], caches).splitlines()[-1])
 
 
@@ -46,10 +46,14 @@ def run(command: list[str], caches: dict[str, str]) -> str:
     return result.stdout
 
 
-def order(rivals: tuple[str, ...], device) -> list[str]:
+def order(baselines: tuple[str, ...], device) -> list[str]:
     """Upstream before ours, which may compile for longer than there is time, and what compiles longest last."""
-    others = [name for name in rivals if name != "peer"]
-    names = [*[name for name in rivals if name == "peer"], *([PRECOMPILED] if device.type == "cuda" else []), "ours"]
+    others = [name for name in baselines if name != "upstream"]
+    names = [
+        *[name for name in baselines if name == "upstream"],
+        *([PRECOMPILED] if device.type == "cuda" else []),
+        "ours",
+    ]
     return names + sorted(others, key=lambda name: COMPILE_SECONDS.get(name, 0))
 
 
@@ -82,7 +86,7 @@ def test_first_step(benchmark, record, device, size, case, deadline):
 
     def rounds() -> None:
         for _ in range(ROUNDS[size]):
-            for name in order(case.rivals, device):
+            for name in order(case.baselines, device):
                 if name in COMPILE_SECONDS and name in found:
                     continue  # one compilation is telling enough, and long
                 reason = why_not(name)

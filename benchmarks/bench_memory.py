@@ -14,7 +14,7 @@ from op_cases import size_of
 from ddpm_fast.measure import baselines
 
 SCRIPT = Path(__file__).parent / "memory_run.py"
-SIDES = ("peer", "ours", "ours-low-memory")
+SIDES = ("upstream", "ours", "ours-low-memory")
 
 
 def pytest_generate_tests(metafunc) -> None:

@@ -2,7 +2,7 @@
 
     pytest benchmarks/bench_networks.py
 
-Same weights, images and precision, turns in one process, after output, loss and gradients were found equal.
+Same weights, images and precision, interleaved in one process, after output, loss and gradients were found equal.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def pytest_generate_tests(metafunc) -> None:
     metafunc.parametrize("case, phase", pairs)
 
 
-# The contenders of the case that is timed now: both its phases use them.
+# The baselines of the case that is timed now: both its phases use them.
 _held: dict = {}
 
 
 @pytest.fixture
 def prepared(request, case):
-    """Contenders found equal, reasons of those left out, errors, and how long each took to be found equal, its
+    """Baselines found equal, reasons of those left out, errors, and how long each took to be found equal, its
     compilation included; made once for the phases of one case."""
     if case not in _held:
-        _let_go()
+        _drop_compiled()
         _held[case] = _prepare(request.config, case)
     return _held[case]
 
@@ -50,10 +50,10 @@ def prepared(request, case):
 @pytest.fixture(scope="module", autouse=True)
 def _clean():
     yield
-    _let_go()
+    _drop_compiled()
 
 
-def _let_go() -> None:
+def _drop_compiled() -> None:
     _held.clear()
     torch._dynamo.reset()  # the next case's shapes are its own
     gc.collect()
@@ -67,20 +67,20 @@ def _prepare(config, case) -> tuple[dict, dict, dict, dict]:
     left = float("inf") if deadline is None else deadline - time.time()
     warmed = _warmed(config.getoption("--warmed"))
     names, left_out = [], {}
-    asked = config.getoption("--rivals")
-    for rival in case.rivals if asked is None else asked.split(","):
-        if rival in TRAINING_ONLY and compare.PHASES[0] not in case.phases:
+    asked = config.getoption("--baselines")
+    for baseline in case.baselines if asked is None else asked.split(","):
+        if baseline in TRAINING_ONLY and compare.PHASES[0] not in case.phases:
             continue
-        if device == "cpu" and rival in COMPILE_SECONDS and (rival, str(case)) not in warmed:
-            left_out[rival] = "not compiled ahead; make bench-compiled does that once"
+        if device == "cpu" and baseline in COMPILE_SECONDS and (baseline, str(case)) not in warmed:
+            left_out[baseline] = "not compiled ahead; make bench-compiled does that once"
             continue
-        needed = COMPILE_SECONDS.get(rival, 0) * len(case.phases)
-        if (rival, str(case)) in warmed:
+        needed = COMPILE_SECONDS.get(baseline, 0) * len(case.phases)
+        if (baseline, str(case)) in warmed:
             needed = _LOADING_SECONDS
         if needed > left and asked is None:
-            left_out[rival] = f"not run: compiling may take {needed} s, and {left:.0f} s were left"
+            left_out[baseline] = f"not run: compiling may take {needed} s, and {left:.0f} s were left"
         else:
-            names.append(rival)
+            names.append(baseline)
             left -= needed
     gradients = compare.PHASES[0] in case.phases
     told = []
@@ -94,19 +94,19 @@ def _prepare(config, case) -> tuple[dict, dict, dict, dict]:
 
 
 def _warmed(file) -> set[tuple[str, str]]:
-    """Contenders and cases that warm.py has compiled."""
+    """Baselines and cases that warm.py has compiled."""
     if file is None:
         return set()
     lines = [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
-    return {(line["contender"], line["case"]) for line in lines}
+    return {(line["baseline"], line["case"]) for line in lines}
 
 
 def test_network(contest, record, device, prepared, case, phase):
     made, left_out, errors, seconds = prepared
     configuration = case.configuration
     if phase != compare.PHASES[0]:
-        made = {name: contender for name, contender in made.items() if name not in TRAINING_ONLY}
-    calls = {name: compare.phase_call(contender, phase) for name, contender in made.items()}
+        made = {name: baseline for name, baseline in made.items() if name not in TRAINING_ONLY}
+    calls = {name: compare.phase_call(baseline, phase) for name, baseline in made.items()}
     left_out = left_out | first_calls(calls)
     timings = contest(calls, compare.OURS, flush=False, least=3, warm=True)
     per_call = 1 if phase == compare.PHASES[0] else configuration.steps
@@ -120,7 +120,7 @@ def test_network(contest, record, device, prepared, case, phase):
     record(
         bench="network", phase=phase, case=str(configuration), configuration=configuration.as_dict(), errors=errors,
         left_out=left_out, timings=timings, targets=case.targets.get(phase, {}), threads=torch.get_num_threads(),
-        optimizers={name: contender.optimizer for name, contender in made.items()}, check_seconds=seconds,
+        optimizers={name: baseline.optimizer for name, baseline in made.items()}, check_seconds=seconds,
     )  # fmt: skip
     wrong = {n: reason for n, reason in left_out.items() if reason.startswith("not timed") or n.startswith("ours")}
     assert not wrong, wrong

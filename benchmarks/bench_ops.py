@@ -15,8 +15,9 @@ from ddpm_fast.runtime import dispatch
 from ddpm_fast.runtime.dispatch import use_backend
 from ddpm_fast.testing.truth import assert_close_to_truth
 
-# ‖a − truth‖ / ‖truth‖ of ways that are not ours. Eager torch in half precision also sums gradients of rows in it.
-_RIVAL_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+# ‖a − truth‖ / ‖truth‖ of implementations that are not ours. Eager torch in half precision sums gradients of rows in
+# half precision, too.
+_BASELINE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
 PASSES = ("forward", "forward+backward")
 
@@ -85,14 +86,14 @@ def implementations(case: OpCase, inputs: Inputs) -> list[str]:
 
 
 def calls_of(case: OpCase, inputs: Inputs, direction: str, compiled: bool) -> dict[str, Callable]:
-    """Every way to compute the case, by name; ours first."""
-    ways = {name: (forced(name, inputs.call), inputs.leaves) for name in implementations(case, inputs)}
-    ways |= {"eager": (inputs.eager, inputs.leaves), **inputs.others}
+    """Every implementation of the case, by name; ours first."""
+    calls = {name: (forced(name, inputs.call), inputs.leaves) for name in implementations(case, inputs)}
+    calls |= {"eager": (inputs.eager, inputs.leaves), **inputs.others}
     if case.compiled and compiled:
-        ways["compiled"] = (torch.compile(inputs.eager, dynamic=False), inputs.leaves)
+        calls["compiled"] = (torch.compile(inputs.eager, dynamic=False), inputs.leaves)
     if direction == PASSES[1]:
-        return {name: with_gradients(call, leaves) for name, (call, leaves) in ways.items()}
-    return {name: without_graph(call) for name, (call, _) in ways.items()}
+        return {name: with_gradients(call, leaves) for name, (call, leaves) in calls.items()}
+    return {name: without_graph(call) for name, (call, _) in calls.items()}
 
 
 def without_graph(call: Callable) -> Callable:
@@ -125,7 +126,7 @@ def check(case: OpCase, dtype, inputs: Inputs, exact: Inputs, calls: dict[str, C
                 assert_close_to_truth(a, e, t.double(), floor=16, name=label)
             else:
                 error = ((a.double() - t).norm() / t.norm().clamp_min(1e-30)).item()
-                assert error <= _RIVAL_TOLERANCE[dtype], f"{label} differs by {error:.1e} from the truth"
+                assert error <= _BASELINE_TOLERANCE[dtype], f"{label} differs by {error:.1e} from the truth"
     inputs.fresh()
 
 

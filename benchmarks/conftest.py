@@ -26,10 +26,10 @@ def pytest_addoption(parser) -> None:
         "--warmed", type=Path, default=None, help="what warm.py printed: compilations that are in the cache"
     )
     group.addoption("--case", default=None, help="the network case of this name alone")
-    group.addoption("--rivals", default=None, help="whom ours meets there, with commas between them; all are tried")
+    group.addoption("--baselines", default=None, help="whom ours meets there, with commas between them; all are tried")
     group.addoption("--steps", type=int, default=None, help="of a sampling run")
     group.addoption("--dtypes", default=None, help="of ops, with commas between them: fp32, bf16")
-    group.addoption("--without-compiled", action="store_true", help="leave out the compiled ways to compute an op")
+    group.addoption("--without-compiled", action="store_true", help="leave out compiled implementations of an op")
     group.addoption("--ceilings", type=Path, default=None, help="JSON with the ceilings; measured where not given")
 
 
@@ -81,9 +81,9 @@ def record(request):
 
 @pytest.fixture
 def contest(benchmark, request, device):
-    """Time calls in turns, `ours` under pytest-benchmark's clock; returns timings by name.
+    """Time calls interleaved, `ours` under pytest-benchmark's clock; returns timings by name.
 
-    pytest-benchmark's own table shows ours; the others run between its rounds and stand in extra_info.
+    pytest-benchmark's own table shows ours; the others run between its rounds and are in extra_info.
     """
 
     def run(
@@ -94,23 +94,23 @@ def contest(benchmark, request, device):
             benchmark(calls[ours])
             return {}
         began = time.perf_counter()
-        turns = Interleaved(calls, device, flush=flush and device.type == "cuda", warmup=0 if warm else 1)
+        interleaved = Interleaved(calls, device, flush=flush and device.type == "cuda", warmup=0 if warm else 1)
         if not warm or device.type == "cuda":  # else each call has just been made once, to choose its repetitions
             began = time.perf_counter()
-            turns.round()  # a rehearsal: how long is a round?
+            interleaved.round()  # a rehearsal: how long is a round?
         each = max(time.perf_counter() - began, 1e-6)
-        for timing in turns.timings.values():
+        for timing in interleaved.timings.values():
             timing.seconds.clear()
         rounds = max(least, min(100, int(request.config.getoption("--seconds") / each)))
         others = [name for name in calls if name != ours]
 
-        def take_turns() -> None:
-            shift = len(turns.timings[ours].seconds) % max(1, len(others))
+        def time_others() -> None:
+            shift = len(interleaved.timings[ours].seconds) % max(1, len(others))
             for name in others[shift:] + others[:shift]:
-                turns.measure(name)
+                interleaved.measure(name)
 
-        benchmark.pedantic(lambda: turns.measure(ours), setup=take_turns, rounds=rounds, iterations=1)
-        timings = {name: timing.as_dict() for name, timing in turns.timings.items()}
+        benchmark.pedantic(lambda: interleaved.measure(ours), setup=time_others, rounds=rounds, iterations=1)
+        timings = {name: timing.as_dict() for name, timing in interleaved.timings.items()}
         benchmark.extra_info.update(timings)
         return timings
 

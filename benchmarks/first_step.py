@@ -1,6 +1,6 @@
-"""One contender in a process of its own: time to import, time to the first training step, peak memory; as JSON.
+"""One baseline in a process of its own: time to import, time to the first training step, peak memory; as JSON.
 
-python benchmarks/first_step.py CONTENDER CONFIGURATION-AS-JSON DEVICE STARTED
+python benchmarks/first_step.py BASELINE CONFIGURATION-AS-JSON DEVICE STARTED
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import resource
 import sys
 import time
 
-# What a user of each contender imports, ours aside.
-PACKAGES = {"peer": "denoising_diffusion_pytorch", "diffusers": "diffusers"}
+# What a user of each baseline imports, except ours.
+PACKAGES = {"upstream": "denoising_diffusion_pytorch", "diffusers": "diffusers"}
 
 
 def main(name: str, configuration: str, device_name: str, started: str) -> None:
@@ -36,11 +36,11 @@ def main(name: str, configuration: str, device_name: str, started: str) -> None:
     if device.type == "cuda":
         torch.zeros(1, device=device)
     before = _resident()
-    contender = baselines.make(name, config, device)
-    contender.training_step().item()
+    baseline = baselines.make(name, config, device)
+    baseline.training_step().item()
     first = time.time() - began
     for _ in range(2):
-        contender.training_step().item()
+        baseline.training_step().item()
     on_cuda = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) if on_cuda else _resident() - before
     print(json.dumps({"import_seconds": importing, "first_step": first, "peak_bytes": peak}))

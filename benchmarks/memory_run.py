@@ -1,6 +1,6 @@
-"""One contender's training in a process of its own, and the memory that it takes on the CPU; prints JSON, in bytes.
+"""One baseline's training in a process of its own, and the memory that it takes on the CPU; prints JSON, in bytes.
 
-python benchmarks/memory_run.py CONTENDER CONFIGURATION-AS-JSON
+python benchmarks/memory_run.py BASELINE CONFIGURATION-AS-JSON
 
 `before`: resident when everything is imported, the network and the optimizer are built, and no step is taken.
 `peak`: the most that is resident during a few steps. `kept`: what every side holds from its first step on, gradients
@@ -31,13 +31,13 @@ def resident(name: str) -> int:
 def main(name: str, configuration: str) -> None:
     options = json.loads(configuration)
     options["dim_mults"] = tuple(options["dim_mults"])
-    contender = baselines.make(name, baselines.Configuration(**options), torch.device("cpu"))
+    baseline = baselines.make(name, baselines.Configuration(**options), torch.device("cpu"))
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
     for _ in range(STEPS):
-        contender.training_step().item()
-    parameters = sum(p.numel() * p.element_size() for p in contender.diffusion.parameters())
+        baseline.training_step().item()
+    parameters = sum(p.numel() * p.element_size() for p in baseline.diffusion.parameters())
     print(json.dumps({"before": before, "peak": resident("VmHWM"), "kept": 3 * parameters}))
 
 

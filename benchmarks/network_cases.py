@@ -8,11 +8,11 @@ from ddpm_fast.measure.baselines import Configuration
 from ddpm_fast.measure.compare import PHASES
 
 SEED = {"dim": 64, "dim_mults": (1, 2, 4, 8)}
-EAGER = ("peer", "peer-channels-last")
-COMPILED = ("peer-compiled", "peer-max-autotune")
+EAGER = ("upstream", "upstream-channels-last")
+COMPILED = ("upstream-compiled", "upstream-max-autotune")
 
-# Seconds that compiling a contender may take in one phase; it is left out where less is left.
-COMPILE_SECONDS = {"peer-compiled": 90, "peer-max-autotune": 180}
+# Seconds that compiling a baseline may take in one phase; it is left out where less is left.
+COMPILE_SECONDS = {"upstream-compiled": 90, "upstream-max-autotune": 180}
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +21,13 @@ class NetworkCase:
 
     Args:
         name: what a report calls it.
-        targets: phase → contender → how many times as long as ours it is meant to take.
+        targets: phase → baseline → how many times as long as ours it is meant to take.
         memory: whether the memory that training takes is measured as well.
     """
 
     name: str
     configuration: Configuration
-    rivals: tuple[str, ...]
+    baselines: tuple[str, ...]
     phases: tuple[str, ...] = PHASES
     targets: dict[str, dict[str, float]] = field(default_factory=dict)
     memory: bool = False
@@ -65,7 +65,7 @@ _CASES = {
         NetworkCase(
             "others",
             Configuration(**SEED, image_size=128, batch=16, dtype="bf16", steps=50),
-            ("ours-step-by-step", "ours-low-memory", "peer", "diffusers"),
+            ("ours-step-by-step", "ours-low-memory", "upstream", "diffusers"),
         ),
     ],
     # In the order in which they are compiled and timed, for as long as there is time.
@@ -73,28 +73,36 @@ _CASES = {
         NetworkCase(
             "32x32",
             Configuration(**SEED, image_size=32, batch=16, steps=6),
-            ("ours-low-memory", *EAGER, "peer-compiled"),
-            targets={_TRAINING: {"peer": 2.5, "peer-compiled": 2.2}, _SAMPLING: {"peer": 3.2, "peer-compiled": 2.5}},
+            ("ours-low-memory", *EAGER, "upstream-compiled"),
+            targets={
+                _TRAINING: {"upstream": 2.5, "upstream-compiled": 2.2},
+                _SAMPLING: {"upstream": 3.2, "upstream-compiled": 2.5},
+            },
             memory=True,
         ),
         NetworkCase(
             "16x16",
             Configuration(dim=32, dim_mults=(1, 2, 4), image_size=16, batch=1, steps=100),
             (*EAGER, "diffusers"),
-            targets={_SAMPLING: {"peer": 3.0}},
+            targets={_SAMPLING: {"upstream": 3.0}},
         ),
         NetworkCase(
             "128x128",
             Configuration(**SEED, image_size=128, batch=4, steps=3),
-            (*EAGER, "peer-compiled"),
-            targets={_TRAINING: {"peer": 2.4, "peer-compiled": 2.0}, _SAMPLING: {"peer": 3.0, "peer-compiled": 2.3}},
+            (*EAGER, "upstream-compiled"),
+            targets={
+                _TRAINING: {"upstream": 2.4, "upstream-compiled": 2.0},
+                _SAMPLING: {"upstream": 3.0, "upstream-compiled": 2.3},
+            },
             memory=True,
         ),
     ],
     # Named like the full ones: the dry form of both reports.
     "quick": [
-        NetworkCase("training", _TINY, ("peer", "diffusers"), PHASES[:1], {_TRAINING: {"peer": 1.0}}, memory=True),
-        NetworkCase("sampling", _TINY, ("peer", "diffusers"), PHASES[1:]),
+        NetworkCase(
+            "training", _TINY, ("upstream", "diffusers"), PHASES[:1], {_TRAINING: {"upstream": 1.0}}, memory=True
+        ),
+        NetworkCase("sampling", _TINY, ("upstream", "diffusers"), PHASES[1:]),
     ],
 }
 

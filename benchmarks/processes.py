@@ -62,7 +62,7 @@ class Log:
 
 
 class Process:
-    """A command under way, and the lines that it has printed so far."""
+    """A running command, and the lines that it has printed so far."""
 
     def __init__(self, name: str, command: list[str], popen: subprocess.Popen, on_line: Callable[[str], None]):
         self.name, self.command, self.popen = name, command, popen
@@ -142,7 +142,7 @@ class Processes:
         """Start a command, and wait for nothing.
 
         Args:
-            name: stands before each of its lines in the log.
+            name: precedes each of its lines in the log.
             environment: variables to add.
             cores: that it and what it starts may use; None: all.
             echo: print its lines as well.

@@ -25,7 +25,7 @@ README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- rendered by benchmarks/render.py: begin -->", "<!-- rendered by benchmarks/render.py: end -->"
 PHASES = ("training step", "sampling step")
-COMPILED = ("peer-compiled", "peer-max-autotune")
+COMPILED = ("upstream-compiled", "upstream-max-autotune")
 
 
 # A report -----------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def steps_table(results: dict) -> str:
 
 
 def select(results: dict, bench: str, **fields):
-    """Records of a kind, one of each case: that of the most contenders, and of those the last."""
+    """Records of a kind, one of each case: that of the most baselines, and of those the last."""
     found = {}
     for record in results["records"]:
         if record["bench"] == bench and all(record[k] == v for k, v in fields.items()):
@@ -105,7 +105,7 @@ def select(results: dict, bench: str, **fields):
 
 
 def network_table(record: dict) -> str:
-    """Milliseconds, spread, the ratio to ours, throughput and memory of each contender."""
+    """Milliseconds, spread, the ratio to ours, throughput and memory of each baseline."""
     ours = record["timings"]["ours"]["median"]
     sampling = record["phase"] == PHASES[1]
     sizes = {name: errors["parameters"] for name, errors in record["errors"].items() if "parameters" in errors}
@@ -134,13 +134,15 @@ def sides_note(results: dict) -> str:
     for record in select(results, "network"):
         if "threads" in record:
             threads[record["threads"]] = None
-            optimizers |= {name: of for name, of in record["optimizers"].items() if name in ("ours", "peer")}
+            optimizers |= {name: of for name, of in record["optimizers"].items() if name in ("ours", "upstream")}
     if not threads or results["device"] != "cpu":
         return ""
     both = " or ".join(str(n) for n in threads)
     text = f"Both sides have {both} thread{'s' if both != '1' else ''}."
     if len(optimizers) == 2:
-        text += f" Training takes `{optimizers['ours']}` here, `{optimizers['peer']}` at its defaults in the others."
+        text += (
+            f" Training takes `{optimizers['ours']}` here, `{optimizers['upstream']}` at its defaults in the others."
+        )
     return text
 
 
@@ -152,14 +154,14 @@ def memory_table(results: dict) -> str:
         maps = {name: above[name] - b["kept"] for name, b in record["bytes"].items()}
         for name, b in record["bytes"].items():
             shares = ["–", "–"]
-            if name != "peer" and "peer" in above:
-                shares = [f"{of[name] / of['peer']:.2f}" if of["peer"] > 0 else "–" for of in (above, maps)]
+            if name != "upstream" and "upstream" in above:
+                shares = [f"{of[name] / of['upstream']:.2f}" if of["upstream"] > 0 else "–" for of in (above, maps)]
                 shares[0] += f" (target {record['target']:.2f})"
             mib = [f"{n / 2**20:.0f}" for n in (b["peak"], b["before"], above[name], maps[name])]
             rows.append([record["case"], name, *mib, *shares])
         rows += [[record["case"], name, reason, *[""] * 5] for name, reason in record["left_out"].items()]
     names = ["", "", "peak MiB", "before the first step", "above that", "less gradients and Adam's state"]
-    return columns([*names, "above that / peer's", "less gradients ... / peer's"], rows)
+    return columns([*names, "above that / upstream's", "less gradients ... / upstream's"], rows)
 
 
 def overview(results: dict) -> str:
@@ -178,11 +180,11 @@ def first_step_table(record: dict) -> str:
         for name, t in record["timings"].items()
     ]
     rows += [[name, "–", reason, "–", "–"] for name, reason in record["left_out"].items()]
-    return columns(["", "s to import, torch aside", "s to the first step", "peak MiB in training", "processes"], rows)
+    return columns(["", "s to import, without torch", "s to the first step", "peak MiB in training", "processes"], rows)
 
 
 def ops_table(results: dict) -> str:
-    """Each op and each way to compute it: microseconds, GB/s, share of copy bandwidth, and the time over ours."""
+    """Each op and implementation: microseconds, GB/s, share of copy bandwidth, and the time over ours."""
     rows = []
     for record in select(results, "op"):
         ours = record["timings"][record["ours"]]["median"]
@@ -197,7 +199,7 @@ def ops_table(results: dict) -> str:
                 [record["case"], record["dtype"], record["direction"], label, f"{1e6 * t['median']:.4g}", spread, *rate,
                  f"{t['median'] / ours:.2f}"]
             )  # fmt: skip
-    names = ["op", "dtype", "", "way", "µs", "middle half", "GB/s", "of the ceiling", "time over ours"]
+    names = ["op", "dtype", "", "implementation", "µs", "middle half", "GB/s", "of the ceiling", "time over ours"]
     return columns(names, rows)
 
 
@@ -215,10 +217,10 @@ def charts(results: dict, folder: Path) -> list[Path]:
     made = []
     for phase, file in zip(PHASES, ("training.png", "sampling.png"), strict=True):
         panels = {r["case"]: r["timings"] for r in select(results, "network", phase=phase)}
-        made += _chart(panels, folder / file, f"One {phase}, {machine_name(results)}", "ms", 1e3, "peer")
+        made += _chart(panels, folder / file, f"One {phase}, {machine_name(results)}", "ms", 1e3, "upstream")
     panels = {r["case"]: r["timings"] for r in select(results, "first step")}
     title = f"Cold process to first training step, {machine_name(results)}"
-    made += _chart(panels, folder / "first-step.png", title, "s", 1, "peer")
+    made += _chart(panels, folder / "first-step.png", title, "s", 1, "upstream")
     panels = {
         # The reference is an oracle: where something else runs, its bar would only flatten the others.
         f"{r['case']}, {r['dtype']}, {r['direction']}": {
@@ -277,7 +279,7 @@ def measured() -> str:
             parts.append(first_step_table(first[0]))
         ops = ops_summary(results)
         if ops:
-            parts.append("Ops against the operators that the peer runs:")
+            parts.append("Ops against the operators that upstream runs:")
             parts.append(ops)
         parts.append(f"Everything: [{stem}.md](../benchmarks/results/{stem}.md).")
     parts.append(traffic_part())
@@ -288,7 +290,10 @@ def measured_in_short() -> str:
     """The measured part of README.md: the networks' ratios and one chart for each kind of device."""
     parts = []
     for stem, results in kept().items():
-        parts += [where(results), networks_summary(results, ("peer", "peer-channels-last", "peer-compiled"))]
+        parts += [
+            where(results),
+            networks_summary(results, ("upstream", "upstream-channels-last", "upstream-compiled")),
+        ]
         parts.append(f"![One sampling step](benchmarks/results/{stem}-sampling.png)")
     return in_words("\n\n".join(parts))
 
@@ -296,12 +301,12 @@ def measured_in_short() -> str:
 def where(results: dict) -> str:
     """The machine, the date and the commit of results, as a sentence's beginning."""
     run = f"{machine_name(results)}, {results['date'].split()[0]}, commit {results['commit']}"
-    return f"On {run}, torch {results['machine']['torch']}; medians of turns taken in one process:"
+    return f"On {run}, torch {results['machine']['torch']}; medians of interleaved rounds in one process:"
 
 
 def in_words(text: str) -> str:
-    """Rendered text with upstream called by that name, and its tables aligned again."""
-    parts = text.replace("peer", "upstream").split("\n\n")
+    """Rendered text with its tables aligned again."""
+    parts = text.split("\n\n")
     for i, part in enumerate(parts):
         if part.startswith("|"):
             names, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.split("\n")]
@@ -342,7 +347,7 @@ def ops_summary(results: dict) -> str:
             [f"`{op}`, {r['case'].rsplit('-', 1)[1]}, {r['direction']}", r["ours"], f"{1e6 * ours['median']:.4g}",
              f"{1e6 * eager['median']:.4g}", f"{eager['median'] / ours['median']:.2f}"]
         )  # fmt: skip
-    return columns([name, "way", "ours, µs", "eager, µs", "eager / ours"], rows) if rows else ""
+    return columns([name, "implementation", "ours, µs", "eager, µs", "eager / ours"], rows) if rows else ""
 
 
 def traffic_part() -> str:
@@ -358,11 +363,11 @@ def traffic_part() -> str:
             ("GB moved", "bytes_moved", "{:.2f}", 1e9),
             ("MB kept for backward", "bytes_kept", "{:.0f}", 1e6),
         ):
-            cells = [counts[side][phase][key] for side in ("peer", "fast", "low")]
+            cells = [counts[side][phase][key] for side in ("upstream", "fast", "low")]
             if cells[0]:
                 shown = [form.format(cell / unit) for cell in cells]
                 rows.append([f"{label}, {phase}", *shown, f"{cells[0] / cells[1]:.2f}"])
-    table = columns(["per image", "peer", "here", 'here, `memory="low"`', "peer / here"], rows)
+    table = columns(["per image", "upstream", "here", 'here, `memory="low"`', "upstream / here"], rows)
     mults = ", ".join(map(str, counts["config"]["dim_mults"]))
     size, dim = counts["config"]["image_size"], counts["config"]["dim"]
     return (

@@ -29,11 +29,11 @@ TRITON_OPS = (
     "rms_norm_silu", "norm_linear", "linear_attention", "attention", "q_sample", "diffusion_loss", "group_norm_silu",
 )  # fmt: skip
 NATIVE_OPS = ("fill_normal_", "sampler_step_")
-# Whom ours meets in a case of a network, step by step: each step times all of the one before it again, in turns in one
-# process, and where it is cut short the record of the one before stands.
-EAGER = ("ours-step-by-step", "peer", "peer-channels-last")
-COMPILED = (*EAGER, "peer-compiled")
-AUTOTUNED = (*COMPILED, "peer-max-autotune")
+# Baselines of a network case, step by step: each step times those of the previous step again, in the rounds of one
+# process. Where a step is cut short, the record of the previous step remains.
+EAGER = ("ours-step-by-step", "upstream", "upstream-channels-last")
+COMPILED = (*EAGER, "upstream-compiled")
+AUTOTUNED = (*COMPILED, "upstream-max-autotune")
 
 
 # Triage --------------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def triage_ops(report: Report, limit: float, ops: tuple[str, ...]) -> dict:
 
 def bench(report: Report, limit: float, file: str, seconds: float, *options: str) -> dict:
     """A file of benchmarks/ under pytest-benchmark; its records come line by line."""
-    # The deadline comes before the limit: a contest under way may end.
+    # The deadline comes before the limit: a running contest may end.
     command = [
         PYTHON, "-m", "pytest", str(BENCHMARKS / file), "-q", "-p", "no:cacheprovider", "--device", report.device,
         "--size", report.size, "--seconds", str(seconds), "--records", str(report.records),
@@ -83,13 +83,13 @@ def bench(report: Report, limit: float, file: str, seconds: float, *options: str
     return {"summary": summary}
 
 
-def network(report: Report, limit: float, case: str, rivals: tuple[str, ...] = ()) -> dict:
+def network(report: Report, limit: float, case: str, baselines: tuple[str, ...] = ()) -> dict:
     """One case of network_cases.py in a process of its own, ours against some others or all that the case names."""
     from network_cases import network_cases
 
     if case not in [found.name for found in network_cases(report.size)]:
         raise Skipped(f"there is no case {case!r} of the size {report.size!r}")
-    options = ["--case", case, *(["--rivals", ",".join(rivals)] if rivals else [])]
+    options = ["--case", case, *(["--baselines", ",".join(baselines)] if baselines else [])]
     if report.size == "full" and case == "sampling":  # fewer where time is short
         options += ["--steps", "250" if report.minutes >= 9 else "150" if report.minutes >= 6 else "100"]
     before = len(report.records.read_text().splitlines())
@@ -144,7 +144,7 @@ def compile_ahead(report: Report, limit: float) -> dict:
 
 
 def ops(report: Report, limit: float, dtype: str | None = None) -> dict:
-    """Every way to compute every op; compiled ones only where there is time."""
+    """Every implementation of every op; compiled ones only where there is time."""
     seconds = 0.05 if report.quick else 1.0 if report.device == "cpu" else 0.1 if report.minutes < 6 else 0.3
     options = ["--dtypes", dtype] if dtype else []
     if report.plan == "cuda" and report.minutes < 9:
@@ -272,12 +272,12 @@ STEPS = {
     },
     "cuda": {
         "machine": machine, "kernels": kernels, "extension": extension, "ncu": ncu, "sanitizer": sanitizer,
-        "training": partial(network, case="training", rivals=EAGER),
-        "sampling": partial(network, case="sampling", rivals=EAGER),
-        "training compiled": partial(network, case="training", rivals=COMPILED),
-        "sampling compiled": partial(network, case="sampling", rivals=COMPILED),
-        "training max-autotune": partial(network, case="training", rivals=AUTOTUNED),
-        "sampling max-autotune": partial(network, case="sampling", rivals=AUTOTUNED),
+        "training": partial(network, case="training", baselines=EAGER),
+        "sampling": partial(network, case="sampling", baselines=EAGER),
+        "training compiled": partial(network, case="training", baselines=COMPILED),
+        "sampling compiled": partial(network, case="sampling", baselines=COMPILED),
+        "training max-autotune": partial(network, case="training", baselines=AUTOTUNED),
+        "sampling max-autotune": partial(network, case="sampling", baselines=AUTOTUNED),
         "networks fp32": partial(network, case="fp32"), "other networks": partial(network, case="others"),
         "ops bf16": partial(ops, dtype="bf16"), "ops fp32": partial(ops, dtype="fp32"), "tests": tests,
         "first step": partial(bench, file="bench_first_step.py", seconds=1.0),

@@ -22,9 +22,9 @@ KEPT = Path(__file__).parent / "results" / "traffic.json"
 SEED_CONFIG = {"dim": 64, "dim_mults": (1, 2, 4, 8), "image_size": 128}
 
 
-def table(peer: dict[str, Traffic], ours: dict[str, Traffic]) -> str:
+def table(upstream: dict[str, Traffic], ours: dict[str, Traffic]) -> str:
     """Markdown: each quantity of upstream and ours, and their ratio."""
-    lines = ["| per image | | peer | ours | peer / ours |", "|---|---|---|---|---|"]
+    lines = ["| per image | | upstream | ours | upstream / ours |", "|---|---|---|---|---|"]
     rows = [
         ("operators", "operators", "{:.0f}", 1),
         ("GB moved", "bytes_moved", "{:.2f}", 1e9),
@@ -32,16 +32,16 @@ def table(peer: dict[str, Traffic], ours: dict[str, Traffic]) -> str:
         ("GFLOP", "total_flops", "{:.0f}", 1e9),
         ("ms at 3.0 TB/s", "floor_seconds", "{:.2f}", 1e-3),
     ]
-    for what in peer:
+    for what in upstream:
         for label, name, form, unit in rows:
-            a, b = getattr(peer[what], name), getattr(ours[what], name)
+            a, b = getattr(upstream[what], name), getattr(ours[what], name)
             if a:
                 lines.append(f"| {what} | {label} | {form.format(a / unit)} | {form.format(b / unit)} | {a / b:.2f} |")
     return "\n".join(lines)
 
 
 def for_the_readme(**sides: dict[str, Traffic]) -> dict:
-    """What benchmarks/render.py shows, from {"peer": ..., "fast": ..., "low": ...}: totals, and torch's version."""
+    """What benchmarks/render.py shows, from {"upstream": ..., "fast": ..., "low": ...}: totals, and torch's version."""
     names = ("operators", "bytes_moved", "bytes_kept", "total_flops")
     totals = {
         side: {step: {name: getattr(found, name) for name in names} for step, found in steps.items()}
@@ -67,16 +67,18 @@ def main() -> None:
     if options.keep:
         with kernels_take_meta_tensors():
             ours = {memory: measure(ddpm_fast, **SEED_CONFIG, memory=memory) for memory in ("fast", "low")}
-        kept = for_the_readme(peer=measure(denoising_diffusion_pytorch, **SEED_CONFIG), **ours)
+        kept = for_the_readme(upstream=measure(denoising_diffusion_pytorch, **SEED_CONFIG), **ours)
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")
         return
     config = {"dim": options.dim, "dim_mults": tuple(options.dim_mults), "image_size": options.image_size}
-    peer = measure(denoising_diffusion_pytorch, **config)
+    upstream = measure(denoising_diffusion_pytorch, **config)
     with kernels_take_meta_tensors():
         ours = measure(ddpm_fast, **config, memory=options.memory)
-    print(table(peer, ours))
+    print(table(upstream, ours))
     if options.json:
-        numbers = {name: {k: asdict(v) for k, v in side.items()} for name, side in (("peer", peer), ("ours", ours))}
+        numbers = {
+            name: {k: asdict(v) for k, v in side.items()} for name, side in (("upstream", upstream), ("ours", ours))
+        }
         options.json.write_text(json.dumps({"config": config, **numbers}, indent=2) + "\n")
 
 

@@ -28,7 +28,7 @@ from ddpm_fast.measure.baselines import Configuration
 from ddpm_fast.measure.timing import Interleaved, Timing
 from ddpm_fast.runtime import dispatch
 
-UPSTREAM = ("peer", "peer-channels-last")
+UPSTREAM = ("upstream", "upstream-channels-last")
 # Timesteps of a sampling run on a GPU, and rows of a profile.
 STEPS, ROWS = 100, 25
 # Recorded and step by step are the same operators on the same numbers: more than this is another result, not rounding.
@@ -163,7 +163,7 @@ def training(part: Part) -> bool:
     a, b = (torch.tensor(losses[name], dtype=torch.float64) for name in made)
     difference = relative(a, b)
     part.record(bench="triage training", configuration=configuration.as_dict(), losses=losses, difference=difference)
-    timings = race(part, {name: contender.training_step for name, contender in made.items()}, configuration, 1)
+    timings = race(part, {name: baseline.training_step for name, baseline in made.items()}, configuration, 1)
     part.record(bench="triage training time", configuration=configuration.as_dict(), timings=timings)
     found = profile.kernels(made["ours"].training_step, part.device)
     part.record(bench="triage kernels", kernels=found[:ROWS], total=sum(t for _, t, _ in found))
@@ -188,7 +188,7 @@ def sampling(part: Part) -> bool:
     difference = relative(images["ours"], images["ours-step-by-step"])
     part.record(bench="triage sampling", configuration=configuration.as_dict(), difference=difference, choices=taken)
     say(f"images: {same_in_words(difference)}; " + ", ".join(f"{op} by {by}" for op, by in taken))
-    calls = {name: contender.sample for name, contender in made.items()}
+    calls = {name: baseline.sample for name, baseline in made.items()}
     timings = race(part, calls, configuration, configuration.steps)
     part.record(bench="triage sampling time", configuration=configuration.as_dict(), timings=timings)
     say(f"images of recorded and step by step: {same_in_words(difference)}; {ratio(timings)}")
@@ -203,10 +203,10 @@ def upstream(part: Part) -> bool:
         made, left_out, errors = compare.prepare(
             UPSTREAM, configuration, part.device, gradients=name == "training", leave_unequal_out=True
         )
-        for rival, reason in left_out.items():
-            say(f"{rival}: {reason}")
-            wrong.append(rival)
-        calls = {rival: compare.phase_call(made[rival], phase) for rival in UPSTREAM if rival in made}
+        for baseline, reason in left_out.items():
+            say(f"{baseline}: {reason}")
+            wrong.append(baseline)
+        calls = {baseline: compare.phase_call(made[baseline], phase) for baseline in UPSTREAM if baseline in made}
         part.record(bench="triage upstream", phase=phase, errors=errors, left_out=left_out)
         if calls:
             say(f"{phase}: {configuration}")
@@ -214,13 +214,13 @@ def upstream(part: Part) -> bool:
             part.record(
                 bench="triage upstream time", phase=phase, configuration=configuration.as_dict(), timings=timings
             )  # fmt: skip
-            summary += [f"{phase} {rival} {1e3 * t['median']:.4g} ms" for rival, t in timings.items()]
+            summary += [f"{phase} {baseline} {1e3 * t['median']:.4g} ms" for baseline, t in timings.items()]
     say("; ".join(summary) or "nothing to time")
     return not wrong
 
 
 def race(part: Part, calls: dict[str, Callable], configuration: Configuration, per_call: int) -> dict[str, dict]:
-    """Seconds per step of some calls in turns; a line for each."""
+    """Seconds per step of some calls, interleaved; a line for each."""
     timings = Interleaved(calls, part.device).run(part.seconds, least=3, most=50)
     found = {name: Timing([s / per_call for s in timing.seconds]).as_dict() for name, timing in timings.items()}
     for name, t in found.items():

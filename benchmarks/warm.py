@@ -19,18 +19,18 @@ def main(device: str, size: str) -> None:
     """Runs what the benchmark will run first: the equality check, then a step of each phase."""
     for name in COMPILE_SECONDS:
         for case in network_cases(size):
-            if name not in case.rivals or baselines.why_not(name) is not None:
+            if name not in case.baselines or baselines.why_not(name) is not None:
                 continue
             began = time.perf_counter()
             training = compare.PHASES[0] in case.phases
             ours = baselines.make(compare.OURS, case.configuration, torch.device(device))
-            contender = baselines.make(name, case.configuration, torch.device(device))
-            baselines.check(ours, contender, case.configuration, gradients=training)
+            baseline = baselines.make(name, case.configuration, torch.device(device))
+            baselines.check(ours, baseline, case.configuration, gradients=training)
             for phase in case.phases:
-                compare.phase_call(contender, phase)()
+                compare.phase_call(baseline, phase)()
             torch._dynamo.reset()
             took = time.perf_counter() - began
-            print(json.dumps({"contender": name, "case": str(case), "seconds": took}), flush=True)
+            print(json.dumps({"baseline": name, "case": str(case), "seconds": took}), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 
 # Tests of Triton kernels: they run on CUDA, or in Triton's interpreter, which takes a process of its own.
 KERNEL_TESTS = "test_triton.py"
-PEER_1X = Path(sys.prefix) / "peer-1x"
+UPSTREAM_1X = Path(sys.prefix) / "upstream-1x"
 
 
 def pytest_addoption(parser):
@@ -85,25 +85,25 @@ def _seeded():
 
 
 @pytest.fixture(scope="session")
-def peer():
+def upstream():
     """Upstream's main module, 2.3."""
     return importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 
 
 @pytest.fixture(scope="session")
-def peer_1x(peer):
-    """The main module of upstream's last 1.x release, which `make test` installs beside the 2.3 one."""
-    if not PEER_1X.is_dir():
-        pytest.fail("the 1.x peer is not installed; `make test` does it, see the Makefile")
+def upstream_1x(upstream):
+    """The main module of upstream's last 1.x release, which `make test` installs next to the 2.3 one."""
+    if not UPSTREAM_1X.is_dir():
+        pytest.fail("the 1.x upstream is not installed; `make test` does it, see the Makefile")
     name = "denoising_diffusion_pytorch"
     current = {k: sys.modules.pop(k) for k in list(sys.modules) if k == name or k.startswith(name + ".")}
-    sys.path.insert(0, str(PEER_1X))
+    sys.path.insert(0, str(UPSTREAM_1X))
     try:
         module = importlib.import_module(f"{name}.{name}")
     finally:
-        sys.path.remove(str(PEER_1X))
+        sys.path.remove(str(UPSTREAM_1X))
         for k in [k for k in sys.modules if k == name or k.startswith(name + ".")]:
             del sys.modules[k]
         sys.modules.update(current)
-    assert module.__file__.startswith(str(PEER_1X))
+    assert module.__file__.startswith(str(UPSTREAM_1X))
     return module

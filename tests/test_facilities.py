@@ -44,14 +44,14 @@ def schedule_of(diffusion) -> dict[str, torch.Tensor]:
 def test_the_schedule_stays_float32_in_half_a_network(dtype):
     diffusion = make()
     before = {name: buffer.clone() for name, buffer in schedule_of(diffusion).items()}
-    ways = (
+    conversions = (
         lambda d: d.to(dtype),
         lambda d: d.half() if dtype == torch.float16 else d.bfloat16(),
         lambda d: d.to("cpu", dtype).to(torch.float32).to(dtype),
         lambda d: copy.deepcopy(d.to(dtype)),
     )
-    for way in ways:
-        narrow = way(copy.deepcopy(diffusion))
+    for convert in conversions:
+        narrow = convert(copy.deepcopy(diffusion))
         assert {p.dtype for p in narrow.parameters()} == {dtype}
         after = schedule_of(narrow)
         assert list(after) == list(before)
@@ -122,7 +122,7 @@ def test_either_memory_layout_of_inputs_and_weights(memory):
 
 
 def test_a_whole_loss_and_its_backward_compile():
-    """With a first pass without gradients; test_diffusion_peer.py compiles the loss that has none."""
+    """With a first pass without gradients; test_diffusion_upstream.py compiles the loss that has none."""
     diffusion = make(self_condition=True)
     kwargs = {"self_conditioned": True}
     expected = loss_and_gradients(diffusion, images(), **kwargs)

@@ -58,9 +58,9 @@ def is_a_block(op: str) -> bool:
 
 def row_of(module: str) -> int:
     parts = module.split("/")
-    in_a_room = parts[0] == "ops" and len(parts) == 3 and parts[1] != "common"
-    folder = "*_block" if in_a_room and is_a_block(parts[1]) else "*"
-    pattern = f"ops/{folder}/{parts[2]}" if in_a_room else module
+    in_an_op = parts[0] == "ops" and len(parts) == 3 and parts[1] != "common"
+    folder = "*_block" if in_an_op and is_a_block(parts[1]) else "*"
+    pattern = f"ops/{folder}/{parts[2]}" if in_an_op else module
     (row,) = [i for i, names in enumerate(ROWS) if pattern in names]
     return row
 
@@ -105,9 +105,9 @@ def test_imports_form_layers(module):
                 ("common/norm", f"common/{kind}") if kind in ("triton", "reference") else ("arguments", "operator")
             )
             shared = imported in [f"ops/{name}" for name in (*of_kind, "common/tables")]
-            same_room = module.split("/")[1] == imported.split("/")[1]
+            same_op = module.split("/")[1] == imported.split("/")[1]
             from_a_block = is_a_block(module.split("/")[1])  # made of the steps' ops
-            assert same_room or shared or from_a_block, f"{module} imports another room, {imported}"
+            assert same_op or shared or from_a_block, f"{module} imports another op, {imported}"
 
 
 def test_only_kernels_import_triton_and_references_import_no_kernel():
@@ -117,6 +117,15 @@ def test_only_kernels_import_triton_and_references_import_no_kernel():
         roots |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
         if not module.endswith("/triton"):
             assert "triton" not in roots, module
+
+
+def test_references_are_imported_by_their_op_and_by_references():
+    for module, path in MODULES.items():
+        for imported in package_imports(path):
+            if imported.endswith("/reference"):
+                kind, folder = module.split("/")[-1], module.rsplit("/", 1)[0]
+                assert kind == "reference" or module == f"{folder}/op", f"{module} imports {imported}"
+                assert kind == "reference" or imported == f"{folder}/reference", f"{module} imports {imported}"
 
 
 def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -183,5 +192,5 @@ assert sampled_images.shape == (4, 3, 32, 32)
     start = time.perf_counter()
     result = run_python(code, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "sampling loop time step" in result.stderr, "the peer's progress bar"
+    assert "sampling loop time step" in result.stderr, "upstream's progress bar"
     assert time.perf_counter() - start < 120

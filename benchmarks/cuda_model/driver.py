@@ -41,7 +41,7 @@ class Variant:
     """What Triton compiles at once: a kernel, specialised. The fields are the arguments of `triton.compile`.
 
     Args:
-        kernel, module: where the kernel stands.
+        kernel, module: the kernel's name and module.
         signature: type of every argument, "constexpr" for the others.
         constants: by place, a tuple, the value of a constexpr.
         attrs: by place, what is assumed of an argument, such as [["tt.divisibility", 16]].

@@ -48,7 +48,7 @@ torch.library.register_autograd(
 
 @contextlib.contextmanager
 def launching_nothing(target: GPUTarget) -> Iterator[None]:
-    """Inside, CPU tensors take the way of CUDA tensors as far as the launch."""
+    """Inside, CPU tensors take the code path of CUDA tensors up to the launch."""
     with (
         mock.patch("ddpm_fast.runtime.triton_launch.why_not_triton", lambda device: None),
         mock.patch(
@@ -147,7 +147,7 @@ def _cases() -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]
 def measure_ops(target: GPUTarget, rounds: int = 15, calls: int = 20) -> dict[tuple[str, str], float]:
     """(Op, pass) → the processor's seconds per call, as a multiple of the empty operator's in the same pass.
 
-    Ops take turns in rounds; a ratio is the median of the rounds' own. Those of the empty operator are seconds.
+    Ops are timed in interleaved rounds; a ratio is the median of the rounds' ratios. The empty operator's are seconds.
     """
     with launching_nothing(target):
         runs: dict[tuple[str, str], Callable[[], object]] = {}

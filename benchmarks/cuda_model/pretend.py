@@ -61,7 +61,7 @@ _real_autocast = torch.autocast
 
 @contextlib.contextmanager
 def cuda_on_meta() -> Iterator[None]:
-    """Inside, meta tensors take the way of CUDA tensors: our kernels, autocast, fused and foreach optimizers."""
+    """Inside, meta tensors take the code path of CUDA tensors: our kernels, autocast, fused and foreach optimizers."""
     autocast = _Autocast()
     is_available, is_enabled = torch.amp.is_autocast_available, torch.is_autocast_enabled
     dtype_of = torch.get_autocast_dtype
@@ -91,7 +91,7 @@ def cuda_on_meta() -> Iterator[None]:
 
 
 class Undrawn(TorchFunctionMode):
-    """Inside, random numbers are not drawn: a meta tensor of the same shape and dtype stands for them."""
+    """Inside, random numbers are not drawn: a meta tensor of the same shape and dtype replaces them."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

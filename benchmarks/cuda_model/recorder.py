@@ -224,7 +224,7 @@ class Recorder(Observer):
             self._add(Launch("bias gradient", "", _size(grad) + _size(call.result[2])))
 
     def _layout(self, x: torch.Tensor, weight: torch.Tensor, *tensors: torch.Tensor) -> None:
-        """The copies that cuDNN's callers make of what does not lie as it computes."""
+        """The copies that cuDNN's callers make of tensors in another layout than cuDNN's."""
         for tensor in (*tensors, weight):
             if not tensor.is_contiguous(memory_format=_cudnn_format(x, weight)):
                 self._add(Launch("layout", "", 2 * _size(tensor)))

@@ -19,11 +19,11 @@ from ddpm_fast.cli.options import (
     image_size_of,
 )
 
-Rival = Literal[
-    "peer",
-    "peer-channels-last",
-    "peer-compiled",
-    "peer-max-autotune",
+Baseline = Literal[
+    "upstream",
+    "upstream-channels-last",
+    "upstream-compiled",
+    "upstream-max-autotune",
     "diffusers",
     "ours-low-memory",
     "ours-step-by-step",
@@ -34,8 +34,9 @@ Rival = Literal[
 class Bench:
     """Time a configuration here against upstream, denoising-diffusion-pytorch, which must be installed.
 
-    Both take turns in one process with the same weights, images and precision, after their output, loss and gradients
-    were found equal. Prints a table, says which implementation each op took and why, and draws a bar chart.
+    Both are timed in interleaved rounds of one process with the same weights, images and precision, after their output,
+    loss and gradients were found equal. Prints a table, says which implementation each op took and why, and draws a
+    bar chart.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CHECKPOINT]")] = None
@@ -54,10 +55,10 @@ class Bench:
     """Mixed precision, on both sides."""
     steps: int = 10
     """Steps of each sampling run that is timed."""
-    against: tuple[Rival, ...] = ("peer", "peer-channels-last")
+    against: tuple[Baseline, ...] = ("upstream", "upstream-channels-last")
     """What to compare with; the compiled ones take minutes to compile."""
     seconds: float = 40.0
-    """Time to measure for, preparation aside."""
+    """Seconds of timing, without preparation."""
     profile: bool = False
     """Also say where our time goes: the floor that the machine allows, how far from it we are, what dominates."""
     out: Path = Path("bench.png")
@@ -77,9 +78,9 @@ def run(options: Bench) -> None:
     check_positive(steps=options.steps, **{"batch-size": options.batch_size or 1})
     if options.seconds <= 0:
         raise UserError(f"--seconds must be positive; got {options.seconds}")
-    reason = baselines.why_not("peer") if "peer" in options.against else None
+    reason = baselines.why_not("upstream") if "upstream" in options.against else None
     if reason is not None:
-        raise UserError(f"{reason}, and --against peer needs it")
+        raise UserError(f"{reason}, and --against upstream needs it")
     device = device_of(options.device)
     given = {
         "dim": options.dim,

@@ -43,7 +43,7 @@ class Sample:
     checkpoint: File
     """A file such as results/model-last.pt, or a results folder: the checkpoint with the largest step in it."""
     out: Path = Path("samples.png")
-    """The grid; the strip is written beside it as NAME-strip.png."""
+    """The grid; the strip is written next to it as NAME-strip.png."""
     num_samples: int = 64
     """Number of images."""
     batch_size: int = 64

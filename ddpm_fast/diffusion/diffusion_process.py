@@ -36,7 +36,7 @@ def unnormalize_to_zero_to_one(t: torch.Tensor) -> torch.Tensor:
 
 
 def identity(t: torch.Tensor) -> torch.Tensor:
-    """What stands for both with `auto_normalize=False`."""
+    """Replaces both with `auto_normalize=False`."""
     return t
 
 

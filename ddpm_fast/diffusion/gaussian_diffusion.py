@@ -22,7 +22,7 @@ from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.ops.sampler_step.op import sampler_step
 from ddpm_fast.runtime.autocast import autocast_dtype, call_model, narrow_dtype, uncached_autocast
 
-# Methods that a subclass may override to change what a sampling step does; the fused step stands for all of them.
+# Methods that a subclass may override to change what a sampling step does; the fused step replaces all of them.
 _STEP_METHODS = (
     "p_sample",
     "p_mean_variance",
@@ -85,7 +85,7 @@ class GaussianDiffusion(DiffusionProcess):
             noise: exactly this ε instead, shape of x. At t = 0 there is none.
 
         Returns:
-            x at t − 1, and the x0 predicted on the way.
+            x at t − 1, and the predicted x0.
         """
         if not 0 <= t < self.num_timesteps:
             raise ValueError(f"t must be in [0, {self.num_timesteps}), got {t}")
@@ -146,7 +146,7 @@ class GaussianDiffusion(DiffusionProcess):
 
         Args:
             batch_size: B.
-            return_all_timesteps: also every state on the way, from x_T on.
+            return_all_timesteps: also every intermediate state, from x_T on.
             seed: 64-bit seed of the noise; None draws one from torch's generator, so `torch.manual_seed` fixes it.
             start_index: index of the first image: `sample(6, seed=7)` is `sample(2, seed=7)` followed by
                 `sample(4, seed=7, start_index=2)`.
@@ -191,7 +191,7 @@ class GaussianDiffusion(DiffusionProcess):
         return f"sampling replays {recorder.what}; {len(self.graphs)} are kept, {self.graphs.limit} at most"
 
     def clear_graphs(self) -> None:
-        """Drop recorded graphs and the memory they hold, derived weights included; the next `sample` records anew."""
+        """Drop recorded graphs and the memory they hold, derived weights included; the next `sample` records again."""
         self.graphs.clear()
         free_inference_weights(self.model)
 
@@ -224,17 +224,17 @@ class GaussianDiffusion(DiffusionProcess):
         sampler = run.plan.sampler
         reason = "it was not asked for" if run.graph is False else self._why_not_recorded(sampler, x, bool(run.graph))
         if run.graph and reason is not None:
-            raise RuntimeError(f"graph=True, and a graph cannot stand for the steps: {reason}")
+            raise RuntimeError(f"graph=True, and a graph cannot replace the steps: {reason}")
         if self._overrides(*_relevant_methods(sampler)):
             return self._composed_loop(x, run)
-        with self.graphs.borrowed(x.device) if reason is None else nullcontext(False) as is_mine:
+        with self.graphs.try_lock(x.device) if reason is None else nullcontext(False) as locked:
             return sample_loop(
                 self.model,
                 x,
                 run,
                 self_condition=self.self_condition,
                 num_timesteps=self.num_timesteps,
-                cache=self.graphs if is_mine else None,
+                cache=self.graphs if locked else None,
             )
 
     def _why_not_recorded(self, sampler: str, x: torch.Tensor, any_module: bool) -> str | None:

@@ -92,7 +92,7 @@ def sampling_times(num_timesteps: int, sampling_timesteps: int) -> tuple[int, ..
     """
     if not 1 <= sampling_timesteps <= num_timesteps:
         raise ValueError(f"sampling_timesteps must be in [1, timesteps = {num_timesteps}], got {sampling_timesteps}")
-    # Upstream's numbers, float32 truncation included; the last of them is −1, which stands for the data itself.
+    # Upstream's numbers, float32 truncation included; the last of them is −1, which means the data itself.
     times = torch.linspace(-1, num_timesteps - 1, steps=sampling_timesteps + 1).int().tolist()
     return tuple(reversed(times[1:]))
 

@@ -35,7 +35,7 @@ class Progress:
 
     Args:
         total: steps.
-        desc: what stands before the bar.
+        desc: the text before the bar.
         enabled: without it nothing is shown and nothing waited for.
         mark: gives an event, with `query` and `synchronize`, of what the device has been given so far; None: the host's
             calls end when the work is done, as on the CPU.
@@ -57,7 +57,7 @@ class Progress:
         self._bar.close()
 
     def step_done(self) -> None:
-        """One more step is finished, or on its way to the device."""
+        """One more step is finished, or enqueued on the device."""
         if self._bar is None:
             return
         if self._mark is None:
@@ -234,7 +234,7 @@ def why_not_recorded(
         return "the batch is empty"
     if self_condition and not getattr(model, "takes_zeros_for_no_estimate", False):
         return "the model is conditioned on itself and is no Unet, so that its first step takes None instead of zeros"
-    return None if any_module else recording.foreign_module(model)
+    return None if any_module else recording.untrusted_module(model)
 
 
 @torch.inference_mode()

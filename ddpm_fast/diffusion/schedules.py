@@ -128,7 +128,7 @@ class Schedule:
         return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Upstream's buffers by name, float64, in upstream's order (the loss weight aside)."""
+        """Upstream's buffers by name, float64, in upstream's order (except the loss weight)."""
         betas, alphas_cumprod, alphas_cumprod_prev = self.betas, self.alphas_cumprod, self.alphas_cumprod_prev
         return {
             "betas": betas,

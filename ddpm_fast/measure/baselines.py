@@ -1,6 +1,6 @@
 """Networks that are timed against each other: ours, upstream in the forms its users run it, diffusers.
 
-Each contender takes one training step or draws images from the same inputs, in the same precision. Upstream's forms
+Each baseline takes one training step or draws images from the same inputs, in the same precision. Upstream's forms
 hold our weights, and `check_equal` finds their output, loss and gradients equal to ours before anything is timed.
 """
 
@@ -24,10 +24,10 @@ NEEDS = {
     "ours": None,  # recorded: on CUDA both steps, on the CPU sampling
     "ours-low-memory": None,
     "ours-step-by-step": None,  # the same without a recording
-    "peer": "denoising_diffusion_pytorch",
-    "peer-channels-last": "denoising_diffusion_pytorch",
-    "peer-compiled": "denoising_diffusion_pytorch",
-    "peer-max-autotune": "denoising_diffusion_pytorch",
+    "upstream": "denoising_diffusion_pytorch",
+    "upstream-channels-last": "denoising_diffusion_pytorch",
+    "upstream-compiled": "denoising_diffusion_pytorch",
+    "upstream-max-autotune": "denoising_diffusion_pytorch",
     "diffusers": "diffusers",
 }
 
@@ -72,11 +72,11 @@ class Configuration:
 
 
 class Unavailable(Exception):
-    """A contender that cannot run here; its text is the reason."""
+    """A baseline that cannot run here; its text is the reason."""
 
 
 @dataclass
-class Contender:
+class Baseline:
     """A network ready to run.
 
     Args:
@@ -93,7 +93,7 @@ class Contender:
 
 
 def why_not(name: str) -> str | None:
-    """Why a contender cannot run in this environment, in one clause; None where it can. Imports its package."""
+    """Why a baseline cannot run in this environment, in one clause; None where it can. Imports its package."""
     needed = NEEDS[name]
     if needed is None:
         return None
@@ -108,8 +108,8 @@ def why_not(name: str) -> str | None:
     return None
 
 
-def make(name: str, configuration: Configuration, device: torch.device, *, seed: int = 0) -> Contender:
-    """A contender with the weights of `seed`, its first calls (compilation) still ahead.
+def make(name: str, configuration: Configuration, device: torch.device, *, seed: int = 0) -> Baseline:
+    """A baseline with the weights of `seed`, its first calls (compilation) still ahead.
 
     Raises:
         Unavailable: what it needs is not installed.
@@ -119,18 +119,18 @@ def make(name: str, configuration: Configuration, device: torch.device, *, seed:
         raise Unavailable(reason)
     device = torch.device(device)
     torch.manual_seed(seed)
-    build = _diffusers if name == "diffusers" else _ours if name.startswith("ours") else _peer
+    build = _diffusers if name == "diffusers" else _ours if name.startswith("ours") else _upstream
     diffusion: Any = build(name, configuration, device.type == "cuda").to(device)
-    if name == "peer-channels-last":
+    if name == "upstream-channels-last":
         diffusion = diffusion.to(memory_format=torch.channels_last)
-    if name in ("peer-compiled", "peer-max-autotune"):
+    if name in ("upstream-compiled", "upstream-max-autotune"):
         mode = "max-autotune" if name.endswith("autotune") else "default"
-        # Shapes stay, also where another configuration was compiled before; a peer that silently fell back to eager
+        # Shapes stay, also where another configuration was compiled before; a upstream that silently fell back to eager
         # would be timed under a wrong name.
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         diffusion.model = torch.compile(diffusion.model, mode=mode, dynamic=False)
     images = _images(configuration, device)
-    if name == "peer-channels-last":
+    if name == "upstream-channels-last":
         images = images.contiguous(memory_format=torch.channels_last)
     recorded = name == "ours" and device.type == "cuda"
     # A captured step takes no float16, whose gradients need a scaler.
@@ -141,10 +141,10 @@ def make(name: str, configuration: Configuration, device: torch.device, *, seed:
         optimizer, label = (_our_adam if name.startswith("ours") else _adam)(diffusion, device)
         training_step = _training_step(diffusion, optimizer, images, configuration)
     options = {"graph": False} if name == "ours-step-by-step" else {}
-    return Contender(name, diffusion, training_step, _sample(diffusion, configuration, device, options), label)
+    return Baseline(name, diffusion, training_step, _sample(diffusion, configuration, device, options), label)
 
 
-def check(ours: Contender, other: Contender, configuration: Configuration, *, gradients: bool = True) -> dict:
+def check(ours: Baseline, other: Baseline, configuration: Configuration, *, gradients: bool = True) -> dict:
     """Give a form of upstream our weights and hold it equal (`check_equal`); diffusers is held to `same_size`."""
     if other.name == "diffusers":
         return same_size(ours, other)
@@ -153,7 +153,7 @@ def check(ours: Contender, other: Contender, configuration: Configuration, *, gr
 
 
 def check_equal(
-    ours: Contender, other: Contender, configuration: Configuration, *, gradients: bool = True
+    ours: Baseline, other: Baseline, configuration: Configuration, *, gradients: bool = True
 ) -> dict[str, float]:
     """Hold a form of upstream to our numbers: the network's output, the loss and every gradient, for one noise.
 
@@ -171,7 +171,7 @@ def check_equal(
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(images.shape, generator=generator).to(device)
     t = torch.arange(images.shape[0], device=device) % configuration.steps
-    found = [_results(contender, configuration, images, noise, t, gradients) for contender in (ours, other)]
+    found = [_results(baseline, configuration, images, noise, t, gradients) for baseline in (ours, other)]
     tf32 = configuration.dtype == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32
     loose, looser = _TOLERANCE["tf32" if tf32 else configuration.dtype]
     errors = {}
@@ -184,12 +184,12 @@ def check_equal(
     return errors
 
 
-def _results(contender: Contender, configuration: Configuration, images, noise, t, gradients: bool) -> dict:
+def _results(baseline: Baseline, configuration: Configuration, images, noise, t, gradients: bool) -> dict:
     """Copies in float64: a network in a CUDA graph writes its next output over the last.
 
     The network is called as it will be timed, so that a compiled one is compiled for that and nothing else.
     """
-    diffusion = contender.diffusion
+    diffusion = baseline.diffusion
     if not gradients:
         with autocast(configuration, images.device), torch.inference_mode():
             return {"output": diffusion.model(noise.clone(), t).double().clone()}
@@ -211,7 +211,7 @@ def _results(contender: Contender, configuration: Configuration, images, noise, 
     return found
 
 
-def same_size(ours: Contender, other: Contender) -> dict[str, float]:
+def same_size(ours: Baseline, other: Baseline) -> dict[str, float]:
     """diffusers' network is another function; all that can be held is its size, and its scheduler's x_t to ours.
 
     Raises:
@@ -251,17 +251,17 @@ def _ours(name: str, configuration: Configuration, on_cuda: bool) -> torch.nn.Mo
     return GaussianDiffusion(network, image_size=configuration.image_size, timesteps=configuration.steps)
 
 
-def _peer(name: str, configuration: Configuration, on_cuda: bool) -> torch.nn.Module:
-    import denoising_diffusion_pytorch as peer
+def _upstream(name: str, configuration: Configuration, on_cuda: bool) -> torch.nn.Module:
+    import denoising_diffusion_pytorch as upstream
 
     arguments = _network_arguments(configuration)
     if arguments.pop("norm", "rms") != "rms":
-        raise Unavailable("the peer's 2.x network has no GroupNorm")
+        raise Unavailable("upstream's 2.x network has no GroupNorm")
     arguments = {k: v for k, v in arguments.items() if k not in ("memory", "resnet_block_groups")}
     if configuration.dtype == "fp32" and on_cuda:
         arguments["flash_attn"] = False  # it has no kernel for float32 on CUDA: its users leave it off there
-    network = peer.Unet(**arguments)
-    return peer.GaussianDiffusion(network, image_size=configuration.image_size, timesteps=configuration.steps)
+    network = upstream.Unet(**arguments)
+    return upstream.GaussianDiffusion(network, image_size=configuration.image_size, timesteps=configuration.steps)
 
 
 class _Diffusers(torch.nn.Module):
@@ -316,7 +316,7 @@ def _diffusers(name: str, configuration: Configuration, on_cuda: bool) -> torch.
     return _Diffusers(configuration)
 
 
-def load_weights(ours: Contender, other: Contender) -> None:
+def load_weights(ours: Baseline, other: Baseline) -> None:
     """Give a form of upstream our weights."""
     network = other.diffusion.model
     network = getattr(network, "_orig_mod", network)

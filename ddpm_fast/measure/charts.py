@@ -18,7 +18,7 @@ def bars(
     title: str,
     unit: str,
     spread: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
-    reference: str = "peer",
+    reference: str = "upstream",
 ) -> None:
     """Horizontal bars, one panel per group, each bar labelled with its value and its ratio to `reference`.
 

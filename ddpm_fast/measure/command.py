@@ -92,7 +92,7 @@ def draw(result: dict, out: Path) -> None:
         phase: {name: (t["low"] * 1e3, t["high"] * 1e3) for name, t in timings.items()}
         for phase, timings in phases.items()
     }
-    reference = "peer" if all("peer" in timings for timings in phases.values()) else compare.OURS
+    reference = "upstream" if all("upstream" in timings for timings in phases.values()) else compare.OURS
     where = f"{machine.name(result['machine'])}; in brackets: speed over {reference}'s"
     title = f"{Configuration(**result['configuration'])}\n{where}"
     charts.bars(milliseconds, out, title=title, unit="ms", spread=spread, reference=reference)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ddpm_fast.measure import baselines, machine
-from ddpm_fast.measure.baselines import Configuration, Contender, Unavailable
+from ddpm_fast.measure.baselines import Baseline, Configuration, Unavailable
 from ddpm_fast.measure.charts import columns
 from ddpm_fast.measure.timing import Interleaved
 from ddpm_fast.runtime.dispatch import watch_choices
@@ -27,15 +27,15 @@ def prepare(
     *,
     gradients: bool = True,
     leave_unequal_out: bool = False,
-) -> tuple[dict[str, Contender], dict[str, str], dict[str, dict]]:
-    """Contenders found equal to ours; one that cannot run or fails by itself is left out with its reason.
+) -> tuple[dict[str, Baseline], dict[str, str], dict[str, dict]]:
+    """Baselines found equal to ours; one that cannot run or fails by itself is left out with its reason.
 
     Args:
         gradients: False compares outputs alone, where only those are wanted.
         leave_unequal_out: leave out one that is not equal as well, so that the others can be timed.
 
     Returns:
-        (contenders by name, ours first; reasons of those left out by name; relative errors by name).
+        (baselines by name, ours first; reasons of those left out by name; relative errors by name).
 
     Raises:
         AssertionError: one is not equal, unless it is to be left out: nothing is timed then.
@@ -57,7 +57,7 @@ def prepare(
                 raise
             left_out[name] = f"not timed: {unequal}"
             continue
-        except Exception as error:  # of a rival's own, such as its compiler or its memory; its row says so
+        except Exception as error:  # of a baseline's own, such as its compiler or its memory; its row says so
             if name.startswith(OURS) and not leave_unequal_out:
                 raise
             left_out[name] = f"failed: {type(error).__name__}: {(str(error) or ' ').splitlines()[0][:200]}"
@@ -69,7 +69,7 @@ def prepare(
 def compare(
     configuration: Configuration,
     device: torch.device,
-    names: Iterable[str] = ("peer", "peer-channels-last"),
+    names: Iterable[str] = ("upstream", "upstream-channels-last"),
     *,
     seconds: float = 40.0,
     phases: Iterable[str] = PHASES,
@@ -78,12 +78,12 @@ def compare(
     """Time ours and others on one configuration.
 
     Args:
-        names: of `contenders.NEEDS`.
-        seconds: of timing, checks and compilation aside.
+        names: of `baselines.NEEDS`.
+        seconds: of timing, without checks and compilation.
         say: told in a few words what is going on.
 
     Returns:
-        JSON-ready: configuration, machine, errors, left_out, phases (name → contender → timing in seconds per step, and
+        JSON-ready: configuration, machine, errors, left_out, phases (name → baseline → timing in seconds per step, and
         peak_bytes on CUDA), choices (op, implementation, reasons, calls).
     """
     device = torch.device(device)
@@ -96,7 +96,7 @@ def compare(
     phases = list(phases)
     for phase in phases:
         say(f"timing the {phase}")
-        calls = {name: phase_call(contender, phase) for name, contender in made.items()}
+        calls = {name: phase_call(baseline, phase) for name, baseline in made.items()}
         per_call = 1 if phase == PHASES[0] else configuration.steps
         with watch_choices() as choices:
             calls[OURS]()
@@ -115,18 +115,18 @@ def compare(
     return result
 
 
-def phase_call(contender: Contender, phase: str) -> Callable[[], object]:
+def phase_call(baseline: Baseline, phase: str) -> Callable[[], object]:
     """The call that a phase times: one training step, or one whole `sample`."""
-    return contender.training_step if phase == PHASES[0] else contender.sample
+    return baseline.training_step if phase == PHASES[0] else baseline.sample
 
 
 def peak_memory(name: str, phase: str, call: Callable[[], object], device: torch.device) -> dict[str, int]:
     """Memory that a training step allocates at its peak, above what is kept between steps, as {"peak_bytes": ...}.
 
-    Empty for what runs from CUDA graphs (sampling, `ours`, `peer-max-autotune`): their maps lie in a pool that was
+    Empty for what runs from CUDA graphs (sampling, `ours`, `upstream-max-autotune`): their maps are in a pool that was
     allocated when they were recorded. Empty on the CPU, where benchmarks/first_step.py measures processes.
     """
-    if device.type != "cuda" or phase != PHASES[0] or name in (OURS, "peer-max-autotune"):
+    if device.type != "cuda" or phase != PHASES[0] or name in (OURS, "upstream-max-autotune"):
         return {}
     gc.collect()
     torch.cuda.synchronize(device)
@@ -138,7 +138,7 @@ def peak_memory(name: str, phase: str, call: Callable[[], object], device: torch
 
 
 def table(result: dict) -> str:
-    """Markdown: each phase and contender, milliseconds per step, their spread, and ours over it."""
+    """Markdown: each phase and baseline, milliseconds per step, their spread, and ours over it."""
     rows = []
     for phase, timings in result["phases"].items():
         ours = timings[OURS]["median"]

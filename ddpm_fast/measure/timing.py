@@ -1,6 +1,6 @@
-"""Timing contenders fairly: interleaved in one process, medians with their spread, caches flushed between.
+"""Timing calls fairly: interleaved rounds in one process, medians with their spread, caches flushed between.
 
-A shared machine slows down and speeds up by the minute. Contenders that take turns see the same weather, so that the
+A shared machine slows down and speeds up by the minute. Calls timed in the same rounds see the same load, so the
 ratio of their medians is worth more than either median.
 """
 
@@ -93,25 +93,25 @@ class Stopwatch:
 
 
 class Interleaved:
-    """Rounds in which every contender is timed once, each round beginning with the next one.
+    """Rounds in which every call is timed once, each round beginning with the next one.
 
     Args:
-        contenders: name → call without arguments.
+        calls: name → call without arguments.
         device: where the calls do their work.
         flush: see `Stopwatch`.
-        warmup: calls of each contender before the first round.
+        warmup: runs of each call before the first round.
     """
 
     def __init__(
-        self, contenders: dict[str, Callable[[], object]], device: torch.device, *, flush: bool = False, warmup: int = 1
+        self, calls: dict[str, Callable[[], object]], device: torch.device, *, flush: bool = False, warmup: int = 1
     ):
-        if not contenders:
-            raise ValueError("contenders must hold at least one call, got none")
-        self.contenders = contenders
+        if not calls:
+            raise ValueError("calls must hold at least one call, got none")
+        self.calls = calls
         self.stopwatch = Stopwatch(device, flush)
-        self.timings = {name: Timing() for name in contenders}
+        self.timings = {name: Timing() for name in calls}
         self._repeat = {}
-        for name, call in contenders.items():
+        for name, call in calls.items():
             for _ in range(warmup):
                 call()
             self.stopwatch.synchronize()
@@ -125,13 +125,13 @@ class Interleaved:
         return 1 if once >= _SHORTEST_BLOCK else min(1000, int(_SHORTEST_BLOCK / max(once, 1e-7)) + 1)
 
     def measure(self, name: str) -> None:
-        """Time one contender once."""
-        seconds = self.stopwatch.time(self.contenders[name], self._repeat[name])
+        """Time one call once."""
+        seconds = self.stopwatch.time(self.calls[name], self._repeat[name])
         self.timings[name].seconds.append(seconds)
 
     def round(self) -> None:
-        """Time every contender once."""
-        names = list(self.contenders)
+        """Time every call once."""
+        names = list(self.calls)
         first = self._round % len(names)
         for name in names[first:] + names[:first]:
             self.measure(name)
@@ -146,5 +146,5 @@ class Interleaved:
 
 
 def ratio(of: Timing, to: Timing) -> float:
-    """How many times as long as `to` the contender `of` takes, by medians."""
+    """How many times as long as `to` the call `of` takes, by medians."""
     return of.median / to.median

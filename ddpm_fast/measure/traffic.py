@@ -1,12 +1,12 @@
 """What a training step and a sampling step do, counted from operator dispatch; nothing is computed, no clock is read.
 
 Per image: operators that touch memory (views are free and not counted), bytes that they read and write (each input read
-once, each output written once), bytes kept from forward for backward (each storage once; parameters, buffers and the
-network's input aside), and floating-point operations of convolutions, matrix products and attention (a multiply-add is
-two). All of it runs on the meta device, so the numbers are the same on every machine. Under `kernels_take_meta_tensors`
-ours is counted with the kernels that a CUDA device runs, and a fused op is one operator.
+once, each output written once), bytes kept from forward for backward (each storage once, without parameters,
+buffers and the network's input), and floating-point operations of convolutions, matrix products and attention (a
+multiply-add is two). All of it runs on the meta device, so the numbers are the same on every machine. Under
+`kernels_take_meta_tensors` ours is counted with the kernels that a CUDA device runs, and a fused op is one operator.
 
-What the arguments and results of a fused op do not show stands in registries by operator name; an entry is a
+What the arguments and results of a fused op do not show is in registries by operator name; an entry is a
 function of the op's arguments, a dict by name with defaults filled in:
 
 - `SECOND_READS`: the tensors that it reads once more.

@@ -45,7 +45,7 @@ class _UpsampleConv2d(nn.Conv2d, HasDerivedWeight):
 
 def Upsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
     """Nearest 2× upsampling and a 3×3 convolution: (B, C, H, W) → (B, dim_out, 2H, 2W)."""
-    # The identity stands where upstream upsamples, so that the convolution is "1" in the state dict.
+    # The identity is in the place where upstream upsamples, so that the convolution is "1" in the state dict.
     return nn.Sequential(nn.Identity(), _UpsampleConv2d(dim, dim if dim_out is None else dim_out, 3, padding=1))
 
 
@@ -66,5 +66,5 @@ class _PixelUnshuffleConv2d(nn.Conv2d, HasDerivedWeight):
 
 def Downsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
     """Pixel-unshuffle by 2 and a 1×1 convolution: (B, C, H, W) → (B, dim_out, H/2, W/2)."""
-    # The identity stands where upstream has its rearrange, so that the convolution is "1" in the state dict.
+    # The identity is in the place where upstream has its rearrange, so that the convolution is "1" in the state dict.
     return nn.Sequential(nn.Identity(), _PixelUnshuffleConv2d(dim * 4, dim if dim_out is None else dim_out, 1))

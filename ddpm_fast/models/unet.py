@@ -294,7 +294,7 @@ class Unet(HasDerivedWeight):
         """The memory format of the network's maps.
 
         On the CPU without native kernels, channels-last makes a forward pass up to 20% faster and no training step:
-        only sampling runs (`inference_weights`) use it. oneDNN then lays out weights anew in every call, which takes
+        only sampling runs (`inference_weights`) use it. oneDNN then converts the weights in every call, which takes
         longer than the product where few pixels meet wide weights.
         """
         fastest = maps_format(x)

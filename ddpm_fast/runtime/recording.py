@@ -1,4 +1,4 @@
-"""Work that is recorded once and replayed: how, when a recording may stand for a model, and how few are kept.
+"""Work that is recorded once and replayed: how, when a recording may replace a model's calls, and how many are kept.
 
 A body is a function without arguments that acts on tensors made before it: they are all that it reads and writes, so
 that a replay does what a call would. `CudaRecorder` captures a body as a CUDA graph; `TapeRecorder` writes down the
@@ -53,7 +53,7 @@ class CudaRecorder:
         if device.type != "cuda":
             return f"tensors are on {device.type}, and CUDA graphs need CUDA"
         if torch.cuda.is_current_stream_capturing():
-            return "a capture is under way already"
+            return "a capture is running already"
         return None
 
     def record(self, body: Body, reset: Body) -> Body:
@@ -170,7 +170,7 @@ class TapeRecorder:
             module = extension.load()
             assert module is not None, "why_not has refused"
             written = module.Tape()
-            with _WritesDown(written):
+            with _RecordingMode(written):
                 body()
             written.finish()
             tape = written
@@ -178,7 +178,7 @@ class TapeRecorder:
         return run
 
 
-class _WritesDown(TorchDispatchMode):
+class _RecordingMode(TorchDispatchMode):
     """Every operator that is called in the block, below autograd and autocast, goes to the tape as well."""
 
     def __init__(self, tape: Any):
@@ -240,7 +240,7 @@ class GraphCache:
         return self.recorder or (TapeRecorder if device.type == "cpu" else CudaRecorder)
 
     @contextmanager
-    def borrowed(self, device: torch.device) -> Iterator[bool]:
+    def try_lock(self, device: torch.device) -> Iterator[bool]:
         """Whether this thread may use the recordings in the block: they share buffers, so that only one may at a time.
 
         Work on another stream waits, on the device, for that of the block before.
@@ -292,24 +292,24 @@ class GraphCache:
         return self._entries[key]
 
 
-def places_of(tensors: Iterable[torch.Tensor]) -> tuple:
-    """Where tensors lie in memory and how they are laid out there: what a recording holds fast."""
+def storage_key(tensors: Iterable[torch.Tensor]) -> tuple:
+    """Addresses and layouts of tensors: part of a recording's cache key."""
     return tuple((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in tensors)
 
 
 def weights_of(model: nn.Module) -> tuple:
-    """What a recording of a model in inference holds fast: its weights and how its modules are set.
+    """The cache key of a recording in inference: addresses of the weights and the settings of the modules.
 
-    A replay reads weights anew, so that those which change in place stay valid, and with them what `inference_weights`
+    A replay reads the weights again, so changes in place stay valid, and with them what `inference_weights`
     derives from them in place.
     """
-    places = places_of((*model.parameters(), *model.buffers()))
+    storages = storage_key((*model.parameters(), *model.buffers()))
     modules = tuple((id(module), type(module), module.training) for module in model.modules())
-    return places, modules
+    return storages, modules
 
 
 def settings() -> tuple:
-    """Switches of this package and of torch that choose kernels, and that a recording therefore holds fast."""
+    """Global settings that select kernels; part of a recording's cache key."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
         dispatch.forced_backend(),
@@ -323,7 +323,7 @@ def settings() -> tuple:
 
 
 def why_not_recorded(model: object) -> str | None:
-    """Why a recording may not stand for calls of a model, in one clause; None where it may.
+    """Why a recording may not replace calls of a model, in one clause; None where it may.
 
     Whatever runs only in Python, such as hooks, would run while recording and never again.
     """
@@ -342,7 +342,7 @@ def why_not_recorded(model: object) -> str | None:
     return None
 
 
-def foreign_module(model: nn.Module) -> str | None:
+def untrusted_module(model: nn.Module) -> str | None:
     """Which module is neither torch's nor this package's, so that its forward may do anything; in one clause."""
     for name, module in model.named_modules():
         if type(module).__module__.split(".")[0] not in ("torch", "ddpm_fast"):

@@ -1,1 +1,1 @@
-"""The trainer and what it stands on."""
+"""The trainer and its parts."""

@@ -45,13 +45,13 @@ def capture_training_step(
         any_module: trust modules that are neither torch's nor this package's to do nothing in Python that matters.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, or a graph cannot stand for the step; in one sentence.
+        TypeError, ValueError: an argument does not fit, or a graph cannot replace the step; in one sentence.
     """
     if not isinstance(diffusion, GaussianDiffusion):
         raise TypeError(f"diffusion must be a GaussianDiffusion, got {type(diffusion).__name__}")
     reason = recording.CudaRecorder.why_not(diffusion.device)
     if graph and reason is not None:
-        raise ValueError(f"graph=True, and a graph cannot stand for the step: {reason}")
+        raise ValueError(f"graph=True, and a graph cannot replace the step: {reason}")
     is_recorded = diffusion.device.type == "cuda" if graph is None else graph
     recorder = recording.CudaRecorder if is_recorded else recording.EagerRecorder
     return TrainingStep(
@@ -98,7 +98,7 @@ class TrainingStep:
         if recorder.freezes_decisions:
             reason = _why_not_recorded(diffusion, optimizer, any_module)
             if reason is not None:
-                raise ValueError(f"a graph cannot stand for the step: {reason}; graph=False runs it without one")
+                raise ValueError(f"a graph cannot replace the step: {reason}; graph=False runs it without one")
         self.diffusion, self.optimizer = diffusion, optimizer
         self.max_grad_norm, self.autocast = max_grad_norm, autocast
         self._recorder_class, self.any_module = recorder, any_module
@@ -107,14 +107,14 @@ class TrainingStep:
         self._loss = torch.zeros((), device=device)
         self.grad_norm = torch.full((), float("nan"), device=device)
         self._average = None if ema is None else _Average(ema, diffusion, recorder)
-        # Learning rates on the device, where a graph reads them anew.
+        # Learning rates on the device, where a graph reads them at each replay.
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self.clear()
 
     def clear(self) -> None:
-        """Drop what is recorded; the next call records anew."""
+        """Drop what is recorded; the next call records again."""
         self._recordings: dict[bool | None, recording.Body] = {}
-        self._held: tuple | None = None
+        self._captured_key: tuple | None = None
         self.recorder = self._recorder_class(self.diffusion.device)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -137,10 +137,10 @@ class TrainingStep:
         if self.recorder.freezes_decisions:  # the coin is the host's, so that each side has a graph of its own
             reason = _why_not_recorded(self.diffusion, self.optimizer, self.any_module)
             if reason is not None:
-                raise ValueError(f"a graph cannot stand for the step: {reason}; graph=False runs it without one")
+                raise ValueError(f"a graph cannot replace the step: {reason}; graph=False runs it without one")
             self_conditioned = self.diffusion.draw_self_condition()
             self._hold_rates()
-            if self._holds() != self._held:
+            if self._capture_key() != self._captured_key:
                 self.clear()
         if self_conditioned not in self._recordings:
             reset = self._make_reset()
@@ -151,7 +151,7 @@ class TrainingStep:
                 self._drop_gradients()
                 self.clear()
                 raise
-            self._held = self._holds()
+            self._captured_key = self._capture_key()
         self._recordings[self_conditioned]()
         torch.autograd.graph.increment_version(list(self.diffusion.parameters()))  # as if each op had been called
         if self._average is not None:
@@ -171,7 +171,7 @@ class TrainingStep:
             self.grad_norm.copy_(norm)
         self.optimizer.step()
         self._loss.copy_(loss.detach())
-        self._drop_gradients()  # they lie in the graphs' memory, where the next replay writes something else
+        self._drop_gradients()  # they are in the graphs' memory, which the next replay overwrites
 
     def _drop_gradients(self) -> None:
         for parameter in self.diffusion.parameters():
@@ -198,14 +198,14 @@ class TrainingStep:
                 rate.copy_(group["lr"]) if isinstance(group["lr"], torch.Tensor) else rate.fill_(group["lr"])
                 group["lr"] = rate
 
-    def _holds(self) -> tuple:
-        """What a recording holds fast: where everything lies, how modules are set, what the optimizer does."""
+    def _capture_key(self) -> tuple:
+        """The cache key of a recording: addresses, settings of modules, options of the optimizer."""
         diffusion = self.diffusion
         options = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
         members = [[id(p) for p in g["params"]] for g in self.optimizer.param_groups]
         wanted = [p.requires_grad for p in diffusion.parameters()]
         attributes = (diffusion.objective, diffusion.offset_noise_strength, diffusion.num_timesteps, self.max_grad_norm)
-        state = recording.places_of(_state_tensors(self.optimizer))
+        state = recording.storage_key(_state_tensors(self.optimizer))
         return recording.weights_of(diffusion), state, wanted, members, options, attributes, recording.settings()
 
 
@@ -228,7 +228,7 @@ class _Average:
         ema.initted, ema.step = ema.initted.cpu(), ema.step.cpu()
         self.ema, self.recorder = ema, recorder(diffusion.device)
         self._weight = torch.zeros((), device=diffusion.device)  # 1 − decay
-        # By name: where the tensors lie, and the function that replays.
+        # By name: the addresses of the tensors, and the function that replays.
         self._recordings: dict[str, tuple[list[int], recording.Body]] = {}
 
     def update(self) -> None:
@@ -324,7 +324,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, diffusion: nn.Module, cap
 
 
 def _why_not_recorded(diffusion: GaussianDiffusion, optimizer: Any, any_module: bool) -> str | None:
-    """Why a recording may not stand for a step, in one clause; None where it may."""
+    """Why a recording may not replace a step, in one clause; None where it may."""
     if diffusion.immiscible:
         return "immiscible=True assigns the noise on the host"
     for name, module in diffusion.named_modules():
@@ -335,4 +335,4 @@ def _why_not_recorded(diffusion: GaussianDiffusion, optimizer: Any, any_module: 
             return f"{name} has gradient hooks, which a replay does not call"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return "the optimizer has hooks on its step, which a replay does not call"
-    return recording.why_not_recorded(diffusion) or (None if any_module else recording.foreign_module(diffusion))
+    return recording.why_not_recorded(diffusion) or (None if any_module else recording.untrusted_module(diffusion))

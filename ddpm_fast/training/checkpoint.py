@@ -83,7 +83,7 @@ def load_checkpoint(
     Plain state dicts of a `GaussianDiffusion` or a `Unet` load too (step 0, EMA equal to the weights).
     image_size: needed for upstream's files to sample, since they do not record it. overrides: further arguments of
     `Unet` and `GaussianDiffusion`, for what tensors cannot tell (`resnet_block_groups`, `auto_normalize`, ...) or what
-    may be chosen anew (`sampling_timesteps`, `sampler`, ...).
+    may be chosen again (`sampling_timesteps`, `sampler`, ...).
 
     Raises FileNotFoundError, CheckpointError (damaged, foreign, other architecture), TypeError (unknown override).
     """

@@ -38,7 +38,7 @@ class Dataset(torch.utils.data.Dataset):
     """Images of a folder and its subfolders as float32 tensors (C, h, w) in [0, 1].
 
     An image is resized until it just covers `image_size` (an int or (h, w)), keeping its aspect ratio, and cropped at
-    the centre. A broken file is named in one warning and the next readable file stands in for it; `broken_files`
+    the centre. A broken file is named in one warning and the next readable file replaces it; `broken_files`
     lists those met so far, by the workers of a DataLoader as well.
 
     Raises FileNotFoundError, NotADirectoryError, PermissionError or ValueError for a folder without usable images.

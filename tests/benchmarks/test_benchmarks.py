@@ -1,4 +1,4 @@
-"""The benchmarks' cases hold: every way to compute each op agrees, without timing; and what they record when timing."""
+"""The benchmarks' cases: all implementations of each op agree, without timing; the records that timing writes."""
 
 from __future__ import annotations
 

@@ -53,10 +53,10 @@ def test_dry_run_of_the_gpu_report(tmp_path, monkeypatch):
     assert re.fullmatch(r"ours [\d.]+ ms(, [\w-]+ [\d.]+ times as long){3}", found["training"]["summary"])
     networks = [record for record in results["records"] if record["bench"] == "network"]
     assert [record["phase"] for record in networks] == ["training step"] * 2
-    assert list(networks[0]["timings"]) == ["ours", "ours-step-by-step", "peer", "peer-channels-last"]
-    assert "make bench-compiled" in networks[1]["left_out"]["peer-compiled"]
+    assert list(networks[0]["timings"]) == ["ours", "ours-step-by-step", "upstream", "upstream-channels-last"]
+    assert "make bench-compiled" in networks[1]["left_out"]["upstream-compiled"]
     assert {record["dtype"] for record in results["records"] if record["bench"] == "op"} == {"bf16"}
-    assert "| peer-channels-last |" in (tmp_path / "out" / "report.md").read_text() and "peer / ours" in printed
+    assert "| upstream-channels-last |" in (tmp_path / "out" / "report.md").read_text() and "upstream / ours" in printed
     monkeypatch.setattr(sys, "argv", ["render.py", "--draw", str(tmp_path / "out")])
     render.main()
     assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"training.png", "ops.png"}
@@ -77,10 +77,10 @@ def test_dry_run(tmp_path):
     assert kinds == {"op", "network", "memory", "first step"}
     text = (tmp_path / "out" / "report.md").read_text()
     assert "A dry run on the smallest sizes: the numbers mean nothing." in text
-    assert "| ours " in text and "| peer " in text and "| diffusers " in text
+    assert "| ours " in text and "| upstream " in text and "| diffusers " in text
     assert "(target 1.0)" in text and "Both sides have 1 thread." in text and "Adam" in text
     assert "Resident memory of training" in text and "(target 0.50)" in text
-    assert "peer / ours" in printed and "less gradients" in printed
+    assert "upstream / ours" in printed and "less gradients" in printed
     for picture in ("training.png", "sampling.png", "ops.png", "first-step.png", "samples.png"):
         assert (tmp_path / "out" / picture).stat().st_size > 500, picture
     assert str(ROOT) not in (tmp_path / "out" / "log.txt").read_text()
@@ -101,12 +101,12 @@ def test_a_stopped_run_keeps_what_it_has(tmp_path):
     assert "Not complete" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_the_record_of_the_most_contenders_counts():
+def test_the_record_of_the_most_baselines_counts():
     def record(median, *names):
         timings = {name: {"median": median} for name in names}
         return {"bench": "network", "case": "c", "phase": "training step", "timings": timings}
 
-    records = [record(1, "ours"), record(2, "ours", "peer"), record(3, "ours", "peer"), record(4, "ours")]
+    records = [record(1, "ours"), record(2, "ours", "upstream"), record(3, "ours", "upstream"), record(4, "ours")]
     (found,) = render.select({"records": records}, "network")
     assert found["timings"]["ours"]["median"] == 3
 
@@ -191,11 +191,18 @@ def test_only_some_steps(tmp_path, monkeypatch):
 
 
 def test_upstream_takes_its_first_step_first():
-    rivals = ("ours-step-by-step", "peer-max-autotune", "peer", "peer-compiled")
-    on_cuda = bench_first_step.order(rivals, torch.device("cuda"))
-    assert on_cuda == ["peer", bench_first_step.PRECOMPILED, "ours", "ours-step-by-step", "peer-compiled", rivals[1]]
-    on_cpu = bench_first_step.order(("peer", "diffusers"), torch.device("cpu"))
-    assert on_cpu == ["peer", "ours", "diffusers"]
+    baselines = ("ours-step-by-step", "upstream-max-autotune", "upstream", "upstream-compiled")
+    on_cuda = bench_first_step.order(baselines, torch.device("cuda"))
+    assert on_cuda == [
+        "upstream",
+        bench_first_step.PRECOMPILED,
+        "ours",
+        "ours-step-by-step",
+        "upstream-compiled",
+        baselines[1],
+    ]
+    on_cpu = bench_first_step.order(("upstream", "diffusers"), torch.device("cpu"))
+    assert on_cpu == ["upstream", "ours", "diffusers"]
 
 
 def test_only_missing_packages_come_from_wheels(tmp_path):

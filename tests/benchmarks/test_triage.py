@@ -81,13 +81,15 @@ def test_dry_run(tmp_path):
     assert 0 < len(found["triage kernels"]["kernels"]) <= 25
     times = [found[f"triage {name} time"]["timings"] for name in ("training", "sampling", "upstream")]
     assert [list(timings) for timings in times] == [["ours", "ours-step-by-step"]] * 2 + [
-        ["peer", "peer-channels-last"]
+        ["upstream", "upstream-channels-last"]
     ]
     checked = {(record["case"], record["dtype"]) for record in results["records"] if record["bench"] == "triage op"}
     assert checked == {(case.name, dtype) for case in op_cases.op_cases("quick") for dtype in ("bf16", "fp32")}
     for text in (printed, log):
         assert (
-            "ok    rms_norm_silu-2x24x5x7 bf16: " in text and "the same bits" in text and "peer-channels-last:" in text
+            "ok    rms_norm_silu-2x24x5x7 bf16: " in text
+            and "the same bits" in text
+            and "upstream-channels-last:" in text
         )
     assert str(ROOT) not in log and results["machine"]["torch"] in printed
 
@@ -239,7 +241,7 @@ def test_whatever_ends_the_run_leaves_what_there_is(tmp_path, signum):
     assert "long| begun" in (tmp_path / "triage.log").read_text()
 
 
-# The steps of a GPU, with tools that stand for its own ---------------------------------------------------------------
+# The steps of a GPU, with stand-ins for its tools ---------------------------------------------------------------
 
 
 @pytest.fixture

@@ -222,8 +222,8 @@ def test_nan_samples_are_refused(tmp_path, trained, capsys):
     assert not (tmp_path / "grid.png").exists()
 
 
-def test_a_file_of_the_peer_is_sampled_given_its_size(peer, tmp_path, capsys):
-    diffusion = peer.GaussianDiffusion(peer.Unet(8, dim_mults=(1, 2), channels=1), image_size=8, timesteps=20)
+def test_a_file_of_upstream_is_sampled_given_its_size(upstream, tmp_path, capsys):
+    diffusion = upstream.GaussianDiffusion(upstream.Unet(8, dim_mults=(1, 2), channels=1), image_size=8, timesteps=20)
     state = diffusion.state_dict()
     torch.save({"step": 4, "model": state, "ema": None}, tmp_path / "model-1.pt")
     arguments = ["sample", str(tmp_path / "model-1.pt"), "--out", str(tmp_path / "grid.png"), "--num-samples", "2"]

@@ -100,7 +100,7 @@ def test_dpmpp_is_second_order():
     assert error("dpmpp_2m", 50) < 0.1 * error("ddim", 50)
 
 
-def test_ddpm_on_fewer_steps_is_respaced_and_on_all_steps_the_peers():
+def test_ddpm_on_fewer_steps_is_respaced_and_on_all_steps_upstream():
     schedule = Schedule(schedules.make_betas("cosine", 50))
     full = samplers.sampler_table(schedule, "pred_noise", "ddpm", 50)
     buffers = schedule.buffers()

@@ -14,8 +14,8 @@ from ddpm_fast.diffusion.schedules import Schedule
     "name, kwargs",
     [("linear", {}), ("cosine", {}), ("cosine", {"s": 0.1}), ("sigmoid", {}), ("sigmoid", {"start": -1, "tau": 0.5})],
 )
-def test_schedules_equal_the_peers(peer, name, kwargs, timesteps):
-    theirs = getattr(peer, f"{name}_beta_schedule")(timesteps, **kwargs)
+def test_schedules_equal_upstream(upstream, name, kwargs, timesteps):
+    theirs = getattr(upstream, f"{name}_beta_schedule")(timesteps, **kwargs)
     ours = getattr(schedules, f"{name}_beta_schedule")(timesteps, **kwargs)
     assert ours.dtype == torch.float64
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)

@@ -17,11 +17,11 @@ SIZE = (4, 6)
 SMALL = dict(dim=8, dim_mults=(1, 2))
 
 
-def pair(peer, unet: dict | None = None, **diffusion):
+def pair(upstream, unet: dict | None = None, **diffusion):
     """Upstream's diffusion and ours with the same weights."""
     unet = {**SMALL, **(unet or {})}
     diffusion = {"image_size": SIZE, "timesteps": 30, **diffusion}
-    theirs = peer.GaussianDiffusion(peer.Unet(**unet), **diffusion)
+    theirs = upstream.GaussianDiffusion(upstream.Unet(**unet), **diffusion)
     randomise(theirs)
     ours = GaussianDiffusion(Unet(**unet), **diffusion)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -47,9 +47,9 @@ LISTED = {
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_buffers_equal_the_peers(peer, name):
+def test_buffers_equal_upstream(upstream, name):
     config = {"image_size": SIZE, "timesteps": 30, **LISTED[name]}
-    theirs = peer.GaussianDiffusion(peer.Unet(**SMALL), **config).state_dict()
+    theirs = upstream.GaussianDiffusion(upstream.Unet(**SMALL), **config).state_dict()
     ours = GaussianDiffusion(Unet(**SMALL), **config).state_dict()
     assert list(theirs) == list(ours)
     for key in [k for k in theirs if not k.startswith("model.")]:
@@ -58,14 +58,14 @@ def test_buffers_equal_the_peers(peer, name):
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_loss_and_gradients_equal_the_peers(peer, name):
-    theirs, ours = pair(peer, **LISTED[name])
+def test_loss_and_gradients_equal_upstream(upstream, name):
+    theirs, ours = pair(upstream, **LISTED[name])
     x = images()
     t = torch.tensor([0, 3, 11, theirs.num_timesteps - 1])
     eps = torch.randn(x.shape)
     truth_model = copy.deepcopy(theirs).double()
     losses, grads = {}, {}
-    for key, model, dtype in (("truth", truth_model, torch.float64), ("peer", theirs, None), ("ours", ours, None)):
+    for key, model, dtype in (("truth", truth_model, torch.float64), ("upstream", theirs, None), ("ours", ours, None)):
         dtype = dtype or torch.float32
         times = t
         if key == "truth":  # upstream's time embedding follows the dtype of the timestep
@@ -76,9 +76,9 @@ def test_loss_and_gradients_equal_the_peers(peer, name):
         losses[key] = loss.detach()
         loss.mean().backward()
         grads[key] = {k: p.grad for k, p in model.named_parameters()}
-    assert_close_to_truth(losses["ours"], losses["peer"], losses["truth"], name="loss", floor=16)
-    for k in grads["peer"]:
-        assert_close_to_truth(grads["ours"][k], grads["peer"][k], grads["truth"][k], name=k, floor=64)
+    assert_close_to_truth(losses["ours"], losses["upstream"], losses["truth"], name="loss", floor=16)
+    for k in grads["upstream"]:
+        assert_close_to_truth(grads["ours"][k], grads["upstream"][k], grads["truth"][k], name=k, floor=64)
     mean = ours(x, times=t, noise=eps)
     assert mean.shape == () and torch.allclose(mean, losses["ours"].mean())
 
@@ -86,8 +86,8 @@ def test_loss_and_gradients_equal_the_peers(peer, name):
 @pytest.mark.parametrize("objective", schedules.OBJECTIVES)
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("rederive", [False, True])
-def test_predictions_equal_the_peers(peer, objective, clip, rederive):
-    theirs, ours = pair(peer, objective=objective)
+def test_predictions_equal_upstream(upstream, objective, clip, rederive):
+    theirs, ours = pair(upstream, objective=objective)
     x = torch.randn(3, 3, *SIZE)
     t = torch.tensor([0, 10, 29])
     with torch.no_grad():
@@ -109,10 +109,10 @@ def test_predictions_equal_the_peers(peer, objective, clip, rederive):
 class ScriptedNoise:
     """Stands in for torch's generators in upstream: x_T first, then our noise function step by step."""
 
-    def __init__(self, monkeypatch, peer, seed: int):
+    def __init__(self, monkeypatch, upstream, seed: int):
         self.seed, self.steps = seed, 0
-        monkeypatch.setattr(peer.torch, "randn", lambda shape, device=None: noise.normal(shape, seed=seed))
-        monkeypatch.setattr(peer.torch, "randn_like", self.next)
+        monkeypatch.setattr(upstream.torch, "randn", lambda shape, device=None: noise.normal(shape, seed=seed))
+        monkeypatch.setattr(upstream.torch, "randn_like", self.next)
 
     def next(self, x):
         z = noise.normal(x.shape, seed=self.seed, stream=noise.STREAM_STEP, step=self.steps)
@@ -131,12 +131,12 @@ SAMPLERS = {
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("objective", schedules.OBJECTIVES)
 @pytest.mark.parametrize("self_condition", [False, True])
-def test_trajectories_equal_the_peers(peer, monkeypatch, sampler, objective, self_condition):
+def test_trajectories_equal_upstream(upstream, monkeypatch, sampler, objective, self_condition):
     theirs, ours = pair(
-        peer, dict(self_condition=self_condition), objective=objective, beta_schedule="cosine", **SAMPLERS[sampler]
+        upstream, dict(self_condition=self_condition), objective=objective, beta_schedule="cosine", **SAMPLERS[sampler]
     )
     actual = ours.sample(batch_size=3, return_all_timesteps=True, seed=9, progress=False)
-    ScriptedNoise(monkeypatch, peer, 9)
+    ScriptedNoise(monkeypatch, upstream, 9)
     expected = theirs.sample(batch_size=3, return_all_timesteps=True)
     monkeypatch.undo()
     assert actual.shape == expected.shape == (3, theirs.sampling_timesteps + 1, 3, *SIZE)
@@ -146,21 +146,21 @@ def test_trajectories_equal_the_peers(peer, monkeypatch, sampler, objective, sel
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_drawn_trajectories_equal_the_peers(peer, monkeypatch, seed):
+def test_drawn_trajectories_equal_upstream(upstream, monkeypatch, seed):
     config = drawn_diffusion(seed)
     if seed % 2:
         config["sampling_timesteps"] = 5 + seed
-    theirs, ours = pair(peer, **config)
+    theirs, ours = pair(upstream, **config)
     actual = ours.sample(batch_size=2, return_all_timesteps=True, seed=seed, progress=False)
-    ScriptedNoise(monkeypatch, peer, seed)
+    ScriptedNoise(monkeypatch, upstream, seed)
     expected = theirs.sample(batch_size=2, return_all_timesteps=True)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-4)
 
 
-def test_p_sample_equals_the_peers(peer, monkeypatch):
-    theirs, ours = pair(peer, objective="pred_v")
+def test_p_sample_equals_upstream(upstream, monkeypatch):
+    theirs, ours = pair(upstream, objective="pred_v")
     x, eps = torch.randn(2, 3, *SIZE), torch.randn(2, 3, *SIZE)
-    monkeypatch.setattr(peer.torch, "randn_like", lambda x: eps)
+    monkeypatch.setattr(upstream.torch, "randn_like", lambda x: eps)
     for t in (29, 7, 0):
         expected = theirs.p_sample(x.clone(), t)
         actual = ours.p_sample(x, t, noise=eps)
@@ -168,8 +168,8 @@ def test_p_sample_equals_the_peers(peer, monkeypatch):
             torch.testing.assert_close(b, a, rtol=2e-5, atol=2e-5)
 
 
-def test_signature_begins_with_the_peers(peer):
-    theirs = inspect.signature(peer.GaussianDiffusion).parameters
+def test_signature_begins_with_upstream(upstream):
+    theirs = inspect.signature(upstream.GaussianDiffusion).parameters
     ours = inspect.signature(GaussianDiffusion).parameters
     assert list(ours)[: len(theirs)] == list(theirs)
     for name, parameter in theirs.items():
@@ -178,8 +178,8 @@ def test_signature_begins_with_the_peers(peer):
         assert ours[name].kind == parameter.kind, name
 
 
-def test_methods_begin_with_the_peers_signatures(peer):
-    for name, method in vars(peer.GaussianDiffusion).items():
+def test_methods_begin_with_upstreams_signatures(upstream):
+    for name, method in vars(upstream.GaussianDiffusion).items():
         if callable(method) and not name.startswith("_"):
             theirs = [p for p in inspect.signature(method).parameters if p not in ("args", "kwargs")]
             ours = [
@@ -188,8 +188,8 @@ def test_methods_begin_with_the_peers_signatures(peer):
             assert ours[: len(theirs)] == theirs, name
 
 
-def test_attributes_are_the_peers(peer):
-    theirs, ours = pair(peer, sampling_timesteps=10, offset_noise_strength=0.1, immiscible=True)
+def test_attributes_are_upstream(upstream):
+    theirs, ours = pair(upstream, sampling_timesteps=10, offset_noise_strength=0.1, immiscible=True)
     names = "channels self_condition image_size objective num_timesteps sampling_timesteps is_ddim_sampling device"
     for name in (names + " ddim_sampling_eta immiscible offset_noise_strength").split():
         assert getattr(ours, name) == getattr(theirs, name), name
@@ -209,9 +209,9 @@ def test_settings_may_change_after_construction():
     assert ours.sample(1, True, seed=1, progress=False).shape[1] == 5
 
 
-def test_a_loaded_schedule_is_followed(peer):
+def test_a_loaded_schedule_is_followed(upstream):
     """Buffers of another schedule in a state dict change the process, as they do in upstream."""
-    theirs = peer.GaussianDiffusion(peer.Unet(**SMALL), image_size=SIZE, timesteps=30, beta_schedule="cosine")
+    theirs = upstream.GaussianDiffusion(upstream.Unet(**SMALL), image_size=SIZE, timesteps=30, beta_schedule="cosine")
     ours = GaussianDiffusion(Unet(**SMALL), image_size=SIZE, timesteps=30, beta_schedule="linear")
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x, t, eps = images(), torch.tensor([1, 5, 20, 29]), torch.randn(4, 3, *SIZE)
@@ -262,7 +262,7 @@ def test_training_loss_compiles_without_graph_breaks():
 
 
 class TestSubclasses:
-    """What a subclass overrides is used: the fused step stands only for the methods as they are."""
+    """What a subclass overrides is used: the fused step replaces unmodified methods only."""
 
     def test_p_mean_variance(self):
         class Guided(GaussianDiffusion):
@@ -306,7 +306,7 @@ class TestSubclasses:
         states = frozen.sample(2, True, seed=3, progress=False)
         assert torch.equal(states[:, 0], states[:, -1])
 
-    def test_the_peers_learned_variance_diffusion_runs_on_our_unet(self, peer):
+    def test_upstreams_learned_variance_diffusion_runs_on_our_unet(self, upstream):
         from denoising_diffusion_pytorch import LearnedGaussianDiffusion
 
         model = Unet(**SMALL, learned_variance=True)

@@ -42,10 +42,10 @@ def target_agrees_with_input(diffusion) -> bool:
     return torch.allclose(loss, eps.square().flatten(1).mean(1), rtol=1e-3)
 
 
-def test_immiscible_target_is_the_noise_that_was_added(peer):
+def test_immiscible_target_is_the_noise_that_was_added(upstream):
     config = dict(image_size=4, timesteps=20, objective="pred_noise", immiscible=True, beta_schedule="cosine")
     assert target_agrees_with_input(GaussianDiffusion(Recorder(), **config))
-    assert not target_agrees_with_input(peer.GaussianDiffusion(Recorder(), **config)), "the peer has been fixed"
+    assert not target_agrees_with_input(upstream.GaussianDiffusion(Recorder(), **config)), "upstream has been fixed"
 
 
 def test_immiscible_assigns_the_nearest_noise():
@@ -58,8 +58,8 @@ def test_immiscible_assigns_the_nearest_noise():
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_offset_noise_leaves_the_callers_tensor_alone(peer, ours):
-    cls = GaussianDiffusion if ours else peer.GaussianDiffusion
+def test_offset_noise_leaves_the_callers_tensor_alone(upstream, ours):
+    cls = GaussianDiffusion if ours else upstream.GaussianDiffusion
     diffusion = cls(Recorder(), image_size=4, timesteps=20, offset_noise_strength=0.5)
     eps = torch.randn(2, 3, 4, 4)
     before = eps.clone()
@@ -84,7 +84,7 @@ def test_flash_attention_takes_float32_everywhere():
     assert not any("sdpa_kernel" in name for name in attention_layers.__dict__)
 
 
-def test_interpolate_ends_are_reconstructions(peer, monkeypatch):
+def test_interpolate_ends_are_reconstructions(upstream, monkeypatch):
     """With a perfect denoiser of one image, either end of the interpolation gives that image back, in its own range."""
     image = torch.rand(1, 3, 4, 4)
 
@@ -98,8 +98,8 @@ def test_interpolate_ends_are_reconstructions(peer, monkeypatch):
     result = diffusion.interpolate(image, image, t=12, seed=1, progress=False)
     torch.testing.assert_close(result, image, rtol=1e-5, atol=1e-5)
     assert diffusion.model.seen[0].item() == 12 and len(diffusion.model.seen) == 13
-    theirs = peer.GaussianDiffusion(Oracle(), **config)
-    assert not torch.allclose(theirs.interpolate(image, image, t=12), image, atol=1e-2), "the peer has been fixed"
+    theirs = upstream.GaussianDiffusion(Oracle(), **config)
+    assert not torch.allclose(theirs.interpolate(image, image, t=12), image, atol=1e-2), "upstream has been fixed"
     assert theirs.model.seen[0].item() == 11
 
 
@@ -115,9 +115,9 @@ def test_interpolate_goes_from_one_image_to_the_other():
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_self_conditioning_coin_is_torchs(peer, ours):
+def test_self_conditioning_coin_is_torchs(upstream, ours):
     """torch.manual_seed fixes which steps are self-conditioned; in upstream Python's `random` decides."""
-    cls = GaussianDiffusion if ours else peer.GaussianDiffusion
+    cls = GaussianDiffusion if ours else upstream.GaussianDiffusion
     diffusion = cls(Recorder(self_condition=True), image_size=4, timesteps=20)
 
     def coins(python_seed):
@@ -135,13 +135,15 @@ def test_self_conditioning_coin_is_torchs(peer, ours):
     assert (first == second) == ours
 
 
-def test_full_attn_false_is_not_unset(peer):
+def test_full_attn_false_is_not_unset(upstream):
     def kinds(module, cls):
         return [isinstance(stage[2], cls) for stage in module.downs]
 
     assert kinds(Unet(**SMALL, full_attn=False), attention_layers.LinearAttention) == [True, True]
     assert kinds(Unet(**SMALL), attention_layers.LinearAttention) == [True, False]
-    assert kinds(peer.Unet(**SMALL, full_attn=False), peer.LinearAttention) == [True, False], "the peer has been fixed"
+    assert kinds(upstream.Unet(**SMALL, full_attn=False), upstream.LinearAttention) == [True, False], (
+        "upstream has been fixed"
+    )
 
 
 def test_given_noise_is_used_exactly_also_with_immiscible():

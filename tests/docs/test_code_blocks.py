@@ -37,7 +37,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def code(page: Path) -> list[str]:
-    """Lines of blocks that are no Python, and what stands between backquotes."""
+    """Lines of blocks that are no Python, and what is between backquotes."""
     text = page.read_text()
     lines = [line for language in ("", "bash") for block in blocks(page, language) for line in block.splitlines()]
     return lines + re.findall(r"`([^`\n]+)`", FENCE.sub("", text))

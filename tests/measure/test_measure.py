@@ -1,4 +1,4 @@
-"""Measuring: turns, refusals, who is compared, and the command `ddpm-fast bench`."""
+"""Measuring: rounds, refusals, who is compared, and the command `ddpm-fast bench`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CPU = torch.device("cpu")
 TINY = Configuration(dim=8, dim_mults=(1, 2), image_size=8, batch=2, steps=2)
 
 
-def test_turns_are_taken_and_begin_with_the_next_one():
+def test_each_round_begins_with_the_next_call():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    turns = Interleaved(calls, CPU, warmup=0)
-    turns._repeat = dict.fromkeys("abc", 1)
+    rounds = Interleaved(calls, CPU, warmup=0)
+    rounds._repeat = dict.fromkeys("abc", 1)
     order.clear()
-    timings = turns.run(0.0, least=3, most=3)
+    timings = rounds.run(0.0, least=3, most=3)
     assert order == list("abcbcacab")
     assert all(len(timing.seconds) == 3 for timing in timings.values())
 
@@ -40,9 +40,9 @@ def test_short_calls_are_timed_in_blocks():
         nonlocal count
         count += 1
 
-    turns = Interleaved({"call": call}, CPU)
+    rounds = Interleaved({"call": call}, CPU)
     before = count
-    turns.round()
+    rounds.round()
     assert count - before >= 100, "one call of a microsecond is the clock's noise"
 
 
@@ -62,8 +62,10 @@ def test_ceilings_and_description():
     assert facts["torch"] == torch.__version__ and machine.name(facts).endswith("1 thread")
 
 
-@pytest.mark.parametrize("name", ["peer", "peer-channels-last", "ours-low-memory", "ours-step-by-step", "diffusers"])
-def test_contenders_are_held_equal(name):
+@pytest.mark.parametrize(
+    "name", ["upstream", "upstream-channels-last", "ours-low-memory", "ours-step-by-step", "diffusers"]
+)
+def test_baselines_are_held_equal(name):
     made, left_out, errors = compare.prepare([name], TINY, CPU)
     assert list(made) == ["ours", name] and not left_out
     assert all(error < 1e-3 for what, error in errors[name].items() if what != "parameters")
@@ -95,36 +97,36 @@ def test_a_red_equality_check_refuses_to_time(monkeypatch):
 
     monkeypatch.setattr(baselines, "load_weights", load_others)
     monkeypatch.setattr(compare, "Interleaved", lambda *args, **kwargs: pytest.fail("it was timed"))
-    with pytest.raises(AssertionError, match="peer is not equal to ours: output differs by 1.*e-02"):
-        compare.compare(TINY, CPU, ["peer"], seconds=0.1)
+    with pytest.raises(AssertionError, match="upstream is not equal to ours: output differs by 1.*e-02"):
+        compare.compare(TINY, CPU, ["upstream"], seconds=0.1)
 
 
 def test_who_is_left_out_and_why(monkeypatch):
-    monkeypatch.setitem(baselines.NEEDS, "peer", "a_package_that_is_not_there")
+    monkeypatch.setitem(baselines.NEEDS, "upstream", "a_package_that_is_not_there")
     grouped = Configuration(dim=8, dim_mults=(1,), image_size=8, batch=1, steps=2, network={"norm": "group"})
-    _, left_out, _ = compare.prepare(["peer", "peer-channels-last", "diffusers"], grouped, CPU)
+    _, left_out, _ = compare.prepare(["upstream", "upstream-channels-last", "diffusers"], grouped, CPU)
     assert left_out == {
-        "peer": "a_package_that_is_not_there is not installed",
-        "peer-channels-last": "the peer's 2.x network has no GroupNorm",
+        "upstream": "a_package_that_is_not_there is not installed",
+        "upstream-channels-last": "upstream's 2.x network has no GroupNorm",
         "diffusers": "diffusers' network has no norm",
     }
 
 
-def test_a_rival_that_fails_by_itself_is_left_out(monkeypatch):
+def test_a_baseline_that_fails_by_itself_is_left_out(monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory\nand more lines")
 
     monkeypatch.setattr(baselines, "load_weights", fail)
-    made, left_out, _ = compare.prepare(["peer", "diffusers"], TINY, CPU)
-    assert left_out == {"peer": "failed: OutOfMemoryError: no memory"} and list(made) == ["ours", "diffusers"]
+    made, left_out, _ = compare.prepare(["upstream", "diffusers"], TINY, CPU)
+    assert left_out == {"upstream": "failed: OutOfMemoryError: no memory"} and list(made) == ["ours", "diffusers"]
 
 
-def test_an_unequal_rival_can_be_left_out(monkeypatch):
+def test_an_unequal_baseline_can_be_left_out(monkeypatch):
     monkeypatch.setattr(
         baselines, "load_weights", lambda ours, other: other.diffusion.model.final_conv.reset_parameters()
     )
-    _, left_out, _ = compare.prepare(["peer"], TINY, CPU, leave_unequal_out=True)
-    assert left_out["peer"].startswith("not timed: peer is not equal to ours: output differs by")
+    _, left_out, _ = compare.prepare(["upstream"], TINY, CPU, leave_unequal_out=True)
+    assert left_out["upstream"].startswith("not timed: upstream is not equal to ours: output differs by")
 
 
 def test_watching_choices():
@@ -185,9 +187,9 @@ def test_command(tmp_path):
         "--dim", 8, "--dim-mults", 1, 2, "--image-size", 8, "--batch-size", 2, "--steps", 2, "--seconds", 0.5,
         "--device", "cpu", "--out", tmp_path / "new" / "bench.png", "--json", tmp_path / "b.json",
     )  # fmt: skip
-    assert "Unet(8, (1,2)), 8×8, batch 2, fp32, on" in out and "peer equals ours: output to" in out
+    assert "Unet(8, (1,2)), 8×8, batch 2, fp32, on" in out and "upstream equals ours: output to" in out
     assert "| sampling step | `sampler_step_`" in out and "Triton kernels need CUDA" in out
-    assert "checking peer" in err
+    assert "checking upstream" in err
     numbers = json.loads((tmp_path / "b.json").read_text())
     assert list(numbers["phases"]) == ["training step", "sampling step"]
     assert Image.open(tmp_path / "new" / "bench.png").size[0] > 500

@@ -75,8 +75,8 @@ def test_upsampling_keeps_neither_the_large_map_nor_its_taps():
 
 
 @MEMORY_FORMATS
-def test_downsampling_is_one_strided_convolution(peer, layout):
-    module, theirs = Downsample(5, 6), peer.Downsample(5, 6)
+def test_downsampling_is_one_strided_convolution(upstream, layout):
+    module, theirs = Downsample(5, 6), upstream.Downsample(5, 6)
     theirs.load_state_dict(module.state_dict())
 
     def run(module):
@@ -172,8 +172,8 @@ def test_a_replaced_projection_of_the_time_embedding_runs():
 
 
 @pytest.mark.parametrize("attention", [Attention, LinearAttention])
-def test_attention_adds_a_residual(peer, attention):
-    ours, theirs = attention(6, heads=2, dim_head=4), getattr(peer, attention.__name__)(6, heads=2, dim_head=4)
+def test_attention_adds_a_residual(upstream, attention):
+    ours, theirs = attention(6, heads=2, dim_head=4), getattr(upstream, attention.__name__)(6, heads=2, dim_head=4)
     theirs.load_state_dict(ours.state_dict())
     x, residual = normal(2, 6, 3, 4), normal(2, 6, 3, 4, seed=1)
     torch.testing.assert_close(ours(x), theirs(x))

@@ -87,13 +87,13 @@ def randomised(network) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_output_and_gradients(peer, name):
+def test_output_and_gradients(upstream, name):
     config, batch, size = CONFIGS[name]
     ours = {memory: Unet(**config, memory=memory) for memory in ("fast", "low")}
     errors = {side: [] for side in ["upstream", *((isa, memory) for isa in instruction_sets() for memory in ours)]}
     for draw in range(DRAWS):
         torch.manual_seed(3 + draw)
-        theirs = peer.Unet(**config)
+        theirs = upstream.Unet(**config)
         randomised(theirs)
         x, x_self_cond, weight = torch.randn(3, batch, config.get("channels", 3), size, size)
         inputs = x, torch.randint(0, 1000, (batch,)), x_self_cond if config.get("self_condition") else None, weight

@@ -47,9 +47,9 @@ def test_low_equals_fast(name, norm):
         torch.testing.assert_close(grads_low[key], grads[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
-def test_low_equals_the_peer(peer):
+def test_low_equals_upstream(upstream):
     config = UNETS["plain"]
-    theirs, ours = peer.Unet(**config), Unet(**config, memory="low")
+    theirs, ours = upstream.Unet(**config), Unet(**config, memory="low")
     randomise(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert_equal_networks(theirs, ours, config, (4, 6))

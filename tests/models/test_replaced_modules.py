@@ -1,4 +1,4 @@
-"""Modules of the network that users replace or listen to: the fused forms step aside for them."""
+"""Modules of the network that users replace or hook: the fused forms do not replace them."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_methods_set_on_the_object_are_called():
     assert len(calls) == 30 and images.isfinite().all()
 
 
-def test_subclasses_with_the_peers_signatures():
+def test_subclasses_with_upstreams_signatures():
     class Mine(GaussianDiffusion):
         def p_sample_loop(self, shape, return_all_timesteps=False):
             return super().p_sample_loop(shape, return_all_timesteps)

@@ -15,10 +15,10 @@ from ddpm_fast.testing.networks import UNETS, assert_equal_networks, drawn_unet,
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_equals_peer(peer, name):
+def test_equals_upstream(upstream, name):
     config = UNETS[name]
     torch.manual_seed(3)
-    theirs = peer.Unet(**config)
+    theirs = upstream.Unet(**config)
     torch.manual_seed(3)
     ours = Unet(**config)
     factor = ours.downsample_factor
@@ -31,9 +31,9 @@ def test_equals_peer(peer, name):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_equals_peer_drawn(peer, seed):
+def test_equals_upstream_drawn(upstream, seed):
     config = drawn_unet(seed)
-    theirs, ours = peer.Unet(**config), Unet(**config)
+    theirs, ours = upstream.Unet(**config), Unet(**config)
     randomise(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -42,10 +42,10 @@ def test_equals_peer_drawn(peer, seed):
 
 
 @pytest.mark.parametrize("groups", [2, 4])
-def test_group_norm_network_equals_peer_1x(peer_1x, groups):
+def test_group_norm_network_equals_upstream_1x(upstream_1x, groups):
     config = dict(dim=16, dim_mults=(1, 2), resnet_block_groups=groups)
     torch.manual_seed(3)
-    theirs = peer_1x.Unet(**config)
+    theirs = upstream_1x.Unet(**config)
     torch.manual_seed(3)
     ours = Unet(**config, norm="group")
     for a, b in zip(theirs.state_dict().items(), ours.state_dict().items(), strict=True):
@@ -55,17 +55,17 @@ def test_group_norm_network_equals_peer_1x(peer_1x, groups):
     assert_equal_networks(theirs, ours, config, (4, 6))
 
 
-def test_signature_begins_with_the_peers(peer):
-    theirs = inspect.signature(peer.Unet).parameters
+def test_signature_begins_with_upstream(upstream):
+    theirs = inspect.signature(upstream.Unet).parameters
     ours = inspect.signature(Unet).parameters
     assert list(ours)[: len(theirs)] == list(theirs)
     for name, parameter in theirs.items():
         assert ours[name].default == parameter.default, name
 
 
-def test_attributes_are_the_peers(peer):
+def test_attributes_are_upstream(upstream):
     for config in UNETS.values():
-        theirs, ours = peer.Unet(**config), Unet(**config)
+        theirs, ours = upstream.Unet(**config), Unet(**config)
         for name in ("channels", "out_dim", "self_condition", "random_or_learned_sinusoidal_cond", "downsample_factor"):
             assert getattr(ours, name) == getattr(theirs, name), name
 
@@ -115,11 +115,11 @@ def test_autocast(dtype):
 
 
 @pytest.mark.parametrize("norm", ["rms", "group"])
-def test_bfloat16_trains_and_samples_close_to_float32(peer, norm):
+def test_bfloat16_trains_and_samples_close_to_float32(upstream, norm):
     config = dict(dim=16, dim_mults=(1, 2, 4), dropout=0.2)
     torch.manual_seed(3)
     model = Unet(**config, norm=norm)
-    theirs = peer.Unet(**config).eval()
+    theirs = upstream.Unet(**config).eval()
     randomise(model)
     x, t, _ = inputs(config, (16, 16))
     results = []

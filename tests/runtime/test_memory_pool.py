@@ -1,4 +1,4 @@
-"""Where the maps and gradients of the CPU's native operators lie: no two in the same place, and none for ever."""
+"""Where the maps and gradients of the CPU's native operators are: no two in the same place, and none for ever."""
 
 from __future__ import annotations
 

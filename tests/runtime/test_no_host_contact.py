@@ -94,14 +94,14 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 
 
 def pin(tensor: torch.Tensor) -> torch.Tensor:
-    """What stands for Tensor.pin_memory, which needs a device."""
+    """Replaces Tensor.pin_memory, which needs a device."""
     pinned = tensor.clone()
     pinned.pretends_to_be_pinned = True
     return pinned
 
 
 def gradients_of(model: torch.nn.Module):
-    """What stands for Tensor.backward."""
+    """Replaces Tensor.backward."""
 
     def backward(loss, *args, **kwargs):
         assert loss.device.type == "cuda"

@@ -62,7 +62,7 @@ def both(diffusion, batch: int = 2, **kwargs) -> torch.Tensor:
 def test_replays_equal_steps(sampler, self_condition):
     diffusion = make(self_condition, **SAMPLERS[sampler])
     first = both(diffusion)
-    for seed in (4, torch.tensor([5])):  # seed, state and what was x0 are set anew
+    for seed in (4, torch.tensor([5])):  # seed, state and the last x0 are set again
         assert not torch.equal(both(diffusion, seed=seed), first)
     assert torch.equal(both(diffusion), first)
     assert_made(1)
@@ -149,7 +149,7 @@ def move_like_an_average(diffusion):
 
 
 def test_replaced_weights_are_left_alone():
-    """What a run derives from weights lies in memory of its own."""
+    """Weights derived in a run have memory of their own."""
     torch.manual_seed(0)
     diffusion = GaussianDiffusion(Unet(8, dim_mults=(1, 2)), image_size=4, timesteps=2)
     diffusion.sample(1, progress=False)
@@ -285,7 +285,7 @@ def test_refusals_have_reasons(change, reason):
         diffusion.sample(1, progress=False, graph=True)  # asked for: the module is trusted
         assert_made(1)
         return
-    with pytest.raises(RuntimeError, match=f"graph=True, and a graph cannot stand for the steps: {reason}"):
+    with pytest.raises(RuntimeError, match=f"graph=True, and a graph cannot replace the steps: {reason}"):
         diffusion.sample(1, progress=False, graph=True)
     assert Recorder.recorded == 0
 

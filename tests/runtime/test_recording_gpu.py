@@ -29,7 +29,7 @@ SAMPLERS = {
 
 @pytest.fixture(autouse=True)
 def _the_same_kernels_in_every_run():
-    """cuDNN may otherwise choose anew, or sum in another order."""
+    """cuDNN may otherwise choose again, or sum in another order."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     yield
@@ -206,7 +206,7 @@ def test_a_captured_training_step_follows_what_changes():
     optimizer.param_groups[0]["lr"] = 0.0
     before = [p.detach().clone() for p in diffusion.parameters()]
     step(batch)
-    assert all(torch.equal(a, b) for a, b in zip(before, diffusion.parameters(), strict=True)), "the rate is read anew"
+    assert all(torch.equal(a, b) for a, b in zip(before, diffusion.parameters(), strict=True)), "the rate is read again"
     optimizer.param_groups[0]["lr"] = 1e-3
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for parameter in diffusion.parameters():

@@ -188,7 +188,7 @@ def test_a_sampling_step_calls_few_operators():
         def record(self, body, reset):
             tape = extension.load().Tape()
             tapes.append(tape)
-            with recording._WritesDown(tape), torch.no_grad():
+            with recording._RecordingMode(tape), torch.no_grad():
                 reset()
                 body()
             return body

@@ -1,4 +1,4 @@
-"""capture_training_step against the loop that it stands for, on the CPU, also with a recorder in CUDA's place."""
+"""capture_training_step against the loop that it replaces, on the CPU, also with a recorder in CUDA's place."""
 
 from __future__ import annotations
 

@@ -58,12 +58,12 @@ def make_trainer(folder, unet=SMALL, **diffusion):
     )
 
 
-def make_peer_trainer(peer, folder, image_folder, unet=SMALL, image_size=8, **diffusion):
+def make_upstream_trainer(upstream, folder, image_folder, unet=SMALL, image_size=8, **diffusion):
     """Upstream's trainer on a folder of digits; without workers, which take seconds to end."""
-    peer.cpu_count = lambda: 0
-    model = peer.Unet(**unet)
-    process = peer.GaussianDiffusion(model, **{"image_size": image_size, "timesteps": 20, **diffusion})
-    return peer.Trainer(
+    upstream.cpu_count = lambda: 0
+    model = upstream.Unet(**unet)
+    process = upstream.GaussianDiffusion(model, **{"image_size": image_size, "timesteps": 20, **diffusion})
+    return upstream.Trainer(
         process,
         str(image_folder),
         results_folder=str(folder),
@@ -273,10 +273,10 @@ class TestOurFiles:
         with pytest.raises(CheckpointError, match="objective='pred_noise'"):
             make_trainer(tmp_path, objective="pred_v").load(1)
 
-    def test_the_peer_loads_them(self, peer, tmp_path, image_folder):
+    def test_upstream_loads_them(self, upstream, tmp_path, image_folder):
         trainer = make_trainer(tmp_path)
         trainer.train()
-        theirs = make_peer_trainer(peer, tmp_path, image_folder)
+        theirs = make_upstream_trainer(upstream, tmp_path, image_folder)
         theirs.load("last")
         assert theirs.step == 3
         assert_equal_states(trainer.model, theirs.model)
@@ -295,9 +295,9 @@ class TestOurFiles:
             assert find_latest(tmp_path) == (tmp_path / "model-10.pt", 1000)
 
 
-class TestPeerFiles:
-    def test_the_peer_trainer_file_loads(self, peer, tmp_path, image_folder):
-        theirs = make_peer_trainer(peer, tmp_path, image_folder)
+class TestUpstreamFiles:
+    def test_upstream_trainer_file_loads(self, upstream, tmp_path, image_folder):
+        theirs = make_upstream_trainer(upstream, tmp_path, image_folder)
         theirs.train()
         theirs.save(1)
         loaded = load_checkpoint(tmp_path / "model-1.pt", image_size=8)
@@ -306,8 +306,8 @@ class TestPeerFiles:
         assert_equal_states(loaded.ema, theirs.ema)
         assert loaded.diffusion.image_size == (8, 8)
 
-    def test_without_image_size_sampling_says_what_is_missing(self, peer, tmp_path, image_folder):
-        make_peer_trainer(peer, tmp_path, image_folder).save(1)
+    def test_without_image_size_sampling_says_what_is_missing(self, upstream, tmp_path, image_folder):
+        make_upstream_trainer(upstream, tmp_path, image_folder).save(1)
         with pytest.warns(UserWarning, match="does not record image_size"):
             loaded = load_checkpoint(tmp_path / "model-1.pt")
         with pytest.raises(ValueError, match="image_size"):
@@ -315,8 +315,8 @@ class TestPeerFiles:
         with pytest.raises(ValueError, match="image_size"):
             loaded.ema.ema_model.sample(1)
 
-    def test_our_trainer_continues_them(self, peer, tmp_path, image_folder):
-        theirs = make_peer_trainer(peer, tmp_path, image_folder)
+    def test_our_trainer_continues_them(self, upstream, tmp_path, image_folder):
+        theirs = make_upstream_trainer(upstream, tmp_path, image_folder)
         theirs.train()
         theirs.save(1)
         ours = make_trainer(tmp_path)
@@ -330,17 +330,17 @@ class TestPeerFiles:
         assert ours.step == 5
 
     @pytest.mark.parametrize("is_network", [True, False])
-    def test_plain_state_dicts_load(self, peer, tmp_path, is_network):
-        process = peer.GaussianDiffusion(peer.Unet(**SMALL), image_size=8, timesteps=20)
+    def test_plain_state_dicts_load(self, upstream, tmp_path, is_network):
+        process = upstream.GaussianDiffusion(upstream.Unet(**SMALL), image_size=8, timesteps=20)
         torch.save((process.model if is_network else process).state_dict(), tmp_path / "weights.pt")
         loaded = load_quietly(tmp_path / "weights.pt", image_size=8)
         assert_equal_states(loaded.model, process.model)
         assert_equal_states(loaded.ema.ema_model, loaded.diffusion)
         assert loaded.diffusion.num_timesteps == (1000 if is_network else 20)
 
-    def test_old_ema_counters_load(self, peer, tmp_path, image_folder):
+    def test_old_ema_counters_load(self, upstream, tmp_path, image_folder):
         """ema-pytorch before 0.5 kept its counters as (1,)."""
-        make_peer_trainer(peer, tmp_path, image_folder).save(1)
+        make_upstream_trainer(upstream, tmp_path, image_folder).save(1)
         data = load_file(tmp_path / "model-1.pt")
         data["ema"]["step"], data["ema"]["initted"] = torch.tensor([7]), torch.tensor([True])
         torch.save(data, tmp_path / "old.pt")
@@ -360,8 +360,8 @@ UNETS = {
 
 
 @pytest.mark.parametrize("unet", UNETS.values(), ids=UNETS)
-def test_unet_arguments_are_read_off_the_shapes(peer, unet):
-    theirs = peer.Unet(**unet)
+def test_unet_arguments_are_read_off_the_shapes(upstream, unet):
+    theirs = upstream.Unet(**unet)
     ours = Unet(**infer_unet_config(theirs.state_dict(), "file"))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert (ours.channels, ours.out_dim, ours.self_condition) == (
@@ -374,8 +374,8 @@ def test_unet_arguments_are_read_off_the_shapes(peer, unet):
 @pytest.mark.parametrize(
     "unet", [dict(learned_variance=True), dict(learned_sinusoidal_cond=True, learned_sinusoidal_dim=6)]
 )
-def test_unet_arguments_of_subclasses_of_the_diffusion(peer, unet):
-    theirs = peer.Unet(8, dim_mults=(1, 2), **unet)
+def test_unet_arguments_of_subclasses_of_the_diffusion(upstream, unet):
+    theirs = upstream.Unet(8, dim_mults=(1, 2), **unet)
     ours = Unet(**infer_unet_config(theirs.state_dict(), "file"))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert ours.channels == theirs.channels
@@ -385,17 +385,17 @@ def test_unet_arguments_of_subclasses_of_the_diffusion(peer, unet):
 @pytest.mark.parametrize("beta_schedule", ["linear", "cosine", "sigmoid"])
 @pytest.mark.parametrize("gamma", [None, 5, 0.8])
 @pytest.mark.parametrize("timesteps", [20, 1000])
-def test_the_process_is_read_off_the_buffers(peer, objective, beta_schedule, gamma, timesteps):
+def test_the_process_is_read_off_the_buffers(upstream, objective, beta_schedule, gamma, timesteps):
     options = dict(objective=objective, beta_schedule=beta_schedule, timesteps=timesteps)
     snr_options = {} if gamma is None else dict(min_snr_loss_weight=True, min_snr_gamma=gamma)
-    network = peer.Unet(**SMALL)
-    state = peer.GaussianDiffusion(network, image_size=8, **options, **snr_options).state_dict()
+    network = upstream.Unet(**SMALL)
+    state = upstream.GaussianDiffusion(network, image_size=8, **options, **snr_options).state_dict()
     assert infer_diffusion_config(state) == {**options, **snr_options}
 
 
-def test_an_unknown_schedule_keeps_its_buffers(peer, tmp_path):
-    theirs = peer.GaussianDiffusion(
-        peer.Unet(**SMALL),
+def test_an_unknown_schedule_keeps_its_buffers(upstream, tmp_path):
+    theirs = upstream.GaussianDiffusion(
+        upstream.Unet(**SMALL),
         image_size=8,
         timesteps=50,
         beta_schedule="sigmoid",
@@ -408,9 +408,9 @@ def test_an_unknown_schedule_keeps_its_buffers(peer, tmp_path):
     assert loaded.diffusion.objective == "pred_x0"
 
 
-def test_the_group_norm_generation_loads(peer_1x, tmp_path):
-    network = peer_1x.Unet(16, dim_mults=(1, 2), channels=1, resnet_block_groups=4)
-    process = peer_1x.GaussianDiffusion(network, image_size=8, timesteps=20)
+def test_the_group_norm_generation_loads(upstream_1x, tmp_path):
+    network = upstream_1x.Unet(16, dim_mults=(1, 2), channels=1, resnet_block_groups=4)
+    process = upstream_1x.GaussianDiffusion(network, image_size=8, timesteps=20)
     torch.save(process.state_dict(), tmp_path / "weights.pt")
     loaded = load_checkpoint(tmp_path / "weights.pt", image_size=8, resnet_block_groups=4)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 11])

@@ -41,10 +41,10 @@ def test_square_images_match_torchvision_exactly(tmp_path, size, mode):
 
 
 @pytest.mark.parametrize("to_mode", ["L", "RGB", "RGBA"])
-def test_conversion_matches_the_peer(tmp_path, to_mode):
-    peer = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+def test_conversion_matches_upstream(tmp_path, to_mode):
+    upstream = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
     make_image(tmp_path / "a.png", (50, 39), "RGB")
-    ours, theirs = (cls(tmp_path, 16, convert_image_to=to_mode)[0] for cls in (Dataset, peer.Dataset))
+    ours, theirs = (cls(tmp_path, 16, convert_image_to=to_mode)[0] for cls in (Dataset, upstream.Dataset))
     assert torch.equal(ours, theirs)
 
 

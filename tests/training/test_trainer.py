@@ -521,15 +521,15 @@ class TestFid:
         assert load_file(tmp_path / "model-best.pt")["step"] == 3
 
 
-def test_the_signature_is_the_peers_with_additions_at_the_end(peer):
+def test_the_signature_is_upstreams_with_additions_at_the_end(upstream):
     import inspect
 
-    theirs, ours = (list(inspect.signature(cls.__init__).parameters.values()) for cls in (peer.Trainer, Trainer))
+    theirs, ours = (list(inspect.signature(cls.__init__).parameters.values()) for cls in (upstream.Trainer, Trainer))
     assert [(p.name, p.default, p.kind) for p in ours[: len(theirs)]] == [(p.name, p.default, p.kind) for p in theirs]
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
-def test_the_peers_attributes_are_there(tmp_path):
+def test_upstreams_attributes_are_there(tmp_path):
     trainer = make_trainer(tmp_path)
     for name in (
         "accelerator model channels num_samples save_and_sample_every batch_size gradient_accumulate_every "

@@ -76,7 +76,7 @@ def channels_last_moments(optimizer) -> None:
 
 
 def test_moments_in_another_layout_are_laid_out_anew(tmp_path):
-    """A run on CUDA has channels-last weights, and its file moments that lie like them."""
+    """A run on CUDA has channels-last weights, and its file moments in the same layout."""
     trainer, other = make_trainer(tmp_path), make_trainer(tmp_path)
     take_steps(trainer, 3)
     channels_last_moments(trainer.opt)
