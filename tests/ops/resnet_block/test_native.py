@@ -72,7 +72,9 @@ def check(tensors, others):
         assert actual[name].shape == truth[name].shape and actual[name].dtype == torch.float32
         (ours, _), (theirs, _) = errors(actual[name], truth[name]), errors(expected[name], truth[name])
         scale = truth[name].pow(2).mean().sqrt().item()
-        floor = 64 if name in ("bias1", "bias2") else 16  # theirs are sums over pixels of what nearly cancels
+        # These gradients are sums over pixels that nearly cancel, and Winograd's rounding errors are the same in every
+        # tile: up to 26 units of the sum in 400 random shapes (gain1 of 8 channels, 6×7 pixels).
+        floor = 64 if name in ("bias1", "bias2", "gain1") else 16
         bound = 2 * theirs + floor * torch.finfo(torch.float32).eps * scale
         assert ours <= bound, f"{name}: RMS error {ours:.3e} > {bound:.3e} (reference {theirs:.3e})"
 
