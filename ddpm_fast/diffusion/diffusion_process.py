@@ -131,6 +131,7 @@ class DiffusionProcess(nn.Module):
         for name, value in schedule.buffers().items():
             self.register_buffer(name, value.to(torch.float32))
         weight = schedules.loss_weight(schedule, objective, min_snr_gamma if min_snr_loss_weight else None)
+        self._made_loss_weight = weight  # (T,) float64 on the CPU
         self.register_buffer("loss_weight", weight.to(torch.float32))
 
         # Tables of the ops; the state dict stays upstream's.
@@ -158,6 +159,26 @@ class DiffusionProcess(nn.Module):
                 present.copy_(table)  # where it is: recordings know it by its place
             else:
                 setattr(self, name, table.to(device=self.betas.device, dtype=torch.float32))
+        self._tie_loss_weight()
+
+    def _tie_loss_weight(self) -> None:
+        """Make the buffer loss_weight the third column of the loss's table, so that a write to it reaches the loss."""
+        self._tied_weight = self._buffers["loss_weight"] = self.loss_table[:, 2]
+
+    def _current_loss_table(self) -> torch.Tensor:
+        """The table of the loss, (T, 3), with the loss_weight of now, which a user may have replaced."""
+        weight = self._buffers["loss_weight"]
+        if weight is None or weight is self._tied_weight:
+            return self.loss_table
+        if weight.shape != self.loss_table.shape[:1]:
+            raise ValueError(f"loss_weight must have shape ({self.num_timesteps},), got {tuple(weight.shape)}")
+        c, d, _ = self.loss_table.unbind(1)
+        return torch.stack((c, d, weight.to(self.loss_table)), dim=1)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Upstream's buffers: loss_weight is contiguous in files."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}loss_weight"] = destination[f"{prefix}loss_weight"].contiguous()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Follow the loaded buffers, which may be of another schedule or loss weight than the constructor's."""
@@ -174,7 +195,21 @@ class DiffusionProcess(nn.Module):
             if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
                 kept = before[name]
                 self._buffers[name] = None if kept is None else kept.to(buffer.device)
+        was_meta = before["betas"] is not None and before["betas"].is_meta
+        if was_meta and not self.betas.is_meta:  # `to_empty`: numbers that follow from the arguments
+            self._fill_buffers()
+        elif before["loss_weight"] is self._tied_weight:
+            self._tie_loss_weight()
         return self
+
+    def _fill_buffers(self) -> None:
+        """Write the schedule's numbers into the buffers, which memory that was never written holds."""
+        for name, value in self._schedule.buffers().items():
+            getattr(self, name).copy_(value)
+        weight = self._made_loss_weight.to(self.betas)
+        self.loss_table = torch.zeros_like(self.loss_table)
+        self._buffers["loss_weight"] = weight
+        self._use_schedule(self._schedule)
 
     def _plan(self, sampler: str, sampling_timesteps: int) -> SamplerTable:
         """The sampler's table for the settings of now: they are plain attributes, which users change."""

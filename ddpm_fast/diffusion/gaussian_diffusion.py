@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ddpm_fast import noise as noise_function
@@ -15,7 +16,7 @@ from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.diffusion_process import ModelPrediction as ModelPrediction
 from ddpm_fast.diffusion.diffusion_process import extract as extract
 from ddpm_fast.diffusion.sampling import SamplingRun, sample_loop
-from ddpm_fast.models.derived_weights import free_inference_weights, inference_weights
+from ddpm_fast.models.derived_weights import free_inference_weights, inference_weights, may_derive
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.ops.noise.op import normal
@@ -254,7 +255,8 @@ class GaussianDiffusion(DiffusionProcess):
         x_start, plan = None, run.plan
         full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps
         # No table over timesteps: an override may call the network with other times.
-        with inference_weights(self.model), run.progress_bar(x.device) as bar:
+        derived = inference_weights(self.model) if may_derive(self.model) else nullcontext()
+        with derived, run.progress_bar(x.device) as bar:
             for row in run.rows:
                 x_self_cond = x_start if self.self_condition else None
                 if full_ddpm and "p_sample" in self._overridden():
@@ -304,13 +306,13 @@ class GaussianDiffusion(DiffusionProcess):
             return noise_function.draw_seed(self.device)
         return noise_function.seed_tensor(seed, self.device)
 
+    def _has_own(self, name: str) -> bool:
+        """True if a subclass, this object, or whoever patched the class has a method of its own."""
+        return name in self.__dict__ or getattr(type(self), name) is not _ORIGINALS[name]
+
     def _overridden(self) -> set[str]:
-        """Of the methods that make up a step, those that a subclass or this object has its own of."""
-        own = vars(self)
-        return {
-            name for name in _STEP_METHODS
-            if name in own or getattr(type(self), name) is not getattr(GaussianDiffusion, name)
-        }  # fmt: skip
+        """Of the methods that make up a step, those that are not this class's."""
+        return {name for name in _STEP_METHODS if self._has_own(name)}
 
     def _overrides(self, *names: str) -> bool:
         return not self._overridden().isdisjoint(names)
@@ -368,9 +370,7 @@ class GaussianDiffusion(DiffusionProcess):
 
     def _can_fuse_noise(self) -> bool:
         """True if fresh ε may stay a seed: nobody but the ops looks at it."""
-        methods = ("training_noise", "q_sample")
-        changed = any(getattr(type(self), name) is not getattr(GaussianDiffusion, name) for name in methods)
-        return not self.immiscible and not changed
+        return not self.immiscible and not any(self._has_own(name) for name in _NOISE_METHODS)
 
     def _noise(self, x_start: torch.Tensor, noise: torch.Tensor | None, offset_noise_strength: float) -> Noise:
         """ε of a training step: as given, or fresh, with its offset."""
@@ -437,7 +437,7 @@ class GaussianDiffusion(DiffusionProcess):
         t = self._check_times(t, x_start)
         strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
         drawn = self._noise(x_start, noise, strength)
-        if type(self).q_sample is GaussianDiffusion.q_sample:
+        if not self._has_own("q_sample"):
             x = q_sample(x_start, t, self.forward_table, drawn, **self._network_input(x_start))
         else:
             x = self.q_sample(x_start=x_start, t=t, noise=drawn.tensor)
@@ -446,7 +446,12 @@ class GaussianDiffusion(DiffusionProcess):
             with torch.no_grad(), uncached_autocast(x.device, autocast_dtype(x.device.type)):
                 x_self_cond = self.model_predictions(x, t).pred_x_start
         model_output = call_model(self.model, x, t, x_self_cond)
-        loss = diffusion_loss(model_output, x_start, t, self.loss_table, drawn)
+        if self.objective == "pred_v" and self._has_own("predict_v"):
+            v = self.predict_v(x_start, t, drawn.tensor)
+            errors = F.mse_loss(model_output, v, reduction="none").flatten(1).mean(1)
+            loss = errors * extract(self.loss_weight, t, t.shape)
+        else:
+            loss = diffusion_loss(model_output, x_start, t, self._current_loss_table(), drawn)
         return loss if loss_reduction == "none" else loss.mean()
 
     def forward(
@@ -477,3 +482,9 @@ class GaussianDiffusion(DiffusionProcess):
 def _relevant_methods(sampler: str) -> tuple[str, ...]:
     """The overridable methods that a sampler's steps go through."""
     return _STEP_METHODS if sampler == "ddpm" else _STEP_METHODS[2:]
+
+
+# Methods that look at the noise of a training step.
+_NOISE_METHODS = ("training_noise", "q_sample", "predict_v", "noise_assignment")
+# The methods as this module defines them: a class may be patched, too.
+_ORIGINALS = {name: getattr(GaussianDiffusion, name) for name in (*_STEP_METHODS, *_NOISE_METHODS)}

@@ -93,7 +93,7 @@ def sampling_times(num_timesteps: int, sampling_timesteps: int) -> tuple[int, ..
     if not 1 <= sampling_timesteps <= num_timesteps:
         raise ValueError(f"sampling_timesteps must be in [1, timesteps = {num_timesteps}], got {sampling_timesteps}")
     # Upstream's numbers, float32 truncation included; the last of them is −1, which means the data itself.
-    times = torch.linspace(-1, num_timesteps - 1, steps=sampling_timesteps + 1).int().tolist()
+    times = torch.linspace(-1, num_timesteps - 1, steps=sampling_timesteps + 1, device="cpu").int().tolist()
     return tuple(reversed(times[1:]))
 
 
@@ -114,7 +114,7 @@ def sampler_table(
     if not (math.isfinite(eta) and eta >= 0):
         raise ValueError(f"ddim_sampling_eta must be finite and at least 0, got {eta}")
     rows = SAMPLERS[sampler](schedule, sampling_times(schedule.num_timesteps, sampling_timesteps), eta)
-    prediction = prediction_table(schedule, objective)[torch.tensor(rows.times)]  # (S, 2)
+    prediction = prediction_table(schedule, objective)[torch.tensor(rows.times, device="cpu")]  # (S, 2)
     columns = torch.stack([rows.r, rows.s, rows.u, rows.sigma], dim=1)
     return SamplerTable(rows.times, torch.cat([prediction, columns], dim=1), sampler)
 
@@ -125,7 +125,7 @@ def alphas_cumprod_of_steps(schedule: Schedule, times: tuple[int, ...]) -> tuple
     Returns:
         Two (S,) float64.
     """
-    now = schedule.alphas_cumprod[torch.tensor(times)]
+    now = schedule.alphas_cumprod[torch.tensor(times, device="cpu")]
     return now, F.pad(now[1:], (0, 1), value=1.0)
 
 

@@ -1,6 +1,6 @@
 """The one sampling loop: a model, a table, and a seed.
 
-DDPM, DDIM and DPM-Solver++ differ only in the numbers of the table (schedules.py); nothing here knows which one runs.
+DDPM, DDIM and DPM-Solver++ differ only in the numbers of the table (samplers.py); nothing here knows which one runs.
 A step reads all that changes from one to the next on the device, so that the same code runs step by step, or is
 recorded once (as a CUDA graph, on the CPU as a tape of operator calls) and replayed.
 """
@@ -11,13 +11,14 @@ import importlib.util
 import warnings
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ddpm_fast.diffusion.samplers import SamplerTable
-from ddpm_fast.models.derived_weights import inference_weights
+from ddpm_fast.models.derived_weights import inference_weights, may_derive
 from ddpm_fast.ops.sampler_step.op import sampler_step_
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.autocast import autocast_dtype, call_model, uncached_autocast
@@ -270,7 +271,8 @@ def sample_loop(
         "self_condition": self_condition,
         "start_index": run.start_index,
     }
-    with inference_weights(model, num_timesteps), run.progress_bar(x.device) as bar:
+    derived = inference_weights(model, num_timesteps) if may_derive(model) else nullcontext()
+    with derived, run.progress_bar(x.device) as bar:
         if cache is None:
             state = SamplingState(model, x, num_steps, **options)
         else:

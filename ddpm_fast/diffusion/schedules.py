@@ -28,7 +28,7 @@ def linear_beta_schedule(timesteps: int) -> torch.Tensor:
         (T,) float64.
     """
     scale = 1000 / timesteps
-    return torch.linspace(scale * 0.0001, scale * 0.02, timesteps, dtype=torch.float64)
+    return torch.linspace(scale * 0.0001, scale * 0.02, timesteps, dtype=torch.float64, device="cpu")
 
 
 def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> torch.Tensor:
@@ -37,7 +37,7 @@ def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> torch.Tensor:
     Returns:
         (T,) float64, clipped to [0, 0.999].
     """
-    t = torch.linspace(0, timesteps, timesteps + 1, dtype=torch.float64) / timesteps
+    t = torch.linspace(0, timesteps, timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
     return _betas_from_alphas_cumprod(torch.cos((t + s) / (1 + s) * math.pi * 0.5) ** 2)
 
 
@@ -51,10 +51,10 @@ def sigmoid_beta_schedule(
     Returns:
         (T,) float64, clipped to [0, 0.999].
     """
-    t = torch.linspace(0, timesteps, timesteps + 1, dtype=torch.float64) / timesteps
+    t = torch.linspace(0, timesteps, timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
     # The two ends are float32 in upstream, and its buffers and checkpoints carry that rounding.
-    v_start = torch.tensor(start / tau, dtype=torch.float32).sigmoid()
-    v_end = torch.tensor(end / tau, dtype=torch.float32).sigmoid()
+    v_start = torch.tensor(start / tau, dtype=torch.float32, device="cpu").sigmoid()
+    v_end = torch.tensor(end / tau, dtype=torch.float32, device="cpu").sigmoid()
     return _betas_from_alphas_cumprod((-((t * (end - start) + start) / tau).sigmoid() + v_end) / (v_end - v_start))
 
 

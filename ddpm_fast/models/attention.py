@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ddpm_fast.models.norm import RMSNorm
-from ddpm_fast.models.stock import is_unmodified, parameter
+from ddpm_fast.models.norm import RMSNorm, is_rms_norm
+from ddpm_fast.models.stock import is_convolution, is_instance, parameter, stock, why_by_modules
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.ops.attention_block.op import unchecked_attention_block
 from ddpm_fast.ops.linear_attention_block.op import unchecked_linear_attention_block
 from ddpm_fast.runtime.autocast import to_autocast_dtype
 
 
+@stock
 class LinearAttention(nn.Module):
     """Linear attention with learned memory keys and values (Shen et al. 2021, "Efficient Attention").
 
@@ -26,27 +28,42 @@ class LinearAttention(nn.Module):
         self.low_memory = low_memory
         self.scale = dim_head**-0.5
         self.heads = heads
-        self.dim_head = dim_head
         hidden_dim = dim_head * heads
         self.norm = RMSNorm(dim)
         self.mem_kv = nn.Parameter(torch.randn(2, heads, dim_head, num_mem_kv))
         self.to_qkv = nn.Conv2d(dim, hidden_dim * 3, 1, bias=False)
         self.to_out = nn.Sequential(nn.Conv2d(hidden_dim, dim, 1), RMSNorm(dim))
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention of x, plus `residual` of its shape where one is given."""
-        modules = self._modules  # see `parameter`
-        norm, to_qkv, to_out = modules["norm"], modules["to_qkv"], modules["to_out"]
-        projection = tuple(to_out._modules.values())
-        if len(projection) != 2 or not is_unmodified(norm, to_qkv, to_out, *projection):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute(x)
+
+    def compute(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of x plus `residual`; a network calls it where the module itself is unmodified."""
+        if not self._is_fused():
             out = self._by_modules(x)
             return out if residual is None else out + residual
-        conv, norm_out = projection
+        modules = self._modules  # see `parameter`
+        conv, norm_out = modules["to_out"]._modules.values()
         return unchecked_linear_attention_block(
-            *to_autocast_dtype(x), parameter(norm, "g"), parameter(to_qkv, "weight"), parameter(self, "mem_kv"),
-            parameter(conv, "weight"), parameter(conv, "bias"), parameter(norm_out, "g"),
+            *to_autocast_dtype(x), parameter(modules["norm"], "g"), parameter(modules["to_qkv"], "weight"),
+            parameter(self, "mem_kv"), parameter(conv, "weight"), parameter(conv, "bias"), parameter(norm_out, "g"),
             heads=self.heads, residual=residual, recompute=self.low_memory,
         )  # fmt: skip
+
+    def _is_fused(self) -> bool:
+        """True if the modules may be computed from their weights as one op."""
+        modules = self._modules
+        to_out = modules["to_out"]
+        if not is_instance(to_out, nn.Sequential) or len(to_out) != 2:
+            return False
+        conv, norm_out = to_out._modules.values()
+        return (
+            is_rms_norm(modules["norm"])
+            and is_convolution(modules["to_qkv"], 1, bias=False)
+            and is_convolution(conv, 1)
+            and is_rms_norm(norm_out)
+            and self.scale == parameter(self, "mem_kv").shape[2] ** -0.5
+        )
 
     def _by_modules(self, x: torch.Tensor) -> torch.Tensor:
         if self.low_memory and torch.is_grad_enabled():
@@ -55,13 +72,44 @@ class LinearAttention(nn.Module):
 
     def _steps(self, x: torch.Tensor) -> torch.Tensor:
         B, _, H, W = x.shape
-        q, k, v = self.to_qkv(self.norm(x)).reshape(B, 3, self.heads, self.dim_head, H * W).unbind(1)
+        q, k, v = self.to_qkv(self.norm(x)).reshape(B, 3, self.heads, -1, H * W).unbind(1)  # (B, heads, D, N)
         mem_k, mem_v = self.mem_kv.to(k.dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, D, M)
         k, v = torch.cat((mem_k, k), dim=-1).softmax(dim=-1), torch.cat((mem_v, v), dim=-1)
         context = (k @ v.transpose(-1, -2)) * self.scale  # (B, heads, D, E)
         return self.to_out((context.transpose(-1, -2) @ q.softmax(dim=-2)).reshape(B, -1, H, W))
 
+    def why_by_modules(self) -> str | None:
+        """Why the module calls its modules one after another, in one clause; None where it is one op."""
+        return None if self._is_fused() else why_by_modules(self)
 
+
+@stock
+class Attend(nn.Module):
+    """softmax(q·kᵀ·scale)·v with dropout of the weights (Vaswani et al. 2017, eq. 1); scale is D^−½ if None.
+
+    Shapes: q (B, heads, N, D), k and v (B, heads, M + N, D) → (B, heads, N, D). `Attention` calls it only where it was
+    changed; `flash` is kept for upstream's signature.
+    """
+
+    def __init__(self, dropout: float = 0.0, flash: bool = False, scale: float | None = None):
+        super().__init__()
+        self.dropout = dropout
+        self.scale = scale
+        self.attn_dropout = nn.Dropout(dropout)
+        self.flash = flash
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if is_instance(self.attn_dropout, nn.Dropout) and not _is_active(self.attn_dropout):
+            return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return self.attn_dropout(((q @ k.transpose(-1, -2)) * scale).softmax(dim=-1)) @ v
+
+
+def _is_active(dropout: nn.Dropout) -> bool:
+    return dropout.training and dropout.p > 0
+
+
+@stock
 class Attention(nn.Module):
     """Softmax attention over all positions, with learned memory keys and values (Vaswani et al. 2017, eq. 1).
 
@@ -72,22 +120,56 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int = 4, dim_head: int = 32, num_mem_kv: int = 4, flash: bool = False):
         super().__init__()
         self.heads = heads
-        self.dim_head = dim_head
-        self.flash = flash
         hidden_dim = dim_head * heads
         self.norm = RMSNorm(dim)
+        self.attend = Attend(flash=flash)
         self.mem_kv = nn.Parameter(torch.randn(2, heads, num_mem_kv, dim_head))
         self.to_qkv = nn.Conv2d(dim, hidden_dim * 3, 1, bias=False)
         self.to_out = nn.Conv2d(hidden_dim, dim, 1)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention of x, plus `residual` of its shape where one is given."""
-        modules = self._modules  # see `parameter`
-        norm, to_qkv, to_out = modules["norm"], modules["to_qkv"], modules["to_out"]
-        if not is_unmodified(norm, to_qkv, to_out):
-            out = self.to_out(attention(self.to_qkv(self.norm(x)), self.mem_kv, heads=self.heads))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute(x)
+
+    def compute(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of x plus `residual`; a network calls it where the module itself is unmodified."""
+        if not self._is_fused():
+            out = self._by_modules(x)
             return out if residual is None else out + residual
+        modules = self._modules  # see `parameter`
+        to_out = modules["to_out"]
         return unchecked_attention_block(
-            *to_autocast_dtype(x), parameter(norm, "g"), parameter(to_qkv, "weight"), parameter(self, "mem_kv"),
-            parameter(to_out, "weight"), parameter(to_out, "bias"), heads=self.heads, residual=residual,
+            *to_autocast_dtype(x), parameter(modules["norm"], "g"), parameter(modules["to_qkv"], "weight"),
+            parameter(self, "mem_kv"), parameter(to_out, "weight"), parameter(to_out, "bias"),
+            heads=self.heads, residual=residual,
         )  # fmt: skip
+
+    def _is_fused(self) -> bool:
+        """True if the modules may be computed from their weights as one op."""
+        modules = self._modules
+        return (
+            is_rms_norm(modules["norm"])
+            and is_convolution(modules["to_qkv"], 1, bias=False)
+            and is_convolution(modules["to_out"], 1)
+            and self._attends_as_the_op()
+        )
+
+    def _attends_as_the_op(self) -> bool:
+        attend = self._modules["attend"]
+        if not is_instance(attend, Attend) or attend.scale is not None:
+            return False
+        dropout = attend._modules["attn_dropout"]
+        return is_instance(dropout, nn.Dropout) and not _is_active(dropout)
+
+    def _by_modules(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.to_qkv(self.norm(x))
+        if self._attends_as_the_op():
+            return self.to_out(attention(qkv, self.mem_kv, heads=self.heads))
+        B, _, H, W = x.shape
+        q, k, v = qkv.reshape(B, 3, self.heads, -1, H * W).transpose(-1, -2).unbind(1)  # (B, heads, N, D)
+        mem_k, mem_v = self.mem_kv.to(k.dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, M, D)
+        out = self.attend(q, torch.cat((mem_k, k), dim=-2), torch.cat((mem_v, v), dim=-2))
+        return self.to_out(out.transpose(-1, -2).reshape(B, -1, H, W))
+
+    def why_by_modules(self) -> str | None:
+        """Why the module calls its modules one after another, in one clause; None where it is one op."""
+        return None if self._is_fused() else why_by_modules(self)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.models.derived_weights import HasDerivedWeight
+from ddpm_fast.models.stock import is_convolution, is_instance, keeps_size, parameter, why_by_modules
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.resample.composite import upsampling_taps
 from ddpm_fast.ops.resample.op import unchecked_downsample_conv, unchecked_upsample_conv
@@ -20,6 +21,8 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is None or not keeps_size(self, 3):  # a user has changed the settings
+            return super().forward(x)
         return conv3x3(*to_autocast_dtype(x), self.weight, self.bias)
 
 
@@ -30,41 +33,75 @@ class StemConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, side, padding=side // 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is None or not keeps_size(self, self.weight.shape[-1]):  # a user has changed the settings
+            return super().forward(x)
         return stem_conv(*to_autocast_dtype(x), self.weight, self.bias)
 
 
-class _UpsampleConv2d(nn.Conv2d, HasDerivedWeight):
-    """Nearest 2× upsampling and a 3×3 convolution: (B, C, H, W) → (B, dim_out, 2H, 2W)."""
+class Upsample(nn.Sequential, HasDerivedWeight):
+    """Nearest 2× upsampling and a 3×3 convolution, as one op: (B, C, H, W) → (B, dim_out, 2H, 2W)."""
 
-    def derive(self) -> torch.Tensor:
-        return upsampling_taps(self.weight)
+    def __init__(self, dim: int, dim_out: int | None = None):
+        convolution = nn.Conv2d(dim, dim if dim_out is None else dim_out, 3, padding=1)
+        super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), convolution)
+
+    def derive(self) -> torch.Tensor | None:
+        """The taps of the four 2×2 convolutions; None where the modules are called."""
+        return upsampling_taps(self[1].weight) if self._is_fused() else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return unchecked_upsample_conv(*to_autocast_dtype(x), self.weight, self.bias, taps=self._built)
+        if not self._is_fused():
+            return super().forward(x)
+        conv = self._modules["1"]
+        return unchecked_upsample_conv(
+            *to_autocast_dtype(x), parameter(conv, "weight"), parameter(conv, "bias"), taps=self.built()
+        )
+
+    def _is_fused(self) -> bool:
+        modules = self._modules
+        if len(modules) != 2 or not is_instance(modules.get("0"), nn.Upsample):
+            return False
+        resize = modules["0"]
+        is_nearest = (resize.mode, resize.scale_factor, resize.size) == ("nearest", 2.0, None)
+        return is_nearest and is_convolution(modules.get("1"), 3)
+
+    def why_by_modules(self) -> str | None:
+        """Why the modules are called one after another, in one clause; None where they are one op."""
+        return None if self._is_fused() else why_by_modules(self)
 
 
-def Upsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
-    """Nearest 2× upsampling and a 3×3 convolution: (B, C, H, W) → (B, dim_out, 2H, 2W)."""
-    # The identity is in the place where upstream upsamples, so that the convolution is "1" in the state dict.
-    return nn.Sequential(nn.Identity(), _UpsampleConv2d(dim, dim if dim_out is None else dim_out, 3, padding=1))
-
-
-class _PixelUnshuffleConv2d(nn.Conv2d, HasDerivedWeight):
-    """Pixel-unshuffle by 2 and a 1×1 convolution: (B, C, H, W) → (B, dim_out, H/2, W/2).
+class Downsample(nn.Sequential, HasDerivedWeight):
+    """Pixel-unshuffle by 2 and a 1×1 convolution, as one op: (B, C, H, W) → (B, dim_out, H/2, W/2).
 
     The weight keeps the shape (dim_out, 4·C, 1, 1) of the 1×1 convolution. Its input channels are ordered
     (channel, row, column), so the same numbers are a (dim_out, C, 2, 2) kernel of stride 2.
     """
 
-    def derive(self) -> torch.Tensor:
-        weight = self.weight.reshape(self.out_channels, self.in_channels // 4, 2, 2)
+    def __init__(self, dim: int, dim_out: int | None = None):
+        super().__init__(nn.PixelUnshuffle(2), nn.Conv2d(dim * 4, dim if dim_out is None else dim_out, 1))
+
+    def derive(self) -> torch.Tensor | None:
+        """The weight as a 2×2 kernel; None where the modules are called."""
+        return self._kernel() if self._is_fused() else None
+
+    def _kernel(self) -> torch.Tensor:
+        weight = parameter(self._modules["1"], "weight")
+        weight = weight.reshape(weight.shape[0], weight.shape[1] // 4, 2, 2)
         return weight.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return unchecked_downsample_conv(*to_autocast_dtype(x), self.derived(), self.bias)
+        if not self._is_fused():
+            return super().forward(x)
+        kernel = self.built()
+        kernel = self._kernel() if kernel is None else kernel
+        return unchecked_downsample_conv(*to_autocast_dtype(x), kernel, parameter(self._modules["1"], "bias"))
 
+    def _is_fused(self) -> bool:
+        modules = self._modules
+        if len(modules) != 2 or not is_instance(modules.get("0"), nn.PixelUnshuffle):
+            return False
+        return modules["0"].downscale_factor == 2 and is_convolution(modules.get("1"), 1)
 
-def Downsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
-    """Pixel-unshuffle by 2 and a 1×1 convolution: (B, C, H, W) → (B, dim_out, H/2, W/2)."""
-    # The identity is in the place where upstream has its rearrange, so that the convolution is "1" in the state dict.
-    return nn.Sequential(nn.Identity(), _PixelUnshuffleConv2d(dim * 4, dim if dim_out is None else dim_out, 1))
+    def why_by_modules(self) -> str | None:
+        """Why the modules are called one after another, in one clause; None where they are one op."""
+        return None if self._is_fused() else why_by_modules(self)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ddpm_fast.models.stock import parameter
+from ddpm_fast.models.stock import is_unmodified, parameter, stock
 from ddpm_fast.ops.norm_linear.op import linears
 from ddpm_fast.runtime.autocast import to_autocast_dtype
 
 
+@stock
 class SinusoidalPosEmb(nn.Module):
     """Sinusoidal embedding of the timestep (Vaswani et al. 2017, section 3.5): (B,) → (B, dim), float32."""
 
@@ -31,6 +32,7 @@ class SinusoidalPosEmb(nn.Module):
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
+@stock
 class RandomOrLearnedSinusoidalPosEmb(nn.Module):
     """Fourier features with random or learned frequencies (Tancik et al. 2020): (B,) → (B, dim + 1)."""
 
@@ -44,6 +46,26 @@ class RandomOrLearnedSinusoidalPosEmb(nn.Module):
         x = x[:, None]
         angles = x * self.weights[None, :] * 2 * math.pi
         return torch.cat((x, angles.sin(), angles.cos()), dim=-1)
+
+
+@stock
+class TimeMLP(nn.Sequential):
+    """Embedding of the timestep and two linear layers, upstream's `time_mlp`: (B,) → (B, 4·dim)."""
+
+    def forward(self, time: torch.Tensor) -> torch.Tensor:
+        embedding, *layers = self._modules.values()
+        t = embedding(time)
+        # Sines of a timestep need float32 whatever the weights are.
+        weights = (p for layer in layers for p in layer.parameters() if p.is_floating_point())
+        first = next(weights, None)
+        t = t if first is None else t.to(first.dtype)
+        for layer in layers:
+            t = layer(t)
+        return t
+
+    def is_stock(self) -> bool:
+        """True if nobody changed a module, so that the output depends on the timestep and the weights alone."""
+        return is_unmodified(self, *self._modules.values())
 
 
 def linears_of_one_input(x: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:

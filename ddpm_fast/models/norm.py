@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ddpm_fast.models.stock import stock
+from ddpm_fast.models.stock import is_instance, parameter, stock
 from ddpm_fast.ops.norm_silu.op import rms_norm_silu
 
 
@@ -22,7 +22,18 @@ class RMSNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(1, dim, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm_silu(x, self.g, activation=False)
+        out = rms_norm_silu(x, self.g, activation=False)  # with the factor √C
+        return out if self.scale == x.shape[1] ** 0.5 else out * (self.scale / x.shape[1] ** 0.5)
+
+
+def is_rms_norm(module: nn.Module | None) -> bool:
+    """True for an unmodified `RMSNorm` whose factor is √C."""
+    return is_instance(module, RMSNorm) and module.scale == parameter(module, "g").numel() ** 0.5
+
+
+def is_group_norm(module: nn.Module | None) -> bool:
+    """True for an unmodified `nn.GroupNorm` with gain and offset."""
+    return is_instance(module, nn.GroupNorm) and None not in (parameter(module, "weight"), parameter(module, "bias"))
 
 
 def make_norm(norm: str, dim: int, groups: int) -> nn.Module:

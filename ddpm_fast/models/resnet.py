@@ -6,17 +6,19 @@ import torch
 from torch import nn
 
 from ddpm_fast import noise
-from ddpm_fast.models.norm import RMSNorm, make_norm
-from ddpm_fast.models.stock import is_unmodified, parameter, stock
+from ddpm_fast.models.norm import RMSNorm, is_group_norm, is_rms_norm, make_norm
+from ddpm_fast.models.stock import is_convolution, is_instance, is_unmodified, parameter, stock, why_by_modules
 from ddpm_fast.ops.resnet_block.op import unchecked_resnet_block
 from ddpm_fast.runtime.autocast import to_autocast_dtype
+
+ScaleShift = tuple[torch.Tensor, torch.Tensor]
 
 
 @stock
 class Block(nn.Module):
     """3×3 convolution, norm, optional scale and shift, SiLU and dropout, one module after another.
 
-    Shapes: (B, dim, H, W), two of (B, dim_out) → (B, dim_out, H, W). `ResnetBlock` computes two blocks as one op.
+    Shapes: (B, dim, H, W), two of (B, dim_out, 1, 1) → (B, dim_out, H, W). `ResnetBlock` computes two blocks as one op.
     """
 
     def __init__(self, dim: int, dim_out: int, dropout: float = 0.0, norm: str = "rms", groups: int = 8):
@@ -26,12 +28,27 @@ class Block(nn.Module):
         self.act = nn.SiLU()
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, scale_shift: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, scale_shift: ScaleShift | None = None) -> torch.Tensor:
         x = self.norm(self.proj(x))
         if scale_shift is not None:
-            scale, shift = (tensor[:, :, None, None] for tensor in scale_shift)
+            scale, shift = scale_shift
             x = x * (scale + 1) + shift
         return self.dropout(self.act(x))
+
+
+def _is_stock_block(block: nn.Module | None, dropout: bool) -> bool:
+    """True if the weights of a `Block` may be used without calling it; without `dropout`, none may be active."""
+    if not is_instance(block, Block):
+        return False
+    modules = block._modules  # see `parameter`
+    norm, last = modules.get("norm"), modules.get("dropout")
+    return (
+        is_convolution(modules.get("proj"), 3)
+        and (is_rms_norm(norm) or is_group_norm(norm))
+        and is_instance(modules.get("act"), nn.SiLU)
+        and is_instance(last, nn.Dropout)
+        and (dropout or not (last.training and last.p > 0))
+    )
 
 
 @stock
@@ -62,32 +79,41 @@ class ResnetBlock(nn.Module):
         self.block2 = Block(dim_out, dim_out, norm=norm, groups=groups)
         self.res_conv = nn.Conv2d(dim, dim_out, 1) if dim != dim_out else nn.Identity()
 
-    def forward(
-        self,
-        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-        time_emb: torch.Tensor | None = None,
-        scale_shift: tuple[torch.Tensor, torch.Tensor] | None = None,
-        final_conv: nn.Conv2d | None = None,
-    ) -> torch.Tensor:  # (B, dim, H, W), (B, time_emb_dim) or two of (B, dim_out) -> (B, dim_out, H, W)
-        """One residual block.
-
-        Args:
-            x: a map, or two whose channels are concatenated.
-            scale_shift: the output of `mlp` where the caller has computed it already.
-            final_conv: a stock 1×1 convolution of the block's output, which `low_memory` does not keep for it.
-        """
+    def forward(self, x: torch.Tensor, time_emb: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, dim, H, W) and (B, time_emb_dim) → (B, dim_out, H, W)."""
+        scale_shift = None
         if self.mlp is not None and time_emb is not None:
             scale_shift = self.mlp(time_emb).chunk(2, dim=1)
-        modules = self._modules  # see `parameter`
-        block1, block2, res_conv = modules["block1"], modules["block2"], modules["res_conv"]
-        if not is_unmodified(block1, block2, res_conv, *block1._modules.values(), *block2._modules.values()):
-            x = torch.cat(x, dim=1) if isinstance(x, tuple) else x
-            x = block2(block1(x, scale_shift)) + res_conv(x)
+        return self.compute(x, scale_shift)
+
+    def compute(
+        self,
+        x: torch.Tensor,
+        scale_shift: ScaleShift | None,
+        skip: torch.Tensor | None = None,
+        final_conv: nn.Conv2d | None = None,
+    ) -> torch.Tensor:
+        """The block without its mlp; a network calls it where the block itself is unmodified.
+
+        Args:
+            x: (B, C, H, W).
+            scale_shift: the output of `mlp`, two of (B or 1, dim_out).
+            skip: (B, C', H, W), channels that follow those of x, as if the two were concatenated.
+            final_conv: a stock 1×1 convolution of the block's output, which `low_memory` does not keep for it.
+        """
+        if not self._is_fused():
+            x = x if skip is None else torch.cat((x, skip), dim=1)
+            if scale_shift is not None:
+                scale_shift = tuple([row[:, :, None, None] for row in scale_shift])
+            x = self.block2(self.block1(x, scale_shift=scale_shift)) + self.res_conv(x)
             return x if final_conv is None else final_conv(x)
-        x, skip = to_autocast_dtype(*x) if isinstance(x, tuple) else (*to_autocast_dtype(x), None)
+        x, skip = to_autocast_dtype(x, skip) if skip is not None else (*to_autocast_dtype(x), None)
         scale, shift = (None, None) if scale_shift is None else scale_shift
+        if scale is not None and scale.shape[0] != x.shape[0]:  # one timestep for all images
+            scale, shift = scale.expand(x.shape[0], -1), shift.expand(x.shape[0], -1)
         options = {"skip": skip, "scale": scale, "shift": shift, "recompute": self.low_memory}
-        block1, block2 = block1._modules, block2._modules
+        modules = self._modules  # see `parameter`
+        block1, block2, res_conv = modules["block1"]._modules, modules["block2"]._modules, modules["res_conv"]
         dropout = block1["dropout"]
         if dropout.training and dropout.p > 0:
             options |= {"dropout_p": dropout.p, "seed": noise.draw_seed(x.device)}
@@ -106,3 +132,33 @@ class ResnetBlock(nn.Module):
             x, parameter(conv1, "weight"), parameter(conv1, "bias"), gain1,
             parameter(conv2, "weight"), parameter(conv2, "bias"), gain2, **options,
         )  # fmt: skip
+
+    def _is_fused(self) -> bool:
+        """True if the two blocks and the residual's convolution may be computed from their weights as one op."""
+        modules = self._modules
+        block1, block2, res_conv = modules["block1"], modules["block2"], modules["res_conv"]
+        if not (_is_stock_block(block1, dropout=True) and _is_stock_block(block2, dropout=False)):
+            return False
+        norm1, norm2 = block1._modules["norm"], block2._modules["norm"]
+        if type(norm1) is not type(norm2):
+            return False
+        if isinstance(norm1, nn.GroupNorm) and (norm1.num_groups, norm1.eps) != (norm2.num_groups, norm2.eps):
+            return False
+        return is_instance(res_conv, nn.Identity) or is_convolution(res_conv, 1)
+
+    def takes_rows(self) -> bool:
+        """True if a network may compute the output of `mlp` itself, from its weights, and call `compute`."""
+        mlp = self._modules["mlp"]
+        if not is_unmodified(self, mlp) or len(mlp) != 2:
+            return False
+        activation, linear = mlp._modules.values()
+        return (
+            is_instance(activation, nn.SiLU)
+            and is_instance(linear, nn.Linear)
+            and parameter(linear, "bias") is not None
+            and parameter(linear, "weight").shape[0] == 2 * self.dim_out
+        )
+
+    def why_by_modules(self) -> str | None:
+        """Why the block calls its modules one after another, in one clause; None where it is one op."""
+        return None if self._is_fused() and self.takes_rows() else why_by_modules(self)

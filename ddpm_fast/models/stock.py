@@ -1,31 +1,107 @@
-"""Stock modules: those of the network that nobody replaced, and whose weights may therefore be used without a call.
+"""Stock modules: those of the network that nobody changed, so that their weights may be used without calling them.
 
-Whatever a user does to a module (hooks, patched forward, wrapper, subclass, LoRA) makes its block call its modules.
+Whatever a user does to a module (hooks, patched forward, wrapper, subclass, LoRA, other settings) makes its block call
+its modules, as upstream does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
-_STOCK = {nn.Conv2d, nn.Linear, nn.Identity, nn.SiLU, nn.Dropout, nn.GroupNorm, nn.Sequential}
+_CLASSES = (
+    nn.Conv2d, nn.Linear, nn.Identity, nn.SiLU, nn.GELU, nn.Dropout, nn.GroupNorm, nn.Sequential, nn.Upsample,
+    nn.PixelUnshuffle,
+)  # fmt: skip
+# Class → its forward when this module was imported: a class that is patched later is no longer stock.
+_FORWARD: dict[type, Callable] = {cls: cls.forward for cls in _CLASSES}
 
 
 def stock(cls: type[nn.Module]) -> type[nn.Module]:
     """A decorator: modules of this class, and of no subclass, are stock."""
-    _STOCK.add(cls)
+    _FORWARD[cls] = cls.forward
     return cls
 
 
-def is_unmodified(*modules: nn.Module) -> bool:
+def has_global_hooks() -> bool:
+    """True while torch calls hooks on every module, so that every module has to be called."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def is_unmodified(*modules: nn.Module | None) -> bool:
     """True if every module is stock and has no hooks, so its weights may be used without calling it."""
+    if has_global_hooks():
+        return False
     for module in modules:  # dicts, not attributes: a small network asks two hundred times in a forward pass
-        own = module.__dict__
-        if type(module) not in _STOCK or "forward" in own:
+        if module is None:
+            return False
+        own, cls = module.__dict__, type(module)
+        if cls not in _FORWARD or _FORWARD[cls] is not cls.forward or "forward" in own:
             return False
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return False
     return True
+
+
+def is_instance(module: nn.Module | None, cls: type[nn.Module]) -> bool:
+    """True for an unmodified module of this class; a stock module of another class may compute something else."""
+    return type(module) is cls and is_unmodified(module)
+
+
+def keeps_size(conv: nn.Conv2d, side: int) -> bool:
+    """True for the settings of a convolution of odd side that keeps height and width: stride 1, zeros around."""
+    own = conv.__dict__
+    return (
+        own["kernel_size"] == (side, side)
+        and own["padding"] == (side // 2, side // 2)
+        and own["stride"] == (1, 1)
+        and own["dilation"] == (1, 1)
+        and own["groups"] == 1
+        and own["padding_mode"] == "zeros"
+        and "_conv_forward" not in own
+    )
+
+
+def is_convolution(module: nn.Module | None, side: int, bias: bool = True) -> bool:
+    """True for an unmodified `nn.Conv2d` of this side that keeps height and width, with or without a bias."""
+    return (
+        type(module) is nn.Conv2d
+        and is_unmodified(module)
+        and keeps_size(module, side)
+        and (parameter(module, "bias") is not None) is bias
+    )
+
+
+def why_modified(module: nn.Module) -> str | None:
+    """Why a module is not stock, in one clause; None where it is."""
+    cls = type(module)
+    if has_global_hooks():
+        return "torch has hooks on every module"
+    if cls not in _FORWARD:
+        return f"it is a {cls.__name__}"
+    if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
+        return "it has a forward of its own"
+    if _FORWARD[cls] is not cls.forward:
+        return f"the forward of {cls.__name__} was replaced"
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "it has hooks" if any(hooks) else None
+
+
+def why_by_modules(block: nn.Module) -> str:
+    """Which module inside a block makes it call its modules one after another, in one clause."""
+    for name, module in block.named_modules():
+        reason = why_modified(module)
+        if reason is not None:
+            return f"{name}: {reason}" if name else reason
+    return "a module inside has other settings than upstream's"
 
 
 def parameter(module: nn.Module, name: str) -> torch.Tensor | None:

@@ -11,9 +11,14 @@ from torch import nn
 from ddpm_fast.models.attention import Attention, LinearAttention
 from ddpm_fast.models.convolution import Conv3x3, Downsample, StemConv, Upsample
 from ddpm_fast.models.derived_weights import HasDerivedWeight
-from ddpm_fast.models.embeddings import RandomOrLearnedSinusoidalPosEmb, SinusoidalPosEmb, linears_of_one_input
-from ddpm_fast.models.resnet import ResnetBlock
-from ddpm_fast.models.stock import is_unmodified
+from ddpm_fast.models.embeddings import (
+    RandomOrLearnedSinusoidalPosEmb,
+    SinusoidalPosEmb,
+    TimeMLP,
+    linears_of_one_input,
+)
+from ddpm_fast.models.resnet import ResnetBlock, ScaleShift
+from ddpm_fast.models.stock import is_convolution, is_unmodified
 from ddpm_fast.ops.layout import maps_format, weights_format
 
 # Without native kernels, channels-last is slower on the CPU when the smallest maps have fewer than 64 pixels per batch
@@ -128,9 +133,7 @@ class Unet(HasDerivedWeight):
             embedding = SinusoidalPosEmb(dim, theta=sinusoidal_pos_emb_theta)
             fourier_dim = dim
         time_dim = dim * 4
-        self.time_mlp = nn.Sequential(
-            embedding, nn.Linear(fourier_dim, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim)
-        )
+        self.time_mlp = TimeMLP(embedding, nn.Linear(fourier_dim, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim))
 
         resnet_block = partial(
             ResnetBlock,
@@ -191,12 +194,14 @@ class Unet(HasDerivedWeight):
         """Height and width must be divisible by this."""
         return 2 ** (len(self.downs) - 1)
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor, x_self_cond: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, time: torch.Tensor | float, x_self_cond: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Predict noise, x0 or v, whatever it was trained for.
 
         Args:
             x: (B, channels, H, W), floating point.
-            time: (B,), timesteps.
+            time: (B,), timesteps; (1,) or a number is the timestep of all images.
             x_self_cond: (B, channels, H, W), the previous estimate of x0; zeros if None; only with `self_condition`.
 
         Returns:
@@ -205,7 +210,7 @@ class Unet(HasDerivedWeight):
         Raises:
             TypeError, ValueError: an input does not fit, named in one sentence.
         """
-        self._check_inputs(x, time, x_self_cond)
+        time = self._check_inputs(x, time, x_self_cond)
         if self.self_condition:
             x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond, x), dim=1)
 
@@ -215,32 +220,34 @@ class Unet(HasDerivedWeight):
         if has_both_layouts:  # then torch's convolution has chosen one
             x = x.contiguous(memory_format=layout)
         residual = x
-        rows = iter(self._scales_and_shifts(time))
+        t, scales_and_shifts = self._time_rows(time)
+        rows = iter(scales_and_shifts)
 
         skips = []
         for block1, block2, attn, downsample in self.downs:
-            x = block1(x, scale_shift=next(rows))
+            x = _residual_block(block1, x, t, next(rows))
             skips.append(x)
-            x = block2(x, scale_shift=next(rows))
-            x = attn(x, residual=x)
+            x = _residual_block(block2, x, t, next(rows))
+            x = _attention_block(attn, x)
             skips.append(x)
             x = downsample(x)
 
-        x = self.mid_block1(x, scale_shift=next(rows))
-        x = self.mid_attn(x, residual=x)
-        x = self.mid_block2(x, scale_shift=next(rows))
+        x = _residual_block(self.mid_block1, x, t, next(rows))
+        x = _attention_block(self.mid_attn, x)
+        x = _residual_block(self.mid_block2, x, t, next(rows))
 
         for block1, block2, attn, upsample in self.ups:
-            x = block1((x, skips.pop()), scale_shift=next(rows))
-            x = block2((x, skips.pop()), scale_shift=next(rows))
-            x = attn(x, residual=x)
+            x = _residual_block(block1, x, t, next(rows), skips.pop())
+            x = _residual_block(block2, x, t, next(rows), skips.pop())
+            x = _attention_block(attn, x)
             x = upsample(x)
 
-        if is_unmodified(self.final_res_block, self.final_conv):
-            return self.final_res_block((x, residual), scale_shift=next(rows), final_conv=self.final_conv)
-        return self.final_conv(self.final_res_block((x, residual), scale_shift=next(rows)))
+        row = next(rows)
+        if row is not None and is_convolution(self.final_conv, 1):
+            return self.final_res_block.compute(x, row, residual, self.final_conv)
+        return self.final_conv(_residual_block(self.final_res_block, x, t, row, residual))
 
-    def _blocks(self) -> list[ResnetBlock]:
+    def _blocks(self) -> list[nn.Module]:
         """The residual blocks in the order in which they run."""
         blocks = []
         for block1, block2, *_ in self.downs:  # a slice of a ModuleList would be a new module
@@ -250,32 +257,39 @@ class Unet(HasDerivedWeight):
             blocks += (block1, block2)
         return [*blocks, self.final_res_block]
 
-    def _scales_and_shifts(self, time: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What each of `_blocks` gets from the timestep: (B,) → two of (B, dim_out) for every block."""
-        if self._built is None or torch.is_grad_enabled() or time.is_floating_point():
-            rows = self._projections(time)
-        else:
-            rows = self._built[time]
-        widths = [block.dim_out for block in self._blocks() for _ in range(2)]
-        parts = rows.split(widths, dim=1)
-        return list(zip(parts[::2], parts[1::2], strict=True))
+    def _time_rows(self, time: torch.Tensor) -> tuple[torch.Tensor | None, list[ScaleShift | None]]:
+        """The time embedding, (B or 1, 4·dim), and for each of `_blocks` two of (B or 1, dim_out): scale and shift.
 
-    def _projections(self, time: torch.Tensor) -> torch.Tensor:
-        """All blocks' projections of the time embedding side by side, as one product: (B,) → (B, Σ 2·dim_out)."""
-        t = self._time_embedding(time)
+        A block that has to be called as upstream calls it, with the embedding, has None. The embedding is None where
+        every row is found in the table of `inference_weights`.
+        """
         blocks = self._blocks()
-        if not all(is_unmodified(block.mlp, *block.mlp) for block in blocks):  # replaced, by an adapter for example
-            return torch.cat([block.mlp(t) for block in blocks], dim=1)
-        return linears_of_one_input(nn.functional.silu(t), [block.mlp[1] for block in blocks])
+        takers = [block for block in blocks if _takes_rows(block)]
+        table = None if time.is_floating_point() or len(takers) < len(blocks) else self.built()
+        if table is not None and self._embeds_as_built():
+            t, rows = None, table[time]
+        else:
+            t = self.time_mlp(time)
+            rows = _projections(t, takers) if takers else None
+        if rows is None:
+            return t, [None] * len(blocks)
+        widths = [block.dim_out for block in takers for _ in range(2)]
+        parts = iter(rows.split(widths, dim=1))
+        return t, [(next(parts), next(parts)) if _takes_rows(block) else None for block in blocks]
 
-    def build(self, num_timesteps: int | None) -> None:
-        """The table of `_projections` for all timesteps, (T, Σ 2·dim_out): a step then looks up its row."""
-        self.is_built = True
-        modules = [*self.time_mlp.modules(), *(m for block in self._blocks() for m in block.mlp.modules())]
-        listened = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-        if num_timesteps is not None and not listened:
-            device = self.init_conv.weight.device
-            self._keep(lambda: self._projections(torch.arange(num_timesteps, device=device)))
+    def _embeds_as_built(self) -> bool:
+        return isinstance(self.time_mlp, TimeMLP) and self.time_mlp.is_stock()
+
+    def key(self, num_timesteps: int | None) -> int | None:
+        """The table has a row for every timestep."""
+        return num_timesteps
+
+    def _make(self, num_timesteps: int | None) -> torch.Tensor | None:
+        """Projections of the time embedding for all timesteps, (T, Σ 2·dim_out): a step then looks up its row."""
+        blocks = self._blocks()
+        if num_timesteps is None or not self._embeds_as_built() or not all(_takes_rows(block) for block in blocks):
+            return None
+        return _projections(self.time_mlp(torch.arange(num_timesteps, device=self.init_conv.weight.device)), blocks)
 
     def _apply(self, fn, recurse: bool = True) -> Unet:
         super()._apply(fn, recurse)
@@ -298,20 +312,16 @@ class Unet(HasDerivedWeight):
         longer than the product where few pixels meet wide weights.
         """
         fastest = maps_format(x)
-        if fastest is torch.channels_last or not self.is_built or torch.is_grad_enabled():
+        if fastest is torch.channels_last or not self.is_inside() or torch.is_grad_enabled():
             return fastest
         pixels = x.shape[0] * x.shape[2] * x.shape[3] // self.downsample_factor**2
         few_for_wide = pixels < _FEW_PIXELS and self.mid_block1.dim_out >= _WIDE
         return fastest if few_for_wide else torch.channels_last
 
-    def _time_embedding(self, time: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, 4·dim)
-        embedding, *mlp = self.time_mlp
-        t = embedding(time).to(mlp[0].weight.dtype)  # sines of a timestep need float32 whatever the weights are
-        for layer in mlp:
-            t = layer(t)
-        return t
-
-    def _check_inputs(self, x: torch.Tensor, time: torch.Tensor, x_self_cond: torch.Tensor | None) -> None:
+    def _check_inputs(
+        self, x: torch.Tensor, time: torch.Tensor | float, x_self_cond: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The timesteps as a tensor, (B,) or (1,)."""
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -321,11 +331,48 @@ class Unet(HasDerivedWeight):
             raise ValueError(
                 f"x must have height and width divisible by {factor} for this Unet, got {tuple(x.shape[2:])}"
             )
-        if time.shape != x.shape[:1]:
+        if not isinstance(time, torch.Tensor):
+            if isinstance(time, bool) or not isinstance(time, (int, float)):
+                raise TypeError(f"time must be a tensor or a number, got {type(time).__name__}")
+            time = torch.full((1,), time, device=x.device)
+        elif time.ndim == 0:
+            time = time[None]
+        if time.shape not in (x.shape[:1], (1,)):
             raise ValueError(f"time must have shape ({x.shape[0]},), one timestep per image, got {tuple(time.shape)}")
-        device = self.init_conv.weight.device
+        device = next(self.parameters()).device
         for name, tensor in (("x", x), ("time", time), ("x_self_cond", x_self_cond)):
             if tensor is not None and tensor.device != device:
                 raise ValueError(f"{name} must be on the Unet's device {device}, got {tensor.device}")
-        if self.self_condition and x_self_cond is not None and x_self_cond.shape != x.shape:
-            raise ValueError(f"x_self_cond must have x's shape {tuple(x.shape)}, got {tuple(x_self_cond.shape)}")
+        if x_self_cond is not None:
+            if not self.self_condition:
+                raise ValueError(
+                    "x_self_cond must be None, since this Unet has self_condition=False and would not read it"
+                )
+            if x_self_cond.shape != x.shape:
+                raise ValueError(f"x_self_cond must have x's shape {tuple(x.shape)}, got {tuple(x_self_cond.shape)}")
+        return time
+
+
+def _takes_rows(block: nn.Module) -> bool:
+    return isinstance(block, ResnetBlock) and block.takes_rows()
+
+
+def _projections(t: torch.Tensor, blocks: Sequence[ResnetBlock]) -> torch.Tensor:
+    """The blocks' projections of the time embedding side by side, as one product: (B, 4·dim) → (B, Σ 2·dim_out)."""
+    return linears_of_one_input(nn.functional.silu(t), [block.mlp[1] for block in blocks])
+
+
+def _residual_block(
+    block: nn.Module, x: torch.Tensor, t: torch.Tensor | None, row: ScaleShift | None, skip: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A residual block with its scale and shift; where it has none, called as upstream calls it."""
+    if row is None:
+        return block(x if skip is None else torch.cat((x, skip), dim=1), t)
+    return block.compute(x, row, skip)
+
+
+def _attention_block(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Attention of x plus x: one op where nobody changed the module."""
+    if type(attn) in (Attention, LinearAttention) and is_unmodified(attn):
+        return attn.compute(x, residual=x)
+    return attn(x) + x

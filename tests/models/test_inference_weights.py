@@ -11,7 +11,7 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import Unet, use_backend
-from ddpm_fast.models import convolution
+from ddpm_fast.models import convolution, unet
 from ddpm_fast.models.derived_weights import HasDerivedWeight, inference_weights
 from ddpm_fast.ops.resample import composite
 
@@ -52,10 +52,11 @@ def test_equals_the_network_as_always(model):
 def test_derives_once(model, monkeypatch):
     calls = []
     downsample, make_taps = deriving(model)[1], composite.upsampling_taps
-    monkeypatch.setattr(downsample, "derive", lambda make=downsample.derive: calls.append(0) or make())
+    monkeypatch.setattr(downsample, "_kernel", lambda make=downsample._kernel: calls.append(0) or make())
     for module in (convolution, composite):  # without kept taps the op of upsampling makes them
         monkeypatch.setattr(module, "upsampling_taps", lambda weight: calls.append(0) or make_taps(weight))
-    monkeypatch.setattr(model, "_projections", lambda t, make=model._projections: calls.append(0) or make(t))
+    make_rows = unet._projections
+    monkeypatch.setattr(unet, "_projections", lambda t, blocks: calls.append(0) or make_rows(t, blocks))
     with torch.no_grad(), use_backend("reference"):  # native code has no use for the taps of upsampling
         with inference_weights(model, T):
             for _ in range(3):
@@ -145,7 +146,7 @@ def test_ends_with_the_block_even_by_an_error(model):
         raise KeyError
     with inference_weights(model, T), inference_weights(model, T):
         pass
-    assert not any(module.is_built or module._built is not None for module in deriving(model))
+    assert not any(module.is_inside() or module._tensors or module._latest is not None for module in deriving(model))
 
 
 def test_copies_and_pickles_leave_it_out(model):
@@ -153,7 +154,7 @@ def test_copies_and_pickles_leave_it_out(model):
     with inference_weights(model, T):
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for other in copies:
-        assert not any(hasattr(module, "_slots") or module.is_built for module in deriving(other))
+        assert not any(hasattr(module, "_slots") or module.is_inside() for module in deriving(other))
         assert torch.equal(inside(other), expected)
     assert model.state_dict().keys() == Unet(8, dim_mults=(1, 2)).state_dict().keys()
 

@@ -153,7 +153,7 @@ WRONG = {
         TypeError,
         "x must be floating point, got torch.uint8",
     ),
-    "time": (lambda: (torch.randn(2, 3, 8, 8), torch.tensor([1])), ValueError, r"time must have shape \(2,\)"),
+    "time": (lambda: (torch.randn(2, 3, 8, 8), torch.tensor([1, 2, 3])), ValueError, r"time must have shape \(2,\)"),
     "device": (
         lambda: (torch.randn(1, 3, 8, 8), torch.tensor([1], device="meta")),
         ValueError,

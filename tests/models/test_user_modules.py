@@ -1,0 +1,262 @@
+"""Whatever a user does to a module of upstream's network does here what it does there, in outputs and gradients.
+
+Both networks have the same weights in float64, and the same change is made to the module of the same name.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+from ddpm_fast import GaussianDiffusion, Unet
+
+upstream = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+CONFIG = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4}
+T = 4
+
+
+@functools.lru_cache
+def state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    values = upstream.Unet(**CONFIG).double().state_dict()
+    generator = torch.Generator().manual_seed(1)
+    return {k: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in values.items()}
+
+
+def networks() -> tuple[nn.Module, nn.Module]:
+    """Ours and upstream's."""
+    both = (Unet(**CONFIG).double(), upstream.Unet(**CONFIG).double())
+    for network in both:
+        network.load_state_dict(state())
+    return both
+
+
+def shared_modules() -> list[str]:
+    ours, theirs = ({name for name, _ in network.named_modules()} for network in networks())
+    return sorted(ours & theirs)
+
+
+NAMES = shared_modules()
+
+
+# One of each kind of place: the other stages have the same modules. A list of modules is never called.
+PLACES = (
+    "downs.0.0",
+    "downs.0.2",
+    "downs.0.3",
+    "downs.1.3",
+    "mid_block2",
+    "mid_attn",
+    "ups.0.0",
+    "ups.0.3",
+    "time_mlp",
+)
+PLACES += ("init_conv", "final_res_block", "final_conv")
+CALLED = [name for name in NAMES if not name or name.startswith(PLACES)]
+OTHERS = [name for name in NAMES if name not in CALLED]
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    # Upstream's embedding of an integer is float32, which its float64 layers do not take.
+    return torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([3.0, 7.0]).double()
+
+
+def changed(x: torch.Tensor) -> torch.Tensor:
+    return x + 0.3 * x.square().clamp(max=2)
+
+
+def replace(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The network with another module under a name; the module itself for the name of the network."""
+    if not name:
+        return module
+    parent, _, last = name.rpartition(".")
+    setattr(network.get_submodule(parent), last, module)
+    return network
+
+
+class Wrapper(nn.Module):
+    """Behind the module that it wraps, another function."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return changed(self.inner(*args, **kwargs))
+
+    def __getitem__(self, index):  # time_mlp and mlp are sequences
+        return self.inner[index]
+
+
+def forward_hook(network, name):
+    network.get_submodule(name).register_forward_hook(lambda module, args, out: changed(out))
+    return network
+
+
+def pre_hook(network, name):
+    def hook(module, args):
+        return (changed(args[0]) if args[0].is_floating_point() else args[0], *args[1:])
+
+    network.get_submodule(name).register_forward_pre_hook(hook)
+    return network
+
+
+def backward_hook(network, name):
+    network.get_submodule(name).register_full_backward_hook(
+        lambda module, grads, outs: tuple(None if g is None else 1.5 * g for g in grads)
+    )
+    return network
+
+
+def patched_forward(network, name):
+    module = network.get_submodule(name)
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: changed(forward(*args, **kwargs))
+    return network
+
+
+def wrapped(network, name):
+    return replace(network, name, Wrapper(network.get_submodule(name)))
+
+
+def subclass(network, name):
+    module = network.get_submodule(name)
+
+    def forward(self, *args, **kwargs):
+        return changed(super(type(self), self).forward(*args, **kwargs))
+
+    module.__class__ = type(f"My{type(module).__name__}", (type(module),), {"forward": forward})
+    return network
+
+
+CHANGES = [forward_hook, pre_hook, backward_hook, patched_forward, wrapped, subclass]
+
+
+def results(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The output and every gradient, by the parameters' names without wrappers."""
+    x, t = batch()
+    x.requires_grad_()
+    network.zero_grad()
+    out = network(x, t)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    (out * weights).sum().backward()
+    found = {"out": out.detach(), "dx": x.grad}
+    return found | {name.replace("inner.", ""): p.grad for name, p in network.named_parameters()}
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
+    found, expected = results(ours), results(theirs)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", CALLED)
+def test_a_change_does_what_it_does_upstream(name, change):
+    assert_same(*(change(network, name) for network in networks()))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_all_other_modules_at_once(change):
+    lists = [name for name in OTHERS if isinstance(networks()[0].get_submodule(name), nn.ModuleList)]
+    names = [name for name in OTHERS if name not in lists]
+    assert len(names) > 50
+    outer = [n for n in names if change is not wrapped or not any(n.startswith(f"{other}.") for other in names)]
+    assert_same(*(functools.reduce(change, outer, network) for network in networks()))
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("name", [name for name in CALLED if name])
+def test_a_parametrization(name):
+    ours, theirs = networks()
+    if not list(theirs.get_submodule(name).parameters(recurse=False)):
+        pytest.skip("it has no parameters of its own")
+    for network in (ours, theirs):
+        module = network.get_submodule(name)
+        for parameter in [n for n, _ in module.named_parameters(recurse=False)]:
+            parametrize.register_parametrization(module, parameter, Doubled())
+    assert_same(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("renew", ["weight_norm", "spectral_norm", "prune"])
+@pytest.mark.parametrize("name", [name for name in CALLED if name])
+def test_weights_renewed_by_a_hook(name, renew):
+    """In training, and in sampling: what is derived from a weight must not be made before the hook has run."""
+    ours, theirs = networks()
+    if not isinstance(theirs.get_submodule(name), (nn.Conv2d, nn.Linear)):
+        pytest.skip("it has no weight")
+    renewals = {
+        "weight_norm": nn.utils.weight_norm,
+        "spectral_norm": nn.utils.spectral_norm,
+        "prune": lambda module: prune.l1_unstructured(module, "weight", amount=0.5),
+    }
+    for network in (ours, theirs):
+        torch.manual_seed(5)
+        renewals[renew](network.get_submodule(name))
+    assert_same(ours, theirs)
+    with torch.no_grad():  # as an optimizer would: the hook makes the weight of these
+        for network in (ours, theirs):
+            network.eval()
+            for key, p in network.named_parameters():
+                if key.startswith(f"{name}.weight_"):
+                    p.mul_(1.5)
+    assert_same_samples(ours, theirs)
+
+
+def process(network, package=None) -> nn.Module:
+    cls = GaussianDiffusion if package is None else package.GaussianDiffusion
+    return cls(network, image_size=8, timesteps=T, objective="pred_noise")
+
+
+def their_samples(network, noises) -> torch.Tensor:
+    """Upstream's p_sample_loop with given noise: the first is x_T, the others those of the steps."""
+    diffusion = process(network, upstream)
+    remaining = iter(noises)
+    original = torch.randn, torch.randn_like
+    torch.randn = lambda *shape, **kwargs: next(remaining)
+    torch.randn_like = lambda x: next(remaining)
+    try:
+        return diffusion.p_sample_loop((2, 3, 8, 8))
+    finally:
+        torch.randn, torch.randn_like = original
+
+
+def noise_of(seed: int) -> list[torch.Tensor]:
+    from ddpm_fast import noise
+    from ddpm_fast.ops import normal
+
+    shape = (2, 3, 8, 8)
+    first = normal(shape, seed=seed, stream=noise.STREAM_INITIAL)
+    steps = [normal(shape, seed=seed, stream=noise.STREAM_STEP, step=row) for row in range(T)]
+    return [first, *steps]
+
+
+def assert_same_samples(ours: nn.Module, theirs: nn.Module) -> None:
+    """In float32, with a recording where one is made, and without."""
+    expected = their_samples(theirs.float(), noise_of(3))
+    diffusion = process(ours.float())
+    for graph in (None, False):
+        images = diffusion.sample(2, seed=3, progress=False, graph=graph)
+        torch.testing.assert_close(images, expected, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("change", [forward_hook, pre_hook, patched_forward, wrapped, subclass])
+@pytest.mark.parametrize("name", CALLED)
+def test_sampling_with_a_change(name, change):
+    ours, theirs = (change(network, name) for network in networks())
+    if name == "" and change is wrapped:
+        pytest.skip("a wrapper of the network lacks its attributes, upstream as here")
+    assert_same_samples(ours, theirs)
