@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 
@@ -51,7 +52,7 @@ def check_seed(dropout_p: float, seed: torch.Tensor | None, device: torch.device
         raise ValueError(f"seed must be on the device of x, {device}, got {seed.device}")
 
 
-def why_steps_come_first(x: torch.Tensor, *args, **kwargs) -> str | None:
+def why_steps_come_first(x: torch.Tensor, *args: object, **kwargs: object) -> str | None:
     """Why a native block yields to the ops of its steps, in one clause; None where it does not."""
     return "Triton runs the block's steps" if triton_launch.why_not_triton(x.device) is None else None
 
@@ -66,7 +67,7 @@ def why_not_on_cpu(
         maps: names of those that must be channels-last.
         may_be_empty: names of those that may have no elements.
     """
-    first = next(iter(given.values()))
+    first = cast("torch.Tensor", next(iter(given.values())))  # the first is never None
     reason = extension.why_not(first.device)
     if reason is not None:
         return reason
@@ -80,6 +81,7 @@ def why_not_on_cpu(
         if tensor.numel() == 0 and name not in may_be_empty:
             return f"{name} is empty"
     for name in maps:
-        if not given[name].is_contiguous(memory_format=torch.channels_last):
-            return f"{name} is not channels-last, its strides are {given[name].stride()}"
+        tensor = given[name]
+        if tensor is not None and not tensor.is_contiguous(memory_format=torch.channels_last):
+            return f"{name} is not channels-last, its strides are {tensor.stride()}"
     return None

@@ -175,12 +175,12 @@ class Operator:
 
         source, file = "\n".join(line for line in lines if line), f"<{kernel} {self.name}>"
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
-        names = {"is_grad_enabled": torch.is_grad_enabled, "refuse": refuse}
+        names: dict[str, Any] = {"is_grad_enabled": torch.is_grad_enabled, "refuse": refuse}
         names |= {"gradients_of": gradients_of, "by_torch": self._formula}
         exec(compile(source, file, "exec"), names)
         return names["setup_context"], names["backward"]
 
-    def _empty_gradients(self, **given) -> torch.Tensor | list[torch.Tensor]:
+    def _empty_gradients(self, **given: Any) -> torch.Tensor | list[torch.Tensor]:
         """What the backward operator returns, not written."""
         first = next(given[name] for name in self._tensors if name != "grad")
         unwanted = set()
@@ -244,7 +244,7 @@ def _by_name(function: Callable, names: Sequence[str]) -> Callable:
     return lambda *values: function(**dict(zip(names, values, strict=True)))
 
 
-def _define(name: str, signature: str, fake: Callable) -> Callable:
+def _define(name: str, signature: str, fake: Callable) -> torch._ops.OpOverload:
     _library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"ddpm_fast::{name}", fake, lib=_library)
     return getattr(torch.ops.ddpm_fast, name).default
@@ -253,7 +253,7 @@ def _define(name: str, signature: str, fake: Callable) -> Callable:
 def _launch(module: str, name: str, finish: Callable | None = None) -> None:
     """Implement an operator by the function of its name in a module, which the first call imports."""
 
-    def launch(*values):
+    def launch(*values: Any) -> Any:
         made = getattr(importlib.import_module(module), name)(*values)
         return made if finish is None else finish(made, *values)
 

@@ -6,6 +6,8 @@ once, at the end, as the kernels do.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 
@@ -64,8 +66,8 @@ def keep_mask(shape: torch.Size, dropout_p: float, seed: torch.Tensor) -> torch.
     mask32 = 2**32 - 1
     counter = (block, sample, torch.zeros_like(stream), stream)
     words = noise.philox4x32(counter, (seed & mask32, (seed >> 32) & mask32))
-    words = torch.stack([word.expand(batch, block.numel()) for word in words], dim=-1)  # (B, K, 4)
-    return (words.reshape(batch, -1)[:, :elements] >= round(dropout_p * 2**32)).reshape(shape)
+    drawn = torch.stack([word.expand(batch, block.numel()) for word in words], dim=-1)  # (B, K, 4)
+    return (drawn.reshape(batch, -1)[:, :elements] >= round(dropout_p * 2**32)).reshape(shape)
 
 
 def _with_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -77,7 +79,15 @@ def _per_channel(vector: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return vector.to(v.dtype).reshape(1, -1, 1, 1)
 
 
-def _after_norm(y, scale, shift, residual, activation, dropout_p, seed) -> torch.Tensor:
+def _after_norm(
+    y: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: bool,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+) -> torch.Tensor:
     if scale is not None:
         y = y * (scale.to(y.dtype)[:, :, None, None] + 1)
     if shift is not None:
@@ -85,6 +95,6 @@ def _after_norm(y, scale, shift, residual, activation, dropout_p, seed) -> torch
     if activation:
         y = F.silu(y)
     if dropout_p > 0:
-        keep = keep_mask(y.shape, dropout_p, seed)
+        keep = keep_mask(y.shape, dropout_p, cast("torch.Tensor", seed))  # see `check_seed`
         y = torch.where(keep, y, 0.0) * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
     return y if residual is None else y + residual.to(y.dtype)

@@ -7,6 +7,9 @@ whatever autocast says.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -27,19 +30,22 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gain, weight):
+    def forward(ctx: Any, x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, gain, weight)
         with no_autocast(x.device.type):
             return _product(_matrix(weight, x), _times_gain(_normed(x)[0], gain).to(x.dtype))
 
     @staticmethod
     @once_differentiable  # the normed map is made again without a graph: a second derivative would be wrong
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         with no_autocast(grad.device.type):
-            return _gradients(*ctx.saved_tensors, grad, ctx.needs_input_grad)
+            x, gain, weight = ctx.saved_tensors
+            return _gradients(x, gain, weight, grad, ctx.needs_input_grad)
 
 
-def _gradients(x, gain, weight, grad, needs) -> tuple[torch.Tensor | None, ...]:
+def _gradients(
+    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, needs: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
     """Of x, gain and weight, those that are needed."""
     needs_x, needs_g, needs_weight = needs
     normed, factor, clamped = _normed(x)
