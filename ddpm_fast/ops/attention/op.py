@@ -8,6 +8,8 @@ the map. Backward keeps qkv, out and one float per head and position, and comput
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
@@ -37,12 +39,12 @@ def _empty_map(qkv: torch.Tensor) -> torch.Tensor:
     return torch.empty((B, channels // 3, h, w), dtype=qkv.dtype, device=qkv.device, memory_format=memory_format)
 
 
-def _triton_fake(qkv, heads, **_) -> tuple[torch.Tensor, torch.Tensor]:
+def _triton_fake(qkv: torch.Tensor, heads: int, **others: object) -> tuple[torch.Tensor, torch.Tensor]:
     B, _, h, w = qkv.shape
     return _empty_map(qkv), qkv.new_empty((B, heads, h * w), dtype=torch.float32)
 
 
-def _native_fake(qkv, **_) -> torch.Tensor:
+def _native_fake(qkv: torch.Tensor, **_: object) -> torch.Tensor:
     B, channels, h, w = qkv.shape
     return qkv.new_empty((B, channels // 3, h, w)).contiguous(memory_format=torch.channels_last)
 
@@ -91,7 +93,7 @@ def attention(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> torch.T
     return _attention_op(qkv, mem_kv, heads=heads)
 
 
-def _check(qkv, mem_kv, heads) -> None:
+def _check(qkv: torch.Tensor, mem_kv: torch.Tensor, heads: int) -> None:
     """The checks of every implementation."""
     check_kinds({"qkv": qkv, "mem_kv": mem_kv}, heads)
     if qkv.dim() != 4 or qkv.shape[1] == 0 or qkv.shape[1] % (3 * heads):
@@ -108,11 +110,11 @@ def check_kinds(given: dict[str, torch.Tensor], heads: int) -> None:
         raise ValueError(f"heads must be a positive integer, got {heads!r}")
 
 
-def _triton(qkv, mem_kv, *, heads) -> torch.Tensor:
+def _triton(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> torch.Tensor:
     return _triton_attention.triton(qkv, mem_kv, heads)[0]
 
 
-def _triton_refuses(qkv, mem_kv, *, heads) -> str | None:
+def _triton_refuses(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> str | None:
     reason = triton_launch.why_not_triton(qkv.device)
     if reason is not None:
         return reason
@@ -130,7 +132,7 @@ def _triton_refuses(qkv, mem_kv, *, heads) -> str | None:
     return None
 
 
-def _triton_yields(qkv, mem_kv, *, heads) -> str | None:
+def _triton_yields(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> str | None:
     """The rule between our kernels and torch's; see the tables above.
 
     Where deterministic algorithms are asked for ours stay: the backward of torch's adds with atomics.
@@ -144,15 +146,17 @@ def _triton_yields(qkv, mem_kv, *, heads) -> str | None:
     return None
 
 
-def _native(qkv, mem_kv, *, heads) -> torch.Tensor:
+def _native(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> torch.Tensor:
     return _native_attention.native(qkv, mem_kv, heads)
 
 
-def _native_refuses(qkv, mem_kv, *, heads) -> str | None:
+def _native_refuses(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> str | None:
     return why_not_on_cpu({"qkv": qkv, "mem_kv": mem_kv}, maps=("qkv",), may_be_empty=("mem_kv",))
 
 
-def _example(side: int, D: int = 16, dtype: torch.dtype = torch.float32):
+def _example(
+    side: int, D: int = 16, dtype: torch.dtype = torch.float32
+) -> Callable[[torch.device], tuple[tuple, dict]]:
     def example(device: torch.device) -> tuple[tuple, dict]:
         qkv = torch.zeros(1, 3 * 2 * D, side, side, device=device, dtype=dtype)
         qkv = qkv.contiguous(memory_format=torch.channels_last)

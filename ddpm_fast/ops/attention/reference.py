@@ -30,7 +30,7 @@ def _memory_format(qkv: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _split(qkv: torch.Tensor, mem_kv: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
+def _split(qkv: torch.Tensor, mem_kv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q (B, heads, N, D), and k and v (B, heads, M + N, D) with the memory in front."""
     B, _, h, w = qkv.shape
     q, k, v = qkv.reshape(B, 3, heads, mem_kv.shape[3], h * w).transpose(-1, -2).unbind(1)

@@ -16,7 +16,7 @@ from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
 
 
-def _fake(x, **_) -> torch.Tensor:
+def _fake(x: torch.Tensor, **_: object) -> torch.Tensor:
     return torch.empty_like(x)
 
 
@@ -88,11 +88,31 @@ def _check(given: dict[str, torch.Tensor], heads: int, residual: torch.Tensor | 
         raise ValueError(f"residual must have shape {tuple(x.shape)}, got {tuple(residual.shape)}")
 
 
-def _native(x, gain_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> torch.Tensor:
+def _native(
+    x: torch.Tensor,
+    gain_in: torch.Tensor,
+    weight_qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    heads: int,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
     return _attention_block.native(x, gain_in, weight_qkv, mem_kv, weight, bias, residual, heads)
 
 
-def _native_refuses(x, gain_in, weight_qkv, mem_kv, weight, bias, *, heads, residual) -> str | None:
+def _native_refuses(
+    x: torch.Tensor,
+    gain_in: torch.Tensor,
+    weight_qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    heads: int,
+    residual: torch.Tensor | None,
+) -> str | None:
     given = {
         "x": x, "gain_in": gain_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias,
         "residual": residual,

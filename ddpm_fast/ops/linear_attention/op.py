@@ -24,14 +24,18 @@ _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets rea
 _ARGUMENTS = "Tensor qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor gain, Tensor? residual, int heads"
 
 
-def _triton_fake(qkv, mem_kv, weight, heads, **_) -> tuple[torch.Tensor, ...]:
+def _triton_fake(
+    qkv: torch.Tensor, mem_kv: torch.Tensor, weight: torch.Tensor, heads: int, **_: object
+) -> tuple[torch.Tensor, ...]:
     B, C, D = qkv.shape[0], weight.shape[0], mem_kv.shape[2]
     context = qkv.new_empty((B, heads, D, D), dtype=torch.float32)
     statistics = qkv.new_empty((B, heads, 2, D), dtype=torch.float32)
     return empty_output(qkv, C), context, statistics, qkv.new_empty((B, heads * D, C))
 
 
-def _native_fake(qkv, mem_kv, weight, **_) -> tuple[torch.Tensor, ...]:
+def _native_fake(
+    qkv: torch.Tensor, mem_kv: torch.Tensor, weight: torch.Tensor, **_: object
+) -> tuple[torch.Tensor, ...]:
     B, heads, D = qkv.shape[0], *mem_kv.shape[1:3]
     statistics = qkv.new_empty((B, 2, heads * D), dtype=torch.float32)
     return empty_output(qkv, weight.shape[0]), statistics, qkv.new_empty((B, heads * D, D), dtype=torch.float32)
@@ -96,7 +100,15 @@ def linear_attention(
     return _linear_attention_op(qkv, mem_kv, weight, bias, gain, heads=heads, residual=residual)
 
 
-def _check(qkv, mem_kv, weight, bias, gain, heads, residual) -> None:
+def _check(
+    qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    heads: int,
+    residual: torch.Tensor | None,
+) -> None:
     """The checks of every implementation."""
     check_kinds(
         {"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "gain": gain, "residual": residual}, heads
@@ -120,7 +132,14 @@ def check_kinds(given: dict[str, torch.Tensor | None], heads: int) -> None:
         raise ValueError(f"heads must be a positive integer, got {heads!r}")
 
 
-def check_output(weight, bias, gain, residual, hidden: int, sizes: tuple[int, int, int]) -> None:
+def check_output(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    residual: torch.Tensor | None,
+    hidden: int,
+    sizes: tuple[int, int, int],
+) -> None:
     """The arguments of the output projection, for maps of B, H, W."""
     if weight.dim() not in (2, 4) or weight.shape[1:].numel() != hidden or weight.shape[1] != hidden:
         raise ValueError(f"weight must have shape (C, {hidden}) or (C, {hidden}, 1, 1), got {tuple(weight.shape)}")
@@ -133,11 +152,29 @@ def check_output(weight, bias, gain, residual, hidden: int, sizes: tuple[int, in
         raise ValueError(f"residual must have shape {(B, C, H, W)}, got {tuple(residual.shape)}")
 
 
-def _triton(qkv, mem_kv, weight, bias, gain, *, heads, residual) -> torch.Tensor:
+def _triton(
+    qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    *,
+    heads: int,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
     return _triton_linear_attention.triton(qkv, mem_kv, weight, bias, gain, residual, heads)[0]
 
 
-def _triton_refuses(qkv, mem_kv, weight, bias, gain, *, heads, residual) -> str | None:
+def _triton_refuses(
+    qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    *,
+    heads: int,
+    residual: torch.Tensor | None,
+) -> str | None:
     reason = triton_launch.why_not_triton(qkv.device)
     if reason is not None:
         return reason
@@ -156,11 +193,29 @@ def _triton_refuses(qkv, mem_kv, weight, bias, gain, *, heads, residual) -> str 
     return why_too_large(mem_kv.shape[2], qkv.dtype)
 
 
-def _native(qkv, mem_kv, weight, bias, gain, *, heads, residual) -> torch.Tensor:
+def _native(
+    qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    *,
+    heads: int,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
     return _native_linear_attention.native(qkv, mem_kv, weight, bias, gain, residual, heads)[0]
 
 
-def _native_refuses(qkv, mem_kv, weight, bias, gain, *, heads, residual) -> str | None:
+def _native_refuses(
+    qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    *,
+    heads: int,
+    residual: torch.Tensor | None,
+) -> str | None:
     given = {"qkv": qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias, "gain": gain, "residual": residual}
     return why_not_on_cpu(given, maps=("qkv",), may_be_empty=("mem_kv",))
 

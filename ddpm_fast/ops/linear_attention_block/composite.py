@@ -32,6 +32,16 @@ def linear_attention_block(
     return _steps(*tensors, heads)
 
 
-def _steps(x, residual, gain_in, weight_qkv, mem_kv, weight, bias, gain, heads: int) -> torch.Tensor:
+def _steps(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    gain_in: torch.Tensor,
+    weight_qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    heads: int,
+) -> torch.Tensor:
     qkv = norm_linear(x, gain_in, weight_qkv.reshape(*weight_qkv.shape[:2], 1, 1))
     return linear_attention(qkv, mem_kv, weight, bias, gain, heads=heads, residual=residual)

@@ -17,7 +17,7 @@ from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
 
 
-def _fake(x, mem_kv, **_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fake(x: torch.Tensor, mem_kv: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, hidden = x.shape[0], mem_kv.shape[1] * mem_kv.shape[2]
     statistics = x.new_empty((B, 2, hidden), dtype=torch.float32)
     return torch.empty_like(x), statistics, x.new_empty((B, hidden, x.shape[1]), dtype=torch.float32)
@@ -73,7 +73,17 @@ def linear_attention_block(
     )
 
 
-def _check(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, heads, residual) -> None:
+def _check(
+    x: torch.Tensor,
+    gain_in: torch.Tensor,
+    weight_qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    heads: int,
+    residual: torch.Tensor | None,
+) -> None:
     """The checks of the block's implementations."""
     given = {
         "x": x,
@@ -83,8 +93,9 @@ def _check(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, heads, residual) 
         "weight": weight,
         "bias": bias,
         "gain": gain,
+        "residual": residual,
     }
-    check_kinds(given | {"residual": residual}, heads)
+    check_kinds(given, heads)
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
     B, C, H, W = x.shape
@@ -101,11 +112,35 @@ def _check(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, heads, residual) 
     check_output(weight, bias, gain, residual, hidden, (B, H, W))
 
 
-def _native(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, *, heads, residual, recompute) -> torch.Tensor:
+def _native(
+    x: torch.Tensor,
+    gain_in: torch.Tensor,
+    weight_qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    *,
+    heads: int,
+    residual: torch.Tensor | None,
+    recompute: bool,
+) -> torch.Tensor:
     return _linear_attention_block.native(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, residual, heads)[0]
 
 
-def _native_refuses(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, *, heads, residual, recompute) -> str | None:
+def _native_refuses(
+    x: torch.Tensor,
+    gain_in: torch.Tensor,
+    weight_qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    *,
+    heads: int,
+    residual: torch.Tensor | None,
+    recompute: bool,
+) -> str | None:
     given = {
         "x": x, "gain_in": gain_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias,
         "gain": gain, "residual": residual,
