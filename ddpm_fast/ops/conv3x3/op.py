@@ -6,6 +6,8 @@ products of a direct convolution, at 1.5 to 2 times its rounding error. Elsewher
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
@@ -16,7 +18,7 @@ from ddpm_fast.runtime.dispatch import Implementation, Op
 _SMALLEST_SIDE = 3  # of maps for which a tile of 4×4 outputs pays
 
 
-def _native_fake(x, weight, upsampled, **_) -> torch.Tensor:
+def _native_fake(x: torch.Tensor, weight: torch.Tensor, upsampled: bool, **others: object) -> torch.Tensor:
     B, _, H, W = x.shape
     factor = 2 if upsampled else 1
     shape = (B, weight.shape[0], factor * H, factor * W)
@@ -70,7 +72,14 @@ def conv3x3(
     return _conv3x3_op(x, weight, bias, skip=skip, residual=residual, upsampled=upsampled)
 
 
-def _check(x, weight, bias, skip, residual, upsampled) -> None:
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    upsampled: bool,
+) -> None:
     """The checks of every implementation."""
     given = {"x": x, "weight": weight, "bias": bias, "skip": skip, "residual": residual}
     check_tensors(given, optional=("bias", "skip", "residual"))
@@ -90,16 +99,40 @@ def _check(x, weight, bias, skip, residual, upsampled) -> None:
         raise ValueError(f"residual must have shape {(B, K, factor * H, factor * W)}, got {tuple(residual.shape)}")
 
 
-def _native(x, weight, bias, *, skip, residual, upsampled) -> torch.Tensor:
+def _native(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    skip: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    upsampled: bool,
+) -> torch.Tensor:
     return _conv3x3.native(x, skip, weight, bias, residual, upsampled)
 
 
-def _native_refuses(x, weight, bias, *, skip, residual, upsampled) -> str | None:
+def _native_refuses(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    skip: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    upsampled: bool,
+) -> str | None:
     given = {"x": x, "weight": weight, "bias": bias, "skip": skip, "residual": residual}
     return why_not_on_cpu(given, maps=("x",))
 
 
-def _native_yields(x, weight, bias, *, skip, residual, upsampled) -> str | None:
+def _native_yields(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    skip: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    upsampled: bool,
+) -> str | None:
     factor = 2 if upsampled else 1
     for name, size in (("H", factor * x.shape[2]), ("W", factor * x.shape[3])):
         if size < _SMALLEST_SIDE:
@@ -107,7 +140,7 @@ def _native_yields(x, weight, bias, *, skip, residual, upsampled) -> str | None:
     return None
 
 
-def _example(side: int):
+def _example(side: int) -> Callable[[torch.device], tuple[tuple, dict]]:
     def example(device: torch.device) -> tuple[tuple, dict]:
         x = torch.zeros(1, 8, side, side, device=device).contiguous(memory_format=torch.channels_last)
         options = {"skip": None, "residual": None, "upsampled": False}

@@ -10,18 +10,18 @@ from ddpm_fast.ops.arguments import why_not_on_cpu
 from ddpm_fast.ops.operator import Operator
 
 
-def _empty_output(x, weight, **_) -> torch.Tensor:
+def _empty_output(x: torch.Tensor, weight: torch.Tensor, **others: object) -> torch.Tensor:
     B, _, H, W = x.shape
     shape = (B, weight.shape[0], H, W)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _norm_linear_fake(x, weight, **_) -> tuple[torch.Tensor, torch.Tensor]:
+def _norm_linear_fake(x: torch.Tensor, weight: torch.Tensor, **others: object) -> tuple[torch.Tensor, torch.Tensor]:
     B, _, H, W = x.shape
     return _empty_output(x, weight), x.new_empty((B, H * W), dtype=torch.float32)
 
 
-def _linears_fake(x, weights, **_) -> torch.Tensor:
+def _linears_fake(x: torch.Tensor, weights: Sequence[torch.Tensor], **_: object) -> torch.Tensor:
     return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in weights)))
 
 
@@ -86,7 +86,9 @@ def norm_linear_refuses(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tenso
     return why_not_on_cpu({"x": x, "gain": gain, "weight": weight}, maps=("x",))
 
 
-def linear_residual_refuses(x, weight, bias, residual) -> str | None:
+def linear_residual_refuses(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor
+) -> str | None:
     return why_not_on_cpu({"x": x, "weight": weight, "bias": bias, "residual": residual}, maps=("x",))
 
 

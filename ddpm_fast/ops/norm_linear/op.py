@@ -9,6 +9,7 @@ Backward keeps x and one float per pixel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -24,13 +25,15 @@ _LARGEST_EXACT_ROW = 512  # the same where float32 products use no tensor cores 
 _LARGEST_ROWS = 2**31 - 2**16  # pixels that the kernels' 32-bit indices count
 
 
-def _norm_linear_fake(x, weight, **_) -> tuple[torch.Tensor, torch.Tensor]:
+def _norm_linear_fake(x: torch.Tensor, weight: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor]:
     from ddpm_fast.ops.norm_linear import triton as kernel
 
     return kernel.empty_outputs(x, weight.shape[0])
 
 
-def _linear_residual_gradients(needs, grad, x, weight) -> tuple[torch.Tensor | None, ...]:
+def _linear_residual_gradients(
+    needs: Sequence[bool], grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
     """The gradients of a convolution's input, weight and bias."""
     geometry = ((1, 1), (0, 0), (1, 1), False, (0, 0), 1, needs)
     return torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), (weight.shape[0],), *geometry)
@@ -161,7 +164,7 @@ class _Linears(torch.autograd.Function):
     """Keeps x; weights are put side by side again in backward, which is cheaper than to keep them so."""
 
     @staticmethod
-    def forward(ctx, x, count, *parameters):
+    def forward(ctx: Any, x: torch.Tensor, count: int, *parameters: torch.Tensor) -> torch.Tensor:
         weights, biases = parameters[:count], parameters[count:]
         ctx.save_for_backward(x, *weights)
         ctx.bias_dtypes = [bias.dtype for bias in biases]
@@ -169,12 +172,13 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         needs_x, _, *needs = ctx.needs_input_grad
         sizes = [weight.shape[0] for weight in weights]
         dx = grad @ torch.cat(weights).to(grad.dtype) if needs_x else None
-        dweights, dbiases = [None] * len(weights), [None] * len(weights)
+        dweights: list[torch.Tensor | None] = [None] * len(weights)
+        dbiases: list[torch.Tensor | None] = [None] * len(weights)
         if any(needs[: len(weights)]):
             made = (grad.t() @ x).split(sizes)
             dweights = [part.to(weight.dtype) for part, weight in zip(made, weights, strict=True)]
@@ -183,7 +187,7 @@ class _Linears(torch.autograd.Function):
         return dx, None, *dweights, *dbiases
 
 
-def _check_linears(x, weights, biases) -> None:
+def _check_linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
     if len(weights) == 0 or len(weights) != len(biases):
         raise ValueError(f"weights and biases must be as many, at least one, got {len(weights)} and {len(biases)}")
     numbered = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
@@ -217,11 +221,11 @@ def _check_weight(weight: torch.Tensor, C: int) -> None:
         raise ValueError(f"weight must have shape (K, {C}, 1, 1), got {tuple(weight.shape)}")
 
 
-def _triton(x, gain, weight) -> torch.Tensor:
+def _triton(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _norm_linear.triton(x, gain, weight)[0]
 
 
-def _triton_refuses(x, *others) -> str | None:
+def _triton_refuses(x: torch.Tensor, *others: torch.Tensor) -> str | None:
     reason = triton_launch.why_not_triton(x.device)
     if reason is not None:
         return reason
@@ -237,7 +241,7 @@ def _triton_refuses(x, *others) -> str | None:
     return None
 
 
-def _triton_norm_refuses(x, gain, weight) -> str | None:
+def _triton_norm_refuses(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> str | None:
     largest = (
         _LARGEST_EXACT_ROW
         if x.dtype == torch.float32 and triton_launch.convolution_precision() == "ieee"

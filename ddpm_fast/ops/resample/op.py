@@ -6,6 +6,8 @@ downsample_conv: pixel-unshuffle, then a 1×1 convolution, which is a 2×2 convo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu, why_steps_come_first
@@ -56,7 +58,9 @@ def downsample_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return unchecked_downsample_conv(x, weight, bias)
 
 
-def _check(x, weight, bias, taps, window: tuple[int, int]) -> None:
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, taps: torch.Tensor | None, window: tuple[int, int]
+) -> None:
     check_tensors({"x": x, "weight": weight, "bias": bias, "taps": taps}, optional=("bias", "taps"))
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
@@ -67,21 +71,25 @@ def _check(x, weight, bias, taps, window: tuple[int, int]) -> None:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def _native_upsample(x, weight, bias, *, taps) -> torch.Tensor:
+def _native_upsample(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, taps: torch.Tensor | None
+) -> torch.Tensor:
     return conv3x3(x, weight, bias, upsampled=True)
 
 
-def _native_upsample_refuses(x, weight, bias, *, taps) -> str | None:
+def _native_upsample_refuses(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, taps: torch.Tensor | None
+) -> str | None:
     return why_not_on_cpu({"x": x, "weight": weight, "bias": bias}, maps=("x",))
 
 
-def _native_downsample(x, weight, bias) -> torch.Tensor:
+def _native_downsample(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A matrix product of the four pixels' channels side by side."""
     K, C, _, _ = weight.shape
     return linear(_pixels_side_by_side(x), weight.permute(0, 2, 3, 1).reshape(K, 4 * C, 1, 1), bias)
 
 
-def _native_downsample_refuses(x, weight, bias) -> str | None:
+def _native_downsample_refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     if x.shape[2] % 2 or x.shape[3] % 2:
         return f"x is {x.shape[2]} × {x.shape[3]}, and native code takes even sizes"
     return why_not_on_cpu({"x": x, "weight": weight, "bias": bias}, maps=("x",))
@@ -94,7 +102,7 @@ def _pixels_side_by_side(x: torch.Tensor) -> torch.Tensor:
     return rows.transpose(2, 3).reshape(B, H // 2, W // 2, 4 * C).permute(0, 3, 1, 2)
 
 
-def _example(window: int):
+def _example(window: int) -> Callable[[torch.device], tuple[tuple, dict]]:
     def example(device: torch.device) -> tuple[tuple, dict]:
         x = torch.zeros(1, 8, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
         return (x, torch.zeros(8, 8, window, window, device=device), None), {"taps": None} if window == 3 else {}

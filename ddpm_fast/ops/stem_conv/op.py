@@ -6,7 +6,10 @@ On the CPU, products of rows of the padded map, in which what a row of the kerne
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch.nn.grad import conv2d_input
 
 from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.operator import Operator
@@ -16,14 +19,16 @@ from ddpm_fast.runtime.dispatch import Implementation, Op
 _MOST_CHANNELS = 16  # with more, a direct convolution's own blocks of channels are filled
 
 
-def _native_fake(x, weight, **_) -> torch.Tensor:
+def _native_fake(x: torch.Tensor, weight: torch.Tensor, **_: object) -> torch.Tensor:
     shape = (x.shape[0], weight.shape[0], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _image_gradient(needs, grad, x, weight) -> tuple[torch.Tensor]:
+def _image_gradient(
+    needs: Sequence[bool], grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor]:
     """Of x by torch: training needs no gradient of an image."""
-    dx = torch.nn.grad.conv2d_input(x.shape, weight.to(grad.dtype), grad, padding=weight.shape[2] // 2)
+    dx = conv2d_input(x.shape, weight.to(grad.dtype), grad, padding=weight.shape[2] // 2)
     return (dx.to(x.dtype),)
 
 
@@ -60,7 +65,7 @@ def stem_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     return _stem_conv_op(x, weight, bias)
 
 
-def _check(x, weight, bias) -> None:
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """The checks of every implementation."""
     check_tensors({"x": x, "weight": weight, "bias": bias}, optional=("bias",))
     if x.dim() != 4:
@@ -72,21 +77,21 @@ def _check(x, weight, bias) -> None:
         raise ValueError(f"bias must have shape ({shape[0]},), got {tuple(bias.shape)}")
 
 
-def _native(x, weight, bias) -> torch.Tensor:
+def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return _stem_conv.native(x, weight, bias)
 
 
-def _native_refuses(x, weight, bias) -> str | None:
+def _native_refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     return why_not_on_cpu({"x": x, "weight": weight, "bias": bias})
 
 
-def _native_yields(x, weight, bias) -> str | None:
+def _native_yields(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     if x.shape[1] > _MOST_CHANNELS:
         return f"x has {x.shape[1]} channels, more than {_MOST_CHANNELS}: torch's convolution has blocks of them"
     return None
 
 
-def _example(channels: int):
+def _example(channels: int) -> Callable[[torch.device], tuple[tuple, dict]]:
     def example(device: torch.device) -> tuple[tuple, dict]:
         x = torch.zeros(1, channels, 8, 8, device=device)
         return (x, torch.zeros(8, channels, 7, 7, device=device), None), {}
