@@ -11,6 +11,8 @@ Backward keeps x and one (RMSNorm, per pixel) or two (GroupNorm, per group) floa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ddpm_fast.ops.arguments import check_seed, check_tensors, why_not_on_cpu
@@ -23,7 +25,7 @@ _LARGEST_ROW = 8192  # channels that the RMSNorm kernels keep in one program's r
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
 
 
-def _fake(x, groups, **_) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(x: torch.Tensor, groups: int, **others: object) -> tuple[torch.Tensor, torch.Tensor]:
     B, _, H, W = x.shape
     return torch.empty_like(x), x.new_empty((B, groups, 2) if groups else (B, H * W), dtype=torch.float32)
 
@@ -138,7 +140,17 @@ def group_norm_silu(
     )
 
 
-def _check(x, gain, offset, bias, scale, shift, residual, dropout_p, seed) -> None:
+def _check(
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+) -> None:
     """The checks of every implementation."""
     optional = {"offset": offset, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
     given = {"x": x, "gain": gain, **{name: tensor for name, tensor in optional.items() if tensor is not None}}
@@ -155,16 +167,41 @@ def _check(x, gain, offset, bias, scale, shift, residual, dropout_p, seed) -> No
             raise ValueError(f"{name} must have shape {shape}, got {tuple(given[name].shape)}")
 
 
-def _rms(operator):
-    def run(x, gain, *, bias, scale, shift, residual, activation, dropout_p, seed) -> torch.Tensor:
+def _rms(operator: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    def run(
+        x: torch.Tensor,
+        gain: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        activation: bool,
+        dropout_p: float,
+        seed: torch.Tensor | None,
+    ) -> torch.Tensor:
         seed = seed if dropout_p > 0 else None
         return operator(x, gain, None, bias, scale, shift, residual, seed, 0, 0.0, activation, dropout_p)[0]
 
     return run
 
 
-def _group(operator):
-    def run(x, gain, offset, *, groups, eps, bias, scale, shift, residual, activation, dropout_p, seed) -> torch.Tensor:
+def _group(operator: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    def run(
+        x: torch.Tensor,
+        gain: torch.Tensor,
+        offset: torch.Tensor,
+        *,
+        groups: int,
+        eps: float,
+        bias: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        activation: bool,
+        dropout_p: float,
+        seed: torch.Tensor | None,
+    ) -> torch.Tensor:
         seed = seed if dropout_p > 0 else None
         rows = (gain, offset, bias, scale, shift)
         return operator(x, *rows, residual, seed, groups, eps, activation, dropout_p)[0]
@@ -172,7 +209,9 @@ def _group(operator):
     return run
 
 
-def _triton_refuses(x, gain, offset=None, **options) -> str | None:
+def _triton_refuses(
+    x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor | None = None, **options: torch.Tensor | float | None
+) -> str | None:
     reason = triton_launch.why_not_triton(x.device)
     if reason is not None:
         return reason
@@ -188,23 +227,25 @@ def _triton_refuses(x, gain, offset=None, **options) -> str | None:
     return None
 
 
-def _triton_rms_refuses(x, gain, **options) -> str | None:
-    reason = _triton_refuses(x, gain, **options)
+def _triton_rms_refuses(x: torch.Tensor, gain: torch.Tensor, **options: torch.Tensor | float | None) -> str | None:
+    reason = _triton_refuses(x, gain, None, **options)
     if reason is None and x.shape[1] > _LARGEST_ROW:
         return f"x has {x.shape[1]} channels, and a program of the RMSNorm kernel holds at most {_LARGEST_ROW}"
     return reason
 
 
-def _native_refuses(x, gain, offset=None, **options) -> str | None:
+def _native_refuses(
+    x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor | None = None, **options: torch.Tensor | float | None
+) -> str | None:
     given = {name: option for name, option in options.items() if isinstance(option, torch.Tensor)}
     return why_not_on_cpu({"x": x, "gain": gain, "offset": offset, **given}, maps=("x",))
 
 
-def _example(offset: bool):
+def _example(offset: bool) -> Callable[[torch.device], tuple[tuple, dict]]:
     def example(device: torch.device) -> tuple[tuple, dict]:
         x = torch.zeros(2, 8, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
         row = torch.zeros(8, device=device)
-        options = {"bias": None, "scale": None, "shift": None, "residual": None}
+        options: dict[str, float | None] = {"bias": None, "scale": None, "shift": None, "residual": None}
         options |= {"activation": True, "dropout_p": 0.0, "seed": None}
         return (x, row, row) if offset else (x, row), options | ({"groups": 2, "eps": 1e-5} if offset else {})
 

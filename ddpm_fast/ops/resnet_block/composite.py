@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,13 +51,13 @@ def resnet_block(
     norm1 = partial(_norm, groups=groups, eps=eps, dropout_p=dropout_p)
     norm2 = partial(_norm, groups=groups, eps=eps)
     with no_autocast(x.device.type):
-        if skip is not None and res_weight is None:
-            x, skip = torch.cat((x, skip.to(x.dtype)), dim=1), None
-        if skip is None:
+        if skip is not None and res_weight is not None:
+            y1, residual = convs_of_parts((x, skip), (weight1, None), (res_weight, res_bias))
+        else:
+            if skip is not None:
+                x, skip = torch.cat((x, skip.to(x.dtype)), dim=1), None
             y1 = conv3x3(x, weight1)
             residual = x if res_weight is None else linear(x, res_weight, res_bias)
-        else:
-            y1, residual = convs_of_parts((x, skip), (weight1, None), (res_weight, res_bias))
         first = (y1, gain1, offset1, bias1, scale, shift, None, seed)
         h = norm1(*first)
         y2 = conv_of_recomputed(h, norm1, first, weight2) if recompute else conv3x3(h, weight2)
@@ -84,13 +85,28 @@ def _norm(
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """dropout(SiLU(norm(y + bias)·(1 + scale) + shift)) + residual."""
-    rows = {"bias": bias, "scale": scale, "shift": shift, "residual": residual, "dropout_p": dropout_p, "seed": seed}
     if groups == 0:
-        return rms_norm_silu(y, gain, **rows)
-    return group_norm_silu(y, gain, offset, groups=groups, eps=eps, **rows)
+        return rms_norm_silu(
+            y, gain, bias=bias, scale=scale, shift=shift, residual=residual, dropout_p=dropout_p, seed=seed
+        )
+    offset = cast("torch.Tensor", offset)  # GroupNorm has one
+    return group_norm_silu(
+        y, gain, offset, groups=groups, eps=eps, bias=bias, scale=scale, shift=shift, residual=residual,
+        dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
 
 
-def _output(norm: Callable, y2, gain2, offset2, bias2, x, skip, res_weight, res_bias) -> torch.Tensor:
+def _output(
+    norm: Callable[..., torch.Tensor],
+    y2: torch.Tensor,
+    gain2: torch.Tensor,
+    offset2: torch.Tensor | None,
+    bias2: torch.Tensor,
+    x: torch.Tensor,
+    skip: torch.Tensor | None,
+    res_weight: torch.Tensor | None,
+    res_bias: torch.Tensor | None,
+) -> torch.Tensor:
     """The block's output from the second convolution's output y2 and the block's inputs."""
     if res_weight is None:
         residual = x
@@ -120,14 +136,21 @@ class _ConvOfRecomputed(torch.autograd.Function):
     """Gradients flow to h, weight and bias; those of the sources flow through h."""
 
     @staticmethod
-    def forward(ctx, remake: Callable, h: torch.Tensor, weight: torch.Tensor, bias, *sources):
+    def forward(
+        ctx: Any,
+        remake: Callable[..., torch.Tensor],
+        h: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *sources: torch.Tensor | None,
+    ) -> torch.Tensor:
         ctx.remake = remake
         ctx.save_for_backward(weight, *sources)
         return _same_conv(h, weight, bias)
 
     @staticmethod
     @once_differentiable  # h is computed again without a graph: a second derivative through it would be wrong
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, *sources = ctx.saved_tensors
         with torch.no_grad(), no_autocast(grad.device.type):
             h = ctx.remake(*sources).to(weight.dtype)
@@ -153,35 +176,38 @@ def convs_of_parts(
     """
     dtype = parts[0].dtype
     parts = tuple([part.to(dtype) for part in parts])
-    flat = [None if tensor is None else tensor.to(dtype) for pair in parameters for tensor in pair]
+    pairs = [(weight.to(dtype), None if bias is None else bias.to(dtype)) for weight, bias in parameters]
     if torch.is_grad_enabled() and not in_forward_mode():
+        flat = [tensor for pair in pairs for tensor in pair]
         return _ConvsOfParts.apply(len(parts), *parts, *flat)
     h = torch.cat(parts, dim=1)
-    return tuple([_same_conv(h, *pair) for pair in zip(flat[::2], flat[1::2], strict=True)])
+    return tuple([_same_conv(h, weight, bias) for weight, bias in pairs])
 
 
 class _ConvsOfParts(torch.autograd.Function):
     """See `convs_of_parts`. Backward is made of torch's operators and can be differentiated again."""
 
     @staticmethod
-    def forward(ctx, num_parts, *tensors):
-        parts, rest = tensors[:num_parts], tensors[num_parts:]
-        weights, biases = rest[::2], rest[1::2]
+    def forward(ctx: Any, num_parts: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        parts, rest = cast("tuple[torch.Tensor, ...]", tensors[:num_parts]), tensors[num_parts:]
+        weights, biases = cast("tuple[torch.Tensor, ...]", rest[::2]), rest[1::2]  # a bias may be None
         ctx.save_for_backward(*parts, *weights)
         ctx.num_parts = num_parts
         h = torch.cat(parts, dim=1)
         return tuple(_same_conv(h, *parameters) for parameters in zip(weights, biases, strict=True))
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: under torch's checkpoint a second read is an error
         parts, weights = saved[: ctx.num_parts], saved[ctx.num_parts :]
         needs = ctx.needs_input_grad[1:]
         needs_parts, needs = needs[: len(parts)], needs[len(parts) :]
-        dparts, gradients = [None] * len(parts), []
+        dparts: list[torch.Tensor | None] = [None] * len(parts)
+        gradients: list[torch.Tensor | None] = []
         for grad, weight, needs_weight, needs_bias in zip(grads, weights, needs[::2], needs[1::2], strict=True):
             geometry = ((1, 1), (weight.shape[2] // 2,) * 2, (1, 1), False, (0, 0), 1)
-            dweights, dbias, channel = [], None, 0
+            dweights: list[torch.Tensor] = []
+            dbias, channel = None, 0
             for i, part in enumerate(parts):
                 taps = weight[:, channel : channel + part.shape[1]]
                 taps = taps.contiguous(memory_format=weights_format(weight.device))

@@ -9,6 +9,8 @@ h again.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +21,9 @@ from ddpm_fast.ops.resnet_block import composite
 from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
 
 
-def _fake(x, weight1, groups, keep, **_) -> tuple[torch.Tensor, ...]:
+def _fake(
+    x: torch.Tensor, weight1: torch.Tensor, groups: int, keep: bool, **others: object
+) -> tuple[torch.Tensor, ...]:
     B, _, H, W = x.shape
 
     def empty_map(dtype: torch.dtype) -> torch.Tensor:
@@ -99,7 +103,7 @@ def resnet_block(
     Raises:
         TypeError, ValueError: an argument is not what is said here.
     """
-    options = {
+    options: dict[str, Any] = {
         "skip": skip, "offset1": offset1, "offset2": offset2, "scale": scale, "shift": shift,
         "res_weight": res_weight, "res_bias": res_bias, "out_weight": out_weight, "out_bias": out_bias,
         "groups": groups, "eps": eps, "dropout_p": dropout_p, "seed": seed, "recompute": recompute,
@@ -108,7 +112,16 @@ def resnet_block(
     return unchecked_resnet_block(x, weight1, bias1, gain1, weight2, bias2, gain2, **options)
 
 
-def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
+def _check(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    gain1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    gain2: torch.Tensor,
+    **options: Any,
+) -> None:
     """The checks of every implementation."""
     tensors = {"weight1": weight1, "bias1": bias1, "gain1": gain1, "weight2": weight2, "bias2": bias2, "gain2": gain2}
     optional = ("skip", "offset1", "offset2", "scale", "shift", "res_weight", "res_bias", "out_weight", "out_bias")
@@ -120,12 +133,12 @@ def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
             f"x and weight1 must have four dimensions, got shapes {tuple(x.shape)} and {tuple(weight1.shape)}"
         )
     B, C, H, W = x.shape
-    skip = options["skip"]
+    skip: torch.Tensor | None = options["skip"]
     if skip is not None:
         if skip.dim() != 4 or (skip.shape[0], *skip.shape[2:]) != (B, H, W):
             raise ValueError(f"skip must have shape ({B}, C, {H}, {W}), got {tuple(skip.shape)}")
         C += skip.shape[1]
-    K, groups = weight1.shape[0], options["groups"]
+    K, groups = weight1.shape[0], cast("int", options["groups"])
     shapes = {
         "weight1": (K, C, 3, 3), "weight2": (K, K, 3, 3), "bias1": (K,), "bias2": (K,), "offset1": (K,),
         "offset2": (K,), "scale": (B, K), "shift": (B, K), "res_weight": (K, C, 1, 1), "res_bias": (K,),
@@ -152,9 +165,17 @@ def _check(x, weight1, bias1, gain1, weight2, bias2, gain2, **options) -> None:
 
 
 def _native(
-    x, weight1, bias1, gain1, weight2, bias2, gain2, *, skip=None, offset1=None, offset2=None, scale=None, shift=None,
-    res_weight=None, res_bias=None, out_weight=None, out_bias=None, groups=0, eps=1e-5, dropout_p=0.0, seed=None,
-    recompute=False,
+    x: torch.Tensor,
+    weight1: torch.Tensor, bias1: torch.Tensor, gain1: torch.Tensor,
+    weight2: torch.Tensor, bias2: torch.Tensor, gain2: torch.Tensor,
+    *,
+    skip: torch.Tensor | None = None,
+    offset1: torch.Tensor | None = None, offset2: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+    res_weight: torch.Tensor | None = None, res_bias: torch.Tensor | None = None,
+    out_weight: torch.Tensor | None = None, out_bias: torch.Tensor | None = None,
+    groups: int = 0, eps: float = 1e-5, dropout_p: float = 0.0, seed: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     if skip is not None:
         skip = skip.contiguous(memory_format=torch.channels_last)  # the layout of its gradient
@@ -170,14 +191,21 @@ def _native(
     return out if out_weight is None else linear(out, out_weight, out_bias)
 
 
-def _run(*arguments) -> torch.Tensor:
+def _run(*arguments: torch.Tensor | float | None) -> torch.Tensor:
     """The native block; backward calls it with gradients enabled, too."""
     return _resnet_block.native(*arguments, True)[0]
 
 
 def _native_refuses(
-    x, weight1, bias1, gain1, weight2, bias2, gain2, *, skip=None, offset1=None, offset2=None, scale=None, shift=None,
-    res_weight=None, res_bias=None, **others,
+    x: torch.Tensor,
+    weight1: torch.Tensor, bias1: torch.Tensor, gain1: torch.Tensor,
+    weight2: torch.Tensor, bias2: torch.Tensor, gain2: torch.Tensor,
+    *,
+    skip: torch.Tensor | None = None,
+    offset1: torch.Tensor | None = None, offset2: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+    res_weight: torch.Tensor | None = None, res_bias: torch.Tensor | None = None,
+    **others: object,
 ) -> str | None:  # fmt: skip
     given = {
         "x": x, "weight1": weight1, "bias1": bias1, "gain1": gain1, "weight2": weight2, "bias2": bias2, "gain2": gain2,

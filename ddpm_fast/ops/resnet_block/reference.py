@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 
@@ -37,18 +39,22 @@ def resnet_block(
     with no_autocast(x.device.type):
         dtype = torch.promote_types(x.dtype, torch.float32)
 
-        def wide(tensor):
-            return None if tensor is None else tensor.to(dtype)
+        def wide(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(dtype)
 
-        def norm(y, gain, offset, **options):
+        def wide_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
+            return None if bias is None else wide(bias)
+
+        def norm(y: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor | None, **options: Any) -> torch.Tensor:
             if groups == 0:
                 return rms_norm_silu(y, gain, **options)
+            offset = cast("torch.Tensor", offset)  # GroupNorm has one
             return group_norm_silu(y, gain, offset, groups=groups, eps=eps, **options)
 
         h = wide(x) if skip is None else torch.cat((wide(x), wide(skip)), dim=1)
-        residual = h if res_weight is None else F.conv2d(h, wide(res_weight), wide(res_bias))
+        residual = h if res_weight is None else F.conv2d(h, wide(res_weight), wide_bias(res_bias))
         y = F.conv2d(h, wide(weight1), wide(bias1), padding=1)
         y = norm(y, gain1, offset1, scale=scale, shift=shift, dropout_p=dropout_p, seed=seed)
         y = F.conv2d(y, wide(weight2), wide(bias2), padding=1)
         out = norm(y, gain2, offset2, residual=residual)
-        return (out if out_weight is None else F.conv2d(out, wide(out_weight), wide(out_bias))).to(x.dtype)
+        return (out if out_weight is None else F.conv2d(out, wide(out_weight), wide_bias(out_bias))).to(x.dtype)
