@@ -9,6 +9,8 @@ make the same ε where they need it: it is never stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ddpm_fast import noise as noise_function
@@ -28,12 +30,14 @@ _IMAGES = "Tensor x_start, Tensor t, Tensor table, Tensor? noise, Tensor? seed, 
 _OPTIONS = "bool normalize, float offset_noise_strength"
 
 
-def _q_sample_fake(x_start, dtype, channels_last, **_) -> torch.Tensor:
+def _q_sample_fake(x_start: torch.Tensor, dtype: torch.dtype, channels_last: bool, **_: object) -> torch.Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(x_start.shape, dtype=dtype, device=x_start.device, memory_format=memory_format)
 
 
-def _diffusion_loss_fake(model_output, x_start, with_gradient, **_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _diffusion_loss_fake(
+    model_output: torch.Tensor, x_start: torch.Tensor, with_gradient: bool, **_: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     loss = torch.empty(x_start.shape[:1], dtype=torch.float32, device=x_start.device)
     error = torch.empty_like(model_output) if with_gradient else model_output.new_empty(0)
     return loss, torch.empty_like(loss), error
@@ -193,10 +197,17 @@ def _as_noise(noise: torch.Tensor | Noise | None, seed: int | torch.Tensor | Non
     return noise
 
 
-def _check(x_start, t, table, noise: Noise, flip, columns) -> None:
+def _check(
+    x_start: torch.Tensor,
+    t: torch.Tensor,
+    table: torch.Tensor,
+    noise: Noise,
+    flip: torch.Tensor | None,
+    columns: tuple[str, ...],
+) -> None:
     """The checks of every implementation; values on the device are not looked at."""
-    noise, offset_noise_strength = noise.tensor, noise.offset_noise_strength
-    for name, tensor in (("x_start", x_start), ("t", t), ("table", table), ("noise", noise), ("flip", flip)):
+    epsilon, offset_noise_strength = noise.tensor, noise.offset_noise_strength
+    for name, tensor in (("x_start", x_start), ("t", t), ("table", table), ("noise", epsilon), ("flip", flip)):
         if tensor is None and name in ("noise", "flip"):
             continue
         if not isinstance(tensor, torch.Tensor):
@@ -215,10 +226,10 @@ def _check(x_start, t, table, noise: Noise, flip, columns) -> None:
         raise ValueError(
             f"table must have shape (T, {len(columns)}), columns {', '.join(columns)}, got {tuple(table.shape)}"
         )
-    if noise is not None and (noise.shape != x_start.shape or not noise.is_floating_point()):
+    if epsilon is not None and (epsilon.shape != x_start.shape or not epsilon.is_floating_point()):
         raise ValueError(
             f"noise must be floating point of x_start's shape {tuple(x_start.shape)}, "
-            f"got {noise.dtype} of {tuple(noise.shape)}"
+            f"got {epsilon.dtype} of {tuple(epsilon.shape)}"
         )
     if flip is not None and (flip.dtype not in (torch.bool, torch.uint8) or flip.shape != t.shape):
         raise ValueError(f"flip must be bool or uint8 of shape {tuple(t.shape)}, got {flip.dtype} {tuple(flip.shape)}")
@@ -226,9 +237,19 @@ def _check(x_start, t, table, noise: Noise, flip, columns) -> None:
         raise ValueError(f"x_start must have channels for offset noise, got shape {tuple(x_start.shape)}")
 
 
-def _q_sample_by(operator):
+def _q_sample_by(operator: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def run(
-        x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength, dtype, memory_format
+        x_start: torch.Tensor,
+        t: torch.Tensor,
+        table: torch.Tensor,
+        noise: torch.Tensor | None,
+        *,
+        seed: torch.Tensor | None,
+        normalize: bool,
+        flip: torch.Tensor | None,
+        offset_noise_strength: float,
+        dtype: torch.dtype | None,
+        memory_format: torch.memory_format | None,
     ) -> torch.Tensor:
         if dtype is None:
             dtype = widest_dtype(table, x_start, noise)
@@ -238,8 +259,19 @@ def _q_sample_by(operator):
     return run
 
 
-def _diffusion_loss_by(operator):
-    def run(model_output, x_start, t, table, noise, *, seed, normalize, flip, offset_noise_strength) -> torch.Tensor:
+def _diffusion_loss_by(operator: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., torch.Tensor]:
+    def run(
+        model_output: torch.Tensor,
+        x_start: torch.Tensor,
+        t: torch.Tensor,
+        table: torch.Tensor,
+        noise: torch.Tensor | None,
+        *,
+        seed: torch.Tensor | None,
+        normalize: bool,
+        flip: torch.Tensor | None,
+        offset_noise_strength: float,
+    ) -> torch.Tensor:
         with_gradient = torch.is_grad_enabled() and model_output.requires_grad
         options = (normalize, offset_noise_strength, with_gradient)
         return operator(model_output, x_start, t, table, noise, seed, flip, *options)[0]
@@ -254,9 +286,18 @@ def _writes_channels_last(x_start: torch.Tensor, memory_format: torch.memory_for
 
 
 def _triton_q_sample_refuses(
-    x_start, t, table, noise, *, offset_noise_strength, dtype, memory_format, **others
+    x_start: torch.Tensor,
+    t: torch.Tensor,
+    table: torch.Tensor,
+    noise: torch.Tensor | None,
+    *,
+    flip: torch.Tensor | None,
+    offset_noise_strength: float,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format | None,
+    **others: object,
 ) -> str | None:
-    reason = _triton_refused(x_start) or _images_refused(x_start, t, table, noise, others["flip"])
+    reason = _triton_refused(x_start) or _images_refused(x_start, t, table, noise, flip)
     if reason is not None:
         return reason
     if dtype == torch.float64:
@@ -265,9 +306,17 @@ def _triton_q_sample_refuses(
 
 
 def _triton_diffusion_loss_refuses(
-    model_output, x_start, t, table, noise, *, offset_noise_strength, **others
+    model_output: torch.Tensor,
+    x_start: torch.Tensor,
+    t: torch.Tensor,
+    table: torch.Tensor,
+    noise: torch.Tensor | None,
+    *,
+    flip: torch.Tensor | None,
+    offset_noise_strength: float,
+    **others: object,
 ) -> str | None:
-    reason = _triton_refused(x_start) or _images_refused(x_start, t, table, noise, others["flip"])
+    reason = _triton_refused(x_start) or _images_refused(x_start, t, table, noise, flip)
     if reason is not None:
         return reason
     reason = _tensor_refused("model_output", model_output, _KERNEL_DTYPES)
@@ -276,8 +325,18 @@ def _triton_diffusion_loss_refuses(
     return _channels_refused(x_start, not model_output.is_contiguous() or offset_noise_strength > 0)
 
 
-def _native_q_sample_refuses(x_start, t, table, noise, *, dtype, memory_format, **others) -> str | None:
-    reason = _native_refused(x_start) or _images_refused(x_start, t, table, noise, others["flip"])
+def _native_q_sample_refuses(
+    x_start: torch.Tensor,
+    t: torch.Tensor,
+    table: torch.Tensor,
+    noise: torch.Tensor | None,
+    *,
+    flip: torch.Tensor | None,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format | None,
+    **others: object,
+) -> str | None:
+    reason = _native_refused(x_start) or _images_refused(x_start, t, table, noise, flip)
     if reason is not None:
         return reason
     if dtype is not None and dtype not in _KERNEL_DTYPES:
@@ -287,8 +346,17 @@ def _native_q_sample_refuses(x_start, t, table, noise, *, dtype, memory_format, 
     return None
 
 
-def _native_diffusion_loss_refuses(model_output, x_start, t, table, noise, **others) -> str | None:
-    reason = _native_refused(x_start) or _images_refused(x_start, t, table, noise, others["flip"])
+def _native_diffusion_loss_refuses(
+    model_output: torch.Tensor,
+    x_start: torch.Tensor,
+    t: torch.Tensor,
+    table: torch.Tensor,
+    noise: torch.Tensor | None,
+    *,
+    flip: torch.Tensor | None,
+    **others: object,
+) -> str | None:
+    reason = _native_refused(x_start) or _images_refused(x_start, t, table, noise, flip)
     return _tensor_refused("model_output", model_output, _KERNEL_DTYPES) if reason is None else reason
 
 
@@ -311,7 +379,9 @@ def _native_refused(x_start: torch.Tensor) -> str | None:
     return extension.why_not(x_start.device)
 
 
-def _images_refused(x_start, t, table, noise, flip) -> str | None:
+def _images_refused(
+    x_start: torch.Tensor, t: torch.Tensor, table: torch.Tensor, noise: torch.Tensor | None, flip: torch.Tensor | None
+) -> str | None:
     """Why no kernel of this op can run on these inputs, in one clause; None where both can."""
     if x_start.numel() == 0:
         return "the batch is empty"
@@ -356,7 +426,7 @@ _DEFAULTS = {
 }
 
 
-def _example(columns: int):
+def _example(columns: int) -> Callable[[torch.device], tuple[tuple, dict]]:
     def example(device: torch.device) -> tuple[tuple, dict]:
         image = torch.zeros(2, 3, 8, 8, device=device)
         t = torch.zeros(2, dtype=torch.int64, device=device)

@@ -21,7 +21,7 @@ _library.define(
 
 
 @torch.library.register_fake("ddpm_fast::fill_normal_", lib=_library)
-def _fill_normal_fake(out, seed, step, stream, start_index) -> None:
+def _fill_normal_fake(out: torch.Tensor, seed: torch.Tensor, step: torch.Tensor, stream: int, start_index: int) -> None:
     return None
 
 
@@ -100,12 +100,16 @@ def _step_tensor(step: int | torch.Tensor, device: torch.device) -> torch.Tensor
     return torch.full((1,), step % 2**32, dtype=torch.int64, device=device)
 
 
-def _native(out, seed, *, stream, step, start_index) -> torch.Tensor:
+def _native(
+    out: torch.Tensor, seed: torch.Tensor, *, stream: int, step: torch.Tensor, start_index: int
+) -> torch.Tensor:
     torch.ops.ddpm_fast.fill_normal_(out, seed, step, stream, start_index)
     return out
 
 
-def _native_refuses(out, seed, *, stream, step, start_index) -> str | None:
+def _native_refuses(
+    out: torch.Tensor, seed: torch.Tensor, *, stream: int, step: torch.Tensor, start_index: int
+) -> str | None:
     reason = extension.why_not(out.device)
     if reason is not None:
         return reason

@@ -9,6 +9,8 @@ al. 2020, eq. 7), DDIM with any eta (Song et al. 2021, eq. 12), DPM-Solver++(2M)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -37,12 +39,34 @@ _library.define(
 
 
 @torch.library.register_fake("ddpm_fast::sampler_step", lib=_library)
-def _sampler_step_fake(x, model_output, table, step, seed, x_start_previous, noise, clip_x_start, start_index, stream):
+def _sampler_step_fake(
+    x: torch.Tensor,
+    model_output: torch.Tensor,
+    table: torch.Tensor,
+    step: torch.Tensor,
+    seed: torch.Tensor,
+    x_start_previous: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    clip_x_start: bool,
+    start_index: int,
+    stream: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
 
 @torch.library.register_fake("ddpm_fast::sampler_step_", lib=_library)
-def _sampler_step_inplace_fake(x, model_output, table, step, seed, x_start, noise, clip_x_start, start_index, stream):
+def _sampler_step_inplace_fake(
+    x: torch.Tensor,
+    model_output: torch.Tensor,
+    table: torch.Tensor,
+    step: torch.Tensor,
+    seed: torch.Tensor,
+    x_start: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    clip_x_start: bool,
+    start_index: int,
+    stream: int,
+) -> None:
     return None
 
 
@@ -138,7 +162,18 @@ def sampler_step_(
     )
 
 
-def _check(x, model_output, table, step, seed, previous_name, previous, noise, start_index, stream) -> None:
+def _check(
+    x: torch.Tensor,
+    model_output: torch.Tensor,
+    table: torch.Tensor,
+    step: torch.Tensor,
+    seed: torch.Tensor,
+    previous_name: str,
+    previous: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    start_index: int,
+    stream: int,
+) -> None:
     """The checks of every implementation: shapes, dtypes and devices always, values where that costs no waiting."""
     optional = [(previous_name, previous), ("noise", noise)]
     required = [("x", x), ("model_output", model_output), ("table", table), ("step", step), ("seed", seed)]
@@ -175,8 +210,8 @@ def _check(x, model_output, table, step, seed, previous_name, previous, noise, s
         _check_values(table, step, previous_name, previous)
 
 
-def _check_values(table, step, previous_name, previous) -> None:
-    row = step.item()
+def _check_values(table: torch.Tensor, step: torch.Tensor, previous_name: str, previous: torch.Tensor | None) -> None:
+    row = int(step.item())
     if not 0 <= row < table.shape[0]:
         raise ValueError(f"step must be in [0, {table.shape[0]}), the rows of table, got {row}")
     if previous is None and table[row, 4] != 0:
@@ -187,7 +222,17 @@ def _check_values(table, step, previous_name, previous) -> None:
 
 
 def _native(
-    x, model_output, table, step, seed, *, x_start_previous, noise, clip_x_start, start_index, stream
+    x: torch.Tensor,
+    model_output: torch.Tensor,
+    table: torch.Tensor,
+    step: torch.Tensor,
+    seed: torch.Tensor,
+    *,
+    x_start_previous: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    clip_x_start: bool,
+    start_index: int,
+    stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ops.ddpm_fast.sampler_step(
         x, model_output, table, step, seed, x_start_previous, noise, clip_x_start, start_index, stream
@@ -195,7 +240,17 @@ def _native(
 
 
 def _native_inplace(
-    x, model_output, table, step, seed, *, x_start, noise, clip_x_start, start_index, stream
+    x: torch.Tensor,
+    model_output: torch.Tensor,
+    table: torch.Tensor,
+    step: torch.Tensor,
+    seed: torch.Tensor,
+    *,
+    x_start: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    clip_x_start: bool,
+    start_index: int,
+    stream: int,
 ) -> torch.Tensor:
     torch.ops.ddpm_fast.sampler_step_(
         x, model_output, table, step, seed, x_start, noise, clip_x_start, start_index, stream
@@ -204,7 +259,16 @@ def _native_inplace(
 
 
 def _native_refuses(
-    x, model_output, table, step, seed, *, noise, x_start=None, x_start_previous=None, **options
+    x: torch.Tensor,
+    model_output: torch.Tensor,
+    table: torch.Tensor,
+    step: torch.Tensor,
+    seed: torch.Tensor,
+    *,
+    noise: torch.Tensor | None,
+    x_start: torch.Tensor | None = None,
+    x_start_previous: torch.Tensor | None = None,
+    **options: object,
 ) -> str | None:
     reason = extension.why_not(x.device)
     if reason is not None:
@@ -237,7 +301,7 @@ def _is_evenly_spaced(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _example(previous_name: str):
+def _example(previous_name: str) -> Callable[[torch.device], tuple[tuple, dict]]:
     def example(device: torch.device) -> tuple[tuple, dict]:
         image = torch.zeros(2, 3, 8, 8, device=device)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
