@@ -1,10 +1,10 @@
-"""One baseline's training in a process of its own, and the memory that it takes on the CPU; prints JSON, in bytes.
+"""Measures the resident memory of one baseline's training on the CPU; prints JSON, in bytes.
 
 python benchmarks/memory_run.py BASELINE CONFIGURATION-AS-JSON
 
-`before`: resident when everything is imported, the network and the optimizer are built, and no step is taken.
-`peak`: the most that is resident during a few steps. `kept`: what every side holds from its first step on, gradients
-and Adam's two averages.
+`before`: resident after the imports and the construction of network and optimizer, before the first step.
+`peak`: the maximum during three steps. `kept`: gradients and Adam's two averages, which every baseline holds from its
+first step on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STEPS = 3
 
 
 def resident(name: str) -> int:
-    """Bytes by /proc/self/status: VmRSS now, VmHWM at most since the mark was set back."""
+    """Bytes from /proc/self/status: VmRSS is the current size, VmHWM the maximum since the last reset."""
     kilobytes = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]
     return 1024 * int(kilobytes)
 
@@ -34,7 +34,7 @@ def main(name: str, configuration: str) -> None:
     baseline = baselines.make(name, baselines.Configuration(**options), torch.device("cpu"))
     gc.collect()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     for _ in range(STEPS):
         baseline.training_step().item()
     parameters = sum(p.numel() * p.element_size() for p in baseline.diffusion.parameters())

@@ -1,7 +1,7 @@
-"""The steps of a report and of triage, by name: each a function of the report and of the seconds that it may take.
+"""The steps of a report and of triage, by name: each is a function of the report and a time limit in seconds.
 
-A step starts processes and reads what they print; it computes nothing itself, so that nothing of theirs can end the
-report. What it returns goes under its name in results.json; it raises Failed or Skipped with a reason.
+A step starts processes and reads their output; it computes nothing itself, so a crash of a process does not end the
+report. results.json keeps the returned dict under the step's name; a step raises Failed or Skipped with a reason.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ AUTOTUNED = (*COMPILED, "upstream-max-autotune")
 
 
 def part(report: Report, limit: float, name: str) -> dict:
-    """A part of triage.py in a process of its own; its lines are printed as they come."""
+    """A part of triage.py in its own process; its lines are printed at once."""
     lines = report.call(part_command(report, name), limit, echo=True).strip().splitlines()
     return {"summary": lines[-1]}
 
@@ -67,7 +67,7 @@ def triage_ops(report: Report, limit: float, ops: tuple[str, ...]) -> dict:
 
 def bench(report: Report, limit: float, file: str, seconds: float, *options: str) -> dict:
     """A file of benchmarks/ under pytest-benchmark; its records come line by line."""
-    # The deadline comes before the limit: a running contest may end.
+    # The deadline is at 85% of the limit: a contest that has begun may end.
     command = [
         PYTHON, "-m", "pytest", str(BENCHMARKS / file), "-q", "-p", "no:cacheprovider", "--device", report.device,
         "--size", report.size, "--seconds", str(seconds), "--records", str(report.records),
@@ -84,7 +84,7 @@ def bench(report: Report, limit: float, file: str, seconds: float, *options: str
 
 
 def network(report: Report, limit: float, case: str, baselines: tuple[str, ...] = ()) -> dict:
-    """One case of network_cases.py in a process of its own, ours against some others or all that the case names."""
+    """One case of network_cases.py in its own process: ours against `baselines`, by default all that the case lists."""
     from network_cases import network_cases
 
     if case not in [found.name for found in network_cases(report.size)]:
@@ -99,7 +99,7 @@ def network(report: Report, limit: float, case: str, baselines: tuple[str, ...] 
 
 
 def ratios(record: dict) -> str:
-    """Our milliseconds and the others' times over them."""
+    """Our time in milliseconds, and each baseline's time divided by ours."""
     medians = {name: t["median"] for name, t in record["timings"].items()}
     ours = medians.pop("ours")
     others = [f", {name} {median / ours:.2f} times as long" for name, median in medians.items()]
@@ -107,7 +107,7 @@ def ratios(record: dict) -> str:
 
 
 def networks(report: Report, limit: float) -> dict:
-    """Every case, in a process each; on the CPU, where what is compiled was compiled ahead."""
+    """Every case in its own process, on the CPU; `compile_ahead` has compiled the baselines."""
     from network_cases import network_cases
 
     until = time.time() + limit
@@ -131,7 +131,7 @@ def networks(report: Report, limit: float) -> dict:
 
 
 def compile_ahead(report: Report, limit: float) -> dict:
-    """Upstream's compiled form, as far as there is time; it waits in the cache for the networks or the next run."""
+    """Compile upstream's networks into the cache until the limit; later steps and the next run load them."""
     process = report.processes.start("compile", [PYTHON, str(BENCHMARKS / "warm.py"), report.device, report.size])
     try:
         report.processes.finish(process, limit)
@@ -144,7 +144,7 @@ def compile_ahead(report: Report, limit: float) -> dict:
 
 
 def ops(report: Report, limit: float, dtype: str | None = None) -> dict:
-    """Every implementation of every op; compiled ones only where there is time."""
+    """Every implementation of every op; on a GPU, compiled ones only in a report of 9 minutes or more."""
     seconds = 0.05 if report.quick else 1.0 if report.device == "cpu" else 0.1 if report.minutes < 6 else 0.3
     options = ["--dtypes", dtype] if dtype else []
     if report.plan == "cuda" and report.minutes < 9:
@@ -153,7 +153,7 @@ def ops(report: Report, limit: float, dtype: str | None = None) -> dict:
 
 
 def training_run(report: Report, limit: float) -> dict:
-    """A minute of `ddpm-fast train digits`, ended as by Ctrl-C, and samples of what it has learnt."""
+    """One minute of `ddpm-fast train digits`, ended by SIGINT, then samples of the trained model."""
     folder = report.work / "run"
     train = [PYTHON, "-m", "ddpm_fast", "train", "digits", "--seed", "0", "--results-folder", str(folder)]
     train += ["--steps", "1000000", "--save-every", "1000000", "--workers", "0"]
@@ -181,7 +181,7 @@ def training_run(report: Report, limit: float) -> dict:
 
 
 def tests(report: Report, limit: float) -> dict:
-    """The kernels' tests, then all others that need a GPU; without one the latter are found and skipped."""
+    """The tests of the kernels, then all other tests that need a GPU; without a GPU pytest skips the latter."""
     until = time.time() + limit
     gpu = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "tests").rglob("test_*.py"))
            if "mark.gpu" in file.read_text()]  # fmt: skip
@@ -192,7 +192,7 @@ def tests(report: Report, limit: float) -> dict:
     command = [PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if report.device == "cuda" and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(14, len(os.sched_getaffinity(0)) - 2))), "--dist", "worksteal"]
-    # cuBLAS has deterministic algorithms, which the tests ask for, only with a workspace set up before it starts.
+    # The tests need cuBLAS's deterministic algorithms: they need this variable set before cuBLAS starts.
     environment = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     found, bad = {}, False
     for name, options in runs.items():
@@ -220,7 +220,7 @@ def sanitizer(report: Report, limit: float) -> dict:
     if report.device != "cuda" or tool is None:
         raise Skipped("compute-sanitizer needs a GPU" if tool else "compute-sanitizer is not on the PATH")
     found, took = {}, 0.0
-    # Out of torch's caching allocator every tensor is an allocation of its own, whose end memcheck can see.
+    # Without torch's caching allocator every tensor is one cudaMalloc, so memcheck sees reads past its end.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for name in ("memcheck", "racecheck"):
         if until - time.time() < 1.5 * took:
@@ -235,7 +235,7 @@ def sanitizer(report: Report, limit: float) -> dict:
 
 
 def ncu(report: Report, limit: float) -> dict:
-    """Achieved bandwidth of the kernels that take most of a step, one after the other, as the hardware counts it."""
+    """Achieved bandwidth of the kernels that take most of a step, one after another, from hardware counters."""
     tool = shutil.which("ncu")
     if report.device != "cuda" or tool is None:
         raise Skipped("ncu needs a GPU" if tool else "ncu is not on the PATH")

@@ -1,7 +1,7 @@
-"""Compiles variants in processes of their own, into Triton's cache, where a later launch finds them.
+"""Compiles kernel variants into Triton's cache in worker processes; a later launch loads them from there.
 
-`triton.compile` gets the arguments that a launch would give it, so that its cache key is that of the launch. A process
-that dies fails one variant, and another process takes its place.
+`triton.compile` gets the same arguments as at a launch, so the cache key is the same. If a worker dies, its variant
+fails and a new worker replaces it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _OPS = ("norm_silu", "norm_linear", "linear_attention", "attention", "forward_di
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a variant.
+    """The result of compiling a variant.
 
     Args:
-        seconds: that compiling took, or finding it in the cache.
+        seconds: the time of the compilation, or of the look-up in the cache.
         registers: per thread.
-        spills: bytes of local memory per thread, where registers that did not suffice are.
-        cached: whether it was in the cache already.
-        error: in one line; None where it compiled.
+        spills: bytes of local memory per thread.
+        cached: True if the variant was in the cache before.
+        error: one line; None if the variant compiled.
     """
 
     kernel: str
@@ -59,13 +59,13 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Compiled:
             compiled = triton.compile(source, target=target, options=variant.options)
         seconds = time.perf_counter() - began
         registers, spills = resources(compiled)
-    except Exception as error:  # reported: whatever a compiler may raise fails this variant
+    except Exception as error:  # any error of the compiler fails this variant only, and is reported
         return Compiled(variant.kernel, time.perf_counter() - began, error=in_one_line(error))
     return Compiled(variant.kernel, seconds, registers, spills, cached=hits[0])
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error and what caused it; of long ones the ends: Triton writes the kernel's source between."""
+    """An error and its causes. A long text keeps its two ends: between them Triton prints the kernel's source."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
@@ -84,13 +84,13 @@ def resources(compiled: CompiledKernel) -> tuple[int, int]:
 
 
 class Pool:
-    """Processes that compile what is submitted, in that order; `finished` gives what is done, in any order.
+    """Worker processes that compile variants in the order of `submit`; `finished` yields results in any order.
 
-    Use it as a context manager: leaving it ends its processes, busy or not.
+    Use it as a context manager: leaving it kills the workers, busy or not.
     """
 
     def __init__(self, processes: int, target: GPUTarget):
-        # A server forks the processes: it has imported the kernels once, and has no threads that a fork would cut off.
+        # A server forks the workers: it imports the kernels once, and has no threads that a fork would break.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["triton.compiler", *(f"ddpm_fast.ops.{op}.kernel" for op in _OPS)])
         self.target = target
@@ -106,18 +106,18 @@ class Pool:
 
     @property
     def unfinished(self) -> list[Variant]:
-        """What is being compiled, and what waits."""
+        """The variants in the workers, then those in the queue."""
         return [worker.variant for worker in self._workers if worker.variant] + list(self._waiting)
 
     def submit(self, variant: Variant) -> None:
-        """Have a variant compiled."""
+        """Queue a variant."""
         self._waiting.append(variant)
         self._hand_out()
 
     def finished(self, seconds: float) -> Iterator[Compiled]:
-        """What is done, after waiting for it so long at most."""
+        """Results, after at most `seconds` of waiting."""
         busy = [worker for worker in self._workers if worker.variant]
-        # A dead worker's end of the connection is ready, too.
+        # The connection of a dead worker is ready too.
         ready = wait([worker.connection for worker in busy], seconds) if busy else []
         for worker in busy:
             if worker.connection in ready:
@@ -134,7 +134,7 @@ class Pool:
 
 
 class _Worker:
-    """A process, and the variant that it is at, if any."""
+    """A worker process and the variant that it compiles; None if it is idle."""
 
     def __init__(self, context: multiprocessing.context.BaseContext, target: GPUTarget):
         self.connection, other = context.Pipe()
@@ -148,7 +148,7 @@ class _Worker:
         try:
             self.connection.send(variant)
         except BrokenPipeError:
-            return  # the process has died; `receive` finds out and says so
+            return  # the process has died; `receive` reports this
 
     def receive(self) -> Compiled:
         variant, self.variant = self.variant, None
@@ -166,10 +166,10 @@ class _Worker:
 
 
 def _work(connection: Connection, target: GPUTarget, cache: str) -> None:
-    knobs.cache.dir = cache  # the server of the forks has the environment of its own start
+    knobs.cache.dir = cache  # the fork server's environment dates from its start
     while True:
         try:
             variant = connection.recv()
-        except EOFError:  # nobody is left to compile for
+        except EOFError:  # the pool has ended
             return
         connection.send(compile_variant(variant, target))

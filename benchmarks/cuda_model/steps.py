@@ -1,4 +1,4 @@
-"""What is recorded: a training step, a sampling step, and every op of the benchmarks at the sizes of production."""
+"""The recorded workloads: a training step, a sampling step, and every op of the benchmarks at production sizes."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _Record = Callable[[GPUTarget, Found], Step]
 
 
 def nothing(variant: Variant) -> None:
-    """What is done with a variant that is found, by default."""
+    """The default callback for a found variant: ignore it."""
 
 
 def make_diffusion(image_size: int = IMAGE_SIZE, **unet) -> GaussianDiffusion:
-    """The network that everything is measured with, on meta tensors; `unet` changes it."""
+    """The benchmarks' network on meta tensors; `unet` overrides its arguments."""
     model = Unet(**{**SEED, "flash_attn": True, **unet})
     return GaussianDiffusion(model, image_size=image_size).to(META)
 
 
 def make_training_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> tuple[Callable[[], None], TrainingStep]:
-    """A function that does what one replay of a recorded training step does, and the step; made ready by one call."""
+    """A function that does the work of one replay of a training step, and the step, after one warm-up call."""
     optimizer = torch.optim.Adam(diffusion.parameters(), 1e-4, fused=True, capturable=True)
     shape = (batch, diffusion.channels, *diffusion.image_size)
     options = {"ema": None, "max_grad_norm": 1.0, "autocast": AUTOCAST[dtype], "any_module": False}
@@ -68,7 +68,7 @@ def record_training(
 
 
 def make_sampling_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> Callable[[], None]:
-    """A function that does what one replay of a recorded sampling step does; call it in `sampling_mode`."""
+    """A function that does the work of one replay of a sampling step; call it in `sampling_mode`."""
     plan = diffusion._plan("ddpm", diffusion.num_timesteps)
     with torch.no_grad():
         x = torch.zeros((batch, diffusion.channels, *diffusion.image_size), device=diffusion.device)
@@ -85,7 +85,7 @@ def make_sampling_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> 
 
 @contextlib.contextmanager
 def sampling_mode(diffusion: GaussianDiffusion):
-    """As the loop of a sampler has it."""
+    """The context that the sampling loop runs in."""
     with inference_weights(diffusion.model, diffusion.num_timesteps), torch.inference_mode():
         yield
 
@@ -120,7 +120,7 @@ def record_ops(target: GPUTarget, found: Found = nothing, size: str = "full") ->
 
 
 def _networks(phase: str, record: Callable[..., Step], *more: tuple[int, str]) -> list[_Record]:
-    """A phase of every network that a GPU's report times, by batch and dtype, and more."""
+    """`record` for every batch and dtype that a GPU's report times in this phase, and for `more`."""
     timed = [case.configuration for case in network_cases("full") if phase in case.phases]
     wanted = dict.fromkeys([*((network.batch, network.dtype) for network in timed), *more])
     return [partial(_record, record, batch, dtype) for batch, dtype in wanted]
@@ -130,7 +130,7 @@ def _record(record: Callable[..., Step], batch: int, dtype: str, target: GPUTarg
     return record(target, batch, dtype, found)
 
 
-# What precompile.py takes by name: the steps whose kernels are compiled.
+# Names that precompile.py accepts, with the steps whose kernels it compiles.
 CASES: dict[str, list[_Record]] = {
     "training": _networks(PHASES[0], record_training, (TRAINING_BATCH, "bf16"), (TRAINING_BATCH, "fp32")),
     "sampling": _networks(PHASES[1], record_sampling, (SAMPLING_BATCH, "bf16")),

@@ -1,5 +1,5 @@
-// Memory safety of the operators, for CPU and CUDA. The sentences that users read are in op.py; these hold even if an
-// operator is called without it.
+// Argument checks of the native operators, CPU and CUDA: they keep memory safe if an operator is called without op.py.
+// Users read the error messages of op.py first.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,1 +1,1 @@
-"""Measuring: interleaved timings, machine ceilings, counts of work, and comparisons with upstream."""
+"""Measurement: interleaved timings, machine ceilings, counts of work, and comparisons with upstream."""

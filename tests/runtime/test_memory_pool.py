@@ -1,4 +1,4 @@
-"""Where the maps and gradients of the CPU's native operators are: no two in the same place, and none for ever."""
+"""The memory pool of the native CPU operators: tensors never overlap, and unused memory returns to the system."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def resident() -> int:
 
 
 def in_a_process(code: str) -> str:
-    """What a fresh process prints: the pool of this one has a history."""
+    """The output of a fresh process, whose pool is empty."""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -46,8 +46,8 @@ def in_a_process(code: str) -> str:
 @given(
     st.lists(st.one_of(st.integers(0, 12), st.floats(0.1, 6).map(lambda size: round(size, 3))), min_size=1, max_size=40)
 )
-def test_tensors_keep_to_themselves(actions):
-    """Floats make a tensor of so many MB, whole numbers free one of those that live."""
+def test_tensors_do_not_overlap(actions):
+    """An action is a float (allocate so many MB) or an integer (free the tensor of that index)."""
     alive = []
     for number, action in enumerate(actions):
         if isinstance(action, float):
@@ -61,7 +61,7 @@ def test_tensors_keep_to_themselves(actions):
         assert (made == value).all()
 
 
-def test_threads_take_and_give_at_once():
+def test_threads_allocate_and_free_at_once():
     wrong = []
 
     def work(seed: int):
@@ -86,8 +86,8 @@ def _in_a_child(queue, kept):
     queue.put((kept.sum().item(), tensor(2).fill_(3).sum().item()))
 
 
-def test_a_forked_child_has_its_own():
-    """Loaders fork while another thread may hold the pool."""
+def test_a_forked_child_has_its_own_pool():
+    """Data loaders fork while another thread may hold the pool's lock."""
     kept = tensor(1).fill_(1)
     context = multiprocessing.get_context("fork")
     stop = threading.Event()
@@ -110,7 +110,7 @@ def test_a_forked_child_has_its_own():
         thread.join()
 
 
-def test_they_are_tensors_like_others():
+def test_pickle_views_resize_and_sharing_work():
     made = tensor(1).fill_(2)
     assert torch.equal(pickle.loads(pickle.dumps(made)), made) and torch.equal(made.clone(), made)
     assert made.numpy()[0] == 2
@@ -128,7 +128,7 @@ def test_they_are_tensors_like_others():
     assert module.empty_tensor([0, 3]).shape == (0, 3) and module.empty_tensor([]).numel() == 1
 
 
-def test_memory_goes_back_on_demand_and_only_what_is_free():
+def test_empty_cache_returns_free_memory_only():
     keeps = tensor(8).fill_(1)
     ddpm_fast.empty_cache()
     below = resident()
@@ -141,7 +141,7 @@ def test_memory_goes_back_on_demand_and_only_what_is_free():
     assert tensor(64).fill_(2).eq(2).all()
 
 
-def test_what_no_step_needs_goes_back_by_itself():
+def test_memory_unused_by_recent_steps_returns_to_the_system():
     output = in_a_process(
         "import time\n"
         "from test_memory_pool import *\n"
@@ -158,7 +158,7 @@ def test_what_no_step_needs_goes_back_by_itself():
     assert 70 * MB < later < 85 * MB
 
 
-def test_limited_addresses_are_mallocs_matter():
+def test_malloc_replaces_the_pool_under_an_address_limit():
     output = in_a_process(
         "import re, resource\n"
         "from test_memory_pool import *\n"
@@ -169,7 +169,7 @@ def test_limited_addresses_are_mallocs_matter():
     assert output.split() == [str(3.0 * 2 * MB / 4), "0"]
 
 
-def test_a_training_step_needs_what_the_step_before_needed():
+def test_training_steps_do_not_grow_memory():
     output = in_a_process(
         "from test_memory_pool import *\n"
         "torch.manual_seed(0)\n"

@@ -1,7 +1,7 @@
-// Attention with its norm and its products: out = attention(x̂·W_qkvᵀ)·Wᵀ + bias + residual with x̂ the normed x.
+// The softmax attention block: out = attention(x̂·W_qkvᵀ)·Wᵀ + bias + residual, with x̂ the normed x.
 //
-// Samples are taken some at a time, so that a weight is packed once and read once for all their rows. Backward makes
-// x̂, qkv and attention's output again. Gradients of weights go panel by panel over all rows: no thread shares a sum.
+// A weight is packed once and read once per group of samples. Backward computes x̂, qkv and attention's output again; a
+// weight's gradient is one task per panel of columns, so no two threads add to the same sum.
 #pragma once
 
 #include "attention-inl.h"
@@ -9,9 +9,9 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA::attention {
 
-constexpr int64_t kRowsAtOnce = 1024;  // positions of the samples that are taken together
+constexpr int64_t kRowsAtOnce = 1024;  // positions of a group of samples
 constexpr int64_t kRowTile = 64;       // positions of a task
-constexpr int64_t kDepth = 256;        // positions that a product for a weight's gradient sums at a time
+constexpr int64_t kDepth = 256;        // positions per partial sum of a weight's gradient
 
 struct BlockPlan {
   AttentionBlockInputs block;
@@ -127,7 +127,7 @@ inline void block_forward(const AttentionBlockForward& args) {
   }
 }
 
-// To dbias (columns of one panel) the columns' sums of a packed panel of t rows.
+// dbias[n] += Σ over rows of panel[row·kPanel + n] for the columns of one packed panel of t rows.
 DDPM_FAST_INLINE void add_column_sums(const float* panel, int64_t t, float* dbias, int64_t columns) {
   vf left = {}, right = {};
   for (int64_t i = 0; i < t; i += 16) {  // sums of sums: 256 terms in a row would lose three digits

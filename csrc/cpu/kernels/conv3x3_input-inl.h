@@ -1,4 +1,4 @@
-// The transform of a 3×3 convolution's inputs, V in conv3x3-inl.h. It vectorises over channels.
+// The Winograd transform of a 3×3 convolution's inputs, V in conv3x3-inl.h, vectorised over channels.
 #pragma once
 
 #include "dispatch-inl.h"
@@ -9,15 +9,15 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 enum ConvScratch { kScratchV, kScratchM, kScratchU, kScratchShared, kScratchZeros, kScratchGradients, kScratchSums };
-// Planes that are a multiple of 4 KB apart share cache lines: 16 floats more between them.
+// Floats between planes, with 16 floats of padding: addresses a multiple of 4 KB apart share a set of the cache.
 DDPM_FAST_INLINE constexpr int64_t plane_stride(int64_t floats) { return round_up(floats, 16) + 16; }
 // The same for rows of V.
 DDPM_FAST_INLINE constexpr int64_t row_stride(int64_t C) { return C % 128 == 0 ? C + 16 : round_up(C, 16); }
 alignas(64) constexpr float kZeroVector[kLanes] = {};
 
 // V of a tile for kLanes or fewer channels: read(i, j) gives input (i, j), write(to, value) stores.
-// Points are made in three passes of two rows, so that what is between the two axes stays in registers; its twelve
-// vectors are cheaper to make from inputs loaded again than all thirty-six are to keep in memory.
+// Three passes of two rows each: the 12 vectors between the two axes stay in registers. Loading the inputs again is
+// cheaper than storing all 36 vectors.
 template <typename Read, typename Write>
 DDPM_FAST_INLINE void transform_tile(const Read& read, const Write& write, float* v, int64_t plane) {
   const auto put = [&](int i, vf c0, vf c1, vf c2, vf c3, vf c4, vf c5) DDPM_FAST_LAMBDA {

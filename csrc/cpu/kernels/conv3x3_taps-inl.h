@@ -1,4 +1,5 @@
-// The transform of a 3×3 convolution's taps, U in conv3x3-inl.h: packed for products, output channels side by side.
+// The Winograd transform of a 3×3 convolution's weight, U in conv3x3-inl.h: packed for products, output channels side
+// by side.
 #pragma once
 
 #include "conv3x3.h"
@@ -67,8 +68,8 @@ DDPM_FAST_INLINE void load_taps(const Conv3x3Weight& w, int64_t first, int64_t c
     return;
   }
   if (columns == kLanes && w.mirrored && w.out_stride == 9) {
-    // Every input channel has 9·kLanes floats in a row, output channels 9 apart. Since 9 is odd, the places modulo
-    // kLanes of one tap's floats are all different: it takes each lane from one of nine vectors, then orders the lanes.
+    // Every input channel has 9·kLanes floats in a row, output channels 9 apart. 9 is odd, so the floats of one tap lie
+    // in different lanes of nine vectors: gather_tap selects one vector per lane, then permutes the lanes.
     for (int64_t n = 0; n < count; ++n) {
       deinterleave(from + n * w.in_stride, taps + n * 9);
     }

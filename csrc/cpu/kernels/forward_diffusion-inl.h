@@ -1,4 +1,4 @@
-// Loops over a tile of one sample, which the compiler vectorises.
+// The kernels of q_sample and the diffusion loss on a tile of one sample: plain loops that the compiler vectorises.
 #pragma once
 
 #include "forward_diffusion.h"
@@ -17,7 +17,7 @@ inline void combine(float* __restrict__ to, const float* __restrict__ x, const f
 
 inline float subtract(float* __restrict__ error, const float* __restrict__ output, const float* __restrict__ target,
                       int64_t count) {
-  constexpr int kSums = 32;
+  constexpr int kSums = 32;  // partial sums: one sum would make each addition wait for the previous one
   float sums[kSums] = {};
   int64_t i = 0;
   for (; i + kSums <= count; i += kSums) {

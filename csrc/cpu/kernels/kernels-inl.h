@@ -1,4 +1,4 @@
-// Every kernel, for one instruction set.
+// The table of all native CPU kernels (kernels.h), compiled for one instruction set.
 #pragma once
 
 #include "attention_block-inl.h"

@@ -1,7 +1,7 @@
 // 1×1 convolutions of one or two maps side by side as matrix products, with the bias, a residual and a scale per row.
 //
-// The weight is packed in the same pass, which pays from some sixteen rows on. Sums over rows are made per segment of
-// rows, which depends on the sizes alone, then over segments in order.
+// Each call packs the weight; packing is faster than strided reads from about 16 rows on. Sums over rows are sums of
+// segments in order, and the segments depend on the sizes alone, so no result depends on the number of threads.
 #pragma once
 
 #include "gemm-inl.h"
@@ -14,7 +14,7 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 constexpr int kRowsSlot = 2, kPackedSlot = 6, kLinearSumsSlot = 7;  // of thread_scratch
 constexpr int64_t kTaskProducts = int64_t{1} << 18;  // fewer multiplications do not pay for waking a thread
 constexpr int64_t kBlockFloats = 65536;              // of A in a block of rows: it stays in the second-level cache
-// Longer sums are made in pieces: the rounding of n terms in a row grows with √n, that of torch's products does not.
+// Terms per partial sum. The rounding error of n terms added in a row grows with √n; that of torch's products does not.
 constexpr int64_t kSumLength = 256;
 
 typedef float v4 __attribute__((vector_size(16)));
@@ -53,7 +53,7 @@ DDPM_FAST_NOINLINE void pack_transposed(const float* w, int64_t stride, const fl
     const int64_t columns = min<int64_t>(kPanel, N - p * kPanel);
     const float* from = w + p * kPanel * stride;
     float* panel = packed + p * K * kPanel;
-    // A cache line of every row at a time.
+    // One cache line of every row at a time.
     for (int64_t line = 0; line < K; line += 16) {
       const int64_t end = min(K, line + 16), whole = line + (end - line) / 4 * 4;
       for (int64_t n = 0; n < kPanel; n += 4) {
@@ -86,7 +86,7 @@ inline void pack_straight(const float* b, int64_t stride, const float* row_scale
   }
 }
 
-// Sums of the pieces before, (rows, kPanel).
+// The partial sums of the terms so far, (rows, kPanel): writes or adds a row of registers.
 struct Pile {
   float* sums;
   bool empty;
@@ -99,7 +99,7 @@ struct Pile {
   }
 };
 
-// Takes rows of a product to LinearForward's out, see there.
+// The epilogue: stores rows of a product to `out` with row_scale, bias, residual and add (LinearForward).
 struct LinearOut {
   const LinearForward& p;
   int64_t row, column;
@@ -129,14 +129,14 @@ struct LinearOut {
   }
 };
 
-// Addresses of the rows of a block.
+// Addresses and row strides of a block's rows, for each of the two maps.
 struct BlockRows {
   const float* a[2];
   int64_t stride[2];
 };
 
-// Rows 4 KB apart push one another out of the first-level cache: they are copied to where they do not. `fresh`: the
-// thread has not copied this block yet.
+// Rows whose addresses differ by a multiple of 4 KB share a set of the first-level cache, so this function copies them
+// to rows with 16 floats of padding. `fresh`: the thread has not copied this block yet.
 inline BlockRows rows_of_block(const float* const* input, const int64_t* channels, int64_t first, int64_t rows,
                                bool fresh) {
   BlockRows block;
@@ -154,7 +154,7 @@ inline BlockRows rows_of_block(const float* const* input, const int64_t* channel
   return block;
 }
 
-// R rows, from row `local` of a block on, which is row `row` of out.
+// R rows of out from row `row` on, one panel of columns; `local` is the first row's index in the block.
 template <int R>
 DDPM_FAST_NOINLINE void linear_tile(const LinearForward& p, const BlockRows& block, int64_t local, int64_t row,
                                     int64_t column, const float* panel) {
@@ -199,20 +199,21 @@ DDPM_FAST_INLINE void linear_tile_of(int64_t rows, const LinearForward& p, const
   }
 }
 
-// Rows of a block for a matrix of C columns: whole tiles, the same whatever the threads.
+// Rows per block of a matrix of C columns: whole tiles, independent of the number of threads.
 DDPM_FAST_INLINE int64_t block_rows(int64_t C) { return max<int64_t>(1, kBlockFloats / C / kRows) * kRows; }
-// The same cut so that all threads get as many, for sums along rows, which do not depend on the cuts.
+// Rows per block with equally many blocks for each thread. Only for sums along rows: they do not depend on the blocks.
 DDPM_FAST_INLINE int64_t even_block_rows(int64_t rows, int64_t C) {
   const int64_t blocks = round_up(max<int64_t>(1, ceil_div(rows, block_rows(C))), thread_count());
   return max<int64_t>(1, ceil_div(rows, blocks));
 }
 
-// Tasks that make up enough work for a thread, each of so many multiplications.
+// Tasks of `products` multiplications each that are worth waking a thread for.
 DDPM_FAST_INLINE int64_t task_grain(int64_t products) {
   return max<int64_t>(1, kTaskProducts / max<int64_t>(1, products));
 }
 
-// body(block, panel, fresh) for all of them; a block's panels stay together, the first that a thread takes is fresh.
+// Calls body(block, panel, fresh) for every panel of every block, the panels of a block one after another. `fresh` is
+// true for the first panel of a block that a thread runs.
 template <typename Body>
 inline void over_blocks(int64_t blocks, int64_t panel_count, int64_t products, const Body& body) {
   parallel(blocks * panel_count, task_grain(products), [&](int64_t begin, int64_t end) {
@@ -241,8 +242,8 @@ inline void linear_forward(const LinearForward& p) {
   });
 }
 
-// Of one row of x and the weights of up to kPanel outputs: to[n] = x·w[n·C] + bias[n]. A single row has too few sums to
-// hide a product's waits, and packing takes longer than what follows.
+// to[n] = Σ over c of x[c]·w[n·C + c] + bias[n] for one row of x and n in [0, count). It packs nothing: for one row,
+// packing takes longer than the product.
 inline void dot_outputs(const float* x, const float* w, const float* bias, int64_t C, int64_t count, float* to) {
   for (int64_t n = 0; n < count; ++n, w += C) {
     vf even = {}, odd = {};

@@ -1,5 +1,4 @@
-"""norm_linear: the reference and errors. The Triton kernels run in a process apart, the native ones in
-test_norm_linear_native.py."""
+"""norm_linear and linear_residual: the reference and the errors. test_triton.py and test_native.py test the kernels."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def test_gradients_of_the_reference_are_autograds(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", ["norm_linear", "linear_residual"])
 def test_autocast_changes_nothing(op, dtype):
-    """Neither forward nor, where it runs in autocast too, backward."""
+    """Neither forward nor backward, which runs in autocast too."""
     tensors = make(SHAPE, "nhwc")
     x, gain, weight = tensors["x"].to(dtype), tensors["gain"], tensors["weight"]
     bias, residual = torch.randn(12), torch.randn(2, 12, 3, 4)
