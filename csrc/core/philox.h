@@ -13,7 +13,7 @@
 #define DDPM_FAST_INLINE __host__ __device__ __forceinline__
 #define DDPM_FAST_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__)
-// Always inlined: a copy of its own would miss the instruction set of the vectorised clone that calls it.
+// Always inlined: a separate function would lack the instruction set of the vectorised clone that calls it.
 #define DDPM_FAST_INLINE inline __attribute__((always_inline))
 #define DDPM_FAST_UNROLL _Pragma("GCC unroll 16")
 #else

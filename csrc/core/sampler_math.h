@@ -30,7 +30,7 @@ DDPM_FAST_INLINE float predict_x_start(const SamplerRow& row, float x, float mod
   return clip ? clipped : x_start;
 }
 
-// x ← r·x0 + s·x + u·x0_previous + σ·ε. Pass 0 for what a zero coefficient leaves unread.
+// x ← r·x0 + s·x + u·x0_previous + σ·ε. If a coefficient is 0, its tensor is not read: pass 0.
 DDPM_FAST_INLINE float next_state(const SamplerRow& row, float x_start, float x, float previous, float eps) {
   return row.r * x_start + row.s * x + row.u * previous + row.sigma * eps;
 }

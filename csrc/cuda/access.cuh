@@ -81,7 +81,7 @@ __device__ __forceinline__ void generate(float (&eps)[N], const NoiseIndex& inde
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// x over the units of a sample, y over the samples; kernels stride over what does not fit.
+// x over the units of a sample, y over the samples; kernels loop with the grid's stride over the rest.
 inline dim3 make_grid(int64_t batch, int64_t elements, int per_thread) {
   const int64_t units = (elements + per_thread - 1) / per_thread;
   const int64_t blocks = (units + kThreads - 1) / kThreads;

@@ -5,8 +5,8 @@ namespace ddpm_fast {
 
 namespace {
 
-// Each thread makes whole Philox blocks: with kWide 8 adjacent elements, stored in 16-byte accesses; otherwise 4, of
-// which a sample's last thread stores what is left.
+// Each thread computes whole Philox blocks: with kWide 8 adjacent elements, stored in 16-byte accesses; otherwise 4,
+// and a sample's last thread stores only the remaining ones.
 template <typename T, bool kWide>
 __global__ void __launch_bounds__(kThreads) fill_normal_kernel(const FillNormalParams p) {
   constexpr int N = kWide ? 8 : 4;

@@ -9,7 +9,7 @@ namespace {
 enum class Access {
   kWide,     // 8 elements, everything in 16-byte accesses
   kStrided,  // 4 elements, the state in 16-byte accesses, the model's output by its strides (channels-last)
-  kAny,      // 4 elements one by one, a sample's last thread what is left
+  kAny,      // 4 elements one by one, a sample's last thread the remaining ones
 };
 
 template <Access kAccess, int N>
@@ -60,8 +60,8 @@ __device__ __forceinline__ void fill(float (&to)[N], float value) {
   for (int i = 0; i < N; ++i) to[i] = value;
 }
 
-// Each thread makes whole Philox blocks and owns the elements it reads and writes, so x_next may be x and x_start may
-// be previous. Step and seed are read here, so that a CUDA graph replays with new ones.
+// Each thread computes whole Philox blocks and owns the elements it reads and writes, so x_next may be x and x_start
+// may be previous. Step and seed are read here, so that a CUDA graph replays with new ones.
 template <typename T, Access kAccess>
 __global__ void __launch_bounds__(kThreads) sampler_step_kernel(const SamplerStepParams p) {
   constexpr int N = kAccess == Access::kWide ? 8 : 4;

@@ -75,7 +75,7 @@ class Tape {
       return value.type()->isSubtypeOf(*c10::OptionalType::create(c10::TensorType::get())) ||
              value.type()->isSubtypeOf(*c10::ListType::ofTensors());
     };
-    // What knows no tensor gives the same every time.
+    // An operator without tensors returns the same at every call.
     if (given.empty() && std::none_of(returns.begin(), returns.end(), holds_tensors)) return;
     TORCH_CHECK(returns.size() < 2 || py::len(returned) == returns.size(), schema.name(), " returned something else");
     for (size_t i = 0; i < returns.size(); ++i) {
@@ -162,7 +162,7 @@ class Tape {
     return torch::jit::toIValue(given, argument.type(), argument.N());
   }
 
-  // `x += 1` comes with the number; torch calls the operator with a tensor that leaves the type of x as it is.
+  // `x += 1` passes the number; torch calls the operator with a tensor that does not change the dtype of x.
   static at::Tensor number_as_tensor(py::handle given) {
     const c10::Scalar scalar = PyBool_Check(given.ptr())
                                    ? c10::Scalar(given.ptr() == Py_True)

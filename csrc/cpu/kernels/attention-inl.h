@@ -99,8 +99,8 @@ inline void head_forward(const Plan& plan, const Head& head, const float* qkv, i
   }
 }
 
-// Gradients of one head: of its part of the sample's qkv, and of the memory, added to `dmemory` (2, heads, M, D). Where
-// `out` is not null, what forward gave is made again.
+// Gradients of one head: dqkv of one sample, and the memory's gradient, added to `dmemory` (2, heads, M, D). If `out`
+// is not null, the function recomputes forward's output into it.
 inline void head_backward(const Plan& plan, const Head& head, const float* qkv, const float* grad, int64_t h,
                           float* dqkv, float* dmemory, float* out) {
   const int64_t D = plan.in.D, M = plan.in.M, keys = plan.keys, stride = plan.stride;

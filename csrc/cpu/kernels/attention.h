@@ -1,4 +1,4 @@
-// Softmax attention with its norm and products: what the kernels of attention-inl.h take; free of torch.
+// Softmax attention with its norm and products: the arguments of the kernels in attention-inl.h; free of torch.
 #pragma once
 
 #include <stdint.h>

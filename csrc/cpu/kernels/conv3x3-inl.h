@@ -10,7 +10,7 @@
 //   cache through all steps. For large maps.
 // - by panels: V of all tiles first; then each thread takes panels of output channels, transforming their taps on the
 //   way, block by block: the weights are read once and their transform, four times their size, never leaves the cache.
-//   For few tiles with many channels, where the weights are what has to be moved.
+//   For few tiles with many channels: the weights are most of the memory traffic.
 // conv3x3_forward-inl.h chooses, or takes conv3x3_direct-inl.h for the smallest maps.
 #pragma once
 
@@ -24,20 +24,23 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 // Measured on two cores of a Zen 4 and of a Zen 3 (1 MB and 512 KB of second-level cache each, 32 MB of third-level):
-// tiles of a group, a whole number of passes of the product's kernel of kRows; the largest transform of the taps that
-// is made as a whole; the least tiles for which that pays; the floats of V that are made at a time.
+// - kGroup: tiles per group, a multiple of the GEMM kernel's rows;
+// - kMaxSharedU: the largest U, in floats, that is computed at once, and kMinTiles: the fewest tiles for which that is
+//   faster;
+// - kMaxV: floats of V computed at a time.
 constexpr int64_t kGroup = kLanes == 16 ? 14 : 18;
 constexpr int64_t kMaxSharedU = 2 << 20, kMinTiles = 128, kMaxV = 2 << 20;
 
-// Rough cycles of a Zen 4: of a panel's taps and products for one channel (and tile), and of a tile's inputs for one.
+// Rough cycles on a Zen 4, per channel: transform of a panel's taps, a panel's product for one tile, transform of one
+// tile's inputs.
 constexpr int64_t kCyclesOfTaps = 360, kCyclesOfProducts = 80, kCyclesOfInputs = 16;
 constexpr int64_t kCyclesOfPiece = 80000;  // less is not worth another thread
 
-// How many tasks of so many cycles make a piece.
+// Tasks of `cycles` cycles each that are worth another thread.
 DDPM_FAST_INLINE int64_t pieces_of(int64_t cycles) { return max<int64_t>(1, kCyclesOfPiece / max<int64_t>(1, cycles)); }
 
-// Channels of a piece of M's sums, whose rounding is most of Winograd's. A gradient has shorter ones: backward passes
-// it through every layer, and gradients of gains and biases sum what it has gathered. They cost a sixth of the product.
+// Channels per partial sum of M; the rounding of these sums is most of Winograd's error. Gradients use shorter partial
+// sums, at a sixth of the product's time, because backward carries their error through every layer.
 constexpr int64_t kForwardPiece = 64, kGradientPiece = 16;
 
 DDPM_FAST_INLINE int64_t channels_of_piece(const Conv3x3Forward& p, int64_t C) {

@@ -15,7 +15,7 @@ struct Conv3x3Weight {
   bool mirrored;
 };
 
-// RMSNorm of finished pixels, and what follows it: SiLU(normed·gain·(1 + scale) + shift) + residual, see norm_silu.h.
+// The epilogue on finished pixels: SiLU(RMSNorm(out)·gain·(1 + scale) + shift) + residual, see norm_silu.h.
 struct PixelNorm {
   const float* gain;      // (K)
   const float* scale;     // (B, K) or null

@@ -13,9 +13,8 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 // Two orders of work, chosen by sizes alone:
 // - by points: V and D of some hundred tiles, then each thread takes points and adds to all of their sums: V and D are
 //   read once, from one piece of memory each. For many tiles.
-// - by blocks: V and D of all tiles, then each thread takes blocks of the weight, whose sums never leave its
-// second-level
-//   cache. For few tiles with many channels, where the sums are what has to be moved.
+// - by blocks: V and D of all tiles, then each thread takes blocks of the weight, whose sums stay in its second-level
+//   cache. For few tiles with many channels: the sums are most of the memory traffic.
 
 // D of one tile: d + panel·apart + point·plane.
 inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles, const Tile& tile, float* d,
@@ -116,13 +115,13 @@ inline void sum_rows(const float* grad, int64_t rows, int64_t K, float* dbias) {
   }
 }
 
-// Sums are taken in pieces, since a sum of many terms rounds less as a sum of sums; the kernel of few rows needs longer
-// ones to earn what it takes to add a piece.
+// Tiles per partial sum: a sum of partial sums has a smaller rounding error. The GEMM kernel with fewer rows gets
+// longer ones, since adding a partial sum costs it relatively more.
 constexpr int64_t kTilesOfPiece = kLanes == 16 ? 32 : 64;
 constexpr int64_t kGradientBlock = 32;  // input channels of a block
 
-// Measured on two cores of a Zen 3 (512 KB of second-level cache each): the largest S that is made as a whole, and of V
-// and D together what is made at a time, by points and by blocks.
+// Floats, measured on two cores of a Zen 3 (512 KB of second-level cache each): the largest S computed by points, and V
+// and D together per pass, by points and by blocks.
 constexpr int64_t kMaxSums = 2 << 20, kMaxOfPoints = 3 << 18, kMaxOfBlocks = 2 << 20;
 
 // S (count × columns of a panel) from all or some tiles; v: (tile, channel), v_row floats from tile to tile; d: (tile,

@@ -29,8 +29,8 @@ struct OutputSlice {
 };
 
 // The 4×4 outputs of a tile for up to kLanes channels from m + point·plane; with kPooled the sums of 2×2 of them.
-// kWhole: the tile is inside the map, and there are kLanes channels. The two outer rows of each axis' four are made
-// apart from the inner two, from values loaded again, so that all stays in registers.
+// kWhole: the tile is inside the map, and there are kLanes channels. The outer two and the inner two of an axis' four
+// rows are two passes that both load the values, so that no register spills.
 template <bool kPooled, bool kWhole, bool kResidual>
 DDPM_FAST_INLINE void transform_output(const float* m, int64_t plane, const Tiles& tiles, const Tile& tile,
                                        const OutputSlice& slice) {

@@ -22,7 +22,7 @@ inline void prefetch_input_row(const float* const* input, const int64_t* channel
   }
 }
 
-// Row i of four rows of outputs of a tile, and of what the norm reads and writes.
+// Prefetches row i of a tile's four output rows, and the norm's inputs and outputs for that row.
 inline void prefetch_output_row(const Conv3x3Forward& p, const Tiles& tiles, int64_t index, int64_t i) {
   const Tile tile(tiles, index);
   if (tile.y + i >= tiles.H || p.pooled) return;  // a second part's outputs are left to come by themselves

@@ -17,7 +17,7 @@ DDPM_FAST_INLINE float half_to_float(uint16_t half) {
 
 DDPM_FAST_INLINE uint16_t float_to_half(float value) {
   const uint32_t bits = bits_of(value), magnitude = bits + bits;
-  // The product overflows to infinity what is too large; the sum with 2^k rounds to the bits that a half has there.
+  // The product turns numbers beyond half's range into infinity; adding 2^k rounds to half's bits at that exponent.
   const float scaled = (float_of(bits & 0x7FFFFFFFu) * 0x1.0p+112f) * 0x1.0p-110f;
   const uint32_t exponent = magnitude & 0xFF000000u, bias = exponent < 0x71000000u ? 0x71000000u : exponent;
   const uint32_t rounded = bits_of(float_of((bias >> 1) + 0x07800000u) + scaled);

@@ -94,7 +94,7 @@ DDPM_FAST_INLINE void product_rows(const float* a, int64_t row, int64_t step, co
   sums.write(out);
 }
 
-// Stores rows of a product, added to what is there or not.
+// Stores rows of a product, or adds them to C.
 struct Store {
   float* c;
   int64_t stride, columns;  // of the panel's columns those that exist

@@ -1,4 +1,4 @@
-// The kernels of this folder, which are compiled once for every instruction set, as tables of functions; free of torch.
+// `Kernels`, the table of this folder's functions; each instruction set has one. Free of torch.
 #pragma once
 
 #include "attention.h"

@@ -1,4 +1,4 @@
-// Products of maps as matrices (1×1 convolutions): what the kernels of linear-inl.h take. Free of torch.
+// Products of maps as matrices (1×1 convolutions): the arguments of the kernels in linear-inl.h. Free of torch.
 #pragma once
 
 #include <stdint.h>

@@ -1,12 +1,12 @@
 // Linear attention from x or qkv to the normed output (Shen et al. 2021, section 3.3).
 //
-// With values V = v, or with x given V = x̂, its normed rows, of which v = V·Wᵥᵀ, so that v is never made:
+// V is v; or, if the input is x, V is x̂, the normed rows of x, and v = V·Wᵥᵀ is never computed:
 //
 //   sums = softmax(k)ᵀ·V over the positions     context = D^−½·(sums·Wᵥᵀ + softmax(memory k)ᵀ·memory v)
 //   y = softmax(q)·projection + bias            projection = context·weightᵀ
 //
-// Positions are taken in groups, the same whatever the number of threads, and those in tiles that stay in the cache. q
-// and k are made from x tile by tile, in forward and again in backward, and are never in memory.
+// Positions are split into groups, independent of the number of threads, and groups into tiles that stay in the cache.
+// q and k are computed from x per tile, in forward and again in backward, and never stored.
 #pragma once
 
 #include "head_softmax-inl.h"
@@ -26,7 +26,7 @@ constexpr float kMinFloat = -3.402823466e38f;
 // Sizes, and how the work is cut up.
 struct Plan {
   LinearAttentionInputs in;
-  bool block;                         // x is given
+  bool block;                         // the input is x, not qkv
   int64_t HD, V, parts, width;        // values (N, parts·V); `width` of the HD channels belong to one part
   int64_t groups, tile, stride, row;  // of a sample; positions; of tiles with HD columns and with max(C, V·parts)
   int64_t samples;                    // that are taken together
@@ -187,8 +187,8 @@ inline void softmax_of_heads(const Plan& plan, float* q, int64_t t) {
   }
 }
 
-// Exponentials of a tile's k, in place, against the largest so far, and what the sums before shrink by. Columns behind
-// HD are computed on whatever is there and never read.
+// The online softmax: k ← exp(k − running maximum) in place, and the factors that rescale the earlier sums. Columns
+// from HD on hold undefined numbers that nobody reads.
 inline void exponentials(const Plan& plan, const Tile& tile, int64_t t) {
   for (int64_t c = 0; c < plan.HD; c += kLanes) {
     float* k = tile.queries + c;

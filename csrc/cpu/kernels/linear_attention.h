@@ -1,4 +1,5 @@
-// Linear attention with its norms and products: what the kernels of linear_attention-inl.h take; free of torch.
+// Linear attention with its norms and products: the arguments of the kernels in linear_attention-inl.h; free of
+// torch.
 #pragma once
 
 #include <stdint.h>
@@ -6,7 +7,7 @@
 namespace ddpm_fast {
 
 // B samples of N positions, `heads` heads of D channels, C channels of the output, M memory entries. Maps are
-// channels-last. Either qkv is given, or x with what makes qkv of it, and then C is x's number of channels, too.
+// channels-last. The input is either qkv, or x with gain_in and weight_qkv; then x has C channels, too.
 struct LinearAttentionInputs {
   int64_t B, N, heads, D, C, M;
   const float* qkv;         // (B, N, 3, heads, D) or null

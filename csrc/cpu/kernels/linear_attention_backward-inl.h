@@ -11,7 +11,7 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA::linear_attention {
 
-// Sums for the parameters, one of each for every item (a group of a sample) or sample that is taken at a time.
+// Partial sums of the parameters' gradients, one per item (a group of positions of a sample) or per sample.
 struct ParameterSums {
   float *qk, *gain, *bias;     // of an item: (2HD, C) with x, (C), (C)
   float *v, *weight, *memory;  // of a sample: (HD, C) with x, (C, HD), (2, M, channels)

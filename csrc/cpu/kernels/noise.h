@@ -1,4 +1,4 @@
-// Noise of tiles of samples: what the kernels of noise-inl.h take. Free of torch.
+// Noise of tiles of samples: the arguments of the kernels in noise-inl.h. Free of torch.
 #pragma once
 
 #include <stdint.h>

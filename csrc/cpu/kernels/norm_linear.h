@@ -1,4 +1,4 @@
-// A 1×1 convolution of an RMSNorm: what the kernels of norm_linear-inl.h take. Free of torch.
+// A 1×1 convolution of an RMSNorm: the arguments of the kernels in norm_linear-inl.h. Free of torch.
 #pragma once
 
 #include <stdint.h>

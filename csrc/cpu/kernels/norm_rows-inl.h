@@ -1,5 +1,5 @@
-// RMSNorm of one row (a pixel's channels, which stay in the first-level cache between two passes) with what stands
-// around it, forward and backward; norm_silu-inl.h has the formulas.
+// RMSNorm, affine map, SiLU, dropout and residual of one row, forward and backward; norm_silu-inl.h has the formulas. A
+// row is a pixel's channels and stays in the first-level cache between two passes.
 #pragma once
 
 #include "vec-inl.h"
@@ -63,7 +63,7 @@ DDPM_FAST_INLINE vf after_norm(vf y, const float* keep, const float* residual, i
   if constexpr (kActivation) y *= silu_gate(y);
   if (keep) {
     const vf k = lanes.get(keep + c);
-    y = select(k == vf{}, vf{}, y * k);  // what is dropped is 0, NaN and inf too
+    y = select(k == vf{}, vf{}, y * k);  // a dropped element is 0, even if y is NaN or inf
   }
   return residual ? y + lanes.get(residual + c) : y;
 }

@@ -3,8 +3,8 @@
 //   v = x + bias;  x̂ = v·√C / max(‖v‖₂, 1e-12)  or  x̂ = (v − mean)·rstd;  y = (x̂·gain + offset)·(1 + scale) + shift
 //   out = keep·SiLU(y) + residual
 //
-// Sums over pixels are made per chunk of a sample, then over chunks and samples in order, so that they do not depend on
-// the threads. norm_rows-inl.h has the functions of one row.
+// Sums over pixels are sums of chunks, added in the order of chunks and samples, so they do not depend on the threads.
+// norm_rows-inl.h has the functions of one row.
 #pragma once
 
 #include "core/philox.h"
@@ -19,7 +19,7 @@ constexpr int64_t kNormChunk = 4096;    // elements of a chunk, about; few, sinc
 constexpr int64_t kNormPiece = 16384;   // elements that are worth a thread
 constexpr uint32_t kStreamDropout = 6;  // STREAM_DROPOUT of ddpm_fast/noise.py
 
-// A sample's pixels in chunks of `rows`, the same whatever the threads.
+// A sample's pixels in chunks of `rows`, independent of the number of threads.
 struct NormChunks {
   int64_t rows, per_sample, total, grain;
 
@@ -192,7 +192,7 @@ void rms_forward(const NormSiluForward& p, const NormChunks& chunks) {
   over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t) {
     const float *x = p.in.x + chunk.begin, *residual = p.residual ? p.residual + chunk.begin : nullptr;
     float *out = p.out + chunk.begin, *norms = p.statistics + chunk.sample * p.in.N + chunk.first;
-    // A few rows at a time: their norms do not wait for one another, and the rows stay in the first-level cache.
+    // Up to 8 rows at a time: their norms are independent, and the rows stay in the first-level cache.
     const int64_t group = max<int64_t>(1, min<int64_t>(8, 1024 / C));
     for (int64_t first = 0; first < chunk.rows; first += group) {
       const int64_t last = min(chunk.rows, first + group);

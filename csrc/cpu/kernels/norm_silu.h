@@ -1,4 +1,5 @@
-// RMSNorm and GroupNorm with everything around them: what the kernels of norm_silu-inl.h take. Free of torch.
+// RMSNorm or GroupNorm, affine map, SiLU, dropout and residual: the arguments of the kernels in norm_silu-inl.h. Free
+// of torch.
 #pragma once
 
 #include <stdint.h>

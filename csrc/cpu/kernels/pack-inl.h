@@ -45,7 +45,7 @@ inline void pack_rows(const float* b, int64_t stride, int64_t K, int64_t N, floa
   }
 }
 
-// `product` for K of any size: long sums are taken in pieces, since a rounding error grows with what was summed.
+// `product` for any K: sums of more than kDeepest terms are sums of partial sums, for a smaller rounding error.
 inline void deep_product(const float* a, int64_t row, int64_t step, const float* packed, int64_t M, int64_t K,
                          int64_t N, float* c, int64_t stride, bool add) {
   const int64_t pieces = ceil_div(K, kDeepest);

@@ -39,7 +39,7 @@ DDPM_FAST_INLINE void row_norm_backward(const float* z, const float* normed, Row
   }
 }
 
-// x·gain by columns of a (rows, C) matrix: what folds a norm's gain into the weight of the product that follows.
+// x·gain by columns of a (rows, C) matrix: folds a norm's gain into the weight of the product after the norm.
 inline void scale_columns(const float* x, const float* gain, int64_t rows, int64_t C, float* to) {
   for (int64_t r = 0; r < rows; ++r, x += C, to += C) {
     for (int64_t c = 0; c < C; c += kLanes) {

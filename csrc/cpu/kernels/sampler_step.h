@@ -1,4 +1,4 @@
-// The sampler update on tiles of samples: what the kernel of sampler_step-inl.h takes. Free of torch.
+// The sampler update on tiles of samples: the arguments of the kernel in sampler_step-inl.h. Free of torch.
 #pragma once
 
 #include <stdint.h>

@@ -101,7 +101,7 @@ inline void stem_conv_forward(const StemConvForward& p) {
   });
 }
 
-constexpr int64_t kStemConvChunks = 32;  // of lines, each with sums of its own; the same whatever the threads
+constexpr int64_t kStemConvChunks = 32;  // chunks of lines, each with its partial sums; independent of the threads
 
 inline void stem_conv_weight_gradient(const StemConvWeightGradient& p) {
   const StemConvSizes& in = p.in;

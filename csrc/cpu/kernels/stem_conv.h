@@ -1,5 +1,5 @@
-// Convolutions of maps of few channels by a large odd kernel, stride 1 and zeros around: a network's first. What the
-// kernels of stem_conv-inl.h take; free of torch.
+// A network's first convolution: few channels, a large odd kernel, stride 1, zero padding. The arguments of the kernels
+// in stem_conv-inl.h; free of torch.
 #pragma once
 
 #include <stdint.h>

@@ -2,8 +2,8 @@
 // types: AVX-512, AVX2 and the portable build (NEON, SSE2) are one source. See avx512.cpp, avx2.cpp, portable.cpp,
 // which define DDPM_FAST_ISA (the namespace) and DDPM_FAST_LANES before they include anything.
 //
-// Nothing of the standard library is used here: a function of it that is emitted for AVX-512 might be the one that the
-// linker keeps for everybody.
+// No standard library here: of several copies of an inline function the linker keeps one, perhaps the AVX-512 copy, for
+// all targets.
 #pragma once
 
 #include <stdint.h>
@@ -38,8 +38,8 @@ DDPM_FAST_INLINE constexpr T max(T a, T b) {
 DDPM_FAST_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DDPM_FAST_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// value - 0 is the identity for every float, so that this compiles to a broadcast. 0 + value is not, since it maps -0
-// to +0, and cost a third of a product's time.
+// value - 0 is the identity for every float and compiles to a broadcast. 0 + value maps -0 to +0, stays an addition,
+// and cost a third of a product's time.
 DDPM_FAST_INLINE vf splat(float value) { return value - vf{}; }
 DDPM_FAST_INLINE vf load(const float* from) { return *reinterpret_cast<const vf_unaligned*>(from); }
 DDPM_FAST_INLINE void store(float* to, vf value) { *reinterpret_cast<vf_unaligned*>(to) = value; }

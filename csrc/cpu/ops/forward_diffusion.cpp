@@ -107,7 +107,7 @@ void store_tile(T* sample, const float* from, const Layout& layout, int64_t firs
                      AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__) \
                          AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
 
-// What both ops read: x0 and ε of a tile.
+// The inputs of both operators: x0 and ε of a tile.
 struct Images {
   const Tensor &x_start, &t, &table;
   int64_t batch, columns;

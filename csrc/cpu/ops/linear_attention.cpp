@@ -12,7 +12,7 @@ namespace {
 
 using Forward = std::tuple<Tensor, Tensor, Tensor>;  // out, statistics, sums
 
-// The arguments of a call in float32, and what the kernels take of them.
+// A call's arguments in float32, and the kernels' view of them.
 struct Call {
   Tensor map, gain_in, weight_qkv, mem_kv, weight, bias, gain;
   LinearAttentionInputs in;
@@ -76,7 +76,7 @@ Forward run_forward(const Call& call, const Tensor& given, const OptionalTensor&
   return {out.to(given.scalar_type()), statistics, sums};
 }
 
-// The gradients of the map and the parameters, in float32; those of the input's product where x is given.
+// The gradients of the map and the parameters, in float32; gain_in and weight_qkv only if the input is x.
 struct Gradients {
   Tensor map, gain_in, weight_qkv, mem_kv, weight, bias, gain;
 };

@@ -20,7 +20,7 @@ Tensor check_weight(const Tensor& weight, int64_t C) {
   return float_vector(weight);
 }
 
-// A gradient in the dtype of what it is the gradient of; empty where it was not made.
+// A gradient in the dtype of its argument; an empty tensor if it was not computed.
 Tensor in_dtype_of(const Tensor& given, const Tensor& made) {
   return made.defined() ? made.to(given.scalar_type()) : no_tensor(given.scalar_type());
 }

@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_silu_backward(
                                 .dbias = mutable_data_or_null(dbias),
                                 .dscale = mutable_data_or_null(dscale),
                                 .dshift = mutable_data_or_null(dshift)});
-  // In the dtype of what it is the gradient of; an empty tensor where that was not given.
+  // A gradient in the dtype of its argument; an empty tensor if the argument is absent.
   const auto result = [&](const Tensor& made, const OptionalTensor& given) {
     return given.has_value() ? made.to(given->scalar_type()) : no_tensor(x.scalar_type());
   };

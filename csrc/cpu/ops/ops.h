@@ -1,5 +1,5 @@
-// The operators of the CPU, as torch calls them: register.cpp. Their schemas, with what each argument is, are in
-// ddpm_fast/ops/*/op.py.
+// The CPU operators that register.cpp registers with torch. ddpm_fast/ops/*/op.py declares their schemas and documents
+// the arguments.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
 // A residual block as one operator: two 3×3 convolutions, norms, and the 1×1 convolution of the residual, by the
-// kernels of the single ops. What is between the first norm and the second convolution is made again in backward.
+// kernels of the single ops. Backward recomputes the maps between the first norm and the second convolution.
 
 #include <algorithm>
 #include <array>
@@ -45,7 +45,7 @@ struct Norm {
   }
 };
 
-// What both directions are given, as float32 and checked; or some of its images.
+// The checked float32 arguments of both directions, for all images or some of them.
 struct Block {
   Tensor x_map, skip_map, scale, shift, weight1, weight2, res_weight;
   const float *x, *skip;
@@ -111,8 +111,8 @@ struct Block {
     return some;
   }
 
-  // Images whose maps stay in the cache from one convolution to the next, with tiles enough to keep the kernels busy.
-  // Maps so small that the weights are what has to be moved are taken all at once.
+  // Images per pass: their maps stay in the cache between the convolutions, and there are enough tiles to keep the
+  // kernels busy. Small maps, for which the weights are most of the memory traffic, are one pass.
   int64_t images_at_once() const {
     const int64_t tiles = (H + 3) / 4 * ((W + 3) / 4);
     const int64_t fitting = kCachedFloats / (H * W * std::max(K, channels[0] + channels[1]));

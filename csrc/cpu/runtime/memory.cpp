@@ -1,9 +1,9 @@
-// A network asks for the memory of its maps and gradients again in every step. malloc would either give it back to the
-// system in between and take it again, page by page (27,000 page faults, 5% of a training step of Unet(64) at 32×32),
-// or keep it in holes between what lives on, such as Adam's moments, where few of the next tensors fit (another 100 MB
-// there). So large tensors come from one range of addresses: each takes the lowest address where it fits, which leaves
-// one free piece above the maps where the gradients of backward follow them down; and its pages are huge, where Linux
-// has those.
+// A pool for the maps and gradients of the native operators, which every step allocates again. malloc would return the
+// memory to the system in every step (27,000 page faults, 5% of a training step of Unet(64) at 32×32), or keep it in
+// holes between long-lived tensors such as Adam's moments (another 100 MB there).
+//
+// The pool is one range of addresses, first-fit: a tensor takes the lowest address where it fits, so backward's
+// gradients follow the maps that it frees. Pages are huge if Linux has them.
 #include "memory.h"
 
 #include <ATen/EmptyTensor.h>
@@ -30,8 +30,8 @@ namespace {
 
 constexpr size_t kMinBytes = 256 << 10;  // bytes; smaller tensors are malloc's
 constexpr size_t kStep = 2 << 20;        // the range grows by huge pages
-// Between neighbours, so that maps whose sizes are powers of two are not a multiple of 4 KB apart: a load then seems
-// to depend on every store to the same place of another map.
+// Padding between neighbours, so maps whose sizes are powers of two are not a multiple of 4 KB apart: the processor
+// would take a load for dependent on a store to the same offset of another map.
 constexpr size_t kGap = 17 * 64;
 constexpr double kKeptSeconds = 10;
 
@@ -111,7 +111,7 @@ class Pool {
     return data;
   }
 
-  // Makes the last free piece, at the end of what is in use, at least `size` long.
+  // Extends the last free piece, at the end of the used range, to at least `size` bytes.
   bool grow(size_t size) {
     const bool has_last = !free_.empty() && free_.rbegin()->first + free_.rbegin()->second == end_;
     const size_t more = (size - (has_last ? free_.rbegin()->second : 0) + kStep - 1) / kStep * kStep;
@@ -126,7 +126,8 @@ class Pool {
     return true;
   }
 
-  // Nothing is taken any more: a step, or a part of one, is over. What no step has needed for a while goes back.
+  // Called when no tensor is left: a step, or a part of one, is over. Returns memory that no step has used for
+  // kKeptSeconds.
   void end_step() {
     const auto now = Clock::now();
     recent_high_ = std::max(recent_high_, step_high_);

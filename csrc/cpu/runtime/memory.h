@@ -19,10 +19,10 @@ at::Tensor unpooled_tensor_like(const at::Tensor& tensor);
 // Stands for an output that was not asked for.
 inline at::Tensor no_tensor(at::ScalarType type) { return unpooled_tensor({0}, type); }
 
-// Gives what no tensor uses back to the system; returns how many bytes.
+// Returns unused memory to the system; the result is the number of bytes.
 int64_t empty_cache();
 
-// For tests: what no step has needed for so long goes back by itself.
+// For tests: seconds after which memory that no step has used returns to the system.
 void keep_memory_for(double seconds);
 
 }  // namespace ddpm_fast

@@ -6,7 +6,7 @@
 namespace ddpm_fast {
 
 // task(context, begin, end) over pieces of [0, count) on torch's threads; pieces of less than `grain` are not split.
-// Which thread takes what depends on their number: a task must compute each index the same way whoever takes it.
+// The split depends on the number of threads, so a task must compute each index the same way in any piece.
 void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int64_t), void* context);
 
 // How many threads run_parallel may use: to cut work into even pieces where the cuts do not touch the results.

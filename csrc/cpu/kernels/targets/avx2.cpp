@@ -1,7 +1,7 @@
 // The kernels for x86-64 with AVX2 and FMA.
 #include "targets.h"
 #if defined(DDPM_FAST_AVX2)
-// What philox.h includes of the standard library, before the target: those functions are everybody's.
+// The standard headers of philox.h come before the target pragma: the linker may keep these functions for all targets.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,5 +1,5 @@
-// Which tables this build has besides the portable one. A build for this processor (DDPM_FAST_NATIVE) leaves out what
-// the processor could not run.
+// The tables of this build besides the portable one. A build for this processor (DDPM_FAST_NATIVE) has only the tables
+// that the processor can run.
 #pragma once
 
 #if defined(__x86_64__)
