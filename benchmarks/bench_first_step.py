@@ -1,7 +1,7 @@
 """From a cold process to the first training step, and peak memory in training: `pytest benchmarks/bench_first_step.py`.
 
-Every baseline runs in processes of its own, interleaved, with empty compile caches. `ours-precompiled` is ours after
-benchmarks/precompile.py has compiled the kernels with all cores, which counts.
+Every run is a new process with empty compile caches; the baselines' runs are interleaved. `ours-precompiled` first
+compiles the kernels with benchmarks/precompile.py on all cores, and its time includes that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PRECOMPILED = "ours-precompiled"
 
 
 def first_step(name: str, configuration, device) -> dict:
-    """What first_step.py prints."""
+    """Run first_step.py; the parsed output."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
         started = time.time()
@@ -47,7 +47,7 @@ def run(command: list[str], caches: dict[str, str]) -> str:
 
 
 def order(baselines: tuple[str, ...], device) -> list[str]:
-    """Upstream before ours, which may compile for longer than there is time, and what compiles longest last."""
+    """Upstream first, then ours, whose compilation may exceed the time left; the slowest to compile last."""
     others = [name for name in baselines if name != "upstream"]
     names = [
         *[name for name in baselines if name == "upstream"],
@@ -63,7 +63,7 @@ def case(request):
 
 
 def test_first_step(benchmark, record, device, size, case, deadline):
-    """In rounds, for as long as there is time; what was found is recorded after every process."""
+    """Rounds of all baselines until the deadline; each process is recorded when it ends."""
     configuration = case.configuration
     left_out, found, took = {}, {}, {}
 

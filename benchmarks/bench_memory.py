@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc) -> None:
 
 
 def memory_of(name: str, configuration) -> dict[str, int]:
-    """What memory_run.py prints."""
+    """Run memory_run.py; the parsed output."""
     command = [sys.executable, str(SCRIPT), name, json.dumps(configuration.as_dict())]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -135,7 +135,7 @@ def calls_of_reference(inputs: Inputs, direction: str) -> Callable:
 
 
 def as_tuple(result) -> tuple:
-    """Copies: what a call returns may be overwritten by the next."""
+    """Copies of a result: the next call may overwrite it."""
     return tuple(r.detach().clone() for r in (result if isinstance(result, tuple) else (result,)))
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, the machine's ceilings, and a contest that checks, times and records."""
+"""Shared by the benchmarks: options, the machine's ceilings, and a contest that checks, times and records."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def deadline(request) -> float:
 
 @pytest.fixture
 def record(request):
-    """Append a dict to the records, as one line, so that a run that is stopped keeps what it has."""
+    """Append a dict to the records as one line at once: a stopped run keeps its records."""
     file = request.config.getoption("--records")
 
     def append(**fields) -> None:

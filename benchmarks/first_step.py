@@ -1,4 +1,4 @@
-"""One baseline in a process of its own: time to import, time to the first training step, peak memory; as JSON.
+"""Runs one baseline: time to import, time to the first training step and peak memory, as JSON.
 
 python benchmarks/first_step.py BASELINE CONFIGURATION-AS-JSON DEVICE STARTED
 """
@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 
-# What a user of each baseline imports, except ours.
+# The package of each baseline except ours.
 PACKAGES = {"upstream": "denoising_diffusion_pytorch", "diffusers": "diffusers"}
 
 
@@ -21,7 +21,7 @@ def main(name: str, configuration: str, device_name: str, started: str) -> None:
 
     importing = time.perf_counter()
     package = importlib.import_module(PACKAGES.get(name.split("-")[0], "ddpm_fast"))
-    # What their users name; ours imports its trainer, diffusers its network on demand.
+    # Ours and diffusers import lazily: access the names that a user needs.
     wanted = ("UNet2DModel", "DDPMScheduler") if name == "diffusers" else ("Unet", "GaussianDiffusion", "Trainer")
     for attribute in wanted:
         getattr(package, attribute)

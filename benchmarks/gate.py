@@ -1,21 +1,20 @@
-"""The regression gate: what can grow without a test failing, each with its bound in bounds.json.
+"""The regression gate: costs that no other test bounds, each with its bound in bounds.json.
 
-    python benchmarks/gate.py            measures everything, prints it beside its bound
-    python benchmarks/gate.py --write    then lowers bounds to what was measured; never raises one
-    python benchmarks/gate.py --write tests/test_*_aot.py    the same for what these files measure
+    python benchmarks/gate.py            measures everything, prints each number beside its bound
+    python benchmarks/gate.py --write    also lowers bounds to the measured numbers; never raises one
+    python benchmarks/gate.py --write tests/ops/*/test_aot.py    the same for the numbers of these files
 
-Tests measure, those marked `gate`, and hand each number to `check`: operators, bytes moved and bytes kept per image
-(test_traffic.py), registers of every kernel (test_*_aot.py, test_cuda_compile.py; spills are always zero), modules that
+Tests marked `gate` measure and pass each number to `check`: operators, bytes moved and bytes kept per image
+(test_traffic.py), registers of every kernel (test_aot.py, test_cuda_compile.py; spills are always zero), modules that
 the import loads and its time relative to torch's own (test_gate.py), bytes of a wheel (test_extension_build.py),
 launches of a step on CUDA, kernels of its cold start, the host's time of an op (test_cuda_model.py).
 
-A bound is at most 5% above what was measured. A number above its bound fails, and so does one more than 10% below it,
-which asks for the bound to be lowered, so that what was won stays won. A bound is raised by hand, in view of whoever
-reads the change. What a tool decides is held like this under the version that bounds.json names; under another version
-three tenths more are allowed, and nothing has to be lowered. Registers are not comparable between versions of Triton:
-each version has a table of its own, which `--write` makes where there is none. Under a version without one a thread may
-have all 255 registers that there are, and the tests hold spills at zero anyway.
-Time is never exact: its bound is half above the measured one.
+A bound is at most 5% above the measured number (times: 50%). A number above its bound fails. A number more than 10%
+below its bound fails, too, until `--write` has lowered the bound. A bound is raised by hand only.
+
+bounds.json names the version of each tool that decides a number. Under another version a number may be 30% above its
+bound, and no bound has to be lowered. Registers have a table per version of Triton, which `--write` adds; under a
+version without a table a kernel may use all 255 registers of a thread, still without spills.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ KINDS = {
 
 @cache
 def version(tool: str | None) -> str | None:
-    """What is here of a tool; None where it is not here."""
+    """The installed version of a tool; None if it is not installed."""
     if tool in ("torch", "triton"):
         try:
             return metadata.version(tool).partition("+")[0]
@@ -96,7 +95,7 @@ def bounds() -> dict[str, dict]:
 
 
 def table(kind: str, file: dict[str, dict]) -> dict[str, float]:
-    """Name → bound: what a kind's numbers are held to here."""
+    """Name → bound for the numbers of a kind, under the installed tools."""
     rule, found = KINDS[kind], file.get(kind, {})
     return found.get(version(rule.tool), {}) if rule.by_version else found
 
@@ -111,7 +110,7 @@ def new_bound(kind: str, measured: float) -> float:
 
 
 def verdict(kind: str, name: str, measured: float, file: dict[str, dict]) -> str | None:
-    """What is wrong with a measured number, in one sentence; None where nothing is."""
+    """Why a measured number fails, in one sentence; None if it passes."""
     rule = KINDS[kind]
     here = version(rule.tool)
     what = f"{kind}, {name}: measured {measured:g}"
@@ -139,7 +138,7 @@ def check(kind: str, name: str, measured: float, record: Path | None = None) -> 
     """Hold a number to its bound, or only note it in a file, a line of JSON each.
 
     Raises:
-        AssertionError: what `verdict` says.
+        AssertionError: the text of `verdict`.
     """
     if record is not None:
         with record.open("a") as file:
@@ -150,9 +149,9 @@ def check(kind: str, name: str, measured: float, record: Path | None = None) -> 
 
 
 def tightened(file: dict[str, dict], measured: dict[tuple[str, str], float]) -> dict[str, dict]:
-    """The bounds, lowered to what was measured where that is lower, with new ones added and none raised.
+    """The bounds with lower measured numbers and new ones; none is raised.
 
-    What was not measured stays as it is, and so do tables of other versions.
+    Numbers that were not measured and tables of other versions do not change.
     """
     tables = {kind: dict(table(kind, file)) for kind in KINDS}
     for (kind, name), number in measured.items():

@@ -1,4 +1,4 @@
-"""Ops forward and backward on a device, without a check or a clock: what compute-sanitizer and ncu look at.
+"""Runs ops forward and backward on a device, without checks or timing, for compute-sanitizer and ncu.
 
 python benchmarks/kernel_run.py DEVICE SIZE [--ops NAME ...] [--dtypes bf16 ...] [--first] [--repeat N]
 """

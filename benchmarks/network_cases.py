@@ -38,7 +38,7 @@ class NetworkCase:
 
 _TRAINING, _SAMPLING = PHASES
 
-# What only training tells from ours; triage times sampling step by step.
+# Baselines that differ from ours in training alone; triage times sampling step by step.
 TRAINING_ONLY = ("ours-low-memory", "ours-step-by-step")
 
 # The most that training may take of upstream's memory.

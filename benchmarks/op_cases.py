@@ -1,7 +1,7 @@
 """The list of op cases that the benchmarks time and the tests hold equal: one list, three sizes.
 
-`full` is what Unet(64, (1, 2, 4, 8)) does to a batch of 32 images of 128×128, `cpu` the same to one image, `quick` odd
-small shapes that walk every code path. To add an op: a function that makes `Inputs`, and a line in `op_cases`.
+`full`: the shapes of Unet(64, (1, 2, 4, 8)) on 32 images of 128×128; `cpu`: the same on one image; `quick`: small odd
+shapes that run every code path. To add an op: a function that makes `Inputs`, and a line in `op_cases`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class _Draw:
         self.device, self.dtype, self.compute = device, dtype, compute
 
     def normal(self, *shape: int, full: bool = False, channels_last: bool = False) -> torch.Tensor:
-        """`full`: float32 whatever the dtype of the case, as parameters under autocast are."""
+        """Normal numbers in the case's dtype; `full`: in float32, as parameters are under autocast."""
         x = torch.randn(*shape, generator=self.generator, device=self.device)
         rounded = x if full else x.to(self.dtype)
         wide = torch.float64 if self.compute == torch.float64 else torch.float32 if full else self.compute

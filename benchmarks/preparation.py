@@ -1,4 +1,4 @@
-"""What comes before measuring: what the machine is, the build of the extension, and the compilation of the kernels.
+"""The first steps of a report: the machine's description, the build of the extension, and the kernels' compilation.
 
 On a GPU machine the build begins first, on half of the cores, and the kernels beside it on the others; `extension` and
 `kernels` are the steps that wait for them.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 PYTHON = sys.executable
-# What the report has built last: a machine that is kept between two calls keeps it, whatever is mended meanwhile.
+# The hash of the sources of the last build; it stays on a machine that is kept between two calls.
 BUILT_FROM = ROOT / "build" / "built-from"
 
 
@@ -38,7 +38,7 @@ def halves() -> tuple[set[int], set[int]] | tuple[None, None]:
 
 
 def machine(report: Report, limit: float) -> dict:
-    """What it is, and for a report its ceilings; on a GPU machine build and kernels begin first, in the background.
+    """Describe the machine, and for a report measure its ceilings; on a GPU machine start build and kernels first.
 
     Without the device that the report is about it fails, and leaves the reason in `report.absent`.
     """
@@ -70,7 +70,7 @@ def machine(report: Report, limit: float) -> dict:
 
 
 def why_build(report: Report, found: dict | str) -> str | None:
-    """What is wrong with the extension that there is, by `machine.describe`; None where nothing is."""
+    """Why the installed extension must be built again, from `machine.describe`; None if it need not."""
     if isinstance(found, str):
         return found
     if report.device == "cuda" and "cuda" not in found["built"]:
@@ -81,7 +81,7 @@ def why_build(report: Report, found: dict | str) -> str | None:
 
 
 def sources() -> str:
-    """A hash of what the extension is built from."""
+    """A hash of the extension's sources."""
     files = [ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

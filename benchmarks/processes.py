@@ -1,6 +1,6 @@
-"""Processes with limits: each in a group of its own, its lines in the log as they come, ended with all that it started.
+"""Processes with time limits: each is a process group, logs its lines at once, and ends with all its children.
 
-A crash, a hang or a kill of one process is an exception for its caller, and costs nobody else anything.
+A crash, a hang or a kill of one process raises in its caller and affects no other process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# A group, and not a session: what ends our session ends our processes too. Before Python 3.11 there are only sessions.
+# A group, not a session: the end of our session ends these processes too. Python before 3.11 has only sessions.
 _GROUP = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 # Seconds for a process that was asked to end, and for one that was killed; a driver may hold it beyond that.
 _ASKED, _KILLED = 2.0, 3.0
@@ -25,7 +25,7 @@ _TICK = 2.0
 
 
 class Stopped(BaseException):
-    """The run was told to end; no step may take that for a fault of its own."""
+    """The run was told to end. A BaseException, so that no step catches it as its own failure."""
 
 
 class Skipped(Exception):
@@ -80,17 +80,17 @@ class Process:
 
     @property
     def running(self) -> bool:
-        """Whether the process, or one that it started, can still print. Nobody is waited for, so that an ended process
-        keeps its number until `end`."""
+        """True while the process or a child can still print. It does not reap the process, so the pid stays valid until
+        `end`."""
         return self._reader.is_alive()
 
     @property
     def text(self) -> str:
-        """What was printed so far."""
+        """The output so far."""
         return "\n".join(self.lines)
 
     def wait(self, until: float, on_tick: Callable[[], None]) -> int | None:
-        """The exit status; None where it still runs at a time, in epoch seconds."""
+        """The exit status; None if the process still runs at `until`, in epoch seconds."""
         code = self.popen.poll()
         while code is None and time.time() < until:
             try:
@@ -100,7 +100,7 @@ class Process:
         return code
 
     def signal(self, signum: int) -> bool:
-        """Send a signal to the group; False where nobody is left in it."""
+        """Send a signal to the group; False if the group has no process left."""
         try:
             os.killpg(self.popen.pid, signum)
         except ProcessLookupError:
@@ -108,7 +108,7 @@ class Process:
         return True
 
     def end(self) -> None:
-        """End the process, and what is left of those that it started; one that has ended is left as it is."""
+        """End the process and its children; nothing happens if they have ended."""
         for signum, patience in ((signal.SIGTERM, _ASKED), (signal.SIGKILL, _KILLED)):
             if not self.signal(signum):
                 break
@@ -165,7 +165,7 @@ class Processes:
         return self._running[-1]
 
     def finish(self, process: Process, limit: float, codes: tuple[int, ...] = (0,)) -> str:
-        """What a process prints, once it has ended.
+        """Wait for the end of a process; its output.
 
         Args:
             limit: seconds from now.

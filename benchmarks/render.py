@@ -57,7 +57,7 @@ def report(results: dict) -> str:
 
 
 def machine_name(results: dict) -> str:
-    """The machine's short name, or what is known where the run did not come that far."""
+    """The machine's short name; without a description of the machine, the device's type."""
     if "machine" not in results:
         return f"an unknown machine ({results['device']})"
     from ddpm_fast.measure import machine
@@ -147,7 +147,7 @@ def sides_note(results: dict) -> str:
 
 
 def memory_table(results: dict) -> str:
-    """MiB of each side, absolute and above what is there before the first step, and the shares of upstream's."""
+    """MiB of each baseline, in total and above the memory before the first step, and as a share of upstream's."""
     rows = []
     for record in select(results, "memory"):
         above = {name: b["peak"] - b["before"] for name, b in record["bytes"].items()}
@@ -165,7 +165,7 @@ def memory_table(results: dict) -> str:
 
 
 def overview(results: dict) -> str:
-    """What the command prints at its end: the networks' ratios and memory."""
+    """The last output of the report: the networks' ratios and memory."""
     parts = []
     if list(select(results, "network")):
         parts += [networks_summary(results), sides_note(results)]
@@ -261,7 +261,7 @@ def kept() -> dict[str, dict]:
 
 
 def measured() -> str:
-    """The measured part of docs/benchmarks.md: everything of the newest results, and what is counted."""
+    """The measured part of docs/benchmarks.md: the newest results in full, and the counts."""
     parts = []
     for stem, results in kept().items():
         parts += [where(results), networks_summary(results)]
@@ -315,10 +315,10 @@ def in_words(text: str) -> str:
 
 
 def networks_summary(results: dict, against: tuple[str, ...] | None = None) -> str:
-    """One row per configuration and phase: ours in milliseconds, the others' times over ours, and what is aimed at.
+    """One row per configuration and phase: ours in milliseconds, the others' times over ours, and the targets.
 
     Args:
-        against: only these, and without what is aimed at; None: everyone.
+        against: these baselines only, without targets; None: all of them.
     """
     records = [r for phase in PHASES for r in select(results, "network", phase=phase)]
     names = list(dict.fromkeys(n for r in records for n in r["timings"] if n != "ours"))
@@ -351,7 +351,7 @@ def ops_summary(results: dict) -> str:
 
 
 def traffic_part() -> str:
-    """What is counted, the same on every machine."""
+    """The table of counts, the same on every machine."""
     file = RESULTS / "traffic.json"
     if not file.exists():
         return ""

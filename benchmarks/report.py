@@ -76,9 +76,8 @@ class Plan:
 
 
 PLANS = {
-    # Build and kernels begin with "machine", in the background: "kernels" and "extension" wait for them to end. If
-    # everything hangs, each step takes its share, and the build what the steps before "extension" take. The first
-    # import of torch on a new machine reads gigabytes from its disk.
+    # "machine" starts build and kernels in the background; "kernels" and "extension" wait for their end. Even if all
+    # processes hang, each step ends after its share, and the build after the shares of the steps up to "extension".
     "triage": Plan(
         minutes=(2.5,),
         seconds={
@@ -94,8 +93,8 @@ PLANS = {
         needed=0.3,
         reserve=3.0,
     ),
-    # In 4 minutes who is faster, in 6 also where it is right, in 9 everything. Not max-autotune in 6: the steps before
-    # it may take 330 of 352 seconds, and its compilation alone is expected to take over 60.
+    # 4 minutes: times of the networks. 6: also correctness. 9: everything. max-autotune does not fit into 6: the steps
+    # before it may take 330 of 352 seconds, and its compilation is expected to take over 60.
     "cuda": Plan(
         minutes=(4, 6, 9),
         seconds={
@@ -142,7 +141,7 @@ PLANS = {
 }
 
 
-# Steps that run whatever is chosen, and need no GPU.
+# Steps that always run and need no GPU.
 PREPARATION = ("machine", "kernels", "extension")
 
 
@@ -204,7 +203,7 @@ class Report:
         }
 
     def run(self) -> None:
-        """All steps; what is in OUT is whole after each."""
+        """Run all steps; after each, the files in OUT are complete."""
         handlers = {signum: signal.signal(signum, self._stop) for signum in (signal.SIGTERM, signal.SIGINT)}
         try:
             chosen = self.steps()
@@ -286,7 +285,7 @@ class Report:
         write(self.file, json.dumps(self.results, indent=1) + "\n")
 
     def _write(self, last: bool) -> None:
-        """What was measured; of a report also report.md, and on the CPU the pictures at the end."""
+        """Write results.json; for a report also report.md, and on the CPU the pictures after the last step."""
         self._write_results()
         if self.plan == "triage":
             return
@@ -326,7 +325,7 @@ def unpack_missing(wheels: Path, folder: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a file atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

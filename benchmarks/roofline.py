@@ -1,4 +1,4 @@
-"""What a training step and a sampling step launch on a CUDA device, and the times of their parts on two GPUs.
+"""The launches of a training step and a sampling step on CUDA, and the times of their parts on two GPUs.
 
     python benchmarks/roofline.py [--keep FILE]         what `make cuda-model` prints; about a minute, no GPU
 

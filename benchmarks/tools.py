@@ -1,4 +1,4 @@
-"""What compute-sanitizer and ncu print, read."""
+"""Parsers for the output of compute-sanitizer and ncu."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step and a sampling step do, counted from operator dispatch: ours against upstream.
+"""Counts operators, bytes and operations of a training step and a sampling step: ours against upstream.
 
     python benchmarks/traffic.py [--dim 64] [--dim-mults 1 2 4 8] [--image-size 128] [--memory fast] [--json FILE]
     python benchmarks/traffic.py --keep             the seed configuration, for the README
@@ -41,7 +41,7 @@ def table(upstream: dict[str, Traffic], ours: dict[str, Traffic]) -> str:
 
 
 def for_the_readme(**sides: dict[str, Traffic]) -> dict:
-    """What benchmarks/render.py shows, from {"upstream": ..., "fast": ..., "low": ...}: totals, and torch's version."""
+    """The totals for benchmarks/render.py, from {"upstream": ..., "fast": ..., "low": ...}, and torch's version."""
     names = ("operators", "bytes_moved", "bytes_kept", "total_flops")
     totals = {
         side: {step: {name: getattr(found, name) for name in names} for step, found in steps.items()}

@@ -1,9 +1,9 @@
-"""The parts of triage, each in a process of its own: is it right, and is it fast, in lines that come one by one.
+"""Runs one part of triage: is it correct and is it fast? One line per result.
 
 python benchmarks/triage.py ops|training|sampling|upstream --device cuda --size full [--records FILE] [--ops NAME ...]
 
-What is found is printed and recorded line by line, so that a process that crashes or is stopped keeps it. The exit
-status is 1 where something is wrong; the last line is the summary.
+Each result is printed and recorded at once, so a process that crashes or is stopped keeps its results. The exit status
+is 1 if a check fails; the last line is the summary.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DIFFERENCE = 1e-3
 
 @dataclass
 class Part:
-    """What a part is run with.
+    """The arguments of a part.
 
     Args:
         size: of op_cases and network_cases.
@@ -140,7 +140,7 @@ def errors_in_words(found: dict) -> str:
 
 @contextlib.contextmanager
 def same_algorithms() -> Iterator[None]:
-    """cuDNN sums in one order, so that two runs are the same bits."""
+    """Deterministic cuDNN inside: two runs give the same bits."""
     before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
     try:
         yield
@@ -196,7 +196,7 @@ def sampling(part: Part) -> bool:
 
 
 def upstream(part: Part) -> bool:
-    """Upstream as its users run it, eager and channels-last, after a check that it computes what ours does."""
+    """Time upstream, eager and channels-last, after a check that it computes the same as ours."""
     summary, wrong = [], []
     for phase, name, per_call in ((compare.PHASES[0], "training", 1), (compare.PHASES[1], "sampling", None)):
         configuration = part.configuration(name)

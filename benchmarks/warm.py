@@ -16,7 +16,7 @@ from ddpm_fast.measure import baselines, compare
 
 
 def main(device: str, size: str) -> None:
-    """Runs what the benchmark will run first: the equality check, then a step of each phase."""
+    """Run the calls that compile: the equality check, then a step of each phase."""
     for name in COMPILE_SECONDS:
         for case in network_cases(size):
             if name not in case.baselines or baselines.why_not(name) is not None:

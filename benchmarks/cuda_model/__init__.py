@@ -1,4 +1,4 @@
-"""A CUDA step without a GPU: what it launches, what each launch compiles to, and how long its parts take at best.
+"""A CUDA step without a GPU: its launches, the code each compiles to, and a lower bound for the time of its parts.
 
 - driver.py     a stand-in for Triton's driver: launches go through Triton's own launch code and end before the device
 - pretend.py    meta tensors that behave as tensors of a CUDA device do

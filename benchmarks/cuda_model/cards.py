@@ -1,4 +1,4 @@
-"""What is known of the GPUs, and what is assumed until a report from such a card replaces it; per second."""
+"""Known and assumed rates of the GPUs, per second; a report from such a card is to replace the assumed ones."""
 
 from __future__ import annotations
 

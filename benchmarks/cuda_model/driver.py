@@ -1,7 +1,7 @@
 """A stand-in for Triton's driver. A launch passes through Triton's own binder, specialisation and cache, and then ends.
 
-`recording` compiles nothing and reports every launch. `loading` compiles, or finds in Triton's cache, what a launch on
-the GPU would, and reports every compilation.
+`recording` compiles nothing and reports every launch. `loading` compiles the kernel of every launch, or finds it in
+Triton's cache, as on the GPU, and reports every compilation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def target_of(name: str) -> GPUTarget:
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """What Triton compiles at once: a kernel, specialised. The fields are the arguments of `triton.compile`.
+    """A specialised kernel, the unit that Triton compiles. The fields are the arguments of `triton.compile`.
 
     Args:
         kernel, module: the kernel's name and module.
@@ -57,7 +57,7 @@ class Variant:
 
     @property
     def key(self) -> tuple:
-        """Equal for two variants that Triton's cache does not tell apart."""
+        """Equal for two variants that have the same key in Triton's cache."""
         parts = (self.signature, self.constants, self.attrs, self.options)
         return (self.module, self.kernel, *(tuple(sorted((str(k), str(v)) for k, v in part.items())) for part in parts))
 
@@ -75,7 +75,7 @@ class Variant:
 
 
 class StandIn(DriverBase):
-    """Reports a target and loads nothing. Its device is a name, so that caches of real devices are left alone."""
+    """Reports a target and loads nothing. Its device is a string, so it shares no cache with a real device."""
 
     def __init__(self, target: GPUTarget):
         super().__init__()
@@ -108,7 +108,7 @@ class StandIn(DriverBase):
 
 
 class _Utilities:
-    """What a compiled kernel asks of the driver before its first launch."""
+    """The driver's functions that a compiled kernel calls before its first launch."""
 
     @staticmethod
     def get_device_properties(device: str) -> dict[str, int]:

@@ -175,7 +175,7 @@ def measure_ops(target: GPUTarget, rounds: int = 15, calls: int = 20) -> dict[tu
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
-    """Inside, Python collects no cycles: how long that takes depends on what else the process holds."""
+    """No garbage collection inside: its time depends on all other objects of the process."""
     gc.disable()
     try:
         yield

@@ -44,7 +44,7 @@ class _Autocast(TorchFunctionMode):
 
     @contextlib.contextmanager
     def region(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, cache_enabled=None):
-        """What torch.autocast is called with; a cast is made at every use, as without its cache."""
+        """Replaces torch.autocast; it casts at every use, as autocast does without its cache."""
         if device_type != "meta":
             with _real_autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled):
                 yield

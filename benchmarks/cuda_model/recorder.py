@@ -26,7 +26,7 @@ SMALL_BYTES = 4e6  # a launch that moves less takes as long as an empty one, or 
 # Operators of this package that are one launch of a CUDA kernel and not of Triton's.
 NATIVE = {"ddpm_fast::fill_normal_", "ddpm_fast::sampler_step_", "ddpm_fast::sampler_step"}
 
-# Of q, k and v in one tensor, what a kernel reads or writes.
+# Kernels that read or write only a part of a tensor, such as q of a tensor of q, k and v: the part by argument.
 PARTS: dict[str, dict[str, float]] = {
     "attention_dq_kernel": {"dqkv_ptr": 1 / 3},
     "attention_dkv_kernel": {"dqkv_ptr": 2 / 3},
@@ -100,7 +100,7 @@ class Step:
 
     @property
     def variants(self) -> dict[tuple, driver.Variant]:
-        """What Triton compiles before the first such step, by key."""
+        """The variants that Triton compiles before the first such step, by key."""
         return {launch.variant.key: launch.variant for launch in self.triton}
 
 
@@ -235,7 +235,7 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def _tiles(x: torch.Tensor) -> int:
-    """Tiles of 128 pixels and 128 channels, what a program of a convolution makes."""
+    """Tiles of 128 pixels and 128 channels: one per program of a convolution."""
     B, C, H, W = x.shape
     return math.ceil(B * H * W / 128) * math.ceil(C / 128)
 

@@ -1,4 +1,4 @@
-"""The time of a step's parts on a GPU, from its launches and what cards.py says; and the table that shows it.
+"""The time of a step's parts on a GPU, from its launches and the rates of cards.py, and the table of these times.
 
 A launch takes the longest of three times: its bytes at the bandwidth of a copy, its matrix products at cuDNN's assumed
 rate, and an empty launch. Parts follow one another, as they do on one stream. Fewer tiles than multiprocessors lower a
@@ -38,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Named:
-    """A step with what it is called, and the host's seconds for it, if they were measured."""
+    """A step with its title, and the host's seconds for it, if measured."""
 
     title: str
     step: Step
