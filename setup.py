@@ -57,8 +57,8 @@ if SANITIZE:
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 ARCHITECTURES = {"8.0": 80, "9.0": 90, "10.0": 100}
 CPUINFO = Path("/proc/cpuinfo")
-# Of x86-64, what a compiler may use of its own accord: its macro, and Linux's name where that is not the same in small
-# letters.
+# Features of x86-64 that a compiler may use without intrinsics: its macro → Linux's name, None if that is the macro in
+# lower case.
 FEATURES = {
     "SSE3": "pni", "SSSE3": None, "SSE4_1": None, "SSE4_2": None, "SSE4A": None, "AVX": None, "AVX2": None, "FMA": None,
     "FMA4": None, "XOP": None, "F16C": None, "BMI": "bmi1", "BMI2": None, "TBM": None, "LZCNT": "abm", "POPCNT": None,
@@ -116,7 +116,7 @@ def compiler() -> list[str]:
 
 
 def cpu_features() -> list[str]:
-    """What the compiler takes for granted of this processor beyond x86-64, by Linux's names."""
+    """The features beyond x86-64 that -march=native enables on this processor, by Linux's names."""
     if platform.machine() != "x86_64" or not CPUINFO.exists():
         return []
 
@@ -143,7 +143,7 @@ def set_march(extension, stays: bool) -> None:
 
 
 def extensions() -> list:
-    """The extension to build first and those to fall back to; fills `info` with what is known before compiling."""
+    """The extension to build first and its fallbacks; fills the fields of `info` that are known before compiling."""
     if MODE not in MODES:
         raise SystemExit(f"DDPM_FAST_BUILD must be one of {', '.join(MODES)}, got {MODE!r}")
     if MARCH not in (None, *MARCHES):
@@ -188,7 +188,7 @@ def make_extension(kind: type, sources: list[str], macros: list[tuple] = ()):
 
 
 def built_otherwise(package: Path) -> bool:
-    """Whether what is there was built with other flags, which the files' ages do not tell."""
+    """True if the existing extension was built with other flags, which file times do not show."""
     file = package / "_build_info.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     return any(before.get(name) != info[name] for name in ("march", "sanitized", "emulated_avx512"))

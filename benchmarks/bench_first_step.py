@@ -1,4 +1,4 @@
-"""From a cold process to the first training step, and peak memory in training: `pytest benchmarks/bench_first_step.py`.
+"""Time from process start to the first training step, and peak memory: `pytest benchmarks/bench_first_step.py`.
 
 Every run is a new process with empty compile caches; the baselines' runs are interleaved. `ours-precompiled` first
 compiles the kernels with benchmarks/precompile.py on all cores, and its time includes that.

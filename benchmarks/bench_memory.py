@@ -1,4 +1,4 @@
-"""Resident memory of training on the CPU, each side in a process of its own: `pytest benchmarks/bench_memory.py`."""
+"""Resident memory of training on the CPU, one process per baseline: `pytest benchmarks/bench_memory.py`."""
 
 from __future__ import annotations
 

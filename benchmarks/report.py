@@ -1,4 +1,4 @@
-"""One command that turns a machine into numbers; `benchmarks/gpu_report.sh` calls it.
+"""Runs the report or triage on a machine; `benchmarks/gpu_report.sh` calls it.
 
     report.py OUT --triage                 is it right and is it fast, on a GPU, in 90 seconds: triage.json, triage.log
     report.py OUT --minutes 4|6|9          the report, as much of it as fits: results.json, report.md, log.txt

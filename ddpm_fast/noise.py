@@ -133,7 +133,7 @@ def normal(
         Tensor of `shape` on `device`, contiguous.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     shape = tuple(int(n) for n in shape)
     check_counter_range(shape, stream=stream, start_index=start_index)

@@ -23,7 +23,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # The suite's tensors are tiny: a second thread only adds waiting, most of all on a busy machine.
 torch.set_num_threads(1)
 
-# Tests of Triton kernels: they run on CUDA, or in Triton's interpreter, which takes a process of its own.
+# Tests of Triton kernels: they run on CUDA, or in Triton's interpreter, which needs a separate process.
 KERNEL_TESTS = "test_triton.py"
 UPSTREAM_1X = Path(sys.prefix) / "upstream-1x"
 

@@ -24,7 +24,7 @@ FILES = sorted(str(file.relative_to(CSRC)) for file in CSRC.rglob("*") if file.i
 
 
 def includes(file: str) -> list[str]:
-    """What a file includes: our headers by their path in csrc, others in angle brackets."""
+    """The headers that a file includes: ours by their path in csrc, others in angle brackets."""
     found = []
     for quote, name in re.findall(r'^#include (["<])([^">]+)', (CSRC / file).read_text(), re.MULTILINE):
         if quote == "<":

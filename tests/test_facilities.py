@@ -1,4 +1,4 @@
-"""The network and the diffusion under what torch offers: narrow types, layouts, compile, export, copies, DDP."""
+"""The network and the diffusion with torch's features: narrow types, layouts, compile, export, copies, DDP."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_either_memory_layout_of_inputs_and_weights(memory):
 
 
 def test_a_whole_loss_and_its_backward_compile():
-    """With a first pass without gradients; test_diffusion_upstream.py compiles the loss that has none."""
+    """With self-conditioning's first pass; diffusion/test_upstream.py compiles the loss without it."""
     diffusion = make(self_condition=True)
     kwargs = {"self_conditioned": True}
     expected = loss_and_gradients(diffusion, images(), **kwargs)

@@ -1,4 +1,4 @@
-"""The house: imports form layers, importing is cheap and quiet, and works outside the source tree."""
+"""The package: imports form layers, importing is cheap and quiet, and works outside the source tree."""
 
 from __future__ import annotations
 

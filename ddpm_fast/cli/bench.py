@@ -40,7 +40,7 @@ class Bench:
     """
 
     checkpoint: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CHECKPOINT]")] = None
-    """Take the configuration of this checkpoint or results folder; what is given below goes over it."""
+    """Take the configuration of this checkpoint or results folder; the options below override it."""
     dim: Integer = None
     """Width of the network's first stage (64)."""
     dim_mults: Integers = None
@@ -56,11 +56,11 @@ class Bench:
     steps: int = 10
     """Steps of each sampling run that is timed."""
     against: tuple[Baseline, ...] = ("upstream", "upstream-channels-last")
-    """What to compare with; the compiled ones take minutes to compile."""
+    """Baselines to compare with; the compiled ones take minutes to compile."""
     seconds: float = 40.0
     """Seconds of timing, without preparation."""
     profile: bool = False
-    """Also say where our time goes: the floor that the machine allows, how far from it we are, what dominates."""
+    """Also profile ours: the least time that the machine allows, our multiple of it, and the slowest operators."""
     out: Path = Path("bench.png")
     """The bar chart."""
     json: Annotated[Folder, tyro.conf.arg(metavar="FILE")] = None

@@ -27,7 +27,7 @@ def parse(arguments: Sequence[str] | None) -> train.Train | sample.Sample | benc
 
 
 def run(command: train.Train | sample.Sample | bench.Bench | doctor.Doctor) -> None:
-    """Do what a parsed command says."""
+    """Run a parsed command."""
     match command:
         case train.Train():
             train.run(command)

@@ -1,4 +1,4 @@
-"""What the commands share: types of options, and checks of what was given. Heavy imports are in functions."""
+"""Types of options and checks of their values, shared by the commands. Heavy imports are in functions."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal

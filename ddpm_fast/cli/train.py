@@ -192,7 +192,7 @@ def _make_trainer(options: Train, values: dict[str, Any]) -> "Trainer":
 
 
 def _with_defaults(options: Train) -> dict[str, Any]:
-    """The options marked (data), with what was not given filled in for a folder or for the digits."""
+    """The options marked (data); missing ones get the defaults of a folder or of the digits."""
     defaults = dict(_DIGITS_DEFAULTS if options.data == "digits" else _FOLDER_DEFAULTS)
     given = {name: getattr(options, name) for name in defaults if getattr(options, name) is not None}
     if "image_size" in given:

@@ -19,7 +19,7 @@ import torch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Name → what it needs to be importable.
+# Baseline → the package that it needs.
 NEEDS = {
     "ours": None,  # recorded: on CUDA both steps, on the CPU sampling
     "ours-low-memory": None,
@@ -112,7 +112,7 @@ def make(name: str, configuration: Configuration, device: torch.device, *, seed:
     """A baseline with the weights of `seed`, its first calls (compilation) still ahead.
 
     Raises:
-        Unavailable: what it needs is not installed.
+        Unavailable: a package that it needs is not installed.
     """
     reason = why_not(name)
     if reason is not None:
@@ -187,7 +187,7 @@ def check_equal(
 def _results(baseline: Baseline, configuration: Configuration, images, noise, t, gradients: bool) -> dict:
     """Copies in float64: a network in a CUDA graph writes its next output over the last.
 
-    The network is called as it will be timed, so that a compiled one is compiled for that and nothing else.
+    The calls are those that are timed later, so a compiled network compiles once.
     """
     diffusion = baseline.diffusion
     if not gradients:
@@ -329,7 +329,7 @@ def _images(configuration: Configuration, device: torch.device) -> torch.Tensor:
 
 
 def _adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
-    """What upstream's users write."""
+    """The optimizer that upstream's users write."""
     return torch.optim.Adam(diffusion.parameters(), lr=1e-5), "torch.optim.Adam"
 
 
@@ -339,7 +339,7 @@ def _fused_adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer,
 
 
 def _our_adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
-    """What our users write: this package's Adam on the CPU, or torch's fused one where it has none."""
+    """The optimizer that our users write: this package's Adam on the CPU if it has one, else torch's fused one."""
     if device.type != "cpu" or importlib.util.find_spec("ddpm_fast.optim") is None:
         return _fused_adam(diffusion, device)
     optim = importlib.import_module("ddpm_fast.optim")

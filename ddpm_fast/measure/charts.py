@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ddpm_fast.runtime.extras import needed_for
 
-# Ours, then the others, in a palette that stays apart in grey and for the colour-blind (Okabe & Ito 2008).
+# Ours, then the others: colours that differ in grey and for colour-blind readers (Okabe & Ito 2008).
 _COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#F0E442", "#999999", "#009E73")
 
 

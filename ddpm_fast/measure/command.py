@@ -16,12 +16,12 @@ from ddpm_fast.models.unet import Unet
 from ddpm_fast.training.atomic_files import write_atomically
 from ddpm_fast.training.checkpoint import load_checkpoint
 
-# What fits a minute of timing: a GPU takes the size that upstream's README shows, a CPU a small one.
+# Sizes that fit a minute of timing: on a GPU that of upstream's README, on a CPU a small one.
 _SIZE = {"cuda": {"image_size": 128, "batch": 16}, "cpu": {"image_size": 32, "batch": 4}}
 
 
 def configuration_from(checkpoint: Path | None, given: dict, device: torch.device) -> Configuration:
-    """The configuration of a checkpoint, or the defaults of a device, with what was given on top.
+    """The configuration of a checkpoint, or the defaults of a device, overridden by the given fields.
 
     Args:
         checkpoint: a checkpoint file.
@@ -99,5 +99,5 @@ def draw(result: dict, out: Path) -> None:
 
 
 def choices() -> list[str]:
-    """What ours can be compared with."""
+    """Names of the baselines."""
     return [name for name in baselines.NEEDS if name != compare.OURS]

@@ -28,7 +28,7 @@ def prepare(
     gradients: bool = True,
     leave_unequal_out: bool = False,
 ) -> tuple[dict[str, Baseline], dict[str, str], dict[str, dict]]:
-    """Baselines found equal to ours; one that cannot run or fails by itself is left out with its reason.
+    """Baselines found equal to ours; one that cannot run, or raises, is left out with its reason.
 
     Args:
         gradients: False compares outputs alone, where only those are wanted.
@@ -123,8 +123,8 @@ def phase_call(baseline: Baseline, phase: str) -> Callable[[], object]:
 def peak_memory(name: str, phase: str, call: Callable[[], object], device: torch.device) -> dict[str, int]:
     """Memory that a training step allocates at its peak, above what is kept between steps, as {"peak_bytes": ...}.
 
-    Empty for what runs from CUDA graphs (sampling, `ours`, `upstream-max-autotune`): their maps are in a pool that was
-    allocated when they were recorded. Empty on the CPU, where benchmarks/first_step.py measures processes.
+    Empty for calls that replay CUDA graphs (sampling, `ours`, `upstream-max-autotune`): their maps are in a pool that
+    recording allocated. Empty on the CPU, where benchmarks/first_step.py measures processes.
     """
     if device.type != "cuda" or phase != PHASES[0] or name in (OURS, "upstream-max-autotune"):
         return {}

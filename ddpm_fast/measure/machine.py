@@ -1,4 +1,4 @@
-"""The machine: what it is, and the ceilings that it reaches in practice."""
+"""The machine: its description, and its measured ceilings of bandwidth and arithmetic."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device was measured to reach.
+    """Measured ceilings of a device.
 
     Args:
         copy: bytes per second of a large copy, those read and those written.

@@ -1,8 +1,8 @@
-"""Where the time goes: what a step must do at the least on this machine, what it takes, and what dominates.
+"""Profile of a step: the least time that this machine allows, the measured time, and the slowest operators.
 
 The floor of an operator is the larger of two times: its convolution and matrix operations at the measured matrix peak,
-and its bytes at the measured copy bandwidth. On a CPU the step takes at least what calling its operators does; on a GPU
-it is recorded, and its launches are not the host's. Counts are `bench/traffic.py`'s, from operator dispatch.
+and its bytes at the measured copy bandwidth. On a CPU the calls of the operators are another floor; on a GPU
+the step is recorded, and the host launches nothing. measure/traffic.py counts, from operator dispatch.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def profile(configuration: Configuration, device: torch.device, *, seconds: floa
 
 
 def report(result: dict) -> str:
-    """Markdown of what `profile` gives."""
+    """The result of `profile` as Markdown."""
     ceilings, dtype = result["ceilings"], result["configuration"]["dtype"]
     peak = _peak(ceilings["matmul"], dtype)
     parts = [
@@ -82,7 +82,7 @@ def report(result: dict) -> str:
 
 
 def _count(configuration: Configuration, device: torch.device) -> dict[str, traffic.Traffic]:
-    """What one batch does, with the implementations that run on this kind of device."""
+    """Counts for one batch, with the implementations that run on this type of device."""
     diffusion = baselines.make(OURS, configuration, torch.device("cpu")).diffusion
     with traffic.kernels_take_meta_tensors() if device.type == "cuda" else contextlib.nullcontext():
         return {

@@ -71,7 +71,7 @@ class Stopwatch:
         if self._buffer is not None:
             self._buffer.fill_(1)
             if self.device.type == "cuda":
-                # The device is busy while the host enqueues the call: what is measured is the device's own time.
+                # The device sleeps while the host enqueues the call, so the events measure the device's time alone.
                 torch.cuda._sleep(_SLEEP_CYCLES)
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

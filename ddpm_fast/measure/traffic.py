@@ -1,4 +1,4 @@
-"""What a training step and a sampling step do, counted from operator dispatch; nothing is computed, no clock is read.
+"""Counts the work of a training step and a sampling step from operator dispatch, without computing or timing.
 
 Per image: operators that touch memory (views are free and not counted), bytes that they read and write (each input read
 once, each output written once), bytes kept from forward for backward (each storage once, without parameters,
@@ -6,7 +6,7 @@ buffers and the network's input), and floating-point operations of convolutions,
 multiply-add is two). All of it runs on the meta device, so the numbers are the same on every machine. Under
 `kernels_take_meta_tensors` ours is counted with the kernels that a CUDA device runs, and a fused op is one operator.
 
-What the arguments and results of a fused op do not show is in registries by operator name; an entry is a
+Registries by operator name hold the costs of a fused op that its arguments and results do not show; an entry is a
 function of the op's arguments, a dict by name with defaults filled in:
 
 - `SECOND_READS`: the tensors that it reads once more.
@@ -216,7 +216,7 @@ class Operator:
 
 @dataclass
 class Traffic:
-    """Per image: operators, bytes moved, bytes kept for backward, operations by kind; and what each operator does."""
+    """Per image: operators, bytes moved, bytes kept for backward, operations by kind; and all of these by operator."""
 
     operators: int = 0
     bytes_moved: int = 0
@@ -226,7 +226,7 @@ class Traffic:
 
     @property
     def floor_seconds(self) -> float:
-        """What an H100's copy bandwidth needs for the bytes alone."""
+        """The time of the bytes alone at an H100's copy bandwidth."""
         return self.bytes_moved / H100_BYTES_PER_SECOND
 
     @property
@@ -257,7 +257,7 @@ class Call:
 
 
 class Observer(TorchDispatchMode):
-    """Sees every operator that is not a view; a subclass says in `see` what becomes of it."""
+    """Calls `see`, which a subclass defines, for every operator that is not a view."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -281,7 +281,7 @@ class Observer(TorchDispatchMode):
 
 
 class _Counter(Observer):
-    """Adds up what it sees."""
+    """Adds every operator to a `Traffic`."""
 
     def __init__(self, traffic: Traffic):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What operators on feature maps ask of their arguments, whatever they compute."""
+"""Checks of arguments and reasons for refusal that the ops on feature maps share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_tensors(given: Mapping[str, torch.Tensor | None], optional: Sequence[s
         optional: names of those that may be None.
 
     Raises:
-        TypeError, ValueError: one is not as it must be, named in one sentence.
+        TypeError, ValueError: one sentence that names the wrong argument.
     """
     first, device = next(iter(given)), None
     for name, tensor in given.items():

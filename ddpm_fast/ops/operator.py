@@ -1,4 +1,4 @@
-"""An operator of torch, declared once: schemas, fakes, autograd and the lazy import of Triton, for every backend."""
+"""`Operator`: one declaration of a torch operator gives its schemas, fakes and autograd for every backend."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class Operator:
         return names["setup_context"], names["backward"]
 
     def _empty_gradients(self, **given: Any) -> torch.Tensor | list[torch.Tensor]:
-        """What the backward operator returns, not written."""
+        """The results of the backward operator, uninitialised."""
         first = next(given[name] for name in self._tensors if name != "grad")
         unwanted = set()
         for flag, of in self._wanted.items():

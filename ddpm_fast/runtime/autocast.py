@@ -1,4 +1,4 @@
-"""Autocast and narrow weights: what is set, and how a network is called under it.
+"""Autocast and narrow weights: the current setting, and calls of a network under it.
 
 Everything here can be traced by dynamo in every release of torch that the package supports.
 """
@@ -35,7 +35,7 @@ _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """A context without autocast: references compute in the dtype of what they are given, as the kernels do."""
+    """A context without autocast: references compute in the dtype of their arguments, as the kernels do."""
     if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)

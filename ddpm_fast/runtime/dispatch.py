@@ -203,7 +203,7 @@ def in_forward_mode() -> bool:
 
 
 def forced_backend() -> str | None:
-    """What `use_backend` forces now."""
+    """The backend that `use_backend` forces, or None."""
     return _forced
 
 
@@ -216,8 +216,8 @@ def explain(devices: list[torch.device] | None = None) -> str:
     """A table of op × device × implementation: which runs, which would refuse, and why.
 
     Returns:
-        Text, one line each; the implementation that runs is marked with `*`. At the end, what is forced and which
-        instruction set native code uses.
+        Text, one line each; the implementation that runs is marked with `*`. At the end, the forced backend and
+        the instruction set of native code.
     """
     rows = []
     for op in sorted(_ops.values(), key=lambda op: op.name):

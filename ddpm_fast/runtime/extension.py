@@ -43,7 +43,7 @@ def reason() -> str | None:
 
 
 def info() -> dict:
-    """What setup.py recorded: torch, torch_cuda, built, cuda_left_out, compiler, march, ...; empty if nothing."""
+    """The build's record by setup.py: torch, torch_cuda, built, cuda_left_out, compiler, march, ...; may be empty."""
     return _decide().info
 
 
@@ -59,10 +59,10 @@ def instruction_set() -> str | None:
 
 
 def empty_cache() -> int:
-    """Give the system back what the CPU's native operators keep of freed maps and gradients for their next call.
+    """Return the CPU pool's unused memory, of freed maps and gradients of the native operators, to the system.
 
     Returns:
-        bytes given back. What no training or sampling step has needed for ten seconds goes back by itself.
+        bytes returned. Memory that no training or sampling step has used for ten seconds returns without this call.
     """
     return 0 if _outcome is None or _outcome.module is None else _outcome.module.empty_cache()
 
@@ -78,8 +78,8 @@ def why_not(device: torch.device) -> str | None:
     return f"the extension has no kernels for {device.type}"
 
 
-# What torch.compiler.assume_constant_result does, without its import of dynamo: under torch.compile the answer is
-# computed while tracing, so that the first load may happen there.
+# The effect of torch.compiler.assume_constant_result without its import of dynamo: under torch.compile tracing computes
+# the answer, so the first load may happen there.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -39,7 +39,7 @@ class CudaRecorder:
     what = "a CUDA graph"
     # Whether a recording is kept for the next run, since it takes long to make.
     is_kept = True
-    # What the host decides while a body runs is decided once, for every replay.
+    # The host's decisions while a body runs are made once, for every replay.
     freezes_decisions = True
 
     def __init__(self, device: torch.device):
@@ -64,7 +64,7 @@ class CudaRecorder:
             reset: undoes what the body did; called before every one of those runs and before the capture.
 
         Raises:
-            RuntimeError: the body does what cannot be captured, such as waiting for the device; the message says where.
+            RuntimeError: the body cannot be captured: it waits for the device, for example; the message says where.
                 Stream, device, generator and memory are as they were, and the next body may be recorded.
         """
         # The stream is set again at the end: torch's capture leaves its own one on when it fails.
@@ -138,7 +138,7 @@ def _place_of(error: BaseException) -> str:
 
 
 class TapeRecorder:
-    """Writes down bodies on the CPU, where calling operators from Python is most of what a small network costs."""
+    """Records bodies on the CPU, where the calls of operators from Python are most of a small network's time."""
 
     what = "a tape of operator calls"
     is_kept = False
@@ -155,10 +155,10 @@ class TapeRecorder:
         return extension.why_not(device)
 
     def record(self, body: Body, reset: Body) -> Body:
-        """See `CudaRecorder.record`; the first call runs the body and writes it down, so that nothing runs in vain.
+        """See `CudaRecorder.record`; the first call runs the body and records it, so no run is wasted.
 
         Raises (that call):
-            RuntimeError: the body reads a value of a tensor, which a replay would not look at.
+            RuntimeError: the body reads a value of a tensor, which a replay would not read again.
         """
         tape = None
 
@@ -193,7 +193,7 @@ class _RecordingMode(TorchDispatchMode):
 
 
 class EagerRecorder:
-    """The same calls without a capture: what it records is the body itself."""
+    """The same interface without a capture: the recording is the body itself."""
 
     what = "the step itself"
     is_kept = True
@@ -236,12 +236,12 @@ class GraphCache:
         return len(self._entries)
 
     def recorder_on(self, device: torch.device) -> Any:
-        """The class of what records on a device."""
+        """The recorder's class for a device."""
         return self.recorder or (TapeRecorder if device.type == "cpu" else CudaRecorder)
 
     @contextmanager
     def try_lock(self, device: torch.device) -> Iterator[bool]:
-        """Whether this thread may use the recordings in the block: they share buffers, so that only one may at a time.
+        """True if this thread may use the recordings inside; they share buffers, so one thread may at a time.
 
         Work on another stream waits, on the device, for that of the block before.
         """
@@ -325,7 +325,7 @@ def settings() -> tuple:
 def why_not_recorded(model: object) -> str | None:
     """Why a recording may not replace calls of a model, in one clause; None where it may.
 
-    Whatever runs only in Python, such as hooks, would run while recording and never again.
+    Code that runs only in Python, such as hooks, would run while recording and never again.
     """
     if not isinstance(model, nn.Module):
         return f"the model is a {type(model).__name__}, not a module"

@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch has besides its arguments: elements per program, warps, pipeline stages."""
+    """Options of a launch: elements per program, warps, pipeline stages."""
 
     block: int
     num_warps: int = 4
@@ -28,7 +28,7 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# The interpreter runs one numpy call per operation whatever the block: a small one only adds programs.
+# The interpreter runs one numpy call per operation and program, so small blocks only add programs.
 INTERPRETER = Launch(block=1024, num_warps=1)
 
 
@@ -38,7 +38,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def elementwise(elements: int, interpreted: bool) -> Launch:
-    """For kernels that walk over `elements` numbers once: 16 numbers, of whatever width, per thread."""
+    """The launch of a kernel that reads `elements` numbers once: 16 numbers of any width per thread."""
     if interpreted:
         return INTERPRETER
     block = min(2048, max(128, next_power_of_2(elements)))

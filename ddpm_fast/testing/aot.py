@@ -1,4 +1,4 @@
-"""Triton kernels compiled ahead of time, without a GPU or driver, and what their machine code says."""
+"""Compiles Triton kernels ahead of time, without a GPU or driver, and reads their machine code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Machine:
-    """What a compiled kernel uses.
+    """The resources and the code of a compiled kernel.
 
     Args:
         registers: per thread.
@@ -52,7 +52,7 @@ class Machine:
         return set(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z]\w*(?:\.\w+)*\.f32)\s", self.ptx, re.MULTILINE))
 
     def accumulators(self) -> list[str]:
-        """What each product on float32 tensors starts from: "zero", or a name. A product that goes on is left out.
+        """The initial accumulator of each product on float32 tensors: "zero" or a name, without continued products.
 
         On sm_100 an accumulator may be in tensor memory, where it is stored before the product that adds to it.
         """

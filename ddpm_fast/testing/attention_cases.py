@@ -1,4 +1,4 @@
-"""What the tests of attention share: cases, and the comparison of one implementation with the reference."""
+"""Shared by the tests of attention: cases, and the comparison of one implementation with the reference."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make(shape, layout: str, device="cpu", dtype=torch.float32, seed=0) -> tuple
 
 
 def weights_like(out: torch.Tensor) -> torch.Tensor:
-    """Fixed weights for a sum over the output, so that a gradient says something of each element."""
+    """Weights from -1 to 1 for a sum over the output: every element has another weight in the gradients."""
     return torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
 
 
@@ -63,7 +63,7 @@ def assert_as_accurate_as_the_reference(
 ) -> None:
     """An implementation against the reference in float64, output and every gradient, by the suite's tolerance.
 
-    `reference` names what has twice the error that is allowed.
+    `reference` names the implementation in the same dtype whose error, times two, is the limit.
     """
     actual = run(backend, qkv, mem_kv, heads)
     expected = run(reference, qkv, mem_kv, heads)

@@ -1,8 +1,8 @@
-"""The arithmetic of NVIDIA GPUs in Triton's interpreter, so that tolerances are judged without a GPU.
+"""The arithmetic of NVIDIA GPUs in Triton's interpreter, to judge tolerances without a GPU.
 
 `emulated` makes the interpreter compute as compiled kernels do, with their tiles: docs/arithmetic.md lists every
-operation, the instruction it becomes and the instruction's error. `pytest tests/kernels/<name>.py --arithmetic sm_90`
-runs a file of kernel tests so; tests/test_gpu_arithmetic.py does.
+operation, the instruction it becomes and the instruction's error. `pytest tests/ops/<op>/test_triton.py --arithmetic
+sm_90` runs a file of kernel tests with it; tests/ops/test_gpu_arithmetic.py does so.
 
 An instruction whose documentation gives only an error bound returns one of the float32 numbers within that bound; a
 hash of the operands chooses which. The error of a whole kernel is then that of a GPU whose units use up their bounds.
@@ -43,7 +43,7 @@ UNITS = {"sm_80": MatrixUnit(4, 8, 1), "sm_90": MatrixUnit(8, 16, 2), "sm_100": 
 
 
 def toward_zero(x: np.ndarray) -> np.ndarray:
-    """float64 → float32, what does not fit cut off."""
+    """float64 → float32, rounded toward zero."""
     y = x.astype(np.float32)
     return np.where(np.abs(y.astype(np.float64)) > np.abs(x), np.nextafter(y, np.float32(0)), y)
 
@@ -66,7 +66,7 @@ def tf32_nearest(x: np.ndarray) -> np.ndarray:
 
 
 def tf32_cut(x: np.ndarray) -> np.ndarray:
-    """What a matrix unit reads of a float32 factor: the lower 13 bits are ignored."""
+    """A float32 factor as a matrix unit reads it: the lower 13 bits are 0."""
     return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 

@@ -6,5 +6,5 @@ import os
 
 
 def alone() -> dict[str, str]:
-    """The environment for a pytest of its own: under xdist, plugins of the child would take it for a worker."""
+    """The environment of a child pytest, without PYTEST_*: under xdist, plugins would take the child for a worker."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

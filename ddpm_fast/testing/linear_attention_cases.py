@@ -1,4 +1,4 @@
-"""What the tests of linear_attention share: cases, and the comparison of one implementation with the reference."""
+"""Shared by the tests of linear_attention: cases, and the comparison of one implementation with the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of native operators share: instruction sets, gradients of everything, comparison with the truth."""
+"""Shared by the tests of native operators: instruction sets, gradients of everything, comparison with the truth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of norm_linear share: cases, and the comparison of one implementation with the reference."""
+"""Shared by the tests of norm_linear: cases, and the comparison of one implementation with the reference."""
 
 from __future__ import annotations
 

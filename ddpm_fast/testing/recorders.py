@@ -1,4 +1,4 @@
-"""Recorders that count, layers that no capture takes, and what torch keeps of CUDA graphs outside of them."""
+"""Recorders that count, layers that no capture accepts, and a stand-in for torch's CUDA state in captures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddpm_fast.runtime.recording import CudaRecorder, EagerRecorder, TapeRecorde
 
 
 class FrozenRecorder(EagerRecorder):
-    """Warm-ups as in a capture, decisions of the host frozen as in a capture, and a count of what was recorded."""
+    """Warm-ups and frozen decisions of the host as in a capture, and a count of recordings."""
 
     freezes_decisions = True
     recorded = 0
@@ -55,7 +55,7 @@ class PretendedCudaRecorder(CudaRecorder):
 
 
 class Waits(torch.nn.Conv2d):
-    """Reads a value in forward, so that no capture of it succeeds."""
+    """Reads a value in forward, which no capture accepts."""
 
     def forward(self, x):
         assert x.sum().item() != 12345
@@ -63,7 +63,7 @@ class Waits(torch.nn.Conv2d):
 
 
 class WaitsInBackward(torch.nn.Conv2d):
-    """Reads a value in backward, so that no capture of it succeeds."""
+    """Reads a value in backward, which no capture accepts."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -79,9 +79,9 @@ class WaitsInBackward(torch.nn.Conv2d):
 
 
 class PretendedCuda:
-    """What torch's C++ keeps of captures outside of a graph: stream, generator, memory pools.
+    """The state of captures that torch's C++ keeps outside a graph: stream, generator, memory pools.
 
-    After CUDAGraph.cpp, CUDAGeneratorImpl.cpp and CUDACachingAllocator.cpp. What `capture_end` leaves behind where
+    After CUDAGraph.cpp, CUDAGeneratorImpl.cpp and CUDACachingAllocator.cpp. The state that `capture_end` leaves if
     cudaStreamEndCapture fails depends on the release, (2, 11), (2, 13) or (2, 14). Nothing runs inside of a capture:
     operators see fake tensors, and one that reads a value fails and spoils the capture.
     """
@@ -151,7 +151,7 @@ class PretendedCuda:
         self.offset += self.capture is None
 
     def left_behind(self) -> dict:
-        """What is not as it was before any capture; empty where all is."""
+        """The parts of the state that differ from before any capture; empty if none does."""
         gc.collect()  # of replays, which hold their bodies here
         found = {
             "stream": self.stream is not self.default_stream,

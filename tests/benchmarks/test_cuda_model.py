@@ -1,4 +1,4 @@
-"""The model of a CUDA step: what it counts, what it compiles ahead, and the bounds that it has."""
+"""The model of a CUDA step: its counts, its compilation ahead of time, and their bounds."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_the_command_says_what_is_not_done_in_time(capsys):
 
 
 class Plain(TorchDispatchMode):
-    """Counts operators by a rule of its own: one that writes, or whose result is memory that no argument had."""
+    """An independent count of operators: those that write, or return memory that no argument had."""
 
     def __init__(self):
         super().__init__()
@@ -220,7 +220,7 @@ def test_launches_against_an_independent_count(tiny):
 
 
 def test_casts_are_those_of_autocast():
-    """Autocast on the CPU, which casts what autocast on CUDA does in this network."""
+    """Compared with autocast on the CPU, which makes the same casts in this network as on CUDA."""
     network = ddpm_fast.GaussianDiffusion(ddpm_fast.Unet(16, dim_mults=(1, 2)), image_size=16)
     x, t = torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
     options = {"dtype": torch.bfloat16, "cache_enabled": False}
@@ -290,7 +290,7 @@ def production():
 
 
 def test_bytes_of_launches_add_up_to_those_of_operators(production):
-    """Two counts of the same step: by a kernel's arguments, and by an operator's with what traffic.py knows of it."""
+    """Two counts of one step: by the kernels' arguments, and by the operators' arguments and registries."""
     with traffic.kernels_take_meta_tensors():
         counted = traffic.measure_training(steps.make_diffusion(), batch=steps.TRAINING_BATCH)
     moved = collections.Counter()

@@ -1,4 +1,4 @@
-"""The regression gate's rules, and what importing costs; the other numbers are held where they are measured."""
+"""The regression gate's rules, and the bound of the import; other tests hold the other numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import gate as regression_gate
 import pytest
 
-# The processor's time, so that waiting for others does not count.
+# CPU time: waiting for other processes does not count.
 IMPORT = """
 import json, sys, time
 start = time.process_time()

@@ -1,5 +1,4 @@
-"""The report: dry runs of the whole script, runs that are stopped, and what is made of the results. See also
-test_triage.py."""
+"""The report: dry runs of the whole script, stopped runs, and the pages from its results. See also test_triage.py."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ def start(out: Path, *options: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_dry_run_of_the_gpu_report(tmp_path, monkeypatch):
-    """Its kinds of steps on the CPU; what needs a GPU, and what the CPU compiles ahead, says so."""
+    """The kinds of its steps on the CPU; steps that need a GPU or compile elsewhere are skipped with a reason."""
     only = "training,training compiled,ops bf16,ncu"
     process = start(tmp_path / "out", "--minutes", "4", "--plan", "cuda", "--only", only)
     printed, _ = process.communicate(timeout=600)
@@ -64,7 +63,7 @@ def test_dry_run_of_the_gpu_report(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_dry_run(tmp_path):
-    """The whole logic on the CPU; what needs a GPU says so."""
+    """All steps on the CPU; those that need a GPU are skipped with a reason."""
     process = start(tmp_path / "out", "--minutes", "8")
     printed, _ = process.communicate(timeout=600)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -151,7 +150,7 @@ def test_plans_put_the_most_wanted_first_and_fit():
             "machine", "kernels", "training", "extension", "sampling", "training compiled", "sampling compiled",
         ]  # fmt: skip
         assert wanted.index("ops bf16") < wanted.index("ncu")
-        # What is most wanted fits even if each of its steps takes all that it may.
+        # The six most important steps fit, even if each takes its full share.
         assert sum(shares[name] for name in wanted[:6]) < 60 * minutes
     assert report.PLANS["cuda"].shares(9)["sampling max-autotune"] >= 60
     assert report.PLANS["cuda"].shares(2) == {name: s / 2 for name, s in report.PLANS["cuda"].shares(4).items()}

@@ -1,4 +1,4 @@
-"""Triage and the steps of a GPU report: the dry form on the CPU, and what a crash, a hang or a kill costs."""
+"""Triage and the steps of a GPU report: a dry run on the CPU, and the effect of a crash, a hang or a kill."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 def make(out: Path, minutes: float = 2.0, device: str = "cpu") -> report.Report:
-    """A report whose processes may be anything; `device` is what its steps are told."""
+    """A report on the CPU whose steps see the type of device `device`."""
     run = report.Report(out, "cpu", quick=True, minutes=minutes, plan="triage")
     run.device = device
     return run
@@ -337,7 +337,7 @@ def test_kernels_that_do_not_compile(tmp_path, monkeypatch, code, why):
 
 
 def test_ncu_takes_one_kernel_at_a_time(tmp_path, bin_folder):
-    """One crashes and one prints nothing of use; the others' numbers stay."""
+    """One kernel crashes and one prints no numbers; those of the others stay."""
     tool(
         bin_folder,
         "ncu",

@@ -2,9 +2,8 @@
 
     python tests/build/sanitize.py [--folder build/sanitize] [--every N] [--seconds S] [pytest's options and files ...]
 
-A copy of the package is built there with -O1 -g and both sanitizers, so that the usual build stays as it is, and the
-tests of native code that are copied beside it run in a process in which the first thing that is found ends the run.
-Python itself is not instrumented and its leaks are not looked at.
+The script builds a copy of the package with -O1 -g and both sanitizers, and leaves the usual build alone. The native
+tests run in one process, and the first finding ends the run. Python is not instrumented, and leaks are not checked.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class SanitizerUnavailable(Exception):
 
 
 def copy_sources(folder: Path) -> None:
-    """Sources and tests with their ages, so that only what was changed is compiled again."""
+    """Copy sources and tests with their times: only changed files are compiled again."""
     built = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__", "results")
     for name in COPIED:
         source, target = ROOT / name, folder / name
@@ -46,7 +45,7 @@ def copy_sources(folder: Path) -> None:
 
 
 def libraries() -> list[str]:
-    """What has to be in the process before Python: the sanitizers, and what they intercept exceptions of.
+    """The libraries to preload: the sanitizers, and the C++ library whose exceptions they intercept.
 
     Raises:
         SanitizerUnavailable: the compiler does not have them.
@@ -86,7 +85,7 @@ def environment(folder: Path) -> dict[str, str]:
 def run(folder: Path, pytest_options: list[str], every: int = 1, seconds: float | None = None) -> int:
     """Run the native tests of a built copy; returns 0 where all passed and nothing was found."""
     files = [] if any(".py" in option for option in pytest_options) else native_tests(folder)
-    # -p: this file is a plugin, which takes every so many-th test and leaves out what time does not allow.
+    # -p sanitize: this file is a pytest plugin that runs every n-th test, within the time limit.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "sanitize"]
     # faulthandler would take the sanitizer's signals; output must reach the terminal before the process is ended.
     command += ["-p", "no:faulthandler", "-s", f"--every={every}", *pytest_options, *files]

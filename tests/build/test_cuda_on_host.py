@@ -1,4 +1,4 @@
-"""The CUDA kernels run thread by thread on the CPU, so that their indexing is tested on machines without a GPU.
+"""The CUDA kernels, run thread by thread on the CPU: a test of their indexing without a GPU.
 
 The kernels share no memory between threads and never synchronise, so running the threads one after another in any
 order is a run that a GPU may do. A few macros stand in for CUDA's keywords; the sources are otherwise compiled as they

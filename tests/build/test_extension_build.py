@@ -1,4 +1,4 @@
-"""Building the package and loading its extension: what is built, what is said, and what happens if it is broken.
+"""The build of the package and the loading of its extension: modes, messages, and a broken extension.
 
 Builds here are of a stub: tests/build/stub has a C++ module of the same shape with no operators, which compiles in
 seconds. What is tested of them is setup.py: modes, fallbacks, messages, the wheel's contents, _build_info.json, and
@@ -81,7 +81,7 @@ def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> sub
 
 
 def probe(folder: Path, code: str = PROBE) -> dict:
-    """What a fresh process finds that imports the package from `folder`."""
+    """The output of `code` in a fresh process that imports the package from `folder`."""
     return json.loads(run(sys.executable, "-c", code, cwd=folder, PYTHONPATH=str(folder)).stdout)
 
 
@@ -231,7 +231,7 @@ def test_the_first_load_may_happen_while_compiling(package):
 
 
 def test_the_size_of_the_environments_package_is_bounded(tmp_path, gate):
-    """As a wheel, by what was built; the bound of a portable wheel is held by `make release-tests`."""
+    """The bound depends on the parts that were built; `make release-tests` holds that of a portable wheel."""
     info = extension.info()
     assert extension.load() is not None, extension.reason()
     name = f"{' + '.join(info['built'])}, {info['march']}, {extension.instruction_set()}"

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels' innermost loops, where a slip costs half the speed and no test of numbers."""
+"""The machine code of the kernels' innermost loops: a slip there halves the speed, and no other test would fail."""
 
 from __future__ import annotations
 

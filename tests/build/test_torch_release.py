@@ -1,4 +1,4 @@
-"""`make test-torch`: which release has its turn, which tests it gets, and what is said where it cannot be installed."""
+"""`make test-torch`: the release that it chooses, its tests, and the error if the release cannot be installed."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sanitize import ROOT, copy_sources
 
-# The oldest that pyproject.toml allows, at its last correction; the one of the GPU machines; what pip installs.
+# The oldest minor release that pyproject.toml allows; the release of the GPU machines; the one that pip installs.
 RELEASES = ("2.9.1", "2.11.0", "newest")
 TOOLS = ("setuptools>=77", "wheel", "ninja", "pybind11")
 NATIVE = (
@@ -31,16 +31,16 @@ COMPILED = (
     "runtime/test_autocast.py", "test_facilities.py", "models/test_inference_weights.py", "build/test_cuda_*.py",
     "benchmarks/test_cuda_model.py", "ops/*/test_aot.py",
 )  # fmt: skip
-# In Triton's interpreter, which takes a run of its own.
+# In Triton's interpreter, in a separate run.
 INTERPRETED = ("ops/*/test_triton.py",)
 
 
 class NotInstalled(Exception):
-    """pip did not install a release or what its tests need; the text says which."""
+    """pip failed to install a release or a package of its tests; the text names it."""
 
 
 def requirement(release: str) -> str:
-    """What pip is asked for: 2.11.0 and torch==2.11.0 both name a release."""
+    """The requirement for pip: 2.11.0 and torch==2.11.0 name the same release."""
     return "torch" if release == "newest" else f"torch=={release.removeprefix('torch==')}"
 
 
@@ -76,7 +76,7 @@ def environment() -> dict[str, str]:
 
 
 def make(folder: Path, release: str) -> None:
-    """The environment: torch, a copy of the package, built, and what the tests import.
+    """Make the environment: torch, a built copy of the package, and the tests' packages.
 
     Raises:
         NotInstalled: pip could not install something.
@@ -97,7 +97,7 @@ def make(folder: Path, release: str) -> None:
 
 
 def is_stale(tree: Path) -> bool:
-    """Whether a copy is to be built: it never was, or what it is built from is younger."""
+    """True if a copy was never built, or one of its sources is newer than its build."""
     built = tree / "ddpm_fast" / "_build_info.json"
     sources = [*(tree / "csrc").rglob("*.*"), tree / "setup.py", tree / "pyproject.toml"]
     return not built.exists() or any(source.stat().st_mtime > built.stat().st_mtime for source in sources)
@@ -115,7 +115,7 @@ print(f"torch {torch.__version__}, triton {triton.__version__}, the extension {c
 
 
 def test(folder: Path, options: list[str], workers: int, quick: bool) -> int:
-    """Run tests in the environment; returns pytest's exit status, or 1 where the extension is not what it should be."""
+    """Run tests in the environment; returns pytest's exit status, or 1 if the extension does not load as expected."""
     tree = folder / "tree"
     if subprocess.run([python_of(folder), "-c", PROBE], cwd=tree, env=environment(), check=False).returncode:
         return 1

@@ -22,7 +22,7 @@ TINY = (
 
 
 def run(*arguments, code=0, cwd=None):
-    """`python -m ddpm_fast` in a process of its own; returns stdout and stderr."""
+    """Run `python -m ddpm_fast` in a new process; returns stdout and stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(
         [sys.executable, "-m", "ddpm_fast", *map(str, arguments)],

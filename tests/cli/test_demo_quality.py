@@ -1,4 +1,4 @@
-"""The demo holds what it promises: a classifier of real digits recognises its samples."""
+"""The quality of the demo: a classifier of real digits recognises its samples."""
 
 import os
 import subprocess

@@ -37,7 +37,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def code(page: Path) -> list[str]:
-    """Lines of blocks that are no Python, and what is between backquotes."""
+    """Lines of blocks that are not Python, and the texts between backquotes."""
     text = page.read_text()
     lines = [line for language in ("", "bash") for block in blocks(page, language) for line in block.splitlines()]
     return lines + re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
@@ -50,7 +50,7 @@ def options_of(command: type) -> set[str]:
 
 @pytest.fixture
 def _small(tmp_path, monkeypatch):
-    """A folder of its own, one thread; nothing is forced or registered afterwards."""
+    """A temporary folder and one thread; restores forced backends and registered samplers."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(samplers, "SAMPLERS", dict(samplers.SAMPLERS))  # pages register their own
     threads = torch.get_num_threads()

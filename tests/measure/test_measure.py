@@ -1,4 +1,4 @@
-"""Measuring: rounds, refusals, who is compared, and the command `ddpm-fast bench`."""
+"""Measurement: rounds, refusals, baselines, and the command `ddpm-fast bench`."""
 
 from __future__ import annotations
 

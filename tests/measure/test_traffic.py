@@ -1,4 +1,4 @@
-"""Counting operators, bytes and operations: what is counted is what is launched, and ours against upstream's."""
+"""Counts of operators, bytes and operations: they match the launches, and ours are compared with upstream's."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_sampling_against_upstream(measured):
 
 
 def test_fused_ops_in_the_network(measured):
-    """19 blocks of two norms, six linear and three softmax attentions; nothing of them runs as other operators."""
+    """19 blocks of two norms, six linear and three softmax attentions: each is a fused op."""
     sampling, training = (measured["fast"][f"{step} step"].by_operator for step in ("sampling", "training"))
     for name, calls in {"norm_silu": 38, "norm_linear": 9, "linear_attention": 6, "attention": 3}.items():
         assert sampling[f"ddpm_fast::{name}"].calls == calls

@@ -27,7 +27,7 @@ def is_wanted(item) -> bool:
     return only is None or item.callspec.params.get("_arithmetic") is None or only in item.callspec.params.values()
 
 
-@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+@pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if is_wanted(item)]
     if all(item.path.name == KERNEL_TESTS for item in items):

@@ -22,7 +22,7 @@ def products_of(value: float, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name, lost", [("sm_80", 2.0**-25), ("sm_90", 2.0**-26), ("sm_100", 2.0**-26)])
 def test_a_matrix_unit_cuts_off_what_lies_below_its_bits(name, lost):
-    """Beside 1, terms of the last bit that is kept add up to what float32 holds; terms of the next one are lost."""
+    """Beside 1, terms at the last kept bit are added; terms one bit below are lost."""
     unit, one = UNITS[name], np.ones((1, 1), np.float32)
     assert multiply(*products_of(lost, 8), one, unit.tf32, unit.extra_bits) == 1
     kept = multiply(*products_of(2 * lost, unit.tf32), one, unit.tf32, unit.extra_bits)

@@ -1,4 +1,4 @@
-"""How the tests of the kernels run: production shapes first and on every worker, alone where they are interpreted."""
+"""The order of the kernels' tests: production shapes first and on every worker; interpreted tests run alone."""
 
 from __future__ import annotations
 

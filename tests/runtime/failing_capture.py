@@ -1,4 +1,4 @@
-"""Captures that fail on a CUDA device, and what works after them; test_graphs_gpu.py runs this in a process of its own.
+"""Captures that fail on a CUDA device, then captures that work; test_recording_gpu.py runs this script.
 
 A capture that fails may leave torch's generator and allocator unusable for the rest of the process.
 """

@@ -1,4 +1,4 @@
-"""What autocast is set to, on every type of device and under torch.compile."""
+"""autocast_dtype: the dtype of autocast on every type of device and under torch.compile."""
 
 from __future__ import annotations
 

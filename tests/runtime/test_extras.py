@@ -67,7 +67,7 @@ ddpm_fast.explain()
     assert "Error" not in result.stderr
 
 
-# Code that needs an extra → what it is for, and the first package that it misses.
+# Code that needs an extra → its purpose in the message, and the first missing package.
 NEEDS = {
     "from ddpm_fast import Dataset": ("reading and writing images", "numpy"),
     "import ddpm_fast; ddpm_fast.load_checkpoint('model.pt')": ("load_checkpoint", "ema_pytorch"),

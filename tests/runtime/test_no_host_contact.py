@@ -1,6 +1,6 @@
-"""Nothing in a sampling or training step reads the device or sends to it: seen without CUDA, on tensors that pretend.
+"""A sampling step and a training step never wait for the device or copy from the host, on fake CUDA tensors.
 
-What waits for the device would break a capture there, whichever implementation of an op runs.
+A wait would break a CUDA capture, whichever implementation of an op runs.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class Contacts(TorchDispatchMode):
 
 
 class PretendedDevice(TorchFunctionMode):
-    """CUDA that is not there, beside a host that is: tensors made on it are fake ones, and so is what is made of them.
+    """A fake CUDA device beside the real host: tensors on it, and results of operators on them, are fake.
 
-    Autograd's engine needs a real device, so that gradients come from elsewhere (`gradients_of`).
+    Autograd's engine needs a real device, so `gradients_of` makes the gradients.
     """
 
     def __init__(self):
@@ -112,7 +112,7 @@ def gradients_of(model: torch.nn.Module):
 
 
 def pretend(diffusion: torch.nn.Module) -> None:
-    """Put a module on a CUDA device that is not there; inside a FakeTensorMode."""
+    """Move a module to the fake CUDA device; call it inside a FakeTensorMode."""
     for module in diffusion.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -147,7 +147,7 @@ def test_a_sampling_step(backend):
 @pytest.mark.parametrize("memory", ["fast", "low"])
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_a_training_step_but_for_its_backward(backend, memory):
-    """Autograd's engine needs a real device, so that gradients come from elsewhere."""
+    """Autograd's engine needs a real device, so `gradients_of` makes the gradients."""
     diffusion = make(dropout=0.1, memory=memory)
     with FakeTensorMode(), use_backend(backend):
         pretend(diffusion)
@@ -162,7 +162,7 @@ def test_a_training_step_but_for_its_backward(backend, memory):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A device that pretends, also to accelerate, which keeps what it knows of devices for the whole process."""
+    """The fake CUDA device, also for accelerate, whose state about devices lasts for the whole process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     monkeypatch.setattr(torch.Tensor, "is_pinned", is_pinned)
@@ -208,7 +208,7 @@ def test_a_step_of_the_trainer(cuda, precision, tmp_path, monkeypatch):
 
 
 def test_the_benchmarks_adam_is_the_trainers(cuda):
-    """Upstream's keeps its default, which is what its users write."""
+    """The baseline of upstream keeps torch's default Adam, as its users do."""
     diffusion = make()
     pretend(diffusion)
     optimizer, label = baselines._our_adam(diffusion, cuda)
@@ -223,7 +223,7 @@ def test_a_captured_step_with_its_images_and_its_average(cuda, recorder, is_pinn
     pretend(diffusion)
     monkeypatch.setattr(torch.Tensor, "backward", gradients_of(diffusion))
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
-    # The fused one that reads its rate on the device cannot run on what pretends.
+    # Fused Adam with its rate on the device cannot run on fake tensors.
     optimizer = torch.optim.Adam(diffusion.parameters(), capturable=True, fused=recorder is EagerRecorder)
     ema = EMA(diffusion, update_every=2, use_foreach=True)
     options = {"ema": ema, "max_grad_norm": 1.0, "autocast": torch.bfloat16, "any_module": False}

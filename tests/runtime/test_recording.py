@@ -85,7 +85,7 @@ def test_tables_are_read_anew():
     assert len({tuple(r.flatten().tolist()) for r in results}) == 4
 
 
-def test_a_recording_for_each_setting_that_it_holds_fast():
+def test_each_setting_in_the_key_has_its_own_recording():
     diffusion = make()
     diffusion.graphs.limit = 100
     both(diffusion)
@@ -143,7 +143,7 @@ def step_an_optimizer(diffusion):
 
 
 def move_like_an_average(diffusion):
-    """What `ema_pytorch` does: in place and unseen by the tensors' versions."""
+    """Change weights as `ema_pytorch` does: in place through .data, without a new tensor version."""
     for parameter in diffusion.parameters():
         parameter.data.mul_(1.5)
 
@@ -225,7 +225,7 @@ def test_recording_leaves_torchs_generator_alone():
 
 
 def test_a_tape_knows_nothing_of_the_run_before():
-    """What only Python changes holds from the next run on, as it did before there were tapes."""
+    """A tape lasts for one run, so a change made in Python takes effect in the next run."""
     if Recorder.is_kept:
         pytest.skip("CUDA graphs are kept until clear_graphs")
     diffusion = make()

@@ -1,4 +1,4 @@
-"""A recording that fails leaves nothing behind: captures in a stand-in for torch's CUDA, and tapes as they are."""
+"""A recording that fails restores all state: captures in a stand-in for torch's CUDA, and real tapes."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_errors_of_a_bodys_own_keep_their_type(cuda, error, spoils):
 
 
 def test_a_capture_that_fails_without_an_error_of_the_bodys(cuda):
-    """What a library has swallowed."""
+    """A library has swallowed the error."""
     recorder = PretendedCudaRecorder(torch.device("cpu"))
 
     def body():

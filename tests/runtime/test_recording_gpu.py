@@ -67,7 +67,7 @@ def test_replays_equal_steps(sampler, self_condition, autocast):
         both(diffusion, batch=3, start_index=2)
         assert torch.equal(both(diffusion, progress=True), first)
         assert len(diffusion.graphs) == 2
-    torch.cuda.empty_cache()  # with what autocast remembered of the weights
+    torch.cuda.empty_cache()  # also frees the memory of autocast's casts
     with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
         assert torch.equal(diffusion.sample(4, seed=3, progress=False), first) and len(diffusion.graphs) == 2
 
@@ -77,7 +77,7 @@ def test_narrow_networks(dtype):
     both(make(dict(self_condition=True)).to(dtype))
 
 
-def test_it_is_what_sample_does_by_itself():
+def test_sample_records_by_default():
     diffusion = make()
     assert diffusion.explain_graphs() == "sampling replays a CUDA graph; 0 are kept, 4 at most"
     diffusion.sample(2, progress=False)
@@ -86,7 +86,7 @@ def test_it_is_what_sample_does_by_itself():
 
 @pytest.mark.parametrize("return_all_timesteps", [False, True])
 def test_sampling_waits_for_nothing(return_all_timesteps):
-    """Nothing at all from the second call on; what the first copies from the host is copied once."""
+    """No wait from the second call on; the first call copies its tables from the host once."""
     diffusion = make(dict(self_condition=True), sampler="dpmpp_2m", sampling_timesteps=6)
     seed = torch.tensor([5], device="cuda")
     options = {"seed": seed, "progress": False}
@@ -138,7 +138,7 @@ def test_weights_of_now_are_used():
 
 
 def test_memory_is_returned():
-    """What graphs hold, and not what libraries keep for a stream: that is theirs, and may grow at any capture."""
+    """Memory of the graphs, without the libraries' memory per stream, which may grow at any capture."""
     diffusion, before = make(), bytes_in_pools()
     for batch in (1, 2, 3, 4, 5, 6):
         diffusion.sample(batch, progress=False)
@@ -148,7 +148,7 @@ def test_memory_is_returned():
 
 
 def test_what_cannot_be_captured_raises_and_leaves_nothing_behind():
-    """In a process of its own, which is lost where something stays."""
+    """In a new process: state that is left behind would spoil this one."""
     script = Path(__file__).parent / "failing_capture.py"
     finished = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0 and "all as before" in finished.stdout, finished.stdout + finished.stderr

@@ -87,7 +87,7 @@ def attention(qkv: torch.Tensor, mem_kv: torch.Tensor, *, heads: int) -> torch.T
         `torch.use_deterministic_algorithms` is on: the Triton kernels, where they run, then run at every size.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     _check(qkv, mem_kv, heads)
     return _attention_op(qkv, mem_kv, heads=heads)

@@ -1,6 +1,6 @@
 """Softmax attention with memory in plain torch: the specification and the oracle, and torch's own fused kernel.
 
-Both compute in the dtype of qkv whatever autocast says, as the kernels do, so that float64 tensors give a truth.
+Both compute in the dtype of qkv and ignore autocast, as the kernels do; float64 tensors give the truth.
 """
 
 from __future__ import annotations

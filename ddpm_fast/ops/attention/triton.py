@@ -237,7 +237,7 @@ class Tile:
 
 
 # By kernel and kind of product: the tile for heads of at most so many dimensions. The largest that do not spill when
-# compiled for sm_80, sm_90 and sm_100 (tests/test_attention_aot.py); no GPU has timed them yet. "ieee" products of
+# compiled for sm_80, sm_90 and sm_100 (tests/ops/attention/test_aot.py); no GPU has timed them yet. "ieee" products of
 # float32 run on the FMA units and hold their operands in registers.
 _TILES = {
     "fwd": {
@@ -263,7 +263,7 @@ _SMALLEST_BLOCK = 16  # of a product
 
 
 def choose_tile(name: str, kind: str, N: int, D: int, *, interpreted: bool = False) -> Tile:
-    """The launch of a kernel; it depends on nothing else, so that results do not either.
+    """The launch of a kernel. It depends on these arguments alone, and so do results.
 
     Args:
         name: "fwd", "dq" or "dkv".
@@ -334,7 +334,7 @@ def attention_backward(
 
 
 class _Launch:
-    """What the launches of one call share: sizes, strides and constants."""
+    """Sizes, strides and constants of all launches of one call."""
 
     def __init__(self, qkv: torch.Tensor, mem_kv: torch.Tensor, heads: int, name: str):
         self.B, channels, h, w = qkv.shape

@@ -48,7 +48,7 @@ def attention_block(
 
     Args:
         x: (B, C, h, w) float32, float16, bfloat16 (float64: not native). The native code takes channels-last.
-        gain_in: the norm's gain, C elements in any shape: x / max(‖x‖₂, 1e-12)·√C·gain_in is what qkv is made of.
+        gain_in: the norm's gain, C elements in any shape: qkv is the product of x / max(‖x‖₂, 1e-12)·√C·gain_in.
         weight_qkv: (3·heads·D, C) or (3·heads·D, C, 1, 1), its rows ordered (3, heads, D).
         mem_kv: (2, heads, M, D), see `attention`.
         weight: (C, heads·D) or (C, heads·D, 1, 1), the convolution after attention.
@@ -61,7 +61,7 @@ def attention_block(
         refused.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     given = {"x": x, "gain_in": gain_in, "weight_qkv": weight_qkv, "mem_kv": mem_kv, "weight": weight, "bias": bias}
     _check(given, heads, residual)

@@ -1,6 +1,6 @@
 """A block of softmax attention in plain torch: the specification and the oracle.
 
-It computes in the dtype of x whatever autocast says, as the kernels do, so that float64 tensors give a truth.
+It computes in the dtype of x and ignores autocast, as the kernels do; float64 tensors give the truth.
 """
 
 from __future__ import annotations

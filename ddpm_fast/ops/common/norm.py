@@ -1,7 +1,7 @@
-"""Norm, scale and shift, SiLU, dropout and residual in plain torch: what references share.
+"""Norm, scale and shift, SiLU, dropout and residual in plain torch, shared by the references.
 
-It computes in float32 at least, so that float64 tensors give a truth to measure float32 against and half types round
-once, at the end, as the kernels do.
+It computes in float32 or float64: float64 tensors give the truth for float32, and half types round once, at the end, as
+in the kernels.
 """
 
 from __future__ import annotations

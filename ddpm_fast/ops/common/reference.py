@@ -1,8 +1,7 @@
 """RMSNorm and a 1×1 convolution in plain torch: specification and oracle of norm_linear and of the attention blocks.
 
-The normed map is made again in backward instead of being kept: it is one elementwise pass, and x is kept anyway by what
-made it. The norm computes in float32 at least, so that half types round once before the convolution,
-whatever autocast says.
+Backward recomputes the normed map, one elementwise pass, instead of keeping it; autograd keeps x anyway. The norm
+computes in float32 or float64 and ignores autocast, so half types round once, before the convolution.
 """
 
 from __future__ import annotations

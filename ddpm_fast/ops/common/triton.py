@@ -134,7 +134,7 @@ def silu(x):
 
 @triton.jit
 def silu_derivative(x):
-    """d silu / dx = σ(x)·(1 + x·σ(−x)) of float32; 1 − σ(x) would cancel, and x would multiply what is left of it."""
+    """d silu / dx = σ(x)·(1 + x·σ(−x)) of float32; 1 − σ(x) would cancel, and x would multiply the error."""
     e = tl.exp(tl.minimum(-x, 80.0))  # e·σ(x) is not inf·0; σ(−80) is 2e-35
     s = 1.0 / (1.0 + e)
     return s * (1.0 + x * (e * s))
@@ -144,9 +144,9 @@ def silu_derivative(x):
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """accumulator + a·b in float32; (m, k), (k, n), (m, n) or None, with m, n, k at least 16.
 
-    PRECISION is that of float32 operands, "ieee" or "tf32"; it says nothing of half types.
+    PRECISION, "ieee" or "tf32", applies to float32 operands only.
     """
-    if _INTERPRETED:  # its products of bfloat16 are wrong, and those in float32 are what the hardware gives
+    if _INTERPRETED:  # the interpreter's bfloat16 products are wrong; float32 products equal the hardware's
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
@@ -162,7 +162,7 @@ def dot_of_many(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x in another type, rounded to nearest even; the interpreter by itself cuts bfloat16 off."""
+    """x in another type, rounded to nearest even; the interpreter's own cast truncates to bfloat16."""
     if _INTERPRETED:
         if dtype == tl.bfloat16:
             bits = x.to(tl.float32).to(tl.uint32, bitcast=True)

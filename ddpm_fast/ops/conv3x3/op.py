@@ -66,7 +66,7 @@ def conv3x3(
         tensor.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     _check(x, weight, bias, skip, residual, upsampled)
     return _conv3x3_op(x, weight, bias, skip=skip, residual=residual, upsampled=upsampled)

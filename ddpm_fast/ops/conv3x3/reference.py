@@ -1,4 +1,4 @@
-"""3×3 convolutions in plain torch: the specification and the oracle, and what runs on CUDA and in other
+"""3×3 convolutions in plain torch: the specification and the oracle; it runs on CUDA and in other
 layouts."""
 
 from __future__ import annotations

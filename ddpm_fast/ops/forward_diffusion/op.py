@@ -101,7 +101,7 @@ def q_sample(
         x_t, shape of x_start.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     noise = _as_noise(noise, seed, offset_noise_strength)
     _check(x_start, t, table, noise, flip, columns=("a", "b"))
@@ -141,7 +141,7 @@ def diffusion_loss(
         (B,) losses.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     noise = _as_noise(noise, seed, offset_noise_strength)
     _check(x_start, t, table, noise, flip, columns=("c", "d", "w"))
@@ -179,7 +179,7 @@ def _with_noise(op: Op, inputs: tuple, noise: Noise, options: dict) -> torch.Ten
 
 def _format_for_network(x_start: torch.Tensor) -> torch.memory_format | None:
     """channels_last where the device's convolutions are fastest with it and the kernels can write it."""
-    # On meta, shapes are counted as they are on CUDA.
+    # Counts on meta tensors are to be those of CUDA.
     is_accelerated = x_start.device.type in ("cuda", "meta") and x_start.ndim == 4
     return torch.channels_last if is_accelerated and x_start.shape[1] <= _MAX_CHANNELS else None
 
@@ -188,7 +188,7 @@ def _as_noise(noise: torch.Tensor | Noise | None, seed: int | torch.Tensor | Non
     """The three arguments as one value.
 
     Raises:
-        ValueError: a `Noise` together with a seed or a strength, or none of what makes noise.
+        ValueError: a `Noise` together with a seed or a strength, or neither noise nor seed.
     """
     if not isinstance(noise, Noise):
         return Noise(noise, seed, strength)

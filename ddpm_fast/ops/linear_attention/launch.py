@@ -1,6 +1,6 @@
-"""How linear_attention's kernels are launched, and which sizes they take; no Triton here.
+"""Launches of linear_attention's kernels and the sizes that they accept; no Triton here.
 
-Tiles depend on sizes alone, never on the batch or the machine, so that results do not either.
+Tiles, and so results, depend on sizes alone, never on the batch or the machine.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def choose_launch(N: int, heads: int, D: int, C: int, *, half: bool, interpreted
         half: the maps' dtype has two bytes; float32 tiles take more registers and get fewer rows and heads.
         interpreted: large tiles, since the interpreter's time is per operation.
     """
-    block_d, block_c = (max(16, triton_launch.next_power_of_2(n)) for n in (D, C))  # what tl.dot takes
+    block_d, block_c = (max(16, triton_launch.next_power_of_2(n)) for n in (D, C))  # tl.dot needs 16 or more
     all_heads = triton_launch.next_power_of_2(heads)
     columns = min(64, block_c)
 
@@ -142,7 +142,7 @@ def choose_launch(N: int, heads: int, D: int, C: int, *, half: bool, interpreted
         context = tile(4096 // block_d, 4, chunks=True)
     else:  # 96 registers: five programs per multiprocessor, and no spills under Triton 3.5 to 3.8
         context = tile(2048 // block_d, 4, chunks=True, registers=96)
-    # Whole rows of the output where P of a head or more fits, so that y is made once.
+    # Whole rows of the output if P of one head or more fits: then y is computed once.
     width = min(128 if half else 64, _LARGEST_PROJECTION // (block_c * (2 if half else 4)))
     forward_columns = block_c if width >= max(block_d, 32) else columns
     return Launch(

@@ -4,8 +4,8 @@
     context = k̂ᵀ·v      y = D^−½·q̂·context·weightᵀ + bias      (Shen et al. 2021, "Efficient Attention", section 3.3)
     out = y / max(‖y‖₂, 1e-12)·√C·gain + residual      (Zhang & Sennrich 2019, in upstream's form)
 
-Backward keeps the arguments but residual, and per sample and head what a context and its projection take; maps are
-computed again.
+Backward keeps the arguments except residual, and a context and its projection per sample and head; it recomputes the
+maps.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def linear_attention(
         (B, C, H, W), dtype and memory format of qkv. Gradients flow to every tensor.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     _check(qkv, mem_kv, weight, bias, gain, heads, residual)
     return _linear_attention_op(qkv, mem_kv, weight, bias, gain, heads=heads, residual=residual)

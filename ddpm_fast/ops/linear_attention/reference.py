@@ -1,7 +1,7 @@
-"""Linear attention's tail in plain torch: the specification, the oracle and what runs on the CPU.
+"""Linear attention's tail in plain torch: the specification and the oracle; it runs on the CPU without native code.
 
-Products are in the dtype of qkv whatever autocast says, the norm in float32 at least; float64 tensors give a truth to
-measure against.
+Products are in the dtype of qkv and ignore autocast; the norm computes in float32 or float64. float64 tensors give the
+truth.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ddpm_fast.runtime.autocast import no_autocast
 
 
 def context_and_queries(qkv: torch.Tensor, mem_kv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What linear attention is a product of (Shen et al. 2021, eq. 4), in the dtype of qkv.
+    """The factors of linear attention (Shen et al. 2021, eq. 4), in the dtype of qkv.
 
     Returns:
         The context of keys and values, scaled, (B, heads, D, E), and softmax of the queries, (B, heads, D, N).

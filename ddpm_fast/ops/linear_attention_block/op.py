@@ -65,7 +65,7 @@ def linear_attention_block(
         refused.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     _check(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, heads, residual)
     return unchecked_linear_attention_block(

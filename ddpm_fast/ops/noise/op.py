@@ -46,7 +46,7 @@ def fill_normal_(
         `out`.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     if not isinstance(out, torch.Tensor) or not out.is_floating_point():
         raise TypeError(f"out must be a floating point tensor, got {getattr(out, 'dtype', type(out).__name__)}")
@@ -77,7 +77,7 @@ def normal(
         Contiguous tensor of `shape`.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point type, got {dtype}")

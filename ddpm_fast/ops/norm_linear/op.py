@@ -76,7 +76,7 @@ def norm_linear(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> to
         refused.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     _check({"x": x, "gain": gain, "weight": weight})
     C = x.shape[1]
@@ -98,7 +98,7 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
         (B, K, H, W) of the dtype and memory format of x. Gradients flow to everything.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     _check({"x": x, "weight": weight, "bias": bias, "residual": residual})
     K = weight.shape[0]
@@ -125,7 +125,7 @@ def linear(
         Gradients flow to everything; on the CPU once.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     maps = (x,) if isinstance(x, torch.Tensor) else tuple(x)
     if not 1 <= len(maps) <= 2:
@@ -154,7 +154,7 @@ def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
         (B, Σ N_i) of the dtype of x. Gradients flow to everything, once.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     _check_linears(x, weights, biases)
     return _Linears.apply(x, len(weights), *weights, *biases)

@@ -314,7 +314,7 @@ def _rows(x: torch.Tensor) -> tuple[int, int]:
 
 
 def _pixels(x: torch.Tensor) -> int:
-    """Of one sample: tiles of rows are chosen by them, so that a sample's results do not depend on the batch."""
+    """Pixels of one sample. They choose the tiles of rows, so a sample's results do not depend on the batch."""
     return x.shape[2] * x.shape[3]
 
 

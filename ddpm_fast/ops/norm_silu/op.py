@@ -76,7 +76,7 @@ def rms_norm_silu(
         Shape, dtype and memory format of x. Gradients flow to everything but seed.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     _check(x, gain, None, bias, scale, shift, residual, dropout_p, seed)
     return _rms_norm_silu_op(
@@ -119,7 +119,7 @@ def group_norm_silu(
         Shape, dtype and memory format of x. Gradients flow to everything but seed.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     _check(x, gain, offset, bias, scale, shift, residual, dropout_p, seed)
     if groups < 1 or x.shape[1] % groups:

@@ -95,7 +95,7 @@ def _finish_fwd(
     b_normed, residual_ptr, out_ptr, o_tile, m_tile, b_slope, b_intercept, seed_ptr, i_b, n_start, o_c, HW, threshold,
     kept_scale, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """What follows x̂, and the store."""
+    """The steps after x̂: affine map, SiLU, dropout, residual and the store."""
     b_y = b_normed * b_slope[None, :] + b_intercept[None, :]
     if ACTIVATION:
         b_y = silu(b_y)
@@ -255,7 +255,7 @@ def group_merge_kernel(
     HW, C, G, chunks, eps,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_K: tl.constexpr, BLOCKS_D: tl.constexpr,
 ):  # fmt: skip
-    """One program merges the chunks and channels of a group: the mean, then what is around it (Chan et al. 1983).
+    """One program merges the chunks and channels of a group: mean, then variance (Chan et al. 1983).
 
     The numbers of blocks are constants, nearly always 1: the interpreters of Triton 3.5 and 3.6 cannot loop up to a
     tensor with numpy 2.4.
@@ -441,7 +441,7 @@ class Tile:
 
 
 def choose_tile(HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool, interpreted: bool = False) -> Tile:
-    """The launch for a map of HW pixels and C channels; it depends on nothing else, so that results do not either.
+    """The launch for a map of HW pixels and C channels. It depends on these arguments alone, and so do results.
 
     Args:
         whole_rows: a program must see all channels of its pixels, as RMSNorm does.
@@ -562,12 +562,12 @@ class _Rows:
         return tuple(0 if t is None else t.stride(0) for t in (self.scale, self.shift))
 
     def scaled(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows·(1 + scale), what scale does to the norm's own affine map: (B or 1, C) → the same, (B, C) with scale."""
+        """rows·(1 + scale), the norm's affine map after scale: (B or 1, C) → (B, C), or rows itself without scale."""
         return rows if self.scale is None else rows * (self.scale.float() + 1)
 
 
 def parameter_gradients(sums: torch.Tensor, sums_dx: torch.Tensor, rows: _Rows) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of gain (C,), offset (C,), bias (C,), scale (B, C), shift (B, C), None for what was not given.
+    """Gradients of gain (C,), offset (C,), bias (C,), scale (B, C), shift (B, C), None for an absent one.
 
     Args:
         sums: (B, 2 or more, C), first Σ dy, then Σ dy·x̂ of each sample.
@@ -624,7 +624,7 @@ def _constants(tile: Tile, HW: int, activation: bool) -> dict:
 
 
 def _dropout_numbers(dropout_p: float) -> tuple[int, float]:
-    """The smallest word that is kept, and what is kept is multiplied with."""
+    """The smallest random word that keeps an element, and the factor of kept elements."""
     return round(dropout_p * 2**32), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Resampling by 2 as one convolution of torch: what runs where no native code does."""
+"""Resampling by 2 as one convolution of torch; it runs if no native code does."""
 
 from __future__ import annotations
 

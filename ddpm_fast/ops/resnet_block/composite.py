@@ -1,4 +1,4 @@
-"""A residual block made of the ops of its steps, each with its own backend: what runs where no native block does."""
+"""A residual block made of the ops of its steps, each with its own backend; it runs if no native block does."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def conv_of_recomputed(
 ) -> torch.Tensor:
     """The convolution of h = remake(*sources), stride 1, same size; backward keeps the sources and computes h again.
 
-    The sources are smaller than h, or kept by what made h anyway: one elementwise pass more saves one map.
+    The sources are smaller than h, or autograd keeps them anyway: one more elementwise pass saves one map.
     """
     bias = None if bias is None else bias.to(h.dtype)
     return _ConvOfRecomputed.apply(remake, h, weight.to(h.dtype), bias, *sources)
@@ -167,7 +167,7 @@ def convs_of_parts(
     """Convolutions of several maps side by side, one output for each weight (K, ΣC, k, k), k odd, and bias.
 
     A skip connection is read by two convolutions and is kept already; the concatenated map is kept for neither.
-    Backward takes each map by itself: gradients are whole maps, not slices to copy.
+    Backward handles each map separately: gradients are whole maps, not slices to copy.
 
     Forward concatenates. For two maps of n bytes and two convolutions with outputs of n bytes this moves 10n: 4n to
     concatenate, 3n per convolution. One convolution per map and a sum would move 14n, or 10n with the sums inside the

@@ -101,7 +101,7 @@ def resnet_block(
         everything but seed, once.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     options: dict[str, Any] = {
         "skip": skip, "offset1": offset1, "offset2": offset2, "scale": scale, "shift": shift,

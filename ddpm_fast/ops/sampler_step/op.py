@@ -102,7 +102,7 @@ def sampler_step(
         (x_next, x_start), both of the shape and dtype of x.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     _check(x, model_output, table, step, seed, "x_start_previous", x_start_previous, noise, start_index, stream)
     return _sampler_step_op(
@@ -143,7 +143,7 @@ def sampler_step_(
         x.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     _check(x, model_output, table, step, seed, "x_start", x_start, noise, start_index, stream)
     if x_start is x:

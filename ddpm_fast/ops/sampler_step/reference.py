@@ -84,5 +84,5 @@ def table_row(table: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
 
 
 def scaled(coefficient: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """coefficient · tensor, and 0 where the coefficient is 0 whatever the tensor holds."""
+    """coefficient · tensor, and 0 if the coefficient is 0, even if the tensor holds NaN."""
     return torch.where(coefficient == 0, 0.0, coefficient * tensor)

@@ -1,6 +1,6 @@
 """A large odd kernel on few channels, stride 1, zeros around: declaration, public function, eligibility.
 
-On the CPU, products of rows of the padded map, in which what a row of the kernel sees of a pixel is contiguous
+On the CPU a matrix product per row of the padded map, where the inputs of one kernel row are contiguous
 (csrc/cpu/kernels/stem_conv-inl.h). Elsewhere torch's convolution.
 """
 
@@ -59,7 +59,7 @@ def stem_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
         (B, K, H, W) of the dtype of x, natively channels-last. Gradients flow to every tensor, once.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said here.
+        TypeError, ValueError: an argument does not match its description.
     """
     _check(x, weight, bias)
     return _stem_conv_op(x, weight, bias)

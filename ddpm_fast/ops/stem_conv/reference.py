@@ -1,4 +1,4 @@
-"""The convolution in plain torch: the specification and the oracle, and what runs on CUDA."""
+"""The convolution in plain torch: the specification and the oracle; it runs on CUDA."""
 
 from __future__ import annotations
 

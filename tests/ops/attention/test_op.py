@@ -1,4 +1,4 @@
-"""attention without a kernel: the reference, torch's sdpa, errors, the choice. The kernels run in a process apart."""
+"""attention: the reference, torch's sdpa, errors, the choice. test_triton.py and test_native.py test the kernels."""
 
 from __future__ import annotations
 

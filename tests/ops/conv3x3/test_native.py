@@ -63,8 +63,8 @@ def run(function, tensors, others, grad=None):
 def check(tensors, others):
     """Twice the reference's error against float64, and a floor of 16 units of the products' absolute sum.
 
-    The transforms round in units of what they add, whatever cancels (Higham 2002, section 3.1). Of 600 random shapes as
-    small as these the worst took 9 units.
+    A transform's rounding error is relative to the absolute sum of its terms, even if they cancel (Higham 2002, section
+    3.1). The largest error of 600 random shapes of these sizes was 9 units.
     """
     with use_backend("native"):
         actual = run(conv3x3, tensors, others)
@@ -106,7 +106,7 @@ def test_equals_the_reference(shape):
 
 @pytest.mark.parametrize("shape", [(2, 64, 0, 64, 16, 16), (2, 128, 64, 96, 8, 8), (2, 256, 0, 64, 4, 4)], ids=str)
 def test_as_accurate_as_twice_a_direct_convolution(shape):
-    """At a network's shapes, against the result's own scale; what sums over pixels is held to 16 units instead of 4."""
+    """At a network's shapes, relative to the result's scale; the floor is 16 units for sums over pixels, else 4."""
     tensors, others = make(*shape)
     with use_backend("native"):
         actual = run(conv3x3, tensors, others)
@@ -248,7 +248,7 @@ def test_wrong_arguments(changes, message):
 
 
 def test_operator_checks_shapes_itself():
-    """What keeps memory safe where the operator is called without the function before it."""
+    """The operator's own checks keep memory safe if it is called without op.py."""
     call = torch.ops.ddpm_fast.native_conv3x3
     x, weight = torch.zeros(1, 8, 4, 4), torch.zeros(6, 8, 3, 3)
     for arguments in (

@@ -1,4 +1,4 @@
-"""Forward diffusion and its loss: the reference, the errors, and the kernels in Triton's interpreter."""
+"""Forward diffusion and its loss: the reference and the errors. test_triton.py and test_native.py test the kernels."""
 
 from __future__ import annotations
 

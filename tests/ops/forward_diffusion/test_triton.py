@@ -40,7 +40,7 @@ SEED = -123456789012345
 
 @pytest.fixture(autouse=True)
 def poisoned_memory_and_triton():
-    """torch.empty gives NaN, so that an element that no kernel writes shows."""
+    """torch.empty gives NaN, so an unwritten element fails the comparison."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     with use_backend("triton"):

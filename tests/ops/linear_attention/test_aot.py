@@ -51,7 +51,7 @@ ON_SM_90 = [
 
 
 def compile_stage(name: str, dtype: str, C: int, capability: int, tmp_path, chunks: int = 32):
-    """A kernel as `forward` and `backward` launch it on channels-last maps; what it was launched with."""
+    """Compile a kernel as `forward` and `backward` launch it on channels-last maps; also returns the launch."""
     function = getattr(kernel, f"linear_attention_{name}_kernel")
     launch = choose_launch(STAGES[C], HEADS, D, C, half=dtype == "bf16")
     tiles = {"context": launch.context, "rows_fwd": launch.forward, "rows_bwd": launch.backward}
@@ -138,7 +138,7 @@ def test_sizes_of_one_compile(name, tmp_path):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name, C", [("context", 64), ("rows_fwd", 64), ("rows_bwd", 64), ("sums_bwd", 256)])
 def test_products_of_float32_are_added_outside_the_matrix_unit(name, C, capability, tmp_path):
-    """Its accumulator cuts off what it does not hold, and would lose a little in every step of a loop.
+    """The unit's accumulator truncates, so a loop would lose digits at every step.
 
     Each tile's product starts at zero and is added by an instruction that rounds; see docs/arithmetic.md.
     """

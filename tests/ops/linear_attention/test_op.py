@@ -1,4 +1,4 @@
-"""linear_attention without a kernel: the reference, errors, refusals. The kernels run in a process apart."""
+"""linear_attention: the reference, errors, refusals. test_triton.py and test_native.py test the kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def upstream_tail(attention: torch.nn.Module, qkv: torch.Tensor, residual: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What upstream's LinearAttention makes of a qkv product and adds to a residual, with the gradients of all."""
+    """Upstream's LinearAttention after its qkv product, plus a residual; the output and every gradient."""
     qkv, residual = (tensor.clone().requires_grad_() for tensor in (qkv, residual))
     hook = attention.to_qkv.register_forward_hook(lambda module, args, out: qkv)
     attention.zero_grad()

@@ -52,7 +52,7 @@ def test_half_types(layout, dtype):
 
 
 def test_tf32_where_convolutions_may_use_it():
-    """The interpreter's products have all digits anyway: what is held is that the other tiles compute the same."""
+    """The interpreter ignores tf32, so this tests that the tiles for tf32 compute the same."""
     tensors = make((2, 40, 9, 9, 70), "nhwc", DEVICE)
     exact = run("triton", tensors)
     torch.backends.cudnn.conv.fp32_precision = "tf32"

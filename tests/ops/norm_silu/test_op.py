@@ -1,5 +1,4 @@
-"""norm_silu: the reference, errors, and the blocks that use it. The Triton kernels run in a process apart, the native
-ones in test_norm_silu_native.py."""
+"""norm_silu: the reference, errors, and the blocks that use it. test_triton.py and test_native.py test the kernels."""
 
 from __future__ import annotations
 

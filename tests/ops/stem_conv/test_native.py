@@ -142,7 +142,7 @@ def test_wrong_arguments(changes, message):
 
 
 def test_operator_checks_shapes_itself():
-    """What keeps memory safe where the operator is called without the function before it."""
+    """The operator's own checks keep memory safe if it is called without op.py."""
     x, weight, grad = torch.zeros(1, 3, 8, 8), torch.zeros(6, 3, 7, 7), torch.zeros(1, 6, 8, 8)
     forward, backward = torch.ops.ddpm_fast.native_stem_conv, torch.ops.ddpm_fast.native_stem_conv_backward
     for arguments in (
