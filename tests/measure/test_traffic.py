@@ -129,7 +129,7 @@ def test_an_op_of_this_package_is_asked_by_name():
     x, g = torch.empty(1, 8, 4, 4, device="meta"), torch.empty(8, device="meta")
     name = "ddpm_fast::norm_silu"
     flops = mock.patch.dict(traffic.FLOPS, {name: lambda arguments, result: {"matmul": arguments["x"].numel()}})
-    again = mock.patch.dict(traffic.SECOND_READS, {name: lambda arguments: [arguments["weight"]] * 2})
+    again = mock.patch.dict(traffic.SECOND_READS, {name: lambda arguments: [arguments["gain"]] * 2})
     scratch = mock.patch.dict(traffic.SCRATCH_BYTES, {name: lambda arguments: 1000 + len(arguments)})
     with flops, again, scratch, traffic.kernels_take_meta_tensors():
         found = count(lambda: rms_norm_silu(x, g))
