@@ -48,7 +48,7 @@ ROWS = [
     ["ops/arguments", "ops/operator", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
     ["ops/common/tables"],
     ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
-    ["runtime/extension", "runtime/autocast", "runtime/extras"],
+    ["runtime/extension", "runtime/autocast", "runtime/extras", "runtime/plain"],
 ]
 
 

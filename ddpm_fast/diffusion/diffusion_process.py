@@ -17,6 +17,7 @@ from ddpm_fast.diffusion.schedules import Schedule
 from ddpm_fast.ops.common.tables import lookup
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.runtime.autocast import call_model
+from ddpm_fast.runtime.plain import as_int, as_number, as_size, plain
 from ddpm_fast.runtime.recording import GraphCache
 
 if TYPE_CHECKING:
@@ -91,16 +92,25 @@ class DiffusionProcess(nn.Module):
         sampler: str | None = None,
     ):
         super().__init__()
+        timesteps = as_int("timesteps", timesteps)
+        sampling_timesteps = None if sampling_timesteps is None else as_int("sampling_timesteps", sampling_timesteps)
+        schedule_fn_kwargs = dict(plain("schedule_fn_kwargs", schedule_fn_kwargs or {}))
+        ddim_sampling_eta = as_number("ddim_sampling_eta", ddim_sampling_eta)
+        offset_noise_strength = as_number("offset_noise_strength", offset_noise_strength)
+        min_snr_gamma = as_number("min_snr_gamma", min_snr_gamma)
+        objective, beta_schedule = plain("objective", objective), plain("beta_schedule", beta_schedule)
+        sampler, auto_normalize = plain("sampler", sampler), plain("auto_normalize", auto_normalize)
+        immiscible = plain("immiscible", immiscible)
+        min_snr_loss_weight = plain("min_snr_loss_weight", min_snr_loss_weight)
         schedules.check_objective(objective)
         if sampler is not None:
             samplers.check_sampler(sampler)
         self._check_model(model)
 
-        schedule_fn_kwargs = dict(schedule_fn_kwargs or {})
         self.model = model
         self.channels = self.model.channels
         self.self_condition = self.model.self_condition
-        self.image_size = _image_size(image_size)
+        self.image_size = as_size("image_size", image_size)
         self.objective = objective
         self.config = dict(
             image_size=list(self.image_size),
@@ -397,11 +407,3 @@ class DiffusionProcess(nn.Module):
             if low < 0 or high >= self.num_timesteps:
                 raise ValueError(f"t must be in [0, {self.num_timesteps}), got values from {low} to {high}")
         return t.long()
-
-
-def _image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of the constructor's argument."""
-    sizes = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if not (isinstance(sizes, (tuple, list)) and len(sizes) == 2 and all(isinstance(n, int) and n > 0 for n in sizes)):
-        raise ValueError(f"image_size must be a positive int or two of them (height, width), got {image_size!r}")
-    return tuple(sizes)

@@ -20,6 +20,7 @@ from ddpm_fast.models.embeddings import (
 from ddpm_fast.models.resnet import ResnetBlock, ScaleShift
 from ddpm_fast.models.stock import is_convolution, is_unmodified
 from ddpm_fast.ops.layout import maps_format, weights_format
+from ddpm_fast.runtime.plain import as_int, as_ints, as_number, plain
 
 # Without native kernels, channels-last is slower on the CPU when the smallest maps have fewer than 64 pixels per batch
 # and 256 channels or more (Unet(64) at 32×32: 1.4 times the time with 32 pixels, 0.99 with 128; Unet(32, (1, 2, 4))
@@ -36,6 +37,12 @@ def _per_stage(name: str, value, num_stages: int) -> tuple:
     if len(values) != num_stages:
         raise ValueError(f"{name} must be one value or {num_stages}, one per entry of dim_mults, got {value!r}")
     return values
+
+
+def _ints_per_stage(name: str, value) -> int | tuple[int, ...]:
+    """An int, or a tuple of them, from one number or a sequence."""
+    value = plain(name, value)
+    return as_ints(name, value) if isinstance(value, (tuple, list)) else as_int(name, value)
 
 
 class Unet(HasDerivedWeight):
@@ -96,7 +103,19 @@ class Unet(HasDerivedWeight):
         memory: str = "fast",
     ):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        dim = as_int("dim", dim)
+        init_dim = None if init_dim is None else as_int("init_dim", init_dim)
+        out_dim = None if out_dim is None else as_int("out_dim", out_dim)
+        dim_mults = as_ints("dim_mults", dim_mults)
+        channels = as_int("channels", channels)
+        learned_sinusoidal_dim = as_int("learned_sinusoidal_dim", learned_sinusoidal_dim)
+        sinusoidal_pos_emb_theta = as_number("sinusoidal_pos_emb_theta", sinusoidal_pos_emb_theta)
+        dropout = as_number("dropout", dropout)
+        attn_dim_head = _ints_per_stage("attn_dim_head", attn_dim_head)
+        attn_heads = _ints_per_stage("attn_heads", attn_heads)
+        full_attn = plain("full_attn", full_attn)
+        resnet_block_groups = as_int("resnet_block_groups", resnet_block_groups)
+        self.config = {k: plain(k, v) for k, v in locals().items() if k not in ("self", "__class__")}
 
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -11,6 +12,11 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 _names_being_written: set[str] = set()
+
+# What fsync says on file systems that cannot do it, such as network shares and FUSE.
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+# A folder may also be writable and not readable: then it cannot be opened to be synced.
+_NO_FOLDER_SYNC = _NO_SYNC | {errno.EACCES, errno.EPERM}
 
 
 class _Sink:
@@ -40,8 +46,9 @@ class _Sink:
 def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open `path` for binary writing; the file appears (or replaces the earlier one) only when the block ends well.
 
-    Writes to a temporary file in the same folder, flushes, syncs, renames, and syncs the folder. Whatever fails, the
-    temporary file goes and an earlier file at `path` stays as it was. Raises OSError naming the file and the reason.
+    Writes to a temporary file in the same folder, flushes, syncs, renames, and syncs the folder; a file system that
+    cannot sync is written without. Until the renaming, a failure removes the temporary file and leaves an earlier file
+    at `path` as it was. Raises OSError naming the file and the reason.
     """
     path = Path(path)
     _remove_stale(path)
@@ -54,15 +61,22 @@ def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
             if sink.error is not None:
                 raise sink.error
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno(), _NO_SYNC)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
     except OSError as error:
-        kept = "; the earlier file there is untouched" if path.exists() else ""
+        kept = "; the earlier file there is untouched" if os.path.isfile(path) else ""
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}{kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
         _names_being_written.discard(temporary.name)
+    try:
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path} is written, but a power failure may undo that: its folder could not be synced "
+            f"({error.strerror or error})",
+        ) from error
 
 
 def _prefix(path: Path) -> str:
@@ -77,12 +91,15 @@ def _remove_stale(path: Path) -> None:
             continue
         process = leftover.name[len(prefix) :].split("-")[0]
         if process.isdigit() and not _is_being_written(int(process), leftover.name):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # another user's; it is in nobody's way
+                leftover.unlink(missing_ok=True)
 
 
 def _is_being_written(process: int, name: str) -> bool:
     if process == os.getpid():
         return name in _names_being_written
+    if os.name != "posix":  # there os.kill ends the process, whatever the signal
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -92,12 +109,26 @@ def _is_being_written(process: int, name: str) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; only POSIX lets a folder be opened and synced."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(descriptor: int, unsupported: set[int]) -> None:
+    """`os.fsync`; nothing where the file system says with one of these numbers that it cannot."""
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in unsupported:
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable, where folders can be opened and synced."""
+    if os.name != "posix":
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+        return
+    try:
+        _sync(descriptor, _NO_FOLDER_SYNC)
     finally:
         os.close(descriptor)

@@ -1,0 +1,172 @@
+"""Which tensors of a file are the network's, the process's and the average's, whatever they are wrapped in.
+
+A file may be a trainer's dictionary, a state dict of a network, a process or an EMA, or a dictionary around one of
+them. Wrappers put prefixes before the names: DistributedDataParallel `module.`, `torch.compile` `_orig_mod.`,
+ema-pytorch `online_model.` and `ema_model.`, Lightning the attribute's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+_State = dict[str, torch.Tensor]
+
+# Parts of a name that a wrapper adds and that say nothing about the tensor.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_IS_AVERAGE = re.compile(r"(^|_)ema(_|$)")
+_IS_ONLINE = re.compile(r"^online(_|$)")
+
+
+class AmbiguousNamesError(ValueError):
+    """Two tensors or networks of a file could be the one that is looked for."""
+
+
+class FoundStates(NamedTuple):
+    """State dicts with the names of a process: `model.` before the network's, none before the buffers.
+
+    model: the weights. has_process: the buffers are there, too. average: the EMA's weights, or None.
+    counters: `initted` and `step` of an EMA, where the file has them. stripped: parts of names that were taken off.
+    left_out: names of tensors that belong to none of these.
+    """
+
+    model: _State
+    has_process: bool
+    average: _State | None
+    counters: _State
+    stripped: list[str]
+    left_out: list[str]
+
+
+def bare_name(name: str) -> str:
+    """The name without the parts that wrappers add anywhere in it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def find_states(
+    contents: Mapping, network_names: Sequence[str], process_names: Collection[str] | None = None
+) -> FoundStates | None:
+    """The states in a file, or None if there is no network whose first name is `network_names[0]`.
+
+    network_names: names of the network, with no wrapper's parts; the first one finds it, the others choose among many.
+    process_names: names of the process outside of the network; None takes those without a dot, if `betas` is there.
+
+    Raises AmbiguousNamesError, which names both places.
+    """
+    raw = dict(_tensors(contents))
+    raw_names = _raw_names(raw)
+    prefixes = [name.removesuffix(network_names[0]) for name in raw_names if _ends_with(name, network_names[0])]
+    roles: dict[str, list[str]] = {"model": [], "online": [], "average": []}
+    for prefix in prefixes:
+        roles[_role(prefix)].append(prefix)
+    chosen = {role: _one(found, network_names, raw_names) for role, found in roles.items()}
+    prefix = next((found for found in chosen.values() if found is not None), None)
+    if prefix is None:
+        return None
+
+    buffers = _buffers(prefix, raw_names, process_names)
+    names = {**buffers, **_under(prefix, raw_names)}
+    model = {name: raw[raw_names[place]] for name, place in names.items()}
+    used = set(names.values()) | {place for name in roles["online"] for place in _all_of(name, raw_names)}
+    average, counters = None, {}
+    if chosen["average"] is not None:
+        average_names = {
+            **_buffers(chosen["average"], raw_names, process_names),
+            **_under(chosen["average"], raw_names),
+        }
+        average = {name: raw[raw_names[place]] for name, place in average_names.items()}
+        around = _around_average(chosen["average"])
+        places = {name: around + name for name in ("initted", "step") if around + name in raw_names}
+        counters = {name: raw[raw_names[place]] for name, place in places.items()}
+        used |= set(average_names.values()) | set(places.values())
+    base = prefix.removesuffix("model.") if buffers else prefix
+    stripped = _stripped(contents, base, [raw_names[place] for place in names.values()])
+    left_out = [raw_names[place] for place in raw_names if place not in used]
+    return FoundStates(model, bool(buffers), average, counters, stripped, left_out)
+
+
+def _tensors(contents: Mapping, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of nested dictionaries, with dots between the keys."""
+    for key, value in contents.items():
+        if isinstance(key, str) and isinstance(value, torch.Tensor):
+            yield prefix + key, value
+        elif isinstance(key, str) and isinstance(value, Mapping):
+            yield from _tensors(value, f"{prefix}{key}.")
+
+
+def _raw_names(raw: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Bare name → name in the file; two that become one must hold the same numbers."""
+    names: dict[str, str] = {}
+    for name in raw:
+        bare = bare_name(name)
+        earlier = names.setdefault(bare, name)
+        if earlier != name and not torch.equal(raw[earlier], raw[name]):
+            raise AmbiguousNamesError(f"it holds both {earlier!r} and {name!r}")
+    return names
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _role(prefix: str) -> str:
+    """What the last telling part of a prefix says of the weights."""
+    for part in reversed(prefix.split(".")):
+        if _IS_ONLINE.search(part):
+            return "online"
+        if _IS_AVERAGE.search(part):
+            return "average"
+    return "model"
+
+
+def _one(prefixes: list[str], network_names: Sequence[str], names: Mapping[str, str]) -> str | None:
+    """The one prefix of a network with all these names, or the only one at all; None if there is none."""
+    whole = [prefix for prefix in prefixes if all(prefix + name in names for name in network_names)]
+    candidates = whole or prefixes
+    if len(candidates) > 1:
+        first, second = (names[prefix + network_names[0]] for prefix in candidates[:2])
+        raise AmbiguousNamesError(f"it holds two networks, with {first!r} and {second!r}")
+    return candidates[0] if candidates else None
+
+
+def _all_of(prefix: str, names: Iterable[str]) -> Iterator[str]:
+    """Names of the network at this prefix, and of what stands beside it."""
+    base = prefix.removesuffix("model.")
+    return (name for name in names if name.startswith(base))
+
+
+def _under(prefix: str, names: Iterable[str]) -> dict[str, str]:
+    """Name in a process → bare name, of the network at this prefix."""
+    return {f"model.{name.removeprefix(prefix)}": name for name in names if name.startswith(prefix)}
+
+
+def _buffers(prefix: str, names: Collection[str], process_names: Collection[str] | None) -> dict[str, str]:
+    """Name in a process → bare name, of the process around the network at this prefix; nothing if there is none."""
+    base = prefix.removesuffix("model.")
+    if base == prefix or (base and not base.endswith(".")):
+        return {}
+    if process_names is not None:
+        return {name: base + name for name in process_names if base + name in names}
+    if f"{base}betas" not in names:
+        return {}
+    beside = [name for name in names if name.startswith(base) and "." not in name.removeprefix(base)]
+    return {name.removeprefix(base): name for name in beside}
+
+
+def _around_average(prefix: str) -> str:
+    """The prefix of the EMA that holds the network at this prefix."""
+    parts = prefix.split(".")
+    last = max(index for index, part in enumerate(parts) if _IS_AVERAGE.search(part))
+    return "".join(f"{part}." for part in parts[:last])
+
+
+def _stripped(contents: Mapping, base: str, raw_names: Sequence[str]) -> list[str]:
+    """Parts that were taken off the names; a dictionary's key `model` is none."""
+    parts = base.split(".")[:-1]
+    if parts[:1] == ["model"] and isinstance(contents.get("model"), Mapping):
+        parts = parts[1:]
+    wrappers = [part for name in raw_names for part in name.split(".") if part in _WRAPPERS]
+    return list(dict.fromkeys([*parts, *wrappers]))
