@@ -12,7 +12,7 @@ from ddpm_fast.runtime.extras import MissingExtraError, needed_for
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `ddpm-fast`; errors that the user can put right end with one line and exit code 2."""
+    """Run `ddpm-fast`; errors that the user can put right end with one line and exit code 2, Ctrl-C with 130."""
     try:
         with needed_for("the command ddpm-fast"):
             from ddpm_fast.cli import commands
@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     try:
         commands.run(command)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except (OSError, ValueError, TypeError, MissingExtraError) as error:
         if command.debug or not _is_for_the_user(error):
             raise

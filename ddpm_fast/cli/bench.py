@@ -9,6 +9,7 @@ import tyro
 from ddpm_fast.cli.options import (
     Channels,
     Folder,
+    Int,
     Integer,
     Integers,
     Text,
@@ -53,7 +54,7 @@ class Bench:
     """Images per step (on a GPU 16, on a CPU 4)."""
     amp: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision, on both sides."""
-    steps: int = 10
+    steps: Int = 10
     """Steps of each sampling run that is timed."""
     against: tuple[Baseline, ...] = ("upstream", "upstream-channels-last")
     """Baselines to compare with; the compiled ones take minutes to compile."""

@@ -1,5 +1,6 @@
 """Types of options and checks of their values, shared by the commands. Heavy imports are in functions."""
 
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,17 +12,48 @@ if TYPE_CHECKING:
     import torch
 
 
+def _integer(texts: list[str]) -> int:
+    """An int from digits, or from a number without a fraction such as 1e5; tyro shows the ValueError."""
+    try:
+        number = Decimal(texts[0])
+    except InvalidOperation:
+        number = Decimal("NaN")
+    if not number.is_finite() or number.adjusted() > 30 or number != int(number):
+        raise ValueError(f"{texts[0]!r} is no integer")
+    return int(number)
+
+
+# An int of the command line.
+Int = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=_integer,
+        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
 # Options that may be left out, without the word None in the help.
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
-Integer = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-Integers = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
+Integer = Annotated[Int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+Integers = Annotated[tuple[Int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 YesNo = Annotated[bool | None, tyro.conf.arg(metavar="True|False", help_behavior_hint="")]
 Channels = Annotated[Literal[1, 3, 4] | None, tyro.conf.arg(metavar="1|3|4", help_behavior_hint="")]
 Schedule = Annotated[
     Literal["linear", "cosine", "sigmoid"] | None,
     tyro.conf.arg(metavar="linear|cosine|sigmoid", help_behavior_hint=""),
+]
+Memory = Annotated[Literal["fast", "low"] | None, tyro.conf.arg(metavar="fast|low", help_behavior_hint="")]
+Objective = Annotated[
+    Literal["pred_v", "pred_noise", "pred_x0"] | None,
+    tyro.conf.arg(metavar="pred_v|pred_noise|pred_x0", help_behavior_hint=""),
+]
+Precision = Annotated[
+    Literal["no", "fp16", "bf16"] | None, tyro.conf.arg(metavar="no|fp16|bf16", help_behavior_hint="")
 ]
 if TYPE_CHECKING:
     Sampler = str | None
@@ -36,11 +68,17 @@ class UserError(ValueError):
 
 
 def checkpoint_file(path: Path) -> Path:
-    """The file itself, or the latest checkpoint of a results folder."""
-    from ddpm_fast.training.checkpoint import find_latest
+    """The file of a path, the latest checkpoint of a results folder, or the milestone that FOLDER/MILESTONE names.
+
+    A bare milestone (7, last) is one of ./results, where `ddpm-fast train` writes by default.
+    """
+    from ddpm_fast.training.checkpoint import find_latest, one_file
 
     if not path.is_dir():
-        return path
+        folder = Path("results") if path.parent == Path() else path.parent
+        is_milestone = path.suffix != ".pt"
+        milestone = [folder / f"model-{path.name}.pt"] if is_milestone else []
+        return one_file(path, [path, *milestone])
     latest = find_latest(path)
     if latest is None:
         raise UserError(f"folder {path} holds no checkpoint")

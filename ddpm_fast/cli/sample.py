@@ -8,6 +8,7 @@ import tyro
 
 from ddpm_fast.cli.options import (
     Folder,
+    Int,
     Integer,
     Integers,
     Number,
@@ -41,12 +42,13 @@ class Sample:
     """
 
     checkpoint: File
-    """A file such as results/model-last.pt, or a results folder: the checkpoint with the largest step in it."""
+    """A file such as results/model-last.pt, or a results folder: the checkpoint with the largest step in it. Also
+    results/7 for the milestone model-7.pt."""
     out: Path = Path("samples.png")
     """The grid; the strip is written next to it as NAME-strip.png."""
-    num_samples: int = 64
+    num_samples: Int = 64
     """Number of images."""
-    batch_size: int = 64
+    batch_size: Int = 64
     """Images drawn at once; does not change them."""
     seed: Integer = None
     """The same seed draws the same images."""
@@ -60,7 +62,7 @@ class Sample:
     """Height and width, or one number for both; needed if the checkpoint does not record it."""
     weights: Literal["ema", "model"] = "ema"
     """The moving average of the weights, or the weights themselves."""
-    scale: int = 1
+    scale: Int = 1
     """Draw each pixel as a square of this many."""
     raw: Folder = None
     """Also write each image to its own PNG in this folder."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -10,9 +10,13 @@ from ddpm_fast.cli.options import (
     Channels,
     Integer,
     Integers,
+    Memory,
     Number,
+    Objective,
+    Precision,
     Sampler,
     Schedule,
+    Text,
     UserError,
     YesNo,
     image_size_of,
@@ -26,24 +30,35 @@ Data = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
 # Defaults that depend on the data: photographs in a folder, or scikit-learn's handwritten digits of 8 x 8 pixels.
 # The average is taken every 10 steps: 0.95 looks back over 200 of them, which suits a run of minutes; 0.995 over 2,000.
 _FOLDER_DEFAULTS = dict(
-    image_size=64,
-    channels=3,
-    dim=64,
-    dim_mults=(1, 2, 4, 8),
-    timesteps=1000,
-    sampling_timesteps=250,
-    beta_schedule="sigmoid",
-    steps=100_000,
-    batch_size=16,
-    lr=1e-4,
-    ema_decay=0.995,
-    save_every=1000,
-    flip=True,
-)
-_DIGITS_DEFAULTS = dict(
-    image_size=8, channels=1, dim=32, dim_mults=(1, 2), timesteps=1000, sampling_timesteps=50,
-    beta_schedule="cosine", steps=1200, batch_size=64, lr=1e-3, ema_decay=0.95, save_every=300, flip=False,
+    image_size=64, channels=3, dim=64, dim_mults=(1, 2, 4, 8), sampling_timesteps=250, beta_schedule="sigmoid",
+    steps=100_000, batch_size=16, lr=1e-4, ema_decay=0.995, save_every=1000, flip=True,
 )  # fmt: skip
+_DIGITS_DEFAULTS = dict(
+    image_size=8, channels=1, dim=32, dim_mults=(1, 2), sampling_timesteps=50, beta_schedule="cosine",
+    steps=1200, batch_size=64, lr=1e-3, ema_decay=0.95, save_every=300, flip=False,
+)  # fmt: skip
+_DEFAULTS = dict(timesteps=1000, objective="pred_v", memory="fast", grad_accumulate=1, amp="no", num_samples=25)
+
+# Option → argument of Unet, GaussianDiffusion and Trainer. A flag that is not given is False and says nothing.
+_NETWORK = {name: name for name in ("dim", "dim_mults", "channels", "self_condition", "memory")}
+_PROCESS = {
+    **{
+        name: name
+        for name in ("image_size", "timesteps", "objective", "sampler", "sampling_timesteps", "beta_schedule")
+    },
+    "min_snr": "min_snr_loss_weight",
+}
+_TRAINER = {
+    "batch_size": "train_batch_size",
+    "grad_accumulate": "gradient_accumulate_every",
+    "flip": "augment_horizontal_flip",
+    "lr": "train_lr",
+    "steps": "train_num_steps",
+    "ema_decay": "ema_decay",
+    "save_every": "save_and_sample_every",
+    "num_samples": "num_samples",
+    "seed": "seed",
+}
 
 
 @dataclasses.dataclass
@@ -52,6 +67,8 @@ class Train:
 
     Writes to the results folder: model-N.pt and sample-N.png every --save-every steps, model-last.pt at the end or
     after Ctrl-C, loss.csv and loss.png. Options marked (data) default to what suits DATA: a folder, or the digits.
+    With --resume an option that is not given keeps the checkpoint's value. One that is given holds from there on, or is
+    refused where the weights belong to another: those of the network, the schedule, the objective and the size.
 
     Many GPUs: torchrun --nproc-per-node=8 -m ddpm_fast train ..., or accelerate launch -m ddpm_fast train ...
     """
@@ -62,6 +79,8 @@ class Train:
     """Where everything is written."""
     resume: bool = False
     """Continue from the checkpoint with the largest step in the results folder."""
+    resume_from: Text = None
+    """Continue from this checkpoint: a milestone (7, last), a file name in the results folder, or a path."""
     image_size: Integers = None
     """Height and width, or one number for both (data: 64, digits 8)."""
     channels: Channels = None
@@ -72,14 +91,14 @@ class Train:
     """Width of each stage in multiples of --dim (data: 1 2 4 8, digits 1 2)."""
     self_condition: bool = False
     """Let the network see its previous estimate."""
-    memory: Literal["fast", "low"] = "fast"
-    """low keeps fewer maps from forward for backward, and takes longer to make the others again."""
+    memory: Memory = None
+    """fast; low keeps fewer maps from forward for backward, and takes longer to make the others again."""
     flash: bool = True
     """Fused attention where the device has it."""
     timesteps: Integer = None
     """Steps of the diffusion process (1000)."""
-    objective: Literal["pred_v", "pred_noise", "pred_x0"] = "pred_v"
-    """What the network predicts."""
+    objective: Objective = None
+    """What the network predicts (pred_v)."""
     beta_schedule: Schedule = None
     """Noise schedule (data: sigmoid, digits cosine)."""
     min_snr: bool = False
@@ -92,22 +111,22 @@ class Train:
     """Training steps (data: 100000, digits 1200)."""
     batch_size: Integer = None
     """Images per step over all devices (data: 16, digits 64)."""
-    grad_accumulate: int = 1
-    """Batches whose gradients are summed before each step."""
+    grad_accumulate: Integer = None
+    """Batches whose gradients are summed before each step (1)."""
     lr: Number = None
     """Adam's learning rate (data: 1e-4, digits 1e-3)."""
     ema_decay: Number = None
     """Decay of the moving average that samples are drawn from (data: 0.995, digits 0.95)."""
     flip: YesNo = None
     """Mirror images at random (data: yes, digits no)."""
-    amp: Literal["no", "fp16", "bf16"] = "no"
-    """Mixed precision."""
+    amp: Precision = None
+    """Mixed precision (no)."""
     seed: Integer = None
     """Fixes weights, order, flips and noise."""
     save_every: Integer = None
     """Steps between checkpoints and sample grids (data: 1000, digits 300)."""
-    num_samples: int = 25
-    """Images in each grid."""
+    num_samples: Integer = None
+    """Images in each grid (25)."""
     workers: Integer = None
     """Processes that read images, per device."""
     fid: bool = False
@@ -118,23 +137,17 @@ class Train:
 
 def run(options: Train) -> None:
     """`ddpm-fast train`."""
-    values = _with_defaults(options)
-    from ddpm_fast.training.checkpoint import find_latest
+    from ddpm_fast.training.checkpoint import read_settings
 
-    latest = find_latest(options.results_folder)
-    if latest and not options.resume:
-        raise UserError(
-            f"{options.results_folder} already holds checkpoints (up to step {latest[1]}); give --resume to continue "
-            "them, or another --results-folder"
-        )
-    if options.resume and not latest:
-        raise UserError(f"--resume: there is no checkpoint in {options.results_folder}")
-    if latest and latest[1] >= values["steps"]:
-        print(f"{latest[0]} is at step {latest[1]} already; a larger --steps would continue it")
+    resumed = _checkpoint_to_resume(options)
+    record = None if resumed is None else read_settings(resumed[0])
+    network, process, training = _arguments(options, record)
+    if resumed and resumed[1] >= training["train_num_steps"]:
+        print(f"{resumed[0]} is at step {resumed[1]} already; a larger --steps would continue it")
         return
-    trainer = _make_trainer(options, values)
-    if latest:
-        trainer.load(latest[0].stem.removeprefix("model-"))
+    trainer = _make_trainer(options, network, process, training)
+    if resumed:
+        trainer.load(resumed[0].absolute())
     trainer.train()
     broken = getattr(trainer.ds, "broken_files", [])
     if broken:
@@ -143,7 +156,72 @@ def run(options: Train) -> None:
     trainer.accelerator.end_training()
 
 
-def _make_trainer(options: Train, values: dict[str, Any]) -> "Trainer":
+def _checkpoint_to_resume(options: Train) -> tuple[Path, int] | None:
+    """(path, step) of the checkpoint to go on from, or None for a new run."""
+    from ddpm_fast.training.checkpoint import find_file, find_latest, load_file, step_of
+
+    if options.resume_from is not None:
+        path = find_file(options.resume_from, options.results_folder)
+        return path, step_of(load_file(path, mmap=True), path)
+    latest = find_latest(options.results_folder)
+    if latest and not options.resume:
+        raise UserError(
+            f"{options.results_folder} already holds checkpoints (up to step {latest[1]}); give --resume to continue "
+            "them, or another --results-folder"
+        )
+    if options.resume and not latest:
+        raise UserError(f"--resume: there is no checkpoint in {options.results_folder}")
+    return latest
+
+
+def _arguments(options: Train, record: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Arguments of Unet, GaussianDiffusion and Trainer: what was given, else what the file records, else the defaults.
+
+    record: of `read_settings`; None for a new run.
+    """
+    given = {name: getattr(options, name) for name in (*_NETWORK, *_PROCESS, *_TRAINER, "amp")}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    if options.flip is False:  # the only option that is given as False
+        given["flip"] = False
+    if "image_size" in given:
+        given["image_size"] = image_size_of(given["image_size"])
+    data = _DIGITS_DEFAULTS if options.data == "digits" else _FOLDER_DEFAULTS
+    values = {**_DEFAULTS, **data, "self_condition": False, "min_snr": False, "sampler": None, "seed": None}
+    network, process, training = (
+        {argument: values[option] for option, argument in names.items()} for names in (_NETWORK, _PROCESS, _TRAINER)
+    )
+    network["flash_attn"] = True
+    training["mixed_precision"] = values["amp"]
+    if record is not None:
+        # A file's record is whole; what upstream's file does not tell are the size and the trainer's arguments.
+        image_size = record["diffusion"].get("image_size") or process["image_size"]
+        network, process = dict(record["unet"]), {**record["diffusion"], "image_size": image_size}
+        training.update(_recorded_training(record))
+    for names, arguments in ((_NETWORK, network), (_PROCESS, process), (_TRAINER, training)):
+        arguments.update({names[option]: value for option, value in given.items() if option in names})
+    if not options.flash:
+        network["flash_attn"] = False
+    training["mixed_precision"] = given.get("amp", training["mixed_precision"])
+    timesteps = process["timesteps"]
+    if "sampling_timesteps" not in given and (process.get("sampling_timesteps") or 0) > timesteps:
+        process["sampling_timesteps"] = timesteps
+    return network, process, training
+
+
+def _recorded_training(record: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of Trainer in a file's record, but for the seed, which `Trainer.load` takes from there."""
+    names = {*_TRAINER.values(), "max_grad_norm", "mixed_precision"} - {"seed"}
+    found = {name: value for name, value in record["training"].items() if name in names}
+    renamed = (("adam", "lr", "train_lr"), ("adam", "betas", "adam_betas"), ("ema", "beta", "ema_decay"))
+    for part, name, argument in (*renamed, ("ema", "update_every", "ema_update_every")):
+        if name in record[part]:
+            found[argument] = record[part][name]
+    return found
+
+
+def _make_trainer(
+    options: Train, network: dict[str, Any], process: dict[str, Any], training: dict[str, Any]
+) -> "Trainer":
     import torch
 
     from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
@@ -153,48 +231,15 @@ def _make_trainer(options: Train, values: dict[str, Any]) -> "Trainer":
 
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    network = Unet(
-        values["dim"],
-        dim_mults=values["dim_mults"],
-        channels=values["channels"],
-        flash_attn=options.flash,
-        self_condition=options.self_condition,
-        memory=options.memory,
-    )
-    diffusion = GaussianDiffusion(
-        network,
-        image_size=values["image_size"],
-        timesteps=values["timesteps"],
-        objective=options.objective,
-        sampling_timesteps=min(values["sampling_timesteps"], values["timesteps"]),
-        sampler=options.sampler,
-        beta_schedule=values["beta_schedule"],
-        min_snr_loss_weight=options.min_snr,
-    )
+    diffusion = GaussianDiffusion(Unet(**network), **process)
+    precision = training.pop("mixed_precision")
     return Trainer(
         diffusion,
-        DigitsDataset(values["image_size"]) if options.data == "digits" else options.data,
-        train_batch_size=values["batch_size"],
-        gradient_accumulate_every=options.grad_accumulate,
-        augment_horizontal_flip=values["flip"],
-        train_lr=values["lr"],
-        train_num_steps=values["steps"],
-        ema_decay=values["ema_decay"],
-        save_and_sample_every=values["save_every"],
-        num_samples=options.num_samples,
+        DigitsDataset(diffusion.image_size) if options.data == "digits" else options.data,
+        **training,
         results_folder=options.results_folder,
-        amp=options.amp != "no",
-        mixed_precision_type=options.amp,
+        amp=precision != "no",
+        mixed_precision_type=precision,
         calculate_fid=options.fid,
-        seed=options.seed,
         num_workers=options.workers,
     )
-
-
-def _with_defaults(options: Train) -> dict[str, Any]:
-    """The options marked (data); missing ones get the defaults of a folder or of the digits."""
-    defaults = dict(_DIGITS_DEFAULTS if options.data == "digits" else _FOLDER_DEFAULTS)
-    given = {name: getattr(options, name) for name in defaults if getattr(options, name) is not None}
-    if "image_size" in given:
-        given["image_size"] = image_size_of(given["image_size"])
-    return {**defaults, **given}

@@ -94,9 +94,7 @@ def as_size(name: str, value: Any) -> tuple[int, int]:
     try:
         height, width = (as_int(name, size, 1) for size in (sizes * 2 if len(sizes) == 1 else sizes))
     except ValueError:
-        raise ValueError(
-            f"{name} must be a positive int or two of them (height, width), got {shown(value)}"
-        ) from None
+        raise ValueError(f"{name} must be a positive int or two of them (height, width), got {shown(value)}") from None
     return height, width
 
 

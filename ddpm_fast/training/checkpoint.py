@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, read without running code, rebuilt from their tensors where need be.
 
-A checkpoint is upstream's dictionary (step, model, opt, ema, scaler, version) plus `config`, the constructor arguments.
-Upstream's files lack `config`; then the architecture and the process are read off names, shapes and buffers.
+A checkpoint is upstream's dictionary (step, model, opt, ema, scaler, version) plus `config`, the constructor arguments,
+and `training`, the trainer's. Upstream's files lack both; then the architecture and the process are read off names,
+shapes and buffers. Files of other programs are searched for a network's names (`state_names.py`).
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import inspect
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +26,10 @@ from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.extras import needed_for
+from ddpm_fast.runtime.plain import as_int, plain
 from ddpm_fast.training.atomic_files import write_atomically
+from ddpm_fast.training.numpy_pickles import STAND_INS, without_arrays
+from ddpm_fast.training.state_names import AmbiguousNamesError, FoundStates, bare_name, find_states
 
 _Path = str | os.PathLike
 _State = Mapping[str, torch.Tensor]
@@ -52,27 +58,49 @@ def save_atomically(obj: object, path: _Path) -> None:
 
 
 def load_file(path: _Path, map_location: torch.device | str = "cpu", mmap: bool = False) -> Any:
-    """`torch.load(weights_only=True)` with one sentence for each way it can fail.
+    """`torch.load(weights_only=True)` with one sentence for each way it can fail; numpy's scalars become Python's.
 
-    Raises FileNotFoundError, or CheckpointError for a file that is truncated, no checkpoint, or holds code.
+    Raises FileNotFoundError; OSError for a file that cannot be read; CheckpointError for one that is truncated or
+    damaged, no checkpoint, or holds code.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} is a folder; it must be a file such as model-1.pt")
-    _check_container(path)
+    is_archive = _check_container(path)
     try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        return _load(path, map_location, mmap and is_archive)
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:Unsupported|GLOBAL) (?:global: GLOBAL )?(\S+)", str(error))
+        if refused is None and _is_damaged(path):
+            raise CheckpointError(f"checkpoint {path} is damaged: its checksums do not agree") from error
         what = f"it refers to {refused.group(1)}" if refused else "it is not a pickle of tensors"
         raise CheckpointError(
             f"checkpoint {path} was not loaded: {what}, and only plain data and tensors are"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except OSError as error:
+        raise OSError(error.errno, f"could not read checkpoint {path}: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, struct.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from error
+        what = "is damaged" if _is_damaged(path) else "could not be loaded"
+        raise CheckpointError(f"checkpoint {path} {what}: {reason}") from error
+
+
+def _load(path: Path, map_location: torch.device | str, mmap: bool) -> Any:
+    """`torch.load` of plain data and tensors, again with stand-ins for numpy's scalars if there are any."""
+    options: dict[str, Any] = {"map_location": map_location, "weights_only": True}
+    try:
+        return torch.load(path, mmap=mmap, **options)
+    except RuntimeError as error:
+        if not mmap or "mmap" not in str(error):
+            raise
+        return _load(path, map_location, mmap=False)  # the file system maps no files
+    except pickle.UnpicklingError as error:
+        if "numpy." not in str(error):
+            raise
+    with torch.serialization.safe_globals(STAND_INS):
+        return without_arrays(torch.load(path, **options))
 
 
 def load_checkpoint(
@@ -80,21 +108,25 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Rebuild network, diffusion and EMA from a checkpoint of ours or of upstream's `Trainer`; returns a `Checkpoint`.
 
-    Plain state dicts of a `GaussianDiffusion` or a `Unet` load too (step 0, EMA equal to the weights).
+    State dicts of a `GaussianDiffusion`, a `Unet` or an EMA load too, alone or as `model` or `state_dict` of a
+    dictionary, with the prefixes of DistributedDataParallel, `torch.compile`, ema-pytorch and Lightning; one warning
+    says what was stripped (step 0 without a step, EMA equal to the weights without an EMA).
     image_size: needed for upstream's files to sample, since they do not record it. overrides: further arguments of
     `Unet` and `GaussianDiffusion`, for what tensors cannot tell (`resnet_block_groups`, `auto_normalize`, ...) or what
     may be chosen again (`sampling_timesteps`, `sampler`, ...).
 
-    Raises FileNotFoundError, CheckpointError (damaged, foreign, other architecture), TypeError (unknown override).
+    Raises FileNotFoundError, OSError (unreadable), CheckpointError (damaged, foreign, other architecture, two networks
+    that could be meant), TypeError (unknown override).
     """
     with needed_for("load_checkpoint"):
         from ema_pytorch import EMA
 
-    contents = _as_trainer_file(load_file(path), path)
-    config = contents.get("config") or {}
+    contents = load_file(path)
+    states = find_weights(contents, path)
+    config = recorded_config(contents)
     unet_options, diffusion_options = _split_overrides(overrides)
-    unet_config = config.get("unet") or infer_unet_config(_network_state(contents["model"]), path)
-    diffusion_config = dict(config.get("diffusion") or infer_diffusion_config(contents["model"]))
+    unet_config = config["unet"] or infer_unet_config(network_state(states.model), path)
+    diffusion_config = dict(config["diffusion"] or infer_diffusion_config(states.model))
     if image_size is not None:
         diffusion_config["image_size"] = image_size
     is_size_unknown = diffusion_config.get("image_size") is None
@@ -103,23 +135,31 @@ def load_checkpoint(
     if is_size_unknown:
         diffusion_config["image_size"] = model.downsample_factor
     diffusion = GaussianDiffusion(model, **{**diffusion_config, **diffusion_options})
-    load_matching(diffusion, _with_buffers(contents["model"], diffusion), path)
-    ema = EMA(diffusion, **(config.get("ema") or {}))
-    load_ema(ema, contents["ema"], path)
+    step = step_of(contents, path)
+    load_matching(diffusion, with_buffers(states.model, diffusion), path)
+    ema = EMA(diffusion, **(config["ema"] or {}))
+    load_average(ema, states, diffusion, path, step)
     if is_size_unknown:
         _forget_image_size(path, diffusion, ema.ema_model)
     ema.to(map_location)
-    return Checkpoint(model, diffusion, ema, int(contents["step"]))
+    warn_of_names(states, path)
+    return Checkpoint(model, diffusion, ema, step)
 
 
 def find_latest(folder: _Path) -> tuple[Path, int] | None:
-    """(path, step) of the checkpoint with the largest step in a results folder, or None; damaged files are skipped."""
+    """(path, step) of the checkpoint with the largest step in a results folder, or None.
+
+    A damaged file or one without a step is skipped with a warning. Raises OSError for a file that cannot be read.
+    """
     found = []
     for path in sorted(Path(folder).glob("model-*.pt")):
         try:
             contents = load_file(path, mmap=True)
-            found.append((int(contents["step"]), path))
-        except (CheckpointError, KeyError, TypeError) as error:
+            has_step = isinstance(contents, dict) and contents.get("step") is not None
+            if not has_step or (isinstance(contents["step"], torch.Tensor) and "model" not in contents):
+                raise CheckpointError("it has no step, so it is no trainer's file")
+            found.append((step_of(contents, path), path))
+        except CheckpointError as error:
             warnings.warn(f"skipped {path}: {error}", stacklevel=2)
     if not found:
         return None
@@ -127,21 +167,162 @@ def find_latest(folder: _Path) -> tuple[Path, int] | None:
     return path, step
 
 
+def find_file(name: int | str | os.PathLike, folder: _Path) -> Path:
+    """The file of a milestone (1, "last"), a file name in a results folder (model-1.pt), or a path.
+
+    A path that is absolute or begins with a dot is that file; anything else is looked for in the folder and here.
+    Raises FileNotFoundError, or CheckpointError where two files fit.
+    """
+    folder = Path(folder)
+    if not isinstance(name, (str, os.PathLike)):
+        candidates = [folder / f"model-{as_int('milestone', name)}.pt"]
+    elif os.path.isabs(name) or str(name).startswith("."):
+        candidates = [Path(name)]
+    else:
+        is_milestone = Path(name).name == str(name) and Path(name).suffix != ".pt"
+        milestone = [folder / f"model-{name}.pt"] if is_milestone else []
+        candidates = [*milestone, folder / name, Path(name)]
+        if not is_milestone:
+            candidates.reverse()
+    return one_file(name, candidates)
+
+
+def one_file(name: object, candidates: Sequence[Path]) -> Path:
+    """The candidate that is a file; FileNotFoundError names the first one, CheckpointError two that both are."""
+    found: list[Path] = []
+    for path in candidates:
+        if path.is_file() and not any(path.samefile(other) for other in found):
+            found.append(path)
+    if len(found) > 1:
+        raise CheckpointError(f"checkpoint {str(name)!r} may be {found[0]} or {found[1]}; give the whole path of one")
+    if not found:
+        folder = next((path for path in candidates if path.is_dir()), None)
+        return candidates[0] if folder is None else folder  # load_file says what is wrong with it
+    return found[0]
+
+
+def find_weights(
+    contents: Any,
+    path: _Path,
+    network_names: Sequence[str] = ("init_conv.weight",),
+    process_names: Collection[str] | None = None,
+) -> FoundStates:
+    """The weights in a file's contents, with the names of a process; CheckpointError says why there are none.
+
+    Of a trainer's dictionary only `model` and `ema` are searched, of another one everything.
+    """
+    if not isinstance(contents, Mapping):
+        raise CheckpointError(f"checkpoint {path} holds a {type(contents).__name__}, not a dictionary")
+    model, ema = contents.get("model"), contents.get("ema")
+    is_trainers = isinstance(model, Mapping) and "step" in contents
+    try:
+        states = find_states({"model": model, "ema": ema} if is_trainers else contents, network_names, process_names)
+    except AmbiguousNamesError as error:
+        raise CheckpointError(f"checkpoint {path} is ambiguous: {error}; save the one that is meant alone") from error
+    if states is None:
+        if isinstance(model, Mapping) or isinstance(contents.get("state_dict"), Mapping):
+            raise CheckpointError(f"checkpoint {path} is of another architecture: it has no {network_names[0]!r}")
+        found = ", ".join(map(str, list(contents)[:5]))
+        raise CheckpointError(
+            f"checkpoint {path} is no checkpoint of a diffusion trainer: it holds {found or 'nothing'}"
+        )
+    if is_trainers and ema is not None and states.average is None:
+        raise CheckpointError(f"checkpoint {path} has no network in its 'ema'")
+    return states
+
+
+def warn_of_names(states: FoundStates, path: _Path) -> None:
+    """One warning on what was stripped from names, what is missing and what was left out; nothing for usual files."""
+    notes = []
+    if states.stripped:
+        parts = ", ".join(repr(f"{part}.") for part in states.stripped)
+        notes.append(f"the prefix {parts} was stripped from its names")
+    if not states.has_process:
+        notes.append("it holds only a network; the diffusion gets default arguments")
+    if states.left_out:
+        notes.append(f"{len(states.left_out)} other tensors were left out, such as {states.left_out[0]!r}")
+    if notes:
+        warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=3)
+
+
+def recorded_config(contents: Mapping) -> dict[str, Any]:
+    """The constructor arguments in a file of ours: `unet`, `diffusion` and `ema`, None where there are none."""
+    config = contents.get("config")
+    record = config if isinstance(config, Mapping) else {}
+    parts = {name: record.get(name) for name in ("unet", "diffusion", "ema")}
+    return {name: dict(part) if isinstance(part, Mapping) else None for name, part in parts.items()}
+
+
+def step_of(contents: Mapping, path: _Path) -> int:
+    """The step of a trainer's file, `global_step` of Lightning's, or 0."""
+    has_step = not isinstance(contents.get("step"), (torch.Tensor, type(None))) or "model" in contents
+    step = contents.get("step" if has_step else "global_step")
+    try:
+        return 0 if step is None else as_int("step", step, 0)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} has no usable step: {error}") from error
+
+
+def read_settings(path: _Path) -> dict[str, Any]:
+    """What a trainer's file says of its run: `unet`, `diffusion` and `ema` (arguments), `training`, `adam`.
+
+    Of upstream's file the first two are read off its tensors; what a file does not tell is left out.
+    Raises what `load_file` raises, and CheckpointError for another architecture.
+    """
+    contents = load_file(path, mmap=True)
+    state = find_weights(contents, path).model
+    config = recorded_config(contents)
+    training, optimizer = contents.get("training"), contents.get("opt")
+    groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
+    return {
+        "unet": config["unet"] or infer_unet_config(network_state(state), path),
+        "diffusion": config["diffusion"] or infer_diffusion_config(state),
+        "ema": config["ema"] or {},
+        "training": dict(training) if isinstance(training, Mapping) else {},
+        "adam": plain("opt", {name: groups[0][name] for name in ("lr", "betas") if name in groups[0]})
+        if groups
+        else {},
+    }
+
+
 def load_matching(module: nn.Module, state: _State, path: _Path) -> None:
-    """`load_state_dict(strict=True)`; CheckpointError names the first key that is missing, unknown or misshapen."""
-    difference = _first_difference(module.state_dict(), state)
+    """`load_state_dict(strict=True)`; CheckpointError names the first key that is missing, unknown or misshapen.
+
+    The names in the state may lack what `torch.compile` and other wrappers add to the module's.
+    """
+    state = as_named_in(module, state)
+    difference = first_difference(module.state_dict(), state)
     if difference:
         raise CheckpointError(f"checkpoint {path} is of another architecture: {difference}")
     module.load_state_dict(state)
 
 
-def load_ema(ema: Any, state: _State | None, path: _Path) -> None:
-    """Load the state of an `ema_pytorch.EMA`; older releases kept its two counters as (1,) instead of ()."""
-    if state is None:
+def as_named_in(module: nn.Module, state: _State) -> dict[str, torch.Tensor]:
+    """The state with the wrappers' parts that the module has in its names."""
+    names = {bare_name(name): name for name in module.state_dict()}
+    return {names.get(name, name): tensor for name, tensor in state.items()}
+
+
+def load_average(ema: Any, states: FoundStates, diffusion: nn.Module, path: _Path, step: int) -> None:
+    """Load what a file has of an `ema_pytorch.EMA` around the loaded diffusion; without any, it copies the weights."""
+    if states.average is None:
         ema.copy_params_from_model_to_ema()
         return
-    counters = {name: state[name].reshape(()) for name in ("initted", "step") if name in state}
-    load_matching(ema, {**state, **counters}, path)
+    # Older releases of ema-pytorch kept the counters as (1,) instead of ().
+    counters = {name: value.reshape(()) for name, value in states.counters.items()}
+    average = as_named_in(ema.ema_model, with_buffers(states.average, diffusion))
+    online = as_named_in(diffusion, with_buffers(states.model, diffusion)) if ema.include_online_model else {}
+    state = {
+        "initted": torch.tensor(True),
+        "step": torch.tensor(step),
+        **counters,
+        **{f"online_model.{name}": tensor for name, tensor in online.items()},
+        **{f"ema_model.{name}": tensor for name, tensor in average.items()},
+    }
+    difference = first_difference(ema.state_dict(), state)
+    if difference:
+        raise CheckpointError(f"checkpoint {path} is of another architecture: {difference}")
+    ema.load_state_dict(state)
 
 
 def infer_unet_config(state: _State, path: _Path) -> dict[str, Any]:
@@ -242,8 +423,8 @@ def _shape(state: _State, name: str, path: _Path) -> torch.Size:
     return state[name].shape
 
 
-def _check_container(path: Path) -> None:
-    """Tell a truncated archive and a foreign file apart before `torch.load` mixes them up."""
+def _check_container(path: Path) -> bool:
+    """True for an archive, False for an old pickle; a truncated archive and a foreign file are told apart here."""
     with open(path, "rb") as file:
         start = file.read(4)
     if not start:
@@ -251,36 +432,33 @@ def _check_container(path: Path) -> None:
     if start[:2] == b"PK":
         if not zipfile.is_zipfile(path):
             raise CheckpointError(f"checkpoint {path} is truncated: the end of the archive is missing")
-    elif start[:1] != b"\x80":
+        return True
+    if start[:1] != b"\x80":
         raise CheckpointError(f"checkpoint {path} is not a PyTorch file")
+    return False
 
 
-def _as_trainer_file(contents: Any, path: _Path) -> dict[str, Any]:
-    """The contents as a trainer's dictionary; wraps plain state dicts of a diffusion or a network."""
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"checkpoint {path} holds a {type(contents).__name__}, not a dictionary")
-    if isinstance(contents.get("model"), dict) and "step" in contents:
-        return {"ema": None, **contents}
-    if "model.init_conv.weight" in contents:
-        return {"step": 0, "model": contents, "ema": None}
-    if "init_conv.weight" in contents:
-        warnings.warn(f"{path} holds only a network; the diffusion gets default arguments", stacklevel=3)
-        network = {f"model.{name}": tensor for name, tensor in contents.items()}
-        return {"step": 0, "model": network, "ema": None}
-    found = ", ".join(map(str, list(contents)[:5]))
-    raise CheckpointError(f"checkpoint {path} is no checkpoint of a diffusion trainer: it holds {found or 'nothing'}")
+def _is_damaged(path: Path) -> bool:
+    """True if the checksums of an archive do not agree; an old pickle has none."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+        return True
 
 
-def _network_state(state: _State) -> dict[str, torch.Tensor]:
+def network_state(state: _State) -> dict[str, torch.Tensor]:
+    """The part of a process's state that is its network's, under the network's names."""
     return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
 
 
-def _with_buffers(state: _State, diffusion: GaussianDiffusion) -> _State:
-    """The state; to a bare network's, which lacks the buffers of a process, those of the diffusion just built."""
-    if "betas" in state:
-        return state
-    buffers = {name: tensor for name, tensor in diffusion.state_dict().items() if not name.startswith("model.")}
-    return {**buffers, **state}
+def with_buffers(state: _State, diffusion: nn.Module) -> _State:
+    """The state; to a bare network's, which lacks the buffers of a process, those of this one."""
+    own = {bare_name(name): tensor for name, tensor in diffusion.state_dict().items()}
+    process = {name: tensor for name, tensor in own.items() if not name.startswith("model.")}
+    return state if process.keys() & state.keys() else {**process, **state}
 
 
 def _split_overrides(overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -294,11 +472,13 @@ def _split_overrides(overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     return unet_options, {name: value for name, value in overrides.items() if name in diffusion_names}
 
 
-def _first_difference(expected: _State, state: _State) -> str | None:
+def first_difference(expected: _State, state: _State) -> str | None:
     """One phrase on the first key that differs in presence or shape, or None."""
     for name, tensor in expected.items():
         if name not in state:
             return f"it has no {name!r}"
+        if not isinstance(state[name], torch.Tensor):
+            return f"{name!r} is a {type(state[name]).__name__}, not a tensor"
         if state[name].shape != tensor.shape:
             return f"{name!r} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
     unknown = next((name for name in state if name not in expected), None)

@@ -10,31 +10,52 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from ddpm_fast._version import __version__
+from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
+from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.extras import needed_for
+from ddpm_fast.runtime.plain import as_int, as_number, plain, shown
 from ddpm_fast.training.batches import BatchOrder, BatchStream, derive_seed
 from ddpm_fast.training.captured_step import lay_out_state
-from ddpm_fast.training.checkpoint import CheckpointError, load_ema, load_file, load_matching, save_atomically
+from ddpm_fast.training.checkpoint import (
+    CheckpointError,
+    as_named_in,
+    find_file,
+    find_weights,
+    first_difference,
+    load_average,
+    load_file,
+    recorded_config,
+    save_atomically,
+    step_of,
+    warn_of_names,
+    with_buffers,
+)
 from ddpm_fast.training.data import Dataset, DigitsDataset, save_image_grid
 from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError
 from ddpm_fast.training.history import LossHistory
+from ddpm_fast.training.resuming import changes, check_process, describe_network
+from ddpm_fast.training.state_names import FoundStates, bare_name
 
 with needed_for("Trainer"):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import (
         DataLoaderConfiguration,
         DistributedDataParallelKwargs,
+        DistributedType,
         InitProcessGroupKwargs,
         broadcast_object_list,
     )
@@ -43,6 +64,10 @@ with needed_for("Trainer"):
 
 # Only rank 0 samples at a milestone; the others wait in their next all-reduce for as long as that takes.
 _LONGEST_WAIT = timedelta(hours=12)
+
+# What the trainer reads of a diffusion process, besides what every module has.
+_ATTRIBUTES = ("model", "channels", "image_size", "objective", "num_timesteps", "is_ddim_sampling", "sample")
+_PRECISIONS = ("no", "fp16", "bf16")
 
 
 class DivergenceError(ValueError):
@@ -55,7 +80,8 @@ class Trainer:
     folder: a folder of images, or any map-style torch dataset of float images (C, h, w) in [0, 1].
     train_batch_size: images per step and accumulation, over all processes (`split_batches=True`) or in each.
     num_samples: any number; the grid has ceil(sqrt(num_samples)) columns.
-    seed: fixes order, flips and noise. None draws it from torch's generator, so that `torch.manual_seed` fixes a run.
+    seed: fixes order, flips and noise. None draws it from torch's generator, so that `torch.manual_seed` fixes a run;
+        after `load` None goes on with the file's.
     num_workers: DataLoader processes per training process; None chooses.
     log_every: steps between two readings of the loss, besides milestones the only times when the host waits for the
         device.
@@ -66,6 +92,8 @@ class Trainer:
 
     Writes to results_folder: model-{milestone}.pt, sample-{milestone}.png, loss.csv and loss.png every
     `save_and_sample_every` steps, and model-last.pt at the end or after Ctrl-C or SIGTERM.
+
+    Numbers may be numpy's, a float without a fraction (1e5), or tensors of one; files hold plain ones.
 
     Raises ValueError, TypeError or OSError for unusable arguments or folders.
     """
@@ -100,32 +128,42 @@ class Trainer:
         progress: bool = True,
         log_every: int = 20,
     ):
-        _check_positive_integers(
-            train_batch_size=train_batch_size,
-            gradient_accumulate_every=gradient_accumulate_every,
-            train_num_steps=train_num_steps,
-            save_and_sample_every=save_and_sample_every,
-            num_samples=num_samples,
-            log_every=log_every,
-        )
-        if diffusion_model.image_size is None:
-            raise ValueError("diffusion_model.image_size is None; set it to (height, width) before training")
+        train_batch_size = as_int("train_batch_size", train_batch_size, 1)
+        gradient_accumulate_every = as_int("gradient_accumulate_every", gradient_accumulate_every, 1)
+        train_num_steps = as_int("train_num_steps", train_num_steps, 1)
+        ema_update_every = as_int("ema_update_every", ema_update_every, 1)
+        save_and_sample_every = as_int("save_and_sample_every", save_and_sample_every, 1)
+        num_samples = as_int("num_samples", num_samples, 1)
+        inception_block_idx = as_int("inception_block_idx", inception_block_idx)
+        num_fid_samples = as_int("num_fid_samples", num_fid_samples, 1)
+        log_every = as_int("log_every", log_every, 1)
+        seed = None if seed is None else as_int("seed", seed)
+        num_workers = None if num_workers is None else as_int("num_workers", num_workers, 0)
+        train_lr = as_number("train_lr", train_lr, 0)
+        ema_decay = as_number("ema_decay", ema_decay, 0, 1)
+        max_grad_norm = as_number("max_grad_norm", max_grad_norm, 0)
+        adam_betas = _pair_of_betas(adam_betas)
+        results_folder = Path(results_folder)
+        mixed_precision = _precision(amp, mixed_precision_type)
+        _check_process(diffusion_model)
         if save_best_and_latest_only and not calculate_fid:
             raise ValueError("save_best_and_latest_only=True chooses by FID, so calculate_fid must be True")
 
-        self.accelerator = Accelerator(
-            # Without this, torchrun on a machine without accelerators would start unrelated single runs.
-            cpu=not torch.accelerator.is_available(),
-            # accelerate 1.x ignores its old argument split_batches=, which upstream still passes.
-            dataloader_config=DataLoaderConfiguration(split_batches=split_batches),
-            mixed_precision=mixed_precision_type if amp else "no",
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
-            ],
-        )
-        self.channels = diffusion_model.channels
-        self.image_size = diffusion_model.image_size
+        self._mixed_precision = mixed_precision
+        with self._own_precision():
+            self.accelerator = Accelerator(
+                # Without this, torchrun on a machine without accelerators would start unrelated single runs.
+                cpu=not torch.accelerator.is_available(),
+                # accelerate 1.x ignores its old argument split_batches=, which upstream still passes.
+                dataloader_config=DataLoaderConfiguration(split_batches=bool(split_batches)),
+                mixed_precision=mixed_precision,
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
+                ],
+            )
+        self.channels = as_int("diffusion_model.channels", diffusion_model.channels, 1)
+        self.image_size = _size_of(diffusion_model)
         self.num_samples = num_samples
         self.save_and_sample_every = save_and_sample_every
         self.batch_size = train_batch_size
@@ -141,6 +179,7 @@ class Trainer:
         _check_first_image(self.ds, (self.channels, *self.image_size))
         self._warn_if_small()
 
+        self._is_seed_given = seed is not None
         self.seed = self._agree_on_seed(seed)
         self.dl = BatchStream(
             self.ds,
@@ -154,16 +193,16 @@ class Trainer:
         # also the one that skips a step of fp16's scaler without asking the device whether to.
         self._adam_options = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
         self.opt = Adam(diffusion_model.parameters(), lr=train_lr, betas=adam_betas, **self._adam_options)
-        self._ema_config = {"beta": ema_decay, "update_every": ema_update_every}
         if self.accelerator.is_main_process:
-            self.ema = EMA(diffusion_model, **self._ema_config, use_foreach=True)
+            self.ema = EMA(diffusion_model, beta=ema_decay, update_every=ema_update_every, use_foreach=True)
             self.ema.to(self.device)
             # Its counters are read by the host at every step: on the device each reading would wait for it.
             self.ema.initted, self.ema.step = self.ema.initted.cpu(), self.ema.step.cpu()
 
-        self.results_folder = Path(results_folder)
+        self.results_folder = results_folder
         self.results_folder.mkdir(parents=True, exist_ok=True)
-        self.model, self.opt = self.accelerator.prepare(diffusion_model, self.opt)
+        with self._own_precision():
+            self.model, self.opt = self.accelerator.prepare(diffusion_model, self.opt)
 
         self.calculate_fid = calculate_fid and self.accelerator.is_main_process
         self.save_best_and_latest_only = save_best_and_latest_only
@@ -197,58 +236,72 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler
+        optimizer = self.opt.state_dict()
         data = {
             "step": self.step,
             "model": self.accelerator.get_state_dict(self.model),
-            "opt": self.opt.state_dict(),
+            "opt": {**optimizer, "param_groups": plain("opt.param_groups", optimizer["param_groups"])},
             "ema": self.ema.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "version": __version__,
             "config": self._config(),
-            "training": {
-                "seed": self.seed,
-                "position": self.dl.position,
-                "world_size": self.world_size,
-                "best_fid": self.best_fid,
-            },
+            "training": plain(
+                "training",
+                {
+                    **self._settings(),
+                    "position": self.dl.position,
+                    "world_size": self.world_size,
+                    "best_fid": self.best_fid,
+                },
+            ),
         }
-        self._latest_path = self._checkpoint_path(milestone)
-        save_atomically(data, self._latest_path)
+        path = self.results_folder / f"model-{milestone}.pt"
+        save_atomically(data, path)
+        self._latest_path = path
 
-    def load(self, milestone: int | str) -> None:
-        """Continue from model-{milestone}.pt, ours or upstream's; every process calls this.
+    def load(self, milestone: int | str | os.PathLike) -> None:
+        """Continue from a milestone (1, "last"), a file of the results folder, or a path; every process calls this.
 
-        The seed of our files replaces the trainer's. Raises FileNotFoundError, or CheckpointError for a damaged file,
-        another architecture or another objective.
+        Files of ours and upstream's, and whatever `load_checkpoint` takes. Weights, average, moments, step and position
+        in the data come from the file. The trainer's own arguments hold: `train_lr`, `adam_betas`, `train_batch_size`,
+        `ema_decay`, ...; one warning names those that the file has otherwise. The seed is the trainer's if it was
+        given, else the file's.
+
+        Raises FileNotFoundError, OSError (unreadable), or CheckpointError: a damaged file, two files or networks that
+        could be meant, another architecture, or another process (objective, schedule, image size, min-SNR, ...), with
+        old and new values. After an error nothing has been loaded.
         """
-        path = self._checkpoint_path(milestone)
+        path = find_file(milestone, self.results_folder)
         data = load_file(path, map_location="cpu")
-        if not isinstance(data, dict) or not {"step", "model", "opt", "ema"} <= data.keys():
-            raise CheckpointError(f"checkpoint {path} is no trainer's file: step, model, opt or ema is missing")
-        self._check_objective(data, path)
-        load_matching(self._diffusion, data["model"], path)
-        # What a file says of speed is of the device that wrote it.
-        groups = [{**group, "fused": self._adam_options.get("fused")} for group in data["opt"]["param_groups"]]
-        self.opt.load_state_dict({**data["opt"], "param_groups": groups})
-        lay_out_state(self.opt)
+        states = self._find_states(data, path)
+        model = self._check_states(data, states, path)
+        step = step_of(data, path)
+        optimizer = self._optimizer_state(data, path)
+        self._warn_of_changes(data, states, path)
+
+        self._diffusion.load_state_dict(model)
+        if optimizer is not None:
+            self.opt.load_state_dict(optimizer)
+            lay_out_state(self.opt)
         if self.accelerator.is_main_process:
-            load_ema(self.ema, data["ema"], path)
-        if self.accelerator.scaler is not None and data.get("scaler") is not None:
+            load_average(self.ema, states, self._diffusion, path, step)
+        if self.accelerator.scaler is not None and data.get("scaler"):
             self.accelerator.scaler.load_state_dict(data["scaler"])
-        self.step = data["step"]
-        self._continue_order(data.get("training", {}))
+        self.step = step
+        self._continue_order(_training_of(data))
 
     def train(self) -> None:
         """Train until `train_num_steps`; returns nothing.
 
-        Raises DivergenceError when the loss stops being finite, SystemExit(128 + signal) after Ctrl-C or SIGTERM has
-        been answered with a checkpoint (in a single process; torchrun and accelerate handle their own).
+        Raises DivergenceError when the loss stops being finite. Ctrl-C is answered with a checkpoint and then raises
+        KeyboardInterrupt, SIGTERM with one and then SystemExit(143) (in a single process; torchrun and accelerate
+        handle their own).
         """
         if self.accelerator.is_main_process:
             self._history.start(self.step)
         is_shown = self._show_progress and self.accelerator.is_main_process
         bar = tqdm(initial=self.step, total=self.train_num_steps, unit="step", disable=not is_shown)
-        with self._catch_stop_signals(), bar as self._bar:
+        with self._own_precision(), self._catch_stop_signals(), bar as self._bar:
             self._start_window()
             while self.step < self.train_num_steps:
                 self._train_step()
@@ -328,9 +381,11 @@ class Trainer:
         if any(is_bad):
             index = is_bad.index(True)
             step = self.step - len(losses) + 1 + index
+            has_checkpoints = any(self.results_folder.glob("model-*.pt"))
+            kept = f"earlier checkpoints in {self.results_folder} are untouched (" if has_checkpoints else "("
             raise DivergenceError(
-                f"training diverged at step {step}: loss {losses[index]}, gradient norm {norms[index]}; earlier "
-                f"checkpoints in {self.results_folder} are untouched (a lower learning rate may help)"
+                f"training diverged at step {step}: loss {losses[index]}, gradient norm {norms[index]}; "
+                f"{kept}a lower learning rate may help)"
             )
 
     def _start_window(self) -> None:
@@ -372,7 +427,10 @@ class Trainer:
 
     def _stop(self, number: int) -> NoReturn:
         self._bar.close()
-        self.accelerator.print(f"stopped at step {self.step}; {self._latest_path} resumes from there")
+        sentence = f"stopped at step {self.step}; {self._latest_path} resumes from there"
+        self.accelerator.print(sentence)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt(sentence)
         raise SystemExit(128 + number)
 
     @contextlib.contextmanager
@@ -387,7 +445,7 @@ class Trainer:
         finally:
             self._stop_signal = None
             for number, handler in earlier.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_signal = number
@@ -451,27 +509,133 @@ class Trainer:
                 "milestone; sampling_timesteps shortens that"
             )
 
-    def _config(self) -> dict[str, Any]:
-        """Constructor arguments that rebuild the diffusion, as far as its classes keep them."""
-        diffusion = self._diffusion
+    @contextlib.contextmanager
+    def _own_precision(self) -> Iterator[None]:
+        """accelerate keeps one precision for the whole process; in this block it is this trainer's."""
+        state = AcceleratorState._shared_state
+        earlier = state.get("_mixed_precision", self._mixed_precision)
+        if earlier == self._mixed_precision:
+            yield
+            return
+        kind = state.get("distributed_type", DistributedType.NO)
+        if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
+            raise ValueError(
+                f"mixed_precision_type must be {earlier!r}, which accelerate keeps for the process under "
+                f"{kind.value}; got {self._mixed_precision!r}"
+            )
+        state["_mixed_precision"] = self._mixed_precision
+        try:
+            yield
+        finally:
+            state["_mixed_precision"] = earlier
+
+    def _settings(self) -> dict[str, Any]:
+        """The trainer's arguments that a file records besides Adam's and the average's, which have their own places."""
         return {
-            "unet": getattr(diffusion.model, "config", None),
-            "diffusion": getattr(diffusion, "config", None),
-            "ema": self._ema_config,
+            "seed": self.seed,
+            "train_batch_size": self.batch_size,
+            "gradient_accumulate_every": self.gradient_accumulate_every,
+            "train_num_steps": self.train_num_steps,
+            "save_and_sample_every": self.save_and_sample_every,
+            "num_samples": self.num_samples,
+            "max_grad_norm": self.max_grad_norm,
+            "augment_horizontal_flip": self.dl.augment_horizontal_flip,
+            "mixed_precision": self._mixed_precision,
+            "split_batches": self.accelerator.split_batches,
         }
 
-    def _check_objective(self, data: dict[str, Any], path: Path) -> None:
-        """The same tensors fit every objective, so only the record tells that a file belongs to another one."""
-        recorded = ((data.get("config") or {}).get("diffusion") or {}).get("objective")
-        if recorded not in (None, self._diffusion.objective):
+    def _config(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild network, diffusion and average, as far as they are this package's."""
+        config = {"unet": self._network_config(), "diffusion": self._process_config()}
+        ema = {"beta": self.ema.beta, "update_every": self.ema.update_every}
+        return plain("config", {**config, "ema": ema})
+
+    def _network_config(self) -> dict[str, Any] | None:
+        network = getattr(self._diffusion.model, "_orig_mod", self._diffusion.model)
+        return network.config if isinstance(network, Unet) else None
+
+    def _process_config(self) -> dict[str, Any] | None:
+        """The process's arguments; of those that are plain attributes, the values of now."""
+        process = getattr(self._diffusion, "_orig_mod", self._diffusion)
+        if not isinstance(process, DiffusionProcess):
+            return None
+        config = {**process.config, "image_size": list(self.image_size)}
+        for name in ("objective", "ddim_sampling_eta", "offset_noise_strength", "immiscible", "sampler"):
+            config[name] = getattr(process, name)
+        if process.sampling_timesteps != (config["sampling_timesteps"] or process.num_timesteps):
+            config["sampling_timesteps"] = process.sampling_timesteps
+        return config
+
+    def _find_states(self, data: Any, path: Path) -> FoundStates:
+        """The weights of a file, by the names of this trainer's model."""
+        names = [bare_name(name) for name in self._diffusion.state_dict()]
+        network_names = [name.removeprefix("model.") for name in names if name.startswith("model.")]
+        process_names = [name for name in names if not name.startswith("model.")]
+        return find_weights(data, path, network_names, process_names)
+
+    def _check_states(self, data: dict[str, Any], states: FoundStates, path: Path) -> dict[str, torch.Tensor]:
+        """The state to load into the model, once it is of this process and this architecture."""
+        own = self._diffusion.state_dict()
+        check_process(path, data, states.model, self._process_config(), own)
+        model = as_named_in(self._diffusion, with_buffers(states.model, self._diffusion))
+        causes = [
+            first_difference(own, model),
+            describe_network(path, data, states.model, self._network_config()),
+        ]
+        if any(causes):
+            raise CheckpointError(f"checkpoint {path} is of another architecture: {'; '.join(filter(None, causes))}")
+        return model
+
+    def _optimizer_state(self, data: dict[str, Any], path: Path) -> dict[str, Any] | None:
+        """The file's moments under this trainer's settings of Adam; None, with a warning, if it has none."""
+        saved, own = data.get("opt"), self.opt.state_dict()
+        if not isinstance(saved, Mapping):
+            if self.accelerator.is_main_process:
+                warnings.warn(f"{path} holds no state of the optimizer: Adam starts anew", stacklevel=3)
+            return None
+        sizes = [len(group["params"]) for group in own["param_groups"]]
+        groups, state = saved.get("param_groups", []), saved.get("state", {})
+        if [len(group["params"]) for group in groups] != sizes:
             raise CheckpointError(
-                f"checkpoint {path} was trained with objective={recorded!r}, this trainer's diffusion has "
-                f"{self._diffusion.objective!r}"
+                f"checkpoint {path} has an optimizer of {[len(group['params']) for group in groups]} parameters, "
+                f"this trainer's has {sizes}"
             )
+        for number, moments in state.items():
+            missing = {"step", "exp_avg", "exp_avg_sq"} - set(moments)
+            if missing:
+                raise CheckpointError(
+                    f"checkpoint {path} has an optimizer that is no Adam: parameter {number} has no {min(missing)!r}"
+                )
+        pairs = zip(groups, own["param_groups"], strict=True)
+        return {**saved, "param_groups": [{**old, **new, "params": old["params"]} for old, new in pairs]}
+
+    def _warn_of_changes(self, data: dict[str, Any], states: FoundStates, path: Path) -> None:
+        """One warning that names the settings with which the run goes on otherwise than before."""
+        if not self.accelerator.is_main_process:
+            return
+        warn_of_names(states, path)
+        recorded = {**_training_of(data), **_adam_of(data), **_average_of(data)}
+        now = {
+            **self._settings(),
+            **_adam_of({"opt": self.opt.state_dict()}),
+            **_average_of({"config": self._config()}),
+        }
+        for name in (
+            "train_num_steps",
+            "save_and_sample_every",
+            "num_samples",
+            *(() if self._is_seed_given else ["seed"]),
+        ):
+            now.pop(name)
+        clause = changes(recorded, now)
+        if clause:
+            order = "; the order of the images goes on" if "train_batch_size" in clause else ""
+            warnings.warn(f"{path} is continued with {clause}{order}", stacklevel=3)
 
     def _continue_order(self, training: dict[str, Any]) -> None:
         """Set seed and position in the data from a checkpoint's record; upstream's files have none."""
-        self.seed = training.get("seed", self.seed)
+        if not self._is_seed_given:
+            self.seed = training.get("seed", self.seed)
         self.best_fid = training.get("best_fid", math.inf)
         consumed = self.step * self.gradient_accumulate_every * self._global_batch_size()
         self.dl.seek(training.get("position", consumed), seed=self.seed)
@@ -483,8 +647,25 @@ class Trainer:
                 stacklevel=3,
             )
 
-    def _checkpoint_path(self, milestone: int | str) -> Path:
-        return self.results_folder / f"model-{milestone}.pt"
+
+def _training_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    training = data.get("training")
+    return dict(training) if isinstance(training, Mapping) else {}
+
+
+def _adam_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Learning rate and betas of an optimizer's state, under the trainer's names."""
+    optimizer = data.get("opt")
+    groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
+    names = {"lr": "train_lr", "betas": "adam_betas"}
+    return plain("opt", {ours: groups[0][name] for name, ours in names.items() if name in groups[0]}) if groups else {}
+
+
+def _average_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Decay and interval of the average, under the trainer's names."""
+    ema = recorded_config(data)["ema"] or {}
+    names = {"beta": "ema_decay", "update_every": "ema_update_every"}
+    return {ours: ema[name] for name, ours in names.items() if name in ema}
 
 
 def _as_dataset(folder: Any, image_size: tuple[int, int], convert_image_to: str | None) -> Any:
@@ -514,10 +695,53 @@ def _choose_workers(num_workers: int | None, dataset: object, world_size: int) -
     if isinstance(dataset, DigitsDataset):
         return 0
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return max(1, min(8, len(os.sched_getaffinity(0)) // local_processes))
+    return max(1, min(8, _count_processors() // local_processes))
 
 
-def _check_positive_integers(**values: object) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer; got {value!r}")
+def _count_processors() -> int:
+    """Processors that this process may use, where the system says, else all."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_process(process: Any) -> None:
+    """Raise TypeError or ValueError for a process that lacks what the trainer reads of it."""
+    if not isinstance(process, nn.Module):
+        raise TypeError(f"diffusion_model must be a module such as GaussianDiffusion; got {type(process).__name__}")
+    missing = [name for name in _ATTRIBUTES if not hasattr(process, name)]
+    if missing:
+        raise TypeError(
+            f"diffusion_model must have the attributes {', '.join(_ATTRIBUTES)}; {type(process).__name__} lacks "
+            f"{', '.join(missing)}"
+        )
+    _size_of(process)
+
+
+def _size_of(process: Any) -> tuple[int, int]:
+    """(height, width) of a process, as ints."""
+    size = process.image_size
+    if size is None:
+        raise ValueError("diffusion_model.image_size is None; set it to (height, width) before training")
+    entries = size.tolist() if hasattr(size, "tolist") else size
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or len(entries) != 2:
+        raise ValueError(f"diffusion_model.image_size must be a pair (height, width); got {shown(size)}")
+    height, width = (as_int("diffusion_model.image_size", entry, 1) for entry in entries)
+    return height, width
+
+
+def _pair_of_betas(betas: Any) -> tuple[float, float]:
+    values = plain("adam_betas", betas)
+    if not isinstance(values, (list, tuple)) or len(values) != 2:
+        raise ValueError(f"adam_betas must be two numbers; got {shown(betas)}")
+    first, second = (as_number("adam_betas", value, 0, 1) for value in values)
+    return first, second
+
+
+def _precision(amp: Any, kind: Any) -> str:
+    """The name of accelerate's precision."""
+    if not amp:
+        return "no"
+    if kind not in _PRECISIONS:
+        raise ValueError(f"mixed_precision_type must be one of {', '.join(_PRECISIONS)}; got {shown(kind)}")
+    return str(kind)

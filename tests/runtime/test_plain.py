@@ -98,7 +98,18 @@ def test_integers_of_any_library(value):
     assert found == 8 and type(found) is int
 
 
-NO_INTEGERS = [True, np.bool_(True), torch.tensor(True), 2.5, np.float64(2.5), float("nan"), float("inf"), "8", None, [8]]
+NO_INTEGERS = [
+    True,
+    np.bool_(True),
+    torch.tensor(True),
+    2.5,
+    np.float64(2.5),
+    float("nan"),
+    float("inf"),
+    "8",
+    None,
+    [8],
+]
 
 
 @pytest.mark.parametrize("value", [*NO_INTEGERS, np.array([8, 8]), torch.zeros(2), torch.zeros(0)], ids=repr)
@@ -126,7 +137,9 @@ def test_limits_are_named():
         as_size("image_size", [8, True])
 
 
-@pytest.mark.parametrize("value", [8, 8.0, np.int64(8), torch.tensor([8]), (8, 8), [8.0, np.int64(8)], np.array([8, 8])])
+@pytest.mark.parametrize(
+    "value", [8, 8.0, np.int64(8), torch.tensor([8]), (8, 8), [8.0, np.int64(8)], np.array([8, 8])]
+)
 def test_sizes(value):
     assert as_size("image_size", value) == (8, 8)
 
