@@ -180,7 +180,7 @@ def find_file(name: int | str | os.PathLike, folder: _Path) -> Path:
         candidates = [Path(name)]
     else:
         is_milestone = Path(name).name == str(name) and Path(name).suffix != ".pt"
-        milestone = [folder / f"model-{name}.pt"] if is_milestone else []
+        milestone = [folder / f"model-{name}.pt", folder / f"{name}.pt"] if is_milestone else []
         candidates = [*milestone, folder / name, Path(name)]
         if not is_milestone:
             candidates.reverse()

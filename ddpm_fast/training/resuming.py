@@ -61,7 +61,8 @@ def describe_network(path: Path, contents: Mapping, state: _State, own_config: M
         recorded = infer_unet_config(network_state(state), path)
     own = _with_defaults_resolved(own_config)
     told = _with_defaults_resolved(recorded) if recorded_config(contents)["unet"] else recorded
-    changed = _changed(told, own, [name for name in own if name not in _FREE_OF_NETWORKS])
+    names = [name for name in inspect.signature(Unet).parameters if name not in _FREE_OF_NETWORKS]
+    changed = _changed(told, own, names)
     if not changed:
         return ""
     theirs, ours = ("; ".join(f"{name}={shown(pair[side])}" for name, pair in changed.items()) for side in (0, 1))

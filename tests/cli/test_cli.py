@@ -148,6 +148,131 @@ def test_resume_takes_the_largest_step_not_the_largest_name(trained, tmp_path):
     assert "3/4" in err
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """Contents and path of a file after three steps with every option given."""
+    folder = tmp_path_factory.mktemp("first")
+    cli.main(["train", "digits", "--results-folder", str(folder), "--workers", "0", *TestResuming.GIVEN])
+    return load_file(folder / "model-last.pt"), folder / "model-last.pt"
+
+
+class TestResuming:
+    """An option that is not given keeps the file's value; one that is given holds, or is refused by name."""
+
+    GIVEN = (
+        "--dim 8 --dim-mults 1 2 --timesteps 30 --sampling-timesteps 4 --beta-schedule linear --objective pred_x0 "
+        "--min-snr --self-condition --batch-size 16 --grad-accumulate 2 --lr 2e-3 --ema-decay 0.8 --flip True --seed 4 "
+        "--save-every 100 --num-samples 4 --steps 3 --memory low"
+    ).split()
+
+    @staticmethod
+    def resume(first, folder, *options):
+        """The file after `train --resume` with these options in a folder with a copy of the first file."""
+        (folder / "model-last.pt").write_bytes(first[1].read_bytes())
+        cli.main(["train", "digits", "--results-folder", str(folder), "--workers", "0", "--resume", *options])
+        return load_file(folder / "model-last.pt")
+
+    @staticmethod
+    def record(data):
+        settings = {name: value for name, value in data["training"].items() if name != "position"}
+        return {**data["config"], **settings, "adam": data["opt"]["param_groups"]}
+
+    def test_what_is_not_given_is_the_files(self, first, tmp_path, capsys):
+        data = self.resume(first, tmp_path, "--steps", "4")
+        assert data["step"] == 4
+        assert self.record(data) == {**self.record(first[0]), "train_num_steps": 4}
+        assert "warning" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "options, name, value",
+        [
+            ("--lr 5e-3", "lr", 5e-3),
+            ("--ema-decay 0.5", "beta", 0.5),
+            ("--batch-size 32", "train_batch_size", 32),
+            ("--flip False", "augment_horizontal_flip", False),
+            ("--seed 0", "seed", 0),
+            ("--grad-accumulate 1", "gradient_accumulate_every", 1),
+        ],
+    )
+    def test_what_is_given_holds_and_is_said(self, first, tmp_path, capsys, options, name, value):
+        data = self.resume(first, tmp_path, "--steps", "4", *options.split())
+        everything = {**data["training"], **data["opt"]["param_groups"][0], **data["config"]["ema"]}
+        assert everything[name] == value
+        assert "model-last.pt is continued with " in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "options, sentence",
+        [
+            ("--beta-schedule cosine", "beta_schedule='linear', this trainer's diffusion has beta_schedule='cosine'"),
+            ("--objective pred_v", "objective='pred_x0', this trainer's diffusion has objective='pred_v'"),
+            ("--timesteps 40", "timesteps=30, this trainer's diffusion has timesteps=40"),
+            ("--image-size 16", "image_size=[8, 8], this trainer's diffusion has image_size=[16, 16]"),
+            ("--dim 16", "the file has dim=8; init_dim=8, this trainer has dim=16; init_dim=16"),
+            ("--dim-mults 1 4", "the file has dim_mults=(1, 2), this trainer has dim_mults=(1, 4)"),
+        ],
+    )
+    def test_what_cannot_change_is_refused_with_both_values(self, first, tmp_path, capsys, options, sentence):
+        (tmp_path / "model-last.pt").write_bytes(first[1].read_bytes())
+        arguments = ["--results-folder", tmp_path, "--workers", 0, "--resume", "--steps", 4]
+        error = fail(capsys, "train", "digits", *arguments, *options.split())
+        theirs, ours = sentence.split(", this trainer")
+        assert theirs in error and f", this trainer{ours}" in error
+        assert load_file(tmp_path / "model-last.pt")["step"] == 3
+
+    def test_a_flag_is_refused_too(self, trained, tmp_path, capsys):
+        (tmp_path / "model-1.pt").write_bytes((trained / "model-1.pt").read_bytes())
+        arguments = ["train", "digits", "--results-folder", tmp_path, "--resume", "--steps", 4, "--workers", 0]
+        assert "min_snr_loss_weight=True" in fail(capsys, *arguments, "--min-snr")
+        assert "self_condition=False, this trainer has self_condition=True" in fail(
+            capsys, *arguments, "--self-condition"
+        )
+
+    def test_from_a_milestone_a_name_or_a_path(self, trained, tmp_path, capsys):
+        for name in ("model-1.pt", "model-last.pt"):
+            (tmp_path / name).write_bytes((trained / name).read_bytes())
+        outside = tmp_path / "elsewhere.pt"
+        outside.write_bytes((trained / "model-1.pt").read_bytes())
+        for name in ("1", "model-1.pt", outside):
+            arguments = ["--results-folder", tmp_path, "--steps", 2, "--workers", 0, "--resume-from", name]
+            cli.main(list(map(str, ["train", "digits", *arguments])))
+            assert "is at step 2 already" in capsys.readouterr().out
+        arguments = ["--results-folder", tmp_path, "--resume-from", 9]
+        assert "model-9.pt does not exist" in fail(capsys, "train", "digits", *arguments)
+
+    def test_a_file_of_upstream_goes_on(self, upstream, tmp_path):
+        network = upstream.Unet(8, dim_mults=(1, 2), channels=1)
+        process = upstream.GaussianDiffusion(network, image_size=8, timesteps=40, objective="pred_noise")
+        optimizer = torch.optim.Adam(process.parameters(), lr=7e-4, betas=(0.8, 0.9))
+        data = {"step": 4, "model": process.state_dict(), "opt": optimizer.state_dict(), "ema": None, "scaler": None}
+        torch.save(data, tmp_path / "model-1.pt")
+        options = ["--workers", "0", "--steps", "5", "--batch-size", "16", "--num-samples", "1"]
+        cli.main(["train", "digits", "--results-folder", str(tmp_path), "--resume", *options])
+        data = load_file(tmp_path / "model-last.pt")
+        assert data["step"] == 5 and data["config"]["diffusion"]["objective"] == "pred_noise"
+        assert data["opt"]["param_groups"][0]["lr"] == 7e-4
+        assert data["opt"]["param_groups"][0]["betas"] == (0.8, 0.9)
+
+
+def test_sample_takes_a_milestone(tmp_path, trained, monkeypatch, capsys):
+    options = ["--num-samples", "1e0", "--batch-size", "1.0"]
+    cli.main(["sample", str(trained / "1"), "--out", str(tmp_path / "a.png"), *options])
+    (tmp_path / "results").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
+    for name in ("1", "last", "results/last", "results/model-1.pt"):
+        cli.main(["sample", name, "--out", "b.png", *options])
+    (tmp_path / "last").write_bytes(b"")
+    assert "'last' may be last or results/model-last.pt; give the whole path of one" in fail(capsys, "sample", "last")
+    assert "checkpoint 7 does not exist" in fail(capsys, "sample", "7")
+
+
+@pytest.mark.parametrize("text", ["5.5", "abc", "1e400", "nan", "inf", "True"])
+def test_what_is_no_integer_is_named(capsys, text):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "digits", "--steps", text])
+    assert stopped.value.code == 2
+    assert "is no integer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_saves_says_so_and_can_be_continued(tmp_path, number, code):
     command = [sys.executable, "-m", "ddpm_fast", "train", "digits", "--results-folder", str(tmp_path), *TINY]

@@ -1,8 +1,10 @@
 """Checkpoints: never partial, never unsafe, read in both directions between us and upstream."""
 
+import errno
 import os
 import pickle
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +21,7 @@ import ddpm_fast
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.training.checkpoint import (
     CheckpointError,
+    find_file,
     find_latest,
     infer_diffusion_config,
     infer_unet_config,
@@ -167,6 +171,189 @@ class TestAtomicSaving:
     def test_a_missing_folder_is_named(self, tmp_path):
         with pytest.raises(OSError, match="could not write .*nowhere"):
             save_atomically({}, tmp_path / "nowhere" / "model.pt")
+
+
+class TestSharesWithoutSync:
+    """Network shares and FUSE refuse fsync of folders, some of files too; a save there works."""
+
+    @staticmethod
+    def refuse(monkeypatch, number, of_files=False):
+        original = os.fsync
+
+        def fsync(descriptor):
+            is_folder = not os.path.isfile(f"/proc/self/fd/{descriptor}")
+            if is_folder or of_files:
+                raise OSError(number, os.strerror(number))
+            original(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.EACCES])
+    def test_a_folder_that_cannot_be_synced(self, tmp_path, monkeypatch, number):
+        self.refuse(monkeypatch, number)
+        save_atomically({"step": 1}, tmp_path / "model.pt")
+        assert load_file(tmp_path / "model.pt") == {"step": 1}
+        assert os.listdir(tmp_path) == ["model.pt"]
+
+    @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+    def test_a_file_that_cannot_be_synced(self, tmp_path, monkeypatch, number):
+        self.refuse(monkeypatch, number, of_files=True)
+        save_atomically({"step": 1}, tmp_path / "model.pt")
+        assert load_file(tmp_path / "model.pt") == {"step": 1}
+
+    @pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES])
+    def test_a_folder_that_cannot_be_opened(self, tmp_path, monkeypatch, number):
+        original = os.open
+
+        def refusing(path, flags, *rest, **options):
+            if os.path.isdir(path):
+                raise OSError(number, os.strerror(number))
+            return original(path, flags, *rest, **options)
+
+        monkeypatch.setattr(os, "open", refusing)
+        save_atomically({"step": 1}, tmp_path / "model.pt")
+        assert load_file(tmp_path / "model.pt") == {"step": 1}
+
+    def test_a_failure_of_the_disk_at_the_file_is_no_save(self, tmp_path, monkeypatch):
+        save_atomically({"step": 1}, tmp_path / "model.pt")
+        self.refuse(monkeypatch, errno.EIO, of_files=True)
+        with pytest.raises(OSError, match="could not write .*model.pt: .*; the earlier file there is untouched"):
+            save_atomically({"step": 2}, tmp_path / "model.pt")
+        assert load_file(tmp_path / "model.pt") == {"step": 1}
+
+    def test_after_the_renaming_no_text_speaks_of_the_earlier_file(self, tmp_path, monkeypatch):
+        save_atomically({"step": 1}, tmp_path / "model.pt")
+        self.refuse(monkeypatch, errno.EIO)
+        with pytest.raises(OSError, match="model.pt is written, but .* its folder could not be synced") as failed:
+            save_atomically({"step": 2}, tmp_path / "model.pt")
+        assert "untouched" not in str(failed.value) and failed.value.errno == errno.EIO
+        assert load_file(tmp_path / "model.pt") == {"step": 2}
+
+    def test_a_folder_in_the_files_place_is_no_earlier_file(self, tmp_path):
+        (tmp_path / "model.pt").mkdir()
+        with pytest.raises(OSError, match="could not write .*model.pt: Is a directory$"):
+            save_atomically({"step": 2}, tmp_path / "model.pt")
+
+
+class TestErrorTexts:
+    """A text says what is so: a file is damaged only if its checksums say so."""
+
+    def test_what_the_system_refuses_is_not_damaged(self, tmp_path, monkeypatch):
+        save_atomically({"step": 1}, tmp_path / "model-1.pt")
+
+        def refuse(*args, **kwargs):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(torch, "load", refuse)
+        with pytest.raises(PermissionError, match=r"could not read checkpoint .*model-1\.pt: Permission denied"):
+            load_file(tmp_path / "model-1.pt")
+        with pytest.raises(PermissionError):
+            find_latest(tmp_path)
+
+    @pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'triton'"), MemoryError()])
+    def test_what_is_not_the_files_fault_passes(self, tmp_path, monkeypatch, error):
+        save_atomically({"step": 1}, tmp_path / "model.pt")
+        monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            load_file(tmp_path / "model.pt")
+
+    def test_a_device_that_is_not_there_is_not_damage(self, tmp_path, monkeypatch):
+        save_atomically({"weight": torch.zeros(3)}, tmp_path / "model.pt")
+        with pytest.raises(CheckpointError, match="model.pt could not be loaded: "):
+            load_file(tmp_path / "model.pt", map_location="cuda:77")
+
+    def test_a_changed_byte_is_damage(self, tmp_path):
+        path = tmp_path / "model.pt"
+        save_atomically({"weight": torch.zeros(1000)}, path)
+        content = bytearray(path.read_bytes())
+        content[content.index(b"weight") + 1] = 0xFF
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="model.pt is damaged: "):
+            load_file(path)
+
+    def test_an_old_pickle_is_found_too(self, tmp_path):
+        """Files of torch before 1.6, which torch cannot map into memory."""
+        torch.save({"step": 3}, tmp_path / "model-1.pt", _use_new_zipfile_serialization=False)
+        assert find_latest(tmp_path) == (tmp_path / "model-1.pt", 3)
+
+    def test_a_file_system_that_maps_nothing_is_read(self, tmp_path, monkeypatch):
+        save_atomically({"step": 3}, tmp_path / "model-1.pt")
+        original = torch.load
+
+        def load(path, mmap=False, **options):
+            if mmap:
+                raise RuntimeError("unable to mmap 1024 bytes from file <model-1.pt>: No such device (19)")
+            return original(path, **options)
+
+        monkeypatch.setattr(torch, "load", load)
+        assert find_latest(tmp_path) == (tmp_path / "model-1.pt", 3)
+
+    def test_a_file_without_step_is_skipped_with_its_reason(self, tmp_path):
+        torch.save(Unet(**SMALL).state_dict(), tmp_path / "model-1.pt")
+        with pytest.warns(UserWarning, match="skipped .*model-1.pt: it has no step"):
+            assert find_latest(tmp_path) is None
+
+    @pytest.mark.parametrize("step", ["three", -1, 2.5, True])
+    def test_an_unusable_step_is_named(self, tmp_path, step):
+        torch.save({"step": step, "model": {}}, tmp_path / "model-1.pt")
+        with pytest.warns(UserWarning, match="has no usable step: step must be a non-negative integer; got "):
+            assert find_latest(tmp_path) is None
+
+
+class TestNumpyInFiles:
+    """Earlier versions, and upstream, saved numpy's scalars where they were given."""
+
+    SETTINGS = {
+        "f8": np.float64(0.995), "f4": np.float32(0.5), "f2": np.float16(0.5), "i8": np.int64(-3), "u1": np.uint8(200),
+        "b": np.bool_(True), "U": np.str_("cosine"), "big": np.array(2.5, dtype=">f8")[()], "list": np.array([1, 2]),
+        "table": np.array([[1.5, 2], [3, 4]]), "zero": np.array(7),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("is_zip", [True, False])
+    def test_they_become_plain(self, tmp_path, is_zip):
+        contents = {"config": {"a": [self.SETTINGS]}, "weight": torch.ones(3)}
+        torch.save(contents, tmp_path / "model.pt", _use_new_zipfile_serialization=is_zip)
+        loaded = load_file(tmp_path / "model.pt")
+        assert torch.equal(loaded["weight"], torch.ones(3))
+        expected = {name: value.tolist() for name, value in self.SETTINGS.items()}
+        assert loaded["config"]["a"] == [expected]
+        assert {name: type(value) for name, value in loaded["config"]["a"][0].items()} == {
+            name: type(value) for name, value in expected.items()
+        }
+
+    def test_numpys_first_version_names_its_module_otherwise(self, tmp_path):
+        path = tmp_path / "model.pt"
+        torch.save({"lr": np.float64(0.5)}, path, _use_new_zipfile_serialization=False)
+        content = path.read_bytes()
+        assert b"numpy._core.multiarray" in content
+        path.write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+        assert load_file(path) == {"lr": 0.5}
+
+    @pytest.mark.parametrize("value", [np.array([{}], dtype=object), np.datetime64("2026-01-01"), np.longdouble(1)])
+    def test_other_kinds_get_one_sentence(self, tmp_path, value):
+        torch.save({"value": value}, tmp_path / "model.pt")
+        with pytest.raises(
+            CheckpointError, match="was not loaded: it refers to numpy.*and only plain data and tensors"
+        ):
+            load_file(tmp_path / "model.pt")
+
+    def test_a_whole_run_goes_on(self, tmp_path):
+        make_trainer(tmp_path).save(1)
+        data = load_file(tmp_path / "model-1.pt")
+        data["step"] = np.int64(2)
+        data["config"]["unet"].update(dim=np.int64(8), dim_mults=np.array([1, 2]), dropout=np.float64(0))
+        data["config"]["diffusion"].update(min_snr_gamma=np.float64(5), timesteps=np.int64(20))
+        data["config"]["ema"].update(beta=np.float64(0.995))
+        data["opt"]["param_groups"][0].update(lr=np.float64(1e-4), betas=(np.float64(0.9), np.float64(0.99)))
+        data["training"]["seed"] = np.int64(4)
+        torch.save(data, tmp_path / "model-1.pt")
+        assert find_latest(tmp_path) == (tmp_path / "model-1.pt", 2)
+        assert load_checkpoint(tmp_path / "model-1.pt").step == 2
+        trainer = make_trainer(tmp_path)
+        trainer.load(1)
+        trainer.save(2)
+        saved = torch.load(tmp_path / "model-2.pt", weights_only=True)
+        assert saved["step"] == 2 and saved["training"]["seed"] == 4
 
 
 class TestLoadingFiles:
@@ -345,6 +532,218 @@ class TestUpstreamFiles:
         data["ema"]["step"], data["ema"]["initted"] = torch.tensor([7]), torch.tensor([True])
         torch.save(data, tmp_path / "old.pt")
         assert load_quietly(tmp_path / "old.pt").ema.step == 7
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network, a process around it, and an EMA of that whose weights differ."""
+    from ema_pytorch import EMA
+
+    process = ddpm_fast.GaussianDiffusion(Unet(**SMALL), image_size=8, timesteps=20, objective="pred_x0")
+    ema = EMA(process, beta=0.5, update_every=1, update_after_step=0)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in process.parameters():
+                parameter.add_(0.1)
+        ema.update()
+    return process, ema
+
+
+def prefixed(state, prefix):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+# name → (contents from (network, process, EMA) states, what the warning says was stripped, where the EMA is)
+WRAPPED = {
+    "a process": (lambda n, p, e: p, None, False),
+    "a process in model": (lambda n, p, e: {"model": p}, None, False),
+    "a process in state_dict": (lambda n, p, e: {"state_dict": p, "epoch": 3}, "'state_dict.'", False),
+    "DDP": (lambda n, p, e: prefixed(p, "module."), "'module.'", False),
+    "DDP in model": (lambda n, p, e: {"step": 7, "model": prefixed(p, "module.")}, "'module.'", False),
+    "compiled": (lambda n, p, e: prefixed(p, "_orig_mod."), "'_orig_mod.'", False),
+    "compiled in DDP": (lambda n, p, e: prefixed(p, "module._orig_mod."), "'module.', '_orig_mod.'", False),
+    "compiled network": (
+        lambda n, p, e: {name.replace("model.", "model._orig_mod."): tensor for name, tensor in p.items()},
+        "'_orig_mod.'",
+        False,
+    ),
+    "compiled blocks": (
+        lambda n, p, e: {name.replace("downs.0.0.", "downs.0.0._orig_mod."): tensor for name, tensor in p.items()},
+        "'_orig_mod.'",
+        False,
+    ),
+    "Lightning": (
+        lambda n, p, e: {"state_dict": prefixed(p, "model."), "global_step": 7},
+        "'state_dict.', 'model.'",
+        False,
+    ),
+    "Lightning, compiled": (
+        lambda n, p, e: {"state_dict": prefixed(p, "diffusion._orig_mod."), "global_step": 7},
+        "'state_dict.', 'diffusion.', '_orig_mod.'",
+        False,
+    ),
+    "Lightning with an EMA": (
+        lambda n, p, e: {"state_dict": {**prefixed(p, "model."), **prefixed(e, "ema.")}},
+        "'state_dict.', 'model.'",
+        True,
+    ),
+    "an EMA": (lambda n, p, e: e, "'online_model.'", True),
+    "an EMA in DDP": (lambda n, p, e: prefixed(e, "module."), "'online_model.', 'module.'", True),
+    "an EMA in model": (lambda n, p, e: {"model": e}, "'online_model.'", True),
+    "a trainer's": (lambda n, p, e: {"step": 7, "model": p, "ema": e}, None, True),
+    "a trainer's of DDP": (
+        lambda n, p, e: {"step": 7, "model": prefixed(p, "module."), "ema": e},
+        "'module.'",
+        True,
+    ),
+    "a trainer's with bare EMA weights": (
+        lambda n, p, e: {
+            "step": 7,
+            "model": p,
+            "ema": {k.removeprefix("ema_model."): t for k, t in e.items() if k.startswith("ema_model.")},
+        },
+        None,
+        True,
+    ),
+    "a network": (lambda n, p, e: n, "only a network", False),
+    "a network in model": (lambda n, p, e: {"model": n}, "only a network", False),
+    "a network in Lightning": (lambda n, p, e: {"state_dict": prefixed(n, "model.")}, "only a network", False),
+    "a network in DDP": (lambda n, p, e: prefixed(n, "module."), "'module.'.*only a network", False),
+    "a network in net": (lambda n, p, e: prefixed(n, "net."), "'net.'.*only a network", False),
+}
+
+
+class TestWrappedNames:
+    @pytest.mark.parametrize("name", WRAPPED)
+    def test_load_checkpoint_finds_them(self, tmp_path, network, name):
+        process, ema = network
+        make, sentence, has_average = WRAPPED[name]
+        contents = make(process.model.state_dict(), process.state_dict(), ema.state_dict())
+        torch.save(contents, tmp_path / "weights.pt")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaded = load_checkpoint(tmp_path / "weights.pt", image_size=8)
+        said = [str(warning.message) for warning in caught if "weights.pt: " in str(warning.message)]
+        assert len(said) == (sentence is not None)
+        if sentence is not None:
+            assert re.search(sentence, said[0])
+        assert_equal_states(loaded.model, process.model)
+        if "network" not in name or "compiled" in name:
+            assert loaded.diffusion.objective == "pred_x0" and loaded.diffusion.num_timesteps == 20
+        assert_equal_states(loaded.ema.ema_model.model, ema.ema_model.model if has_average else process.model)
+        assert loaded.step == (7 if {"step", "global_step"} & contents.keys() and name != "an EMA" else 0)
+
+    @pytest.mark.parametrize("name", WRAPPED)
+    def test_the_trainer_goes_on_from_them(self, tmp_path, network, name):
+        process, ema = network
+        make, _, has_average = WRAPPED[name]
+        contents = make(process.model.state_dict(), process.state_dict(), ema.state_dict())
+        torch.save(contents, tmp_path / "weights.pt")
+        trainer = make_trainer(tmp_path, objective="pred_x0")
+        with pytest.warns(UserWarning, match="weights.pt holds no state of the optimizer: Adam starts anew"):
+            trainer.load("weights.pt")
+        assert_equal_states(trainer.model, process)
+        assert_equal_states(trainer.ema.ema_model, ema.ema_model if has_average else process)
+        assert trainer.step == (7 if {"step", "global_step"} & contents.keys() and name != "an EMA" else 0)
+
+    def test_a_compiled_network_takes_the_file_of_a_plain_one_and_back(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.save(1)
+        compiled = ddpm_fast.GaussianDiffusion(
+            torch.compile(Unet(**SMALL), backend="eager"), image_size=8, timesteps=20
+        )
+        other = Trainer(compiled, DigitsDataset(), results_folder=tmp_path, calculate_fid=False, progress=False)
+        other.load(1)
+        other.save(2)
+        assert load_file(tmp_path / "model-2.pt")["config"]["unet"] == trainer.model.model.config
+        trainer.load(2)
+        assert_equal_states(load_quietly(tmp_path / "model-2.pt").model, trainer.model.model)
+
+    @pytest.mark.parametrize(
+        "make, first, second",
+        [
+            (lambda s: {"teacher": s, "student": s}, "teacher.init_conv.weight", "student.init_conv.weight"),
+            (lambda s: {"model": s, "state_dict": s}, "model.init_conv.weight", "state_dict.init_conv.weight"),
+            (
+                lambda s: {**s, **prefixed({name: tensor + 1 for name, tensor in s.items()}, "module.")},
+                "init_conv.weight",
+                "module.init_conv.weight",
+            ),
+        ],
+    )
+    def test_two_that_could_be_meant_are_named(self, tmp_path, make, first, second):
+        torch.save(make(Unet(**SMALL).state_dict()), tmp_path / "weights.pt")
+        for load in (load_checkpoint, make_trainer(tmp_path).load):
+            with pytest.raises(CheckpointError, match=f"is ambiguous: it holds .*'{first}' and '{second}'"):
+                load(tmp_path / "weights.pt")
+
+    def test_what_is_left_out_is_said(self, tmp_path, network):
+        state = {**prefixed(network[0].state_dict(), "model."), "loss.weight": torch.zeros(3)}
+        torch.save({"state_dict": state}, tmp_path / "weights.pt")
+        with pytest.warns(UserWarning, match="1 other tensors were left out, such as 'state_dict.loss.weight'"):
+            load_checkpoint(tmp_path / "weights.pt", image_size=8)
+
+    def test_an_average_without_a_network_is_an_error(self, tmp_path, network):
+        data = {"step": 1, "model": network[0].state_dict(), "ema": {"step": torch.tensor(3)}}
+        torch.save(data, tmp_path / "model-1.pt")
+        with pytest.raises(CheckpointError, match="has no network in its 'ema'"):
+            load_checkpoint(tmp_path / "model-1.pt")
+
+
+class TestWhichFile:
+    @pytest.fixture
+    def folder(self, tmp_path, monkeypatch):
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        folder = tmp_path / "results"
+        folder.mkdir()
+        for name in ("model-1.pt", "model-last.pt", "weights.pt"):
+            (folder / name).touch()
+        return folder
+
+    @pytest.mark.parametrize(
+        "name, file",
+        [
+            (1, "model-1.pt"),
+            (np.int64(1), "model-1.pt"),
+            (1.0, "model-1.pt"),
+            ("1", "model-1.pt"),
+            ("last", "model-last.pt"),
+            ("model-1", "model-1.pt"),
+            ("model-1.pt", "model-1.pt"),
+            ("weights.pt", "weights.pt"),
+            (Path("weights.pt"), "weights.pt"),
+            ("../results/model-1.pt", "model-1.pt"),
+        ],
+    )
+    def test_a_milestone_a_name_or_a_path(self, folder, name, file):
+        assert find_file(name, folder).samefile(folder / file)
+        assert find_file(str(folder / file), folder) == folder / file
+        assert find_file(folder / file, "elsewhere") == folder / file
+
+    def test_two_files_that_fit_are_named(self, folder):
+        Path("weights.pt").touch()
+        with pytest.raises(CheckpointError, match=r"'weights.pt' may be weights.pt or .*results/weights.pt; give the"):
+            find_file("weights.pt", folder)
+        assert find_file("./weights.pt", folder) == Path("weights.pt")
+        assert find_file(folder / "weights.pt", folder) == folder / "weights.pt"
+
+    def test_one_file_by_two_names_is_one(self, folder, monkeypatch):
+        monkeypatch.chdir(folder)
+        assert find_file("weights.pt", folder).samefile(folder / "weights.pt")
+
+    @pytest.mark.parametrize(
+        "name, named",
+        [(7, "results/model-7.pt"), ("best", "results/model-best.pt"), ("other.pt", "other.pt"), ("a/b.pt", "a/b.pt")],
+    )
+    def test_a_missing_one_is_named(self, folder, name, named):
+        with pytest.raises(FileNotFoundError, match=f"checkpoint .*{named} does not exist"):
+            load_file(find_file(name, folder))
+
+    @pytest.mark.parametrize("name", [True, 1.5, None])
+    def test_no_milestone(self, folder, name):
+        with pytest.raises(ValueError, match="milestone must be an integer; got "):
+            find_file(name, folder)
 
 
 UNETS = {

@@ -20,7 +20,7 @@ from PIL import Image
 
 import ddpm_fast
 from ddpm_fast.training.batches import BatchOrder, BatchStream
-from ddpm_fast.training.checkpoint import load_checkpoint, load_file
+from ddpm_fast.training.checkpoint import CheckpointError, load_checkpoint, load_file
 from ddpm_fast.training.data import DigitsDataset
 from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError, frechet_distance, mean_and_covariance
 from ddpm_fast.training.history import LossHistory
@@ -359,8 +359,8 @@ class TestFailures:
             trainer.train()
         assert not list(tmp_path.glob("model-*.pt"))
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_a_signal_saves_and_ends_with_its_exit_code(self, tmp_path, number):
+    @pytest.mark.parametrize("number, stop", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+    def test_a_signal_saves_and_ends_as_python_does(self, tmp_path, number, stop):
         trainer = make_trainer(tmp_path, train_num_steps=10_000)
         original = trainer.model.p_losses
         handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -371,9 +371,9 @@ class TestFailures:
             return original(*args, **kwargs)
 
         trainer.model.p_losses = interrupted
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(stop) as stopped:
             trainer.train()
-        assert stopped.value.code == 128 + number
+        assert stop is KeyboardInterrupt or stopped.value.code == 143
         assert load_file(tmp_path / "model-last.pt")["step"] == 3
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
         make_trainer(tmp_path / "straight", train_num_steps=5).train()
@@ -408,6 +408,18 @@ class TestFailures:
     @pytest.mark.parametrize(
         "options, error, message",
         [
+            (dict(train_num_steps=True), ValueError, "train_num_steps must be a positive integer; got True"),
+            (dict(seed=1.5), ValueError, "seed must be an integer; got 1.5"),
+            (dict(num_workers=-1), ValueError, "num_workers must be a non-negative integer; got -1"),
+            (dict(train_lr="1e-4"), ValueError, "train_lr must be a number.*; got '1e-4'"),
+            (dict(train_lr=-1), ValueError, r"train_lr must be a number in \[0, inf\]; got -1"),
+            (dict(ema_decay=1.5), ValueError, r"ema_decay must be a number in \[0, 1\]; got 1.5"),
+            (dict(adam_betas=0.9), ValueError, "adam_betas must be two numbers; got 0.9"),
+            (
+                dict(amp=True, mixed_precision_type="f8"),
+                ValueError,
+                "mixed_precision_type must be one of no, fp16, bf16",
+            ),
             (dict(train_batch_size=0), ValueError, "train_batch_size must be a positive integer; got 0"),
             (dict(num_samples=2.5), ValueError, "num_samples must be a positive integer; got 2.5"),
             (dict(save_best_and_latest_only=True), ValueError, "calculate_fid must be True"),
@@ -429,6 +441,30 @@ class TestFailures:
         with pytest.raises(ValueError, match="image_size is None"):
             make_trainer(tmp_path, diffusion)
 
+    @pytest.mark.parametrize("name", ["channels", "image_size", "objective", "num_timesteps", "is_ddim_sampling"])
+    def test_a_process_that_lacks_an_attribute_is_named(self, tmp_path, name):
+        diffusion = make_diffusion()
+        delattr(diffusion, name)
+        with pytest.raises(TypeError, match=f"must have the attributes .*; GaussianDiffusion lacks {name}$"):
+            make_trainer(tmp_path, diffusion)
+
+    @pytest.mark.parametrize("size", [8, np.int64(8), "88", (8,), (8, 8, 8), (8, 0), (8, 8.5)])
+    def test_a_process_of_an_unusable_size_is_named(self, tmp_path, size):
+        diffusion = make_diffusion()
+        diffusion.image_size = size
+        with pytest.raises(ValueError, match="diffusion_model.image_size must be"):
+            make_trainer(tmp_path, diffusion)
+
+    def test_what_is_no_module_is_named(self, tmp_path):
+        with pytest.raises(TypeError, match="diffusion_model must be a module such as GaussianDiffusion; got str"):
+            make_trainer(tmp_path, "diffusion")
+
+    def test_divergence_without_a_checkpoint_speaks_of_none(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.model.p_losses = lambda *args, **kwargs: next(trainer.model.parameters()).sum() * math.nan
+        with pytest.raises(DivergenceError, match=r"at step 1: loss nan, gradient norm nan; \(a lower learning rate"):
+            trainer.train()
+
     def test_a_full_disk_stops_with_one_sentence_and_keeps_what_was(self, tmp_path):
         import resource
 
@@ -444,6 +480,240 @@ class TestFailures:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert (tmp_path / "model-last.pt").read_bytes() == before
+
+
+class TestManyTrainersInOneProcess:
+    """accelerate keeps one precision for the process; each trainer computes in its own all the same."""
+
+    def test_each_has_its_own_precision(self, tmp_path):
+        precisions = ["no", "bf16", "no"]
+        trainers = [
+            make_trainer(tmp_path / str(i), train_num_steps=1, amp=precision != "no", mixed_precision_type=precision)
+            for i, precision in enumerate(precisions)
+        ]
+        for trainer in trainers:
+            trainer.train()
+        first, second, third = (losses(tmp_path / str(i)) for i in range(3))
+        assert first == third and first != second
+        assert float(first[0][1]) == pytest.approx(float(second[0][1]), rel=0.02)
+        for i, precision in enumerate(precisions):
+            assert load_file(tmp_path / str(i) / "model-last.pt")["training"]["mixed_precision"] == precision
+
+    def test_anothers_accelerator_keeps_its_precision(self, tmp_path):
+        from accelerate import Accelerator
+
+        before = Accelerator().mixed_precision
+        make_trainer(tmp_path, train_num_steps=1, amp=True, mixed_precision_type="bf16").train()
+        assert Accelerator().mixed_precision == before
+
+
+def test_without_sched_getaffinity_the_processors_are_counted(tmp_path, monkeypatch):
+    """macOS and Windows have none."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    trainer = make_trainer(tmp_path, dataset=Images(torch.rand(200, 1, 8, 8)))
+    assert trainer.dl._loader.num_workers == 3
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert make_trainer(tmp_path, dataset=Images(torch.rand(200, 1, 8, 8))).dl._loader.num_workers == 1
+
+
+class TestPlainSettings:
+    NUMPY = dict(
+        train_batch_size=np.int64(16),
+        gradient_accumulate_every=1.0,
+        train_lr=np.float64(1e-3),
+        train_num_steps=torch.tensor([2]),
+        ema_update_every=np.int32(1),
+        ema_decay=np.float64(0.9),
+        adam_betas=np.array([0.9, 0.99]),
+        save_and_sample_every=1e5,
+        num_samples=np.int64(4),
+        max_grad_norm=np.float32(1),
+        augment_horizontal_flip=np.bool_(False),
+        seed=np.int64(0),
+        num_workers=np.int64(0),
+        log_every=torch.tensor(1),
+    )
+
+    def test_a_run_of_numpys_numbers_is_the_run_of_pythons(self, upstream, tmp_path):
+        make_trainer(tmp_path / "numpy", **self.NUMPY).train()
+        plain = dict(train_num_steps=2, ema_decay=0.9, save_and_sample_every=100_000, num_workers=0)
+        make_trainer(tmp_path / "plain", **plain).train()
+        assert_same_training(tmp_path / "numpy", tmp_path / "plain")
+        path = tmp_path / "numpy" / "model-last.pt"
+        first, second = torch.load(path, weights_only=True), load_file(tmp_path / "plain" / "model-last.pt")
+        assert first["training"] == second["training"] and first["config"] == second["config"]
+        assert first["opt"]["param_groups"] == second["opt"]["param_groups"]
+        assert load_checkpoint(path).step == 2
+
+    def test_what_is_changed_later_is_saved_plain(self, tmp_path):
+        """Schedules of the learning rate often compute in numpy."""
+        trainer = make_trainer(tmp_path)
+        trainer.opt.param_groups[0]["lr"] = np.float64(1e-5)
+        trainer.ema.beta = np.float64(0.5)
+        trainer.train_num_steps = np.int64(7)
+        trainer.model.sampling_timesteps = np.int64(3)
+        trainer.save(np.int64(1))
+        data = torch.load(tmp_path / "model-1.pt", weights_only=True)
+        assert data["opt"]["param_groups"][0]["lr"] == 1e-5
+        assert data["config"]["ema"] == {"beta": 0.5, "update_every": 1}
+        assert data["config"]["diffusion"]["sampling_timesteps"] == 3
+        assert data["training"]["train_num_steps"] == 7
+
+    def test_a_config_of_another_package_is_not_recorded(self, tmp_path):
+        diffusion = make_diffusion()
+        network = torch.nn.Conv2d(1, 1, 3, padding=1)
+        network.config = {"anything": object()}
+        network.channels = network.out_dim = 1
+        network.self_condition = False
+        network.forward = lambda x, t, x_self_cond=None: torch.nn.Conv2d.forward(network, x)
+        diffusion = ddpm_fast.GaussianDiffusion(network, image_size=8, timesteps=20)
+        make_trainer(tmp_path, diffusion, train_num_steps=1).train()
+        assert load_file(tmp_path / "model-last.pt")["config"]["unet"] is None
+        again = make_trainer(tmp_path, diffusion)
+        again.load("last")
+        assert again.step == 1
+
+
+class TestChangedSettings:
+    """What the trainer was given holds after `load`; what the weights depend on is refused."""
+
+    CHANGES = {
+        "train_lr": (3e-3, "train_lr=0.003 (was 0.001)"),
+        "adam_betas": ((0.8, 0.9), "adam_betas=(0.8, 0.9) (was (0.9, 0.99))"),
+        "ema_decay": (0.9, "ema_decay=0.9 (was 0.995)"),
+        "ema_update_every": (5, "ema_update_every=5 (was 1)"),
+        "train_batch_size": (32, "train_batch_size=32 (was 16); the order of the images goes on"),
+        "gradient_accumulate_every": (2, "gradient_accumulate_every=2 (was 1)"),
+        "max_grad_norm": (0.5, "max_grad_norm=0.5 (was 1.0)"),
+        "augment_horizontal_flip": (True, "augment_horizontal_flip=True (was False)"),
+        "seed": (5, "seed=5 (was 0)"),
+    }
+
+    @pytest.mark.parametrize("name", CHANGES)
+    def test_a_changed_setting_is_said_applied_and_recorded(self, tmp_path, name):
+        value, sentence = self.CHANGES[name]
+        make_trainer(tmp_path, train_num_steps=2).train()
+        trainer = make_trainer(tmp_path, train_num_steps=3, **{name: value})
+        with pytest.warns(UserWarning, match=re.escape(f"model-last.pt is continued with {sentence}")):
+            trainer.load("last")
+        assert trainer.dl.position == 32
+        trainer.train()
+        data = load_file(tmp_path / "model-last.pt")
+        group, ema = data["opt"]["param_groups"][0], data["config"]["ema"]
+        recorded = {
+            **data["training"],
+            "train_lr": group["lr"],
+            "adam_betas": group["betas"],
+            "ema_decay": ema["beta"],
+            "ema_update_every": ema["update_every"],
+        }
+        assert recorded[name] == value
+        assert data["step"] == 3
+
+    def test_the_same_settings_say_nothing_and_no_seed_keeps_the_files(self, tmp_path, recwarn):
+        make_trainer(tmp_path, seed=3).save(1)
+        trainer = make_trainer(tmp_path, seed=None, train_num_steps=9, save_and_sample_every=7)
+        recwarn.clear()
+        trainer.load(1)
+        assert trainer.seed == 3 and trainer.dl.order.seed == 3 and not recwarn.list
+
+    def test_the_learning_rate_of_now_holds(self, tmp_path):
+        make_trainer(tmp_path).save(1)
+        trainer = make_trainer(tmp_path)
+        trainer.opt.param_groups[0]["lr"] = 0.25
+        with pytest.warns(UserWarning, match="train_lr=0.25"):
+            trainer.load(1)
+        assert trainer.opt.param_groups[0]["lr"] == 0.25
+
+    @pytest.mark.parametrize(
+        "options, old, new",
+        [
+            (dict(objective="pred_noise"), "objective='pred_v'", "objective='pred_noise'"),
+            (dict(beta_schedule="cosine"), "beta_schedule='sigmoid'", "beta_schedule='cosine'"),
+            (dict(schedule_fn_kwargs={"tau": 0.5}), "schedule_fn_kwargs={}", "schedule_fn_kwargs={'tau': 0.5}"),
+            (dict(timesteps=30), "timesteps=20", "timesteps=30"),
+            (dict(image_size=(8, 16)), "image_size=[8, 8]", "image_size=[8, 16]"),
+            (dict(auto_normalize=False), "auto_normalize=True", "auto_normalize=False"),
+            (dict(min_snr_loss_weight=True), "min_snr_loss_weight=False", "min_snr_loss_weight=True"),
+        ],
+    )
+    @pytest.mark.parametrize("is_upstreams", [False, True])
+    def test_another_process_is_refused_with_both_values(self, tmp_path, options, old, new, is_upstreams):
+        make_trainer(tmp_path).save(1)
+        if is_upstreams:
+            data = load_file(tmp_path / "model-1.pt")
+            torch.save(
+                {name: data[name] for name in ("step", "model", "opt", "ema", "scaler")}, tmp_path / "model-1.pt"
+            )
+            if {"image_size", "auto_normalize", "schedule_fn_kwargs"} & options.keys():
+                return  # its buffers tell nothing of the first two, and the file no arguments of a schedule
+        shape = (1, *(options.get("image_size", (8, 8))))
+        trainer = make_trainer(tmp_path, make_diffusion(**options), dataset=Images(torch.rand(200, *shape)))
+        before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        pattern = f"was trained with .*{re.escape(old)}.*this trainer's diffusion has .*{re.escape(new)}"
+        with pytest.raises(CheckpointError, match=pattern):
+            trainer.load(1)
+        assert trainer.step == 0
+        assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+    def test_another_gamma_is_refused(self, tmp_path):
+        make_trainer(tmp_path, make_diffusion(min_snr_loss_weight=True)).save(1)
+        other = make_trainer(tmp_path, make_diffusion(min_snr_loss_weight=True, min_snr_gamma=3))
+        with pytest.raises(CheckpointError, match="min_snr_gamma=5, .*min_snr_gamma=3"):
+            other.load(1)
+
+    @pytest.mark.parametrize(
+        "options, sentence",
+        [
+            (dict(dim=16), "the file has dim=8; init_dim=8, this trainer has dim=16; init_dim=16"),
+            (dict(attn_heads=2, attn_dim_head=64), r"attn_dim_head=\(32, 32\).*attn_heads=\(2, 2\)"),
+            (dict(dim_mults=(1, 4)), r"the file has dim_mults=\(1, 2\), this trainer has dim_mults=\(1, 4\)"),
+            (dict(sinusoidal_pos_emb_theta=100), "the file has sinusoidal_pos_emb_theta=10000, this trainer has"),
+            (dict(self_condition=True), "the file has self_condition=False, this trainer has self_condition=True"),
+        ],
+    )
+    def test_another_network_is_refused_with_both_values(self, tmp_path, options, sentence):
+        make_trainer(tmp_path).save(1)
+        network = ddpm_fast.Unet(**{"dim": 8, "dim_mults": (1, 2), "channels": 1, **options})
+        diffusion = ddpm_fast.GaussianDiffusion(network, image_size=8, timesteps=20)
+        with pytest.raises(CheckpointError, match=f"of another architecture: .*{sentence}"):
+            make_trainer(tmp_path, diffusion).load(1)
+
+    def test_what_changes_no_function_is_taken(self, tmp_path):
+        make_trainer(tmp_path).save(1)
+        network = ddpm_fast.Unet(
+            8, init_dim=8, dim_mults=[1, 2], channels=1, attn_heads=(4, 4), full_attn=[False, True], memory="low",
+            dropout=0.1,
+        )  # fmt: skip
+        diffusion = ddpm_fast.GaussianDiffusion(
+            network, image_size=8, timesteps=20, sampling_timesteps=4, sampler="ddim",
+            schedule_fn_kwargs={"tau": 1.0},
+        )  # fmt: skip
+        trainer = make_trainer(tmp_path, diffusion)
+        trainer.load(1)
+        trainer.save(2)
+        config = load_file(tmp_path / "model-2.pt")["config"]
+        assert config["unet"]["dropout"] == 0.1 and config["diffusion"]["sampling_timesteps"] == 4
+
+    def test_a_size_that_was_set_later_is_recorded(self, tmp_path):
+        diffusion = make_diffusion(image_size=16)
+        diffusion.image_size = (8, 8)
+        make_trainer(tmp_path, diffusion).save(1)
+        assert load_checkpoint(tmp_path / "model-1.pt").diffusion.image_size == (8, 8)
+
+    def test_another_optimizer_is_named_and_nothing_is_loaded(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.save(1)
+        data = load_file(tmp_path / "model-1.pt")
+        data["opt"]["state"] = {0: {"momentum_buffer": torch.zeros(8)}}
+        torch.save(data, tmp_path / "model-1.pt")
+        with pytest.raises(CheckpointError, match="an optimizer that is no Adam: parameter 0 has no 'exp_avg'"):
+            trainer.load(1)
+        data["opt"] = torch.optim.Adam([torch.zeros(2)]).state_dict()
+        torch.save(data, tmp_path / "model-1.pt")
+        with pytest.raises(CheckpointError, match=r"has an optimizer of \[1\] parameters, this trainer's has \["):
+            trainer.load(1)
 
 
 class TestFid:
