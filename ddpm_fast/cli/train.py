@@ -186,7 +186,8 @@ def _arguments(options: Train, record: dict[str, Any] | None) -> tuple[dict[str,
     if "image_size" in given:
         given["image_size"] = image_size_of(given["image_size"])
     data = _DIGITS_DEFAULTS if options.data == "digits" else _FOLDER_DEFAULTS
-    values = {**_DEFAULTS, **data, "self_condition": False, "min_snr": False, "sampler": None, "seed": None}
+    off = {"self_condition": False, "min_snr": False, "sampler": None, "seed": None}
+    values: dict[str, Any] = {**_DEFAULTS, **data, **off}
     network, process, training = (
         {argument: values[option] for option, argument in names.items()} for names in (_NETWORK, _PROCESS, _TRAINER)
     )

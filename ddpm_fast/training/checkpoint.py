@@ -7,6 +7,7 @@ shapes and buffers. Files of other programs are searched for a network's names (
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import pickle
@@ -34,6 +35,19 @@ from ddpm_fast.training.state_names import AmbiguousNamesError, FoundStates, bar
 _Path = str | os.PathLike
 _State = Mapping[str, torch.Tensor]
 _Size = int | tuple[int, int]
+
+# What torch raises on the contents of a file; what is missing on the machine (a module, memory) is none of these.
+_LOADING_ERRORS = (
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 _SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule, "sigmoid": sigmoid_beta_schedule}
 
@@ -81,7 +95,7 @@ def load_file(path: _Path, map_location: torch.device | str = "cpu", mmap: bool 
         ) from error
     except OSError as error:
         raise OSError(error.errno, f"could not read checkpoint {path}: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, struct.error) as error:
+    except _LOADING_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = "is damaged" if _is_damaged(path) else "could not be loaded"
         raise CheckpointError(f"checkpoint {path} {what}: {reason}") from error
@@ -430,7 +444,11 @@ def _check_container(path: Path) -> bool:
     if not start:
         raise CheckpointError(f"checkpoint {path} is empty")
     if start[:2] == b"PK":
-        if not zipfile.is_zipfile(path):
+        try:
+            has_end = zipfile.is_zipfile(path)
+        except zipfile.BadZipFile as error:
+            raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+        if not has_end:
             raise CheckpointError(f"checkpoint {path} is truncated: the end of the archive is missing")
         return True
     if start[:1] != b"\x80":
@@ -439,13 +457,20 @@ def _check_container(path: Path) -> bool:
 
 
 def _is_damaged(path: Path) -> bool:
-    """True if the checksums of an archive do not agree; an old pickle has none."""
+    """True if the checksums of an archive do not agree, or its table of contents is senseless; an old pickle has none.
+
+    Raises OSError for a file that cannot be read.
+    """
     if not zipfile.is_zipfile(path):
         return False
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is not None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the file's beginning
+            raise
+        return True
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OverflowError, struct.error):
         return True
 
 

@@ -60,12 +60,13 @@ def find_states(
     raw_names = _raw_names(raw)
     prefixes = [name.removesuffix(network_names[0]) for name in raw_names if _ends_with(name, network_names[0])]
     roles: dict[str, list[str]] = {"model": [], "online": [], "average": []}
-    for prefix in prefixes:
-        roles[_role(prefix)].append(prefix)
+    for candidate in prefixes:
+        roles[_role(candidate)].append(candidate)
     chosen = {role: _one(found, network_names, raw_names) for role, found in roles.items()}
-    prefix = next((found for found in chosen.values() if found is not None), None)
-    if prefix is None:
+    places = [place for place in chosen.values() if place is not None]
+    if not places:
         return None
+    prefix = places[0]
 
     buffers = _buffers(prefix, raw_names, process_names)
     names = {**buffers, **_under(prefix, raw_names)}
@@ -79,9 +80,9 @@ def find_states(
         }
         average = {name: raw[raw_names[place]] for name, place in average_names.items()}
         around = _around_average(chosen["average"])
-        places = {name: around + name for name in ("initted", "step") if around + name in raw_names}
-        counters = {name: raw[raw_names[place]] for name, place in places.items()}
-        used |= set(average_names.values()) | set(places.values())
+        counter_names = {name: around + name for name in ("initted", "step") if around + name in raw_names}
+        counters = {name: raw[raw_names[place]] for name, place in counter_names.items()}
+        used |= set(average_names.values()) | set(counter_names.values())
     base = prefix.removesuffix("model.") if buffers else prefix
     stripped = _stripped(contents, base, [raw_names[place] for place in names.values()])
     left_out = [raw_names[place] for place in raw_names if place not in used]
