@@ -198,6 +198,8 @@ def _arguments(options: Train, record: dict[str, Any] | None) -> tuple[dict[str,
         image_size = record["diffusion"].get("image_size") or process["image_size"]
         network, process = dict(record["unet"]), {**record["diffusion"], "image_size": image_size}
         training.update(_recorded_training(record))
+        if given.get("beta_schedule", process.get("beta_schedule")) != process.get("beta_schedule"):
+            process.pop("schedule_fn_kwargs", None)  # arguments of the other schedule
     for names, arguments in ((_NETWORK, network), (_PROCESS, process), (_TRAINER, training)):
         arguments.update({names[option]: value for option, value in given.items() if option in names})
     if not options.flash:

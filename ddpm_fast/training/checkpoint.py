@@ -245,7 +245,19 @@ def find_weights(
     return states
 
 
-def warn_of_names(states: FoundStates, path: _Path) -> None:
+def exact_states(contents: Mapping) -> FoundStates:
+    """The weights of a trainer's file whose `model` has the names of the model that loads it."""
+    ema = contents.get("ema")
+    entries = ema if isinstance(ema, Mapping) else {}
+    prefix = "ema_model."
+    average = {name.removeprefix(prefix): tensor for name, tensor in entries.items() if name.startswith(prefix)}
+    if entries and not average:  # the weights alone, without ema-pytorch's names
+        average = dict(entries)
+    counters = {name: entries[name] for name in ("initted", "step") if name in entries and name not in average}
+    return FoundStates(dict(contents["model"]), True, average if ema is not None else None, counters, [], [])
+
+
+def warn_of_names(states: FoundStates, path: _Path, stacklevel: int = 3) -> None:
     """One warning on what was stripped from names, what is missing and what was left out; nothing for usual files."""
     notes = []
     if states.stripped:
@@ -256,7 +268,7 @@ def warn_of_names(states: FoundStates, path: _Path) -> None:
     if states.left_out:
         notes.append(f"{len(states.left_out)} other tensors were left out, such as {states.left_out[0]!r}")
     if notes:
-        warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=3)
+        warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=stacklevel)
 
 
 def recorded_config(contents: Mapping) -> dict[str, Any]:
@@ -313,8 +325,11 @@ def load_matching(module: nn.Module, state: _State, path: _Path) -> None:
 
 def as_named_in(module: nn.Module, state: _State) -> dict[str, torch.Tensor]:
     """The state with the wrappers' parts that the module has in its names."""
-    names = {bare_name(name): name for name in module.state_dict()}
-    return {names.get(name, name): tensor for name, tensor in state.items()}
+    own = module.state_dict()
+    if state.keys() == own.keys():
+        return dict(state)
+    names = {bare_name(name): name for name in own}
+    return {names.get(bare_name(name), name): tensor for name, tensor in state.items()}
 
 
 def load_average(ema: Any, states: FoundStates, diffusion: nn.Module, path: _Path, step: int) -> None:
@@ -481,7 +496,10 @@ def network_state(state: _State) -> dict[str, torch.Tensor]:
 
 def with_buffers(state: _State, diffusion: nn.Module) -> _State:
     """The state; to a bare network's, which lacks the buffers of a process, those of this one."""
-    own = {bare_name(name): tensor for name, tensor in diffusion.state_dict().items()}
+    own = diffusion.state_dict()
+    if state.keys() == own.keys():
+        return state
+    own = {bare_name(name): tensor for name, tensor in own.items()}
     process = {name: tensor for name, tensor in own.items() if not name.startswith("model.")}
     return state if process.keys() & state.keys() else {**process, **state}
 

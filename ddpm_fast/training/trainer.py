@@ -32,6 +32,7 @@ from ddpm_fast.training.captured_step import lay_out_state
 from ddpm_fast.training.checkpoint import (
     CheckpointError,
     as_named_in,
+    exact_states,
     find_file,
     find_weights,
     first_difference,
@@ -307,6 +308,8 @@ class Trainer:
                 self._train_step()
                 self._bar.update(1)
                 self._report()
+            if self._stop_signal:
+                self._stop(self._stop_signal)
         self.accelerator.wait_for_everyone()
         self.accelerator.print("training complete")
 
@@ -357,7 +360,7 @@ class Trainer:
                 self._history.plot()
         if is_milestone:
             self._start_window()
-        if self._stop_signal and not is_end:
+        if self._stop_signal:
             self._stop(self._stop_signal)
 
     def _read_losses(self) -> None:
@@ -568,8 +571,15 @@ class Trainer:
 
     def _find_states(self, data: Any, path: Path) -> FoundStates:
         """The weights of a file, by the names of this trainer's model."""
-        names = [bare_name(name) for name in self._diffusion.state_dict()]
+        own = self._diffusion.state_dict()
+        if isinstance(data, Mapping) and isinstance(data.get("model"), Mapping) and data["model"].keys() == own.keys():
+            return exact_states(data)
+        names = [bare_name(name) for name in own]
         network_names = [name.removeprefix("model.") for name in names if name.startswith("model.")]
+        if not network_names:
+            raise CheckpointError(
+                f"checkpoint {path} has other names than this trainer's {type(self._diffusion).__name__}"
+            )
         process_names = [name for name in names if not name.startswith("model.")]
         return find_weights(data, path, network_names, process_names)
 
@@ -613,7 +623,7 @@ class Trainer:
         """One warning that names the settings with which the run goes on otherwise than before."""
         if not self.accelerator.is_main_process:
             return
-        warn_of_names(states, path)
+        warn_of_names(states, path, stacklevel=4)
         recorded = {**_training_of(data), **_adam_of(data), **_average_of(data)}
         now = {
             **self._settings(),

@@ -382,6 +382,16 @@ class TestFailures:
         resumed.train()
         assert_same_training(tmp_path / "straight", tmp_path)
 
+    def test_a_signal_in_the_last_step_is_not_lost(self, tmp_path):
+        trainer = make_trainer(tmp_path, train_num_steps=1)
+        original = trainer.model.p_losses
+        trainer.model.p_losses = lambda *args, **kwargs: (
+            os.kill(os.getpid(), signal.SIGINT) or original(*args, **kwargs)
+        )
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 1; .*model-last.pt resumes from there"):
+            trainer.train()
+        assert load_file(tmp_path / "model-last.pt")["step"] == 1
+
     def test_kill_9_in_training_leaves_loadable_checkpoints(self, tmp_path):
         command = [sys.executable, str(RUN), str(tmp_path)]
         options = json.dumps(dict(train_num_steps=10_000, save_and_sample_every=1, num_samples=1, num_workers=0))
@@ -482,6 +492,13 @@ class TestFailures:
         assert (tmp_path / "model-last.pt").read_bytes() == before
 
 
+@pytest.fixture
+def _no_plot(monkeypatch):
+    """Drawing loss.png takes longer than these runs."""
+    monkeypatch.setattr(LossHistory, "plot", lambda self: None)
+
+
+@pytest.mark.usefixtures("_no_plot")
 class TestManyTrainersInOneProcess:
     """accelerate keeps one precision for the process; each trainer computes in its own all the same."""
 
@@ -517,6 +534,7 @@ def test_without_sched_getaffinity_the_processors_are_counted(tmp_path, monkeypa
     assert make_trainer(tmp_path, dataset=Images(torch.rand(200, 1, 8, 8))).dl._loader.num_workers == 1
 
 
+@pytest.mark.usefixtures("_no_plot")
 class TestPlainSettings:
     NUMPY = dict(
         train_batch_size=np.int64(16),
@@ -575,6 +593,43 @@ class TestPlainSettings:
         assert again.step == 1
 
 
+class OwnProcess(torch.nn.Module):
+    """A process of another package: names of its own, one of them `module`, and no network called model."""
+
+    channels, image_size, objective, num_timesteps, is_ddim_sampling = 1, (8, 8), "own", 10, False
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Conv2d(1, 1, 1)
+        self.net.module = torch.nn.Linear(1, 1)
+        self.module = torch.nn.Conv2d(1, 1, 1)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    @property
+    def model(self):
+        return self.net
+
+    def forward(self, images):
+        return (self.module(self.net(images)) + self.weight + self.net.module(images[..., :1])).square().mean()
+
+    def sample(self, batch_size, **options):
+        return torch.rand(batch_size, 1, 8, 8)
+
+
+def test_a_process_of_another_package_trains_and_goes_on(tmp_path):
+    trainer = make_trainer(tmp_path, OwnProcess(), train_num_steps=2)
+    trainer.train()
+    other = make_trainer(tmp_path, OwnProcess(), train_num_steps=3)
+    other.load("last")
+    for name, tensor in trainer.ema.state_dict().items():
+        assert torch.equal(tensor, other.ema.state_dict()[name]), name
+    other.train()
+    torch.save({"step": 1, "model": {"weight": torch.zeros(1)}, "opt": {}, "ema": {}}, tmp_path / "model-1.pt")
+    with pytest.raises(CheckpointError, match="has other names than this trainer's OwnProcess"):
+        other.load(1)
+
+
+@pytest.mark.usefixtures("_no_plot")
 class TestChangedSettings:
     """What the trainer was given holds after `load`; what the weights depend on is refused."""
 
