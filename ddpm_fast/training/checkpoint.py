@@ -151,6 +151,7 @@ def load_checkpoint(
     diffusion = GaussianDiffusion(model, **{**diffusion_config, **diffusion_options})
     step = step_of(contents, path)
     load_matching(diffusion, with_buffers(states.model, diffusion), path)
+    check_average(contents, states, path)
     ema = EMA(diffusion, **(config["ema"] or {}))
     load_average(ema, states, diffusion, path, step)
     if is_size_unknown:
@@ -240,9 +241,13 @@ def find_weights(
         raise CheckpointError(
             f"checkpoint {path} is no checkpoint of a diffusion trainer: it holds {found or 'nothing'}"
         )
-    if is_trainers and ema is not None and states.average is None:
-        raise CheckpointError(f"checkpoint {path} has no network in its 'ema'")
     return states
+
+
+def check_average(contents: Mapping, states: FoundStates, path: _Path) -> None:
+    """Raise CheckpointError for a trainer's dictionary whose `ema` holds no network."""
+    if "step" in contents and contents.get("ema") is not None and states.average is None:
+        raise CheckpointError(f"checkpoint {path} has no network in its 'ema'")
 
 
 def exact_states(contents: Mapping) -> FoundStates:

@@ -32,6 +32,7 @@ from ddpm_fast.training.captured_step import lay_out_state
 from ddpm_fast.training.checkpoint import (
     CheckpointError,
     as_named_in,
+    check_average,
     exact_states,
     find_file,
     find_weights,
@@ -276,6 +277,7 @@ class Trainer:
         data = load_file(path, map_location="cpu")
         states = self._find_states(data, path)
         model = self._check_states(data, states, path)
+        check_average(data, states, path)
         step = step_of(data, path)
         optimizer = self._optimizer_state(data, path)
         self._warn_of_changes(data, states, path)
@@ -617,7 +619,9 @@ class Trainer:
                     f"checkpoint {path} has an optimizer that is no Adam: parameter {number} has no {min(missing)!r}"
                 )
         pairs = zip(groups, own["param_groups"], strict=True)
-        return {**saved, "param_groups": [{**old, **new, "params": old["params"]} for old, new in pairs]}
+        fused = self._adam_options.get("fused")  # the device decides
+        merged = [{**old, **new, "fused": fused, "params": old["params"]} for old, new in pairs]
+        return {**saved, "param_groups": merged}
 
     def _warn_of_changes(self, data: dict[str, Any], states: FoundStates, path: Path) -> None:
         """One warning that names the settings with which the run goes on otherwise than before."""
