@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 import tyro
 
 from ddpm_fast.cli.options import (
-    Channels,
     Folder,
     Int,
     Integer,
@@ -46,8 +45,8 @@ class Bench:
     """Width of the network's first stage (64)."""
     dim_mults: Integers = None
     """Width of each stage in multiples of --dim (1 2 4 8)."""
-    channels: Channels = None
-    """1 grey, 3 RGB, 4 RGBA (3)."""
+    channels: Integer = None
+    """1 grey, 3 RGB, 4 RGBA, or any other number (3)."""
     image_size: Integers = None
     """Height and width, or one number for both (on a GPU 128, on a CPU 32)."""
     batch_size: Integer = None
@@ -77,6 +76,8 @@ def run(options: Bench) -> None:
     from ddpm_fast.measure import baselines, command
 
     check_positive(steps=options.steps, **{"batch-size": options.batch_size or 1})
+    if options.channels is not None:
+        check_positive(channels=options.channels)
     if options.seconds <= 0:
         raise UserError(f"--seconds must be positive; got {options.seconds}")
     reason = baselines.why_not("upstream") if "upstream" in options.against else None

@@ -42,7 +42,8 @@ Integer = Annotated[Int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=
 Integers = Annotated[tuple[Int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 YesNo = Annotated[bool | None, tyro.conf.arg(metavar="True|False", help_behavior_hint="")]
-Channels = Annotated[Literal[1, 3, 4] | None, tyro.conf.arg(metavar="1|3|4", help_behavior_hint="")]
+Words = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
+Range = Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH", help_behavior_hint="")]
 Schedule = Annotated[
     Literal["linear", "cosine", "sigmoid"] | None,
     tyro.conf.arg(metavar="linear|cosine|sigmoid", help_behavior_hint=""),

@@ -1,5 +1,6 @@
 """`ddpm-fast sample`."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -45,7 +46,9 @@ class Sample:
     """A file such as results/model-last.pt, or a results folder: the checkpoint with the largest step in it. Also
     results/7 for the milestone model-7.pt."""
     out: Path = Path("samples.png")
-    """The grid; the strip is written next to it as NAME-strip.png."""
+    """The grid, a PNG, JPEG, ... by its ending; the strip is written next to it as NAME-strip.png.
+
+    Of other than 1, 3 or 4 channels each is a grey tile, and NAME.npy has the values."""
     num_samples: Int = 64
     """Number of images."""
     batch_size: Int = 64
@@ -77,9 +80,11 @@ def run(options: Sample) -> None:
     import torch
 
     from ddpm_fast.training.checkpoint import load_checkpoint
-    from ddpm_fast.training.data import save_image_grid, save_trajectory_strip
+    from ddpm_fast.training.images_out import check_ending, check_grid, save_image_grid, save_trajectory_strip
 
     check_positive(num_samples=options.num_samples, batch_size=options.batch_size, scale=options.scale)
+    _check_places(options)
+    check_ending(options.out)
     overrides: dict[str, Any] = {
         "image_size": image_size_of(options.image_size),
         "sampler": options.sampler,
@@ -90,22 +95,51 @@ def run(options: Sample) -> None:
     path = checkpoint_file(options.checkpoint)
     loaded = load_checkpoint(path, map_location=device_of(options.device), **given)
     diffusion = (loaded.ema.ema_model if options.weights == "ema" else loaded.diffusion).eval()
+    if diffusion.image_size is None:
+        raise UserError(f"{path} does not record image_size; give --image-size")
+    shape = (options.num_samples, diffusion.channels, *diffusion.image_size)
+    check_grid(options.out, shape, _columns(options.num_samples), scale=options.scale)
+    strip = options.out.with_name(f"{options.out.stem}-strip.png")
+    _prepare_places(options, [options.out, strip])
     seed = torch.seed() if options.seed is None else options.seed
 
     images = _draw(diffusion, options.num_samples, options.batch_size, seed)
     if not images.isfinite().all():
         raise UserError(f"the samples of {path} are not finite (NaN or infinity); nothing was written")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     save_image_grid(images, options.out, nrow=_columns(options.num_samples), scale=options.scale)
-    strip = options.out.with_name(f"{options.out.stem}-strip.png")
     trajectories = diffusion.sample(_strip_rows(diffusion, options), True, seed=seed, progress=False)
     save_trajectory_strip(trajectories.clamp(0, 1), strip, scale=options.scale)
     print(f"{options.num_samples} samples (seed {seed}) of step {loaded.step}: {options.out}, {strip}")
     if options.raw is not None:
-        options.raw.mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(images):
             save_image_grid(image[None], options.raw / f"{index:05}.png", scale=options.scale)
         print(f"each image on its own: {options.raw}")
+
+
+class _JustTrying(Exception):
+    """Ends a trial of `write_atomically`, which then leaves no file."""
+
+
+def _check_places(options: Sample) -> None:
+    """Raise UserError for an --out that is a folder and a --raw that is none."""
+    if options.out.is_dir():
+        raise UserError(f"--out {options.out} is a folder; it must be a file such as {options.out / 'samples.png'}")
+    if options.raw is not None and options.raw.exists() and not options.raw.is_dir():
+        raise UserError(f"--raw {options.raw} is a file; it must be a folder")
+
+
+def _prepare_places(options: Sample, pictures: list[Path]) -> None:
+    """Make the folders of the pictures and of --raw, and try to write there; OSError or UserError if that fails."""
+    from ddpm_fast.training.atomic_files import write_atomically
+
+    single = [] if options.raw is None else [options.raw / "00000.png"]
+    for path in [*pictures, *single]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(_JustTrying), write_atomically(path):
+            raise _JustTrying
+    for path in [*pictures, *single]:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and a picture would be written there")
 
 
 def _draw(diffusion: "GaussianDiffusion", count: int, batch_size: int, seed: int) -> "torch.Tensor":

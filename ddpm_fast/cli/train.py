@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ddpm_fast.cli.options import (
-    Channels,
     Integer,
     Integers,
     Memory,
     Number,
     Objective,
     Precision,
+    Range,
     Sampler,
     Schedule,
     Text,
     UserError,
+    Words,
     YesNo,
+    check_positive,
     image_size_of,
 )
 
@@ -83,8 +85,14 @@ class Train:
     """Continue from this checkpoint: a milestone (7, last), a file name in the results folder, or a path."""
     image_size: Integers = None
     """Height and width, or one number for both (data: 64, digits 8)."""
-    channels: Channels = None
-    """1 grey, 3 RGB, 4 RGBA (data: 3, digits 1)."""
+    exts: Words = None
+    """Endings of the files that are images (jpg jpeg png tiff tif bmp webp jfif avif npy)."""
+    value_range: Range = None
+    """What becomes [0, 1] in images of more than 8 bits and of floats; by default found in a sample of the files."""
+    background: Text = None
+    """Colour behind transparent images where --channels has no transparency (white)."""
+    channels: Integer = None
+    """1 grey, 3 RGB, 4 RGBA; other numbers take images that have as many (data: 3, digits 1)."""
     dim: Integer = None
     """Width of the network's first stage (data: 64, digits 32)."""
     dim_mults: Integers = None
@@ -232,6 +240,13 @@ def _make_trainer(
     from ddpm_fast.training.data import DigitsDataset
     from ddpm_fast.training.trainer import Trainer
 
+    of_folder = {
+        name: getattr(options, name)
+        for name in ("exts", "value_range", "background")
+        if getattr(options, name) is not None
+    }
+    if of_folder and options.data == "digits":
+        raise UserError(f"--{next(iter(of_folder)).replace('_', '-')} is for a folder of images, not for the digits")
     if options.seed is not None:
         torch.manual_seed(options.seed)
     diffusion = GaussianDiffusion(Unet(**network), **process)
@@ -245,4 +260,5 @@ def _make_trainer(
         mixed_precision_type=precision,
         calculate_fid=options.fid,
         num_workers=options.workers,
+        **of_folder,
     )

@@ -5,18 +5,59 @@ from __future__ import annotations
 import hashlib
 import itertools
 import signal
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from ddpm_fast.training.captured_step import send
+
+# Items of a user's dataset that are read ahead, and how far resizing and rounding may lead out of a range.
+_CHECKED_IMAGES = 8
+_OVERSHOOT = 0.05
 
 
 def derive_seed(*parts: object) -> int:
     """A seed in [0, 2⁶³) that is a hash of the parts: unlike sums, it does not repeat for neighbouring parts."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def check_images(dataset: Any, shape: tuple[int, ...], value_range: tuple[float, float] | None) -> None:
+    """Read a few items of a dataset; each must be a float tensor of `shape` (C, h, w).
+
+    Values plainly outside of `value_range` get one warning that names those found; None looks at the first item only.
+    Raises ValueError or TypeError for a dataset without images or with other items.
+    """
+    if len(dataset) == 0:
+        raise ValueError("folder is a dataset without images")
+    count = 1 if value_range is None else min(_CHECKED_IMAGES, len(dataset))
+    images = [dataset[index * (len(dataset) - 1) // max(count - 1, 1)] for index in range(count)]
+    for which, image in zip(["first item", *["item"] * count], images, strict=False):
+        if not isinstance(image, torch.Tensor):
+            raise TypeError(f"folder must give image tensors in [0, 1]; its {which} is a {type(image).__name__}")
+        if not image.is_floating_point() or tuple(image.shape) != shape:
+            raise ValueError(
+                f"folder must give float images of shape {shape} in [0, 1]; its {which.removesuffix(' item')} is "
+                f"{image.dtype} {tuple(image.shape)}"
+            )
+    if value_range is None:
+        return
+    least, largest = min(image.min().item() for image in images), max(image.max().item() for image in images)
+    low, high = value_range
+    if least < low - _OVERSHOOT or largest > high + _OVERSHOOT:
+        warnings.warn(
+            f"folder gives images with values from {least:.4g} to {largest:.4g}, and the diffusion expects them in "
+            f"[{low}, {high}]: scale them in the dataset",
+            stacklevel=3,
+        )
+
+
+def collate_float32(images: list[torch.Tensor]) -> torch.Tensor:
+    """Images (C, h, w) of any floating dtype as one batch (B, C, h, w) in float32."""
+    return default_collate(images).to(torch.float32)
 
 
 class BatchOrder(torch.utils.data.Sampler):
@@ -89,6 +130,7 @@ class BatchStream:
             pin_memory=device.type == "cuda",
             # Its own generator: the loader draws a seed for its workers, and not from the global one.
             generator=torch.Generator().manual_seed(derive_seed(order.seed, "workers")),
+            collate_fn=collate_float32,
             worker_init_fn=_ignore_interrupts,
         )
         self._batches: Iterator[torch.Tensor] | None = None

@@ -1,66 +1,99 @@
-"""Images in: folders and handwritten digits. Images out: grids and trajectory strips as PNG."""
+"""Datasets of images: a folder's, and handwritten digits."""
 
 from __future__ import annotations
 
-import errno
 import os
-import struct
 import warnings
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.utils.data
 
 from ddpm_fast.runtime.extras import needed_for
-from ddpm_fast.training.atomic_files import write_atomically
+from ddpm_fast.training.image_folder import find_images
+from ddpm_fast.training.images_in import (
+    Color,
+    DamagedImageError,
+    Pixels,
+    check_color,
+    check_mode,
+    convert,
+    crop_centre,
+    mirror,
+    read_image,
+    resize_to_cover,
+    to_tensor,
+)
+from ddpm_fast.training.images_out import save_image_grid, save_trajectory_strip
+from ddpm_fast.training.value_range import check_value_range, default_range, find_value_range, to_unit
 
 with needed_for("reading and writing images"):
-    import numpy  # noqa: F401 (pixels go between Pillow and torch as arrays)
+    import numpy as np
     from PIL import Image
 
-# What Pillow's decoders raise on files that are damaged, foreign or too big to be honest.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+__all__ = ["Dataset", "DigitsDataset", "save_image_grid", "save_trajectory_strip"]
+
+# Upstream's four first.
+_IMAGE_ENDINGS = ["jpg", "jpeg", "png", "tiff", "tif", "bmp", "webp", "jfif", "avif", "npy"]
 
 
 class Dataset(torch.utils.data.Dataset):
-    """Images of a folder and its subfolders as float32 tensors (C, h, w) in [0, 1].
+    """Images of a folder, its subfolders and linked folders as float32 tensors (C, h, w) in [0, 1].
 
-    An image is resized until it just covers `image_size` (an int or (h, w)), keeping its aspect ratio, and cropped at
-    the centre. A broken file is named in one warning and the next readable file replaces it; `broken_files`
-    lists those met so far, by the workers of a DataLoader as well.
+    image_size: an int or (h, w). An image is resized until it just covers that, keeping its aspect ratio, and cropped
+        at the centre.
+    exts: endings of the files that are images, upper or lower case; one warning counts the others.
+    convert_image_to: a mode of Pillow, such as "L", "RGB" or "RGBA"; None leaves each image its channels.
+    value_range: (low, high) that becomes [0, 1] in images of more than 8 bits and of floats. None finds it in a sample
+        of the files (`find_value_range`) and says it in one warning. Images of 8 bits are 0..255 always.
+    background: a colour's name or (red, green, blue) in 0..255, which shows through where `convert_image_to` has no
+        transparency and an image has.
 
-    Raises FileNotFoundError, NotADirectoryError, PermissionError or ValueError for a folder without usable images.
+    `.npy` files are arrays (h, w), (h, w, C) or (C, h, w) of integers, floats or booleans. EXIF orientation is applied.
+    A broken file is named in one warning and the next readable file replaces it; `broken_files` lists those met so
+    far, by the workers of a DataLoader as well.
+
+    Raises FileNotFoundError, NotADirectoryError, PermissionError or ValueError for a folder without usable images, and
+    ValueError or TypeError for other unusable arguments.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike,
         image_size: int | tuple[int, int],
-        exts: Sequence[str] = ["jpg", "jpeg", "png", "tiff"],  # noqa: B006 (upstream's signature; never changed)
+        exts: Sequence[str] = _IMAGE_ENDINGS,
         augment_horizontal_flip: bool = False,
         convert_image_to: str | None = None,
+        *,
+        value_range: Sequence[float] | None = None,
+        background: Color = "white",
     ):
         super().__init__()
         self.folder = folder
         self.image_size = image_size
         self.augment_horizontal_flip = augment_horizontal_flip
-        self.convert_image_to = convert_image_to
+        self.convert_image_to = check_mode(convert_image_to)
+        self.background = check_color(background)
         self.target_size = _height_and_width(image_size)
-        self.paths = _find_images(folder, exts)
+        self.is_value_range_given = value_range is not None
+        self.value_range = None if value_range is None else check_value_range(value_range)
+        self.paths = find_images(folder, exts)
+        if not self.is_value_range_given:
+            self.value_range = find_value_range(self.paths)
+            self._say_value_range()
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The files' paths, sorted; another sequence of paths may be assigned."""
+        return self._paths
+
+    @paths.setter
+    def paths(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
         # Shared memory, so that what a worker process finds is known to all.
-        self._is_broken = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
+        self._is_broken = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
+        self._is_clipping_said = torch.zeros(1, dtype=torch.bool).share_memory_()
 
     @property
     def broken_files(self) -> list[Path]:
@@ -71,37 +104,82 @@ class Dataset(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        """Image `index` as float32 (C, h, w) in [0, 1], or the next readable one; ValueError if none is."""
         index = range(len(self))[index]
-        for candidate in (*range(index, len(self)), *range(index)):
-            if self._is_broken[candidate]:
-                continue
+        while (candidate := self._next_unbroken(index)) is not None:
             image = self._read(candidate)
             if image is not None:
                 return self.transform(image)
         raise ValueError(f"folder {self.folder} holds {len(self)} image files, and none of them could be read")
 
-    def transform(self, image: Image.Image) -> torch.Tensor:
-        """Pillow image to float32 (C, h, w) in [0, 1]."""
-        if self.convert_image_to is not None and image.mode != self.convert_image_to:
-            image = image.convert(self.convert_image_to)
-        image = _resize_to_cover(image, self.target_size)
+    def transform(self, image: Pixels) -> torch.Tensor:
+        """Pillow image of 8 bits per channel, or float array (h, w, C) in [0, 1], to float32 (C, h, w) in [0, 1]."""
+        image = convert(image, self.convert_image_to, self.background)
+        image = resize_to_cover(image, self.target_size)
         if self.augment_horizontal_flip and torch.rand(()) < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return _to_tensor(_crop_centre(image, self.target_size))
+            image = mirror(image)
+        return to_tensor(crop_centre(image, self.target_size))
 
-    def _read(self, index: int) -> Image.Image | None:
+    def keep_value_range(self, value_range: Sequence[float] | None) -> None:
+        """Take the range that the checkpoint of a run recorded in place of a found one; a given one stays."""
+        if value_range is None or self.value_range == tuple(value_range):
+            return
+        recorded = check_value_range(value_range)
+        if self.is_value_range_given:
+            warnings.warn(
+                f"the run began with value_range={recorded}, and goes on with {self.value_range}", stacklevel=3
+            )
+        else:
+            warnings.warn(f"value_range is {recorded}, as where the run began, not {self.value_range}", stacklevel=3)
+            self.value_range = recorded
+
+    def _next_unbroken(self, index: int) -> int | None:
+        """The first index from `index` on, around the end, whose file is not known to be broken."""
+        is_broken = self._is_broken.numpy()
+        if not is_broken[index]:
+            return index
+        for start, end in ((index, len(is_broken)), (0, index)):
+            offset = int(is_broken[start:end].argmin()) if end > start else 0
+            if end > start and not is_broken[start + offset]:
+                return start + offset
+        return None
+
+    def _read(self, index: int) -> Pixels | None:
         """The decoded image, or None after marking the file as broken."""
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                image.load()
-                return _as_8_bit(image)
-        except _DECODE_ERRORS as error:
-            if isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES:
-                raise
+            image = read_image(path)
+        except DamagedImageError as error:
             self._is_broken[index] = True
             warnings.warn(f"skipped a broken image file: {path} ({error})", stacklevel=3)
             return None
+        if isinstance(image, Image.Image):
+            return image
+        self._warn_if_clipped(image, path)
+        return to_unit(image, self.value_range)
+
+    def _say_value_range(self) -> None:
+        if self.value_range is not None:
+            low, high = self.value_range
+            warnings.warn(
+                f"folder {self.folder} holds images of more than 8 bits or of floats: values from {low} to {high} "
+                "become [0, 1]; value_range=(low, high) chooses others",
+                stacklevel=3,
+            )
+
+    def _warn_if_clipped(self, image: np.ndarray, path: Path) -> None:
+        """Say once that a found range does not hold an image outside of the sample."""
+        if self.is_value_range_given or image.dtype == np.uint8 or self._is_clipping_said:
+            return
+        low, high = self.value_range or default_range(image)
+        least, largest = image.min().item(), image.max().item()
+        if self.value_range is None or least < low or largest > high:
+            self._is_clipping_said[0] = True
+            warnings.warn(
+                f"{path} has values from {least} to {largest}, and files looked at before had none beyond "
+                f"[{low}, {high}], which becomes [0, 1]; give value_range=(low, high)",
+                stacklevel=4,
+            )
 
 
 class DigitsDataset(torch.utils.data.Dataset):
@@ -132,67 +210,6 @@ class DigitsDataset(torch.utils.data.Dataset):
         return self.images[torch.as_tensor(indices)].unbind()
 
 
-def save_image_grid(
-    images: torch.Tensor, path: str | os.PathLike, nrow: int = 8, padding: int = 2, scale: int = 1
-) -> None:
-    """Write (N, C, h, w) images in [0, 1] as one PNG, `nrow` to a row; each pixel becomes `scale` × `scale`.
-
-    C is 1, 3 or 4; values outside [0, 1] are clipped, as in torchvision. Raises ValueError for other shapes and for
-    values that are not finite.
-    """
-    images = torch.as_tensor(images).detach().float().cpu()
-    if images.ndim != 4 or images.shape[1] not in (1, 3, 4) or len(images) == 0:
-        raise ValueError(f"images must be (N, C, h, w) with N >= 1 and C in 1, 3, 4; got shape {tuple(images.shape)}")
-    if not images.isfinite().all():
-        raise ValueError("images hold values that are not finite (NaN or infinity)")
-    images = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-    if images.shape[1] == 1:
-        images = images.expand(-1, 3, -1, -1)
-    grid = images[0] if len(images) == 1 else _arrange(images, nrow, padding)
-    pixels = grid.mul(255).add(0.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
-    with write_atomically(path) as file:
-        Image.fromarray(pixels.numpy()).save(file, format="PNG")
-
-
-def save_trajectory_strip(
-    trajectories: torch.Tensor, path: str | os.PathLike, num_frames: int = 10, padding: int = 2, scale: int = 1
-) -> None:
-    """Write the denoising of a few samples as one PNG: a row per sample, noise on the left, the result on the right.
-
-    trajectories: (N, T, C, h, w) in [0, 1], as `sample(return_all_timesteps=True)` returns it. Shows `num_frames`
-    evenly spaced of the T frames, first and last included.
-    """
-    num_frames = min(num_frames, trajectories.shape[1])
-    frames = torch.linspace(0, trajectories.shape[1] - 1, num_frames).round().long()
-    shown = trajectories[:, frames.to(trajectories.device)]  # (N, num_frames, C, h, w)
-    save_image_grid(shown.flatten(0, 1), path, nrow=num_frames, padding=padding, scale=scale)
-
-
-def _find_images(folder: str | os.PathLike, exts: Iterable[str]) -> list[Path]:
-    """Sorted paths under `folder` whose names end in one of `exts`, upper or lower case."""
-    root = Path(folder)
-    if not root.exists():
-        raise FileNotFoundError(f"folder {folder} does not exist; it must be a folder of images")
-    if not root.is_dir():
-        raise NotADirectoryError(f"folder {folder} is a file; it must be a folder of images")
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise PermissionError(f"folder {folder} may not be read by this user")
-    endings = tuple(f".{ext.lower()}" for ext in exts)
-    paths = [
-        Path(where, name)
-        for where, _, names in os.walk(root, onerror=_warn_unreadable)
-        for name in names
-        if name.lower().endswith(endings)
-    ]
-    if not paths:
-        raise ValueError(f"folder {folder} holds no images; file names must end in one of {', '.join(endings)}")
-    return sorted(paths)
-
-
-def _warn_unreadable(error: OSError) -> None:
-    warnings.warn(f"skipped a folder that cannot be read: {error.filename} ({error.strerror})", stacklevel=2)
-
-
 def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     """image_size as (h, w), from an int or a pair of them."""
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -202,58 +219,9 @@ def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _as_8_bit(image: Image.Image) -> Image.Image:
-    """The image with 8 bits per channel and no palette; 16-bit grey keeps its upper byte."""
-    if image.mode.startswith("I"):
-        values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
-        upper = values.bitwise_right_shift(8).clamp(0, 255).to(torch.uint8)
-        return Image.frombytes("L", image.size, upper.numpy().tobytes())
-    if image.mode == "P":
-        return image.convert("RGBA" if "transparency" in image.info else "RGB")
-    if image.mode == "1":
-        return image.convert("L")
-    return image
-
-
-def _resize_to_cover(image: Image.Image, target_size: tuple[int, int]) -> Image.Image:
-    """Smallest size with the image's aspect ratio that covers (h, w), bilinear with antialiasing."""
-    height, width = target_size
-    if image.width * height >= width * image.height:
-        size = (image.width * height // image.height, height)
-    else:
-        size = (width, image.height * width // image.width)
-    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
-
-
-def _crop_centre(image: Image.Image, target_size: tuple[int, int]) -> Image.Image:
-    height, width = target_size
-    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
-    return image.crop((left, top, left + width, top + height))
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """Pillow image with 8 bits per channel to float32 (C, h, w) in [0, 1]."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    pixels = pixels.view(image.height, image.width, len(image.getbands()))
-    return pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div(255)
-
-
 def _resize_float(image: torch.Tensor, target_size: tuple[int, int]) -> torch.Tensor:
     """Float image (h, w) in [0, 1] resized with Pillow's bicubic filter."""
     height, width = target_size
     resized = Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.float32).view(height, width)
     return pixels.clamp(0, 1)
-
-
-def _arrange(images: torch.Tensor, nrow: int, padding: int) -> torch.Tensor:
-    """(N, C, h, w) tiled to (C, H, W) on black, `padding` pixels around and between the images."""
-    count, channels, height, width = images.shape
-    columns = min(nrow, count)
-    rows = -(-count // columns)
-    step_y, step_x = height + padding, width + padding
-    grid = images.new_zeros(channels, rows * step_y + padding, columns * step_x + padding)
-    for index, image in enumerate(images):
-        top, left = index // columns * step_y + padding, index % columns * step_x + padding
-        grid[:, top : top + height, left : left + width] = image
-    return grid

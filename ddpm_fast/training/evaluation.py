@@ -18,7 +18,7 @@ with needed_for("FID"):
 
 
 class FIDUnavailableError(ValueError):
-    """pytorch_fid or its network weights are missing, or the feature size is none of its own."""
+    """pytorch_fid or its network weights are missing, or it does not take images of this kind."""
 
 
 class FIDEvaluation:
@@ -26,7 +26,7 @@ class FIDEvaluation:
 
     dl: iterable of image batches (B, C, h, w) in [0, 1], read once; the statistics stay in stats_dir/dataset_stats.npz.
     feature_extractor: maps float32 (B, 3, h, w) in [0, 1] to features (B, D); by default pytorch_fid's InceptionV3,
-    which raises FIDUnavailableError where the package or its weights are missing.
+    which raises FIDUnavailableError where the package or its weights are missing, or where C is not 1 or 3.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class FIDEvaluation:
         inception_block_idx: int = 2048,
         feature_extractor: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
+        if feature_extractor is None and channels not in (1, 3):
+            raise FIDUnavailableError(f"InceptionV3 takes grey or RGB images, and these have {channels} channels")
         self.batch_size = batch_size
         self.n_samples = num_fid_samples
         self.device = device

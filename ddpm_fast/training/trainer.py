@@ -22,12 +22,12 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from ddpm_fast._version import __version__
-from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
+from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, identity
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.plain import as_int, as_number, plain, shown
-from ddpm_fast.training.batches import BatchOrder, BatchStream, derive_seed
+from ddpm_fast.training.batches import BatchOrder, BatchStream, check_images, collate_float32, derive_seed
 from ddpm_fast.training.captured_step import lay_out_state
 from ddpm_fast.training.checkpoint import (
     CheckpointError,
@@ -45,9 +45,11 @@ from ddpm_fast.training.checkpoint import (
     warn_of_names,
     with_buffers,
 )
-from ddpm_fast.training.data import Dataset, DigitsDataset, save_image_grid
+from ddpm_fast.training.data import Dataset, DigitsDataset
 from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError
 from ddpm_fast.training.history import LossHistory
+from ddpm_fast.training.images_in import Color
+from ddpm_fast.training.images_out import save_image_grid
 from ddpm_fast.training.resuming import changes, check_process, describe_network
 from ddpm_fast.training.state_names import FoundStates, bare_name
 
@@ -87,6 +89,7 @@ class Trainer:
     num_workers: DataLoader processes per training process; None chooses.
     log_every: steps between two readings of the loss, besides milestones the only times when the host waits for the
         device.
+    exts, value_range, background: of a folder, as of `Dataset`; None chooses. A checkpoint records the value range.
 
     The randomness of a step is a function of (seed, rank, step), and its images are one of (seed, step): a run that
     loads a checkpoint of step k computes what it would have computed without stopping, bit for bit on the CPU.
@@ -129,6 +132,9 @@ class Trainer:
         num_workers: int | None = None,
         progress: bool = True,
         log_every: int = 20,
+        exts: Sequence[str] | None = None,
+        value_range: Sequence[float] | None = None,
+        background: Color = "white",
     ):
         train_batch_size = as_int("train_batch_size", train_batch_size, 1)
         gradient_accumulate_every = as_int("gradient_accumulate_every", gradient_accumulate_every, 1)
@@ -177,8 +183,14 @@ class Trainer:
 
         if convert_image_to is None:
             convert_image_to = {1: "L", 3: "RGB", 4: "RGBA"}.get(self.channels)
-        self.ds = _as_dataset(folder, self.image_size, convert_image_to)
-        _check_first_image(self.ds, (self.channels, *self.image_size))
+        with warnings.catch_warnings():
+            if not self.accelerator.is_main_process:
+                warnings.simplefilter("ignore")  # the main process says the same
+            self.ds = _as_dataset(folder, self.image_size, convert_image_to, exts, value_range, background)
+            is_normalized = getattr(diffusion_model, "normalize", None) is not identity
+            expected = (0, 1) if is_normalized else (-1, 1)
+            shape = (self.channels, *self.image_size)
+            check_images(self.ds, shape, None if isinstance(self.ds, Dataset) else expected)
         self._warn_if_small()
 
         self._is_seed_given = seed is not None
@@ -254,6 +266,7 @@ class Trainer:
                     "position": self.dl.position,
                     "world_size": self.world_size,
                     "best_fid": self.best_fid,
+                    "value_range": _recorded_value_range(self.ds),
                 },
             ),
         }
@@ -493,7 +506,7 @@ class Trainer:
         try:
             self.fid_scorer = FIDEvaluation(
                 batch_size=self.batch_size,
-                dl=DataLoader(self.ds, self.batch_size),
+                dl=DataLoader(self.ds, self.batch_size, collate_fn=collate_float32),
                 sampler=self.ema.ema_model,
                 channels=self.channels,
                 accelerator=self.accelerator,
@@ -651,6 +664,8 @@ class Trainer:
         if not self._is_seed_given:
             self.seed = training.get("seed", self.seed)
         self.best_fid = training.get("best_fid", math.inf)
+        if isinstance(self.ds, Dataset):
+            self.ds.keep_value_range(training.get("value_range"))
         consumed = self.step * self.gradient_accumulate_every * self._global_batch_size()
         self.dl.seek(training.get("position", consumed), seed=self.seed)
         earlier = training.get("world_size", self.world_size)
@@ -682,24 +697,35 @@ def _average_of(data: Mapping[str, Any]) -> dict[str, Any]:
     return {ours: ema[name] for name, ours in names.items() if name in ema}
 
 
-def _as_dataset(folder: Any, image_size: tuple[int, int], convert_image_to: str | None) -> Any:
+def _as_dataset(
+    folder: Any,
+    image_size: tuple[int, int],
+    convert_image_to: str | None,
+    exts: Sequence[str] | None,
+    value_range: Sequence[float] | None,
+    background: Color,
+) -> Any:
     if isinstance(folder, (str, os.PathLike)):
-        return Dataset(folder, image_size, convert_image_to=convert_image_to)
-    if hasattr(folder, "__len__") and hasattr(folder, "__getitem__"):
-        return folder
-    raise TypeError(f"folder must be a path or a map-style dataset of images; got {type(folder).__name__}")
-
-
-def _check_first_image(dataset: Any, shape: tuple[int, ...]) -> None:
-    if len(dataset) == 0:
-        raise ValueError("folder is a dataset without images")
-    image = dataset[0]
-    if not isinstance(image, torch.Tensor):
-        raise TypeError(f"folder must give image tensors in [0, 1]; its first item is a {type(image).__name__}")
-    if not image.is_floating_point() or tuple(image.shape) != shape:
-        raise ValueError(
-            f"folder must give float images of shape {shape} in [0, 1]; its first is {image.dtype} {tuple(image.shape)}"
+        given = {} if exts is None else {"exts": exts}
+        return Dataset(
+            folder,
+            image_size,
+            convert_image_to=convert_image_to,
+            value_range=value_range,
+            background=background,
+            **given,
         )
+    if not hasattr(folder, "__len__") or not hasattr(folder, "__getitem__"):
+        raise TypeError(f"folder must be a path or a map-style dataset of images; got {type(folder).__name__}")
+    for name, value in (("exts", exts), ("value_range", value_range)):
+        if value is not None:
+            raise ValueError(f"{name} is for a folder of images, and folder is a dataset; got {name}={value!r}")
+    return folder
+
+
+def _recorded_value_range(dataset: Any) -> list[float] | None:
+    is_known = isinstance(dataset, Dataset) and dataset.value_range is not None
+    return list(dataset.value_range) if is_known else None
 
 
 def _choose_workers(num_workers: int | None, dataset: object, world_size: int) -> int:
