@@ -30,6 +30,7 @@ ROWS = [
     ["training/data"],
     ["training/checkpoint", "training/evaluation", "training/batches", "training/history", "training/value_range"],
     ["training/image_folder", "training/images_in", "training/images_out"],
+    ["training/pixels"],
     ["training/atomic_files", "training/numpy_pickles", "training/state_names"],
     ["training/captured_step"],
     ["diffusion/gaussian_diffusion"],

@@ -12,30 +12,29 @@ import torch.utils.data
 
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.training.image_folder import find_images
-from ddpm_fast.training.images_in import (
+from ddpm_fast.training.images_in import DamagedImageError, read_image
+from ddpm_fast.training.images_out import save_image_grid, save_trajectory_strip
+from ddpm_fast.training.pixels import (
     Color,
-    DamagedImageError,
     Pixels,
     check_color,
     check_mode,
     convert,
     crop_centre,
     mirror,
-    read_image,
     resize_to_cover,
     to_tensor,
 )
-from ddpm_fast.training.images_out import save_image_grid, save_trajectory_strip
-from ddpm_fast.training.value_range import check_value_range, default_range, find_value_range, to_unit
+from ddpm_fast.training.value_range import check_value_range, default_range, find_value_range, has_deep_images, to_unit
 
 with needed_for("reading and writing images"):
     import numpy as np
     from PIL import Image
 
-__all__ = ["Dataset", "DigitsDataset", "save_image_grid", "save_trajectory_strip"]
+__all__ = ["IMAGE_ENDINGS", "Dataset", "DigitsDataset", "save_image_grid", "save_trajectory_strip"]
 
 # Upstream's four first.
-_IMAGE_ENDINGS = ["jpg", "jpeg", "png", "tiff", "tif", "bmp", "webp", "jfif", "avif", "npy"]
+IMAGE_ENDINGS = ["jpg", "jpeg", "png", "tiff", "tif", "bmp", "webp", "jfif", "avif", "npy"]
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -62,7 +61,7 @@ class Dataset(torch.utils.data.Dataset):
         self,
         folder: str | os.PathLike,
         image_size: int | tuple[int, int],
-        exts: Sequence[str] = _IMAGE_ENDINGS,
+        exts: Sequence[str] = IMAGE_ENDINGS,
         augment_horizontal_flip: bool = False,
         convert_image_to: str | None = None,
         *,
@@ -82,6 +81,11 @@ class Dataset(torch.utils.data.Dataset):
         if not self.is_value_range_given:
             self.value_range = find_value_range(self.paths)
             self._say_value_range()
+        elif not has_deep_images(self.paths):
+            warnings.warn(
+                f"value_range is for images of more than 8 bits and of floats; folder {folder} seems to hold none",
+                stacklevel=2,
+            )
 
     @property
     def paths(self) -> Sequence[Path]:

@@ -106,7 +106,7 @@ def _files_below(root: Path) -> Iterator[str]:
     """
     real_root = os.path.realpath(root)
     seen = {_identity(root)}
-    stack = [(*_listing(root), "", real_root)]
+    stack = [(*_listing(str(root)), "", real_root)]
     while stack:
         names, folders, prefix, real_folder = stack[-1]
         name = next(names, None)
@@ -127,7 +127,7 @@ def _files_below(root: Path) -> Iterator[str]:
             stack.append((*_listing(path), os.path.join(prefix, name, ""), real_path))
 
 
-def _listing(folder: str | os.PathLike) -> tuple[Iterator[str], set[str]]:
+def _listing(folder: str) -> tuple[Iterator[str], set[str]]:
     """Sorted names of files and folders in a folder, and which are folders; pipes, sockets and devices are neither."""
     files, folders = [], set()
     try:
@@ -142,11 +142,11 @@ def _listing(folder: str | os.PathLike) -> tuple[Iterator[str], set[str]]:
     return iter(sorted([*files, *folders])), folders
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
-def _is_file(entry: os.DirEntry) -> bool:
+def _is_file(entry: os.DirEntry[str]) -> bool:
     """True for files, and for links to files or to nothing: these are named as broken when they are read."""
     if not entry.is_symlink():
         return entry.is_file(follow_symlinks=False)

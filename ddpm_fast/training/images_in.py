@@ -1,28 +1,22 @@
-"""Images in: from a file to pixels, upright and on a background, and from pixels to a float32 tensor.
-
-Pixels are a Pillow image with 8 bits per channel, or an array (h, w, C) whose channels are resized as floats: images of
-more than 8 bits, float images, and arrays of any number of channels.
-"""
+"""Images in: from a file to pixels, upright and at full precision."""
 
 from __future__ import annotations
 
 import errno
 import struct
+import sys
 import tokenize
 import warnings
 import zlib
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from ddpm_fast.runtime.extras import needed_for
+from ddpm_fast.training.pixels import Pixels, without_palette
 
 with needed_for("reading and writing images"):
     import numpy as np
-    from PIL import ExifTags, Image, ImageColor
-
-Pixels = Image.Image | np.ndarray
-Color = str | tuple[int, int, int]
+    from PIL import ExifTags, Image, ImageFile
 
 # What decoders raise on files that are damaged, foreign or too big to be honest, found by scrambling files of each kind
 _DAMAGE = (
@@ -48,9 +42,13 @@ _UPRIGHT = {  # EXIF orientation (TIFF 6.0, tag 274) → what turns the picture 
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa")
-_ARRAY_MODES = {"L": (1, False), "LA": (1, True), "RGB": (3, False), "RGBA": (3, True)}  # colours, has alpha
-_LUMA = np.array([299, 587, 114]) / 1000  # ITU-R 601, as Pillow's conversion to L
+# Pillow keeps the upper byte of a colour of 16 bits; told the other byte order, it unpacks the lower one.
+_NOT_NATIVE = "B" if sys.byteorder == "little" else "L"
+_LOWER_BYTES = {
+    f"{mode};16{order}": f"{mode};16{other}"
+    for mode in ("RGB", "RGBA")
+    for order, other in (("B", "L"), ("L", "B"), ("N", _NOT_NATIVE))
+}
 
 
 class DamagedImageError(ValueError):
@@ -76,107 +74,54 @@ def is_deep(path: Path) -> bool:
         if path.suffix.lower() == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False).dtype not in (np.uint8, np.bool_)
         with Image.open(path) as image:
-            return _is_deep_mode(image.mode)
+            return _is_deep_mode(image.mode) or _raw_mode(image) in _LOWER_BYTES
     except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES:
             raise
         raise DamagedImageError(str(error) or type(error).__name__) from error
 
 
-def convert(pixels: Pixels, mode: str | None, background: tuple[int, int, int]) -> Pixels:
-    """Pixels as `mode`; where that has no transparency, they are composed on `background` (0..255).
-
-    An array is float in [0, 1], with 1 grey or 3 RGB channels, or with 4 RGBA where the mode asks for other than 4;
-    ValueError where it has no conversion to `mode`.
-    """
-    if mode is None:
-        return pixels
-    if isinstance(pixels, np.ndarray):
-        return _convert_array(pixels, mode, background)
-    if mode not in _ALPHA_MODES and (pixels.mode in _ALPHA_MODES or "transparency" in pixels.info):
-        pixels = _on_background(pixels, background)
-    return pixels if pixels.mode == mode else _as_8_bit(pixels.convert(mode))
-
-
-def resize_to_cover(pixels: Pixels, target_size: tuple[int, int]) -> Pixels:
-    """Smallest size with the image's aspect ratio that covers (h, w), bilinear with antialiasing."""
-    (height, width), (target_height, target_width) = _size_of(pixels), target_size
-    if width * target_height >= target_width * height:
-        size = (width * target_height // height, target_height)
-    else:
-        size = (target_width, height * target_width // width)
-    if size == (width, height):
-        return pixels
-    if isinstance(pixels, Image.Image):
-        return pixels.resize(size, Image.Resampling.BILINEAR)
-    channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(pixels, 2, 0)]
-    return np.stack([np.asarray(channel.resize(size, Image.Resampling.BILINEAR)) for channel in channels], axis=2)
-
-
-def crop_centre(pixels: Pixels, target_size: tuple[int, int]) -> Pixels:
-    """The middle (h, w) of pixels that cover it."""
-    (height, width), (target_height, target_width) = _size_of(pixels), target_size
-    top, left = round((height - target_height) / 2), round((width - target_width) / 2)
-    if isinstance(pixels, Image.Image):
-        return pixels.crop((left, top, left + target_width, top + target_height))
-    return pixels[top : top + target_height, left : left + target_width]
-
-
-def mirror(pixels: Pixels) -> Pixels:
-    """Left and right exchanged."""
-    if isinstance(pixels, Image.Image):
-        return pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return pixels[:, ::-1]
-
-
-def to_tensor(pixels: Pixels) -> torch.Tensor:
-    """Pixels of 8 bits per channel, or a float array in [0, 1], to float32 (C, h, w) in [0, 1]."""
-    if isinstance(pixels, np.ndarray):
-        return torch.from_numpy(np.moveaxis(pixels, 2, 0).astype(np.float32, order="C"))
-    values = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
-    values = values.view(pixels.height, pixels.width, len(pixels.getbands()))
-    return values.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div(255)
-
-
-def check_color(background: Color) -> tuple[int, int, int]:
-    """(red, green, blue) in 0..255 from a tuple or from a name or code that Pillow knows, such as "#ff8000"."""
-    color = background
-    if isinstance(background, str):
-        try:
-            color = ImageColor.getrgb(background)[:3]
-        except ValueError:
-            color = None
-    is_triple = isinstance(color, (tuple, list)) and len(color) == 3
-    if not is_triple or not all(isinstance(value, int) and 0 <= value <= 255 for value in color):
-        raise ValueError(f"background must be the name of a colour or (red, green, blue) in 0..255; got {background!r}")
-    return color[0], color[1], color[2]
-
-
-def check_mode(mode: str | None) -> str | None:
-    """A mode that pictures can be converted to, or None; one grey mode stands for those of more bits."""
-    if mode is None:
-        return None
-    if mode in ("I", "F", "I;16"):  # grey at full precision, which L keeps too
-        return "L"
-    try:
-        Image.new("RGB", (1, 1)).convert(mode)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"convert_image_to must be a mode of Pillow such as L, RGB or RGBA; got {mode!r}") from error
-    return mode
-
-
 def _read_picture(path: Path) -> Pixels:
     with Image.open(path) as opened:
-        opened.load()
-        orientation = _orientation(opened, path)
-        image = opened.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else opened
+        raw_mode = _raw_mode(opened)
+        image = _load_upright(opened, path)
+        if raw_mode in _LOWER_BYTES:
+            return 256 * np.asarray(image, np.uint16) + np.asarray(_load_lower_bytes(path, _LOWER_BYTES[raw_mode]))
         if not _is_deep_mode(image.mode):
-            return _as_8_bit(image)
+            return without_palette(image)
         values = np.asarray(image)[:, :, None]
-        is_unsigned = image.mode == "I" and _tiff_tag(opened, "SampleFormat", 0) == 1
+        is_unsigned = image.mode == "I" and _tiff_tag(opened, "SampleFormat", 1) == 1
         if is_unsigned and _tiff_tag(opened, "BitsPerSample", 0) == 32:
             values = values.view(np.uint32)
         return _check_finite(values)
+
+
+def _load_upright(image: Image.Image, path: Path) -> Image.Image:
+    """The picture as its EXIF orientation wants it seen."""
+    image.load()
+    orientation = _orientation(image, path)
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _load_lower_bytes(path: Path, raw_mode: str) -> Image.Image:
+    """The picture unpacked by `raw_mode`."""
+    with Image.open(path) as image:
+        assert isinstance(image, ImageFile.ImageFile)
+        image.tile = [_with_raw_mode(tile, raw_mode) for tile in image.tile]
+        return _load_upright(image, path)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How Pillow unpacks the pixels of an image that is not loaded yet; empty where it does not say."""
+    tiles = getattr(image, "tile", [])
+    arguments = tiles[0][3] if tiles else ""
+    return str(arguments if isinstance(arguments, str) or not arguments else arguments[0])
+
+
+def _with_raw_mode(tile: Any, raw_mode: str) -> Any:
+    arguments = raw_mode if isinstance(tile[3], str) else (raw_mode, *tile[3][1:])
+    is_named = hasattr(tile, "_replace")  # a plain tuple before Pillow 11
+    return tile._replace(args=arguments) if is_named else (*tile[:3], arguments)
 
 
 def _read_array(path: Path) -> Pixels:
@@ -231,45 +176,3 @@ def _tiff_tag(image: Image.Image, name: str, default: int) -> int:
 
 def _is_deep_mode(mode: str) -> bool:
     return mode == "F" or mode.startswith("I")
-
-
-def _as_8_bit(image: Image.Image) -> Image.Image:
-    """The image with 8 bits per channel and no palette."""
-    if image.mode == "PA" or (image.mode == "P" and "transparency" in image.info):
-        return image.convert("RGBA")
-    if image.mode in ("1", "P"):
-        return image.convert("L" if image.mode == "1" else "RGB")
-    return image
-
-
-def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """An image with transparency as RGB: α·image + (1 − α)·background."""
-    image = image.convert("RGBA")
-    composed = Image.new("RGB", image.size, background)
-    composed.paste(image.convert("RGB"), mask=image.getchannel("A"))
-    return composed
-
-
-def _convert_array(values: np.ndarray, mode: str, background: tuple[int, int, int]) -> np.ndarray:
-    channels = values.shape[2]
-    colors, has_alpha = _ARRAY_MODES.get(mode, (0, False))
-    if channels == colors + has_alpha:
-        return values
-    if not colors or channels not in (1, 3, 4):
-        raise ValueError(
-            f"convert_image_to is {mode!r}, and an image of more than 8 bits or an array has {channels} channels: "
-            f"1, 3 or 4 channels convert to {', '.join(_ARRAY_MODES)}"
-        )
-    alpha = values[:, :, 3:] if channels == 4 else np.ones_like(values[:, :, :1])
-    color = values[:, :, :3]
-    if channels == 4 and not has_alpha:
-        color = alpha * color + (1 - alpha) * np.array(background, values.dtype) / 255
-    if color.shape[2] > colors:
-        color = (color @ _LUMA)[:, :, None]
-    color = np.broadcast_to(color, (*color.shape[:2], colors))
-    return np.concatenate([color, alpha] if has_alpha else [color], axis=2).astype(values.dtype)
-
-
-def _size_of(pixels: Pixels) -> tuple[int, int]:
-    """(height, width)."""
-    return (pixels.height, pixels.width) if isinstance(pixels, Image.Image) else (pixels.shape[0], pixels.shape[1])

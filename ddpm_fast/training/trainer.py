@@ -45,11 +45,11 @@ from ddpm_fast.training.checkpoint import (
     warn_of_names,
     with_buffers,
 )
-from ddpm_fast.training.data import Dataset, DigitsDataset
+from ddpm_fast.training.data import IMAGE_ENDINGS, Dataset, DigitsDataset
 from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError
 from ddpm_fast.training.history import LossHistory
-from ddpm_fast.training.images_in import Color
 from ddpm_fast.training.images_out import save_image_grid
+from ddpm_fast.training.pixels import Color
 from ddpm_fast.training.resuming import changes, check_process, describe_network
 from ddpm_fast.training.state_names import FoundStates, bare_name
 
@@ -706,14 +706,13 @@ def _as_dataset(
     background: Color,
 ) -> Any:
     if isinstance(folder, (str, os.PathLike)):
-        given = {} if exts is None else {"exts": exts}
         return Dataset(
             folder,
             image_size,
+            exts=IMAGE_ENDINGS if exts is None else exts,
             convert_image_to=convert_image_to,
             value_range=value_range,
             background=background,
-            **given,
         )
     if not hasattr(folder, "__len__") or not hasattr(folder, "__getitem__"):
         raise TypeError(f"folder must be a path or a map-style dataset of images; got {type(folder).__name__}")

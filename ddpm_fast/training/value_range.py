@@ -54,6 +54,11 @@ def find_value_range(paths: Sequence[Path]) -> ValueRange | None:
     return _not_empty(low, high)
 
 
+def has_deep_images(paths: Sequence[Path]) -> bool:
+    """True if a sample of the files holds images of more than 8 bits or of floats, by their headers."""
+    return any(_is_readable_and_deep(path) for path in _spread(paths, _MAX_HEADERS))
+
+
 def check_value_range(value_range: Sequence[float]) -> ValueRange:
     """The pair (low, high); ValueError unless it holds two finite numbers, the first below the second."""
     is_pair = isinstance(value_range, (tuple, list)) and len(value_range) == 2
