@@ -322,6 +322,77 @@ def test_mistakes_get_one_line(tmp_path, trained, capsys, monkeypatch, arguments
     assert message in fail(capsys, *arguments.format(**places).split())
 
 
+@pytest.fixture
+def _no_sampling(monkeypatch):
+    """What is refused is refused before sampling."""
+
+    def sample(*_, **__):
+        pytest.fail("sampled before the mistake was named")
+
+    monkeypatch.setattr(ddpm_fast.GaussianDiffusion, "sample", sample)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--out {folder}", "--out {folder} is a folder; it must be a file"),
+        ("--out {folder}/grid", "grid has no ending; a picture's name ends in such as .png"),
+        ("--out {folder}/grid.xyz", "ends in '.xyz', which Pillow cannot write"),
+        ("--out {folder}/grid.jpg --scale 4000", "grid.jpg cannot hold a picture of"),
+        ("--out {file}/grid.png", "{file}"),
+        ("--out {folder}/" + 250 * "a" + ".png", "File name too long"),
+        ("--out {folder}/strip.png", "strip-strip.png is a folder"),
+        ("--raw {file}", "--raw {file} is a file; it must be a folder"),
+        ("--raw {file}/raw", "{file}"),
+    ],
+)
+def test_places_that_cannot_be_written_are_refused_before_sampling(
+    tmp_path, trained, capsys, monkeypatch, _no_sampling, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    (folder / "strip-strip.png").mkdir(parents=True)
+    file.write_bytes(b"")
+    places = dict(folder=folder, file=file)
+    error = fail(capsys, "sample", trained / "model-1.pt", *arguments.format(**places).split())
+    assert message.format(**places) in error
+    assert sorted(path.name for path in folder.iterdir()) == ["strip-strip.png"], "and nothing is left there"
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused_before_sampling(tmp_path, trained, capsys, _no_sampling):
+    tmp_path.chmod(0o500)
+    assert "Permission denied" in fail(capsys, "sample", trained / "model-1.pt", "--out", tmp_path / "grid.png")
+
+
+def test_the_ending_of_out_says_the_kind_of_file(tmp_path, trained):
+    options = f"--out {tmp_path}/new/grid.jpg --num-samples 4 --seed 1".split()
+    cli.main(["sample", str(trained / "model-1.pt"), *options])
+    assert Image.open(tmp_path / "new" / "grid.jpg").format == "JPEG"
+    assert Image.open(tmp_path / "new" / "grid-strip.png").format == "PNG"
+    assert sorted(os.listdir(tmp_path / "new")) == ["grid-strip.png", "grid.jpg"]
+
+
+def test_a_folder_of_arrays_of_five_channels_trains_and_samples(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        np.save(tmp_path / f"{index}.npy", rng.integers(0, 4096, (9, 10, 5), dtype=np.uint16))
+        (tmp_path / f"{index}.png").write_bytes(b"no image")
+    cli.main(
+        ["train", str(tmp_path), "--exts", "npy", "--channels", "5", "--value-range", "0", "5000", "--image-size", "8",
+         "--background", "red", "--steps", "2", *TINY]
+    )  # fmt: skip
+    assert load_file("results/model-1.pt")["training"]["value_range"] == [0, 5000]
+    assert Image.open("results/sample-1.png").size == (5 * 10 + 2, 4 * 10 + 2)
+    cli.main(["sample", "results", "--out", "out/grid.webp", "--num-samples", "3", "--raw", "out/raw"])
+    assert Image.open("out/grid.webp").size == (5 * 10 + 2, 3 * 10 + 2)
+    assert np.load("out/grid.npy").shape == (3, 5, 8, 8)
+    assert sorted(os.listdir("out/raw"))[:2] == ["00000.npy", "00000.png"]
+    error = fail(capsys, "train", "digits", "--exts", "png", "--results-folder", "other", *TINY)
+    assert "--exts is for a folder of images, not for the digits" in error
+
+
 def test_debug_shows_the_traceback():
     with pytest.raises(FileNotFoundError):
         cli.main(["sample", "/nowhere/model-1.pt", "--debug"])

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ddpm_fast.training.data import Dataset, DigitsDataset
-from ddpm_fast.training.images_out import save_image_grid, save_trajectory_strip
+from ddpm_fast.training.images_out import check_grid, save_image_grid, save_trajectory_strip
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -270,6 +270,64 @@ def test_scale_enlarges_pixels_not_the_gaps(tmp_path):
 def test_grids_of_other_shapes_are_refused(tmp_path, images):
     with pytest.raises(ValueError, match="images must be"):
         save_image_grid(images, tmp_path / "grid.png")
+
+
+@pytest.mark.parametrize("channels", [2, 5, 6, 12])
+def test_other_channels_are_a_row_of_tiles_and_an_array(tmp_path, channels):
+    images = torch.rand(3, channels, 6, 9) * 1.4 - 0.2
+    save_image_grid(images, tmp_path / "grid.png", nrow=7, scale=2)
+    save_image_grid(images.flatten(0, 1)[:, None], tmp_path / "tiles.png", nrow=channels, scale=2)
+    grid, tiles = (np.asarray(Image.open(tmp_path / name)) for name in ("grid.png", "tiles.png"))
+    assert np.array_equal(grid, tiles) and grid.shape == (3 * 14 + 2, channels * 20 + 2, 3)
+    values = np.load(tmp_path / "grid.npy")
+    assert values.dtype == np.float32 and np.array_equal(values, images.numpy())
+    assert sorted(os.listdir(tmp_path)) == ["grid.npy", "grid.png", "tiles.png"]
+
+
+def test_a_strip_of_other_channels_has_a_row_for_each(tmp_path):
+    frames = torch.linspace(0, 1, 31)[None, :, None, None, None] * torch.tensor([1.0, 0.5])[None, None, :, None, None]
+    save_trajectory_strip(frames.expand(2, 31, 2, 4, 4), tmp_path / "strip.png", num_frames=5, padding=0)
+    pixels = np.asarray(Image.open(tmp_path / "strip.png"))
+    assert pixels.shape == (16, 20, 3)
+    assert pixels[0, ::4, 0].tolist() == [0, 68, 127, 187, 255] and pixels[4, 16, 0] == 128
+    assert os.listdir(tmp_path) == ["strip.png"]
+
+
+@pytest.mark.parametrize(
+    "ending, kind",
+    [("png", "PNG"), ("JPG", "JPEG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("bmp", "BMP"), ("tif", "TIFF")],
+)
+def test_the_ending_says_the_kind_of_file(tmp_path, ending, kind):
+    y, x = torch.meshgrid(torch.linspace(0, 1, 16), torch.linspace(0, 1, 16), indexing="ij")
+    images = torch.stack([x, y, 1 - x])[None].expand(4, -1, -1, -1)
+    save_image_grid(images, tmp_path / "grid.png", 2)
+    save_image_grid(images, tmp_path / f"ours.{ending}", 2)
+    written = Image.open(tmp_path / f"ours.{ending}")
+    assert written.format == kind
+    difference = np.asarray(written).astype(int) - np.asarray(Image.open(tmp_path / "grid.png"))
+    assert np.abs(difference).mean() < 10
+
+
+@pytest.mark.parametrize(
+    "name, channels, sentence",
+    [
+        ("grid", 3, "grid has no ending"),
+        ("grid.xyz", 3, "ends in '.xyz', which Pillow cannot write"),
+        ("grid.psd", 3, "ends in '.psd', which Pillow cannot write"),
+        ("grid.jpg", 4, "cannot hold a picture of 38 x 20 pixels and 4 channels: cannot write mode RGBA as JPEG"),
+    ],
+)
+def test_files_that_cannot_be_written_are_named(tmp_path, name, channels, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        save_image_grid(torch.zeros(2, channels, 16, 16), tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_grid_too_long_for_its_kind_of_file_is_known_before(tmp_path):
+    assert check_grid("a.jpg", (64, 3, 100, 100)) == "JPEG"
+    with pytest.raises(ValueError, match="a.jpg cannot hold a picture of 80018 x 26 pixels"):
+        check_grid("a.jpg", (8, 3, 22, 10_000))
+    assert check_grid("a.png", (8, 3, 22, 10_000)) == "PNG"
 
 
 def test_nan_images_leave_the_earlier_grid_alone(tmp_path):

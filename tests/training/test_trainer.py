@@ -40,7 +40,8 @@ def _one_thread():
 
 
 def make_diffusion(**options):
-    model = ddpm_fast.Unet(8, dim_mults=(1, 2), channels=1, self_condition=options.pop("self_condition", False))
+    channels = options.pop("channels", 1)
+    model = ddpm_fast.Unet(8, dim_mults=(1, 2), channels=channels, self_condition=options.pop("self_condition", False))
     return ddpm_fast.GaussianDiffusion(model, **{"image_size": 8, "timesteps": 20, **options})
 
 
@@ -844,6 +845,103 @@ class TestFid:
         assert trainer.best_fid == 5.0
         trainer.train()
         assert load_file(tmp_path / "model-best.pt")["step"] == 3
+
+
+def ranges_warned(caught):
+    return [str(w.message) for w in caught if "values from" in str(w.message)]
+
+
+class TestImages:
+    @pytest.mark.parametrize(
+        "low, high, options",
+        [(-1, 1, {}), (0, 255, {}), (-2.1, 2.6, {}), (0, 2, {}), (0, 255, dict(auto_normalize=False))],
+    )
+    def test_a_dataset_plainly_out_of_range_gets_one_warning(self, tmp_path, low, high, options):
+        images = torch.zeros(120, 1, 8, 8)
+        images[119], images[0] = low, high
+        expected = "-1, 1" if options else "0, 1"
+        with pytest.warns(
+            UserWarning, match=rf"values from {low} to {high}, .* expects them in \[{expected}\]"
+        ) as caught:
+            make_trainer(tmp_path, make_diffusion(**options), Images(images), train_num_steps=1, num_workers=0).train()
+        assert len(ranges_warned(caught)) == 1
+
+    @pytest.mark.parametrize("low, high, options", [(0, 1, {}), (-0.02, 1.03, {}), (-1, 1, dict(auto_normalize=False))])
+    def test_a_dataset_in_range_gets_none(self, tmp_path, low, high, options):
+        images = torch.zeros(120, 1, 8, 8)
+        images[119], images[0] = low, high
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_trainer(tmp_path, make_diffusion(**options), Images(images))
+        assert ranges_warned(caught) == []
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+    def test_items_of_other_floats_train_as_float32(self, tmp_path, dtype):
+        images = torch.rand(120, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        make_trainer(tmp_path / "other", dataset=Images(images), train_num_steps=2, num_workers=0).train()
+        make_trainer(tmp_path / "float32", dataset=Images(images.float()), train_num_steps=2, num_workers=0).train()
+        assert_same_training(tmp_path / "other", tmp_path / "float32")
+
+    @pytest.mark.parametrize("channels", [2, 5, 6, 12])
+    def test_any_number_of_channels_trains_to_the_end(self, tmp_path, channels):
+        (tmp_path / "images").mkdir()
+        rng = np.random.default_rng(0)
+        for index in range(4):
+            np.save(tmp_path / "images" / f"{index}.npy", rng.random((channels, 14, 15)))
+        results = tmp_path / "results"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = make_trainer(
+                results,
+                make_diffusion(channels=channels),
+                str(tmp_path / "images"),
+                train_num_steps=1,
+                save_and_sample_every=1,
+                num_workers=0,
+                calculate_fid=True,
+            )
+        trainer.train()
+        assert not trainer.calculate_fid
+        assert Image.open(results / "sample-1.png").size == (channels * 10 + 2, 4 * 10 + 2)
+        assert np.load(results / "sample-1.npy").shape == (4, channels, 8, 8)
+        assert (results / "model-1.pt").exists()
+
+    def test_fid_of_other_channels_is_switched_off_with_its_reason(self, tmp_path):
+        with pytest.warns(UserWarning, match="FID is switched off: .*grey or RGB images, and these have 2 channels"):
+            make_trainer(tmp_path, make_diffusion(channels=2), Images(torch.rand(120, 2, 8, 8)), calculate_fid=True)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_the_value_range_is_recorded_and_stays_when_the_folder_grows(self, tmp_path):
+        images, results = tmp_path / "images", tmp_path / "results"
+        images.mkdir()
+        for index in range(3):
+            Image.fromarray(np.full((8, 8), 300 * (index + 1), np.uint16)).save(images / f"{index}.png")
+        options = dict(train_num_steps=1, num_workers=0)
+        make_trainer(results, dataset=images, **options).save(1)
+        assert load_file(results / "model-1.pt")["training"]["value_range"] == [0, 1023]
+        Image.fromarray(np.full((8, 8), 5000, np.uint16)).save(images / "3.png")
+        resumed = make_trainer(results, dataset=images, **options)
+        assert resumed.ds.value_range == (0, 16_383)
+        resumed.load(1)
+        assert resumed.ds.value_range == (0, 1023)
+        make_trainer(results, **options).save(7)
+        assert load_file(results / "model-7.pt")["training"]["value_range"] is None
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_what_concerns_a_folder_reaches_its_dataset(self, tmp_path):
+        for name in ("a.png", "b.bmp"):
+            Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / name)
+        trainer = make_trainer(
+            tmp_path / "results", dataset=tmp_path, exts=["png"], background="#ff0000", value_range=(0, 9)
+        )
+        assert [path.name for path in trainer.ds.paths] == ["a.png"]
+        assert trainer.ds.value_range == (0, 9)
+        assert trainer.ds[0].mean().item() == pytest.approx(76 / 255), "red as grey"
+
+    @pytest.mark.parametrize("name, value", [("exts", ["png"]), ("value_range", (0, 1))])
+    def test_what_concerns_a_folder_is_refused_for_a_dataset(self, tmp_path, name, value):
+        with pytest.raises(ValueError, match=f"{name} is for a folder of images, and folder is a dataset"):
+            make_trainer(tmp_path, **{name: value})
 
 
 def test_the_signature_is_upstreams_with_additions_at_the_end(upstream):
