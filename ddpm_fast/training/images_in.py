@@ -16,6 +16,7 @@ from ddpm_fast.training.pixels import Pixels, without_palette
 
 with needed_for("reading and writing images"):
     import numpy as np
+    from numpy.lib.format import open_memmap
     from PIL import ExifTags, Image, ImageFile
 
 # What decoders raise on files that are damaged, foreign or too big to be honest, found by scrambling files of each kind
@@ -72,7 +73,7 @@ def is_deep(path: Path) -> bool:
     """True for a file of more than 8 bits or of floats, by its header. Raises as `read_image`."""
     try:
         if path.suffix.lower() == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False).dtype not in (np.uint8, np.bool_)
+            return open_memmap(path, mode="r").dtype not in (np.uint8, np.bool_)
         with Image.open(path) as image:
             return _is_deep_mode(image.mode) or _raw_mode(image) in _LOWER_BYTES
     except _DAMAGE as error:
@@ -126,7 +127,7 @@ def _with_raw_mode(tile: Any, raw_mode: str) -> Any:
 
 def _read_array(path: Path) -> Pixels:
     # A mapped file cannot claim more than it holds; reading would first allocate the claim.
-    values = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    values = np.array(open_memmap(path, mode="r"))
     if values.dtype.kind not in "buif":
         raise ValueError(f"an array of {values.dtype}; images are integers, floats or booleans")
     if values.dtype == np.bool_:

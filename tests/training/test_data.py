@@ -345,3 +345,16 @@ def test_a_strip_shows_first_and_last_frame(tmp_path):
     pixels = np.asarray(Image.open(tmp_path / "strip.png"))
     assert pixels.shape == (8, 20, 3)
     assert pixels[0, ::4, 0].tolist() == [0, 68, 127, 187, 255]
+
+
+def test_the_signature_is_upstreams_with_additions_at_the_end(upstream):
+    import inspect
+
+    theirs, ours = (list(inspect.signature(cls.__init__).parameters.values()) for cls in (upstream.Dataset, Dataset))
+    assert [(p.name, p.kind) for p in ours[: len(theirs)]] == [(p.name, p.kind) for p in theirs]
+    assert [p.default for p in ours[: len(theirs)] if p.name != "exts"] == [
+        p.default for p in theirs if p.name != "exts"
+    ]
+    (their_endings,), (our_endings,) = ([p.default for p in side if p.name == "exts"] for side in (theirs, ours))
+    assert our_endings[: len(their_endings)] == their_endings
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])

@@ -234,11 +234,13 @@ def test_an_array_that_claims_more_than_it_holds_or_holds_objects_is_broken(tmp_
     (tmp_path / "a.npy").write_bytes(data.replace(b"(8, 8)", b"(999999999, 999999)").replace(b" " * 13, b"", 1))
     (tmp_path / "b.npy").write_bytes(data[:50])
     np.save(tmp_path / "c.npy", np.array([object()]), allow_pickle=True)
-    save(tmp_path / "d.npy", np.ones((8, 8)))
+    np.savez(tmp_path / "d", np.ones((8, 8)))
+    (tmp_path / "d.npz").rename(tmp_path / "d.npy")
+    save(tmp_path / "e.npy", np.ones((8, 8)))
     dataset = dataset_of(tmp_path, 8)
     with pytest.warns(UserWarning, match="broken"):
         assert torch.equal(dataset[0], torch.ones(1, 8, 8))
-    assert [path.name for path in dataset.broken_files] == ["a.npy", "b.npy", "c.npy"]
+    assert [path.name for path in dataset.broken_files] == ["a.npy", "b.npy", "c.npy", "d.npy"]
 
 
 def test_channels_that_do_not_convert_are_named(tmp_path):
