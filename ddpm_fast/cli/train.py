@@ -20,7 +20,6 @@ from ddpm_fast.cli.options import (
     UserError,
     Words,
     YesNo,
-    check_positive,
     image_size_of,
 )
 

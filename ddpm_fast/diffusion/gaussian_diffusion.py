@@ -447,6 +447,7 @@ class GaussianDiffusion(DiffusionProcess):
                 x_self_cond = self.model_predictions(x, t).pred_x_start
         model_output = call_model(self.model, x, t, x_self_cond)
         if self.objective == "pred_v" and self._has_own("predict_v"):
+            assert drawn.tensor is not None  # `_can_fuse_noise` is False
             v = self.predict_v(x_start, t, drawn.tensor)
             errors = F.mse_loss(model_output, v, reduction="none").flatten(1).mean(1)
             loss = errors * extract(self.loss_weight, t, t.shape)

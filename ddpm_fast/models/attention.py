@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,7 +44,7 @@ class LinearAttention(nn.Module):
         if not self._is_fused():
             out = self._by_modules(x)
             return out if residual is None else out + residual
-        modules = self._modules  # see `parameter`
+        modules: dict[str, Any] = self._modules  # see `parameter`
         conv, norm_out = modules["to_out"]._modules.values()
         return unchecked_linear_attention_block(
             *to_autocast_dtype(x), parameter(modules["norm"], "g"), parameter(modules["to_qkv"], "weight"),
@@ -52,7 +54,7 @@ class LinearAttention(nn.Module):
 
     def _is_fused(self) -> bool:
         """True if the modules may be computed from their weights as one op."""
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         to_out = modules["to_out"]
         if not is_instance(to_out, nn.Sequential) or len(to_out) != 2:
             return False
@@ -135,7 +137,7 @@ class Attention(nn.Module):
         if not self._is_fused():
             out = self._by_modules(x)
             return out if residual is None else out + residual
-        modules = self._modules  # see `parameter`
+        modules: dict[str, Any] = self._modules  # see `parameter`
         to_out = modules["to_out"]
         return unchecked_attention_block(
             *to_autocast_dtype(x), parameter(modules["norm"], "g"), parameter(modules["to_qkv"], "weight"),
@@ -145,7 +147,7 @@ class Attention(nn.Module):
 
     def _is_fused(self) -> bool:
         """True if the modules may be computed from their weights as one op."""
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         return (
             is_rms_norm(modules["norm"])
             and is_convolution(modules["to_qkv"], 1, bias=False)
@@ -154,10 +156,10 @@ class Attention(nn.Module):
         )
 
     def _attends_as_the_op(self) -> bool:
-        attend = self._modules["attend"]
+        attend: Any = self._modules["attend"]
         if not is_instance(attend, Attend) or attend.scale is not None:
             return False
-        dropout = attend._modules["attn_dropout"]
+        dropout: Any = attend._modules["attn_dropout"]
         return is_instance(dropout, nn.Dropout) and not _is_active(dropout)
 
     def _by_modules(self, x: torch.Tensor) -> torch.Tensor:

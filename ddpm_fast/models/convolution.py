@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,7 +25,8 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.bias is None or not keeps_size(self, 3):  # a user has changed the settings
             return super().forward(x)
-        return conv3x3(*to_autocast_dtype(x), self.weight, self.bias)
+        (x,) = to_autocast_dtype(x)
+        return conv3x3(x, self.weight, self.bias)
 
 
 class StemConv(nn.Conv2d):
@@ -35,7 +38,8 @@ class StemConv(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.bias is None or not keeps_size(self, self.weight.shape[-1]):  # a user has changed the settings
             return super().forward(x)
-        return stem_conv(*to_autocast_dtype(x), self.weight, self.bias)
+        (x,) = to_autocast_dtype(x)
+        return stem_conv(x, self.weight, self.bias)
 
 
 class Upsample(nn.Sequential, HasDerivedWeight):
@@ -47,7 +51,7 @@ class Upsample(nn.Sequential, HasDerivedWeight):
 
     def derive(self) -> torch.Tensor | None:
         """The taps of the four 2×2 convolutions; None where the modules are called."""
-        return upsampling_taps(self[1].weight) if self._is_fused() else None
+        return upsampling_taps(parameter(self[1], "weight")) if self._is_fused() else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._is_fused():
@@ -58,7 +62,7 @@ class Upsample(nn.Sequential, HasDerivedWeight):
         )
 
     def _is_fused(self) -> bool:
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         if len(modules) != 2 or not is_instance(modules.get("0"), nn.Upsample):
             return False
         resize = modules["0"]
@@ -97,7 +101,7 @@ class Downsample(nn.Sequential, HasDerivedWeight):
         return unchecked_downsample_conv(*to_autocast_dtype(x), kernel, parameter(self._modules["1"], "bias"))
 
     def _is_fused(self) -> bool:
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         if len(modules) != 2 or not is_instance(modules.get("0"), nn.PixelUnshuffle):
             return False
         return modules["0"].downscale_factor == 2 and is_convolution(modules.get("1"), 1)

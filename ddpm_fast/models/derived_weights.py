@@ -62,7 +62,7 @@ class HasDerivedWeight(nn.Module):
     def is_inside(self) -> bool:
         """True in a thread inside `inference_weights`."""
         inside = self.__dict__.get("_inside")
-        return bool(inside) and (torch.compiler.is_compiling() or threading.get_ident() in inside)
+        return bool(inside) and (torch.compiler.is_compiling() or threading.get_ident() in self._inside)
 
     def enter(self, num_timesteps: int | None) -> None:
         """Make the tensor, unless a thread is inside with the same key: the weights have not changed since."""
@@ -111,7 +111,7 @@ _lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def inference_weights(network, num_timesteps: int | None = None) -> Iterator[None]:
+def inference_weights(network: object, num_timesteps: int | None = None) -> Iterator[None]:
     """Inside, tensors derived from the network's weights are made once, and the weights must not change.
 
     Several threads may be inside with one network at the same time.
@@ -151,7 +151,7 @@ def may_derive(network: object) -> bool:
     return True
 
 
-def free_inference_weights(network) -> None:
+def free_inference_weights(network: object) -> None:
     """Free the memory of derived tensors, outside `inference_weights`; recorded graphs that read it must be gone."""
     for module in network.modules() if isinstance(network, nn.Module) else ():
         if isinstance(module, HasDerivedWeight) and not module.__dict__.get("_inside"):

@@ -71,4 +71,5 @@ class TimeMLP(nn.Sequential):
 def linears_of_one_input(x: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
     """The outputs of linear layers with bias side by side, (B, D) → (B, sum of their out_features), as one product."""
     weights = [parameter(layer, "weight") for layer in layers]
-    return linears(*to_autocast_dtype(x), weights, [parameter(layer, "bias") for layer in layers])
+    (x,) = to_autocast_dtype(x)
+    return linears(x, weights, [parameter(layer, "bias") for layer in layers])

@@ -26,12 +26,12 @@ class RMSNorm(nn.Module):
         return out if self.scale == x.shape[1] ** 0.5 else out * (self.scale / x.shape[1] ** 0.5)
 
 
-def is_rms_norm(module: nn.Module | None) -> bool:
+def is_rms_norm(module: object) -> bool:
     """True for an unmodified `RMSNorm` whose factor is √C."""
     return is_instance(module, RMSNorm) and module.scale == parameter(module, "g").numel() ** 0.5
 
 
-def is_group_norm(module: nn.Module | None) -> bool:
+def is_group_norm(module: object) -> bool:
     """True for an unmodified `nn.GroupNorm` with gain and offset."""
     return is_instance(module, nn.GroupNorm) and None not in (parameter(module, "weight"), parameter(module, "bias"))
 

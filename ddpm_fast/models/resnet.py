@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -40,7 +42,7 @@ def _is_stock_block(block: nn.Module | None, dropout: bool) -> bool:
     """True if the weights of a `Block` may be used without calling it; without `dropout`, none may be active."""
     if not is_instance(block, Block):
         return False
-    modules = block._modules  # see `parameter`
+    modules: dict[str, Any] = block._modules  # see `parameter`
     norm, last = modules.get("norm"), modules.get("dropout")
     return (
         is_convolution(modules.get("proj"), 3)
@@ -103,16 +105,22 @@ class ResnetBlock(nn.Module):
         """
         if not self._is_fused():
             x = x if skip is None else torch.cat((x, skip), dim=1)
+            maps = None
             if scale_shift is not None:
-                scale_shift = tuple([row[:, :, None, None] for row in scale_shift])
-            x = self.block2(self.block1(x, scale_shift=scale_shift)) + self.res_conv(x)
+                maps = tuple([row[:, :, None, None] for row in scale_shift])
+            x = self.block2(self.block1(x, scale_shift=maps)) + self.res_conv(x)
             return x if final_conv is None else final_conv(x)
-        x, skip = to_autocast_dtype(x, skip) if skip is not None else (*to_autocast_dtype(x), None)
-        scale, shift = (None, None) if scale_shift is None else scale_shift
-        if scale is not None and scale.shape[0] != x.shape[0]:  # one timestep for all images
-            scale, shift = scale.expand(x.shape[0], -1), shift.expand(x.shape[0], -1)
-        options = {"skip": skip, "scale": scale, "shift": shift, "recompute": self.low_memory}
-        modules = self._modules  # see `parameter`
+        options: dict[str, Any] = {"recompute": self.low_memory}
+        if skip is None:
+            (x,) = to_autocast_dtype(x)
+        else:
+            x, options["skip"] = to_autocast_dtype(x, skip)
+        if scale_shift is not None:
+            scale, shift = scale_shift
+            if scale.shape[0] != x.shape[0]:  # one timestep for all images
+                scale, shift = scale.expand(x.shape[0], -1), shift.expand(x.shape[0], -1)
+            options |= {"scale": scale, "shift": shift}
+        modules: dict[str, Any] = self._modules  # see `parameter`
         block1, block2, res_conv = modules["block1"]._modules, modules["block2"]._modules, modules["res_conv"]
         dropout = block1["dropout"]
         if dropout.training and dropout.p > 0:
@@ -135,7 +143,7 @@ class ResnetBlock(nn.Module):
 
     def _is_fused(self) -> bool:
         """True if the two blocks and the residual's convolution may be computed from their weights as one op."""
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         block1, block2, res_conv = modules["block1"], modules["block2"], modules["res_conv"]
         if not (_is_stock_block(block1, dropout=True) and _is_stock_block(block2, dropout=False)):
             return False
@@ -148,7 +156,7 @@ class ResnetBlock(nn.Module):
 
     def takes_rows(self) -> bool:
         """True if a network may compute the output of `mlp` itself, from its weights, and call `compute`."""
-        mlp = self._modules["mlp"]
+        mlp: Any = self._modules["mlp"]
         if not is_unmodified(self, mlp) or len(mlp) != 2:
             return False
         activation, linear = mlp._modules.values()
@@ -158,6 +166,12 @@ class ResnetBlock(nn.Module):
             and parameter(linear, "bias") is not None
             and parameter(linear, "weight").shape[0] == 2 * self.dim_out
         )
+
+    @property
+    def projection(self) -> nn.Linear:
+        """The linear layer of `mlp`."""
+        mlp: Any = self._modules["mlp"]
+        return mlp[1]
 
     def why_by_modules(self) -> str | None:
         """Why the block calls its modules one after another, in one clause; None where it is one op."""

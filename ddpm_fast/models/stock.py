@@ -7,10 +7,12 @@ its modules, as upstream does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeGuard, TypeVar
 
-import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+
+Stock = TypeVar("Stock", bound=nn.Module)
 
 _CLASSES = (
     nn.Conv2d, nn.Linear, nn.Identity, nn.SiLU, nn.GELU, nn.Dropout, nn.GroupNorm, nn.Sequential, nn.Upsample,
@@ -20,7 +22,7 @@ _CLASSES = (
 _FORWARD: dict[type, Callable] = {cls: cls.forward for cls in _CLASSES}
 
 
-def stock(cls: type[nn.Module]) -> type[nn.Module]:
+def stock(cls: type[Stock]) -> type[Stock]:
     """A decorator: modules of this class, and of no subclass, are stock."""
     _FORWARD[cls] = cls.forward
     return cls
@@ -51,7 +53,7 @@ def is_unmodified(*modules: nn.Module | None) -> bool:
     return True
 
 
-def is_instance(module: nn.Module | None, cls: type[nn.Module]) -> bool:
+def is_instance(module: object, cls: type[Stock]) -> TypeGuard[Stock]:
     """True for an unmodified module of this class; a stock module of another class may compute something else."""
     return type(module) is cls and is_unmodified(module)
 
@@ -70,7 +72,7 @@ def keeps_size(conv: nn.Conv2d, side: int) -> bool:
     )
 
 
-def is_convolution(module: nn.Module | None, side: int, bias: bool = True) -> bool:
+def is_convolution(module: object, side: int, bias: bool = True) -> TypeGuard[nn.Conv2d]:
     """True for an unmodified `nn.Conv2d` of this side that keeps height and width, with or without a bias."""
     return (
         type(module) is nn.Conv2d
@@ -104,7 +106,7 @@ def why_by_modules(block: nn.Module) -> str:
     return "a module inside has other settings than upstream's"
 
 
-def parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+def parameter(module: Any, name: str) -> Any:
     """module.name, found in a fraction of the time where it is a parameter, as it nearly always is."""
     found = module._parameters.get(name)
     return getattr(module, name) if found is None else found

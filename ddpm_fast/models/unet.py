@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ NORMS = ("rms", "group")
 MEMORY = ("fast", "low")
 
 
-def _per_stage(name: str, value, num_stages: int) -> tuple:
+def _per_stage(name: str, value: Any, num_stages: int) -> tuple:
     """One value per stage from a scalar or a sequence of that length."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * num_stages
     if len(values) != num_stages:
@@ -39,7 +40,7 @@ def _per_stage(name: str, value, num_stages: int) -> tuple:
     return values
 
 
-def _ints_per_stage(name: str, value) -> int | tuple[int, ...]:
+def _ints_per_stage(name: str, value: Any) -> int | tuple[int, ...]:
     """An int, or a tuple of them, from one number or a sequence."""
     value = plain(name, value)
     return as_ints(name, value) if isinstance(value, (tuple, list)) else as_int(name, value)
@@ -146,7 +147,7 @@ class Unet(HasDerivedWeight):
 
         self.random_or_learned_sinusoidal_cond = learned_sinusoidal_cond or random_fourier_features
         if self.random_or_learned_sinusoidal_cond:
-            embedding = RandomOrLearnedSinusoidalPosEmb(learned_sinusoidal_dim, random_fourier_features)
+            embedding: nn.Module = RandomOrLearnedSinusoidalPosEmb(learned_sinusoidal_dim, random_fourier_features)
             fourier_dim = learned_sinusoidal_dim + 1
         else:
             embedding = SinusoidalPosEmb(dim, theta=sinusoidal_pos_emb_theta)
@@ -243,7 +244,7 @@ class Unet(HasDerivedWeight):
         rows = iter(scales_and_shifts)
 
         skips = []
-        for block1, block2, attn, downsample in self.downs:
+        for block1, block2, attn, downsample in _stages(self.downs):
             x = _residual_block(block1, x, t, next(rows))
             skips.append(x)
             x = _residual_block(block2, x, t, next(rows))
@@ -255,7 +256,7 @@ class Unet(HasDerivedWeight):
         x = _attention_block(self.mid_attn, x)
         x = _residual_block(self.mid_block2, x, t, next(rows))
 
-        for block1, block2, attn, upsample in self.ups:
+        for block1, block2, attn, upsample in _stages(self.ups):
             x = _residual_block(block1, x, t, next(rows), skips.pop())
             x = _residual_block(block2, x, t, next(rows), skips.pop())
             x = _attention_block(attn, x)
@@ -268,11 +269,11 @@ class Unet(HasDerivedWeight):
 
     def _blocks(self) -> list[nn.Module]:
         """The residual blocks in the order in which they run."""
-        blocks = []
-        for block1, block2, *_ in self.downs:  # a slice of a ModuleList would be a new module
+        blocks: list[nn.Module] = []
+        for block1, block2, *_ in _stages(self.downs):  # a slice of a ModuleList would be a new module
             blocks += (block1, block2)
         blocks += (self.mid_block1, self.mid_block2)
-        for block1, block2, *_ in self.ups:
+        for block1, block2, *_ in _stages(self.ups):
             blocks += (block1, block2)
         return [*blocks, self.final_res_block]
 
@@ -289,9 +290,9 @@ class Unet(HasDerivedWeight):
             t, rows = None, table[time]
         else:
             t = self.time_mlp(time)
-            rows = _projections(t, takers) if takers else None
-        if rows is None:
-            return t, [None] * len(blocks)
+            if not takers:
+                return t, [None] * len(blocks)
+            rows = _projections(t, takers)
         widths = [block.dim_out for block in takers for _ in range(2)]
         parts = iter(rows.split(widths, dim=1))
         return t, [(next(parts), next(parts)) if _takes_rows(block) else None for block in blocks]
@@ -305,12 +306,12 @@ class Unet(HasDerivedWeight):
 
     def _make(self, num_timesteps: int | None) -> torch.Tensor | None:
         """Projections of the time embedding for all timesteps, (T, Σ 2·dim_out): a step then looks up its row."""
-        blocks = self._blocks()
-        if num_timesteps is None or not self._embeds_as_built() or not all(_takes_rows(block) for block in blocks):
+        blocks = [block for block in self._blocks() if _takes_rows(block)]
+        if num_timesteps is None or not self._embeds_as_built() or len(blocks) < len(self._blocks()):
             return None
         return _projections(self.time_mlp(torch.arange(num_timesteps, device=self.init_conv.weight.device)), blocks)
 
-    def _apply(self, fn, recurse: bool = True) -> Unet:
+    def _apply(self, fn: Any, recurse: bool = True) -> Unet:
         super()._apply(fn, recurse)
         self._lay_out_weights()
         return self
@@ -372,13 +373,18 @@ class Unet(HasDerivedWeight):
         return time
 
 
-def _takes_rows(block: nn.Module) -> bool:
+def _stages(modules: nn.ModuleList) -> Iterable[Any]:
+    """The stages of one half: lists of two residual blocks, attention, and what changes the resolution."""
+    return modules
+
+
+def _takes_rows(block: nn.Module) -> TypeGuard[ResnetBlock]:
     return isinstance(block, ResnetBlock) and block.takes_rows()
 
 
 def _projections(t: torch.Tensor, blocks: Sequence[ResnetBlock]) -> torch.Tensor:
     """The blocks' projections of the time embedding side by side, as one product: (B, 4·dim) → (B, Σ 2·dim_out)."""
-    return linears_of_one_input(nn.functional.silu(t), [block.mlp[1] for block in blocks])
+    return linears_of_one_input(nn.functional.silu(t), [block.projection for block in blocks])
 
 
 def _residual_block(
@@ -387,10 +393,10 @@ def _residual_block(
     """A residual block with its scale and shift; where it has none, called as upstream calls it."""
     if row is None:
         return block(x if skip is None else torch.cat((x, skip), dim=1), t)
-    return block.compute(x, row, skip)
+    return block.compute(x, row, skip)  # type: ignore[operator]  # a block with a row is a ResnetBlock
 
 
-def _attention_block(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _attention_block(attn: Any, x: torch.Tensor) -> torch.Tensor:
     """Attention of x plus x: one op where nobody changed the module."""
     if type(attn) in (Attention, LinearAttention) and is_unmodified(attn):
         return attn.compute(x, residual=x)

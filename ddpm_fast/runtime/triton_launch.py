@@ -108,7 +108,8 @@ why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # dynamo cannot trace torch.backends.
 def convolution_precision() -> str:
     """How float32 products replace those of torch's convolution: "tf32" where cuDNN may use it, else "ieee"."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if precision == "tf32" else "ieee"
 
 
 convolution_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
