@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.models.derived_weights import HasDerivedWeight
-from ddpm_fast.models.stock import is_convolution, is_instance, keeps_size, parameter, why_by_modules
+from ddpm_fast.models.stock import is_convolution, is_instance, keeps_size, parameter, stock, why_by_modules
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.resample.composite import upsampling_taps
 from ddpm_fast.ops.resample.op import unchecked_downsample_conv, unchecked_upsample_conv
@@ -42,6 +42,7 @@ class StemConv(nn.Conv2d):
         return stem_conv(x, self.weight, self.bias)
 
 
+@stock
 class Upsample(nn.Sequential, HasDerivedWeight):
     """Nearest 2× upsampling and a 3×3 convolution, as one op: (B, C, H, W) → (B, dim_out, 2H, 2W)."""
 
@@ -74,6 +75,7 @@ class Upsample(nn.Sequential, HasDerivedWeight):
         return None if self._is_fused() else why_by_modules(self)
 
 
+@stock
 class Downsample(nn.Sequential, HasDerivedWeight):
     """Pixel-unshuffle by 2 and a 1×1 convolution, as one op: (B, C, H, W) → (B, dim_out, H/2, W/2).
 

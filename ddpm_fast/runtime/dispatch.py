@@ -212,8 +212,12 @@ def present_devices() -> list[torch.device]:
     return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
 
 
-def explain(devices: list[torch.device] | None = None) -> str:
+def explain(devices: list[torch.device] | None = None, *, model: torch.nn.Module | None = None) -> str:
     """A table of op × device × implementation: which runs, which would refuse, and why.
+
+    Args:
+        model: a network. Each of its blocks that calls its modules one after another instead of running as one op,
+            because a module was changed, has a line with the reason.
 
     Returns:
         Text, one line each; the implementation that runs is marked with `*`. At the end, the forced backend and
@@ -237,4 +241,8 @@ def explain(devices: list[torch.device] | None = None) -> str:
     lines.append(f"* runs; forced by use_backend: {_forced or 'nothing'}")
     if extension.load() is not None:
         lines.append(f"native code on the CPU uses the instruction set {extension.instruction_set()}")
+    for name, module in () if model is None else model.named_modules():
+        reason = module.why_by_modules() if hasattr(module, "why_by_modules") else None
+        if reason is not None:
+            lines.append(f"{name} calls its modules one after another: {reason}")
     return "\n".join(lines)
