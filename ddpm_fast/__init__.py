@@ -24,6 +24,22 @@ _LAZY = {
     "load_checkpoint": "ddpm_fast.training.checkpoint",
 }
 
+_OTHER_NETWORK = "its fast networks are 2D with time alone"
+_OTHER_PROCESS = "its processes are GaussianDiffusion's"
+# Names of upstream that are not here, and why.
+_OF_UPSTREAM = {
+    **dict.fromkeys(("Unet1D", "KarrasUnet", "KarrasUnet1D", "KarrasUnet3D", "XMWrapper"), _OTHER_NETWORK),
+    **dict.fromkeys(
+        (
+            "ContinuousTimeGaussianDiffusion", "ElucidatedDiffusion", "GaussianDiffusion1D", "LearnedGaussianDiffusion",
+            "VParamContinuousTimeGaussianDiffusion", "WeightedObjectiveGaussianDiffusion",
+        ),
+        _OTHER_PROCESS,
+    ),
+    **dict.fromkeys(("Dataset1D", "Trainer1D", "InvSqrtDecayLRSched"), "its training is Trainer's"),
+}  # fmt: skip
+
+
 __all__ = [
     "GaussianDiffusion",
     "ModelPrediction",
@@ -48,6 +64,10 @@ def __getattr__(name: str) -> object:
         _warn("frozen_weights is now inference_weights", FutureWarning, stacklevel=2)
         globals()[name] = inference_weights  # one warning per process
         return inference_weights
+    if name in _OF_UPSTREAM:  # an AttributeError would lose its text in `from ddpm_fast import NAME`
+        raise ImportError(
+            f"{__name__} has no {name}: {_OF_UPSTREAM[name]}; use `from denoising_diffusion_pytorch import {name}`"
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

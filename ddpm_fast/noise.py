@@ -28,6 +28,7 @@ _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _MAX_ELEMENTS = 2**34  # element // 4 is a 32-bit word
+_WITHOUT_FLOAT64 = ("mps",)  # types of devices
 
 
 def philox4x32(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor], rounds: int = 10) -> list[torch.Tensor]:
@@ -143,7 +144,17 @@ def normal(
     device = seed.device
     if not isinstance(step, torch.Tensor):
         step = torch.full((), step, dtype=torch.int64, device=device)
-    step = step.to(device=device, dtype=torch.int64).reshape(())
+    # A device without float64 gets the numbers that the host makes: the same ones.
+    made_on = torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
+    step = step.to(device=made_on, dtype=torch.int64).reshape(())
+    return _made(shape, seed.to(made_on), stream, step, start_index, dtype).to(device)
+
+
+def _made(
+    shape: tuple[int, ...], seed: torch.Tensor, stream: int, step: torch.Tensor, start_index: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """`normal` on the device of the seed."""
+    device = seed.device
     batch, elements = shape[0], math.prod(shape[1:])
     blocks = (elements + 3) // 4
 

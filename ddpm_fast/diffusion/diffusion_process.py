@@ -138,11 +138,12 @@ class DiffusionProcess(nn.Module):
         self.immiscible = immiscible
         self.offset_noise_strength = offset_noise_strength
 
+        device = torch.get_default_device()
         for name, value in schedule.buffers().items():
-            self.register_buffer(name, value.to(torch.float32))
+            self.register_buffer(name, value.to(device=device, dtype=torch.float32))
         weight = schedules.loss_weight(schedule, objective, min_snr_gamma if min_snr_loss_weight else None)
         self._made_loss_weight = weight  # (T,) float64 on the CPU
-        self.register_buffer("loss_weight", weight.to(torch.float32))
+        self.register_buffer("loss_weight", weight.to(device=device, dtype=torch.float32))
 
         # Tables of the ops; the state dict stays upstream's.
         self.register_buffer("forward_table", None, persistent=False)
@@ -159,13 +160,14 @@ class DiffusionProcess(nn.Module):
         """Build everything that follows from the schedule and is not in the state dict."""
         self._schedule = schedule
         self._plans: dict[tuple, SamplerTable] = {}
+        weight = self._made_loss_weight if self.loss_weight.is_meta else self.loss_weight
         tables = {
             "forward_table": schedules.forward_table(schedule),
-            "loss_table": schedules.loss_table(schedule, self.objective, self.loss_weight),
+            "loss_table": schedules.loss_table(schedule, self.objective, weight),
         }
         for name, table in tables.items():
             present = getattr(self, name)
-            if present is not None and present.shape == table.shape:
+            if present is not None and present.shape == table.shape and present.device == self.betas.device:
                 present.copy_(table)  # where it is: recordings know it by its place
             else:
                 setattr(self, name, table.to(device=self.betas.device, dtype=torch.float32))
@@ -193,6 +195,8 @@ class DiffusionProcess(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Follow the loaded buffers, which may be of another schedule or loss weight than the constructor's."""
         super()._load_from_state_dict(*args, **kwargs)
+        if self.betas.is_meta:
+            return
         betas = self.betas.detach().cpu()
         same = torch.equal(betas.float(), self._schedule.betas.float())
         self._use_schedule(self._schedule if same else Schedule(betas.double()))
@@ -200,12 +204,12 @@ class DiffusionProcess(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Moves and casts, of which the schedule takes no narrowing: half a network still needs float32 tables."""
         before = dict(self._buffers)
+        was_meta = any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
                 kept = before[name]
                 self._buffers[name] = None if kept is None else kept.to(buffer.device)
-        was_meta = before["betas"] is not None and before["betas"].is_meta
         if was_meta and not self.betas.is_meta:  # `to_empty`: numbers that follow from the arguments
             self._fill_buffers()
         elif before["loss_weight"] is self._tied_weight:

@@ -187,7 +187,7 @@ def loss_table(schedule: Schedule, objective: str, weight: torch.Tensor) -> torc
     a, b = forward_table(schedule).unbind(1)
     zero, one = torch.zeros_like(a), torch.ones_like(a)
     c, d = {"pred_noise": (one, zero), "pred_x0": (zero, one), "pred_v": (a, -b)}[objective]
-    return torch.stack([c, d, weight.double().cpu()], dim=1)
+    return torch.stack([c, d, weight.cpu().double()], dim=1)
 
 
 def prediction_table(schedule: Schedule, objective: str) -> torch.Tensor:

@@ -12,6 +12,8 @@ from typing import Any, TypeGuard, TypeVar
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from ddpm_fast.runtime.dispatch import forced_backend
+
 Stock = TypeVar("Stock", bound=nn.Module)
 
 _CLASSES = (
@@ -39,8 +41,12 @@ def has_global_hooks() -> bool:
 
 
 def is_unmodified(*modules: nn.Module | None) -> bool:
-    """True if every module is stock and has no hooks, so its weights may be used without calling it."""
-    if has_global_hooks():
+    """True if every module is stock and has no hooks, so its weights may be used without calling it.
+
+    False under `use_backend("reference")`: the network then is upstream's modules in plain torch, which torch.func,
+    torch.jit.trace and second derivatives take.
+    """
+    if has_global_hooks() or forced_backend() == "reference":
         return False
     for module in modules:  # dicts, not attributes: a small network asks two hundred times in a forward pass
         if module is None:
@@ -85,6 +91,8 @@ def is_convolution(module: object, side: int, bias: bool = True) -> TypeGuard[nn
 def why_modified(module: nn.Module) -> str | None:
     """Why a module is not stock, in one clause; None where it is."""
     cls = type(module)
+    if forced_backend() == "reference":
+        return "use_backend('reference') calls every module"
     if has_global_hooks():
         return "torch has hooks on every module"
     if cls not in _FORWARD:

@@ -52,17 +52,21 @@ def uncached_autocast(device: torch.device, dtype: torch.dtype | None) -> contex
 
 def narrow_dtype(model: Callable) -> torch.dtype | None:
     """float16 or bfloat16 where the model's weights are that, and its inputs have to be; else None."""
+    dtype = _weights_dtype(model)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None
+
+
+def _weights_dtype(model: Callable) -> torch.dtype | None:
     if not isinstance(model, nn.Module):
         return None
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    return dtype if dtype in (torch.float16, torch.bfloat16) else None
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def call_model(
     model: Callable, x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """model(x, t, x_self_cond), with x and x_self_cond in the dtype of narrow weights."""
-    dtype = narrow_dtype(model)
-    if dtype is not None:
+    """model(x, t, x_self_cond), with x and x_self_cond in the dtype of weights that are not float32."""
+    dtype = _weights_dtype(model)
+    if dtype not in (None, torch.float32):
         x, x_self_cond = x.to(dtype), None if x_self_cond is None else x_self_cond.to(dtype)
     return model(x, t, x_self_cond)

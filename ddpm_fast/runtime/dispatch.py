@@ -11,10 +11,11 @@ forced backend that the block does not have is forced on these.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
@@ -200,6 +201,38 @@ def in_forward_mode() -> bool:
     torch does not ask operators of libraries for tangents then, but takes what they give for constants.
     """
     return forward_ad._current_level >= 0
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """Gradients without a graph behind them: a second derivative through them raises."""
+
+    @staticmethod
+    def forward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple([gradient.detach() for gradient in gradients])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
+        raise RuntimeError(
+            "this gradient cannot be differentiated again (create_graph=True); use "
+            'ddpm_fast.use_backend("reference") for second derivatives'
+        )
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """A decorator of an autograd function's backward that has no graph: a second derivative says what to do instead."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: torch.Tensor) -> Any:
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return gradients
+        all_of_them = gradients if isinstance(gradients, tuple) else (gradients,)
+        given = [gradient.detach().requires_grad_() for gradient in all_of_them if gradient is not None]
+        marked = iter(_SecondDerivative.apply(*given)) if given else iter(())
+        return tuple([None if gradient is None else next(marked) for gradient in all_of_them])
+
+    return wrapped
 
 
 def forced_backend() -> str | None:

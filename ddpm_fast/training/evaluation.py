@@ -87,7 +87,7 @@ class FIDEvaluation:
             images = images[: self.n_samples - count].to(self.device)
             if self.channels == 1:
                 images = images.expand(-1, 3, -1, -1)
-            collected.append(self.feature_extractor(images).double().cpu())
+            collected.append(self.feature_extractor(images).cpu().double())
             count += len(images)
             if count >= self.n_samples:
                 break

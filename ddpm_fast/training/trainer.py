@@ -384,7 +384,7 @@ class Trainer:
         self._check_finite(losses.tolist(), torch.stack(self._norms).tolist())
         seconds = time.perf_counter() - self._window_began
         images = len(losses) * self._global_batch_size() * self.gradient_accumulate_every
-        loss, images_per_second = losses.double().mean().item(), images / seconds
+        loss, images_per_second = losses.cpu().double().mean().item(), images / seconds
         if self.accelerator.is_main_process:
             self._history.append(self.step, loss, images_per_second)
             self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:.0f} images/s")

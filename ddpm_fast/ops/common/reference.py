@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ddpm_fast.runtime.autocast import no_autocast
+from ddpm_fast.runtime.dispatch import once_differentiable
 
 
 def norm_linear(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

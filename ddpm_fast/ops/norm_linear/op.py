@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ddpm_fast.ops.arguments import check_tensors
 from ddpm_fast.ops.norm_linear import native, reference
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
-from ddpm_fast.runtime.dispatch import Implementation, Op
+from ddpm_fast.runtime.dispatch import Implementation, Op, once_differentiable
 
 _LARGEST_ROW = 1024  # channels that the kernel of dx keeps in one program's registers
 _LARGEST_EXACT_ROW = 512  # the same where float32 products use no tensor cores and take more registers

@@ -8,14 +8,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.layout import weights_format
 from ddpm_fast.ops.norm_linear.op import linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
 from ddpm_fast.runtime.autocast import no_autocast
-from ddpm_fast.runtime.dispatch import in_forward_mode
+from ddpm_fast.runtime.dispatch import in_forward_mode, once_differentiable
 
 
 def resnet_block(
