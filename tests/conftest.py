@@ -14,7 +14,7 @@ import gate as regression_gate
 import pytest
 import torch
 
-from ddpm_fast.runtime import dispatch
+from ddpm_fast.runtime import dispatch, extension
 from ddpm_fast.testing import gpu_arithmetic
 
 # cuBLAS has deterministic algorithms, which the tests ask for, only with a workspace set up before it starts.
@@ -88,6 +88,12 @@ def _seeded():
 def upstream():
     """Upstream's main module, 2.3."""
     return importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """The package as it runs where the extension is not built: blocks are composed of their steps, in plain torch."""
+    monkeypatch.setattr(extension, "why_not", lambda device: "a test leaves it out")
 
 
 @pytest.fixture(scope="session")

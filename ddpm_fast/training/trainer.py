@@ -381,10 +381,11 @@ class Trainer:
     def _read_losses(self) -> None:
         """Fetch the losses since the last reading, check them, and put their mean on record."""
         losses = self.accelerator.reduce(torch.stack(self._losses), reduction="mean")
-        self._check_finite(losses.tolist(), torch.stack(self._norms).tolist())
+        values = losses.tolist()
+        self._check_finite(values, torch.stack(self._norms).tolist())
         seconds = time.perf_counter() - self._window_began
         images = len(losses) * self._global_batch_size() * self.gradient_accumulate_every
-        loss, images_per_second = losses.cpu().double().mean().item(), images / seconds
+        loss, images_per_second = math.fsum(values) / len(values), images / seconds
         if self.accelerator.is_main_process:
             self._history.append(self.step, loss, images_per_second)
             self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:.0f} images/s")

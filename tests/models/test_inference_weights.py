@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ddpm_fast
-from ddpm_fast import Unet, use_backend
+from ddpm_fast import Unet
 from ddpm_fast.models import convolution, unet
 from ddpm_fast.models.derived_weights import HasDerivedWeight, inference_weights
 from ddpm_fast.ops.resample import composite
@@ -49,7 +49,7 @@ def test_equals_the_network_as_always(model):
         torch.testing.assert_close(inside(model, num_timesteps), live(model), rtol=1e-4, atol=1e-5)
 
 
-def test_derives_once(model, monkeypatch):
+def test_derives_once(model, monkeypatch, without_native):
     calls = []
     downsample, make_taps = deriving(model)[1], composite.upsampling_taps
     monkeypatch.setattr(downsample, "_kernel", lambda make=downsample._kernel: calls.append(0) or make())
@@ -57,7 +57,7 @@ def test_derives_once(model, monkeypatch):
         monkeypatch.setattr(module, "upsampling_taps", lambda weight: calls.append(0) or make_taps(weight))
     make_rows = unet._projections
     monkeypatch.setattr(unet, "_projections", lambda t, blocks: calls.append(0) or make_rows(t, blocks))
-    with torch.no_grad(), use_backend("reference"):  # native code has no use for the taps of upsampling
+    with torch.no_grad():  # native code has no use for the taps of upsampling
         with inference_weights(model, T):
             for _ in range(3):
                 model(*batch())
