@@ -92,7 +92,7 @@ class Pool:
     def __init__(self, processes: int, target: GPUTarget):
         # A server forks the workers: it imports the kernels once, and has no threads that a fork would break.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["triton.compiler", *(f"ddpm_fast.ops.{op}.kernel" for op in _OPS)])
+        self._context.set_forkserver_preload(["triton.compiler", *(f"ddpm_fast.ops.{op}.triton" for op in _OPS)])
         self.target = target
         self._waiting: deque[Variant] = deque()
         self._workers = [_Worker(self._context, target) for _ in range(processes)]

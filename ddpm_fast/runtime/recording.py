@@ -292,6 +292,9 @@ class GraphCache:
         return self._entries[key]
 
 
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
 def storage_key(tensors: Iterable[torch.Tensor]) -> tuple:
     """Addresses and layouts of tensors: part of a recording's cache key."""
     return tuple((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in tensors)
@@ -304,8 +307,14 @@ def weights_of(model: nn.Module) -> tuple:
     derives from them in place.
     """
     storages = storage_key((*model.parameters(), *model.buffers()))
-    modules = tuple((id(module), type(module), module.training) for module in model.modules())
+    modules = tuple((id(module), type(module), _settings_of(module)) for module in model.modules())
     return storages, modules
+
+
+def _settings_of(module: nn.Module) -> tuple:
+    """Plain attributes of a module: training or not, and settings such as padding_mode, which a user may change."""
+    own = module.__dict__.items()
+    return tuple([(name, value) for name, value in own if type(value) in _PLAIN and name[0] != "_"])
 
 
 def settings() -> tuple:

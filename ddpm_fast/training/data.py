@@ -11,6 +11,7 @@ import torch
 import torch.utils.data
 
 from ddpm_fast.runtime.extras import needed_for
+from ddpm_fast.runtime.plain import as_size
 from ddpm_fast.training.image_folder import find_images
 from ddpm_fast.training.images_in import DamagedImageError, read_image
 from ddpm_fast.training.images_out import save_image_grid, save_trajectory_strip
@@ -74,7 +75,7 @@ class Dataset(torch.utils.data.Dataset):
         self.augment_horizontal_flip = augment_horizontal_flip
         self.convert_image_to = check_mode(convert_image_to)
         self.background = check_color(background)
-        self.target_size = _height_and_width(image_size)
+        self.target_size = as_size("image_size", image_size)
         self.is_value_range_given = value_range is not None
         self.value_range = None if value_range is None else check_value_range(value_range)
         self.paths = find_images(folder, exts)
@@ -197,7 +198,7 @@ class DigitsDataset(torch.utils.data.Dataset):
         digits = load_digits()
         self.image_size = image_size
         images = torch.from_numpy(digits.images).float() / 16  # (N, 8, 8)
-        height, width = _height_and_width(image_size)
+        height, width = as_size("image_size", image_size)
         if (height, width) != (8, 8):
             images = torch.stack([_resize_float(image, (height, width)) for image in images])
         self.images = images.unsqueeze(1)  # (N, 1, h, w)
@@ -212,15 +213,6 @@ class DigitsDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: Sequence[int]) -> Sequence[torch.Tensor]:
         """A whole batch at once: the DataLoader prefers this to one call per image."""
         return self.images[torch.as_tensor(indices)].unbind()
-
-
-def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """image_size as (h, w), from an int or a pair of them."""
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    is_pair = isinstance(size, (tuple, list)) and len(size) == 2
-    if not is_pair or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"image_size must be a positive integer or two of them (height, width); got {image_size!r}")
-    return size[0], size[1]
 
 
 def _resize_float(image: torch.Tensor, target_size: tuple[int, int]) -> torch.Tensor:

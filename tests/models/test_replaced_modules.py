@@ -103,7 +103,10 @@ def test_a_recording_knows_modules_without_weights():
     diffusion.graphs = recording.GraphCache(recorder=FrozenRecorder)
     before = recording.weights_of(diffusion.model)
     diffusion.model.time_mlp[2] = nn.ReLU()
-    assert recording.weights_of(diffusion.model) != before
+    replaced = recording.weights_of(diffusion.model)
+    assert replaced != before
+    diffusion.model.mid_block1.block1.proj.padding_mode = "circular"
+    assert recording.weights_of(diffusion.model) != replaced
 
 
 def test_threads_that_sample_from_one_diffusion_do_not_meet():

@@ -65,7 +65,7 @@ def make_trainer(folder, diffusion=None, dataset=None, **options):
 
 
 def run_training(folder, *arguments, processes=1, **options):
-    """tests/training_run.py in a new process, or in two under torchrun on gloo; returns its output."""
+    """tests/training/training_run.py in a new process, or in two under torchrun on gloo; returns its output."""
     command = [sys.executable]
     if processes > 1:  # standalone: it finds a port by itself, and no other run of the tests can take that
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
