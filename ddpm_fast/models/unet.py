@@ -309,7 +309,9 @@ class Unet(HasDerivedWeight):
         blocks = [block for block in self._blocks() if _takes_rows(block)]
         if num_timesteps is None or not self._embeds_as_built() or len(blocks) < len(self._blocks()):
             return None
-        return _projections(self.time_mlp(torch.arange(num_timesteps, device=self.init_conv.weight.device)), blocks)
+        return _projections(
+            self.time_mlp(torch.arange(num_timesteps, device=next(self.time_mlp.parameters()).device)), blocks
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Unet:
         super()._apply(fn, recurse)
@@ -335,7 +337,7 @@ class Unet(HasDerivedWeight):
         if fastest is torch.channels_last or not self.is_inside() or torch.is_grad_enabled():
             return fastest
         pixels = x.shape[0] * x.shape[2] * x.shape[3] // self.downsample_factor**2
-        few_for_wide = pixels < _FEW_PIXELS and self.mid_block1.dim_out >= _WIDE
+        few_for_wide = pixels < _FEW_PIXELS and getattr(self.mid_block1, "dim_out", 0) >= _WIDE
         return fastest if few_for_wide else torch.channels_last
 
     def _check_inputs(
@@ -359,7 +361,8 @@ class Unet(HasDerivedWeight):
             time = time[None]
         if time.shape not in (x.shape[:1], (1,)):
             raise ValueError(f"time must have shape ({x.shape[0]},), one timestep per image, got {tuple(time.shape)}")
-        device = next(self.parameters()).device
+        weight = next(self.parameters(), x)  # none in the replicas of DataParallel
+        device = weight.device
         for name, tensor in (("x", x), ("time", time), ("x_self_cond", x_self_cond)):
             if tensor is not None and tensor.device != device:
                 raise ValueError(f"{name} must be on the Unet's device {device}, got {tensor.device}")
