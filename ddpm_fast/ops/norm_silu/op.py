@@ -121,6 +121,8 @@ def group_norm_silu(
     Raises:
         TypeError, ValueError: an argument does not match its description.
     """
+    if not isinstance(offset, torch.Tensor):
+        raise TypeError(f"offset must be a tensor, got {type(offset).__name__}")
     _check(x, gain, offset, bias, scale, shift, residual, dropout_p, seed)
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")

@@ -46,7 +46,7 @@ def test_reference_is_upstreams_formula(upstream):
 def test_reference_is_torchs_group_norm():
     tensors, others = make("group", SHAPE, "plain", "nchw")
     norm = nn.GroupNorm(SHAPE[4], SHAPE[1])
-    norm.gain.data, norm.bias.data = tensors["gain"], tensors["offset"]
+    norm.weight.data, norm.bias.data = tensors["gain"], tensors["offset"]
     assert torch.equal(group_norm_silu(**tensors, **others), nn.functional.silu(norm(tensors["x"])))
 
 
@@ -146,14 +146,15 @@ def test_block_is_its_modules_in_a_row(norm):
             parameter.add_(0.3 * torch.randn_like(parameter))
     x, scale, shift = (torch.randn(s) for s in ((2, 4, 5, 6), (2, 8), (2, 8)))
     y = block.norm(block.proj(x)) * (scale[:, :, None, None] + 1) + shift[:, :, None, None]
-    torch.testing.assert_close(block(x, (scale, shift)), block.act(y))
+    maps = (scale[:, :, None, None], shift[:, :, None, None])
+    torch.testing.assert_close(block(x, maps), block.act(y))
     torch.testing.assert_close(block(x), block.act(block.norm(block.proj(x))))
     y = block2.act(block2.norm(block2.proj(block.act(y))))
     for layout in (torch.contiguous_format, torch.channels_last):
-        out = both(x.contiguous(memory_format=layout), scale_shift=(scale, shift))
+        out = both.compute(x.contiguous(memory_format=layout), (scale, shift))
         torch.testing.assert_close(out, y + both.res_conv(x), rtol=1e-5, atol=1e-5)
-    names = {"rms": ["norm.g"], "group": ["norm.gain", "norm.bias"]}[norm]
-    assert sorted(block.state_dict()) == sorted(["proj.gain", "proj.bias", *names])
+    names = {"rms": ["norm.g"], "group": ["norm.weight", "norm.bias"]}[norm]
+    assert sorted(block.state_dict()) == sorted(["proj.weight", "proj.bias", *names])
 
 
 def test_dropout_of_blocks_follows_torchs_generator():
@@ -175,3 +176,10 @@ def test_dropout_drops_the_right_share_of_a_block():
     out = block(torch.randn(2, 4, 16, 16))
     share = (out == 0).double().mean().item()
     assert abs(share - 0.25) < 5 * (0.25 * 0.75 / out.numel()) ** 0.5
+
+
+def test_group_norm_needs_an_offset():
+    x, gain = torch.randn(2, 8, 3, 3), torch.ones(8)
+    for backend in (None, "reference"):
+        with use_backend(backend), pytest.raises(TypeError, match="offset must be a tensor, got NoneType"):
+            group_norm_silu(x, gain, None, groups=2)
