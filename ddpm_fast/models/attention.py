@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast.models.norm import RMSNorm, is_rms_norm
-from ddpm_fast.models.stock import is_convolution, is_instance, parameter, stock, why_by_modules
+from ddpm_fast.models.stock import calls_every_module, is_convolution, is_instance, parameter, stock, why_by_modules
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.ops.attention_block.op import unchecked_attention_block
 from ddpm_fast.ops.linear_attention_block.op import unchecked_linear_attention_block
@@ -54,6 +54,8 @@ class LinearAttention(nn.Module):
 
     def _is_fused(self) -> bool:
         """True if the modules may be computed from their weights as one op."""
+        if calls_every_module():
+            return False
         modules: dict[str, Any] = self._modules
         to_out = modules["to_out"]
         if not is_instance(to_out, nn.Sequential) or len(to_out) != 2:
@@ -147,6 +149,8 @@ class Attention(nn.Module):
 
     def _is_fused(self) -> bool:
         """True if the modules may be computed from their weights as one op."""
+        if calls_every_module():
+            return False
         modules: dict[str, Any] = self._modules
         return (
             is_rms_norm(modules["norm"])
@@ -164,7 +168,7 @@ class Attention(nn.Module):
 
     def _by_modules(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.to_qkv(self.norm(x))
-        if self._attends_as_the_op():
+        if self._attends_as_the_op() and not calls_every_module():
             return self.to_out(attention(qkv, self.mem_kv, heads=self.heads))
         B, _, H, W = x.shape
         q, k, v = qkv.reshape(B, 3, self.heads, -1, H * W).transpose(-1, -2).unbind(1)  # (B, heads, N, D)

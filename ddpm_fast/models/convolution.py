@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from ddpm_fast.models.derived_weights import HasDerivedWeight
-from ddpm_fast.models.stock import is_convolution, is_instance, keeps_size, parameter, stock, why_by_modules
+from ddpm_fast.models.stock import (
+    calls_every_module,
+    is_convolution,
+    is_instance,
+    keeps_size,
+    parameter,
+    stock,
+    why_by_modules,
+)
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.resample.composite import upsampling_taps
 from ddpm_fast.ops.resample.op import unchecked_downsample_conv, unchecked_upsample_conv
@@ -64,7 +72,7 @@ class Upsample(nn.Sequential, HasDerivedWeight):
 
     def _is_fused(self) -> bool:
         modules: dict[str, Any] = self._modules
-        if len(modules) != 2 or not is_instance(modules.get("0"), nn.Upsample):
+        if calls_every_module() or len(modules) != 2 or not is_instance(modules.get("0"), nn.Upsample):
             return False
         resize = modules["0"]
         is_nearest = (resize.mode, resize.scale_factor, resize.size) == ("nearest", 2.0, None)
@@ -104,7 +112,7 @@ class Downsample(nn.Sequential, HasDerivedWeight):
 
     def _is_fused(self) -> bool:
         modules: dict[str, Any] = self._modules
-        if len(modules) != 2 or not is_instance(modules.get("0"), nn.PixelUnshuffle):
+        if calls_every_module() or len(modules) != 2 or not is_instance(modules.get("0"), nn.PixelUnshuffle):
             return False
         return modules["0"].downscale_factor == 2 and is_convolution(modules.get("1"), 1)
 

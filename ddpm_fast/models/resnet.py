@@ -9,7 +9,15 @@ from torch import nn
 
 from ddpm_fast import noise
 from ddpm_fast.models.norm import RMSNorm, is_group_norm, is_rms_norm, make_norm
-from ddpm_fast.models.stock import is_convolution, is_instance, is_unmodified, parameter, stock, why_by_modules
+from ddpm_fast.models.stock import (
+    calls_every_module,
+    is_convolution,
+    is_instance,
+    is_unmodified,
+    parameter,
+    stock,
+    why_by_modules,
+)
 from ddpm_fast.ops.resnet_block.op import unchecked_resnet_block
 from ddpm_fast.runtime.autocast import to_autocast_dtype
 
@@ -143,6 +151,8 @@ class ResnetBlock(nn.Module):
 
     def _is_fused(self) -> bool:
         """True if the two blocks and the residual's convolution may be computed from their weights as one op."""
+        if calls_every_module():
+            return False
         modules: dict[str, Any] = self._modules
         block1, block2, res_conv = modules["block1"], modules["block2"], modules["res_conv"]
         if not (_is_stock_block(block1, dropout=True) and _is_stock_block(block2, dropout=False)):

@@ -40,13 +40,18 @@ def has_global_hooks() -> bool:
     )
 
 
+def calls_every_module() -> bool:
+    """True where no module's weights may be used without calling it: hooks on all of them, or the reference."""
+    return forced_backend() == "reference" or has_global_hooks()
+
+
 def is_unmodified(*modules: nn.Module | None) -> bool:
     """True if every module is stock and has no hooks, so its weights may be used without calling it.
 
     False under `use_backend("reference")`: the network then is upstream's modules in plain torch, which torch.func,
     torch.jit.trace and second derivatives take.
     """
-    if has_global_hooks() or forced_backend() == "reference":
+    if calls_every_module():
         return False
     for module in modules:  # dicts, not attributes: a small network asks two hundred times in a forward pass
         if module is None:
@@ -60,8 +65,20 @@ def is_unmodified(*modules: nn.Module | None) -> bool:
 
 
 def is_instance(module: object, cls: type[Stock]) -> TypeGuard[Stock]:
-    """True for an unmodified module of this class; a stock module of another class may compute something else."""
-    return type(module) is cls and is_unmodified(module)
+    """True for an unmodified module of this class; a stock module of another class may compute something else.
+
+    The caller asks `calls_every_module`, once for all modules of a block.
+    """
+    if type(module) is not cls or _FORWARD[cls] is not cls.forward:
+        return False
+    own = module.__dict__
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 def keeps_size(conv: nn.Conv2d, side: int) -> bool:
@@ -81,10 +98,7 @@ def keeps_size(conv: nn.Conv2d, side: int) -> bool:
 def is_convolution(module: object, side: int, bias: bool = True) -> TypeGuard[nn.Conv2d]:
     """True for an unmodified `nn.Conv2d` of this side that keeps height and width, with or without a bias."""
     return (
-        type(module) is nn.Conv2d
-        and is_unmodified(module)
-        and keeps_size(module, side)
-        and (parameter(module, "bias") is not None) is bias
+        is_instance(module, nn.Conv2d) and keeps_size(module, side) and (parameter(module, "bias") is not None) is bias
     )
 
 

@@ -284,7 +284,8 @@ class Unet(HasDerivedWeight):
         every row is found in the table of `inference_weights`.
         """
         blocks = self._blocks()
-        takers = [block for block in blocks if _takes_rows(block)]
+        takes = [_takes_rows(block) for block in blocks]
+        takers: list[Any] = [block for block, taken in zip(blocks, takes, strict=True) if taken]
         table = None if time.is_floating_point() or len(takers) < len(blocks) else self.built()
         if table is not None and self._embeds_as_built():
             t, rows = None, table[time]
@@ -295,7 +296,7 @@ class Unet(HasDerivedWeight):
             rows = _projections(t, takers)
         widths = [block.dim_out for block in takers for _ in range(2)]
         parts = iter(rows.split(widths, dim=1))
-        return t, [(next(parts), next(parts)) if _takes_rows(block) else None for block in blocks]
+        return t, [(next(parts), next(parts)) if taken else None for taken in takes]
 
     def _embeds_as_built(self) -> bool:
         return isinstance(self.time_mlp, TimeMLP) and self.time_mlp.is_stock()

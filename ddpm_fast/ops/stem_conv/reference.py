@@ -12,4 +12,5 @@ def stem_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     """See `ddpm_fast.ops.stem_conv.op.stem_conv`."""
     with no_autocast(x.device.type):
         bias = None if bias is None else bias.to(x.dtype)
-        return F.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[2] // 2)
+        side = int(weight.shape[2])  # a tensor where torch 2.9 traces
+        return F.conv2d(x, weight.to(x.dtype), bias, padding=side // 2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ddpm_fast import Unet
+from ddpm_fast.models import stock
 from ddpm_fast.ops.norm_silu import reference
 from ddpm_fast.runtime import dispatch, triton_launch
 from ddpm_fast.runtime.dispatch import use_backend
@@ -272,8 +273,12 @@ def test_triton_is_preferred_where_it_runs():
 
 
 @both_norms
-def test_unet(norm):
-    """A whole network, output and every gradient: blocks with time embedding, residuals and equal dropout."""
+def test_unet(norm, monkeypatch):
+    """A whole network, output and every gradient: blocks with time embedding, residuals and equal dropout.
+
+    The reference would call modules, with torch's dropout: here blocks stay composed of their steps.
+    """
+    monkeypatch.setattr(stock, "forced_backend", lambda: None)
     model = Unet(8, dim_mults=(1, 2), dropout=0.2, norm=norm, resnet_block_groups=4).to(DEVICE)
     x, t = torch.randn(2, 3, 4, 4, device=DEVICE), torch.tensor([3, 500], device=DEVICE)
     results = {}
