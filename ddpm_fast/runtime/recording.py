@@ -292,7 +292,7 @@ class GraphCache:
         return self._entries[key]
 
 
-_PLAIN = (bool, int, float, str, tuple, type(None))
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def storage_key(tensors: Iterable[torch.Tensor]) -> tuple:
@@ -314,7 +314,12 @@ def weights_of(model: nn.Module) -> tuple:
 def _settings_of(module: nn.Module) -> tuple:
     """Plain attributes of a module: training or not, and settings such as padding_mode, which a user may change."""
     own = module.__dict__.items()
-    return tuple([(name, value) for name, value in own if type(value) in _PLAIN and name[0] != "_"])
+    return tuple([(name, value) for name, value in own if name[0] != "_" and _is_plain(value)])
+
+
+def _is_plain(value: object) -> bool:
+    """True for what compares without running a user's code: a tuple may hold tensors, which do not."""
+    return type(value) in _PLAIN or (type(value) is tuple and all(type(entry) in _PLAIN for entry in value))
 
 
 def settings() -> tuple:

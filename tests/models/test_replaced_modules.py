@@ -107,6 +107,11 @@ def test_a_recording_knows_modules_without_weights():
     assert replaced != before
     diffusion.model.mid_block1.block1.proj.padding_mode = "circular"
     assert recording.weights_of(diffusion.model) != replaced
+    keys = []
+    for _ in range(2):  # a tensor in a tuple has no truth value to compare by
+        diffusion.model.mid_block1.kept = (torch.ones(3), torch.zeros(3))
+        keys.append(recording.weights_of(diffusion.model))
+    assert keys[0] == keys[1]
 
 
 def test_threads_that_sample_from_one_diffusion_do_not_meet():
