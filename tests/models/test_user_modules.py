@@ -58,6 +58,9 @@ PLACES = (
 PLACES += ("init_conv", "final_res_block", "final_conv")
 CALLED = [name for name in NAMES if not name or name.startswith(PLACES)]
 OTHERS = [name for name in NAMES if name not in CALLED]
+_THEIRS = networks()[1]
+PARAMETRIC = [name for name in CALLED if name and _THEIRS.get_submodule(name)._parameters]
+WEIGHTED = [name for name in CALLED if isinstance(_THEIRS.get_submodule(name), (nn.Conv2d, nn.Linear))]
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,11 +181,9 @@ class Doubled(nn.Module):
         return 2 * x
 
 
-@pytest.mark.parametrize("name", [name for name in CALLED if name])
+@pytest.mark.parametrize("name", PARAMETRIC)
 def test_a_parametrization(name):
     ours, theirs = networks()
-    if not list(theirs.get_submodule(name).parameters(recurse=False)):
-        pytest.skip("it has no parameters of its own")
     for network in (ours, theirs):
         module = network.get_submodule(name)
         for parameter in [n for n, _ in module.named_parameters(recurse=False)]:
@@ -192,12 +193,10 @@ def test_a_parametrization(name):
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("renew", ["weight_norm", "spectral_norm", "prune"])
-@pytest.mark.parametrize("name", [name for name in CALLED if name])
+@pytest.mark.parametrize("name", WEIGHTED)
 def test_weights_renewed_by_a_hook(name, renew):
     """In training, and in sampling: what is derived from a weight must not be made before the hook has run."""
     ours, theirs = networks()
-    if not isinstance(theirs.get_submodule(name), (nn.Conv2d, nn.Linear)):
-        pytest.skip("it has no weight")
     renewals = {
         "weight_norm": nn.utils.weight_norm,
         "spectral_norm": nn.utils.spectral_norm,
@@ -253,13 +252,13 @@ def assert_same_samples(ours: nn.Module, theirs: nn.Module) -> None:
         torch.testing.assert_close(images, expected, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("change", [forward_hook, wrapped])
-@pytest.mark.parametrize("name", CALLED)
+# A wrapper of the whole network lacks the attributes that a process reads, upstream's as ours.
+SAMPLED = [(name, change) for name in CALLED for change in (forward_hook, wrapped) if name or change is not wrapped]
+
+
+@pytest.mark.parametrize("name, change", SAMPLED)
 def test_sampling_with_a_change(name, change):
-    ours, theirs = (change(network, name) for network in networks())
-    if name == "" and change is wrapped:
-        pytest.skip("a wrapper of the network lacks its attributes, upstream as here")
-    assert_same_samples(ours, theirs)
+    assert_same_samples(*(change(network, name) for network in networks()))
 
 
 SETTINGS = {
