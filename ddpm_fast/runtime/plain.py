@@ -83,16 +83,17 @@ def as_number(name: str, value: Any, least: float = -math.inf, most: float = mat
 
 
 def as_size(name: str, value: Any) -> tuple[int, int]:
-    """(height, width) from one positive integer or a pair of them.
+    """(height, width) from one positive integer, an array or tensor of one, or a pair of them.
 
     Raises:
         ValueError: another value.
     """
+    number = _number(value)
     entries = value.tolist() if hasattr(value, "tolist") else value
     is_sequence = isinstance(entries, Sequence) and not isinstance(entries, (str, bytes))
-    sizes = list(entries) if is_sequence else [entries, entries]
+    sizes = entries if number is None and is_sequence else [number, number]
     try:
-        height, width = (as_int(name, size, 1) for size in (sizes * 2 if len(sizes) == 1 else sizes))
+        height, width = (as_int(name, size, 1) for size in sizes)
     except ValueError:
         raise ValueError(f"{name} must be a positive int or two of them (height, width), got {shown(value)}") from None
     return height, width
