@@ -214,6 +214,14 @@ class Unet(HasDerivedWeight):
         """Height and width must be divisible by this."""
         return 2 ** (len(self.downs) - 1)
 
+    @property
+    def _weight(self) -> torch.Tensor:
+        """Any weight: its device and dtype are the network's."""
+        for weight in self.parameters():
+            return weight
+        # The replicas of DataParallel have none.
+        return next(w for module in self.modules() for w in getattr(module, "_former_parameters", {}).values())
+
     def forward(
         self, x: torch.Tensor, time: torch.Tensor | float, x_self_cond: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -230,12 +238,14 @@ class Unet(HasDerivedWeight):
         Raises:
             TypeError, ValueError: an input does not fit, named in one sentence.
         """
-        time = self._check_inputs(x, time, x_self_cond)
+        time = self._timesteps(time)
+        self._check_inputs(x, time, x_self_cond)
         if self.self_condition:
             x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond, x), dim=1)
 
         # Every convolution and op keeps this layout.
-        layout, has_both_layouts = self._maps_format(x), x.shape[1] == 1
+        pixels = x.shape[0] * x.shape[2] * x.shape[3] // self.downsample_factor**2
+        layout, has_both_layouts = self._maps_format(few=pixels < _FEW_PIXELS), x.shape[1] == 1
         x = self.init_conv(x.contiguous(memory_format=layout))
         if has_both_layouts:  # then torch's convolution has chosen one
             x = x.contiguous(memory_format=layout)
@@ -327,24 +337,31 @@ class Unet(HasDerivedWeight):
                     if tensor is not None:
                         tensor.data = tensor.data.contiguous(memory_format=weights_format(tensor.device))
 
-    def _maps_format(self, x: torch.Tensor) -> torch.memory_format:
+    def _maps_format(self, few: bool) -> torch.memory_format:
         """The memory format of the network's maps.
 
         On the CPU without native kernels, channels-last makes a forward pass up to 20% faster and no training step:
         only sampling runs (`inference_weights`) use it. oneDNN then converts the weights in every call, which takes
         longer than the product where few pixels meet wide weights.
+
+        Args:
+            few: the smallest maps of the batch have few pixels.
         """
-        fastest = maps_format(x)
+        fastest = maps_format(self._weight.device, self._weight.dtype)
         if fastest is torch.channels_last or not self.is_inside() or torch.is_grad_enabled():
             return fastest
-        pixels = x.shape[0] * x.shape[2] * x.shape[3] // self.downsample_factor**2
-        few_for_wide = pixels < _FEW_PIXELS and getattr(self.mid_block1, "dim_out", 0) >= _WIDE
+        few_for_wide = few and getattr(self.mid_block1, "dim_out", 0) >= _WIDE
         return fastest if few_for_wide else torch.channels_last
 
-    def _check_inputs(
-        self, x: torch.Tensor, time: torch.Tensor | float, x_self_cond: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _timesteps(self, time: torch.Tensor | float) -> torch.Tensor:
         """The timesteps as a tensor, (B,) or (1,)."""
+        if isinstance(time, torch.Tensor):
+            return time[None] if time.ndim == 0 else time
+        if isinstance(time, bool) or not isinstance(time, (int, float)):
+            raise TypeError(f"time must be a tensor or a number, got {type(time).__name__}")
+        return torch.full((1,), time, device=self._weight.device)
+
+    def _check_inputs(self, x: torch.Tensor, time: torch.Tensor, x_self_cond: torch.Tensor | None) -> None:
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -354,16 +371,9 @@ class Unet(HasDerivedWeight):
             raise ValueError(
                 f"x must have height and width divisible by {factor} for this Unet, got {tuple(x.shape[2:])}"
             )
-        if not isinstance(time, torch.Tensor):
-            if isinstance(time, bool) or not isinstance(time, (int, float)):
-                raise TypeError(f"time must be a tensor or a number, got {type(time).__name__}")
-            time = torch.full((1,), time, device=x.device)
-        elif time.ndim == 0:
-            time = time[None]
         if time.shape not in (x.shape[:1], (1,)):
             raise ValueError(f"time must have shape ({x.shape[0]},), one timestep per image, got {tuple(time.shape)}")
-        weight = next(self.parameters(), x)  # none in the replicas of DataParallel
-        device = weight.device
+        device = self._weight.device
         for name, tensor in (("x", x), ("time", time), ("x_self_cond", x_self_cond)):
             if tensor is not None and tensor.device != device:
                 raise ValueError(f"{name} must be on the Unet's device {device}, got {tensor.device}")
@@ -374,7 +384,6 @@ class Unet(HasDerivedWeight):
                 )
             if x_self_cond.shape != x.shape:
                 raise ValueError(f"x_self_cond must have x's shape {tuple(x.shape)}, got {tuple(x_self_cond.shape)}")
-        return time
 
 
 def _stages(modules: nn.ModuleList) -> Iterable[Any]:

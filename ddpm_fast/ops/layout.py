@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast.ops.arguments import why_not_on_cpu, why_steps_come_first
+from ddpm_fast.runtime import extension, triton_launch
 from ddpm_fast.runtime.dispatch import forced_backend, in_forward_mode
 
 
@@ -16,16 +16,17 @@ def weights_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type in ("cuda", "meta") else torch.contiguous_format
 
 
-def maps_format(x: torch.Tensor) -> torch.memory_format:
-    """The memory format of a network's maps of the dtype and device of x: channels-last where kernels expect it.
+def maps_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The memory format of a network's maps of a device and dtype: channels-last where kernels expect it.
 
     These are CUDA's kernels and the CPU's native ones; torch's own convolutions on the CPU do not.
     """
     native = (
-        x.device.type == "cpu"
+        device.type == "cpu"
+        and dtype != torch.float64
         and forced_backend() not in ("triton", "reference")
         and not in_forward_mode()
-        and why_steps_come_first(x) is None
-        and why_not_on_cpu({"x": x}) is None
+        and triton_launch.why_not_triton(device) is not None
+        and extension.why_not(device) is None
     )
-    return torch.channels_last if native else weights_format(x.device)
+    return torch.channels_last if native else weights_format(device)
