@@ -23,10 +23,10 @@ DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 T = 20
 SHAPES = [
     (1, 1, 1, 1),
-    (5, 3, 1, 1),
-    (5, 1, 7, 1),
+    (3, 3, 1, 1),
+    (3, 1, 7, 1),
     (1, 3, 1, 7),
-    (5, 3, 7, 1),
+    (3, 3, 7, 1),
     (1, 1, 33, 31),
     (2, 3, 31, 33),  # several tiles, pixels no multiple of 4
     (1, 3, 24, 32),  # several tiles, pixels a multiple of 4
@@ -460,8 +460,8 @@ def test_immiscible_and_overridden_methods_keep_the_tensor():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_x_t_is_written_in_the_networks_dtype(dtype):
-    diffusion = GaussianDiffusion(Unet(8, dim_mults=(1, 2)), image_size=8, timesteps=T).to(DEVICE)
-    image, t = torch.rand(2, 3, 8, 8, device=DEVICE), torch.tensor([3, 7], device=DEVICE)
+    diffusion = GaussianDiffusion(Unet(8, dim_mults=(1,)), image_size=4, timesteps=T).to(DEVICE)
+    image, t = torch.rand(2, 3, 4, 4, device=DEVICE), torch.tensor([3, 7], device=DEVICE)
     seen = []
     diffusion.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     losses = []

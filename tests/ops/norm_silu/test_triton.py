@@ -175,7 +175,7 @@ def test_finite_differences(norm):
 
 @both_norms
 def test_deterministic_and_independent_of_the_batch(norm):
-    shape = (3, 24, 40, 40, 4)
+    shape = (2, 12, 40, 40, 2)
     tensors, others = make(norm, shape, "all", "nhwc", DEVICE)
     first, second = run(norm, "triton", tensors, others), run(norm, "triton", tensors, others)
     for name in first:
@@ -279,7 +279,8 @@ def test_unet(norm, monkeypatch):
     The reference would call modules, with torch's dropout: here blocks stay composed of their steps.
     """
     monkeypatch.setattr(stock, "forced_backend", lambda: None)
-    model = Unet(8, dim_mults=(1, 2), dropout=0.2, norm=norm, resnet_block_groups=4).to(DEVICE)
+    dim_mults = {"rms": (1, 2), "group": (1,)}[norm]
+    model = Unet(8, dim_mults=dim_mults, dropout=0.2, norm=norm, resnet_block_groups=4).to(DEVICE)
     x, t = torch.randn(2, 3, 4, 4, device=DEVICE), torch.tensor([3, 500], device=DEVICE)
     results = {}
     for backend in ("triton", "reference"):
@@ -294,7 +295,7 @@ def test_unet(norm, monkeypatch):
 
 
 def test_unet_compiles_whole():
-    model = Unet(8, dim_mults=(1, 2), dropout=0.2).to(DEVICE)
+    model = Unet(8, dim_mults=(1,), dropout=0.2).to(DEVICE)
     x, t = torch.randn(2, 3, 4, 4, device=DEVICE), torch.tensor([3, 500], device=DEVICE)
     with use_backend("triton"):
         torch.compile(model, backend="aot_eager", fullgraph=True)(x, t).square().mean().backward()
