@@ -1,5 +1,6 @@
-// The Python side of the extension: tapes, memory, build information, and Philox itself for its known answers. The
-// operators register themselves with torch when the module is loaded; their schemas are in ddpm_fast/ops/*/op.py.
+// The Python side of the extension: tapes, snapshots, memory, build information, and Philox itself for its known
+// answers. The operators register themselves with torch when the module is loaded; their schemas are in
+// ddpm_fast/ops/*/op.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>
@@ -8,6 +9,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/memory.h"
 #include "ivalue.h"
+#include "snapshot.h"
 #include "tape.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -35,6 +37,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("keep_memory_for", &ddpm_fast::keep_memory_for,
         "How many seconds memory that no step needs stays with the process. For tests.");
   ddpm_fast::bind_tape(m);
+  ddpm_fast::bind_snapshot(m);
   m.attr("torch_version") = TORCH_VERSION;
 #ifdef DDPM_FAST_WITH_CUDA
   m.attr("with_cuda") = true;

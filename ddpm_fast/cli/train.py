@@ -38,7 +38,7 @@ _DIGITS_DEFAULTS = dict(
     image_size=8, channels=1, dim=32, dim_mults=(1, 2), sampling_timesteps=50, beta_schedule="cosine",
     steps=1200, batch_size=64, lr=1e-3, ema_decay=0.95, save_every=300, flip=False,
 )  # fmt: skip
-_DEFAULTS = dict(timesteps=1000, objective="pred_v", memory="fast", grad_accumulate=1, amp="no", num_samples=25)
+_DEFAULTS = dict(timesteps=1000, objective="pred_v", memory="fast", grad_accumulate=1, amp=None, num_samples=25)
 
 # Option → argument of Unet, GaussianDiffusion and Trainer. A flag that is not given is False and says nothing.
 _NETWORK = {name: name for name in ("dim", "dim_mults", "channels", "self_condition", "memory")}
@@ -127,7 +127,9 @@ class Train:
     flip: YesNo = None
     """Mirror images at random (data: yes, digits no)."""
     amp: Precision = None
-    """Mixed precision (no)."""
+    """Mixed precision (bf16 on CUDA cards that have it, else no)."""
+    graph: YesNo = None
+    """Record a step as CUDA graphs and replay it (where that can be done)."""
     seed: Integer = None
     """Fixes weights, order, flips and noise."""
     save_every: Integer = None
@@ -255,9 +257,10 @@ def _make_trainer(
         DigitsDataset(diffusion.image_size) if options.data == "digits" else options.data,
         **training,
         results_folder=options.results_folder,
-        amp=precision != "no",
+        amp=None if precision is None else precision != "no",
         mixed_precision_type=precision,
         calculate_fid=options.fid,
         num_workers=options.workers,
+        graph=options.graph,
         **of_folder,
     )

@@ -27,6 +27,10 @@ _WARM_UPS = 2  # calls before a capture: libraries choose their algorithms and k
 Body = Callable[[], None]
 
 
+class CaptureError(RuntimeError):
+    """A body that CUDA cannot capture, such as one that waits for the device."""
+
+
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """The one stream of a device on which everything is captured: cuBLAS keeps tens of MB for each that it has seen."""
@@ -64,7 +68,7 @@ class CudaRecorder:
             reset: undoes what the body did; called before every one of those runs and before the capture.
 
         Raises:
-            RuntimeError: the body cannot be captured: it waits for the device, for example; the message says where.
+            CaptureError: the body cannot be captured: it waits for the device, for example; the message says where.
                 Stream, device, generator and memory are as they were, and the next body may be recorded.
         """
         # The stream is set again at the end: torch's capture leaves its own one on when it fails.
@@ -101,7 +105,7 @@ class CudaRecorder:
             if not has_begun or not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
                 raise error
             reason = str(error).partition("\n")[0]
-            raise RuntimeError(
+            raise CaptureError(
                 f"{_place_of(error)} cannot be captured into a CUDA graph: {reason}; graph=False runs without one"
             ) from error
         finally:

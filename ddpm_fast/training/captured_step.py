@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Adam, AdamW
 
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
 from ddpm_fast.runtime import recording
+from ddpm_fast.runtime.plain import as_int
+from ddpm_fast.runtime.snapshot import Snapshot
 
 
 def capture_training_step(
@@ -23,6 +26,8 @@ def capture_training_step(
     ema: nn.Module | None = None,
     max_grad_norm: float | None = 1.0,
     autocast: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    accumulate: int = 1,
     graph: bool | None = None,
     any_module: bool = False,
 ) -> TrainingStep:
@@ -35,12 +40,16 @@ def capture_training_step(
     Let go of the losses of earlier steps that ran without a graph before the first call: they keep autograd's nodes of
     the weights, which are bound to the stream of then, and a capture cannot take that in.
 
+    Where torch.distributed runs several processes, gradients are averaged over them between two graphs.
+
     Args:
         optimizer: Adam or AdamW over parameters of `diffusion`, best with `fused=True`; on CUDA with `capturable=True`.
         batch_shape: (B, C, H, W) of every batch.
         ema: an `ema_pytorch.EMA` of `diffusion`; a call does what `ema.update()` after the step would.
         max_grad_norm: the gradients' norm is clipped to this; None leaves them.
-        autocast: torch.bfloat16, or None for the weights' own dtype. float16 would need a gradient scaler.
+        autocast: torch.bfloat16, torch.float16 with a scaler, or None for the weights' own dtype.
+        scaler: scales the loss for float16 and skips steps whose gradients are not finite; it stays on the device.
+        accumulate: batches per step: `step(images, more_images)` with 2. The gradient is that of their mean loss.
         graph: None records on CUDA and runs step by step elsewhere, True raises elsewhere, False never records.
         any_module: trust modules that are neither torch's nor this package's to do nothing in Python that matters.
 
@@ -61,13 +70,27 @@ def capture_training_step(
         ema=ema,
         max_grad_norm=max_grad_norm,
         autocast=autocast,
+        scaler=scaler,
+        accumulate=accumulate,
         recorder=recorder,
         any_module=any_module,
     )
 
 
+class NotRecordableError(ValueError):
+    """A graph cannot replace a training step."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"a graph cannot replace the step: {reason}; graph=False runs it without one")
+        self.reason = reason
+
+
 class TrainingStep:
     """What `capture_training_step` returns; its arguments, and the class of the recorder that makes graphs.
+
+    A step on one batch in one process is one recording. Otherwise there are three, or six with self-conditioning: the
+    gradients of the first batch, those of a further one, and the update; gradients then stay in memory of their own,
+    `flat_gradients`, where they are added up and averaged over processes.
 
     Attributes:
         grad_norm: the gradients' norm before clipping, a scalar on the device that every call overwrites; NaN where
@@ -80,27 +103,29 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         batch_shape: Sequence[int],
         *,
-        ema: nn.Module | None,
-        max_grad_norm: float | None,
-        autocast: torch.dtype | None,
         recorder: Any,
-        any_module: bool,
+        ema: nn.Module | None = None,
+        max_grad_norm: float | None = 1.0,
+        autocast: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        accumulate: int = 1,
+        any_module: bool = False,
     ):
         _check_optimizer(optimizer, diffusion, capturable=recorder.freezes_decisions)
         shape = (diffusion.channels, *(diffusion.image_size or ()))
         if len(batch_shape) != 4 or batch_shape[0] < 1 or tuple(batch_shape[1:]) != shape:
             raise ValueError(f"batch_shape must be (B, {', '.join(map(str, shape))}), got {tuple(batch_shape)}")
-        if autocast not in (None, torch.bfloat16):
-            raise ValueError(
-                f"autocast must be torch.bfloat16 or None, got {autocast}: float16 needs a gradient scaler, which is "
-                "not recorded"
-            )
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast}")
+        if autocast == torch.float16 and scaler is None:
+            raise ValueError("autocast=torch.float16 needs a gradient scaler, got scaler=None")
         if recorder.freezes_decisions:
-            reason = _why_not_recorded(diffusion, optimizer, any_module)
+            reason = why_not_recorded(diffusion, optimizer, any_module)
             if reason is not None:
-                raise ValueError(f"a graph cannot replace the step: {reason}; graph=False runs it without one")
+                raise NotRecordableError(reason)
         self.diffusion, self.optimizer = diffusion, optimizer
-        self.max_grad_norm, self.autocast = max_grad_norm, autocast
+        self.max_grad_norm, self.autocast, self.scaler = max_grad_norm, autocast, scaler
+        self.accumulate = as_int("accumulate", accumulate, 1)
         self._recorder_class, self.any_module = recorder, any_module
         device = diffusion.device
         self._images = torch.zeros(tuple(batch_shape), device=device)
@@ -108,78 +133,159 @@ class TrainingStep:
         self.grad_norm = torch.full((), float("nan"), device=device)
         self._average = None if ema is None else _Average(ema, diffusion, recorder)
         # Learning rates on the device, where a graph reads them at each replay.
-        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self._rates: list[torch.Tensor] = []
+        self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.clear()
 
     def clear(self) -> None:
         """Drop what is recorded; the next call records again."""
-        self._recordings: dict[bool | None, recording.Body] = {}
+        self._recordings: dict[tuple, recording.Body] = {}
         self._captured_key: tuple | None = None
+        self._snapshot: Snapshot | None = None
+        self.flat_gradients: list[torch.Tensor] = []
+        self._gradients: dict[nn.Parameter, torch.Tensor] = {}
+        self._parameters = list(self.diffusion.parameters())
         self.recorder = self._recorder_class(self.diffusion.device)
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Train on a batch.
+    def __call__(self, *batches: torch.Tensor) -> torch.Tensor:
+        """Train on `accumulate` batches.
 
         Args:
-            images: of `batch_shape`, floating point, in [0, 1] with `auto_normalize`; on the device, or in memory of
+            batches: of `batch_shape`, floating point, in [0, 1] with `auto_normalize`; on the device, or in memory of
                 the host, best pinned.
 
         Returns:
             The loss, a scalar on the device; nothing waits for it.
         """
-        if images.shape != self._images.shape:
-            raise ValueError(f"images must have shape {tuple(self._images.shape)}, got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise TypeError(f"images must be floating point in [0, 1] (divide 8-bit images by 255), got {images.dtype}")
-        self._images.copy_(_pinned(images, self._images.device), non_blocking=True)
-        lay_out_state(self.optimizer)
-        self_conditioned = None
-        if self.recorder.freezes_decisions:  # the coin is the host's, so that each side has a graph of its own
-            reason = _why_not_recorded(self.diffusion, self.optimizer, self.any_module)
-            if reason is not None:
-                raise ValueError(f"a graph cannot replace the step: {reason}; graph=False runs it without one")
-            self_conditioned = self.diffusion.draw_self_condition()
+        if len(batches) != self.accumulate:
+            raise ValueError(
+                f"a step takes {self.accumulate} batches, accumulate={self.accumulate}; got {len(batches)}"
+            )
+        for images in batches:
+            if images.shape != self._images.shape:
+                raise ValueError(f"images must have shape {tuple(self._images.shape)}, got {tuple(images.shape)}")
+            if not images.is_floating_point():
+                raise TypeError(
+                    f"images must be floating point in [0, 1] (divide 8-bit images by 255), got {images.dtype}"
+                )
+        self._see_changes()
+        is_whole = self.accumulate == 1 and self._processes == 1
+        if not is_whole and not self._gradients:
+            trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+            self.flat_gradients, self._gradients = _flat_like(trained)
+        for index, images in enumerate(batches):
+            self._images.copy_(_pinned(images, self._images.device), non_blocking=True)
+            # The coin is the host's, so that each side has a recording of its own.
+            coin = self.diffusion.draw_self_condition() if self.recorder.freezes_decisions else None
+            if is_whole:
+                self._replay(("step", coin), partial(self._whole_step, coin))
+            else:
+                self._replay(("gradients", coin, index == 0), partial(self._add_gradients, coin, index == 0))
+        if not is_whole:
+            self._average_over_processes()
+            self._replay(("update",), self._update)
+        torch.autograd.graph.increment_version(self._parameters)  # as if each op had been called
+        if self._average is not None:
+            self._average.update()
+        return self._loss.clone()
+
+    def _see_changes(self) -> None:
+        """Drop recordings that something has made invalid, and refuse what cannot be recorded any more."""
+        if self.recorder.freezes_decisions:
             self._hold_rates()
-            if self._capture_key() != self._captured_key:
-                self.clear()
-        if self_conditioned not in self._recordings:
+        if self._snapshot is not None and self._snapshot.holds() and self._options() == self._captured_options:
+            return
+        lay_out_state(self.optimizer)
+        self._parameters = list(self.diffusion.parameters())
+        if self.scaler is not None and self.scaler._scale is None:
+            self.scaler.scale(self._loss)  # makes its state, which a recording only changes
+        if not self.recorder.freezes_decisions:
+            return
+        reason = why_not_recorded(self.diffusion, self.optimizer, self.any_module)
+        if reason is not None:
+            raise NotRecordableError(reason)
+        if self._capture_key() != self._captured_key:
+            self.clear()
+        elif self._recordings:
+            self._take_snapshot()
+
+    def _replay(self, name: tuple, body: Callable[[], None]) -> None:
+        """Run a body; where there is no recording of that name yet, make it."""
+        if name not in self._recordings:
             reset = self._make_reset()
             try:
-                self._recordings[self_conditioned] = self.recorder.record(partial(self._body, self_conditioned), reset)
+                self._recordings[name] = self.recorder.record(body, reset)
             except BaseException:
                 reset()  # the weights as they were, not as a warm-up left them
                 self._drop_gradients()
                 self.clear()
                 raise
             self._captured_key = self._capture_key()
-        self._recordings[self_conditioned]()
-        torch.autograd.graph.increment_version(list(self.diffusion.parameters()))  # as if each op had been called
-        if self._average is not None:
-            self._average.update()
-        return self._loss.clone()
+            if self.recorder.freezes_decisions:
+                self._take_snapshot()
+        self._recordings[name]()
 
-    def _body(self, self_conditioned: bool | None) -> None:
+    def _whole_step(self, self_conditioned: bool | None) -> None:
         self._drop_gradients()
+        loss = self._backward(self_conditioned)
+        self._step_optimizer()
+        self._loss.copy_(loss)
+        self._drop_gradients()  # they are in the graphs' memory, which the next replay overwrites
+
+    def _add_gradients(self, self_conditioned: bool | None, is_first: bool) -> None:
+        """The gradients of one batch into `flat_gradients`; they begin with zeros."""
+        if is_first:
+            torch._foreach_zero_(self.flat_gradients)
+            self._loss.zero_()
+        for parameter, gradient in self._gradients.items():
+            parameter.grad = gradient
+        self._loss.add_(self._backward(self_conditioned))
+        self._drop_gradients()
+
+    def _average_over_processes(self) -> None:
+        """As DistributedDataParallel does: divide, then sum."""
+        if self._processes > 1:
+            for flat in self.flat_gradients:
+                flat.div_(self._processes)
+                dist.all_reduce(flat)
+
+    def _update(self) -> None:
+        for parameter, gradient in self._gradients.items():
+            parameter.grad = gradient
+        self._step_optimizer()
+        self._drop_gradients()
+
+    def _backward(self, self_conditioned: bool | None) -> torch.Tensor:
+        """The loss of the images, a share of the step's, after its backward."""
         chosen = {} if self_conditioned is None else {"self_conditioned": self_conditioned}
         with torch.autocast(
             self._images.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
         ):
             loss = self.diffusion(self._images, **chosen)
-        loss.backward()
+            loss = loss / self.accumulate if self.accumulate > 1 else loss
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        return loss.detach()
+
+    def _step_optimizer(self) -> None:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         if self.max_grad_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.diffusion.parameters(), self.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
             self.grad_norm.copy_(norm)
-        self.optimizer.step()
-        self._loss.copy_(loss.detach())
-        self._drop_gradients()  # they are in the graphs' memory, which the next replay overwrites
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
 
     def _drop_gradients(self) -> None:
-        for parameter in self.diffusion.parameters():
+        for parameter in self._parameters:
             parameter.grad = None
 
     def _make_reset(self) -> Callable[[], None]:
-        """A function that puts weights and optimizer state back to what they are now."""
-        held = (*self.diffusion.parameters(), *self.diffusion.buffers())
+        """A function that puts weights, gradients, scale and the optimizer's state back to what they are now."""
+        held = [*self.diffusion.parameters(), *self.diffusion.buffers(), *self.flat_gradients, self._loss]
+        held += _state_of_scaler(self.scaler)
         saved = {t: t.detach().clone() for t in (*held, *_state_tensors(self.optimizer))}
 
         @torch.no_grad()
@@ -204,9 +310,26 @@ class TrainingStep:
         options = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
         members = [[id(p) for p in g["params"]] for g in self.optimizer.param_groups]
         wanted = [p.requires_grad for p in diffusion.parameters()]
-        attributes = (diffusion.objective, diffusion.offset_noise_strength, diffusion.num_timesteps, self.max_grad_norm)
-        state = recording.storage_key(_state_tensors(self.optimizer))
-        return recording.weights_of(diffusion), state, wanted, members, options, attributes, recording.settings()
+        attributes = (diffusion.objective, diffusion.offset_noise_strength, diffusion.num_timesteps, self._options())
+        state = recording.storage_key((*_state_tensors(self.optimizer), *_state_of_scaler(self.scaler)))
+        forwards = [type(module).forward for module in diffusion.modules()]
+        weights = recording.weights_of(diffusion)
+        return weights, forwards, state, wanted, members, options, attributes, recording.settings()
+
+    def _options(self) -> tuple:
+        """This step's own settings, and those of the scaler."""
+        own = (self.max_grad_norm, self.autocast, self.accumulate, self.any_module)
+        return own if self.scaler is None else (*own, *_settings_of_scaler(self.scaler))
+
+    def _take_snapshot(self) -> None:
+        """All that `_capture_key` and `why_not_recorded` read."""
+        optimizer = self.optimizer
+        own = vars(optimizer)
+        dicts = [own, *(value for value in own.values() if isinstance(value, dict))]
+        dicts += [*optimizer.state.values(), *optimizer.param_groups]
+        lists = [optimizer.param_groups, *(group["params"] for group in optimizer.param_groups)]
+        tensors = [*_state_tensors(optimizer), *_state_of_scaler(self.scaler)]
+        self._snapshot, self._captured_options = Snapshot(self.diffusion, dicts, lists, tensors), self._options()
 
 
 class _Average:
@@ -281,6 +404,20 @@ class _Average:
         ]
 
 
+def plain_groups(optimizer_state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups of an optimizer's state dict as a file keeps them: numbers, and nothing of a recording's.
+
+    A rate on the device is the float32 of a number, and the shortest number of that float32 is it again.
+    """
+    groups = []
+    for group in optimizer_state["param_groups"]:
+        group = {**group, "capturable": False}
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"] = float(f"{group['lr'].item():.7g}")
+        groups.append(group)
+    return groups
+
+
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the host on a device, without waiting for the device; itself where it is there already."""
     return _pinned(tensor, device).to(device, non_blocking=True)
@@ -294,6 +431,38 @@ def _pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+
+
+def _state_of_scaler(scaler: torch.amp.GradScaler | None) -> list[torch.Tensor]:
+    if scaler is None:
+        return []
+    return [t for t in (scaler._scale, scaler._growth_tracker) if t is not None]
+
+
+def _settings_of_scaler(scaler: torch.amp.GradScaler) -> tuple:
+    numbers = (scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval())
+    return (scaler.is_enabled(), *numbers, id(scaler._scale), id(scaler._growth_tracker))
+
+
+def _flat_like(
+    parameters: Sequence[nn.Parameter],
+) -> tuple[list[torch.Tensor], dict[nn.Parameter, torch.Tensor]]:
+    """Zeros for all parameters in one piece of memory per dtype, and for each its part, laid out as it is."""
+    flats, parts = [], {}
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        members = [p for p in parameters if p.dtype == dtype]
+        flat = torch.zeros(sum(p.numel() for p in members), dtype=dtype, device=members[0].device)
+        flats.append(flat)
+        for parameter, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
+            parts[parameter] = _as_laid_out(part, parameter)
+    return flats, parts
+
+
+def _as_laid_out(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A piece of memory as a tensor in the shape of a parameter, and in its layout where that has no gaps."""
+    if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        return part.as_strided(parameter.shape, parameter.stride())
+    return part.view(parameter.shape)
 
 
 @torch.no_grad()
@@ -323,8 +492,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, diffusion: nn.Module, cap
         raise ValueError("optimizer must have parameters of diffusion only")
 
 
-def _why_not_recorded(diffusion: GaussianDiffusion, optimizer: Any, any_module: bool) -> str | None:
-    """Why a recording may not replace a step, in one clause; None where it may."""
+def why_not_recorded(diffusion: GaussianDiffusion, optimizer: Any, any_module: bool) -> str | None:
+    """Why a recording may not replace a training step, in one clause; None where it may."""
     if diffusion.immiscible:
         return "immiscible=True assigns the noise on the host"
     for name, module in diffusion.named_modules():

@@ -25,10 +25,17 @@ from ddpm_fast._version import __version__
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, identity
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
 from ddpm_fast.models.unet import Unet
+from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.plain import as_int, as_number, plain, shown
 from ddpm_fast.training.batches import BatchOrder, BatchStream, check_images, collate_float32, derive_seed
-from ddpm_fast.training.captured_step import lay_out_state
+from ddpm_fast.training.captured_step import (
+    NotRecordableError,
+    TrainingStep,
+    lay_out_state,
+    plain_groups,
+    why_not_recorded,
+)
 from ddpm_fast.training.checkpoint import (
     CheckpointError,
     as_named_in,
@@ -89,6 +96,10 @@ class Trainer:
     num_workers: DataLoader processes per training process; None chooses.
     log_every: steps between two readings of the loss, besides milestones the only times when the host waits for the
         device.
+    amp: whether to use mixed precision; None does so on CUDA cards that have bf16.
+    mixed_precision_type: "bf16", "fp16" or "no"; None is fp16 on CUDA cards without bf16, else bf16.
+    graph: a step is recorded as CUDA graphs and replayed, with the same result. None does so where it can and warns
+        with the reason on CUDA where it cannot (`explain_graphs` says it, too), True raises there, False never does.
     exts, value_range, background: of a folder, as of `Dataset`; None chooses. A checkpoint records the value range.
 
     The randomness of a step is a function of (seed, rank, step), and its images are one of (seed, step): a run that
@@ -102,6 +113,9 @@ class Trainer:
 
     Raises ValueError, TypeError or OSError for unusable arguments or folders.
     """
+
+    # What records a step.
+    _recorder: Any = recording.CudaRecorder
 
     def __init__(
         self,
@@ -119,8 +133,8 @@ class Trainer:
         save_and_sample_every: int = 1000,
         num_samples: int = 25,
         results_folder: str | os.PathLike = "./results",
-        amp: bool = False,
-        mixed_precision_type: str = "fp16",
+        amp: bool | None = None,
+        mixed_precision_type: str | None = None,
         split_batches: bool = True,
         convert_image_to: str | None = None,
         calculate_fid: bool = True,
@@ -135,6 +149,7 @@ class Trainer:
         exts: Sequence[str] | None = None,
         value_range: Sequence[float] | None = None,
         background: Color = "white",
+        graph: bool | None = None,
     ):
         train_batch_size = as_int("train_batch_size", train_batch_size, 1)
         gradient_accumulate_every = as_int("gradient_accumulate_every", gradient_accumulate_every, 1)
@@ -204,9 +219,12 @@ class Trainer:
         )
 
         # Adam in one pass: at 35.7 million parameters a quarter of the time of its default on the CPU. On CUDA it is
-        # also the one that skips a step of fp16's scaler without asking the device whether to.
+        # also the one that skips a step of fp16's scaler without asking the device whether to; a recording needs its
+        # count of steps there, too.
         self._adam_options = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
-        self.opt = Adam(diffusion_model.parameters(), lr=train_lr, betas=adam_betas, **self._adam_options)
+        if self.device.type == "cuda" or self._recorder is not recording.CudaRecorder:
+            self._adam_options["capturable"] = True
+        self.opt: Any = Adam(diffusion_model.parameters(), lr=train_lr, betas=adam_betas, **self._adam_options)
         if self.accelerator.is_main_process:
             self.ema = EMA(diffusion_model, beta=ema_decay, update_every=ema_update_every, use_foreach=True)
             self.ema.to(self.device)
@@ -215,8 +233,22 @@ class Trainer:
 
         self.results_folder = results_folder
         self.results_folder.mkdir(parents=True, exist_ok=True)
+        own_forward = vars(diffusion_model).get("forward")
         with self._own_precision():
             self.model, self.opt = self.accelerator.prepare(diffusion_model, self.opt)
+        if mixed_precision != "no":
+            # accelerate's forward casts the loss to float32, which it is already, and would hide the class's own.
+            for name in ("forward", "_original_forward"):
+                vars(diffusion_model).pop(name, None)
+            if own_forward is not None:
+                diffusion_model.forward = own_forward
+        self._graph = graph
+        self._captured: TrainingStep | None = None
+        # Why a recording failed, once one has.
+        self._refusal: str | None = None
+        self._said_why_not = False
+        if graph and (reason := self._why_not_recorded()) is not None:
+            raise ValueError(f"graph=True, and a recording cannot replace the step: {reason}")
 
         self.calculate_fid = calculate_fid and self.accelerator.is_main_process
         self.save_best_and_latest_only = save_best_and_latest_only
@@ -254,7 +286,7 @@ class Trainer:
         data = {
             "step": self.step,
             "model": self.accelerator.get_state_dict(self.model),
-            "opt": {**optimizer, "param_groups": plain("opt.param_groups", optimizer["param_groups"])},
+            "opt": {**optimizer, "param_groups": plain("opt.param_groups", plain_groups(optimizer))},
             "ema": self.ema.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "version": __version__,
@@ -319,6 +351,7 @@ class Trainer:
         bar = tqdm(initial=self.step, total=self.train_num_steps, unit="step", disable=not is_shown)
         with self._own_precision(), self._catch_stop_signals(), bar as self._bar:
             self._start_window()
+            self.model.train()
             while self.step < self.train_num_steps:
                 self._train_step()
                 self._bar.update(1)
@@ -328,6 +361,13 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.print("training complete")
 
+    def explain_graphs(self) -> str:
+        """Whether training replays a recorded step now, and if not, why; one sentence."""
+        reason = self._why_not_recorded()
+        if reason is None:
+            return f"training replays {self._recorder.what}"
+        return f"training runs step by step: {reason}"
+
     @property
     def _diffusion(self) -> GaussianDiffusion:
         return self.accelerator.unwrap_model(self.model)
@@ -335,11 +375,70 @@ class Trainer:
     def _train_step(self) -> None:
         """One optimizer step over `gradient_accumulate_every` batches."""
         self._seed_step()
-        self.model.train()
+        batches = [next(self.dl) for _ in range(self.gradient_accumulate_every)]
+        loss, norm = self._run_recorded(batches) or self._run_step_by_step(batches)
+        self.step += 1
+        self._losses.append(loss.float())
+        self._norms.append(norm.float())
+
+    def _run_recorded(self, batches: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Loss and gradient norm of a replayed step; None where nothing can be replayed."""
+        reason = self._why_not_recorded() if self._captured is None else None
+        if reason is None:
+            drawn = torch.get_rng_state()
+            try:
+                self._captured = self._captured or self._capture()
+                loss = self._captured(*batches)
+                return loss, self._captured.grad_norm.clone()
+            except (NotRecordableError, recording.CaptureError) as error:
+                if self._graph:
+                    raise
+                # Weights, moments and the device's generator are as they were.
+                torch.set_rng_state(drawn)
+                self._captured = None
+                reason = self._refusal = error.reason if isinstance(error, NotRecordableError) else str(error)
+        self._say_why_not(reason)
+        return None
+
+    def _capture(self) -> TrainingStep:
+        precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self._mixed_precision)
+        return TrainingStep(
+            self._diffusion,
+            self.opt.optimizer,
+            (self.dl.order.batch_size, self.channels, *self.image_size),
+            recorder=self._recorder,
+            ema=self.ema if self.accelerator.is_main_process else None,
+            max_grad_norm=self.max_grad_norm,
+            autocast=precision,
+            scaler=self.accelerator.scaler,
+            accumulate=self.gradient_accumulate_every,
+            any_module=bool(self._graph),
+        )
+
+    def _why_not_recorded(self) -> str | None:
+        """Why a recording cannot replace the step, in one clause; None where it can."""
+        if self._graph is False:
+            return "graph=False was given"
+        reason = self._refusal or self._recorder.why_not(self.device)
+        if reason is not None:
+            return reason
+        if not isinstance(self._diffusion, GaussianDiffusion):
+            return f"diffusion_model is a {type(self._diffusion).__name__}, and recordings are of GaussianDiffusion"
+        return why_not_recorded(self._diffusion, self.opt.optimizer, any_module=bool(self._graph))
+
+    def _say_why_not(self, reason: str) -> None:
+        """Once, and only where the user may expect a recording."""
+        if self._said_why_not or self._graph is False or self.device.type != "cuda":
+            return
+        self._said_why_not = True
+        if self.accelerator.is_main_process:
+            warnings.warn(f"training runs step by step: {reason}", stacklevel=5)
+
+    def _run_step_by_step(self, batches: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and gradient norm of a step."""
         total_loss: Any = 0.0
-        for micro_step in range(self.gradient_accumulate_every):
-            images = next(self.dl)
-            is_last = micro_step == self.gradient_accumulate_every - 1
+        for micro_step, images in enumerate(batches):
+            is_last = micro_step == len(batches) - 1
             # Gradients are summed over processes once per step, in the backward of the last micro-step.
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
@@ -349,11 +448,9 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.opt.step()
         self.opt.zero_grad()
-        self.step += 1
-        self._losses.append(total_loss.float())
-        self._norms.append(norm.detach().float())
         if self.accelerator.is_main_process:
             self.ema.update()
+        return total_loss, norm.detach()
 
     def _seed_step(self) -> None:
         """Make what is drawn in this step a function of (seed, rank, step)."""
@@ -645,7 +742,7 @@ class Trainer:
         recorded = {**_training_of(data), **_adam_of(data), **_average_of(data)}
         now = {
             **self._settings(),
-            **_adam_of({"opt": self.opt.state_dict()}),
+            **_adam_of({"opt": {"param_groups": plain_groups(self.opt.state_dict())}}),
             **_average_of({"config": self._config()}),
         }
         for name in (
@@ -779,9 +876,17 @@ def _pair_of_betas(betas: Any) -> tuple[float, float]:
 
 
 def _precision(amp: Any, kind: Any) -> str:
-    """The name of accelerate's precision."""
+    """The name of accelerate's precision; None chooses."""
+    if amp is None:
+        amp = torch.cuda.is_available() and _has_bf16()
     if not amp:
         return "no"
+    if kind is None:
+        return "bf16" if _has_bf16() or not torch.cuda.is_available() else "fp16"
     if kind not in _PRECISIONS:
         raise ValueError(f"mixed_precision_type must be one of {', '.join(_PRECISIONS)}; got {shown(kind)}")
     return str(kind)
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)

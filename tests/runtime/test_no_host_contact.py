@@ -156,7 +156,7 @@ def test_a_training_step_but_for_its_backward(backend, memory):
         step = TrainingStep(diffusion, optimizer, (2, 3, 8, 8), recorder=FrozenRecorder, **options)
         step._hold_rates()
         with Contacts() as contacts, mock.patch.object(torch.Tensor, "backward", gradients_of(diffusion)):
-            step._body(True)
+            step._whole_step(True)
     assert contacts.found == [] and contacts.operators > 300
 
 
@@ -183,17 +183,22 @@ class Images(torch.utils.data.Dataset):
         return torch.full((3, 8, 8), index / 200)
 
 
+@pytest.mark.parametrize("is_recorded", [True, False])
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
-def test_a_step_of_the_trainer(cuda, precision, tmp_path, monkeypatch):
+def test_a_step_of_the_trainer(cuda, precision, is_recorded, tmp_path, monkeypatch):
     """Images and flips to the device, loss, clipping, optimizer, scaler and average: all but reading the loss."""
+    monkeypatch.setattr(Trainer, "_recorder", FrozenRecorder)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     diffusion = make(dropout=0.1)
     pretend(diffusion)
     monkeypatch.setattr(torch.Tensor, "backward", gradients_of(diffusion))
     options = {"train_batch_size": 16, "gradient_accumulate_every": 2, "num_workers": 0, "calculate_fid": False}
     trainer = Trainer(
         diffusion, Images(), results_folder=tmp_path, amp=precision != "no", mixed_precision_type=precision, **options,
-        ema_update_every=2, progress=False,
+        ema_update_every=2, progress=False, graph=None if is_recorded else False,
     )  # fmt: skip
+    # Fused Adam with its rate on the device cannot run on fake tensors.
+    monkeypatch.setattr(TrainingStep, "_hold_rates", lambda step: None)
     assert (trainer.accelerator.scaler is not None) == (precision == "fp16")
     trainer.accelerator.state.device = trainer.device  # autocast's
     assert trainer.dl._loader.pin_memory
@@ -204,6 +209,7 @@ def test_a_step_of_the_trainer(cuda, precision, tmp_path, monkeypatch):
         assert contacts.found == [] and contacts.operators > 1000
         trainer._read_losses()
         assert contacts.found, "the losses are read"
+    assert (trainer._captured is not None) == is_recorded
     assert all(p.device.type == "cuda" for p in trainer.model.parameters()) and int(trainer.ema.step) == 4
 
 

@@ -26,7 +26,9 @@ DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 
 
 @pytest.mark.arithmetic
-@pytest.mark.parametrize("shape, layout", [(s, "nhwc") for s in SHAPES] + [(s, "nchw") for s in (*SHAPES[:4], SHAPES[-1])], ids=str)
+@pytest.mark.parametrize(
+    "shape, layout", [(s, "nhwc") for s in SHAPES] + [(s, "nchw") for s in (*SHAPES[:4], SHAPES[-1])], ids=str
+)
 def test_shapes(shape, layout):
     assert_as_accurate_as_the_reference("triton", *make(shape, layout, DEVICE))
 
