@@ -236,6 +236,13 @@ class TestManyProcesses:
         assert re.findall(r"reductions (\d+)", output) == ["2", "2"]
         assert "ranks equal" in output and "noise differs" in output
 
+    def test_recorded_steps_have_the_same_bits(self, tmp_path):
+        """Gradients are averaged between two recordings, in flat memory, as DistributedDataParallel does in buckets."""
+        plain = run_training(tmp_path / "plain", "recorded", processes=2, train_num_steps=3, graph=False)
+        ours = run_training(tmp_path / "ours", "recorded", processes=2, train_num_steps=3)
+        assert plain.count("graph=False was given") == ours.count("training replays the step itself") == 2
+        assert_same_training(tmp_path / "plain", tmp_path / "ours")
+
     def test_two_processes_see_the_images_of_one(self, tmp_path):
         """With split_batches=True `train_batch_size` is for all ranks; under accelerate 1.x upstream's is per rank."""
         alone = run_training(tmp_path / "one", "print-order", train_num_steps=1)

@@ -1,15 +1,18 @@
 """One training run of a small network on the digits, in a process of its own or under torchrun.
 
-Usage: training_run.py RESULTS_FOLDER OPTIONS_AS_JSON [count-reductions | print-order | MILESTONE_TO_LOAD]
+Usage: training_run.py RESULTS_FOLDER OPTIONS_AS_JSON [count-reductions | print-order | recorded | MILESTONE_TO_LOAD]
 """
 
 import json
+import random
 import sys
 
 import torch
 from torch import distributed
 
 import ddpm_fast
+from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
+from ddpm_fast.testing.recorders import FrozenRecorder
 from ddpm_fast.training.data import DigitsDataset
 from ddpm_fast.training.trainer import Trainer
 
@@ -31,16 +34,28 @@ def main():
         num_workers=1,
         train_lr=1e-3,
     )
+    if what == ["recorded"]:
+        pretend_to_record()
     trainer = Trainer(diffusion, DigitsDataset(), results_folder=folder, **{**defaults, **json.loads(options)})
     if what == ["count-reductions"]:
         count_reductions(trainer)
     elif what == ["print-order"]:
         print(f"rank {trainer.rank}: {json.dumps(next(iter(trainer.dl.order)))}", flush=True)
+    elif what == ["recorded"]:
+        trainer.opt.param_groups[0]["lr"] = torch.tensor(trainer.opt.param_groups[0]["lr"])  # as a recording reads it
+        trainer.train()
+        print(trainer.explain_graphs(), flush=True)
     else:
         if what:
             trainer.load(what[0])
         trainer.train()
     trainer.accelerator.end_training()
+
+
+def pretend_to_record():
+    """A recorder in CUDA's place, and a coin that is drawn from another generator than the times."""
+    Trainer._recorder = FrozenRecorder
+    DiffusionProcess.draw_self_condition = lambda process: process.self_condition and random.random() < 0.5
 
 
 def count_reductions(trainer):
