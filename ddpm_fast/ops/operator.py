@@ -1,4 +1,9 @@
-"""`Operator`: one declaration of a torch operator gives its schemas, fakes and autograd for every backend."""
+"""`Operator`: one declaration of a torch operator gives its schemas, fakes and autograd for every backend.
+
+A call from Python costs torch's dispatcher about 100 µs where the operator's autograd is Python's. So a call that nobody
+watches goes through one autograd function straight to the kernel's launch, and the registered operator serves the
+others: torch.compile, dispatch modes, torch.func, tracing, subclasses of tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._C import (
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 
 _library = torch.library.Library("ddpm_fast", "FRAGMENT")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Operator:
@@ -65,7 +79,7 @@ class Operator:
         native: csrc implements the operator.
 
     Attributes:
-        triton, native: the operators, each only where it is declared.
+        triton, native: functions that call the kernel, each only where it is declared.
     """
 
     triton: Callable[..., Any]
@@ -112,17 +126,19 @@ class Operator:
             if not declared:
                 continue
             operator, gradient = _define(prefix + name, signature, _by_name(fake, self._arguments)), None
+            direct = _below_autograd(operator) if triton is None or prefix else _launch(triton, name)
             if self._gradients:
                 fake_gradients = _by_name(self._empty_gradients, self._backward)
                 gradient = _define(f"{prefix}{name}_backward", f"({takes}) -> {made}", fake_gradients)
+                if triton is not None and not prefix:
+                    gradient = _unless_watched(gradient, _launch(triton, f"{name}_backward", self._restored))
             if self._gradients or self._passes or self._by_torch:
                 setup, formula = self._autograd(kernel, gradient)
                 torch.library.register_autograd(operator, formula, setup_context=setup, lib=_library)
-            setattr(self, kernel.lower(), operator)
-        if triton is not None:
-            _launch(triton, name)
-            if self._gradients:
-                _launch(triton, f"{name}_backward", self._restored)
+                direct = _differentiable(name, direct, setup, formula)
+            elif prefix:
+                direct = operator
+            setattr(self, kernel.lower(), _unless_watched(operator, direct))
 
     def _autograd(self, kernel: str, gradients_of: Callable | None) -> tuple[Callable, Callable]:
         """setup_context and backward of one kernel's operator, compiled from the source that one would write by hand.
@@ -250,8 +266,8 @@ def _define(name: str, signature: str, fake: Callable) -> torch._ops.OpOverload:
     return getattr(torch.ops.ddpm_fast, name).default
 
 
-def _launch(module: str, name: str, finish: Callable | None = None) -> None:
-    """Implement an operator by the function of its name in a module, which the first call imports."""
+def _launch(module: str, name: str, finish: Callable | None = None) -> Callable:
+    """Implement an operator by the function of its name in a module, which the first call imports; return it."""
 
     def launch(*values: Any) -> Any:
         made = getattr(importlib.import_module(module), name)(*values)
@@ -259,3 +275,60 @@ def _launch(module: str, name: str, finish: Callable | None = None) -> None:
 
     for device in ("CPU", "CUDA"):  # on the CPU, Triton's interpreter
         _library.impl(name, launch, device)
+    return launch
+
+
+def _below_autograd(operator: Callable) -> Callable:
+    """A native operator without its autograd, which is Python's."""
+
+    def call(*values: Any) -> Any:
+        with _AutoDispatchBelowAutograd():
+            return operator(*values)
+
+    return call
+
+
+def _differentiable(name: str, direct: Callable, setup_context: Callable, formula: Callable) -> Callable:
+    """A kernel's function with the operator's own autograd around it."""
+
+    def forward(ctx: Any, *values: Any) -> Any:
+        output = direct(*values)
+        setup_context(ctx, values, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
+    function = type(name, (torch.autograd.Function,), methods)
+
+    def call(*values: Any) -> Any:
+        if torch.is_grad_enabled() and _any_requires_grad(*values):
+            return function.apply(*values)
+        return direct(*values)
+
+    return call
+
+
+def _unless_watched(operator: Callable, direct: Callable) -> Callable:
+    """Calls `direct`, or the registered operator where something sees or changes operators."""
+    if operator is direct:
+        return operator
+
+    def call(*values: Any) -> Any:
+        return operator(*values) if _is_watched(values) else direct(*values)
+
+    return call
+
+
+def _is_watched(values: tuple) -> bool:
+    """Whether torch's dispatcher has more to do than to find the kernel for these arguments."""
+    if (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+    ):
+        return True
+    for value in values:
+        if isinstance(value, torch.Tensor) and (type(value) not in _PLAIN or value.is_meta or value.is_neg()):
+            return True
+    return False
