@@ -1,8 +1,8 @@
 """`Operator`: one declaration of a torch operator gives its schemas, fakes and autograd for every backend.
 
-A call from Python costs torch's dispatcher about 100 µs where the operator's autograd is Python's. So a call that nobody
-watches goes through one autograd function straight to the kernel's launch, and the registered operator serves the
-others: torch.compile, dispatch modes, torch.func, tracing, subclasses of tensors.
+A call from Python costs torch's dispatcher about 100 µs where the operator's autograd is Python's. So a call that
+nothing watches goes through one autograd function straight to the kernel's launch; the registered operator serves
+torch.compile, modes, torch.func, tracing and subclasses of tensors.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Backward, for z the gradient at x̂ = x·√C / n:
     z = grad·(weight·gain)     dx = (z − x̂·⟨x̂, z⟩ / C) · √C / n     d(weight·gain) = gradᵀ·x̂
 
 The first two are one kernel over pixels, whose programs hold whole rows of z. The last one is a sum over pixels in two
-stages, chunks of pixels and then the sum over chunks, without atomics.
+stages, chunks of pixels and then the sum over chunks, without atomics; the second writes both parameters' gradients.
 
 Rows are the pixels of one sample, or of the whole batch where maps are channels-last: then all of them form one row.
 """
@@ -151,6 +151,44 @@ def norm_linear_bwd_weight_kernel(
     tl.store(sums_ptr + o_sums, b_sum, mask=m_o[:, None] & m_c[None, :])
 
 
+@triton.jit(do_not_specialize=["K", "chunks"])
+def norm_linear_bwd_parameters_kernel(
+    sums_ptr,  # (chunks, K, C) float32: of all samples, the gradient of weight·gain
+    gain_ptr,  # (C,)
+    weight_ptr,  # (K, C)
+    dgain_ptr,  # (C,)
+    dweight_ptr,  # (K, C)
+    K, C, chunks,
+    BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dweight = sum·gain and dgain = Σ sum·weight over the outputs, each written once.
+
+    One program has a few channels of all outputs and chunks. It loops by `while`, since the interpreters of Triton 3.5
+    and 3.6 cannot count up to an argument.
+    """
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_gain = tl.load(gain_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_dgain = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+    o_start = 0
+    while o_start < K:
+        o_o = o_start + tl.arange(0, BLOCK_O)
+        m_tile = (o_o < K)[:, None] & m_c[None, :]
+        o_tile = o_o[:, None] * C + o_c[None, :]
+        b_sum = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+        k_start = 0
+        while k_start < chunks:
+            o_k = k_start + tl.arange(0, BLOCK_K)
+            o_sums = (o_k.to(tl.int64) * K * C)[:, None, None] + o_tile[None, :, :]
+            mask = (o_k < chunks)[:, None, None] & m_tile[None, :, :]
+            b_sum += tl.sum(tl.load(sums_ptr + o_sums, mask=mask, other=0.0), axis=0)
+            k_start += BLOCK_K
+        b_dgain += b_sum * tl.load(weight_ptr + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        tl.store(dweight_ptr + o_tile, cast(b_sum * b_gain[None, :], dweight_ptr.dtype.element_ty), mask=m_tile)
+        o_start += BLOCK_O
+    tl.store(dgain_ptr + o_c, cast(tl.sum(b_dgain, axis=0), dgain_ptr.dtype.element_ty), mask=m_c)
+
+
 @dataclass(frozen=True)
 class Tile:
     """How a launch is cut up: pixels, outputs and channels of a tile, warps and pipeline stages."""
@@ -207,6 +245,16 @@ def backward_weight_tile(N: int, C: int, K: int, exact: bool) -> Tile:
     if exact:
         return Tile(16, block_o, block_c, _exact_warps(block_o * block_c), num_stages=2)
     return Tile(_block(N, 32), block_o, block_c, num_warps=4, num_stages=3)
+
+
+def parameters_blocks(C: int, interpreted: bool = False) -> dict[str, int]:
+    """The blocks of norm_linear_bwd_parameters_kernel, a constant on a GPU: no size compiles it again.
+
+    64 KB of sums are on their way at a time. Eight channels are the 32 bytes that memory hands out at once.
+    """
+    if interpreted:
+        return {"BLOCK_K": 2, "BLOCK_O": 64, "BLOCK_C": min(1024, triton_launch.next_power_of_2(C)), "num_warps": 1}
+    return {"BLOCK_K": 16, "BLOCK_O": 128, "BLOCK_C": 8, "num_warps": 8}
 
 
 def _exact_warps(elements: int) -> int:
@@ -267,10 +315,7 @@ def norm_linear_backward(
     gain: torch.Tensor,
     weight: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, and in float32 of gain (C,) and weight (K, C); see `norm_linear`.
-
-    Four small torch operators, on (K, C) and on the chunks' sums of it, follow the two kernels.
-    """
+    """Gradients of x, gain and weight, each of its argument's shape and dtype; see `norm_linear`."""
     K, C = weight.shape[:2]
     grad = _laid_out_for(x, grad)
     dx = torch.empty_like(x)
@@ -284,7 +329,8 @@ def norm_linear_backward(
     tiles = tiles_per_chunk(N, C, K, sum_tile)
     chunks = triton.cdiv(N, sum_tile.block_n * tiles)
     tiles_o, tiles_c = triton.cdiv(K, sum_tile.block_o), triton.cdiv(C, sum_tile.block_c)
-    sums = x.new_empty(B * chunks, K, C, dtype=torch.float32)
+    sums = x.new_empty((B * chunks, K, C), dtype=torch.float32)
+    dgain, dweight = gain.new_empty(gain.shape), weight.new_empty(weight.shape)
     with torch.cuda.device_of(x):
         norm_linear_bwd_x_kernel[(B * tiles_n,)](
             grad, x, dx, factors, gain_row, weight_rows, N, C, K, tiles_n, C**0.5, *strides,
@@ -294,8 +340,11 @@ def norm_linear_backward(
             grad, x, factors, sums, N, C, K, chunks, tiles_o, tiles_c, *strides,
             PRECISION=precision, TILES=tiles, **sum_tile.constants,
         )  # fmt: skip
-    folded = sums.sum(0)  # (K, C), the gradient of weight·gain
-    return dx, (folded * weight_rows).sum(0), folded * gain_row.reshape(-1)
+        blocks = parameters_blocks(C, triton_launch.interpreted())
+        norm_linear_bwd_parameters_kernel[(triton.cdiv(C, blocks["BLOCK_C"]),)](
+            sums, gain_row, weight_rows, dgain, dweight, K, C, B * chunks, **blocks
+        )
+    return dx, dgain, dweight
 
 
 def empty_outputs(x: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:

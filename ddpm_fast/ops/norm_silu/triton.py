@@ -8,8 +8,9 @@ Everything per channel after the norm folds into one multiplication and one addi
     slope = gain·(1 + scale)      intercept = offset·(1 + scale) + shift
     y = x̂·slope + intercept      out = dropout(SiLU(y)) + residual
 
-so that all parameter gradients follow from two sums over the pixels of each sample and channel, Σ dy and Σ dy·x̂
-(`parameter_gradients`). Sums are made in two stages, per chunk of pixels and then over chunks, without atomics.
+so that all parameter gradients follow from sums over the pixels of each sample and channel, Σ dy, Σ dy·x̂ and, of the
+bias, Σ dx. Sums are made in two stages, per chunk of pixels and then over chunks (norm_silu_bwd_rows_kernel), without
+atomics.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import triton
 import triton.language as tl
 
 from ddpm_fast.noise import STREAM_DROPOUT
-from ddpm_fast.ops.common.triton import philox4x32, philox_key, silu, silu_derivative
+from ddpm_fast.ops.common.triton import cast, philox4x32, philox_key, silu, silu_derivative
 from ddpm_fast.runtime import triton_launch
 
 _STREAM_DROPOUT = tl.constexpr(STREAM_DROPOUT)
 _SMALLEST_NORM = tl.constexpr(1e-12)
+_STAGES = tl.constexpr(2)  # the next tile is loaded while a program computes one
 
 
 @triton.jit
@@ -34,11 +36,29 @@ def _load(pointer, offsets, mask):
 
 
 @triton.jit
-def _load_with_bias(x_ptr, o_tile, m_tile, bias_ptr, o_c, m_c):
+def _key(seed_ptr):
+    """The two words of dropout's key, 0 without dropout."""
+    if seed_ptr is not None:
+        return philox_key(tl.load(seed_ptr))
+    else:
+        return tl.full((), 0, tl.uint32), tl.full((), 0, tl.uint32)
+
+
+@triton.jit
+def _bias(bias_ptr, o_c, m_c):
+    """(BLOCK_C,), 0 in channels that do not exist and without a bias; loaded before the loop over tiles."""
+    if bias_ptr is not None:
+        return _load(bias_ptr, o_c, m_c)
+    else:
+        return tl.zeros_like(o_c).to(tl.float32)
+
+
+@triton.jit
+def _load_with_bias(x_ptr, o_tile, m_tile, bias_ptr, b_bias):
     """The norm's input v = x + bias: (BLOCK_N, BLOCK_C), 0 in channels that do not exist."""
     b_v = _load(x_ptr, o_tile, m_tile)
     if bias_ptr is not None:
-        b_v += _load(bias_ptr, o_c, m_c)[None, :]
+        b_v += b_bias[None, :]
     return b_v
 
 
@@ -59,13 +79,12 @@ def _slope_and_intercept(gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride
 
 
 @triton.jit
-def _dropout_words(seed_ptr, i_b, n_start, o_c, HW, BLOCK_N: tl.constexpr, QUADS: tl.constexpr):
+def _dropout_words(k0, k1, i_b, n_start, o_c, HW, BLOCK_N: tl.constexpr, QUADS: tl.constexpr):
     """The tile's 32-bit words: element = c·HW + n of sample i_b, word element % 4 of Philox block element // 4.
 
     With QUADS four pixels in a row are one block of every channel (HW, BLOCK_N and n_start are multiples of four), and
     one Philox call serves them; otherwise each element makes its own.
     """
-    k0, k1 = philox_key(tl.load(seed_ptr))
     if QUADS:
         o_quad = n_start // 4 + tl.arange(0, BLOCK_N // 4)
         x0, x1, x2, x3 = _words(o_c[None, :] * (HW // 4) + o_quad[:, None], i_b, k0, k1)  # (BLOCK_N / 4, BLOCK_C)
@@ -84,9 +103,9 @@ def _words(block, i_b, k0, k1):
 
 
 @triton.jit
-def _dropped(b_y, seed_ptr, i_b, n_start, o_c, HW, threshold, kept_scale, BLOCK_N: tl.constexpr, QUADS: tl.constexpr):
+def _dropped(b_y, k0, k1, i_b, n_start, o_c, HW, threshold, kept_scale, BLOCK_N: tl.constexpr, QUADS: tl.constexpr):
     """Dropout, which is its own gradient: b_y·kept_scale where the word is at least `threshold`, else 0."""
-    words = _dropout_words(seed_ptr, i_b, n_start, o_c, HW, BLOCK_N, QUADS)
+    words = _dropout_words(k0, k1, i_b, n_start, o_c, HW, BLOCK_N, QUADS)
     return tl.where(words.to(tl.int64) >= threshold, b_y * kept_scale, 0.0)
 
 
@@ -100,7 +119,8 @@ def _finish_fwd(
     if ACTIVATION:
         b_y = silu(b_y)
     if seed_ptr is not None:
-        b_y = _dropped(b_y, seed_ptr, i_b, n_start, o_c, HW, threshold, kept_scale, BLOCK_N, QUADS)
+        k0, k1 = philox_key(tl.load(seed_ptr))
+        b_y = _dropped(b_y, k0, k1, i_b, n_start, o_c, HW, threshold, kept_scale, BLOCK_N, QUADS)
     if residual_ptr is not None:
         b_y += _load(residual_ptr, o_tile, m_tile)
     tl.store(out_ptr + o_tile, b_y.to(out_ptr.dtype.element_ty), mask=m_tile)
@@ -108,16 +128,25 @@ def _finish_fwd(
 
 @triton.jit
 def _finish_bwd(
-    grad_ptr, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, i_b, n_start, o_c, HW, threshold, kept_scale,
-    ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, QUADS: tl.constexpr,
+    grad_ptr, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, k0, k1, i_b, n_start, o_c, HW, threshold,
+    kept_scale, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """dy, the gradient at y = x̂·slope + intercept, 0 outside the map."""
     b_dy = _load(grad_ptr, o_tile, m_tile)
     if seed_ptr is not None:
-        b_dy = _dropped(b_dy, seed_ptr, i_b, n_start, o_c, HW, threshold, kept_scale, BLOCK_N, QUADS)
+        b_dy = _dropped(b_dy, k0, k1, i_b, n_start, o_c, HW, threshold, kept_scale, BLOCK_N, QUADS)
     if ACTIVATION:
         b_dy *= silu_derivative(b_normed * b_slope[None, :] + b_intercept[None, :])
     return b_dy
+
+
+@triton.jit
+def _sums_of(i_chunk, bias_ptr, C):
+    """Where a chunk's sums begin, which are two rows of channels, with a bias three."""
+    if bias_ptr is not None:
+        return i_chunk.to(tl.int64) * (3 * C)
+    else:
+        return i_chunk.to(tl.int64) * (2 * C)
 
 
 @triton.jit
@@ -145,7 +174,7 @@ def rms_norm_silu_fwd_kernel(
         gain_ptr, None, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
 
-    b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
+    b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, _bias(bias_ptr, o_c, m_c))
     b_square = tl.sum(b_v * b_v, axis=1)  # (BLOCK_N,)
     if BLOCK_C < 16:  # gradients of few channels cancel, and 2 units in the last place would show in them
         b_factor = tl.div_rn(root_c, tl.maximum(tl.sqrt_rn(b_square), _SMALLEST_NORM))
@@ -180,22 +209,23 @@ def rms_norm_silu_bwd_kernel(
     b_slope, b_intercept = _slope_and_intercept(
         gain_ptr, None, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
+    b_bias, (k0, k1) = _bias(bias_ptr, o_c, m_c), _key(seed_ptr)
     b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dy_normed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dx = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     # A norm that is larger than the smallest by less than forward's rounding counts as clamped.
     largest_factor, inverse_c = root_c * (0.999999 / _SMALLEST_NORM), tl.div_rn(1.0, root_c * root_c)
-    for i_tile in range(TILES):
+    for i_tile in tl.range(TILES, num_stages=_STAGES):
         n_start = (i_chunk * TILES + i_tile) * BLOCK_N
         o_n = n_start + tl.arange(0, BLOCK_N)
         m_n = o_n < HW
         o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, m_n[:, None] & m_c[None, :]
         b_factor = tl.load(factors_ptr + i_b.to(tl.int64) * HW + o_n, mask=m_n, other=0.0)
-        b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
+        b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
         b_normed = b_v * b_factor[:, None]
         b_dy = _finish_bwd(
-            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, i_b, n_start, o_c, HW,
-            threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, k0, k1, i_b, n_start, o_c,
+            HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
         )  # fmt: skip
         b_dnormed = b_dy * b_slope[None, :]
         # A clamped norm is a constant: nothing flows through it.
@@ -206,10 +236,7 @@ def rms_norm_silu_bwd_kernel(
         b_sum_dy_normed += b_dy * b_normed
         if bias_ptr is not None:
             b_sum_dx += b_dx
-    rows = 2
-    if bias_ptr is not None:
-        rows = 3
-    o_sums = (i_b * chunks + i_chunk) * rows * C + o_c
+    o_sums = _sums_of(i_b * chunks + i_chunk, bias_ptr, C) + o_c
     tl.store(sums_ptr + o_sums, tl.sum(b_sum_dy, axis=0), mask=m_c)
     tl.store(sums_ptr + o_sums + C, tl.sum(b_sum_dy_normed, axis=0), mask=m_c)
     if bias_ptr is not None:
@@ -229,13 +256,14 @@ def group_moments_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     x_ptr += i_b.to(tl.int64) * stride_b
+    b_bias = _bias(bias_ptr, o_c, m_c)
     b_mean, b_m2 = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for i_tile in range(TILES):
         before = i_tile * BLOCK_N
         n_start = i_chunk * TILES * BLOCK_N + before
         o_n = n_start + tl.arange(0, BLOCK_N)
         m_tile = (o_n < HW)[:, None] & m_c[None, :]
-        b_v = _load_with_bias(x_ptr, o_n[:, None] * stride_n + o_c[None, :] * stride_c, m_tile, bias_ptr, o_c, m_c)
+        b_v = _load_with_bias(x_ptr, o_n[:, None] * stride_n + o_c[None, :] * stride_c, m_tile, bias_ptr, b_bias)
         count = tl.minimum(tl.maximum(HW - n_start, 0), BLOCK_N)
         b_tile_mean = tl.sum(tl.where(m_tile, b_v, 0.0), axis=0) / tl.maximum(count, 1)
         b_centred = tl.where(m_tile, b_v - b_tile_mean[None, :], 0.0)
@@ -315,7 +343,7 @@ def group_norm_silu_fwd_kernel(
     )
     b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
 
-    b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
+    b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, _bias(bias_ptr, o_c, m_c))
     _finish_fwd(
         (b_v - b_mean[None, :]) * b_rstd[None, :], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_slope,
         b_intercept, seed_ptr, i_b, i_n * BLOCK_N, o_c, HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
@@ -333,7 +361,7 @@ def _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G):
 def group_norm_silu_sums_kernel(
     grad_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so is x
     x_ptr,
-    sums_ptr,  # (B, chunks, 2, C) float32: Σ dy and Σ dy·x̂ of a chunk's pixels
+    sums_ptr,  # (B, chunks, 2 or, with bias, 3, C) float32: Σ dy and Σ dy·x̂ of a chunk's pixels are written
     statistics_ptr,  # (B, G, 2)
     gain_ptr,  # (C,)
     offset_ptr,  # (C,)
@@ -352,23 +380,57 @@ def group_norm_silu_sums_kernel(
         gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
     b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
+    b_bias, (k0, k1) = _bias(bias_ptr, o_c, m_c), _key(seed_ptr)
     b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dy_normed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for i_tile in range(TILES):
+    for i_tile in tl.range(TILES, num_stages=_STAGES):
         n_start = (i_chunk * TILES + i_tile) * BLOCK_N
         o_n = n_start + tl.arange(0, BLOCK_N)
         o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, (o_n < HW)[:, None] & m_c[None, :]
-        b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
+        b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
         b_normed = (b_v - b_mean[None, :]) * b_rstd[None, :]
         b_dy = _finish_bwd(
-            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, i_b, n_start, o_c, HW,
-            threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, k0, k1, i_b, n_start, o_c,
+            HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
         )  # fmt: skip
         b_sum_dy += b_dy
         b_sum_dy_normed += b_dy * b_normed
-    o_sums = (i_b * chunks + i_chunk) * 2 * C + o_c
+    o_sums = _sums_of(i_b * chunks + i_chunk, bias_ptr, C) + o_c
     tl.store(sums_ptr + o_sums, tl.sum(b_sum_dy, axis=0), mask=m_c)
     tl.store(sums_ptr + o_sums + C, tl.sum(b_sum_dy_normed, axis=0), mask=m_c)
+
+
+@triton.jit
+def group_means_kernel(
+    sums_ptr,  # (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂
+    means_ptr,  # (B, 2, G) float32: mean over the group of dx̂ and of dx̂·x̂
+    gain_ptr,  # (C,)
+    bias_ptr,  # or None: not read
+    scale_ptr,  # (B, C) or None
+    HW, C, G, chunks, stride_scale,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_K: tl.constexpr, BLOCKS_D: tl.constexpr,
+):  # fmt: skip
+    """One program adds up the chunks and channels of a group; blocks as in `group_merge_kernel`."""
+    i_b, i_g = tl.program_id(0) // G, tl.program_id(0) % G
+    D = C // G
+    b_dnormed, b_projection = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    for i_d in range(BLOCKS_D):
+        o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+        o_c, m_d = i_g * D + o_d, o_d < D
+        b_slope, _ = _slope_and_intercept(gain_ptr, None, scale_ptr, None, i_b, stride_scale, 0, o_c, m_d)
+        b_sum_dy, b_sum_dy_normed = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+        for i_k in range(BLOCKS_K):
+            o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+            mask = (o_k < chunks)[:, None] & m_d[None, :]
+            o_sums = _sums_of(i_b * chunks + o_k, bias_ptr, C)[:, None] + o_c[None, :]
+            b_sum_dy += tl.sum(_load(sums_ptr, o_sums, mask), axis=0)
+            b_sum_dy_normed += tl.sum(_load(sums_ptr, o_sums + C, mask), axis=0)
+        b_dnormed += b_sum_dy * b_slope
+        b_projection += b_sum_dy_normed * b_slope
+    size = HW * D * 1.0
+    o_means = i_b * 2 * G + i_g
+    tl.store(means_ptr + o_means, tl.div_rn(tl.sum(b_dnormed, axis=0), size))
+    tl.store(means_ptr + o_means + G, tl.div_rn(tl.sum(b_projection, axis=0), size))
 
 
 @triton.jit
@@ -376,7 +438,7 @@ def group_norm_silu_bwd_kernel(
     grad_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so are x and dx
     x_ptr,
     dx_ptr,
-    sums_ptr,  # (B, chunks, C) float32: Σ dx of a chunk's pixels; not touched without bias
+    sums_ptr,  # (B, chunks, 3, C) float32: Σ dx of a chunk's pixels is written; not touched without bias
     statistics_ptr,  # (B, G, 2)
     means_ptr,  # (B, 2, G) float32: mean over the group of dx̂ and of dx̂·x̂
     gain_ptr,  # (C,)
@@ -399,16 +461,17 @@ def group_norm_silu_bwd_kernel(
     o_means = i_b * 2 * G + o_c // (C // G)
     b_mean_dnormed = _load(means_ptr, o_means, m_c)
     b_projection = _load(means_ptr, o_means + G, m_c)
+    b_bias, (k0, k1) = _bias(bias_ptr, o_c, m_c), _key(seed_ptr)
     b_sum_dx = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for i_tile in range(TILES):
+    for i_tile in tl.range(TILES, num_stages=_STAGES):
         n_start = (i_chunk * TILES + i_tile) * BLOCK_N
         o_n = n_start + tl.arange(0, BLOCK_N)
         o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, (o_n < HW)[:, None] & m_c[None, :]
-        b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, o_c, m_c)
+        b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
         b_normed = (b_v - b_mean[None, :]) * b_rstd[None, :]
         b_dy = _finish_bwd(
-            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, i_b, n_start, o_c, HW,
-            threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, k0, k1, i_b, n_start, o_c,
+            HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
         )  # fmt: skip
         b_dx = b_dy * b_slope[None, :] - b_mean_dnormed[None, :] - b_normed * b_projection[None, :]
         b_dx *= b_rstd[None, :]
@@ -416,7 +479,75 @@ def group_norm_silu_bwd_kernel(
         if bias_ptr is not None:
             b_sum_dx += tl.where(m_tile, b_dx, 0.0)
     if bias_ptr is not None:
-        tl.store(sums_ptr + (i_b * chunks + i_chunk) * C + o_c, tl.sum(b_sum_dx, axis=0), mask=m_c)
+        o_sums = _sums_of(i_b * chunks + i_chunk, bias_ptr, C) + 2 * C + o_c
+        tl.store(sums_ptr + o_sums, tl.sum(b_sum_dx, axis=0), mask=m_c)
+
+
+@triton.jit(do_not_specialize=["B", "chunks"])
+def norm_silu_bwd_rows_kernel(
+    sums_ptr,  # (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of a chunk's pixels
+    gain_ptr,  # (C,)
+    offset_ptr,  # (C,) or None
+    scale_ptr,  # (B, C) or None
+    dgain_ptr,  # (C,)
+    doffset_ptr,  # (C,) or None
+    dbias_ptr,  # (C,) or None
+    dscale_ptr,  # (B, C) or None
+    dshift_ptr,  # (B, C) or None
+    B, C, chunks, stride_scale,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The gradients of all arguments per channel, each written once.
+
+    One program has a few channels of all samples and chunks. It loops by `while`, since the interpreters of Triton 3.5
+    and 3.6 cannot count up to an argument. A sample's sums depend on its chunks alone.
+    """
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_gain = _load(gain_ptr, o_c, m_c)
+    b_dgain = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    b_doffset = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    b_dbias = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    b_start = 0
+    while b_start < B:
+        o_b = b_start + tl.arange(0, BLOCK_B)
+        m_row = (o_b < B)[:, None] & m_c[None, :]
+        b_sum_dy = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+        b_sum_dy_normed = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+        k_start = 0
+        while k_start < chunks:
+            o_k = k_start + tl.arange(0, BLOCK_K)
+            mask = ((o_b < B)[:, None] & (o_k < chunks)[None, :])[:, :, None] & m_c[None, None, :]
+            o_chunk = o_b[:, None] * chunks + o_k[None, :]
+            o_sums = _sums_of(o_chunk, dbias_ptr, C)[:, :, None] + o_c[None, None, :]
+            b_sum_dy += tl.sum(_load(sums_ptr, o_sums, mask), axis=1)
+            b_sum_dy_normed += tl.sum(_load(sums_ptr, o_sums + C, mask), axis=1)
+            if dbias_ptr is not None:
+                b_dbias += tl.sum(_load(sums_ptr, o_sums + 2 * C, mask), axis=1)
+            k_start += BLOCK_K
+        o_row = o_b[:, None] * C + o_c[None, :]
+        b_factor = tl.full((BLOCK_B, BLOCK_C), 1.0, tl.float32)
+        if scale_ptr is not None:
+            b_factor += _load(scale_ptr, o_b[:, None] * stride_scale + o_c[None, :], m_row)
+            b_dscale = b_sum_dy_normed * b_gain[None, :]
+            if offset_ptr is not None:
+                b_dscale += b_sum_dy * _load(offset_ptr, o_c, m_c)[None, :]
+            tl.store(dscale_ptr + o_row, cast(b_dscale, dscale_ptr.dtype.element_ty), mask=m_row)
+        if dshift_ptr is not None:
+            tl.store(dshift_ptr + o_row, cast(b_sum_dy, dshift_ptr.dtype.element_ty), mask=m_row)
+        b_dgain += b_sum_dy_normed * b_factor
+        b_doffset += b_sum_dy * b_factor
+        b_start += BLOCK_B
+    tl.store(dgain_ptr + o_c, cast(tl.sum(b_dgain, axis=0), dgain_ptr.dtype.element_ty), mask=m_c)
+    if doffset_ptr is not None:
+        tl.store(doffset_ptr + o_c, cast(tl.sum(b_doffset, axis=0), doffset_ptr.dtype.element_ty), mask=m_c)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + o_c, cast(tl.sum(b_dbias, axis=0), dbias_ptr.dtype.element_ty), mask=m_c)
+
+
+# Tiles that a program of sums walks over: a constant, since another number is another kernel to compile. A program has
+# 8192 numbers of a map, and its partial sums are at most a quarter of the bytes of that at 512 channels.
+_TILES = 8
 
 
 @dataclass(frozen=True)
@@ -425,7 +556,7 @@ class Tile:
 
     Args:
         block_n, block_c: pixels and channels of a tile.
-        tiles: tiles that one program walks over, a power of two.
+        tiles: tiles that one program walks over.
         num_warps: warps per program.
     """
 
@@ -456,8 +587,7 @@ def choose_tile(HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool,
     block_n = max(4 if dropout and block_c <= 1024 else 1, min(elements // block_c, triton_launch.next_power_of_2(HW)))
     tiles = 1
     if sums:
-        wanted = triton.cdiv(triton.cdiv(HW, block_n), 2 if interpreted else 64)
-        tiles = min(16, triton_launch.next_power_of_2(wanted))
+        tiles = min(16, triton_launch.next_power_of_2(triton.cdiv(HW, 2 * block_n))) if interpreted else _TILES
     num_warps = min(32, max(1, block_n * block_c // (32 * per_thread)))
     return Tile(block_n, block_c, tiles, num_warps)
 
@@ -515,7 +645,7 @@ def norm_silu_backward(
     activation: bool,
     dropout_p: float,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of x, and in float32 of gain, offset, bias, scale, shift: None where the argument is None."""
+    """Gradients of x, gain, offset, bias, scale, shift, each with its argument's dtype: None where that is None."""
     B, C, HW = _sizes(x)
     dx = torch.empty_like(x)
     grad = _laid_out_like(x, grad)
@@ -524,28 +654,55 @@ def norm_silu_backward(
     chunks = triton.cdiv(HW, tile.chunk)
     numbers = (*_strides(x), *rows.strides, *_dropout_numbers(dropout_p))
     constants = {**_constants(tile, HW, activation), "TILES": tile.tiles}
+    sums = x.new_empty((B, chunks, 2 if bias is None else 3, C), dtype=torch.float32)
     with torch.cuda.device_of(x):
         if groups == 0:
-            partial = x.new_empty(B, chunks, 2 if bias is None else 3, C, dtype=torch.float32)
             rms_norm_silu_bwd_kernel[(B * chunks,)](
-                grad, x, dx, partial, statistics, rows.gain, rows.bias, rows.scale, rows.shift, seed, HW, C, chunks,
+                grad, x, dx, sums, statistics, rows.gain, rows.bias, rows.scale, rows.shift, seed, HW, C, chunks,
                 C**0.5, *numbers, **constants,
             )  # fmt: skip
-            sums = partial.sum(1)
-            return dx, *parameter_gradients(sums, sums[:, 2:], rows)
-        grid = (B * chunks, triton.cdiv(C, tile.block_c))
-        inputs = (rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, seed, HW, C, groups, chunks, *numbers)
-        partial = x.new_empty(B, chunks, 2, C, dtype=torch.float32)
-        if HW * C == groups:
-            # A group of one number has no gradient: both kernels must round its dy as torch rounds the mean below.
-            constants["enable_fp_fusion"] = False
-        group_norm_silu_sums_kernel[grid](grad, x, partial, statistics, *inputs, **constants)
-        sums = partial.sum(1)
-        slope = rows.scaled(rows.gain.float().reshape(1, -1))  # (B or 1, C)
-        means = (sums * slope[:, None]).reshape(B, 2, groups, -1).sum(-1) / (HW * (C // groups))
-        partial_dx = x.new_empty(B, chunks, 0 if bias is None else 1, C, dtype=torch.float32)
-        group_norm_silu_bwd_kernel[grid](grad, x, dx, partial_dx, statistics, means, *inputs, **constants)
-        return dx, *parameter_gradients(sums, partial_dx.sum(1), rows)
+        else:
+            grid = (B * chunks, triton.cdiv(C, tile.block_c))
+            inputs = (rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, seed, HW, C, groups, chunks, *numbers)
+            if HW * C == groups:
+                # A group of one number has no gradient: both kernels must round its dy as the mean between is rounded.
+                constants["enable_fp_fusion"] = False
+            group_norm_silu_sums_kernel[grid](grad, x, sums, statistics, *inputs, **constants)
+            means = x.new_empty((B, 2, groups), dtype=torch.float32)
+            group_means_kernel[(B * groups,)](
+                sums, means, rows.gain, rows.bias, rows.scale, HW, C, groups, chunks, rows.strides[0],
+                **_group_blocks(C // groups, chunks),
+            )  # fmt: skip
+            group_norm_silu_bwd_kernel[grid](grad, x, dx, sums, statistics, means, *inputs, **constants)
+        gradients = [None if t is None else t.new_empty(t.shape) for t in (gain, offset, bias, scale, shift)]
+        blocks = rows_blocks(C, triton_launch.interpreted())
+        norm_silu_bwd_rows_kernel[(triton.cdiv(C, blocks["BLOCK_C"]),)](
+            sums, rows.gain, rows.offset, rows.scale, *gradients, B, C, chunks, rows.strides[0], **blocks
+        )
+    return dx, *gradients
+
+
+def rows_blocks(C: int, interpreted: bool = False) -> dict[str, int]:
+    """The blocks of norm_silu_bwd_rows_kernel, a constant on a GPU: no size compiles it again.
+
+    98 KB of sums are on their way at a time. Eight channels are the 32 bytes that memory hands out at once.
+    """
+    if interpreted:
+        return {"BLOCK_B": 4, "BLOCK_K": 4, "BLOCK_C": min(1024, triton_launch.next_power_of_2(C)), "num_warps": 1}
+    return {"BLOCK_B": 32, "BLOCK_K": 32, "BLOCK_C": 8, "num_warps": 16}
+
+
+def _group_blocks(D: int, chunks: int) -> dict[str, int]:
+    """The blocks of the kernels with one program per group: of a group's channels, and of chunks."""
+    block_d = min(64, triton_launch.next_power_of_2(D))
+    block_k = min(1024 // block_d, triton_launch.next_power_of_2(chunks))
+    return {
+        "BLOCK_K": block_k,
+        "BLOCK_D": block_d,
+        "BLOCKS_K": triton.cdiv(chunks, block_k),
+        "BLOCKS_D": triton.cdiv(D, block_d),
+        "num_warps": 1,
+    }
 
 
 class _Rows:
@@ -561,29 +718,6 @@ class _Rows:
     def strides(self) -> tuple[int, int]:
         return tuple(0 if t is None else t.stride(0) for t in (self.scale, self.shift))
 
-    def scaled(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows·(1 + scale), the norm's affine map after scale: (B or 1, C) → (B, C), or rows itself without scale."""
-        return rows if self.scale is None else rows * (self.scale.float() + 1)
-
-
-def parameter_gradients(sums: torch.Tensor, sums_dx: torch.Tensor, rows: _Rows) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of gain (C,), offset (C,), bias (C,), scale (B, C), shift (B, C), None for an absent one.
-
-    Args:
-        sums: (B, 2 or more, C), first Σ dy, then Σ dy·x̂ of each sample.
-        sums_dx: (B, 1 or 0, C), Σ dx.
-    """
-    sum_dy, sum_dy_normed = sums[:, 0], sums[:, 1]
-    dgain = rows.scaled(sum_dy_normed).sum(0)
-    doffset = None if rows.offset is None else rows.scaled(sum_dy).sum(0)
-    dbias = None if rows.bias is None else sums_dx.sum(0).flatten()
-    dscale = None
-    if rows.scale is not None:
-        dscale = sum_dy_normed * rows.gain.float().reshape(-1)
-        if rows.offset is not None:
-            dscale = dscale + sum_dy * rows.offset.float()
-    return dgain, doffset, dbias, dscale, None if rows.shift is None else sum_dy.contiguous()
-
 
 def _group_statistics_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int, eps: float) -> torch.Tensor:
     """(B, G, 2): mean and 1/√(variance + eps) of every group."""
@@ -596,12 +730,9 @@ def _group_statistics_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int
         BLOCK_N=tile.block_n, BLOCK_C=tile.block_c, TILES=tile.tiles, num_warps=tile.num_warps,
     )  # fmt: skip
     statistics = x.new_empty(B, groups, 2, dtype=torch.float32)
-    block_d = min(64, triton_launch.next_power_of_2(C // groups))
-    block_k = min(1024 // block_d, triton_launch.next_power_of_2(chunks))
     group_merge_kernel[(B * groups,)](
-        moments, statistics, HW, C, groups, chunks, eps, CHUNK=tile.chunk, BLOCK_K=block_k, BLOCK_D=block_d,
-        BLOCKS_K=triton.cdiv(chunks, block_k), BLOCKS_D=triton.cdiv(C // groups, block_d), num_warps=1,
-    )  # fmt: skip
+        moments, statistics, HW, C, groups, chunks, eps, CHUNK=tile.chunk, **_group_blocks(C // groups, chunks)
+    )
     return statistics
 
 
