@@ -30,6 +30,10 @@ NATIVE = {"ddpm_fast::fill_normal_", "ddpm_fast::sampler_step_", "ddpm_fast::sam
 PARTS: dict[str, dict[str, float]] = {
     "attention_dq_kernel": {"dqkv_ptr": 1 / 3},
     "attention_dkv_kernel": {"dqkv_ptr": 2 / 3},
+    # With a bias, as in every block.
+    "group_norm_silu_sums_kernel": {"sums_ptr": 2 / 3},
+    "group_means_kernel": {"sums_ptr": 2 / 3},
+    "group_norm_silu_bwd_kernel": {"sums_ptr": 1 / 3},
     "linear_attention_context_kernel": {"qkv_ptr": 2 / 3},
     "linear_attention_rows_fwd_kernel": {"qkv_ptr": 1 / 3},
     "linear_attention_rows_bwd_kernel": {"qkv_ptr": 1 / 3, "dqkv_ptr": 1 / 3},

@@ -127,9 +127,10 @@ def _norm_silu_scratch(arguments: Arguments) -> int:
 
 
 def _norm_silu_backward_scratch(arguments: Arguments) -> int:
-    """Σ dy, Σ dy·x̂ and, where there is a bias, Σ dx per chunk, written and read."""
+    """Σ dy, Σ dy·x̂ and, where there is a bias, Σ dx per chunk, written and read; GroupNorm's means read two again."""
     sums = 2 if arguments["bias"] is None else 3
-    return 4 * 2 * sums * _norm_silu_chunks(arguments, dropout=arguments["seed"] is not None)
+    moved = 2 * sums + (2 if arguments["groups"] else 0)
+    return 4 * moved * _norm_silu_chunks(arguments, dropout=arguments["seed"] is not None)
 
 
 def _diffusion_loss_scratch(arguments: Arguments) -> int:
@@ -143,14 +144,14 @@ def _diffusion_loss_scratch(arguments: Arguments) -> int:
 
 
 def _norm_linear_backward_scratch(arguments: Arguments) -> int:
-    """The weight's gradient per chunk of pixels, written and read, and its sum, written and read twice."""
+    """The weight's gradient per chunk of pixels, written and read."""
     from ddpm_fast.ops.norm_linear import triton as kernel
 
     B, C, H, W = arguments["x"].shape
     M = arguments["weight"].shape[0]
     tile = kernel.backward_weight_tile(B * H * W, C, M, exact=False)
     chunks = math.ceil(B * H * W / (tile.block_n * kernel.tiles_per_chunk(B * H * W, C, M, tile)))
-    return 4 * M * C * (2 * chunks + 3)
+    return 4 * M * C * 2 * chunks
 
 
 SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import linecache
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -126,22 +127,25 @@ class Operator:
             if not declared:
                 continue
             operator, gradient = _define(prefix + name, signature, _by_name(fake, self._arguments)), None
-            direct = _below_autograd(operator) if triton is None or prefix else _launch(triton, name)
+            direct = _launch(triton, name) if kernel == "Triton" else operator
+            if kernel == "Triton":
+                _implement(name, direct)
             if self._gradients:
                 fake_gradients = _by_name(self._empty_gradients, self._backward)
                 gradient = _define(f"{prefix}{name}_backward", f"({takes}) -> {made}", fake_gradients)
-                if triton is not None and not prefix:
-                    gradient = _unless_watched(gradient, _launch(triton, f"{name}_backward", self._restored))
+                if kernel == "Triton":
+                    launch = self._restored(_launch(triton, f"{name}_backward"))
+                    _implement(f"{name}_backward", self._without_none(launch))
+                    gradient = _unless_watched(gradient, launch, _places(self._backward, types))
             if self._gradients or self._passes or self._by_torch:
-                setup, formula = self._autograd(kernel, gradient)
-                torch.library.register_autograd(operator, formula, setup_context=setup, lib=_library)
-                direct = _differentiable(name, direct, setup, formula)
-            elif prefix:
-                direct = operator
-            setattr(self, kernel.lower(), _unless_watched(operator, direct))
+                direct = _below_autograd(operator) if direct is operator else direct
+                setup, forward, backward = self._autograd(kernel, direct, gradient)
+                torch.library.register_autograd(operator, backward, setup_context=setup, lib=_library)
+                direct = _differentiable(name, direct, forward, backward)
+            setattr(self, kernel.lower(), _unless_watched(operator, direct, _places(self._arguments, types)))
 
-    def _autograd(self, kernel: str, gradients_of: Callable | None) -> tuple[Callable, Callable]:
-        """setup_context and backward of one kernel's operator, compiled from the source that one would write by hand.
+    def _autograd(self, kernel: str, direct: Callable, gradients_of: Callable | None) -> tuple[Callable, ...]:
+        """setup_context, forward (both in one) and backward of a kernel, compiled from source as one would write it.
 
         Loops over names instead cost 5 to 15 µs per call, 3 to 6% of a small operator forward and backward.
         """
@@ -160,15 +164,23 @@ class Operator:
             for name in self._arguments
         ]
         several = len(self._returns) > 1
-        lines = [
-            "def setup_context(ctx, inputs, output):",
-            f"    {', '.join(self._arguments)}, = inputs",
+        arguments = ", ".join(self._arguments)
+        keep = [
             f"    {', '.join(self._returns)} = output",
             f"    ctx.save_for_backward({kept})",
             f"    ctx.mark_non_differentiable({', '.join(self._returns[1:])})" if several else "",
             "    ctx.set_materialize_grads(False)  # no zeros as gradients of the other returns",
             *(f"    ctx.option_{name} = {name}" for name in self._options),
             *(f"    ctx.dtype_{name} = None if {name} is None else {name}.dtype" for name in restored),
+        ]
+        lines = [
+            "def setup_context(ctx, inputs, output):",
+            f"    {arguments}, = inputs",
+            *keep,
+            f"def forward(ctx, {arguments}):",
+            f"    output = direct({arguments})",
+            *keep,
+            "    return output",
             "def backward(ctx, grad, *_):",
             "    if is_grad_enabled(): refuse()" if gradients_of else "",
             f"    if grad is None: return {'None, ' * len(self._arguments)}",
@@ -192,9 +204,9 @@ class Operator:
         source, file = "\n".join(line for line in lines if line), f"<{kernel} {self.name}>"
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
         names: dict[str, Any] = {"is_grad_enabled": torch.is_grad_enabled, "refuse": refuse}
-        names |= {"gradients_of": gradients_of, "by_torch": self._formula}
+        names |= {"direct": direct, "gradients_of": gradients_of, "by_torch": self._formula}
         exec(compile(source, file, "exec"), names)
-        return names["setup_context"], names["backward"]
+        return names["setup_context"], names["forward"], names["backward"]
 
     def _empty_gradients(self, **given: Any) -> torch.Tensor | list[torch.Tensor]:
         """The results of the backward operator, uninitialised."""
@@ -219,20 +231,37 @@ class Operator:
         made = [empty(name) for name in self._gradients]
         return made[0] if self._single else made
 
-    def _restored(self, made: Any, *values: Any) -> torch.Tensor | list[torch.Tensor]:
-        """The gradients of a Triton kernel in the dtypes and shapes of their arguments; empty for None."""
-        if isinstance(made, torch.Tensor):
-            return made
-        given, restored = dict(zip(self._backward, values, strict=True)), []
-        for name, gradient in zip(self._gradients, made, strict=True):
-            argument = given.get(name)
-            if gradient is None:
-                gradient = values[0].new_empty(0)
-            elif argument is not None:
-                gradient = gradient.to(argument.dtype)
-                gradient = gradient if gradient.shape == argument.shape else gradient.reshape(argument.shape)
-            restored.append(gradient)
+    def _restored(self, launch: Callable) -> Callable:
+        """A Triton kernel's gradients in the dtypes and shapes of their arguments; None where the argument is."""
+        places = [self._backward.index(name) if name in self._backward else None for name in self._gradients]
+        single = self._single
+
+        def restored(*values: Any) -> Any:
+            made = launch(*values)
+            if single:
+                return made
+            gradients = list(made)
+            for i, place in enumerate(places):
+                gradient, argument = gradients[i], None if place is None else values[place]
+                if gradient is None or argument is None:
+                    continue
+                if gradient.dtype != argument.dtype:
+                    gradients[i] = gradient = gradient.to(argument.dtype)
+                if gradient.shape != argument.shape:
+                    gradients[i] = gradient.reshape(argument.shape)
+            return gradients
+
         return restored
+
+    def _without_none(self, launch: Callable) -> Callable:
+        """Gradients as a registered operator returns them: empty where the argument is None."""
+        if self._single:
+            return launch
+
+        def filled(*values: Any) -> list[torch.Tensor]:
+            return [values[0].new_empty(0) if gradient is None else gradient for gradient in launch(*values)]
+
+        return filled
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -266,16 +295,23 @@ def _define(name: str, signature: str, fake: Callable) -> torch._ops.OpOverload:
     return getattr(torch.ops.ddpm_fast, name).default
 
 
-def _launch(module: str, name: str, finish: Callable | None = None) -> Callable:
-    """Implement an operator by the function of its name in a module, which the first call imports; return it."""
+def _places(names: Iterable[str], types: Mapping[str, str]) -> tuple[int, ...]:
+    """Where among an operator's arguments tensors are."""
+    return tuple(i for i, name in enumerate(names) if types[name] in ("Tensor", "Tensor?"))
+
+
+def _launch(module: str, name: str) -> Callable:
+    """The function of a name in a module, which the first call imports."""
 
     def launch(*values: Any) -> Any:
-        made = getattr(importlib.import_module(module), name)(*values)
-        return made if finish is None else finish(made, *values)
+        return getattr(sys.modules.get(module) or importlib.import_module(module), name)(*values)
 
-    for device in ("CPU", "CUDA"):  # on the CPU, Triton's interpreter
-        _library.impl(name, launch, device)
     return launch
+
+
+def _implement(name: str, function: Callable) -> None:
+    for device in ("CPU", "CUDA"):  # on the CPU, Triton's interpreter
+        _library.impl(name, function, device)
 
 
 def _below_autograd(operator: Callable) -> Callable:
@@ -288,37 +324,34 @@ def _below_autograd(operator: Callable) -> Callable:
     return call
 
 
-def _differentiable(name: str, direct: Callable, setup_context: Callable, formula: Callable) -> Callable:
+def _differentiable(name: str, direct: Callable, forward: Callable, backward: Callable) -> Callable:
     """A kernel's function with the operator's own autograd around it."""
-
-    def forward(ctx: Any, *values: Any) -> Any:
-        output = direct(*values)
-        setup_context(ctx, values, output)
-        return output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(name, (torch.autograd.Function,), methods)
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # without the steps for torch.func
 
     def call(*values: Any) -> Any:
-        if torch.is_grad_enabled() and _any_requires_grad(*values):
-            return function.apply(*values)
-        return direct(*values)
+        return apply(*values) if torch.is_grad_enabled() and _any_requires_grad(*values) else direct(*values)
 
     return call
 
 
-def _unless_watched(operator: Callable, direct: Callable) -> Callable:
-    """Calls `direct`, or the registered operator where something sees or changes operators."""
+def _unless_watched(operator: Callable, direct: Callable, places: tuple[int, ...]) -> Callable:
+    """Calls `direct`, or the registered operator where something sees or changes operators.
+
+    Args:
+        places: of tensors among the arguments.
+    """
     if operator is direct:
         return operator
 
     def call(*values: Any) -> Any:
-        return operator(*values) if _is_watched(values) else direct(*values)
+        return operator(*values) if _is_watched(values, places) else direct(*values)
 
     return call
 
 
-def _is_watched(values: tuple) -> bool:
+def _is_watched(values: tuple, places: tuple[int, ...]) -> bool:
     """Whether torch's dispatcher has more to do than to find the kernel for these arguments."""
     if (
         torch.compiler.is_compiling()
@@ -328,7 +361,8 @@ def _is_watched(values: tuple) -> bool:
         or _get_tracing_state() is not None
     ):
         return True
-    for value in values:
-        if isinstance(value, torch.Tensor) and (type(value) not in _PLAIN or value.is_meta or value.is_neg()):
+    for place in places:
+        tensor = values[place]
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg()):
             return True
     return False

@@ -37,6 +37,12 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def ceil_div(n: int, divisor: int) -> int:
+    """n / divisor, rounded up; triton.cdiv takes microseconds."""
+    return -(-n // divisor)
+
+
+@cache
 def elementwise(elements: int, interpreted: bool) -> Launch:
     """The launch of a kernel that reads `elements` numbers once: 16 numbers of any width per thread."""
     if interpreted:
@@ -45,12 +51,14 @@ def elementwise(elements: int, interpreted: bool) -> Launch:
     return Launch(block, num_warps=max(1, block // 512))
 
 
+@cache
 def image_tiles(elements: int, channels: int, interpreted: bool) -> Launch:
     """For tiles of images of `elements` numbers: `channels` (a power of two) side by side, 8 pixels of each or more."""
     launch = elementwise(elements, interpreted)
     return Launch(max(launch.block, 8 * channels), launch.num_warps, launch.num_stages)
 
 
+@cache
 def row_sum(columns: int) -> Launch:
     """For one program per row that sums a few partial results."""
     return Launch(min(1024, max(32, next_power_of_2(columns))), num_warps=1)

@@ -151,7 +151,7 @@ def test_partial_sums_of_norm_silu_are_those_of_its_launches(C, size, dropout, g
     statistics = torch.empty((2, groups, 2) if groups else (2, size * size), device="meta")
     names = ["group_moments_kernel", "group_merge_kernel", "group_norm_silu_fwd_kernel"]
     names += ["group_norm_silu_sums_kernel", "group_norm_silu_bwd_kernel", "rms_norm_silu_bwd_kernel"]
-    names += ["rms_norm_silu_fwd_kernel"]
+    names += ["rms_norm_silu_fwd_kernel", "group_means_kernel", "norm_silu_bwd_rows_kernel"]
     with mock.patch.multiple(kernel, **{name: mock.MagicMock() for name in names}):
         kernel.norm_silu(x, residual=None, eps=1e-5, **rows)
         kernel.norm_silu_backward(x, x, statistics, **rows)
@@ -162,11 +162,14 @@ def test_partial_sums_of_norm_silu_are_those_of_its_launches(C, size, dropout, g
     if groups:
         moments = calls["group_moments_kernel"].args[1]  # (B, chunks, 2, C), means first
         assert forward == moments.nbytes + moments.nbytes + moments.nbytes // 2
-        sums, sums_dx = (calls[f"group_norm_silu_{name}_kernel"].args[i] for name, i in (("sums", 2), ("bwd", 3)))
-        assert backward == 2 * (sums.nbytes + sums_dx.nbytes)
+        sums = calls["group_norm_silu_sums_kernel"].args[2]  # (B, chunks, 2 or 3, C)
+        readers = ("group_norm_silu_bwd_kernel", 3), ("group_means_kernel", 0), ("norm_silu_bwd_rows_kernel", 0)
+        assert all(calls[name].args[i] is sums for name, i in readers)
+        assert backward == 2 * sums.nbytes + sums[:, :, :2].numel() * 4
     else:
         assert forward == 0
-        assert backward == 2 * calls["rms_norm_silu_bwd_kernel"].args[3].nbytes
+        sums = calls["rms_norm_silu_bwd_kernel"].args[3]
+        assert calls["norm_silu_bwd_rows_kernel"].args[0] is sums and backward == 2 * sums.nbytes
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -188,13 +191,14 @@ def test_partial_sums_of_norm_linear_are_those_of_its_launch(shape):
     x = torch.empty(shape, device="meta").to(memory_format=torch.channels_last)
     g, weight = torch.empty(shape[1], device="meta"), torch.empty(40, shape[1], 1, 1, device="meta")
     grad, norms = kernel.empty_outputs(x, 40)
-    kernels = {f"norm_linear_bwd_{n}_kernel": mock.MagicMock() for n in ("x", "weight")}
+    kernels = {f"norm_linear_bwd_{n}_kernel": mock.MagicMock() for n in ("x", "weight", "parameters")}
     tf32 = mock.patch.object(triton_launch, "convolution_precision", return_value="tf32")
     with tf32, mock.patch.multiple(kernel, **kernels):
         kernel.norm_linear_backward(grad, x, norms, g, weight)
         sums = kernel.norm_linear_bwd_weight_kernel.__getitem__.return_value.call_args.args[3]
+        assert kernel.norm_linear_bwd_parameters_kernel.__getitem__.return_value.call_args.args[0] is sums
     counted = traffic.SCRATCH_BYTES["ddpm_fast::norm_linear_backward"]({"x": x, "weight": weight})
-    assert counted == 2 * sums.nbytes + 3 * sums[0].nbytes
+    assert counted == 2 * sums.nbytes
 
 
 def test_a_table_is_read_where_it_is_looked_up():

@@ -19,6 +19,7 @@ and accumulators are float32; products take the dtype of qkv, as torch's attenti
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -262,6 +263,7 @@ _INTERPRETER = {128: Tile(64, 32, 1), 2**31: Tile(512, 256, 1)}  # up to so many
 _SMALLEST_BLOCK = 16  # of a product
 
 
+@cache
 def choose_tile(name: str, kind: str, N: int, D: int, *, interpreted: bool = False) -> Tile:
     """The launch of a kernel. It depends on these arguments alone, and so do results.
 
@@ -322,7 +324,7 @@ def attention_backward(
     if grad.stride() != out.stride():
         grad = torch.empty_like(out).copy_(grad)
     first, second = (_Launch(qkv, mem_kv, heads, name) for name in ("dq", "dkv"))
-    tiles = triton.cdiv(first.N, first.tile.queries)
+    tiles = triton_launch.ceil_div(first.N, first.tile.queries)
     partial = qkv.new_empty(first.B, tiles, *mem_kv.shape, dtype=torch.float32)
     with torch.cuda.device_of(qkv):
         attention_dq_kernel[first.grid](
@@ -342,7 +344,7 @@ class _Launch:
         kind = product_kind(qkv.dtype)
         self.tile = choose_tile(name, kind, self.N, D, interpreted=triton_launch.interpreted())
         owned = self.tile.keys if name == "dkv" else self.tile.queries
-        self.grid = (self.B * heads * triton.cdiv(self.N, owned),)
+        self.grid = (self.B * heads * triton_launch.ceil_div(self.N, owned),)
         channels_last = qkv.is_contiguous(memory_format=torch.channels_last)
         strides = (1, channels, channels // 3) if channels_last else (self.N, 1, 1)
         self.numbers = (heads, *strides, D**-0.5)

@@ -314,7 +314,7 @@ def q_sample(
     out = torch.empty(x_start.shape, dtype=dtype, device=x_start.device, memory_format=memory_format)
     batch, channels, height, width = x_start.shape
     launch, shape = tile_constants(channels, height * width, is_channels_last(out))
-    tiles = triton.cdiv(channels * height * width, shape["STEP"])
+    tiles = triton_launch.ceil_div(channels * height * width, shape["STEP"])
     with torch.cuda.device_of(x_start):
         q_sample_fwd_kernel[(batch * tiles,)](
             out, x_start, noise, seed, flip, t, table,
@@ -353,7 +353,7 @@ def diffusion_loss(
     batch, channels, height, width = x_start.shape
     elements = channels * height * width
     launch, shape = tile_constants(channels, height * width, is_channels_last(model_output))
-    tiles = triton.cdiv(elements, shape["STEP"])
+    tiles = triton_launch.ceil_div(elements, shape["STEP"])
     error = torch.empty_like(model_output) if with_gradient else model_output.new_empty(0)
     loss, factor = (torch.empty(batch, dtype=torch.float32, device=x_start.device) for _ in range(2))
     partial = torch.empty((batch, tiles), dtype=torch.float32, device=x_start.device)
@@ -371,7 +371,7 @@ def diffusion_loss(
         reduce = triton_launch.row_sum(tiles)
         diffusion_loss_reduce_kernel[(batch,)](
             loss, factor, partial, t, table, table.shape[0], tiles, elements,
-            BLOCK=reduce.block, BLOCKS=triton.cdiv(tiles, reduce.block), **reduce.options,
+            BLOCK=reduce.block, BLOCKS=triton_launch.ceil_div(tiles, reduce.block), **reduce.options,
         )  # fmt: skip
     return loss, factor, error
 
@@ -381,7 +381,7 @@ def diffusion_loss_backward(error: torch.Tensor, factor: torch.Tensor, dloss: to
     doutput = torch.empty_like(error)
     elements = error[0].numel()
     launch = triton_launch.elementwise(elements, triton_launch.interpreted())
-    tiles = triton.cdiv(elements, launch.block)
+    tiles = triton_launch.ceil_div(elements, launch.block)
     with torch.cuda.device_of(error):
         diffusion_loss_bwd_kernel[(error.shape[0] * tiles,)](
             doutput, error, factor, dloss, elements, tiles, BLOCK=launch.block, **launch.options

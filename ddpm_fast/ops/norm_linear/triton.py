@@ -19,6 +19,7 @@ Rows are the pixels of one sample, or of the whole batch where maps are channels
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 import triton
@@ -199,8 +200,9 @@ class Tile:
     num_warps: int
     num_stages: int
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
         return {
             "BLOCK_N": self.block_n,
             "BLOCK_O": self.block_o,
@@ -220,6 +222,7 @@ def exact_products(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision == "ieee"
 
 
+@cache
 def forward_tile(N: int, C: int, K: int, exact: bool) -> Tile:
     """The launch of the forward kernel: 64 × 64 products, few enough that maps of 16 × 16 pixels fill a GPU."""
     block_n, block_o = _block(N, 64), _block(K, 64)
@@ -228,6 +231,7 @@ def forward_tile(N: int, C: int, K: int, exact: bool) -> Tile:
     return Tile(block_n, block_o, _block(C, 32), num_warps=4, num_stages=3)
 
 
+@cache
 def backward_x_tile(N: int, C: int, K: int, exact: bool) -> Tile:
     """The launch of the kernel of dx, which holds whole rows of z: 32 float32 per thread, 64 at 1024 channels."""
     block_c = _block(C, 1024)
@@ -239,6 +243,7 @@ def backward_x_tile(N: int, C: int, K: int, exact: bool) -> Tile:
     return Tile(block_n, _block(K, 16 if block_c > 512 else 32), block_c, num_warps, num_stages=2)
 
 
+@cache
 def backward_weight_tile(N: int, C: int, K: int, exact: bool) -> Tile:
     """The launch of the kernel of the weight's gradient."""
     block_o, block_c = _block(K, 64), _block(C, 64)
@@ -262,13 +267,16 @@ def _exact_warps(elements: int) -> int:
     return max(1, min(16, elements // 512))
 
 
+@cache
 def tiles_per_chunk(N: int, C: int, K: int, tile: Tile) -> int:
     """Tiles of pixels that one program of the weight's gradient adds up: a power of two from 2 on.
 
     With the tiles of (K, C) these are about 256 programs, enough to fill a GPU, and no more partial sums than that.
     """
-    chunks = max(1, 256 // (triton.cdiv(K, tile.block_o) * triton.cdiv(C, tile.block_c)))
-    return max(2, triton_launch.next_power_of_2(triton.cdiv(triton.cdiv(N, tile.block_n), chunks)))
+    chunks = max(1, 256 // (triton_launch.ceil_div(K, tile.block_o) * triton_launch.ceil_div(C, tile.block_c)))
+    return max(
+        2, triton_launch.next_power_of_2(triton_launch.ceil_div(triton_launch.ceil_div(N, tile.block_n), chunks))
+    )
 
 
 def norm_linear(
@@ -299,11 +307,11 @@ def _launch_forward(x, gain, weight, bias, residual, out, factors) -> None:
     B, N = _rows(x)
     precision = triton_launch.convolution_precision()
     tile = forward_tile(_pixels(x), C, K, exact_products(x.dtype, precision))
-    tiles_n, tiles_o = triton.cdiv(N, tile.block_n), triton.cdiv(K, tile.block_o)
+    tiles_n, tiles_o = triton_launch.ceil_div(N, tile.block_n), triton_launch.ceil_div(K, tile.block_o)
     with torch.cuda.device_of(x):
         norm_linear_fwd_kernel[(B * tiles_n * tiles_o,)](
             x, gain, weight.reshape(K, C).contiguous(), bias, residual, out, factors, N, C, K, tiles_n, tiles_o, C**0.5,
-            *_strides(x, N), *_strides(out, N), PRECISION=precision, TILES_C=triton.cdiv(C, tile.block_c),
+            *_strides(x, N), *_strides(out, N), PRECISION=precision, TILES_C=triton_launch.ceil_div(C, tile.block_c),
             **tile.constants,
         )  # fmt: skip
 
@@ -325,23 +333,23 @@ def norm_linear_backward(
     precision = triton_launch.convolution_precision()
     exact = exact_products(x.dtype, precision)
     tile, sum_tile = backward_x_tile(_pixels(x), C, K, exact), backward_weight_tile(N, C, K, exact)
-    tiles_n = triton.cdiv(N, tile.block_n)
+    tiles_n = triton_launch.ceil_div(N, tile.block_n)
     tiles = tiles_per_chunk(N, C, K, sum_tile)
-    chunks = triton.cdiv(N, sum_tile.block_n * tiles)
-    tiles_o, tiles_c = triton.cdiv(K, sum_tile.block_o), triton.cdiv(C, sum_tile.block_c)
+    chunks = triton_launch.ceil_div(N, sum_tile.block_n * tiles)
+    tiles_o, tiles_c = triton_launch.ceil_div(K, sum_tile.block_o), triton_launch.ceil_div(C, sum_tile.block_c)
     sums = x.new_empty((B * chunks, K, C), dtype=torch.float32)
     dgain, dweight = gain.new_empty(gain.shape), weight.new_empty(weight.shape)
     with torch.cuda.device_of(x):
         norm_linear_bwd_x_kernel[(B * tiles_n,)](
             grad, x, dx, factors, gain_row, weight_rows, N, C, K, tiles_n, C**0.5, *strides,
-            PRECISION=precision, TILES_O=triton.cdiv(K, tile.block_o), **tile.constants,
+            PRECISION=precision, TILES_O=triton_launch.ceil_div(K, tile.block_o), **tile.constants,
         )  # fmt: skip
         norm_linear_bwd_weight_kernel[(B * chunks * tiles_o * tiles_c,)](
             grad, x, factors, sums, N, C, K, chunks, tiles_o, tiles_c, *strides,
             PRECISION=precision, TILES=tiles, **sum_tile.constants,
         )  # fmt: skip
         blocks = parameters_blocks(C, triton_launch.interpreted())
-        norm_linear_bwd_parameters_kernel[(triton.cdiv(C, blocks["BLOCK_C"]),)](
+        norm_linear_bwd_parameters_kernel[(triton_launch.ceil_div(C, blocks["BLOCK_C"]),)](
             sums, gain_row, weight_rows, dgain, dweight, K, C, B * chunks, **blocks
         )
     return dx, dgain, dweight

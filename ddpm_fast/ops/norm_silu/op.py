@@ -12,6 +12,7 @@ Backward keeps x and one (RMSNorm, per pixel) or two (GroupNorm, per group) floa
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,6 +22,8 @@ from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
+_OPTIONAL = ("offset", "bias", "scale", "shift", "residual")
+_TENSORS = ("x", "gain", *_OPTIONAL)
 _LARGEST_ROW = 8192  # channels that the RMSNorm kernels keep in one program's registers
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
 
@@ -154,19 +157,18 @@ def _check(
     seed: torch.Tensor | None,
 ) -> None:
     """The checks of every implementation."""
-    optional = {"offset": offset, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
-    given = {"x": x, "gain": gain, **{name: tensor for name, tensor in optional.items() if tensor is not None}}
-    check_tensors(given)
+    tensors = (x, gain, offset, bias, scale, shift, residual)
+    check_tensors(dict(zip(_TENSORS, tensors, strict=True)), _OPTIONAL)
     check_seed(dropout_p, seed, x.device)
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
-    B, C, _, _ = x.shape
+    B, C, _, _ = whole = x.shape
     if gain.numel() != C:
         raise ValueError(f"gain must have {C} elements, one per channel of x, got shape {tuple(gain.shape)}")
-    shapes = {"offset": (C,), "bias": (C,), "scale": (B, C), "shift": (B, C), "residual": tuple(x.shape)}
-    for name, shape in shapes.items():
-        if name in given and given[name].shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(given[name].shape)}")
+    shapes = ((C,), (C,), (B, C), (B, C), whole)
+    for name, tensor, shape in zip(_OPTIONAL, tensors[2:], shapes, strict=True):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def _rms(operator: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., torch.Tensor]:
@@ -212,24 +214,32 @@ def _group(operator: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callab
 
 
 def _triton_refuses(
-    x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor | None = None, **options: torch.Tensor | float | None
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    offset: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    **options: torch.Tensor | float | None,
 ) -> str | None:
     reason = triton_launch.why_not_triton(x.device)
     if reason is not None:
         return reason
-    for name, tensor in {"x": x, "gain": gain, "offset": offset, **options}.items():
-        if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+    for name, tensor in zip(_TENSORS, (x, gain, offset, bias, scale, shift, residual), strict=True):
+        if tensor is not None and tensor.dtype == torch.float64:
             return f"{name} is torch.float64, and the kernels compute in float32"
     if x.numel() == 0:
         return "x is empty"
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+    if not (x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()):
         return f"x is neither contiguous nor channels-last, its strides are {x.stride()}"
-    if x.shape[1:].numel() > _LARGEST_SAMPLE:
+    if x.numel() > _LARGEST_SAMPLE and x.shape[1:].numel() > _LARGEST_SAMPLE:
         return f"a sample has {x.shape[1:].numel()} elements, and the kernels take at most {_LARGEST_SAMPLE}"
     return None
 
 
-def _triton_rms_refuses(x: torch.Tensor, gain: torch.Tensor, **options: torch.Tensor | float | None) -> str | None:
+def _triton_rms_refuses(x: torch.Tensor, gain: torch.Tensor, **options: Any) -> str | None:
     reason = _triton_refuses(x, gain, None, **options)
     if reason is None and x.shape[1] > _LARGEST_ROW:
         return f"x has {x.shape[1]} channels, and a program of the RMSNorm kernel holds at most {_LARGEST_ROW}"

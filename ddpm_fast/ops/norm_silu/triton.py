@@ -16,6 +16,7 @@ atomics.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -558,12 +559,14 @@ class Tile:
         block_n, block_c: pixels and channels of a tile.
         tiles: tiles that one program walks over.
         num_warps: warps per program.
+        registers: see `triton_launch.register_bound`.
     """
 
     block_n: int
     block_c: int
     tiles: int
     num_warps: int
+    registers: int | None = None
 
     @property
     def chunk(self) -> int:
@@ -571,6 +574,7 @@ class Tile:
         return self.block_n * self.tiles
 
 
+@cache
 def choose_tile(HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool, interpreted: bool = False) -> Tile:
     """The launch for a map of HW pixels and C channels. It depends on these arguments alone, and so do results.
 
@@ -585,11 +589,14 @@ def choose_tile(HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool,
     elements = 8192 if interpreted else 128 * per_thread
     block_c = triton_launch.next_power_of_2(C) if whole_rows else min(64, triton_launch.next_power_of_2(C))
     block_n = max(4 if dropout and block_c <= 1024 else 1, min(elements // block_c, triton_launch.next_power_of_2(HW)))
-    tiles = 1
+    tiles, registers = 1, None
     if sums:
-        tiles = min(16, triton_launch.next_power_of_2(triton.cdiv(HW, 2 * block_n))) if interpreted else _TILES
+        tiles = (
+            min(16, triton_launch.next_power_of_2(triton_launch.ceil_div(HW, 2 * block_n))) if interpreted else _TILES
+        )
+        registers = 120 if dropout else 96  # the fewest that do not spill; 96 let a multiprocessor run five programs
     num_warps = min(32, max(1, block_n * block_c // (32 * per_thread)))
-    return Tile(block_n, block_c, tiles, num_warps)
+    return Tile(block_n, block_c, tiles, num_warps, registers)
 
 
 def norm_silu(
@@ -611,10 +618,10 @@ def norm_silu(
     out = torch.empty_like(x)
     rows = _Rows(gain, offset, bias, scale, shift)
     residual = None if residual is None else _laid_out_like(x, residual)
-    tile = _tile_for(x, seed, whole_rows=groups == 0, sums=False)
-    tiles = triton.cdiv(HW, tile.block_n)
-    numbers = (*_strides(x), *rows.strides, *_dropout_numbers(dropout_p))
-    constants = _constants(tile, HW, activation)
+    plan = _plan_of(x, seed, activation, whole_rows=groups == 0, sums=False)
+    tile, constants = plan.tile, plan.constants
+    tiles = triton_launch.ceil_div(HW, tile.block_n)
+    numbers = (*plan.strides, *rows.strides, *_dropout_numbers(dropout_p))
     with torch.cuda.device_of(x):
         if groups == 0:
             statistics = x.new_empty(B, HW, dtype=torch.float32)
@@ -624,7 +631,7 @@ def norm_silu(
             )  # fmt: skip
             return out, statistics
         statistics = _group_statistics_of(x, rows.bias, groups, eps)
-        group_norm_silu_fwd_kernel[(B * tiles, triton.cdiv(C, tile.block_c))](
+        group_norm_silu_fwd_kernel[(B * tiles, triton_launch.ceil_div(C, tile.block_c))](
             x, out, statistics, rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, residual, seed, HW, C,
             groups, tiles, *numbers, **constants,
         )  # fmt: skip
@@ -650,10 +657,10 @@ def norm_silu_backward(
     dx = torch.empty_like(x)
     grad = _laid_out_like(x, grad)
     rows = _Rows(gain, offset, bias, scale, shift)
-    tile = _tile_for(x, seed, whole_rows=groups == 0, sums=True)
-    chunks = triton.cdiv(HW, tile.chunk)
-    numbers = (*_strides(x), *rows.strides, *_dropout_numbers(dropout_p))
-    constants = {**_constants(tile, HW, activation), "TILES": tile.tiles}
+    plan = _plan_of(x, seed, activation, whole_rows=groups == 0, sums=True)
+    tile, constants = plan.tile, plan.constants
+    chunks = triton_launch.ceil_div(HW, tile.chunk)
+    numbers = (*plan.strides, *rows.strides, *_dropout_numbers(dropout_p))
     sums = x.new_empty((B, chunks, 2 if bias is None else 3, C), dtype=torch.float32)
     with torch.cuda.device_of(x):
         if groups == 0:
@@ -662,11 +669,11 @@ def norm_silu_backward(
                 C**0.5, *numbers, **constants,
             )  # fmt: skip
         else:
-            grid = (B * chunks, triton.cdiv(C, tile.block_c))
+            grid = (B * chunks, triton_launch.ceil_div(C, tile.block_c))
             inputs = (rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, seed, HW, C, groups, chunks, *numbers)
             if HW * C == groups:
                 # A group of one number has no gradient: both kernels must round its dy as the mean between is rounded.
-                constants["enable_fp_fusion"] = False
+                constants = constants | {"enable_fp_fusion": False}
             group_norm_silu_sums_kernel[grid](grad, x, sums, statistics, *inputs, **constants)
             means = x.new_empty((B, 2, groups), dtype=torch.float32)
             group_means_kernel[(B * groups,)](
@@ -674,9 +681,12 @@ def norm_silu_backward(
                 **_group_blocks(C // groups, chunks),
             )  # fmt: skip
             group_norm_silu_bwd_kernel[grid](grad, x, dx, sums, statistics, means, *inputs, **constants)
-        gradients = [None if t is None else t.new_empty(t.shape) for t in (gain, offset, bias, scale, shift)]
+        gradients = [
+            None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t in (gain, offset, bias, scale, shift)
+        ]
         blocks = rows_blocks(C, triton_launch.interpreted())
-        norm_silu_bwd_rows_kernel[(triton.cdiv(C, blocks["BLOCK_C"]),)](
+        norm_silu_bwd_rows_kernel[(triton_launch.ceil_div(C, blocks["BLOCK_C"]),)](
             sums, rows.gain, rows.offset, rows.scale, *gradients, B, C, chunks, rows.strides[0], **blocks
         )
     return dx, *gradients
@@ -685,11 +695,11 @@ def norm_silu_backward(
 def rows_blocks(C: int, interpreted: bool = False) -> dict[str, int]:
     """The blocks of norm_silu_bwd_rows_kernel, a constant on a GPU: no size compiles it again.
 
-    98 KB of sums are on their way at a time. Eight channels are the 32 bytes that memory hands out at once.
+    48 KB of sums are on their way at a time. Eight channels are the 32 bytes that memory hands out at once.
     """
     if interpreted:
         return {"BLOCK_B": 4, "BLOCK_K": 4, "BLOCK_C": min(1024, triton_launch.next_power_of_2(C)), "num_warps": 1}
-    return {"BLOCK_B": 32, "BLOCK_K": 32, "BLOCK_C": 8, "num_warps": 16}
+    return {"BLOCK_B": 16, "BLOCK_K": 32, "BLOCK_C": 8, "num_warps": 8}
 
 
 def _group_blocks(D: int, chunks: int) -> dict[str, int]:
@@ -699,8 +709,8 @@ def _group_blocks(D: int, chunks: int) -> dict[str, int]:
     return {
         "BLOCK_K": block_k,
         "BLOCK_D": block_d,
-        "BLOCKS_K": triton.cdiv(chunks, block_k),
-        "BLOCKS_D": triton.cdiv(D, block_d),
+        "BLOCKS_K": triton_launch.ceil_div(chunks, block_k),
+        "BLOCKS_D": triton_launch.ceil_div(D, block_d),
         "num_warps": 1,
     }
 
@@ -712,21 +722,28 @@ class _Rows:
         self.gain = gain.contiguous()
         self.offset = None if offset is None else offset.contiguous()
         self.bias = None if bias is None else bias.contiguous()
-        self.scale, self.shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
+        self.scale, scale_stride = _side_by_side(scale)
+        self.shift, shift_stride = _side_by_side(shift)
+        self.strides = (scale_stride, shift_stride)
 
-    @property
-    def strides(self) -> tuple[int, int]:
-        return tuple(0 if t is None else t.stride(0) for t in (self.scale, self.shift))
+
+def _side_by_side(rows: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """Rows with channels side by side, and their stride."""
+    if rows is None:
+        return None, 0
+    stride, spacing = rows.stride()
+    return (rows, stride) if spacing == 1 else (rows.contiguous(), rows.shape[1])
 
 
 def _group_statistics_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int, eps: float) -> torch.Tensor:
     """(B, G, 2): mean and 1/√(variance + eps) of every group."""
     B, C, HW = _sizes(x)
-    tile = choose_tile(HW, C, whole_rows=False, sums=True, dropout=False, interpreted=triton_launch.interpreted())
-    chunks = triton.cdiv(HW, tile.chunk)
+    plan = _plan_of(x, None, False, whole_rows=False, sums=True)
+    tile = plan.tile
+    chunks = triton_launch.ceil_div(HW, tile.chunk)
     moments = x.new_empty(B, chunks, 2, C, dtype=torch.float32)
-    group_moments_kernel[(B * chunks, triton.cdiv(C, tile.block_c))](
-        x, moments, bias, HW, C, chunks, *_strides(x),
+    group_moments_kernel[(B * chunks, triton_launch.ceil_div(C, tile.block_c))](
+        x, moments, bias, HW, C, chunks, *plan.strides,
         BLOCK_N=tile.block_n, BLOCK_C=tile.block_c, TILES=tile.tiles, num_warps=tile.num_warps,
     )  # fmt: skip
     statistics = x.new_empty(B, groups, 2, dtype=torch.float32)
@@ -736,22 +753,41 @@ def _group_statistics_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int
     return statistics
 
 
-def _tile_for(x: torch.Tensor, seed: torch.Tensor | None, *, whole_rows: bool, sums: bool) -> Tile:
-    _, C, HW = _sizes(x)
-    dropout = seed is not None and HW % 4 == 0
-    return choose_tile(
-        HW, C, whole_rows=whole_rows, sums=sums, dropout=dropout, interpreted=triton_launch.interpreted()
+@dataclass(frozen=True)
+class _Plan:
+    """What a launch takes besides tensors: its tile, the strides of sample, channel and pixel, and constants."""
+
+    tile: Tile
+    strides: tuple[int, int, int]
+    constants: dict[str, int]
+
+
+def _plan_of(x: torch.Tensor, seed: torch.Tensor | None, activation: bool, *, whole_rows: bool, sums: bool) -> _Plan:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return _plan(*_sizes(x)[1:], channels_last, seed is not None, activation, whole_rows, sums)
+
+
+@cache
+def _plan(C: int, HW: int, channels_last: bool, dropout: bool, activation: bool, whole_rows: bool, sums: bool) -> _Plan:
+    tile = choose_tile(
+        HW,
+        C,
+        whole_rows=whole_rows,
+        sums=sums,
+        dropout=dropout and HW % 4 == 0,
+        interpreted=triton_launch.interpreted(),
     )
-
-
-def _constants(tile: Tile, HW: int, activation: bool) -> dict:
-    return {
+    constants = {
         "ACTIVATION": activation,
         "QUADS": HW % 4 == 0 and tile.block_n % 4 == 0,
         "BLOCK_N": tile.block_n,
         "BLOCK_C": tile.block_c,
         "num_warps": tile.num_warps,
+        **triton_launch.register_bound(tile.registers),
     }
+    if sums:
+        constants["TILES"] = tile.tiles
+    return _Plan(tile, (C * HW, 1, C) if channels_last else (C * HW, HW, 1), constants)
 
 
 def _dropout_numbers(dropout_p: float) -> tuple[int, float]:
@@ -760,13 +796,8 @@ def _dropout_numbers(dropout_p: float) -> tuple[int, float]:
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int]:  # (B, C, H, W) -> B, C, HW
-    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-
-
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of sample, channel and pixel."""
-    _, C, HW = _sizes(x)
-    return (C * HW, 1, C) if x.is_contiguous(memory_format=torch.channels_last) else (C * HW, HW, 1)
+    B, C, H, W = x.shape
+    return B, C, H * W
 
 
 def _laid_out_like(x: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

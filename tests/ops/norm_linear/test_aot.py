@@ -106,19 +106,42 @@ def test_registers_and_accesses_with_a_residual(tmp_path, gate):
     gate("registers", f"{name} with bias and residual, sm_90", max(registers))
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_gradients_of_parameters(capability, tmp_path, gate):
+    """Every thread has its 16-byte loads of a block of sums on their way at once."""
+    function, blocks = kernel.norm_linear_bwd_parameters_kernel, kernel.parameters_blocks(64)
+    constants = {name: value for name, value in blocks.items() if name.isupper()}
+    signature = {n: type_of(n, "fp32") for n in function.arg_names if n not in constants}
+    machine = compile_kernel(
+        function, signature, constants, capability, tmp_path,
+        num_warps=blocks["num_warps"], unaligned=("K", "chunks"),
+    )  # fmt: skip
+    assert not machine.spills
+    per_block = blocks["BLOCK_K"] * blocks["BLOCK_O"] * blocks["BLOCK_C"] // (4 * 32 * blocks["num_warps"])
+    assert machine.widths("LDG").get(128, 0) >= per_block, machine.accesses
+    gate("registers", f"norm_linear_bwd_parameters_kernel, sm_{capability}", machine.registers)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_widest_rows_fit(name, tmp_path):
     machine, _ = compile_stage(name, "fp32", "tf32", 1024, 90, tmp_path)
     assert not machine.spills and machine.shared <= 99 * 1024  # what a program may have on every GPU since sm_80
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [*KERNELS, "norm_linear_bwd_parameters_kernel"])
 def test_sizes_of_one_compile(name, tmp_path):
     """A launch makes integers that are 1 constants of the kernel."""
     function = getattr(kernel, name)
     ones = ["N", "C", "K", "chunks", "TILES_C", "TILES_O"]
     ones += [n for n in function.arg_names if n.startswith(("tiles", "stride_", "out_")) and not n.endswith("_ptr")]
-    constants = {n: 1 for n in ones} | {"PRECISION": "ieee", "TILES": 2, "BLOCK_N": 16, "BLOCK_O": 16, "BLOCK_C": 16}
+    constants = {n: 1 for n in ones} | {
+        "PRECISION": "ieee",
+        "TILES": 2,
+        "BLOCK_N": 16,
+        "BLOCK_O": 16,
+        "BLOCK_C": 16,
+        "BLOCK_K": 1,
+    }
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, "bf16") for n in function.arg_names if n not in constants}
     assert not compile_kernel(function, signature, constants, 90, tmp_path, num_warps=1).spills
