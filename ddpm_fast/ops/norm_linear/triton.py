@@ -258,7 +258,7 @@ def parameters_blocks(C: int, interpreted: bool = False) -> dict[str, int]:
     64 KB of sums are on their way at a time. Eight channels are the 32 bytes that memory hands out at once.
     """
     if interpreted:
-        return {"BLOCK_K": 2, "BLOCK_O": 64, "BLOCK_C": min(1024, triton_launch.next_power_of_2(C)), "num_warps": 1}
+        return {"BLOCK_K": 16, "BLOCK_O": 64, "BLOCK_C": min(1024, triton_launch.next_power_of_2(C)), "num_warps": 1}
     return {"BLOCK_K": 16, "BLOCK_O": 128, "BLOCK_C": 8, "num_warps": 8}
 
 

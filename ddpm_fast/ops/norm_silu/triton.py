@@ -188,7 +188,7 @@ def rms_norm_silu_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def rms_norm_silu_bwd_kernel(
     grad_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so are x and dx
     x_ptr,
@@ -210,7 +210,8 @@ def rms_norm_silu_bwd_kernel(
     b_slope, b_intercept = _slope_and_intercept(
         gain_ptr, None, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
-    b_bias, (k0, k1) = _bias(bias_ptr, o_c, m_c), _key(seed_ptr)
+    b_bias = _bias(bias_ptr, o_c, m_c)
+    k0, k1 = _key(seed_ptr)
     b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dy_normed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dx = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -381,7 +382,8 @@ def group_norm_silu_sums_kernel(
         gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
     b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
-    b_bias, (k0, k1) = _bias(bias_ptr, o_c, m_c), _key(seed_ptr)
+    b_bias = _bias(bias_ptr, o_c, m_c)
+    k0, k1 = _key(seed_ptr)
     b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dy_normed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for i_tile in tl.range(TILES, num_stages=_STAGES):
@@ -462,7 +464,8 @@ def group_norm_silu_bwd_kernel(
     o_means = i_b * 2 * G + o_c // (C // G)
     b_mean_dnormed = _load(means_ptr, o_means, m_c)
     b_projection = _load(means_ptr, o_means + G, m_c)
-    b_bias, (k0, k1) = _bias(bias_ptr, o_c, m_c), _key(seed_ptr)
+    b_bias = _bias(bias_ptr, o_c, m_c)
+    k0, k1 = _key(seed_ptr)
     b_sum_dx = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for i_tile in tl.range(TILES, num_stages=_STAGES):
         n_start = (i_chunk * TILES + i_tile) * BLOCK_N
@@ -591,10 +594,9 @@ def choose_tile(HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool,
     block_n = max(4 if dropout and block_c <= 1024 else 1, min(elements // block_c, triton_launch.next_power_of_2(HW)))
     tiles, registers = 1, None
     if sums:
-        tiles = (
-            min(16, triton_launch.next_power_of_2(triton_launch.ceil_div(HW, 2 * block_n))) if interpreted else _TILES
-        )
-        registers = 120 if dropout else 96  # the fewest that do not spill; 96 let a multiprocessor run five programs
+        tiles = min(16, triton_launch.next_power_of_2(-(-HW // (2 * block_n)))) if interpreted else _TILES
+        # The fewest that do not spill; with 96 a multiprocessor runs five programs.
+        registers = 120 if dropout and whole_rows else 96
     num_warps = min(32, max(1, block_n * block_c // (32 * per_thread)))
     return Tile(block_n, block_c, tiles, num_warps, registers)
 
@@ -699,7 +701,8 @@ def rows_blocks(C: int, interpreted: bool = False) -> dict[str, int]:
     """
     if interpreted:
         return {"BLOCK_B": 4, "BLOCK_K": 4, "BLOCK_C": min(1024, triton_launch.next_power_of_2(C)), "num_warps": 1}
-    return {"BLOCK_B": 16, "BLOCK_K": 32, "BLOCK_C": 8, "num_warps": 8}
+    sizes = {"BLOCK_B": 16, "BLOCK_K": 32, "BLOCK_C": 8, "num_warps": 8}
+    return sizes | triton_launch.register_bound(168)  # one program per multiprocessor has more
 
 
 def _group_blocks(D: int, chunks: int) -> dict[str, int]:
