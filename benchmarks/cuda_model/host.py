@@ -105,7 +105,7 @@ def measure_steps(target: GPUTarget, dtype: str = "bf16", least: float = 1.0) ->
         train, _ = steps.make_training_step(diffusion, 1, dtype)
         found = {"training": seconds_of_step(train, least)}
         sample = steps.make_sampling_step(diffusion, 1, dtype)
-        with steps.sampling_mode(diffusion):
+        with steps.sampling_mode(diffusion, dtype):
             found["sampling"] = seconds_of_step(sample, least)
     return found
 

@@ -68,7 +68,7 @@ def record_training(
 
 
 def make_sampling_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> Callable[[], None]:
-    """A function that does the work of one replay of a sampling step; call it in `sampling_mode`."""
+    """A function that does the work of one replay of a sampling step; call it in `sampling_mode` of that dtype."""
     plan = diffusion._plan("ddpm", diffusion.num_timesteps)
     with torch.no_grad():
         x = torch.zeros((batch, diffusion.channels, *diffusion.image_size), device=diffusion.device)
@@ -84,9 +84,10 @@ def make_sampling_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> 
 
 
 @contextlib.contextmanager
-def sampling_mode(diffusion: GaussianDiffusion):
-    """The context that the sampling loop runs in."""
-    with inference_weights(diffusion.model, diffusion.num_timesteps), torch.inference_mode():
+def sampling_mode(diffusion: GaussianDiffusion, dtype: str):
+    """The context that the sampling loop runs in; inference weights are made under the caller's autocast."""
+    autocast = uncached_autocast(diffusion.device, AUTOCAST[dtype])
+    with autocast, inference_weights(diffusion.model, diffusion.num_timesteps), torch.inference_mode():
         yield
 
 
@@ -101,7 +102,7 @@ def record_sampling(
     diffusion = diffusion or make_diffusion()
     with recording(target, found) as block:
         run = make_sampling_step(diffusion, batch, dtype)
-        with sampling_mode(diffusion), block() as step:
+        with sampling_mode(diffusion, dtype), block() as step:
             run()
     return step
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.models.derived_weights import HasDerivedWeight
+from ddpm_fast.models.narrow_weights import Group, dtype_of_copies, narrow
 from ddpm_fast.models.stock import (
     calls_every_module,
     is_convolution,
@@ -34,7 +35,11 @@ class Conv3x3(nn.Conv2d):
         if self.bias is None or not keeps_size(self, 3):  # a user has changed the settings
             return super().forward(x)
         (x,) = to_autocast_dtype(x)
-        return conv3x3(x, self.weight, self.bias)
+        return conv3x3(x, narrow(self, "weight"), narrow(self, "bias"))
+
+    def narrow_groups(self) -> list[Group]:
+        """See `narrow_weights`."""
+        return _weight_and_bias(self) if self.bias is not None and keeps_size(self, 3) else []
 
 
 class StemConv(nn.Conv2d):
@@ -47,7 +52,12 @@ class StemConv(nn.Conv2d):
         if self.bias is None or not keeps_size(self, self.weight.shape[-1]):  # a user has changed the settings
             return super().forward(x)
         (x,) = to_autocast_dtype(x)
-        return stem_conv(x, self.weight, self.bias)
+        return stem_conv(x, narrow(self, "weight"), narrow(self, "bias"))
+
+    def narrow_groups(self) -> list[Group]:
+        """See `narrow_weights`."""
+        fits = self.bias is not None and keeps_size(self, self.weight.shape[-1])
+        return _weight_and_bias(self) if fits else []
 
 
 @stock
@@ -60,15 +70,20 @@ class Upsample(nn.Sequential, HasDerivedWeight):
 
     def derive(self) -> torch.Tensor | None:
         """The taps of the four 2×2 convolutions; None where the modules are called."""
-        return upsampling_taps(parameter(self[1], "weight")) if self._is_fused() else None
+        return _in_dtype_of_copies(upsampling_taps(parameter(self[1], "weight"))) if self._is_fused() else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._is_fused():
             return super().forward(x)
         conv = self._modules["1"]
+        (x,) = to_autocast_dtype(x)
         return unchecked_upsample_conv(
-            *to_autocast_dtype(x), parameter(conv, "weight"), parameter(conv, "bias"), taps=self.built()
+            x, narrow(conv, "weight"), narrow(conv, "bias"), taps=_fitting(self.built(), x, conv)
         )
+
+    def narrow_groups(self) -> list[Group]:
+        """See `narrow_weights`."""
+        return _weight_and_bias(self._modules["1"]) if self._is_fused() else []
 
     def _is_fused(self) -> bool:
         modules: dict[str, Any] = self._modules
@@ -96,19 +111,25 @@ class Downsample(nn.Sequential, HasDerivedWeight):
 
     def derive(self) -> torch.Tensor | None:
         """The weight as a 2×2 kernel; None where the modules are called."""
-        return self._kernel() if self._is_fused() else None
+        return _in_dtype_of_copies(self._kernel()) if self._is_fused() else None
 
     def _kernel(self) -> torch.Tensor:
-        weight = parameter(self._modules["1"], "weight")
+        weight = narrow(self._modules["1"], "weight")
         weight = weight.reshape(weight.shape[0], weight.shape[1] // 4, 2, 2)
         return weight.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._is_fused():
             return super().forward(x)
-        kernel = self.built()
+        conv = self._modules["1"]
+        (x,) = to_autocast_dtype(x)
+        kernel = _fitting(self.built(), x, conv)
         kernel = self._kernel() if kernel is None else kernel
-        return unchecked_downsample_conv(*to_autocast_dtype(x), kernel, parameter(self._modules["1"], "bias"))
+        return unchecked_downsample_conv(x, kernel, narrow(conv, "bias"))
+
+    def narrow_groups(self) -> list[Group]:
+        """See `narrow_weights`."""
+        return _weight_and_bias(self._modules["1"]) if self._is_fused() else []
 
     def _is_fused(self) -> bool:
         modules: dict[str, Any] = self._modules
@@ -119,3 +140,20 @@ class Downsample(nn.Sequential, HasDerivedWeight):
     def why_by_modules(self) -> str | None:
         """Why the modules are called one after another, in one clause; None where they are one op."""
         return None if self._is_fused() else why_by_modules(self)
+
+
+def _weight_and_bias(conv: Any) -> list[Group]:
+    return [(parameter(conv, "weight"),), (parameter(conv, "bias"),)]
+
+
+def _in_dtype_of_copies(derived: torch.Tensor) -> torch.Tensor:
+    """In the dtype that the convolution reads, so that no call casts it; as it is where native code reads float32."""
+    dtype = dtype_of_copies(derived.device)
+    return derived if dtype is None else derived.to(dtype)
+
+
+def _fitting(derived: torch.Tensor | None, x: torch.Tensor, conv: Any) -> torch.Tensor | None:
+    """What was derived from a weight, unless in the dtype of an autocast that is no longer on."""
+    if derived is None or derived.dtype in (x.dtype, parameter(conv, "weight").dtype):
+        return derived
+    return None

@@ -16,16 +16,20 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from ddpm_fast.models.stock import has_global_hooks
+from ddpm_fast.models.stock import has_global_hooks, renews_no_weight
 from ddpm_fast.runtime.autocast import autocast_dtype
+
+# A tensor, or several by name.
+Derived = torch.Tensor | dict[Hashable, torch.Tensor]
 
 
 class HasDerivedWeight(nn.Module):
-    """A module that runs with a tensor made from its parameters, by `derive`.
+    """A module that runs with a tensor made from its parameters, or several by name, by `derive`.
 
     Under `inference_weights`, where no gradient is recorded, `built` is the tensor made on entry, in the threads that
     entered and in no other: the same call gives the same bits whatever other threads do. A tensor of equal shape,
@@ -34,15 +38,15 @@ class HasDerivedWeight(nn.Module):
     """
 
     # Key → tensor, for the keys that a thread is inside with. A subclass whose tensor depends on T has T as key.
-    _tensors: dict[Hashable, torch.Tensor]
+    _tensors: dict[Hashable, Derived]
     # Thread → keys of the blocks that it is inside, the innermost last.
     _inside: dict[int, list[Hashable]]
     # For torch.compile, which traces no thread: the tensor that was built last, and None outside all blocks.
-    _latest: torch.Tensor | None = None
+    _latest: Derived | None = None
     # Of the last thread that left, on CUDA: work that may still read the tensors.
     _last_use: torch.cuda.Event | None = None
 
-    def derive(self) -> torch.Tensor | None:
+    def derive(self) -> Derived | None:
         """The tensor, made now; None where the module cannot use one."""
         raise NotImplementedError
 
@@ -50,7 +54,7 @@ class HasDerivedWeight(nn.Module):
         """What the tensor depends on besides the weights and autocast."""
         return None
 
-    def built(self) -> torch.Tensor | None:
+    def built(self) -> Any:
         """The tensor that this thread may use; None where there is none or gradients are recorded."""
         if self._latest is None or torch.is_grad_enabled():
             return None
@@ -76,18 +80,28 @@ class HasDerivedWeight(nn.Module):
                     tensors[key] = self._latest = self._keep(made)
         self.__dict__.setdefault("_inside", {}).setdefault(threading.get_ident(), []).append(key)
 
-    def _make(self, num_timesteps: int | None) -> torch.Tensor | None:
+    def _make(self, num_timesteps: int | None) -> Derived | None:
         return self.derive()
 
-    def _keep(self, made: torch.Tensor) -> torch.Tensor:
+    def _keep(self, made: Derived) -> Derived:
+        if isinstance(made, torch.Tensor):
+            return self._kept([made])[0]
+        return dict(zip(made, self._kept(list(made.values())), strict=True))
+
+    def _kept(self, made: list[torch.Tensor]) -> list[torch.Tensor]:
         slots = self.__dict__.setdefault("_slots", {})
-        key = (made.shape, made.stride(), made.dtype, made.device)
-        if key not in slots:
-            slots[key] = made.clone()  # never the parameter's own memory
-            return slots[key]
-        if self._last_use is not None:
-            torch.cuda.current_stream(made.device).wait_event(self._last_use)
-        return slots[key].copy_(made)
+        keys = [(i, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for i, tensor in enumerate(made)]
+        old = [(slots[key], tensor) for key, tensor in zip(keys, made, strict=True) if key in slots]
+        for key, tensor in zip(keys, made, strict=True):
+            if key not in slots:
+                slots[key] = tensor.clone()  # never the parameter's own memory
+        if old:
+            if self._last_use is not None:
+                torch.cuda.current_stream(made[0].device).wait_event(self._last_use)
+            for dtype in {tensor.dtype for _, tensor in old}:  # torch copies a list of several dtypes one by one
+                pairs = [pair for pair in old if pair[1].dtype is dtype]
+                torch._foreach_copy_([slot for slot, _ in pairs], [tensor for _, tensor in pairs])
+        return [slots[key] for key in keys]
 
     def leave(self) -> None:
         """The end of a block; the tensor goes with the last thread that uses it. Its memory stays, see the class."""
@@ -97,9 +111,11 @@ class HasDerivedWeight(nn.Module):
             del self._inside[threading.get_ident()]
         if any(key in others for others in self._inside.values()):
             return
-        tensor = self._tensors.pop(key, None)
-        if tensor is not None and tensor.is_cuda:
-            self._last_use = torch.cuda.current_stream(tensor.device).record_event()
+        derived = self._tensors.pop(key, None)
+        tensors = derived.values() if isinstance(derived, dict) else () if derived is None else (derived,)
+        device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+        if device is not None:
+            self._last_use = torch.cuda.current_stream(device).record_event()
         self._latest = next(iter(self._tensors.values()), None)
 
     def __getstate__(self) -> dict:
@@ -137,18 +153,10 @@ def inference_weights(network: object, num_timesteps: int | None = None) -> Iter
 
 
 def may_derive(network: object) -> bool:
-    """True if nothing in the network can renew its weights while it runs: no hooks, and modules of known classes only.
-
-    A hook such as `torch.nn.utils.weight_norm`'s makes a weight again at every call.
-    """
+    """True if nothing in the network can renew its weights while it runs: no hooks, and known classes only."""
     if not isinstance(network, nn.Module) or has_global_hooks():
         return False
-    for module in network.modules():
-        own = module.__dict__
-        is_known = type(module).__module__.split(".")[0] in ("torch", "ddpm_fast")
-        if not is_known or "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            return False
-    return True
+    return all(renews_no_weight(module) for module in network.modules())
 
 
 def free_inference_weights(network: object) -> None:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ddpm_fast.models.stock import is_unmodified, parameter, stock
+from ddpm_fast.models.narrow_weights import Group, narrow, narrow_group
+from ddpm_fast.models.stock import is_instance, is_unmodified, parameter, stock
 from ddpm_fast.ops.norm_linear.op import linears
-from ddpm_fast.runtime.autocast import to_autocast_dtype
+from ddpm_fast.runtime.autocast import no_autocast, to_autocast_dtype
 
 
 @stock
@@ -60,8 +62,17 @@ class TimeMLP(nn.Sequential):
         first = next(weights, None)
         t = t if first is None else t.to(first.dtype)
         for layer in layers:
-            t = layer(t)
+            t = layer(t) if not self._is_narrow(layer) else F.linear(t, narrow(layer, "weight"), narrow(layer, "bias"))
         return t
+
+    def _is_narrow(self, layer: nn.Module) -> bool:
+        """True where the running network has made a copy of the layer's weight for autocast."""
+        return is_instance(layer, nn.Linear) and narrow(layer, "weight") is not parameter(layer, "weight")
+
+    def narrow_groups(self) -> list[Group]:
+        """See `narrow_weights`."""
+        layers = [layer for layer in self._modules.values() if is_instance(layer, nn.Linear)]
+        return [(tensor,) for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
 
     def is_stock(self) -> bool:
         """True if nobody changed a module, so that the output depends on the timestep and the weights alone."""
@@ -71,5 +82,10 @@ class TimeMLP(nn.Sequential):
 def linears_of_one_input(x: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
     """The outputs of linear layers with bias side by side, (B, D) → (B, sum of their out_features), as one product."""
     weights = [parameter(layer, "weight") for layer in layers]
+    biases = [parameter(layer, "bias") for layer in layers]
     (x,) = to_autocast_dtype(x)
-    return linears(x, weights, [parameter(layer, "bias") for layer in layers])
+    weight, bias = narrow_group(weights), narrow_group(biases)
+    if weight is None or bias is None:
+        return linears(x, weights, biases)
+    with no_autocast(x.device.type):
+        return F.linear(x, weight, bias)

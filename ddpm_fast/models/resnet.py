@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ddpm_fast import noise
+from ddpm_fast.models.narrow_weights import Group, narrow
 from ddpm_fast.models.norm import RMSNorm, is_group_norm, is_rms_norm, make_norm
 from ddpm_fast.models.stock import (
     calls_every_module,
@@ -140,14 +141,25 @@ class ResnetBlock(nn.Module):
             gain1, gain2 = norm1.weight, norm2.weight
             options |= {"offset1": norm1.bias, "offset2": norm2.bias, "groups": norm1.num_groups, "eps": norm1.eps}
         if isinstance(res_conv, nn.Conv2d):
-            options |= {"res_weight": parameter(res_conv, "weight"), "res_bias": parameter(res_conv, "bias")}
+            options |= {"res_weight": narrow(res_conv, "weight"), "res_bias": narrow(res_conv, "bias")}
         if final_conv is not None:
-            options |= {"out_weight": parameter(final_conv, "weight"), "out_bias": parameter(final_conv, "bias")}
+            options |= {"out_weight": narrow(final_conv, "weight"), "out_bias": narrow(final_conv, "bias")}
         conv1, conv2 = block1["proj"], block2["proj"]
         return unchecked_resnet_block(
-            x, parameter(conv1, "weight"), parameter(conv1, "bias"), gain1,
-            parameter(conv2, "weight"), parameter(conv2, "bias"), gain2, **options,
+            x, narrow(conv1, "weight"), parameter(conv1, "bias"), gain1,
+            narrow(conv2, "weight"), parameter(conv2, "bias"), gain2, **options,
         )  # fmt: skip
+
+    def narrow_groups(self) -> list[Group]:
+        """See `narrow_weights`; the biases of the 3×3 convolutions are the norms', which read float32."""
+        if not self._is_fused():
+            return []
+        modules: dict[str, Any] = self._modules
+        groups: list[Group] = [(parameter(modules[name]._modules["proj"], "weight"),) for name in ("block1", "block2")]
+        res_conv = modules["res_conv"]
+        if isinstance(res_conv, nn.Conv2d):
+            groups += [(parameter(res_conv, "weight"),), (parameter(res_conv, "bias"),)]
+        return groups
 
     def _is_fused(self) -> bool:
         """True if the two blocks and the residual's convolution may be computed from their weights as one op."""

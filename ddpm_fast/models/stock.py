@@ -102,6 +102,16 @@ def is_convolution(module: object, side: int, bias: bool = True) -> TypeGuard[nn
     )
 
 
+def renews_no_weight(module: nn.Module) -> bool:
+    """True if a call of the module runs code of torch and of this package alone, without hooks.
+
+    A hook such as `torch.nn.utils.weight_norm`'s makes a weight again at every call.
+    """
+    own = module.__dict__
+    is_known = type(module).__module__.split(".")[0] in ("torch", "ddpm_fast")
+    return is_known and not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
+
+
 def why_modified(module: nn.Module) -> str | None:
     """Why a module is not stock, in one clause; None where it is."""
     cls = type(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -11,15 +11,16 @@ from torch import nn
 
 from ddpm_fast.models.attention import Attention, LinearAttention
 from ddpm_fast.models.convolution import Conv3x3, Downsample, StemConv, Upsample
-from ddpm_fast.models.derived_weights import HasDerivedWeight
+from ddpm_fast.models.derived_weights import Derived, HasDerivedWeight
 from ddpm_fast.models.embeddings import (
     RandomOrLearnedSinusoidalPosEmb,
     SinusoidalPosEmb,
     TimeMLP,
     linears_of_one_input,
 )
+from ddpm_fast.models.narrow_weights import Copies, Group, copies_of, copy_weights, dtype_of_copies, groups_of, reading
 from ddpm_fast.models.resnet import ResnetBlock, ScaleShift
-from ddpm_fast.models.stock import is_convolution, is_unmodified
+from ddpm_fast.models.stock import is_convolution, is_unmodified, parameter
 from ddpm_fast.ops.layout import maps_format, weights_format
 from ddpm_fast.runtime.plain import as_int, as_ints, as_number, plain
 
@@ -27,6 +28,8 @@ from ddpm_fast.runtime.plain import as_int, as_ints, as_number, plain
 # and 256 channels or more (Unet(64) at 32×32: 1.4 times the time with 32 pixels, 0.99 with 128; Unet(32, (1, 2, 4))
 # with 16 pixels: 0.92).
 _FEW_PIXELS, _WIDE = 64, 256
+
+_TABLE = "table"  # the name of one derived tensor; copies of weights have other keys
 
 NORMS = ("rms", "group")
 MEMORY = ("fast", "low")
@@ -242,7 +245,13 @@ class Unet(HasDerivedWeight):
         self._check_inputs(x, time, x_self_cond)
         if self.self_condition:
             x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond, x), dim=1)
+        if torch.compiler.is_compiling():
+            return self._run(x, time)
+        with reading(self._copies(x.device)):
+            return self._run(x, time)
 
+    def _run(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """The network of inputs that fit."""
         # Every convolution and op keeps this layout.
         pixels = x.shape[0] * x.shape[2] * x.shape[3] // self.downsample_factor**2
         layout, has_both_layouts = self._maps_format(few=pixels < _FEW_PIXELS), x.shape[1] == 1
@@ -277,6 +286,23 @@ class Unet(HasDerivedWeight):
             return self.final_res_block.compute(x, row, residual, self.final_conv)
         return self.final_conv(_residual_block(self.final_res_block, x, t, row, residual))
 
+    def _copies(self, device: torch.device) -> Copies | None:
+        """Copies of the weights in autocast's dtype, see `narrow_weights`: of `inference_weights`, or made now."""
+        built = self.built() or {}
+        dtype = next((tensor.dtype for name, tensor in built.items() if name != _TABLE), None)
+        return built if dtype is not None and dtype is dtype_of_copies(device) else copy_weights(self, device)
+
+    def narrow_groups(self) -> list[Group]:
+        """See `narrow_weights`."""
+        final_conv: Any = self._modules["final_conv"]
+        groups: list[Group] = []
+        if is_convolution(final_conv, 1):
+            groups += [(parameter(final_conv, "weight"),), (parameter(final_conv, "bias"),)]
+        projections = [block.projection for block in self._blocks() if _takes_rows(block)]
+        if projections:
+            groups += [tuple([parameter(layer, name) for layer in projections]) for name in ("weight", "bias")]
+        return groups
+
     def _blocks(self) -> list[nn.Module]:
         """The residual blocks in the order in which they run."""
         blocks: list[nn.Module] = []
@@ -296,7 +322,7 @@ class Unet(HasDerivedWeight):
         blocks = self._blocks()
         takes = [_takes_rows(block) for block in blocks]
         takers: list[Any] = [block for block, taken in zip(blocks, takes, strict=True) if taken]
-        table = None if time.is_floating_point() or len(takers) < len(blocks) else self.built()
+        table = None if time.is_floating_point() or len(takers) < len(blocks) else (self.built() or {}).get(_TABLE)
         if table is not None and self._embeds_as_built():
             t, rows = None, table[time]
         else:
@@ -315,7 +341,20 @@ class Unet(HasDerivedWeight):
         """The table has a row for every timestep."""
         return num_timesteps
 
-    def _make(self, num_timesteps: int | None) -> torch.Tensor | None:
+    def _make(self, num_timesteps: int | None) -> Derived | None:
+        """The table of the time embedding, and copies of the weights in autocast's dtype."""
+        derived: dict[Hashable, torch.Tensor] = {}
+        table = self._make_table(num_timesteps)
+        if table is not None:
+            derived[_TABLE] = table
+        device = self._weight.device
+        dtype = dtype_of_copies(device)
+        if dtype is not None:
+            groups = [group for part in groups_of(self, device) for group in part]
+            derived |= copies_of(groups, dtype)
+        return derived or None
+
+    def _make_table(self, num_timesteps: int | None) -> torch.Tensor | None:
         """Projections of the time embedding for all timesteps, (T, Σ 2·dim_out): a step then looks up its row."""
         blocks = [block for block in self._blocks() if _takes_rows(block)]
         if num_timesteps is None or not self._embeds_as_built() or len(blocks) < len(self._blocks()):
