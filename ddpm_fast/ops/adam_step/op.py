@@ -1,0 +1,196 @@
+"""A whole optimizer step over many tensors: public function, eligibility.
+
+    g = grad / grad_scale · min(1, max_grad_norm / (‖grads / grad_scale‖₂ + 1e-6))
+    m ← β₁·m + (1 − β₁)·g,   v ← β₂·v + (1 − β₂)·g²                          (Kingma & Ba 2015, algorithm 1)
+    p ← p − lr · m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ)) + eps)
+    average ← average + weight · (p − average),   copy ← p
+
+On CUDA three launches, however many tensors there are. The state is torch.optim.Adam's own, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ddpm_fast.ops.adam_step import reference
+from ddpm_fast.ops.adam_step.settings import AdamSettings
+from ddpm_fast.runtime import triton_launch
+from ddpm_fast.runtime.dispatch import Implementation, Op
+
+__all__ = ["AdamSettings", "Tables", "adam_step", "why_not_fused"]
+
+
+class Tables:
+    """Where the kernels find the tensors of a step: addresses on the device, made again when they change.
+
+    A recording reads them at every replay: keep the object as long as the recording, and give it to every call with
+    these parameters. A first call, or one with other tensors, waits for the device, and must not be recorded.
+    """
+
+    def __init__(self) -> None:
+        self.key: tuple | None = None
+        self.held: Any = None
+
+
+def adam_step(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor],
+    settings: Sequence[AdamSettings],
+    *,
+    max_grad_norm: float | None = None,
+    grad_scale: torch.Tensor | None = None,
+    averages: Sequence[torch.Tensor] | None = None,
+    average_weight: torch.Tensor | None = None,
+    copies: Sequence[torch.Tensor] | None = None,
+    tables: Tables | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip gradients, update parameters in place by Adam, and with them their average and their copies.
+
+    Args:
+        params: float32 (float64: reference only), of one device.
+        grads: one for each parameter, of its shape and dtype. They are read only; not those of torch's clipping.
+        exp_avgs, exp_avg_sqs: the moments, of the parameters' shape and dtype; overwritten.
+        steps: steps so far, one float32 element each, on the device; counted up.
+        settings: one entry for each group of consecutive parameters.
+        max_grad_norm: the norm of all gradients together is clipped to this; None leaves them.
+        grad_scale: one float32 element that the loss was multiplied by. Gradients are divided by it, and where one is
+            not finite, or their norm overflows, no parameter, moment and step changes.
+        averages: moved towards the new parameters by `average_weight`, one float32 element on the device; all the way
+            if None. With a weight of 0 they are not read.
+        copies: overwritten with the new parameters, in float16 or bfloat16.
+        tables: see `Tables`; None makes some for this call alone.
+
+    Returns:
+        The gradients' norm before clipping, and 1.0 if the step was skipped, else 0.0: float32 scalars on the device.
+
+    Raises:
+        TypeError, ValueError: an argument does not match its description.
+    """
+    _check(params, grads, exp_avgs, exp_avg_sqs, steps, settings, averages, average_weight, copies, grad_scale)
+    return _adam_step_op(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        settings,
+        max_grad_norm=max_grad_norm,
+        grad_scale=grad_scale,
+        averages=averages,
+        average_weight=average_weight,
+        copies=copies,
+        tables=tables,
+    )
+
+
+def _check(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor],
+    settings: Sequence[AdamSettings],
+    averages: Sequence[torch.Tensor] | None,
+    average_weight: torch.Tensor | None,
+    copies: Sequence[torch.Tensor] | None,
+    grad_scale: torch.Tensor | None,
+) -> None:
+    """The checks of every implementation; elements are not asked for, since that would wait for the device."""
+    if len(params) == 0:
+        raise ValueError("params must not be empty")
+    counted = sum(group.count for group in settings)
+    if counted != len(params):
+        raise ValueError(f"settings must be of {len(params)} parameters, one for each of params, got {counted}")
+    device, dtype = params[0].device, params[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"params must be float32 or float64, got {dtype}")
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists |= {} if averages is None else {"averages": averages}
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} must be {len(params)}, one for each of params, got {len(tensors)}")
+        for p, tensor in zip(params, tensors, strict=True):
+            if tensor.shape != p.shape or tensor.dtype is not dtype or tensor.device != device:
+                raise ValueError(
+                    f"{name} must be {dtype} on {device} and of their parameters' shapes, got {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)} on {tensor.device} for {tuple(p.shape)}"
+                )
+    if len(steps) != len(params) or any(step.numel() != 1 for step in steps):
+        raise ValueError("steps must be one element for each of params")
+    if copies is not None and (
+        len(copies) != len(params) or any(copy.shape != p.shape for copy, p in zip(copies, params, strict=True))
+    ):
+        raise ValueError("copies must be of the shapes of params")
+    scalars = [("average_weight", average_weight), ("grad_scale", grad_scale)]
+    scalars += [("a tensor lr", group.lr) for group in settings if isinstance(group.lr, torch.Tensor)]
+    for name, scalar in scalars:
+        if scalar is not None and (scalar.numel() != 1 or scalar.device != device):
+            raise ValueError(f"{name} must be one element on {device}, got {tuple(scalar.shape)} on {scalar.device}")
+
+
+def _triton(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    # Triton is imported where it runs.
+    return importlib.import_module("ddpm_fast.ops.adam_step.triton").adam_step(*args, **kwargs)
+
+
+def why_not_fused(
+    params: Sequence[torch.Tensor], steps: Sequence[torch.Tensor], copies: Sequence[torch.Tensor] | None = None
+) -> str | None:
+    """Why the kernels cannot do a step of these parameters, in one clause; None where they can."""
+    reason = triton_launch.why_not_triton(params[0].device)
+    if reason is not None:
+        return reason
+    for p in params:
+        if p.dtype is not torch.float32:
+            return f"a parameter is {p.dtype}, and the kernels compute in float32"
+        if not p.is_contiguous() and not _is_dense(p):
+            return f"a parameter of strides {p.stride()} has gaps in memory"
+    for step in steps:
+        if step.dtype is not torch.float32 or step.device != params[0].device:
+            return f"a step count is {step.dtype} on {step.device}, and the kernels count in float32 on the device"
+    if copies is not None and (len({c.dtype for c in copies}) > 1 or copies[0].dtype.itemsize != 2):
+        return "copies are not of one half type"
+    return None
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill a piece of memory, in any order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _triton_refuses(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor],
+    settings: Sequence[AdamSettings],
+    *,
+    copies: Sequence[torch.Tensor] | None = None,
+    **others: Any,
+) -> str | None:
+    return why_not_fused(params, steps, copies)
+
+
+def _example(device: torch.device) -> tuple[tuple, dict]:
+    tensors = [[torch.zeros(8, 4, device=device)] for _ in range(4)]
+    return (*tensors, [torch.zeros((), device=device)], [AdamSettings(1, 1e-3)]), {}
+
+
+_adam_step_op = Op(
+    "adam_step",
+    [Implementation("triton", _triton, _triton_refuses), Implementation("reference", reference.adam_step)],
+    _example,
+)

@@ -1,0 +1,161 @@
+"""Cases of adam_step, and their comparison with torch.optim over several steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ddpm_fast.ops.adam_step.op import AdamSettings, Tables, adam_step
+
+# Of one element, none, less than a block, more than a block and than a chunk; odd and even.
+SHAPES = [(1,), (0, 3), (64, 3, 3, 3), (1025,), (33, 250), (20, 16, 5, 5)]
+STEPS = 4
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": dict(max_grad_norm=0.5),
+    "not clipped": dict(max_grad_norm=1e6),
+    "weight decay": dict(weight_decay=0.1),
+    "AdamW": dict(weight_decay=0.1, decoupled=True, max_grad_norm=1.0),
+    "average": dict(average_weight=0.005),
+    "average near its end": dict(average_weight=0.9),
+    "average at rest": dict(average_weight=0.0),
+    "average copied": dict(average_weight=None, with_average=True),
+    "bf16 copies": dict(copy_dtype=torch.bfloat16),
+    "fp16 copies and average": dict(copy_dtype=torch.float16, average_weight=0.1),
+    "scaled": dict(grad_scale=2.0**16, max_grad_norm=0.5),
+    "scaled, one step skipped": dict(grad_scale=2.0**16, max_grad_norm=0.5, bad_step=1, average_weight=0.3),
+    "two groups": dict(groups=2, weight_decay=0.05, max_grad_norm=1.0),
+    "other betas": dict(betas=(0.5, 0.99), eps=1e-3),
+    "channels-last": dict(channels_last=True, copy_dtype=torch.bfloat16, average_weight=0.1),
+    "gradients in another layout": dict(channels_last=True, grads_contiguous=True),
+    "unaligned": dict(unaligned=True, copy_dtype=torch.bfloat16),
+    "late": dict(first_step=100_000),
+}
+
+
+class Model:
+    """Parameters with gradients and Adam's state."""
+
+    def __init__(
+        self,
+        device: str,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        unaligned: bool = False,
+        first_step: int = 0,
+    ):
+        self.generator = torch.Generator().manual_seed(0)
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.to(device, dtype)
+            if channels_last and tensor.ndim == 4:
+                tensor = tensor.contiguous(memory_format=torch.channels_last)
+            if unaligned:  # one element after an aligned address
+                memory = torch.empty(tensor.numel() + 1, device=device, dtype=dtype)[1:]
+                tensor = memory.view(tensor.shape).copy_(tensor)
+            return tensor
+
+        self.place = place
+        self.params = [place(torch.randn(shape, generator=self.generator)) for shape in SHAPES]
+        self.exp_avgs = [place(torch.zeros(shape)) for shape in SHAPES]
+        self.exp_avg_sqs = [place(torch.zeros(shape)) for shape in SHAPES]
+        self.steps = [torch.tensor(float(first_step), device=device) for _ in SHAPES]
+        self.grads: list[torch.Tensor] = []
+        self.draw()
+
+    def draw(self) -> None:
+        """New gradients."""
+        self.grads = [self.place(torch.randn(shape, generator=self.generator)) for shape in SHAPES]
+
+    @property
+    def lists(self) -> tuple[list[torch.Tensor], ...]:
+        return self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps
+
+
+def assert_same_as_torch(
+    device: str,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    lr: float = 1e-2,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    groups: int = 1,
+    max_grad_norm: float | None = None,
+    average_weight: float | None = None,
+    with_average: bool = False,
+    copy_dtype: torch.dtype | None = None,
+    grad_scale: float | None = None,
+    bad_step: int | None = None,
+    grads_contiguous: bool = False,
+    **model_options: Any,
+) -> None:
+    """Several steps of adam_step and of torch.optim's Adam in float64, from the same gradients."""
+    model = Model(device, **model_options)
+    truth = [torch.nn.Parameter(p.double().clone()) for p in model.params]
+    optimizer_class = torch.optim.AdamW if decoupled else torch.optim.Adam
+    size = len(truth) // groups
+    members = [{"params": truth[i * size : (i + 1) * size], "lr": lr * (i + 1)} for i in range(groups)]
+    optimizer = optimizer_class(members, betas=betas, eps=eps, weight_decay=weight_decay)
+    if model_options.get("first_step"):
+        for p in truth:
+            state = {"step": torch.tensor(float(model_options["first_step"]))}
+            optimizer.state[p] = state | {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    settings = [
+        AdamSettings(size, torch.tensor(lr * (i + 1), device=device), *betas, eps, weight_decay, decoupled)
+        for i in range(groups)
+    ]
+    options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "tables": Tables()}
+    averages = None
+    if average_weight is not None or with_average:
+        averages = options["averages"] = [torch.randn_like(p) for p in model.params]
+        weight = None if average_weight is None else torch.tensor(average_weight, device=device)
+        options["average_weight"] = weight
+    if copy_dtype is not None:
+        options["copies"] = [torch.empty_like(p, dtype=copy_dtype) for p in model.params]
+        if model_options.get("unaligned"):
+            options["copies"] = [model.place(p).to(copy_dtype) for p in model.params]
+    if grad_scale is not None:
+        options["grad_scale"] = torch.tensor(grad_scale, device=device)
+    true_averages = None if averages is None else [a.double() for a in averages]
+
+    for step in range(STEPS):
+        model.draw()
+        for p, g in zip(truth, model.grads, strict=True):
+            p.grad = g.double()
+        if grad_scale is not None:
+            model.grads = [g * grad_scale for g in model.grads]
+        if step == bad_step:
+            model.grads[2].view(-1)[7] = float("inf")
+        if grads_contiguous:
+            model.grads = [g.contiguous() for g in model.grads]
+        kept = [g.clone() for g in model.grads]
+        norm, skipped = adam_step(*model.lists, settings, **options)
+        assert all(torch.equal(a, b) for a, b in zip(kept, model.grads, strict=True))
+        if step == bad_step:
+            assert skipped == 1 and not torch.isfinite(norm)
+        else:
+            expected = torch.nn.utils.clip_grad_norm_(truth, max_grad_norm or float("inf"))
+            torch.testing.assert_close(norm.double(), expected, rtol=1e-5, atol=0)
+            assert skipped == 0
+            optimizer.step()
+        if true_averages is not None:
+            for average, p in zip(true_averages, truth, strict=True):
+                average.lerp_(p.detach(), 1.0 if average_weight is None else average_weight)
+        states = [optimizer.state[p] for p in truth]
+        for name, found, true in (
+            ("p", model.params, [p.detach() for p in truth]),
+            ("exp_avg", model.exp_avgs, [s["exp_avg"] for s in states]),
+            ("exp_avg_sq", model.exp_avg_sqs, [s["exp_avg_sq"] for s in states]),
+        ):
+            for one, other in zip(found, true, strict=True):
+                torch.testing.assert_close(one.double(), other, rtol=5e-6, atol=5e-7, msg=lambda m, n=name: f"{n}: {m}")
+        assert [float(s) for s in model.steps] == [float(s["step"]) for s in states]
+        if averages is not None and true_averages is not None:
+            for average, p, true in zip(averages, model.params, true_averages, strict=True):
+                torch.testing.assert_close(average.double(), true, rtol=5e-6, atol=5e-7)
+                assert average_weight is not None or torch.equal(average, p)
+        for copy, p in zip(options.get("copies", ()), model.params, strict=False):
+            assert torch.equal(copy, p.to(copy.dtype))
