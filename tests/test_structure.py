@@ -33,6 +33,7 @@ ROWS = [
     ["training/pixels"],
     ["training/atomic_files", "training/numpy_pickles", "training/state_names"],
     ["training/captured_step"],
+    ["training/optimizer_step"],
     ["diffusion/gaussian_diffusion"],
     ["diffusion/diffusion_process"],
     ["diffusion/sampling"],

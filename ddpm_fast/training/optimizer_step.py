@@ -1,0 +1,101 @@
+"""The step of torch.optim's Adam and AdamW by the op `adam_step`: with clipping and the average in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim import Adam, AdamW
+
+from ddpm_fast.ops.adam_step.op import AdamSettings, Tables, adam_step, why_not_fused
+
+
+class OptimizerStep:
+    """What `clip_grad_norm_`, `optimizer.step()` and the move of an average do, on CUDA in three launches.
+
+    State stays in the optimizer, where torch keeps it, so that checkpoints are the same. Gradients are read and not
+    clipped in place. Keep the object as long as recordings of its calls, and call it once before one is recorded.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self._tables = Tables()
+
+    def why_not(self) -> str | None:
+        """Why torch's own step has to run, in one clause; None where this one can."""
+        optimizer: Any = self.optimizer
+        if type(optimizer) not in (Adam, AdamW):  # a subclass may do anything in Python
+            return f"the optimizer is a {type(optimizer).__name__}"
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            return "the optimizer has hooks on its step"
+        for group in optimizer.param_groups:
+            for option in ("amsgrad", "maximize", "differentiable"):
+                if group[option]:
+                    return f"the optimizer has {option}=True"
+            if any(isinstance(beta, torch.Tensor) for beta in group["betas"]):
+                return "the optimizer's betas are tensors"
+            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
+                return "a gradient is sparse"
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return "there is no gradient"
+        if len({p.device for p in params}) > 1:
+            return "the parameters are on several devices"
+        steps = [optimizer.state[p]["step"] for p in params if optimizer.state.get(p)]
+        return why_not_fused(params, steps)
+
+    def __call__(
+        self,
+        *,
+        max_grad_norm: float | None = None,
+        grad_scale: torch.Tensor | None = None,
+        averages: Mapping[torch.Tensor, torch.Tensor] | None = None,
+        average_weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step of all parameters that have a gradient; see `adam_step`.
+
+        Args:
+            averages: parameter → its average, for every parameter that has a gradient.
+
+        Returns:
+            The gradients' norm before clipping, and 1.0 if the step was skipped, else 0.0; scalars on the device.
+        """
+        optimizer: Any = self.optimizer
+        params: list[torch.Tensor] = []
+        settings: list[AdamSettings] = []
+        for group in optimizer.param_groups:
+            members = [p for p in group["params"] if p.grad is not None]
+            for p in members:
+                _begin(optimizer.state[p], p)
+            params += members
+            decoupled = type(optimizer) is AdamW or bool(group.get("decoupled_weight_decay"))
+            rest = (*group["betas"], group["eps"], group["weight_decay"], decoupled)
+            settings.append(AdamSettings(len(members), group["lr"], *rest))
+        states = [optimizer.state[p] for p in params]
+        names = ("exp_avg", "exp_avg_sq", "step")
+        moments, squares, steps = ([state[name] for state in states] for name in names)
+        result = adam_step(
+            params,
+            [p.grad for p in params],  # type: ignore[misc]  # none is None
+            moments,
+            squares,
+            steps,
+            settings,
+            max_grad_norm=max_grad_norm,
+            grad_scale=grad_scale,
+            averages=None if averages is None else [averages[p] for p in params],
+            average_weight=average_weight,
+            tables=self._tables,
+        )
+        written = [*params, *moments, *squares, *steps, *(averages or {}).values()]
+        torch.autograd.graph.increment_version(written)  # as if torch's operators had written them
+        return result
+
+
+def _begin(state: dict[str, Any], parameter: torch.Tensor) -> None:
+    """The state before the first step, as torch's optimizers make it."""
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
