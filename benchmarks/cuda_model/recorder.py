@@ -41,6 +41,13 @@ PARTS: dict[str, dict[str, float]] = {
     "linear_attention_kv_bwd_kernel": {"qkv_ptr": 2 / 3, "dqkv_ptr": 2 / 3},
 }
 
+# Bytes per element of kernels that find their tensors by tables of addresses: a gradient; parameter and moments, read
+# and written, with a gradient, and what an average and a copy add. Chunks count as full: an upper bound.
+BY_ADDRESS: dict[str, Callable[[dict], int]] = {
+    "adam_norm_kernel": lambda constants: 4,
+    "adam_update_kernel": lambda constants: 28 + 8 * constants["AVERAGES"] + 2 * (constants["COPY_TYPE"] is not None),
+}
+
 _CUDA = torch._C.DispatchKey.CUDA
 
 
@@ -189,6 +196,8 @@ class Recorder(Observer):
             for name, value in zip(variant.signature, arguments, strict=True)
             if isinstance(value, torch.Tensor)
         )
+        if variant.kernel in BY_ADDRESS:
+            moved += BY_ADDRESS[variant.kernel](variant.constexprs) * variant.constexprs["CHUNK"] * grid[0]
         self._add(Launch(variant.kernel, "", round(moved), grid=grid, variant=variant))
 
     def _add(self, launch: Launch) -> None:

@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "scaled, one step skipped": dict(grad_scale=2.0**16, max_grad_norm=0.5, bad_step=1, average_weight=0.3),
     "two groups": dict(groups=2, weight_decay=0.05, max_grad_norm=1.0),
     "other betas": dict(betas=(0.5, 0.99), eps=1e-3),
+    "no momentum": dict(betas=(0.0, 0.99), lr=1e-3),
     "channels-last": dict(channels_last=True, copy_dtype=torch.bfloat16, average_weight=0.1),
     "gradients in another layout": dict(channels_last=True, grads_contiguous=True),
     "unaligned": dict(unaligned=True, copy_dtype=torch.bfloat16),

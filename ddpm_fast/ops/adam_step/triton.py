@@ -9,6 +9,7 @@ The norm is summed by chunk and then over chunks, always in the same order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -283,7 +284,7 @@ def make_layout(lists: Sequence[Sequence[torch.Tensor] | None], settings: Sequen
 
 
 def _numbers(group: AdamSettings) -> tuple[float, ...]:
-    log1, log2 = (float(torch.log(torch.tensor(beta, dtype=torch.float64))) for beta in (group.beta1, group.beta2))
+    log1, log2 = (math.log(beta) if beta > 0 else -math.inf for beta in (group.beta1, group.beta2))
     return group.beta1, 1 - group.beta1, log1, group.beta2, 1 - group.beta2, log2, group.eps
 
 
