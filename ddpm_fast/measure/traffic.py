@@ -301,11 +301,7 @@ class _Counter(Observer):
 
 def _bytes_moved(func, args: tuple, kwargs: dict, result) -> int:
     name, arguments = func._schema.name, _bind(func, args, kwargs)
-    read: tuple = (args, kwargs)
-    if name == "aten::convolution_backward":  # gradients of the input read the weight, those of the weight the input
-        wants_input, wants_weight, _ = arguments["output_mask"]
-        read = (args[0], args[1] if wants_weight else None, args[2] if wants_input else None)
-    tensors = [t for t in tree_leaves((read, result)) if isinstance(t, torch.Tensor)]
+    tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
     if name in SECOND_READS:
         tensors += SECOND_READS[name](arguments)
     moved = sum(t.numel() * t.element_size() for t in tensors)

@@ -166,8 +166,7 @@ def convs_of_parts(
     """Convolutions of several maps side by side, one output for each weight (K, ΣC, k, k), k odd, and bias.
 
     A skip connection is read by two convolutions and is kept already; the concatenated map is kept for neither.
-    Backward makes the maps' gradient at once, and its sum over the convolutions cuts it into maps. Gradients of the
-    weights it makes map by map.
+    Backward handles each map separately: gradients are whole maps, not slices to copy.
 
     Forward concatenates. For two maps of n bytes and two convolutions with outputs of n bytes this moves 10n: 4n to
     concatenate, 3n per convolution. One convolution per map and a sum would move 14n, or 10n with the sums inside the
@@ -202,45 +201,26 @@ class _ConvsOfParts(torch.autograd.Function):
         parts, weights = saved[: ctx.num_parts], saved[ctx.num_parts :]
         needs = ctx.needs_input_grad[1:]
         needs_parts, needs = needs[: len(parts)], needs[len(parts) :]
-        sizes = [part.shape[1] for part in parts]
-        dwholes: list[tuple[torch.Tensor, ...]] = []  # of each convolution, cut into the parts
+        dparts: list[torch.Tensor | None] = [None] * len(parts)
         gradients: list[torch.Tensor | None] = []
         for grad, weight, needs_weight, needs_bias in zip(grads, weights, needs[::2], needs[1::2], strict=True):
             geometry = ((1, 1), (weight.shape[2] // 2,) * 2, (1, 1), False, (0, 0), 1)
-            backward = partial(torch.ops.aten.convolution_backward, grad)
-            if any(needs_parts):
-                # Its layout counts, and its values are not read.
-                whole = torch.empty_like(grad[:, :1].expand(-1, sum(sizes), -1, -1), memory_format=_format_of(parts[0]))
-                taps = weight.contiguous(memory_format=weights_format(weight.device))
-                dwhole = backward(whole, taps, None, *geometry, (True, False, False))[0]
-                dwholes.append(dwhole.split(sizes, dim=1))
             dweights: list[torch.Tensor] = []
-            dbias = None
-            for i, (part, taps) in enumerate(zip(parts, weight.split(sizes, dim=1), strict=True)):
-                wanted = (False, needs_weight, needs_bias and i == 0)
-                if any(wanted):
-                    _, dweight, dbias_once = backward(part, taps, (weight.shape[0],), *geometry, wanted)
-                    dweights.append(dweight)
-                    dbias = dbias_once if i == 0 else dbias
+            dbias, channel = None, 0
+            for i, part in enumerate(parts):
+                taps = weight[:, channel : channel + part.shape[1]]
+                taps = taps.contiguous(memory_format=weights_format(weight.device))
+                channel += part.shape[1]
+                wanted = (needs_parts[i], needs_weight, needs_bias and i == 0)
+                dpart, dweight, dbias_once = torch.ops.aten.convolution_backward(
+                    grad, part, taps, (weight.shape[0],), *geometry, wanted
+                )
+                dweights.append(dweight)
+                dbias = dbias_once if i == 0 else dbias
+                if needs_parts[i]:
+                    dparts[i] = dpart if dparts[i] is None else dparts[i] + dpart
             gradients += [torch.cat(dweights, dim=1) if needs_weight else None, dbias]
-        dparts = [
-            _sum_of_slices([dwhole[i] for dwhole in dwholes], _format_of(part)) if needs_part else None
-            for i, (part, needs_part) in enumerate(zip(parts, needs_parts, strict=True))
-        ]
         return None, *dparts, *gradients
-
-
-def _format_of(x: torch.Tensor) -> torch.memory_format:
-    is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if is_last else torch.contiguous_format
-
-
-def _sum_of_slices(slices: list[torch.Tensor], memory_format: torch.memory_format) -> torch.Tensor:
-    """The sum, with memory of its own: torch lays out the sum of two slices without their gaps."""
-    first, *others = slices
-    for other in others:
-        first = first + other
-    return first.contiguous(memory_format=memory_format)
 
 
 def _same_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
