@@ -180,6 +180,37 @@ def test_objectives(objective, memory_format):
     )
 
 
+@pytest.mark.production
+@pytest.mark.arithmetic
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("flip", [False, True])
+def test_bytes_give_the_bits_of_floats(memory_format, flip):
+    """All 256 values: x_t, loss and gradient of bytes are those of u/255·2 − 1 in float32, mirrored before."""
+    shape = (2, 3, 16, 16)
+    images = torch.arange(2 * 3 * 256, device=DEVICE).remainder(256).to(torch.uint8).view(shape)
+    options = make_options(shape, random.Random(5), normalize=True, flip=flip, offset=True)
+    plain = {**options, "normalize": False, "flip": None}
+    floats = reference.prepared_images(images.cpu(), True, None, torch.float32).to(DEVICE)
+    if flip:
+        floats = torch.where(options["flip"].bool()[:, None, None, None], floats.flip(-1), floats)
+    t, (forward_table, loss_table) = make_times(2), tables()
+    for dtype in FLOATS:
+        arguments = {"dtype": dtype, "memory_format": FORMATS[memory_format]}
+        actual, expected = (
+            q_sample(x, t, forward_table, None, **arguments, **kwargs)
+            for x, kwargs in ((images, options), (floats, plain))
+        )
+        assert torch.equal(actual, expected)
+        output = torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=FORMATS[memory_format])
+        ours, theirs = (
+            loss_and_gradient(
+                diffusion_loss, output, x, t, loss_table, None, dloss=torch.ones(2, device=DEVICE), **kwargs
+            )
+            for x, kwargs in ((images, options), (floats, plain))
+        )
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
 def test_float16_gradients_of_large_images_do_not_underflow():
     shape = (1, 3, 64, 64)
     options = make_options(shape, random.Random(3), normalize=False, flip=False, offset=False)
