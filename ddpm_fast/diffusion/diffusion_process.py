@@ -41,6 +41,15 @@ def identity(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+def as_floats(images: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
+    """Bytes as float32 in [0, 1], other images as they are; mirrored left to right where flip (B,) says so."""
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    if flip is not None:
+        images = torch.where((flip != 0)[:, None, None, None], images.flip(-1), images)
+    return images
+
+
 def extract(a: torch.Tensor, t: torch.Tensor, x_shape: Sequence[int]) -> torch.Tensor:
     """a[t], shaped (B, 1, ..., 1) to broadcast over x_shape; NaN for a t outside a."""
     return lookup(a[:, None], t).reshape(t.shape[0], *(1,) * (len(x_shape) - 1))
@@ -375,10 +384,13 @@ class DiffusionProcess(nn.Module):
                 "learned_sinusoidal_cond or random_fourier_features"
             )
 
-    def _check_images(self, name: str, img: torch.Tensor, sized: bool = True) -> None:
+    def _check_images(self, name: str, img: torch.Tensor, sized: bool = True, bytes_too: bool = False) -> None:
         if not isinstance(img, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(img).__name__}")
-        if not img.is_floating_point():
+        is_bytes = bytes_too and img.dtype == torch.uint8
+        if bytes_too and not is_bytes and not img.is_floating_point():
+            raise TypeError(f"{name} must be floating point in [0, 1] or uint8 in 0..255, got {img.dtype}")
+        if not is_bytes and not img.is_floating_point():
             raise TypeError(f"{name} must be floating point in [0, 1] (divide 8-bit images by 255), got {img.dtype}")
         if self.image_size is None and sized:
             raise ValueError(
@@ -391,11 +403,24 @@ class DiffusionProcess(nn.Module):
             raise ValueError(f"{name} must have shape (B, {expected}), got {tuple(img.shape)}")
         if img.device != self.device:
             raise ValueError(f"{name} must be on the diffusion's device {self.device}, got {img.device}")
+        if is_bytes:
+            return
         # One pass that stores nothing: a sum is finite only of finite numbers, though it may overflow.
         if img.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(img.detach().sum()):
             bad = (~torch.isfinite(img)).flatten(1).any(dim=1).nonzero().flatten().tolist()
             if bad:
                 raise ValueError(f"{name} must be finite, got NaN or infinity in images {bad[:10]} of the batch")
+
+    def _check_flip(self, flip: torch.Tensor, img: torch.Tensor) -> None:
+        if not isinstance(flip, torch.Tensor):
+            raise TypeError(f"flip must be a tensor, got {type(flip).__name__}")
+        if flip.dtype not in (torch.bool, torch.uint8) or flip.shape != img.shape[:1]:
+            raise ValueError(
+                f"flip must be bool or uint8 of shape ({img.shape[0]},), one per image, "
+                f"got {flip.dtype} {tuple(flip.shape)}"
+            )
+        if flip.device != img.device:
+            raise ValueError(f"flip must be on the device of img, {img.device}, got {flip.device}")
 
     def _check_times(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(t, torch.Tensor) or t.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):

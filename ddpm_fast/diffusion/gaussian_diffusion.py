@@ -12,7 +12,12 @@ from torch import nn
 
 from ddpm_fast import noise as noise_function
 from ddpm_fast.diffusion import sampling
-from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
+from ddpm_fast.diffusion.diffusion_process import (
+    DiffusionProcess,
+    as_floats,
+    identity,
+    normalize_to_neg_one_to_one,
+)
 from ddpm_fast.diffusion.diffusion_process import ModelPrediction as ModelPrediction
 from ddpm_fast.diffusion.diffusion_process import extract as extract
 from ddpm_fast.diffusion.sampling import SamplingRun, sample_loop
@@ -431,14 +436,30 @@ class GaussianDiffusion(DiffusionProcess):
             loss_reduction: "mean", a scalar, or "none", (B,).
             self_conditioned: whether the network sees a first estimate of x0; None draws it.
         """
+        self._check_images("x_start", x_start, sized=False)
+        return self._losses(x_start, t, noise, offset_noise_strength, loss_reduction, self_conditioned)
+
+    def _losses(
+        self,
+        x_start: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        offset_noise_strength: float | None = None,
+        loss_reduction: str = "mean",
+        self_conditioned: bool | None = None,
+        *,
+        normalize: bool = False,
+        flip: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`p_losses` of images that the ops still mirror and, where they are bytes, divide by 255 and normalise."""
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction must be 'mean' or 'none', got {loss_reduction!r}")
-        self._check_images("x_start", x_start, sized=False)
         t = self._check_times(t, x_start)
+        options: dict[str, Any] = {"normalize": normalize, "flip": flip}
         strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
         drawn = self._noise(x_start, noise, strength)
         if not self._has_own("q_sample"):
-            x = q_sample(x_start, t, self.forward_table, drawn, **self._network_input(x_start))
+            x = q_sample(x_start, t, self.forward_table, drawn, **options, **self._network_input(x_start))
         else:
             x = self.q_sample(x_start=x_start, t=t, noise=drawn.tensor)
         x_self_cond = None
@@ -452,7 +473,7 @@ class GaussianDiffusion(DiffusionProcess):
             errors = F.mse_loss(model_output, v, reduction="none").flatten(1).mean(1)
             loss = errors * extract(self.loss_weight, t, t.shape)
         else:
-            loss = diffusion_loss(model_output, x_start, t, self._current_loss_table(), drawn)
+            loss = diffusion_loss(model_output, x_start, t, self._current_loss_table(), drawn, **options)
         return loss if loss_reduction == "none" else loss.mean()
 
     def forward(
@@ -461,23 +482,43 @@ class GaussianDiffusion(DiffusionProcess):
         *args: Any,
         times: torch.Tensor | None = None,
         loss_reduction: str = "mean",
+        flip: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """The training loss of a batch of images, at random timesteps unless `times` gives them.
 
         Args:
-            img: (B, C, H, W) floating point, in [0, 1] with `auto_normalize`.
+            img: (B, C, H, W) floating point, in [0, 1] with `auto_normalize`; or uint8, which stands for img/255.
             times: (B,) int64 in [0, T).
+            flip: (B,) bool or uint8: mirror these images left to right.
             args, kwargs: of `p_losses`.
 
         Raises:
             TypeError, ValueError: an input does not fit, named in one sentence. NaN in images and t out of range are
                 seen on the CPU only; on CUDA looking would wait for the device, and they make the loss NaN.
         """
-        self._check_images("img", img)
+        self._check_images("img", img, bytes_too=True)
+        if flip is not None:
+            self._check_flip(flip, img)
         times = self.random_times(img.shape[0]) if times is None else times
-        x_start = self.normalize(img)
-        return self.p_losses(x_start, times, *args, loss_reduction=loss_reduction, **kwargs)  # type: ignore[misc]
+        if self._shows_images():
+            x_start = self.normalize(as_floats(img, flip))
+            return self.p_losses(x_start, times, *args, loss_reduction=loss_reduction, **kwargs)  # type: ignore[misc]
+        # Bytes are read as they are by the ops, so that no float copy of the images is made.
+        is_bytes = img.dtype == torch.uint8
+        options: dict[str, Any] = {"flip": flip, "normalize": is_bytes and self.normalize is not identity}
+        x_start = img if is_bytes else self.normalize(img)
+        return self._losses(x_start, times, *args, loss_reduction=loss_reduction, **options, **kwargs)  # type: ignore[misc]
+
+    def _shows_images(self) -> bool:
+        """True if a method of the user's, or the assignment of noise, looks at the images of a training step."""
+        is_own_range = self.normalize in (normalize_to_neg_one_to_one, identity)
+        return self.immiscible or not is_own_range or any(map(self._has_own, ("p_losses", *_NOISE_METHODS)))
+
+    @property
+    def takes_bytes(self) -> bool:
+        """True if `forward` is this class's and nobody listens to it: it then takes uint8 images and `flip`."""
+        return not (self._has_own("forward") or self._forward_hooks or self._forward_pre_hooks)
 
 
 def _relevant_methods(sampler: str) -> tuple[str, ...]:
@@ -488,4 +529,6 @@ def _relevant_methods(sampler: str) -> tuple[str, ...]:
 # Methods that look at the noise of a training step.
 _NOISE_METHODS = ("training_noise", "q_sample", "predict_v", "noise_assignment")
 # The methods as this module defines them: a class may be patched, too.
-_ORIGINALS = {name: getattr(GaussianDiffusion, name) for name in (*_STEP_METHODS, *_NOISE_METHODS)}
+_ORIGINALS = {
+    name: getattr(GaussianDiffusion, name) for name in (*_STEP_METHODS, *_NOISE_METHODS, "p_losses", "forward")
+}

@@ -26,9 +26,9 @@ def with_nan() -> torch.Tensor:
 
 FORWARD = {
     "integer_images": (
-        lambda d: d(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)),
+        lambda d: d(torch.zeros(2, 3, 8, 8, dtype=torch.int32)),
         TypeError,
-        r"img must be floating point in \[0, 1\].*got torch.uint8",
+        r"img must be floating point in \[0, 1\] or uint8 in 0..255, got torch.int32",
     ),
     "channels": (lambda d: d(image(2, 1, 8, 8)), ValueError, r"img must have shape \(B, 3, 8, 8\), got \(2, 1, 8, 8\)"),
     "size": (lambda d: d(image(2, 3, 8, 10)), ValueError, r"img must have shape \(B, 3, 8, 8\)"),
