@@ -39,7 +39,7 @@ IMAGE_ENDINGS = ["jpg", "jpeg", "png", "tiff", "tif", "bmp", "webp", "jfif", "av
 
 
 class Dataset(torch.utils.data.Dataset):
-    """Images of a folder, its subfolders and linked folders as float32 tensors (C, h, w) in [0, 1].
+    """Images of a folder, its subfolders and linked folders as tensors (C, h, w), float32 in [0, 1] or uint8.
 
     image_size: an int or (h, w). An image is resized until it just covers that, keeping its aspect ratio, and cropped
         at the centre.
@@ -49,13 +49,17 @@ class Dataset(torch.utils.data.Dataset):
         of the files (`find_value_range`) and says it in one warning. Images of 8 bits are 0..255 always.
     background: a colour's name or (red, green, blue) in 0..255, which shows through where `convert_image_to` has no
         transparency and an image has.
+    dtype: torch.float32, or torch.uint8 for the bytes themselves, of which float32 is 1/255. None gives bytes, and
+        float32 of what has none: images of more than 8 bits, and arrays that are resized as floats; where a sample of
+        the files finds some, all are float32.
 
     `.npy` files are arrays (h, w), (h, w, C) or (C, h, w) of integers, floats or booleans. EXIF orientation is applied.
-    A broken file is named in one warning and the next readable file replaces it; `broken_files` lists those met so
-    far, by the workers of a DataLoader as well.
+    A JPEG far larger than `image_size` is decoded at a reduced scale, three times as large or more. A broken file
+    is named in one warning and the next readable file replaces it; `broken_files` lists those met so far, by the
+    workers of a DataLoader as well.
 
-    Raises FileNotFoundError, NotADirectoryError, PermissionError or ValueError for a folder without usable images, and
-    ValueError or TypeError for other unusable arguments.
+    Raises FileNotFoundError, NotADirectoryError, PermissionError or ValueError for a folder without usable images, or
+    without bytes where dtype asks for them, and ValueError or TypeError for other unusable arguments.
     """
 
     def __init__(
@@ -68,9 +72,13 @@ class Dataset(torch.utils.data.Dataset):
         *,
         value_range: Sequence[float] | None = None,
         background: Color = "white",
+        dtype: torch.dtype | None = torch.float32,
     ):
         super().__init__()
+        if dtype not in (torch.float32, torch.uint8, None):
+            raise ValueError(f"dtype must be torch.float32, torch.uint8 or None; got {dtype!r}")
         self.folder = folder
+        self.dtype = dtype
         self.image_size = image_size
         self.augment_horizontal_flip = augment_horizontal_flip
         self.convert_image_to = check_mode(convert_image_to)
@@ -81,6 +89,8 @@ class Dataset(torch.utils.data.Dataset):
         self.paths = find_images(folder, exts)
         if not self.is_value_range_given:
             self.value_range = find_value_range(self.paths)
+            if dtype == torch.uint8 and self.value_range is not None:
+                raise ValueError(f"folder {folder} holds images of more than 8 bits or of floats, which are no uint8")
             self._say_value_range()
         elif not has_deep_images(self.paths):
             warnings.warn(
@@ -109,21 +119,36 @@ class Dataset(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """Image `index` as float32 (C, h, w) in [0, 1], or the next readable one; ValueError if none is."""
+        """Image `index`, or the next readable one, as a tensor (C, h, w) of `dtype`; ValueError if there is none."""
         index = range(len(self))[index]
         while (candidate := self._next_unbroken(index)) is not None:
-            image = self._read(candidate)
+            image = self.read(candidate)
             if image is not None:
-                return self.transform(image)
+                return image
         raise ValueError(f"folder {self.folder} holds {len(self)} image files, and none of them could be read")
 
+    def read(self, index: int) -> torch.Tensor | None:
+        """Image `index`, or None where its file is broken; ValueError for one without bytes if dtype is uint8."""
+        pixels = self._read(index)
+        if pixels is None:
+            return None
+        image = self.transform(pixels)
+        if self.dtype == torch.uint8 and image.dtype != torch.uint8:
+            raise ValueError(
+                f"{self.paths[index]} has more than 8 bits per channel, floats, or as an array other than 1 or 3 "
+                "channels, and dtype is torch.uint8"
+            )
+        return image
+
     def transform(self, image: Pixels) -> torch.Tensor:
-        """Pillow image of 8 bits per channel, or float array (h, w, C) in [0, 1], to float32 (C, h, w) in [0, 1]."""
+        """Pillow image of 8 bits per channel, or float array (h, w, C) in [0, 1], as a tensor (C, h, w)."""
         image = convert(image, self.convert_image_to, self.background)
         image = resize_to_cover(image, self.target_size)
         if self.augment_horizontal_flip and torch.rand(()) < 0.5:
             image = mirror(image)
-        return to_tensor(crop_centre(image, self.target_size))
+        pixels = to_tensor(crop_centre(image, self.target_size))
+        gives_bytes = self.dtype == torch.uint8 or (self.dtype is None and self.value_range is None)
+        return pixels if gives_bytes or pixels.is_floating_point() else pixels.to(torch.float32).div(255)
 
     def keep_value_range(self, value_range: Sequence[float] | None) -> None:
         """Take the range that the checkpoint of a run recorded in place of a found one; a given one stays."""
@@ -153,10 +178,10 @@ class Dataset(torch.utils.data.Dataset):
         """The decoded image, or None after marking the file as broken."""
         path = self.paths[index]
         try:
-            image = read_image(path)
+            image = read_image(path, self.target_size)
         except DamagedImageError as error:
             self._is_broken[index] = True
-            warnings.warn(f"skipped a broken image file: {path} ({error})", stacklevel=3)
+            warnings.warn(f"skipped a broken image file: {path} ({error})", stacklevel=4)
             return None
         if isinstance(image, Image.Image):
             return image
@@ -183,7 +208,7 @@ class Dataset(torch.utils.data.Dataset):
             warnings.warn(
                 f"{path} has values from {least} to {largest}, and files looked at before had none beyond "
                 f"[{low}, {high}], which becomes [0, 1]; give value_range=(low, high)",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

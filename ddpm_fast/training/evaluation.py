@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ddpm_fast.diffusion.diffusion_process import as_floats
 from ddpm_fast.runtime.extras import MissingExtraError, needed_for
 from ddpm_fast.training.atomic_files import write_atomically
 
@@ -24,7 +25,8 @@ class FIDUnavailableError(ValueError):
 class FIDEvaluation:
     """FID of `sampler` against the images of `dl`, upstream's class and arguments.
 
-    dl: iterable of image batches (B, C, h, w) in [0, 1], read once; the statistics stay in stats_dir/dataset_stats.npz.
+    dl: iterable of image batches (B, C, h, w), floats in [0, 1] or uint8, read once; the statistics stay in
+    stats_dir/dataset_stats.npz.
     feature_extractor: maps float32 (B, 3, h, w) in [0, 1] to features (B, D); by default pytorch_fid's InceptionV3,
     which raises FIDUnavailableError where the package or its weights are missing, or where C is not 1 or 3.
     """
@@ -84,7 +86,7 @@ class FIDEvaluation:
         """Features (N, D) in float64 of at most `num_fid_samples` images."""
         collected, count = [], 0
         for images in tqdm(batches, total=math.ceil(self.n_samples / self.batch_size), disable=None):
-            images = images[: self.n_samples - count].to(self.device)
+            images = as_floats(images[: self.n_samples - count].to(self.device))
             if self.channels == 1:
                 images = images.expand(-1, 3, -1, -1)
             collected.append(self.feature_extractor(images).cpu().double())

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_fast.runtime.extras import needed_for
-from ddpm_fast.training.pixels import Pixels, without_palette
+from ddpm_fast.training.pixels import Pixels, covering_size, without_palette
 
 with needed_for("reading and writing images"):
     import numpy as np
     from numpy.lib.format import open_memmap
-    from PIL import ExifTags, Image, ImageFile
+    from PIL import ExifTags, Image, ImageFile, JpegImagePlugin
 
 # What decoders raise on files that are damaged, foreign or too big to be honest, found by scrambling files of each kind
 _DAMAGE = (
@@ -56,13 +56,20 @@ class DamagedImageError(ValueError):
     """A file that holds no image that can be used."""
 
 
-def read_image(path: Path) -> Pixels:
+# A JPEG decoded at a half, a quarter or an eighth is still this many times as large as what it becomes. At 3 values
+# of photographs move by at most 8 of 255, at 2 by 16 (docs/training.md).
+_DRAFT_FACTOR = 3
+
+
+def read_image(path: Path, target_size: tuple[int, int] | None = None) -> Pixels:
     """The first picture in a file, upright: 8 bits per channel without palette, or an array (h, w, C) of its own dtype.
+
+    target_size: a JPEG far larger than this (h, w) is decoded at a reduced scale and resized until it just covers it.
 
     Raises DamagedImageError with the reason where the file, and not this computer, is at fault; else OSError.
     """
     try:
-        return _read_array(path) if path.suffix.lower() == ".npy" else _read_picture(path)
+        return _read_array(path) if path.suffix.lower() == ".npy" else _read_picture(path, target_size)
     except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES:
             raise
@@ -82,8 +89,10 @@ def is_deep(path: Path) -> bool:
         raise DamagedImageError(str(error) or type(error).__name__) from error
 
 
-def _read_picture(path: Path) -> Pixels:
+def _read_picture(path: Path, target_size: tuple[int, int] | None) -> Pixels:
     with Image.open(path) as opened:
+        if target_size is not None and opened.mode in ("L", "RGB") and _is_jpeg(opened):
+            return _load_covering(opened, path, target_size)
         raw_mode = _raw_mode(opened)
         image = _load_upright(opened, path)
         if raw_mode in _LOWER_BYTES:
@@ -100,8 +109,31 @@ def _read_picture(path: Path) -> Pixels:
 def _load_upright(image: Image.Image, path: Path) -> Image.Image:
     """The picture as its EXIF orientation wants it seen."""
     image.load()
-    orientation = _orientation(image, path)
+    return _turned(image, _orientation(image, path))
+
+
+def _turned(image: Image.Image, orientation: object) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _is_jpeg(image: Image.Image) -> bool:
+    return isinstance(image, JpegImagePlugin.JpegImageFile)  # telephones' MPO too
+
+
+def _load_covering(image: Image.Image, path: Path, target_size: tuple[int, int]) -> Image.Image:
+    """A JPEG upright: whole, or where a reduced scale is large enough, from that in the size that covers the target.
+
+    libjpeg leaves out the high frequencies of each block, which averages 2 × 2, 4 × 4 or 8 × 8 pixels.
+    """
+    orientation = _orientation(image, path)
+    lies = orientation in (5, 6, 7, 8)
+    height, width = covering_size((image.height, image.width), target_size[::-1] if lies else target_size)
+    whole = image.size
+    draft: Any = image.draft(None, (_DRAFT_FACTOR * width, _DRAFT_FACTOR * height))
+    image.load()
+    if image.size != whole:
+        image = image.resize((width, height), Image.Resampling.BILINEAR, box=draft[1])
+    return _turned(image, orientation)
 
 
 def _load_lower_bytes(path: Path, raw_mode: str) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Pixels: converted, resized, cropped, and made a float32 tensor.
+"""Pixels: converted, resized, cropped, and made a tensor of bytes or of float32.
 
 They are a Pillow image with 8 bits per channel, or an array (h, w, C) whose channels are resized as floats: images of
 more than 8 bits, float images, and arrays of any number of channels.
@@ -39,14 +39,18 @@ def convert(pixels: Pixels, mode: str | None, background: tuple[int, int, int]) 
     return pixels if pixels.mode == mode else without_palette(pixels.convert(mode))
 
 
+def covering_size(size: tuple[int, int], target_size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest (h, w) with the aspect ratio of `size` that covers `target_size`."""
+    (height, width), (target_height, target_width) = size, target_size
+    if width * target_height >= target_width * height:
+        return target_height, width * target_height // height
+    return height * target_width // width, target_width
+
+
 def resize_to_cover(pixels: Pixels, target_size: tuple[int, int]) -> Pixels:
     """Smallest size with the image's aspect ratio that covers (h, w), bilinear with antialiasing."""
-    (height, width), (target_height, target_width) = _size_of(pixels), target_size
-    if width * target_height >= target_width * height:
-        size = (width * target_height // height, target_height)
-    else:
-        size = (target_width, height * target_width // width)
-    if size == (width, height):
+    size = covering_size(_size_of(pixels), target_size)[::-1]  # (width, height)
+    if size == _size_of(pixels)[::-1]:
         return pixels
     if isinstance(pixels, Image.Image):
         return pixels.resize(size, Image.Resampling.BILINEAR)
@@ -71,12 +75,12 @@ def mirror(pixels: Pixels) -> Pixels:
 
 
 def to_tensor(pixels: Pixels) -> torch.Tensor:
-    """Pixels of 8 bits per channel, or a float array in [0, 1], to float32 (C, h, w) in [0, 1]."""
+    """Pixels as a contiguous tensor (C, h, w): uint8 of an image of 8 bits per channel, float32 of a float array."""
     if isinstance(pixels, np.ndarray):
         return torch.from_numpy(np.moveaxis(pixels, 2, 0).astype(np.float32, order="C"))
     values = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
     values = values.view(pixels.height, pixels.width, len(pixels.getbands()))
-    return values.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div(255)
+    return values.permute(2, 0, 1).contiguous()
 
 
 def check_color(background: Color) -> tuple[int, int, int]:

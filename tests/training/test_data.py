@@ -41,6 +41,52 @@ def test_square_images_match_torchvision_exactly(tmp_path, size, mode):
     assert image.dtype == torch.float32 and image.is_contiguous()
 
 
+@pytest.mark.parametrize("size", [(64, 64), (97, 41), (20, 33)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("dtype", [torch.uint8, None])
+def test_bytes_are_those_of_which_floats_are_a_255th(tmp_path, size, mode, dtype):
+    make_image(tmp_path / "a.png", size, mode)
+    image = Dataset(tmp_path, (32, 24), dtype=dtype)[0]
+    assert image.dtype == torch.uint8 and image.is_contiguous()
+    assert torch.equal(image.float() / 255, Dataset(tmp_path, (32, 24))[0])
+
+
+def test_without_a_dtype_what_has_no_bytes_is_float32(tmp_path, monkeypatch):
+    make_image(tmp_path / "a.png", (9, 9))
+    np.save(tmp_path / "b.npy", np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    np.save(tmp_path / "c.npy", np.random.default_rng(0).integers(0, 256, (9, 9, 5), dtype=np.uint8))
+    dataset = Dataset(tmp_path, 8, dtype=None)
+    assert [image.dtype for image in read(dataset)] == [torch.uint8, torch.uint8, torch.float32]
+    assert dataset[2].max() <= 1
+    Image.fromarray(np.full((9, 9), 4095, np.uint16)).save(tmp_path / "d.png")
+    with pytest.warns(UserWarning, match="values from 0 to 4095"):
+        dataset = Dataset(tmp_path, 8, dtype=None)
+    assert {image.dtype for image in read(dataset)} == {torch.float32}
+
+
+def test_a_recorded_range_makes_all_images_floats(tmp_path):
+    """A folder whose deep images have gone goes on as it began, with one dtype."""
+    make_image(tmp_path / "a.png", (9, 9))
+    dataset = Dataset(tmp_path, 8, dtype=None)
+    with pytest.warns(UserWarning, match="as where the run began"):
+        dataset.keep_value_range((0, 4095))
+    assert dataset[0].dtype == torch.float32
+
+
+def test_impossible_dtypes_are_named(tmp_path):
+    make_image(tmp_path / "a.png", (9, 9))
+    for dtype in (torch.float16, "uint8", np.uint8):
+        with pytest.raises(ValueError, match="dtype must be torch.float32, torch.uint8 or None; got"):
+            Dataset(tmp_path, 8, dtype=dtype)
+
+
+def test_where_bytes_are_asked_for_others_are_refused(tmp_path):
+    make_image(tmp_path / "a.png", (9, 9))
+    np.save(tmp_path / "b.npy", np.zeros((9, 9, 5), dtype=np.uint8))
+    with pytest.raises(ValueError, match="b.npy has more than 8 bits .* or as an array other than 1 or 3 channels"):
+        Dataset(tmp_path, 8, dtype=torch.uint8)[1]
+
+
 @pytest.mark.parametrize("to_mode", ["L", "RGB", "RGBA"])
 def test_conversion_matches_upstream(tmp_path, to_mode):
     upstream = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")

@@ -4,11 +4,12 @@ import copy
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, JpegImagePlugin, features
 from torch.utils.data import DataLoader
 
 from ddpm_fast.training.data import Dataset
@@ -267,6 +268,93 @@ def test_exif_orientation_is_applied(tmp_path, ending, orientation):
     left, top = {1: (0, 0), 2: (1, 0), 3: (1, 1), 4: (0, 1), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}[orientation]
     assert image[0, -3 if top else 2, -3 if left else 2] > 0.8, "the red corner"
     assert image[0].mean() == pytest.approx(0.25, abs=0.05)
+
+
+def photograph(size):
+    """A photograph of (width, height), of a temple, with sharp edges and colours."""
+    path = Path(pytest.importorskip("sklearn").__file__).parent / "datasets" / "images" / "china.jpg"
+    return Image.open(path).convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def decoded_sizes(monkeypatch):
+    """A list that gets the sizes at which JPEGs are decoded, and read again."""
+    sizes, load = [], JpegImagePlugin.JpegImageFile.load
+
+    def record(image):
+        sizes.append(image.size)
+        return load(image)
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", record)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "size, target, decoded",
+    [
+        ((640, 480), 40, (160, 120)),  # a quarter: 160 × 120 is 3 × (53 × 40) and a little
+        ((640, 480), 41, (320, 240)),
+        ((641, 483), 80, (321, 242)),
+        ((640, 480), 81, (640, 480)),
+        ((640, 480), (40, 53), (160, 120)),
+        ((640, 480), (20, 100), (320, 240)),  # the width has to be covered
+        ((2000, 400), 10, (250, 50)),  # an eighth at most
+        ((30, 20), 64, (30, 20)),
+    ],
+)
+def test_large_jpegs_are_decoded_at_a_scale_that_is_three_times_as_large(tmp_path, monkeypatch, size, target, decoded):
+    photograph(size).save(tmp_path / "a.jpg", quality=90)
+    sizes = decoded_sizes(monkeypatch)
+    image = Dataset(tmp_path, target)[0]
+    assert sizes[0] == decoded and image.shape[1:] == ((target,) * 2 if isinstance(target, int) else target)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "size, target", [((640, 427), 32), ((640, 427), 64), ((641, 427), (48, 32)), ((1283, 855), 64)]
+)
+def test_a_reduced_scale_changes_little(tmp_path, size, target, mode):
+    """No value by more than 8 of 255, in the mean by less than 0.6; and the picture stays where it is."""
+    photograph(size).convert(mode).save(tmp_path / "a.jpg", quality=90)
+    whole = Image.open(tmp_path / "a.jpg")
+    whole.load()
+    reduced = Dataset(tmp_path, target, dtype=torch.uint8)
+    expected = reduced.transform(whole).float()
+    difference = reduced[0].float() - expected
+    assert difference.any() and difference.abs().max() <= 8 and difference.abs().mean() < 0.6
+    for shift in (-1, 1):
+        assert (reduced[0].float() - expected.roll(shift, 2)).abs().mean() > 5 * difference.abs().mean()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_scale_is_turned_upright(tmp_path, monkeypatch, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = photograph((640, 400))
+    stored.save(tmp_path / "a.jpg", exif=exif, quality=90)
+    sizes = decoded_sizes(monkeypatch)
+    target = (40, 64) if orientation < 5 else (64, 40)
+    image = Dataset(tmp_path, target, dtype=torch.uint8)[0]
+    assert sizes[0] == (320, 200)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
+    expected = np.asarray(upright.resize(target[::-1], Image.Resampling.BILINEAR)).astype(float)
+    assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < 0.6
+
+
+def test_a_truncated_jpeg_is_broken_at_a_reduced_scale_too(tmp_path):
+    photograph((640, 480)).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:9000])
+    photograph((64, 48)).save(tmp_path / "b.jpg")
+    with pytest.warns(UserWarning, match=r"broken image file: .*a.jpg \(image file is truncated"):
+        assert Dataset(tmp_path, 16)[0].shape == (3, 16, 16)
+
+
+def test_pictures_of_telephones_are_jpegs(tmp_path, monkeypatch):
+    first, second = photograph((640, 480)), photograph((64, 48))
+    first.save(tmp_path / "a.mpo", save_all=True, append_images=[second])
+    (tmp_path / "a.mpo").rename(tmp_path / "a.jpg")
+    assert Image.open(tmp_path / "a.jpg").format == "MPO"
+    sizes = decoded_sizes(monkeypatch)
+    assert Dataset(tmp_path, 40)[0].shape == (3, 40, 40) and sizes[0] == (160, 120)
 
 
 def test_deep_images_are_turned_too(tmp_path):
