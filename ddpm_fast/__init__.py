@@ -19,6 +19,7 @@ from ddpm_fast.runtime.extension import empty_cache
 _LAZY = {
     "Checkpoint": "ddpm_fast.training.checkpoint",
     "Dataset": "ddpm_fast.training.data",
+    "PreparedDataset": "ddpm_fast.training.prepared",
     "Trainer": "ddpm_fast.training.trainer",
     "capture_training_step": "ddpm_fast.training.captured_step",
     "load_checkpoint": "ddpm_fast.training.checkpoint",

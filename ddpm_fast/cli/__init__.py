@@ -1,4 +1,4 @@
-"""The command `ddpm-fast`: train, sample, bench, doctor. Heavy imports are inside the functions that need them."""
+"""The command `ddpm-fast`: train, prepare, sample, bench, doctor. Functions have the heavy imports."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ class Train:
     """Train a model on images.
 
     Writes to the results folder: model-N.pt and sample-N.png every --save-every steps, model-last.pt at the end or
-    after Ctrl-C, loss.csv and loss.png. Options marked (data) default to what suits DATA: a folder, or the digits.
+    after Ctrl-C, loss.csv and loss.png. Options marked (data) default to what suits DATA: a folder, a prepared
+    file, or the digits.
     With --resume an option that is not given keeps the checkpoint's value. One that is given holds from there on, or is
     refused where the weights belong to another: those of the network, the schedule, the objective and the size.
 
@@ -75,7 +76,8 @@ class Train:
     """
 
     data: Data
-    """A folder of images (subfolders included), or the word "digits" for scikit-learn's 1,797 handwritten digits."""
+    """A folder of images (subfolders included), a file of `ddpm-fast prepare`, which says size and channels, or the
+    word "digits" for scikit-learn's 1,797 handwritten digits."""
     results_folder: Path = Path("results")
     """Where everything is written."""
     resume: bool = False
@@ -194,7 +196,7 @@ def _arguments(options: Train, record: dict[str, Any] | None) -> tuple[dict[str,
         given["flip"] = False
     if "image_size" in given:
         given["image_size"] = image_size_of(given["image_size"])
-    data = _DIGITS_DEFAULTS if options.data == "digits" else _FOLDER_DEFAULTS
+    data = _defaults_of(options.data)
     off = {"self_condition": False, "min_snr": False, "sampler": None, "seed": None}
     values: dict[str, Any] = {**_DEFAULTS, **data, **off}
     network, process, training = (
@@ -218,6 +220,18 @@ def _arguments(options: Train, record: dict[str, Any] | None) -> tuple[dict[str,
     if "sampling_timesteps" not in given and (process.get("sampling_timesteps") or 0) > timesteps:
         process["sampling_timesteps"] = timesteps
     return network, process, training
+
+
+def _defaults_of(data: str) -> dict[str, Any]:
+    """The defaults that depend on the data."""
+    from ddpm_fast.training.prepared import PreparedDataset, is_prepared
+
+    if data == "digits":
+        return _DIGITS_DEFAULTS
+    if not is_prepared(data):
+        return _FOLDER_DEFAULTS
+    _, channels, height, width = PreparedDataset(data).images.shape
+    return {**_FOLDER_DEFAULTS, "channels": channels, "image_size": (height, width)}
 
 
 def _recorded_training(record: dict[str, Any]) -> dict[str, Any]:

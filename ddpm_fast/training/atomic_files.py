@@ -44,6 +44,16 @@ class _Sink:
 
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """`open_atomically` for writers in C++: the file takes writes only, and the first error is raised at the end."""
+    with open_atomically(path) as file:
+        sink = _Sink(file)
+        yield cast(BinaryIO, sink)  # as far as the writers here are concerned: write and flush
+        if sink.error is not None:
+            raise sink.error
+
+
+@contextlib.contextmanager
+def open_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open `path` for binary writing; the file appears (or replaces the earlier one) only when the block ends well.
 
     Writes to a temporary file in the same folder, flushes, syncs, renames, and syncs the folder; a file system that
@@ -56,10 +66,7 @@ def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
     _names_being_written.add(temporary.name)
     try:
         with open(temporary, "xb") as file:
-            sink = _Sink(file)
-            yield cast(BinaryIO, sink)  # as far as the writers here are concerned: write and flush
-            if sink.error is not None:
-                raise sink.error
+            yield file
             file.flush()
             _sync(file.fileno(), _NO_SYNC)
         os.replace(temporary, path)

@@ -1,17 +1,22 @@
-"""The order of a run's images, a function of its seed: endless, sharded by rank, and resumable at any position."""
+"""The images of a run: their order, a function of its seed, endless, sharded by rank and resumable; and their way.
+
+On CUDA a batch travels in pinned memory on a stream of its own while the step before it runs.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import signal
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from ddpm_fast.diffusion.diffusion_process import as_floats
 from ddpm_fast.training.captured_step import send
 
 # Items of a user's dataset that are read ahead, and how far resizing and rounding may lead out of a range.
@@ -25,10 +30,17 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def check_images(dataset: Any, shape: tuple[int, ...], value_range: tuple[float, float] | None) -> None:
-    """Read a few items of a dataset; each must be a float tensor of `shape` (C, h, w).
+def count_processors() -> int:
+    """Processors that this process may use, where the system says, else all."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    Values plainly outside of `value_range` get one warning that names those found; None looks at the first item only.
+
+def check_images(dataset: Any, shape: tuple[int, ...], value_range: tuple[float, float] | None) -> None:
+    """Read a few items of a dataset; each must be a tensor of `shape` (C, h, w), floating point or uint8.
+
+    Floats plainly outside of `value_range` get one warning that names those found; None looks at the first item only.
     Raises ValueError or TypeError for a dataset without images or with other items.
     """
     if len(dataset) == 0:
@@ -37,13 +49,15 @@ def check_images(dataset: Any, shape: tuple[int, ...], value_range: tuple[float,
     images = [dataset[index * (len(dataset) - 1) // max(count - 1, 1)] for index in range(count)]
     for which, image in zip(["first item", *["item"] * count], images, strict=False):
         if not isinstance(image, torch.Tensor):
-            raise TypeError(f"folder must give image tensors in [0, 1]; its {which} is a {type(image).__name__}")
-        if not image.is_floating_point() or tuple(image.shape) != shape:
+            raise TypeError(f"folder must give image tensors; its {which} is a {type(image).__name__}")
+        is_number = image.is_floating_point() or image.dtype == torch.uint8
+        if not is_number or tuple(image.shape) != shape:
             raise ValueError(
-                f"folder must give float images of shape {shape} in [0, 1]; its {which.removesuffix(' item')} is "
-                f"{image.dtype} {tuple(image.shape)}"
+                f"folder must give images of shape {shape}, floats in [0, 1] or uint8 in 0..255; its "
+                f"{which.removesuffix(' item')} is {image.dtype} {tuple(image.shape)}"
             )
-    if value_range is None:
+    images = [image for image in images if image.is_floating_point()]
+    if value_range is None or not images:
         return
     least, largest = min(image.min().item() for image in images), max(image.max().item() for image in images)
     low, high = value_range
@@ -55,9 +69,23 @@ def check_images(dataset: Any, shape: tuple[int, ...], value_range: tuple[float,
         )
 
 
-def collate_float32(images: list[torch.Tensor]) -> torch.Tensor:
-    """Images (C, h, w) of any floating dtype as one batch (B, C, h, w) in float32."""
-    return default_collate(images).to(torch.float32)
+class Unbound(list[torch.Tensor]):
+    """The images of one tensor `batch` (B, C, h, w), which `collate` takes as it is."""
+
+    def __init__(self, batch: torch.Tensor):
+        super().__init__(batch.unbind())
+        self.batch = batch
+
+
+def collate(images: list[torch.Tensor]) -> torch.Tensor:
+    """Images (C, h, w) as one batch (B, C, h, w): uint8 if all are, else float32, to which bytes are 1/255."""
+    if isinstance(images, Unbound):
+        batch = images.batch
+    elif len({image.dtype for image in images}) == 1:
+        batch = default_collate(images)
+    else:
+        batch = default_collate([as_floats(image).float() for image in images])
+    return batch if batch.dtype == torch.uint8 else batch.to(torch.float32)
 
 
 class BatchOrder(torch.utils.data.Sampler):
@@ -102,10 +130,34 @@ class BatchOrder(torch.utils.data.Sampler):
         return self._order
 
 
-class BatchStream:
-    """Endless iterator over float32 batches (B, C, h, w) on `device`, flipped at random there; it waits for no device.
+class Batch(NamedTuple):
+    """What a step trains on.
 
-    `position` counts the images that all ranks have consumed; `seek` goes to any position.
+    images: (B, C, h, w), uint8 or float32.
+    flips: (B,) bool, the images that the diffusion is to mirror; None if they are mirrored already.
+    """
+
+    images: torch.Tensor
+    flips: torch.Tensor | None
+
+    @property
+    def options(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of `GaussianDiffusion.forward`, besides the images."""
+        return {} if self.flips is None else {"flip": self.flips}
+
+    def on(self, device: torch.device) -> Batch:
+        """This batch on a device, without waiting for the device."""
+        return Batch(send(self.images, device), None if self.flips is None else send(self.flips, device))
+
+
+class BatchStream:
+    """Endless batches on `device`, which it waits for never; as an iterator, float32 (B, C, h, w), mirrored at random.
+
+    With `as_bytes`, `next_batch` leaves uint8 images as they are, and mirroring to the diffusion. `position` counts
+    the images that all ranks have consumed; `seek` goes to any position.
+
+    On CUDA batches are copied on a stream of their own. With `reads_ahead`, which needs worker processes or a dataset
+    without randomness of its own, the copy of a batch begins while the step before it is still to come.
     """
 
     def __init__(
@@ -116,10 +168,13 @@ class BatchStream:
         device: torch.device,
         augment_horizontal_flip: bool,
         num_workers: int,
+        as_bytes: bool = False,
+        reads_ahead: bool = False,
     ):
         self.order = order
         self.device = device
         self.augment_horizontal_flip = augment_horizontal_flip
+        self.as_bytes = as_bytes
         self.position = 0
         self._flip_order = BatchOrder(order.dataset_size, order.global_batch_size, order.seed, order.rank)
         self._flip_order.batch_size = order.batch_size
@@ -130,31 +185,82 @@ class BatchStream:
             pin_memory=device.type == "cuda",
             # Its own generator: the loader draws a seed for its workers, and not from the global one.
             generator=torch.Generator().manual_seed(derive_seed(order.seed, "workers")),
-            collate_fn=collate_float32,
-            worker_init_fn=_ignore_interrupts,
+            collate_fn=collate,
+            worker_init_fn=ignore_interrupts,
         )
         self._batches: Iterator[torch.Tensor] | None = None
+        self._copies = CopyStream(device) if device.type == "cuda" else None
+        self.reads_ahead = reads_ahead and self._copies is not None
+        self._ahead: Copy | None = None
 
     def __iter__(self) -> BatchStream:
         return self
 
     def __next__(self) -> torch.Tensor:
+        return as_floats(*self.next_batch())
+
+    def next_batch(self) -> Batch:
+        """The batch at `position`."""
+        if self._copies is None:
+            batch = self._read(0).on(self.device)
+        else:
+            copy = self._ahead or self._copies.start(self._read(0))
+            self._ahead = self._copies.start(self._read(1)) if self.reads_ahead else None
+            batch = copy.result()
+        self.position += self.order.global_batch_size
+        return batch if self.as_bytes else Batch(as_floats(batch.images, batch.flips), None)
+
+    def _read(self, ahead: int) -> Batch:
+        """The batch at `position`, or as many further on, in memory of the host."""
         if self._batches is None:
             self._batches = iter(self._loader)
-        images = send(next(self._batches), self.device)
-        if self.augment_horizontal_flip:
-            flips = send(self._flip_order.batch_at(self.position)[1], self.device)
-            images = torch.where(flips[:, None, None, None], images.flip(-1), images)
-        self.position += self.order.global_batch_size
-        return images
+        images = next(self._batches)
+        if not self.augment_horizontal_flip:
+            return Batch(images, None)
+        return Batch(images, self._flip_order.batch_at(self.position + ahead * self.order.global_batch_size)[1])
 
     def seek(self, position: int, seed: int) -> None:
         """Go on from `position` in the order of `seed`."""
-        self._batches = None
+        self._batches = self._ahead = None
         self.position = self.order.start = position
         self.order.seed = self._flip_order.seed = seed
 
 
-def _ignore_interrupts(worker: int) -> None:
+class CopyStream:
+    """A CUDA stream that copies from pinned memory beside the stream that computes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def start(self, batch: Batch) -> Copy:
+        """Begin to copy a batch of the host; neither the host nor the computing stream waits."""
+        with torch.cuda.stream(self._stream):
+            # Torch keeps pinned memory until the copies that it knows of are done, so nobody has to hold it.
+            copied = batch.on(self.device)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        return Copy(copied, self.device, done)
+
+
+class Copy(NamedTuple):
+    """A batch on its way to the device."""
+
+    batch: Batch
+    device: torch.device
+    done: torch.cuda.Event
+
+    def result(self) -> Batch:
+        """The batch, for the current stream, which waits for the copy; the host does not."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self.done)
+        for tensor in self.batch:
+            if tensor is not None:
+                # Its memory is the copying stream's: it must not be given away while this stream reads it.
+                tensor.record_stream(stream)
+        return self.batch
+
+
+def ignore_interrupts(worker: int) -> None:
     """Ctrl-C reaches the workers too, while the main process still wants its current batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -110,6 +110,21 @@ def test_a_folder_trains_resumes_and_samples(tmp_path, images):
     assert len(list((tmp_path / "raw").glob("*.png"))) == 5
 
 
+def test_a_folder_is_prepared_and_trains(tmp_path, images, capsys):
+    """Size and channels are the file's; a resumed run keeps them."""
+    out, err = run("prepare", images, tmp_path / "images.npy", "--image-size", 8, 16, "--workers", 0)
+    assert f"{tmp_path / 'images.npy'} holds 109 images of 3 x 8 x 16 bytes, without 1 broken files" in out
+    assert "050.png" in err and "Traceback" not in err
+    options = [tmp_path / "images.npy", "--results-folder", tmp_path / "results", *TINY]
+    run("train", *options, "--steps", 2)
+    run("train", *options, "--steps", 3, "--resume")
+    saved = load_file(tmp_path / "results" / "model-last.pt")
+    assert saved["step"] == 3 and saved["config"]["diffusion"]["image_size"] == [8, 16]
+    assert "shape (3, 32, 32)" in fail(
+        capsys, "train", *options[:1], "--image-size", 32, "--results-folder", tmp_path / "o"
+    )
+
+
 def test_a_seed_fixes_samples_whatever_the_batch_size(tmp_path, trained, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, seed, batch in (("a", 7, 64), ("b", 7, 2), ("c", 8, 64)):
@@ -444,7 +459,7 @@ def test_doctor_reports_and_imports_nothing_heavy():
     assert "extension: " in finished.stdout and "sampler_step" in finished.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["doctor"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["prepare"], ["sample"], ["doctor"]])
 def test_help_is_there(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command, "--help"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ddpm_fast
-from ddpm_fast.cli import bench, doctor, sample, train
+from ddpm_fast.cli import bench, doctor, prepare, sample, train
 from ddpm_fast.diffusion import samplers
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,13 @@ FENCE = re.compile(
 )
 REASONS = ("needs CUDA", "needs several processes")
 
-COMMANDS = {"train": train.Train, "sample": sample.Sample, "bench": bench.Bench, "doctor": doctor.Doctor}
+COMMANDS = {
+    "train": train.Train,
+    "prepare": prepare.Prepare,
+    "sample": sample.Sample,
+    "bench": bench.Bench,
+    "doctor": doctor.Doctor,
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
