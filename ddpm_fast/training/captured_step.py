@@ -128,7 +128,9 @@ class TrainingStep:
         self.accumulate = as_int("accumulate", accumulate, 1)
         self._recorder_class, self.any_module = recorder, any_module
         device = diffusion.device
-        self._images = torch.zeros(tuple(batch_shape), device=device)
+        self.batch_shape = tuple(batch_shape)
+        # Images and flips where a graph reads them, for each kind of batch.
+        self._inputs: dict[tuple, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._loss = torch.zeros((), device=device)
         self.grad_norm = torch.full((), float("nan"), device=device)
         self._average = None if ema is None else _Average(ema, diffusion, recorder)
@@ -147,12 +149,13 @@ class TrainingStep:
         self._parameters = list(self.diffusion.parameters())
         self.recorder = self._recorder_class(self.diffusion.device)
 
-    def __call__(self, *batches: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *batches: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
         """Train on `accumulate` batches.
 
         Args:
-            batches: of `batch_shape`, floating point, in [0, 1] with `auto_normalize`; on the device, or in memory of
-                the host, best pinned.
+            batches: images of `batch_shape`, floating point in [0, 1] with `auto_normalize`, or uint8, which stand for
+                themselves / 255; or pairs of images and flips, (B,) bool or None, the images to be mirrored. All on the
+                device, or in memory of the host, best pinned.
 
         Returns:
             The loss, a scalar on the device; nothing waits for it.
@@ -161,26 +164,27 @@ class TrainingStep:
             raise ValueError(
                 f"a step takes {self.accumulate} batches, accumulate={self.accumulate}; got {len(batches)}"
             )
-        for images in batches:
-            if images.shape != self._images.shape:
-                raise ValueError(f"images must have shape {tuple(self._images.shape)}, got {tuple(images.shape)}")
-            if not images.is_floating_point():
-                raise TypeError(
-                    f"images must be floating point in [0, 1] (divide 8-bit images by 255), got {images.dtype}"
-                )
+        pairs = [(batch, None) if isinstance(batch, torch.Tensor) else tuple(batch) for batch in batches]
+        for images, _ in pairs:
+            if images.shape != self.batch_shape:
+                raise ValueError(f"images must have shape {self.batch_shape}, got {tuple(images.shape)}")
+            if not images.is_floating_point() and images.dtype != torch.uint8:
+                raise TypeError(f"images must be floating point in [0, 1] or uint8, got {images.dtype}")
         self._see_changes()
         is_whole = self.accumulate == 1 and self._processes == 1
         if not is_whole and not self._gradients:
             trained = [parameter for parameter in self._parameters if parameter.requires_grad]
             self.flat_gradients, self._gradients = _flat_like(trained)
-        for index, images in enumerate(batches):
-            self._images.copy_(_pinned(images, self._images.device), non_blocking=True)
+        for index, (images, flips) in enumerate(pairs):
+            kind = (images.dtype if images.dtype == torch.uint8 else torch.float32, flips is not None)
+            self._take_in(kind, images, flips)
             # The coin is the host's, so that each side has a recording of its own.
             coin = self.diffusion.draw_self_condition() if self.recorder.freezes_decisions else None
             if is_whole:
-                self._replay(("step", coin), partial(self._whole_step, coin))
+                self._replay(("step", kind, coin), partial(self._whole_step, kind, coin))
             else:
-                self._replay(("gradients", coin, index == 0), partial(self._add_gradients, coin, index == 0))
+                body = partial(self._add_gradients, kind, coin, index == 0)
+                self._replay(("gradients", kind, coin, index == 0), body)
         if not is_whole:
             self._average_over_processes()
             self._replay(("update",), self._update)
@@ -188,6 +192,16 @@ class TrainingStep:
         if self._average is not None:
             self._average.update()
         return self._loss.clone()
+
+    def _take_in(self, kind: tuple, images: torch.Tensor, flips: torch.Tensor | None) -> None:
+        """Copy a batch to where the recordings of its kind read it."""
+        device = self._loss.device
+        if kind not in self._inputs:
+            room = torch.zeros(self.batch_shape, dtype=kind[0], device=device)
+            self._inputs[kind] = room, None if flips is None else torch.zeros_like(flips, device=device)
+        for to, given in zip(self._inputs[kind], (images, flips), strict=True):
+            if to is not None and given is not None:
+                to.copy_(_pinned(given, device), non_blocking=True)
 
     def _see_changes(self) -> None:
         """Drop recordings that something has made invalid, and refuse what cannot be recorded any more."""
@@ -225,21 +239,21 @@ class TrainingStep:
                 self._take_snapshot()
         self._recordings[name]()
 
-    def _whole_step(self, self_conditioned: bool | None) -> None:
+    def _whole_step(self, kind: tuple, self_conditioned: bool | None) -> None:
         self._drop_gradients()
-        loss = self._backward(self_conditioned)
+        loss = self._backward(kind, self_conditioned)
         self._step_optimizer()
         self._loss.copy_(loss)
         self._drop_gradients()  # they are in the graphs' memory, which the next replay overwrites
 
-    def _add_gradients(self, self_conditioned: bool | None, is_first: bool) -> None:
+    def _add_gradients(self, kind: tuple, self_conditioned: bool | None, is_first: bool) -> None:
         """The gradients of one batch into `flat_gradients`; they begin with zeros."""
         if is_first:
             torch._foreach_zero_(self.flat_gradients)
             self._loss.zero_()
         for parameter, gradient in self._gradients.items():
             parameter.grad = gradient
-        self._loss.add_(self._backward(self_conditioned))
+        self._loss.add_(self._backward(kind, self_conditioned))
         self._drop_gradients()
 
     def _average_over_processes(self) -> None:
@@ -255,13 +269,15 @@ class TrainingStep:
         self._step_optimizer()
         self._drop_gradients()
 
-    def _backward(self, self_conditioned: bool | None) -> torch.Tensor:
-        """The loss of the images, a share of the step's, after its backward."""
-        chosen = {} if self_conditioned is None else {"self_conditioned": self_conditioned}
+    def _backward(self, kind: tuple, self_conditioned: bool | None) -> torch.Tensor:
+        """The loss of a batch, a share of the step's, after its backward."""
+        images, flips = self._inputs[kind]
+        options: dict[str, Any] = {} if self_conditioned is None else {"self_conditioned": self_conditioned}
+        options |= {} if flips is None else {"flip": flips}
         with torch.autocast(
-            self._images.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
+            images.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
         ):
-            loss = self.diffusion(self._images, **chosen)
+            loss = self.diffusion(images, **options)
             loss = loss / self.accumulate if self.accumulate > 1 else loss
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach()

@@ -28,7 +28,15 @@ from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.plain import as_int, as_number, plain, shown
-from ddpm_fast.training.batches import BatchOrder, BatchStream, check_images, collate_float32, derive_seed
+from ddpm_fast.training.batches import (
+    Batch,
+    BatchOrder,
+    BatchStream,
+    check_images,
+    collate,
+    count_processors,
+    derive_seed,
+)
 from ddpm_fast.training.captured_step import (
     NotRecordableError,
     TrainingStep,
@@ -57,6 +65,7 @@ from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError
 from ddpm_fast.training.history import LossHistory
 from ddpm_fast.training.images_out import save_image_grid
 from ddpm_fast.training.pixels import Color
+from ddpm_fast.training.prepared import PreparedDataset, is_a_function_of_the_index, is_prepared
 from ddpm_fast.training.resuming import changes, check_process, describe_network
 from ddpm_fast.training.state_names import FoundStates, bare_name
 
@@ -88,7 +97,8 @@ class DivergenceError(ValueError):
 class Trainer:
     """Upstream's trainer: same arguments, attributes and checkpoint files, with runs that resume exactly.
 
-    folder: a folder of images, or any map-style torch dataset of float images (C, h, w) in [0, 1].
+    folder: a folder of images, a file of `ddpm-fast prepare`, or any map-style torch dataset of images (C, h, w),
+        floats in [0, 1] or uint8.
     train_batch_size: images per step and accumulation, over all processes (`split_batches=True`) or in each.
     num_samples: any number; the grid has ceil(sqrt(num_samples)) columns.
     seed: fixes order, flips and noise. None draws it from torch's generator, so that `torch.manual_seed` fixes a run;
@@ -210,12 +220,15 @@ class Trainer:
 
         self._is_seed_given = seed is not None
         self.seed = self._agree_on_seed(seed)
+        num_workers = _choose_workers(num_workers, self.ds, self.world_size)
         self.dl = BatchStream(
             self.ds,
             BatchOrder(len(self.ds), self._global_batch_size(), self.seed, self.rank, self.world_size),
             device=self.device,
             augment_horizontal_flip=augment_horizontal_flip,
-            num_workers=_choose_workers(num_workers, self.ds, self.world_size),
+            num_workers=num_workers,
+            as_bytes=getattr(diffusion_model, "takes_bytes", False),
+            reads_ahead=num_workers > 0 or is_a_function_of_the_index(self.ds),
         )
 
         # Adam in one pass: at 35.7 million parameters a quarter of the time of its default on the CPU. On CUDA it is
@@ -375,13 +388,13 @@ class Trainer:
     def _train_step(self) -> None:
         """One optimizer step over `gradient_accumulate_every` batches."""
         self._seed_step()
-        batches = [next(self.dl) for _ in range(self.gradient_accumulate_every)]
+        batches = [self.dl.next_batch() for _ in range(self.gradient_accumulate_every)]
         loss, norm = self._run_recorded(batches) or self._run_step_by_step(batches)
         self.step += 1
         self._losses.append(loss.float())
         self._norms.append(norm.float())
 
-    def _run_recorded(self, batches: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _run_recorded(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Loss and gradient norm of a replayed step; None where nothing can be replayed."""
         reason = self._why_not_recorded() if self._captured is None else None
         if reason is None:
@@ -434,15 +447,15 @@ class Trainer:
         if self.accelerator.is_main_process:
             warnings.warn(f"training runs step by step: {reason}", stacklevel=5)
 
-    def _run_step_by_step(self, batches: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run_step_by_step(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and gradient norm of a step."""
         total_loss: Any = 0.0
-        for micro_step, images in enumerate(batches):
+        for micro_step, batch in enumerate(batches):
             is_last = micro_step == len(batches) - 1
             # Gradients are summed over processes once per step, in the backward of the last micro-step.
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
-                    loss = self.model(images) / self.gradient_accumulate_every
+                    loss = self.model(batch.images, **batch.options) / self.gradient_accumulate_every
                 self.accelerator.backward(loss)
             total_loss = total_loss + loss.detach()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
@@ -604,7 +617,7 @@ class Trainer:
         try:
             self.fid_scorer = FIDEvaluation(
                 batch_size=self.batch_size,
-                dl=DataLoader(self.ds, self.batch_size, collate_fn=collate_float32),
+                dl=DataLoader(self.ds, self.batch_size, collate_fn=collate),
                 sampler=self.ema.ema_model,
                 channels=self.channels,
                 accelerator=self.accelerator,
@@ -803,6 +816,8 @@ def _as_dataset(
     value_range: Sequence[float] | None,
     background: Color,
 ) -> Any:
+    if is_prepared(folder):
+        folder = PreparedDataset(folder)
     if isinstance(folder, (str, os.PathLike)):
         return Dataset(
             folder,
@@ -811,6 +826,7 @@ def _as_dataset(
             convert_image_to=convert_image_to,
             value_range=value_range,
             background=background,
+            dtype=None,
         )
     if not hasattr(folder, "__len__") or not hasattr(folder, "__getitem__"):
         raise TypeError(f"folder must be a path or a map-style dataset of images; got {type(folder).__name__}")
@@ -826,20 +842,16 @@ def _recorded_value_range(dataset: Any) -> list[float] | None:
 
 
 def _choose_workers(num_workers: int | None, dataset: object, world_size: int) -> int:
-    """The number given, or up to 8 of this process's share of the processors; images in memory need none."""
+    """The number given, or up to 8 of this process's share of the processors; images in memory need none.
+
+    Of a prepared file one process reads ahead.
+    """
     if num_workers is not None:
         return num_workers
-    if isinstance(dataset, DigitsDataset):
-        return 0
+    if isinstance(dataset, (DigitsDataset, PreparedDataset)):
+        return 0 if isinstance(dataset, DigitsDataset) else 1
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return max(1, min(8, _count_processors() // local_processes))
-
-
-def _count_processors() -> int:
-    """Processors that this process may use, where the system says, else all."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return max(1, min(8, count_processors() // local_processes))
 
 
 def _check_process(process: Any) -> None:
