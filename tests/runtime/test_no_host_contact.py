@@ -155,8 +155,10 @@ def test_a_training_step_but_for_its_backward(backend, memory):
         options = {"ema": None, "max_grad_norm": 1.0, "autocast": None, "any_module": False}
         step = TrainingStep(diffusion, optimizer, (2, 3, 8, 8), recorder=FrozenRecorder, **options)
         step._hold_rates()
+        kind = (torch.float32, False)
+        step._take_in(kind, torch.zeros(2, 3, 8, 8, device="cuda"), None)
         with Contacts() as contacts, mock.patch.object(torch.Tensor, "backward", gradients_of(diffusion)):
-            step._whole_step(True)
+            step._whole_step(kind, True)
     assert contacts.found == [] and contacts.operators > 300
 
 
@@ -170,22 +172,39 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(Accelerator, "device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *where: module)  # all is there: see `pretend`
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     with PretendedDevice():
         yield torch.device("cuda")
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Images(torch.utils.data.Dataset):
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
     def __len__(self):
         return 200
 
     def __getitem__(self, index):
-        return torch.full((3, 8, 8), index / 200)
+        value = index if self.dtype == torch.uint8 else index / 200
+        return torch.full((3, 8, 8), value, dtype=self.dtype)
 
 
-@pytest.mark.parametrize("is_recorded", [True, False])
-@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
-def test_a_step_of_the_trainer(cuda, precision, is_recorded, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "precision, dtype, is_recorded",
+    [
+        ("no", torch.float32, False),
+        ("no", torch.uint8, True),
+        ("fp16", torch.uint8, False),
+        ("fp16", torch.uint8, True),
+        ("bf16", torch.uint8, False),
+        ("bf16", torch.float32, True),
+    ],
+)
+def test_a_step_of_the_trainer(cuda, precision, dtype, is_recorded, tmp_path, monkeypatch):
     """Images and flips to the device, loss, clipping, optimizer, scaler and average: all but reading the loss."""
     monkeypatch.setattr(Trainer, "_recorder", FrozenRecorder)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
@@ -194,8 +213,8 @@ def test_a_step_of_the_trainer(cuda, precision, is_recorded, tmp_path, monkeypat
     monkeypatch.setattr(torch.Tensor, "backward", gradients_of(diffusion))
     options = {"train_batch_size": 16, "gradient_accumulate_every": 2, "num_workers": 0, "calculate_fid": False}
     trainer = Trainer(
-        diffusion, Images(), results_folder=tmp_path, amp=precision != "no", mixed_precision_type=precision, **options,
-        ema_update_every=2, progress=False, graph=None if is_recorded else False,
+        diffusion, Images(dtype), results_folder=tmp_path, amp=precision != "no", mixed_precision_type=precision,
+        ema_update_every=2, progress=False, graph=None if is_recorded else False, **options,
     )  # fmt: skip
     # Fused Adam with its rate on the device cannot run on fake tensors.
     monkeypatch.setattr(TrainingStep, "_hold_rates", lambda step: None)
@@ -206,6 +225,7 @@ def test_a_step_of_the_trainer(cuda, precision, is_recorded, tmp_path, monkeypat
     with Contacts(reads_host=True) as contacts:
         for _ in range(4):  # the average begins, rests and moves
             trainer._train_step()
+        assert trainer.dl.next_batch().images.dtype == dtype
         assert contacts.found == [] and contacts.operators > 1000
         trainer._read_losses()
         assert contacts.found, "the losses are read"

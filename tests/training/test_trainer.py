@@ -442,7 +442,7 @@ class TestFailures:
             (dict(num_samples=2.5), ValueError, "num_samples must be a positive integer; got 2.5"),
             (dict(save_best_and_latest_only=True), ValueError, "calculate_fid must be True"),
             (dict(dataset=Images(torch.rand(200, 3, 8, 8))), ValueError, r"shape \(1, 8, 8\).*first is.*\(3, 8, 8\)"),
-            (dict(dataset=Images(torch.zeros(200, 1, 8, 8).byte())), ValueError, "must give float images"),
+            (dict(dataset=Images(torch.zeros(200, 1, 8, 8).int())), ValueError, "or uint8 .* is torch.int32"),
             (dict(dataset=Images(torch.rand(0, 1, 8, 8))), ValueError, "without images"),
             (dict(dataset=[(0, 1)] * 200), TypeError, "its first item is a tuple"),
             (dict(dataset=3), TypeError, "folder must be a path or a map-style dataset of images; got int"),
@@ -888,6 +888,22 @@ class TestImages:
         make_trainer(tmp_path / "other", dataset=Images(images), train_num_steps=2, num_workers=0).train()
         make_trainer(tmp_path / "float32", dataset=Images(images.float()), train_num_steps=2, num_workers=0).train()
         assert_same_training(tmp_path / "other", tmp_path / "float32")
+
+    def test_bytes_train_as_the_floats_that_they_stand_for(self, tmp_path):
+        images = torch.randint(0, 256, (120, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        make_trainer(tmp_path / "bytes", dataset=Images(images), train_num_steps=3, num_workers=0).train()
+        make_trainer(tmp_path / "floats", dataset=Images(images / 255), train_num_steps=3, num_workers=0).train()
+        assert_same_training(tmp_path / "bytes", tmp_path / "floats")
+
+    def test_a_process_that_listens_gets_mirrored_floats(self, tmp_path):
+        images = torch.randint(0, 256, (120, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        seen = []
+        diffusion = make_diffusion()
+        diffusion.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        make_trainer(tmp_path / "heard", diffusion, Images(images), train_num_steps=2, num_workers=0).train()
+        make_trainer(tmp_path / "plain", dataset=Images(images), train_num_steps=2, num_workers=0).train()
+        assert_same_training(tmp_path / "heard", tmp_path / "plain")
+        assert len(seen) == 2 and all(batch.dtype == torch.float32 and batch.max() <= 1 for batch in seen)
 
     @pytest.mark.parametrize("channels", [2, 5, 6, 12])
     def test_any_number_of_channels_trains_to_the_end(self, tmp_path, channels):
