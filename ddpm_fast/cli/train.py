@@ -253,6 +253,7 @@ def _make_trainer(
     from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
     from ddpm_fast.models.unet import Unet
     from ddpm_fast.training.data import DigitsDataset
+    from ddpm_fast.training.prepared import is_prepared
     from ddpm_fast.training.trainer import Trainer
 
     of_folder = {
@@ -260,8 +261,9 @@ def _make_trainer(
         for name in ("exts", "value_range", "background")
         if getattr(options, name) is not None
     }
-    if of_folder and options.data == "digits":
-        raise UserError(f"--{next(iter(of_folder)).replace('_', '-')} is for a folder of images, not for the digits")
+    if of_folder and (options.data == "digits" or is_prepared(options.data)):
+        kind = "the digits" if options.data == "digits" else "a prepared file"
+        raise UserError(f"--{next(iter(of_folder)).replace('_', '-')} is for a folder of images, not for {kind}")
     if options.seed is not None:
         torch.manual_seed(options.seed)
     diffusion = GaussianDiffusion(Unet(**network), **process)

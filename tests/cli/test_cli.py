@@ -120,6 +120,8 @@ def test_a_folder_is_prepared_and_trains(tmp_path, images, capsys):
     run("train", *options, "--steps", 3, "--resume")
     saved = load_file(tmp_path / "results" / "model-last.pt")
     assert saved["step"] == 3 and saved["config"]["diffusion"]["image_size"] == [8, 16]
+    sentence = "--background is for a folder of images, not for a prepared file"
+    assert sentence in fail(capsys, "train", *options[:1], "--background", "red", "--results-folder", tmp_path / "o")
     assert "shape (3, 32, 32)" in fail(
         capsys, "train", *options[:1], "--image-size", 32, "--results-folder", tmp_path / "o"
     )
