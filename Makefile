@@ -7,7 +7,8 @@
 # make bench  measure this machine against upstream, in at most 21 minutes: bench/report.md, results.json, pictures
 # make bench-compiled  compile upstream for every benchmark ahead, once, in about ten minutes: make bench then meets it
 # make cuda-model  what a step launches on a CUDA device, and the time of its parts on an H100 and an A100; no GPU
-# make release-tests  what make test leaves out: a real wheel, built and measured, and a sample under sanitizers
+# make release-tests  what make test leaves out: a real wheel, built and measured, a sample under sanitizers, a dry run
+#             of the whole report, and the benchmarks' cases in Triton's interpreter
 # make sanitize  the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer: build/sanitize
 # make wheels packages that a GPU machine without network lacks, for benchmarks/gpu_report.sh: .whl/
 # make clean  remove what these have made, the pictures excepted
@@ -92,7 +93,8 @@ cuda-model: $(VENV)/.test-ready
 	@$(ONE_THREAD) $(BIN)/python benchmarks/roofline.py
 
 release-tests: $(VENV)/.test-ready
-	DDPM_FAST_RELEASE=1 $(BIN)/python -m pytest tests/build/test_extension_build.py tests/build/test_sanitize.py
+	DDPM_FAST_RELEASE=1 $(BIN)/python -m pytest tests/build/test_extension_build.py tests/build/test_sanitize.py \
+		tests/benchmarks/test_report.py tests/benchmarks/test_benchmarks.py
 
 sanitize: $(VENV)/.test-ready
 	$(ONE_THREAD) $(BIN)/python tests/build/sanitize.py

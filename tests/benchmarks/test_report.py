@@ -62,6 +62,7 @@ def test_dry_run_of_the_gpu_report(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("DDPM_FAST_RELEASE" not in os.environ, reason="runs every step: make release-tests")
 def test_dry_run(tmp_path):
     """All steps on the CPU; those that need a GPU are skipped with a reason."""
     process = start(tmp_path / "out", "--minutes", "8")
@@ -85,6 +86,23 @@ def test_dry_run(tmp_path):
     assert str(ROOT) not in (tmp_path / "out" / "log.txt").read_text()
     with pytest.raises(SystemExit, match="dry run"):
         render.keep(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_other_steps(tmp_path):
+    """The steps of the CPU's report that the dry run of the GPU's has no counterpart of."""
+    only = "memory,training run,first step"
+    process = start(tmp_path / "out", "--minutes", "8", "--only", only)
+    printed, _ = process.communicate(timeout=600)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert process.returncode == 0, printed
+    assert all(results["steps"][name]["status"] == "ok" for name in only.split(",")), printed
+    assert {record["bench"] for record in results["records"]} == {"memory", "first step"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Resident memory of training" in text and "(target 0.50)" in text
+    assert "less gradients" in printed and str(ROOT) not in (tmp_path / "out" / "log.txt").read_text()
+    for picture in ("first-step.png", "samples.png"):
+        assert (tmp_path / "out" / picture).stat().st_size > 500, picture
 
 
 def test_a_stopped_run_keeps_what_it_has(tmp_path):

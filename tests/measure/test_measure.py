@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ddpm_fast import use_backend
+from ddpm_fast.cli import main
 from ddpm_fast.measure import baselines, charts, command, compare, machine, profile
 from ddpm_fast.measure.baselines import Configuration
 from ddpm_fast.measure.timing import Interleaved, Timing, ratio
@@ -174,11 +175,11 @@ def test_configuration_of_a_checkpoint(tmp_path):
     assert command.configuration_from(None, {"batch": 3, "dim": None}, CPU) == Configuration(image_size=32, batch=3)
 
 
-def run(*arguments, code=0):
+def run(*arguments):
     finished = subprocess.run(
         [sys.executable, "-m", "ddpm_fast", "bench", *map(str, arguments)], capture_output=True, text=True, check=False
     )
-    assert finished.returncode == code, finished.stdout + finished.stderr
+    assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout, finished.stderr
 
 
@@ -195,11 +196,17 @@ def test_command(tmp_path):
     assert Image.open(tmp_path / "new" / "bench.png").size[0] > 500
 
 
-def test_command_errors():
-    assert "--steps must be at least 1; got 0" in run("--steps", 0, code=2)[1]
-    assert "--seconds must be positive; got -1.0" in run("--seconds", -1, code=2)[1]
-    assert "--device must be such as cpu or cuda:0; got 'nonsense'" in run("--device", "nonsense", code=2)[1]
-    assert "--device cuda:99: torch sees" in run("--device", "cuda:99", code=2)[1]
-    out, err = run("--device", "cpu", "--out", "/proc/none/bench.png", code=2)
-    assert "/proc/none" in err and not out, "nothing may be timed first"
-    assert "no-such-file.pt" in run("no-such-file.pt", code=2)[1]
+def test_command_errors(capsys):
+    def error_of(*arguments) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["bench", *map(str, arguments)])
+        printed = capsys.readouterr()
+        assert stopped.value.code == 2 and not printed.out, "nothing may be timed first"
+        return " ".join(printed.err.replace("│", " ").split())
+
+    assert "--steps must be at least 1; got 0" in error_of("--steps", 0)
+    assert "--seconds must be positive; got -1.0" in error_of("--seconds", -1)
+    assert "--device must be such as cpu or cuda:0; got 'nonsense'" in error_of("--device", "nonsense")
+    assert "--device cuda:99: torch sees" in error_of("--device", "cuda:99")
+    assert "/proc/none" in error_of("--device", "cpu", "--out", "/proc/none/bench.png")
+    assert "no-such-file.pt" in error_of("no-such-file.pt")
