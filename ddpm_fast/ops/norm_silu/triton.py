@@ -562,14 +562,12 @@ class Tile:
         block_n, block_c: pixels and channels of a tile.
         tiles: tiles that one program walks over.
         num_warps: warps per program.
-        registers: see `triton_launch.register_bound`.
     """
 
     block_n: int
     block_c: int
     tiles: int
     num_warps: int
-    registers: int | None = None
 
     @property
     def chunk(self) -> int:
@@ -592,13 +590,16 @@ def choose_tile(HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool,
     elements = 8192 if interpreted else 128 * per_thread
     block_c = triton_launch.next_power_of_2(C) if whole_rows else min(64, triton_launch.next_power_of_2(C))
     block_n = max(4 if dropout and block_c <= 1024 else 1, min(elements // block_c, triton_launch.next_power_of_2(HW)))
-    tiles, registers = 1, None
+    tiles = 1
     if sums:
         tiles = min(16, triton_launch.next_power_of_2(-(-HW // (2 * block_n)))) if interpreted else _TILES
-        # The fewest that do not spill; with 96 a multiprocessor runs five programs.
-        registers = 120 if dropout and whole_rows else 96
     num_warps = min(32, max(1, block_n * block_c // (32 * per_thread)))
-    return Tile(block_n, block_c, tiles, num_warps, registers)
+    return Tile(block_n, block_c, tiles, num_warps)
+
+
+def most_registers(dropout: bool, writes_dx: bool = True) -> int:
+    """The bound of a backward kernel of maps, with which none spills; with 96 a multiprocessor runs five programs."""
+    return 120 if dropout and writes_dx else 96
 
 
 def norm_silu(
@@ -676,7 +677,8 @@ def norm_silu_backward(
             if HW * C == groups:
                 # A group of one number has no gradient: both kernels must round its dy as the mean between is rounded.
                 constants = constants | {"enable_fp_fusion": False}
-            group_norm_silu_sums_kernel[grid](grad, x, sums, statistics, *inputs, **constants)
+            bound = triton_launch.register_bound(most_registers(seed is not None, writes_dx=False))
+            group_norm_silu_sums_kernel[grid](grad, x, sums, statistics, *inputs, **{**constants, **bound})
             means = x.new_empty((B, 2, groups), dtype=torch.float32)
             group_means_kernel[(B * groups,)](
                 sums, means, rows.gain, rows.bias, rows.scale, HW, C, groups, chunks, rows.strides[0],
@@ -786,10 +788,9 @@ def _plan(C: int, HW: int, channels_last: bool, dropout: bool, activation: bool,
         "BLOCK_N": tile.block_n,
         "BLOCK_C": tile.block_c,
         "num_warps": tile.num_warps,
-        **triton_launch.register_bound(tile.registers),
     }
     if sums:
-        constants["TILES"] = tile.tiles
+        constants |= {"TILES": tile.tiles, **triton_launch.register_bound(most_registers(dropout))}
     return _Plan(tile, (C * HW, 1, C) if channels_last else (C * HW, HW, 1), constants)
 
 

@@ -40,6 +40,24 @@ def test_many_chunks_of_pixels():
     assert_as_accurate_as_the_reference(make(shape, "nhwc", DEVICE))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_parameters_of_more_chunks_and_outputs_than_a_block(dtype):
+    """The finishing kernel by itself: weight in `dtype`, rounded once, and gain in float32."""
+    chunks, K, C = 37, 131, 21
+    generator = torch.Generator().manual_seed(1)
+    sums, gain = torch.randn(chunks, K, C, generator=generator), torch.randn(C, generator=generator)
+    weight = torch.randn(K, C, generator=generator).to(dtype)
+    given = [tensor.to(DEVICE) for tensor in (sums, gain, weight)]
+    dgain, dweight = (torch.full_like(tensor, float("nan")) for tensor in given[1:])
+    blocks = kernel.parameters_blocks(C, triton_launch.interpreted())
+    kernel.norm_linear_bwd_parameters_kernel[(-(-C // blocks["BLOCK_C"]),)](
+        *given, dgain, dweight, K, C, chunks, **blocks
+    )
+    folded = sums.double().sum(0)
+    torch.testing.assert_close(dgain.cpu(), (folded * weight.double()).sum(0).float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dweight.cpu(), (folded * gain.double()).to(dtype))
+
+
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -11,6 +11,7 @@ import torch
 from ddpm_fast import Unet
 from ddpm_fast.models import stock
 from ddpm_fast.ops.norm_silu import reference
+from ddpm_fast.ops.norm_silu import triton as kernel
 from ddpm_fast.runtime import dispatch, triton_launch
 from ddpm_fast.runtime.dispatch import use_backend
 from ddpm_fast.testing.norm_silu_cases import (
@@ -79,6 +80,33 @@ def test_maps_of_other_layouts_and_dtypes(norm):
     tensors["scale"] = tensors["scale"].t().contiguous().t()
     with use_backend("triton"):
         assert torch.equal(NORMS[norm](**tensors, **others), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("given", [("offset", "bias", "scale", "shift"), ("bias",), ("shift",), ("offset", "scale")])
+def test_rows_of_more_samples_and_chunks_than_a_block(dtype, given):
+    """The finishing kernel by itself: gain in float32, the others in `dtype`, each rounded once."""
+    B, chunks, C = (9, 37, 21) if triton_launch.interpreted() else (37, 67, 21)
+    generator = torch.Generator().manual_seed(1)
+    sums = torch.randn(B, chunks, 3 if "bias" in given else 2, C, generator=generator)
+    shapes = {"gain": (C,), "offset": (C,), "bias": (C,), "scale": (B, C), "shift": (B, C)}
+    values = {name: torch.randn(shapes[name], generator=generator) for name in shapes if name in ("gain", *given)}
+    values = {name: value if name == "gain" else value.to(dtype) for name, value in values.items()}
+    gain, offset, _, scale, _ = (values[name].double() if name in values else None for name in shapes)
+    dy, dy_normed, *dx = sums.double().sum(1).unbind(1)
+    factor = 1 if scale is None else 1 + scale
+    expected = {"gain": (dy_normed * factor).sum(0), "offset": (dy * factor).sum(0), "shift": dy}
+    expected |= {"bias": dx[0].sum(0) if dx else None}
+    expected |= {"scale": dy_normed * gain + (0 if offset is None else dy * offset)}
+    values = {name: value.to(DEVICE) for name, value in values.items()}
+    made = {name: torch.full_like(value, float("nan")) for name, value in values.items()}
+    blocks = kernel.rows_blocks(C, triton_launch.interpreted())
+    inputs = (sums.to(DEVICE), *(values.get(name) for name in ("gain", "offset", "scale")))
+    kernel.norm_silu_bwd_rows_kernel[(-(-C // blocks["BLOCK_C"]),)](
+        *inputs, *(made.get(name) for name in shapes), B, C, chunks, C, **blocks
+    )
+    for name, gradient in made.items():
+        torch.testing.assert_close(gradient.cpu(), expected[name].to(gradient.dtype), msg=lambda m, name=name: name + m)
 
 
 @pytest.mark.arithmetic
