@@ -123,25 +123,27 @@ class Operator:
         signature = f"({arguments}) -> {_type_of(self._returns)}"
         takes = ", ".join(f"{types[name]} {name}" for name in self._backward)
         made = "Tensor[]" if gradient_list else _type_of([f"d{name}" for name in self._gradients])
-        for kernel, prefix, declared in (("Triton", "", triton), ("native", "native_", native)):
-            if not declared:
-                continue
-            operator, gradient = _define(prefix + name, signature, _by_name(fake, self._arguments)), None
-            direct = _launch(triton, name) if kernel == "Triton" else operator
-            if kernel == "Triton":
+        declared: list[tuple[str, str, str | None]] = [] if triton is None else [("Triton", "", triton)]
+        declared += [("native", "native_", None)] if native else []
+        for kernel, prefix, module in declared:
+            operator = _define(prefix + name, signature, _by_name(fake, self._arguments))
+            direct: Callable = operator
+            gradient: Callable | None = None
+            if module is not None:
+                direct = _launch(module, name)
                 _implement(name, direct)
             if self._gradients:
                 fake_gradients = _by_name(self._empty_gradients, self._backward)
                 gradient = _define(f"{prefix}{name}_backward", f"({takes}) -> {made}", fake_gradients)
-                if kernel == "Triton":
-                    launch = self._restored(_launch(triton, f"{name}_backward"))
+                if module is not None:
+                    launch = self._restored(_launch(module, f"{name}_backward"))
                     _implement(f"{name}_backward", self._without_none(launch))
                     gradient = _unless_watched(gradient, launch, _places(self._backward, types))
             if self._gradients or self._passes or self._by_torch:
-                direct = _below_autograd(operator) if direct is operator else direct
-                setup, forward, backward = self._autograd(kernel, direct, gradient)
-                torch.library.register_autograd(operator, backward, setup_context=setup, lib=_library)
-                direct = _differentiable(name, direct, forward, backward)
+                direct = _below_autograd(operator) if module is None else direct
+                setup, forward, formula = self._autograd(kernel, direct, gradient)
+                torch.library.register_autograd(operator, formula, setup_context=setup, lib=_library)
+                direct = _differentiable(name, direct, forward, formula)
             setattr(self, kernel.lower(), _unless_watched(operator, direct, _places(self._arguments, types)))
 
     def _autograd(self, kernel: str, direct: Callable, gradients_of: Callable | None) -> tuple[Callable, ...]:
