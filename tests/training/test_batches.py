@@ -197,3 +197,26 @@ class TestOnCuda:
             images, flips = expected(8 * step)
             floats = torch.where(flips[:, None, None, None], images.flip(-1), images).float() / 255
             assert torch.equal(stream.next_batch().images, floats)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_arrive_whole_on_a_device(num_workers):
+    """Large batches, each summed while the next is copied and the memory of those before is given away."""
+    images = torch.randint(0, 256, (96, 3, 256, 256), dtype=torch.uint8)
+    order = BatchOrder(96, 32, seed=3)
+    options = {"augment_horizontal_flip": True, "num_workers": num_workers, "as_bytes": True, "reads_ahead": True}
+    stream = BatchStream(list(images), order, device=torch.device("cuda"), **options)
+    busy = torch.rand(2048, 2048, device="cuda")
+    sums, expected = [], []
+    for step in range(24):
+        batch = stream.next_batch()
+        indices, flips = order.batch_at(32 * step)
+        assert batch.images.is_cuda and batch.images.dtype == torch.uint8
+        for _ in range(8):  # the batch is read long after the host has gone on
+            busy = (busy @ busy).clamp(0, 1)
+        sums.append(batch.images.sum((1, 2, 3)) + batch.flips.long())
+        expected.append(images[indices].sum((1, 2, 3)) + flips.long())
+        del batch
+    assert torch.equal(torch.cat(sums).cpu(), torch.cat(expected))
