@@ -29,12 +29,12 @@ _INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _load(pointer, offsets, mask):
+def load(pointer, offsets, mask):
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _dot(b_x, b_y, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def product(b_x, b_y, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """b_x·b_y in float32, of factors rounded to DTYPE.
 
     The interpreter (PRECISION None) truncates to bfloat16 and multiplies it wrongly: there factors stay float32.
@@ -56,7 +56,7 @@ def _head_columns(i_group, HEADS: tl.constexpr, D: tl.constexpr, GROUP: tl.const
 
 
 @triton.jit
-def _softmax_of_heads(b_q, m_d, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+def softmax_of_heads(b_q, m_d, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
     """Softmax over each head's D columns, 0 in columns beyond them: (BLOCK_N, GROUP·BLOCK_D)."""
     if D != BLOCK_D:
         b_q = tl.where(m_d[None, :], b_q, -_INFINITY)
@@ -89,14 +89,14 @@ def linear_attention_context_kernel(
         o_n = (i_chunk * TILES + i_tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         o_tile, m_tile = o_n[:, None] * stride_n + o_d[None, :] * stride_c, m_n[:, None] & m_d[None, :]
-        b_k, b_v = _load(k_ptr, o_tile, m_tile), _load(v_ptr, o_tile, m_tile)
+        b_k, b_v = load(k_ptr, o_tile, m_tile), load(v_ptr, o_tile, m_tile)
         b_k = tl.where(m_n[:, None], b_k, -_INFINITY)
         b_new_max = tl.maximum(b_max, tl.max(b_k, axis=0))  # finite: the first tile has a position that exists
         b_weight = tl.exp(b_k - b_new_max[None, :])
         b_kept = tl.exp(b_max - b_new_max)
         b_sum = b_sum * b_kept + tl.sum(b_weight, axis=0)
         b_context = b_context * b_kept[:, None]
-        b_context += _dot(tl.trans(b_weight), b_v, qkv_ptr.dtype.element_ty, PRECISION)
+        b_context += product(tl.trans(b_weight), b_v, qkv_ptr.dtype.element_ty, PRECISION)
         b_max = b_new_max
     i_partial = ((i_b * HEADS + i_h) * chunks + i_chunk).to(tl.int64)
     o_context = o_d[:, None] * D + o_d[None, :]
@@ -133,11 +133,11 @@ def linear_attention_merge_kernel(
     mem_v_ptr = mem_k_ptr + HEADS * D * M
 
     o_all = tl.arange(0, BLOCK_K * BLOCKS_K)
-    b_maxima = _load(partial_statistics_ptr, o_all[:, None] * (2 * D) + o_r[None, :],
+    b_maxima = load(partial_statistics_ptr, o_all[:, None] * (2 * D) + o_r[None, :],
                      (o_all < chunks)[:, None] & m_r[None, :])  # fmt: skip
     b_max = tl.max(tl.where((o_all < chunks)[:, None], b_maxima, -_INFINITY), axis=0)  # (BLOCK_R,)
     for j in range(M):
-        b_max = tl.maximum(b_max, _load(mem_k_ptr, o_r * M + j, m_r))
+        b_max = tl.maximum(b_max, load(mem_k_ptr, o_r * M + j, m_r))
 
     b_sum = tl.zeros((BLOCK_R,), tl.float32)
     b_context = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
@@ -145,15 +145,15 @@ def linear_attention_merge_kernel(
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         m_k = (o_k < chunks)[:, None] & m_r[None, :]
         o_statistics = o_k[:, None] * (2 * D) + o_r[None, :]
-        b_weight = tl.where(m_k, tl.exp(_load(partial_statistics_ptr, o_statistics, m_k) - b_max[None, :]), 0.0)
-        b_sum += tl.sum(b_weight * _load(partial_statistics_ptr, o_statistics + D, m_k), axis=0)
+        b_weight = tl.where(m_k, tl.exp(load(partial_statistics_ptr, o_statistics, m_k) - b_max[None, :]), 0.0)
+        b_sum += tl.sum(b_weight * load(partial_statistics_ptr, o_statistics + D, m_k), axis=0)
         o_partial = o_k[:, None, None] * (D * D) + o_r[None, :, None] * D + o_e[None, None, :]
-        b_partial = _load(partial_ptr, o_partial, m_k[:, :, None] & m_e[None, None, :])
+        b_partial = load(partial_ptr, o_partial, m_k[:, :, None] & m_e[None, None, :])
         b_context += tl.sum(b_weight[:, :, None] * b_partial, axis=0)
     for j in range(M):
-        b_weight = tl.exp(_load(mem_k_ptr, o_r * M + j, m_r) - b_max)
+        b_weight = tl.exp(load(mem_k_ptr, o_r * M + j, m_r) - b_max)
         b_sum += b_weight
-        b_context += b_weight[:, None] * _load(mem_v_ptr, o_e * M + j, m_e)[None, :]
+        b_context += b_weight[:, None] * load(mem_v_ptr, o_e * M + j, m_e)[None, :]
     b_context = b_context / tl.where(m_r, b_sum, 1.0)[:, None]
 
     tl.store(context_ptr + o_r[:, None] * D + o_e[None, :], b_context, mask=m_context)
@@ -163,8 +163,8 @@ def linear_attention_merge_kernel(
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
         m_c = o_c < C
         o_weight = o_c[None, :] * (HEADS * D) + (i_h * D + o_e)[:, None]
-        b_weight = _load(weight_ptr, o_weight, m_e[:, None] & m_c[None, :])  # (E, BLOCK_C)
-        b_projection = _dot(b_context, b_weight, tl.float32, PRECISION) * scale
+        b_weight = load(weight_ptr, o_weight, m_e[:, None] & m_c[None, :])  # (E, BLOCK_C)
+        b_projection = product(b_context, b_weight, tl.float32, PRECISION) * scale
         o_projection = o_r[:, None] * C + o_c[None, :]
         b_projection = b_projection.to(projection_ptr.dtype.element_ty)
         tl.store(projection_ptr + o_projection, b_projection, mask=m_r[:, None] & m_c[None, :])
@@ -184,11 +184,11 @@ def _add_groups(
     """y in some columns: b_y, plus q̂·P of the groups FIRST … GROUPS − 1 after group i_own, plus bias."""
     for i_group in range(FIRST, GROUPS):
         o_j, m_j, m_d = _head_columns((i_own + i_group) % GROUPS, HEADS, D, GROUP, BLOCK_D)
-        b_q = _load(qkv_ptr, o_n[:, None] * stride_n + o_j[None, :] * stride_c, m_n[:, None] & m_j[None, :])
-        b_q = _softmax_of_heads(b_q, m_d, D, GROUP, BLOCK_D)
+        b_q = load(qkv_ptr, o_n[:, None] * stride_n + o_j[None, :] * stride_c, m_n[:, None] & m_j[None, :])
+        b_q = softmax_of_heads(b_q, m_d, D, GROUP, BLOCK_D)
         b_p = _load_projection(projection_ptr, o_j, m_j, o_c, m_c, C)
-        b_y += _dot(b_q, b_p, qkv_ptr.dtype.element_ty, PRECISION)
-    return b_y + _load(bias_ptr, o_c, m_c)[None, :]
+        b_y += product(b_q, b_p, qkv_ptr.dtype.element_ty, PRECISION)
+    return b_y + load(bias_ptr, o_c, m_c)[None, :]
 
 
 @triton.jit
@@ -231,15 +231,15 @@ def linear_attention_rows_fwd_kernel(
         if BLOCKS_C == 1:
             b_square = tl.sum(b_y * b_y, axis=1)
         b_factor = root_c / tl.maximum(tl.sqrt(b_square), _SMALLEST_NORM)
-        b_out = b_y * b_factor[:, None] * _load(gain_ptr, o_c, m_c)[None, :]
+        b_out = b_y * b_factor[:, None] * load(gain_ptr, o_c, m_c)[None, :]
         o_tile, m_tile = o_n[:, None] * stride_out_n + o_c[None, :] * stride_out_c, m_n[:, None] & m_c[None, :]
         if residual_ptr is not None:
-            b_out += _load(residual_ptr, o_tile, m_tile)
+            b_out += load(residual_ptr, o_tile, m_tile)
         tl.store(out_ptr + o_tile, b_out.to(out_ptr.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
-def _sum_of_heads(b_x, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+def sum_of_heads(b_x, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
     """Each head's sum over its columns, in all of them: (BLOCK_N, GROUP·BLOCK_D)."""
     b_heads = tl.reshape(b_x, (b_x.shape[0], GROUP, BLOCK_D))
     b_sums = tl.sum(b_heads, axis=2, keep_dims=True)
@@ -255,15 +255,15 @@ def _grad_and_y(
     """Of some columns of one tile: grad, y of all heads (b_q is q̂ of the own group), and P of the own group."""
     b_p = _load_projection(projection_ptr, o_own, m_own, o_c, m_c, C)
     b_y = _add_groups(
-        _dot(b_q, b_p, qkv_ptr.dtype.element_ty, PRECISION), qkv_ptr, projection_ptr, bias_ptr, i_own, o_n, m_n, o_c,
+        product(b_q, b_p, qkv_ptr.dtype.element_ty, PRECISION), qkv_ptr, projection_ptr, bias_ptr, i_own, o_n, m_n, o_c,
         m_c, C, stride_c, stride_n, HEADS, D, GROUP, 1, GROUPS, BLOCK_D, PRECISION,
     )  # fmt: skip
     o_tile, m_tile = o_n[:, None] * stride_out_n + o_c[None, :] * stride_out_c, m_n[:, None] & m_c[None, :]
-    return _load(grad_ptr, o_tile, m_tile), b_y, b_p
+    return load(grad_ptr, o_tile, m_tile), b_y, b_p
 
 
 @triton.jit
-def _row_numbers(b_square, b_product, root_c):
+def row_numbers(b_square, b_product, root_c):
     """factor and inner of ‖y‖² and Σ grad·gain·y over a row: dy = factor·u, u = grad·gain − y·factor·inner."""
     b_norm = tl.maximum(tl.sqrt(b_square), _SMALLEST_NORM)
     b_factor = root_c / b_norm
@@ -272,17 +272,17 @@ def _row_numbers(b_square, b_product, root_c):
 
 
 @triton.jit
-def _scaled_dot(b_q, b_factor, m_n, b_u, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def scaled_product(b_q, b_factor, m_n, b_u, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """(factor·q̂)ᵀ·u of the rows that exist.
 
     float16 does not hold 1 / ‖y‖ of a small y: there the largest factor is applied outside.
     """
     if DTYPE != tl.float16:
-        return _dot(tl.trans(b_q * b_factor[:, None]), b_u, DTYPE, PRECISION)
+        return product(tl.trans(b_q * b_factor[:, None]), b_u, DTYPE, PRECISION)
     b_factor = tl.where(m_n, b_factor, 0.0)
     b_largest = tl.max(b_factor, axis=0)
     b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
-    return _dot(tl.trans(b_q * (b_factor / b_largest)[:, None]), b_u, DTYPE, PRECISION) * b_largest
+    return product(tl.trans(b_q * (b_factor / b_largest)[:, None]), b_u, DTYPE, PRECISION) * b_largest
 
 
 # In the backward of rows factor is applied outside the products with u, which half types could not always hold.
@@ -323,7 +323,7 @@ def linear_attention_rows_bwd_kernel(
         o_n = (i_chunk * TILES + i_tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         o_tile, m_tile = o_n[:, None] * stride_n + o_own[None, :] * stride_c, m_n[:, None] & m_own[None, :]
-        b_q = _softmax_of_heads(_load(qkv_ptr, o_tile, m_tile), m_d, D, GROUP, BLOCK_D)
+        b_q = softmax_of_heads(load(qkv_ptr, o_tile, m_tile), m_d, D, GROUP, BLOCK_D)
         if BLOCKS_C == 1:
             o_c = tl.arange(0, BLOCK_C)
             m_c = o_c < C
@@ -331,13 +331,13 @@ def linear_attention_rows_bwd_kernel(
                 grad_ptr, qkv_ptr, projection_ptr, bias_ptr, b_q, o_own, m_own, i_own, o_n, m_n, o_c, m_c, C, stride_c,
                 stride_n, stride_out_c, stride_out_n, HEADS, D, GROUP, GROUPS, BLOCK_D, PRECISION,
             )  # fmt: skip
-            b_u = b_grad * _load(gain_ptr, o_c, m_c)[None, :]
-            b_factor, b_inner = _row_numbers(tl.sum(b_y * b_y, axis=1), tl.sum(b_u * b_y, axis=1), root_c)
+            b_u = b_grad * load(gain_ptr, o_c, m_c)[None, :]
+            b_factor, b_inner = row_numbers(tl.sum(b_y * b_y, axis=1), tl.sum(b_u * b_y, axis=1), root_c)
             b_y *= b_factor[:, None]
             b_u -= b_y * b_inner[:, None]
             b_dg += tl.sum(b_grad * b_y, axis=0)
-            b_dp += _scaled_dot(b_q, b_factor, m_n, b_u, DTYPE, PRECISION)
-            b_dq = _dot(b_u, tl.trans(b_p), DTYPE, PRECISION)
+            b_dp += scaled_product(b_q, b_factor, m_n, b_u, DTYPE, PRECISION)
+            b_dq = product(b_u, tl.trans(b_p), DTYPE, PRECISION)
         else:
             b_square, b_product = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
             for i_c in range(BLOCKS_C):
@@ -348,8 +348,8 @@ def linear_attention_rows_bwd_kernel(
                     stride_c, stride_n, stride_out_c, stride_out_n, HEADS, D, GROUP, GROUPS, BLOCK_D, PRECISION,
                 )  # fmt: skip
                 b_square += tl.sum(b_y * b_y, axis=1)
-                b_product += tl.sum(b_grad * _load(gain_ptr, o_c, m_c)[None, :] * b_y, axis=1)
-            b_factor, b_inner = _row_numbers(b_square, b_product, root_c)
+                b_product += tl.sum(b_grad * load(gain_ptr, o_c, m_c)[None, :] * b_y, axis=1)
+            b_factor, b_inner = row_numbers(b_square, b_product, root_c)
             o_numbers, m_numbers = i_b.to(tl.int64) * (2 * N) + o_n, m_n & (i_own == 0)
             tl.store(numbers_ptr + o_numbers, b_factor, mask=m_numbers)
             tl.store(numbers_ptr + o_numbers + N, b_inner, mask=m_numbers)
@@ -361,10 +361,10 @@ def linear_attention_rows_bwd_kernel(
                     grad_ptr, qkv_ptr, projection_ptr, bias_ptr, b_q, o_own, m_own, i_own, o_n, m_n, o_c, m_c, C,
                     stride_c, stride_n, stride_out_c, stride_out_n, HEADS, D, GROUP, GROUPS, BLOCK_D, PRECISION,
                 )  # fmt: skip
-                b_u = b_grad * _load(gain_ptr, o_c, m_c)[None, :] - b_y * (b_factor * b_inner)[:, None]
-                b_dq += _dot(b_u, tl.trans(b_p), DTYPE, PRECISION)
+                b_u = b_grad * load(gain_ptr, o_c, m_c)[None, :] - b_y * (b_factor * b_inner)[:, None]
+                b_dq += product(b_u, tl.trans(b_p), DTYPE, PRECISION)
         b_dq *= b_factor[:, None]
-        b_dq = b_q * (b_dq - _sum_of_heads(b_q * b_dq, GROUP, BLOCK_D))
+        b_dq = b_q * (b_dq - sum_of_heads(b_q * b_dq, GROUP, BLOCK_D))
         tl.store(dqkv_ptr + o_tile, b_dq.to(DTYPE), mask=m_tile)
     if BLOCKS_C == 1:
         o_c = tl.arange(0, BLOCK_C)
@@ -408,17 +408,17 @@ def linear_attention_sums_bwd_kernel(
     for i_tile in range(TILES):
         o_n = (i_chunk * TILES + i_tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
-        b_q = _load(qkv_ptr, o_n[:, None] * stride_n + o_own[None, :] * stride_c, m_n[:, None] & m_own[None, :])
-        b_q = _softmax_of_heads(b_q, m_d, D, GROUP, BLOCK_D)
+        b_q = load(qkv_ptr, o_n[:, None] * stride_n + o_own[None, :] * stride_c, m_n[:, None] & m_own[None, :])
+        b_q = softmax_of_heads(b_q, m_d, D, GROUP, BLOCK_D)
         b_grad, b_y, _ = _grad_and_y(
             grad_ptr, qkv_ptr, projection_ptr, bias_ptr, b_q, o_own, m_own, i_own, o_n, m_n, o_c, m_c, C, stride_c,
             stride_n, stride_out_c, stride_out_n, HEADS, D, GROUP, GROUPS, BLOCK_D, PRECISION,
         )  # fmt: skip
-        b_factor = _load(numbers_ptr, o_n, m_n)
+        b_factor = load(numbers_ptr, o_n, m_n)
         b_y *= b_factor[:, None]
         b_dg += tl.sum(b_grad * b_y, axis=0)
-        b_u = b_grad * _load(gain_ptr, o_c, m_c)[None, :] - b_y * _load(numbers_ptr, N + o_n, m_n)[:, None]
-        b_dp += _scaled_dot(b_q, b_factor, m_n, b_u, DTYPE, PRECISION)
+        b_u = b_grad * load(gain_ptr, o_c, m_c)[None, :] - b_y * load(numbers_ptr, N + o_n, m_n)[:, None]
+        b_dp += scaled_product(b_q, b_factor, m_n, b_u, DTYPE, PRECISION)
     _store_sums(sums_ptr, i_b * chunks + i_chunk, b_dp, b_dg, i_own, o_own, m_own, o_c, m_c, C, HEADS * D)
 
 
@@ -445,17 +445,17 @@ def linear_attention_small_bwd_kernel(
     o_r, o_e = i_r * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     m_r, m_e = o_r < D, o_e < D
     o_context, m_context = o_r[:, None] * D + o_e[None, :], m_r[:, None] & m_e[None, :]
-    b_context = _load(context_ptr + i_bh * (D * D), o_context, m_context)
+    b_context = load(context_ptr + i_bh * (D * D), o_context, m_context)
     sums_ptr += i_b * (HEADS * D + 1) * C + i_h * D * C
     dweight_ptr += i_partial * (HEADS * D * C)
     b_dcontext = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for i_c in range(BLOCKS_C):
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
         m_c = o_c < C
-        b_dp = _load(sums_ptr, o_r[:, None] * C + o_c[None, :], m_r[:, None] & m_c[None, :])
+        b_dp = load(sums_ptr, o_r[:, None] * C + o_c[None, :], m_r[:, None] & m_c[None, :])
         o_weight, m_weight = o_c[:, None] * (HEADS * D) + i_h * D + o_e[None, :], m_c[:, None] & m_e[None, :]
-        b_dcontext += _dot(b_dp, _load(weight_ptr, o_weight, m_weight), tl.float32, PRECISION)
-        b_dweight = _dot(tl.trans(b_dp), b_context, tl.float32, PRECISION) * scale  # (BLOCK_C, E)
+        b_dcontext += product(b_dp, load(weight_ptr, o_weight, m_weight), tl.float32, PRECISION)
+        b_dweight = product(tl.trans(b_dp), b_context, tl.float32, PRECISION) * scale  # (BLOCK_C, E)
         tl.store(dweight_ptr + o_weight, b_dweight, mask=m_weight)
     b_dcontext *= scale
     b_inner = tl.sum(b_context * b_dcontext, axis=1)
@@ -466,8 +466,8 @@ def linear_attention_small_bwd_kernel(
     mem_kv_ptr += i_h * (D * M)
     dmem_kv_ptr += i_partial * (2 * HEADS * D * M) + i_h * (D * M)
     for j in range(M):
-        b_weight = tl.where(m_r, tl.exp(_load(mem_kv_ptr, o_r * M + j, m_r) - b_max) / b_sum, 0.0)
-        b_v = _load(mem_kv_ptr, HEADS * D * M + o_e * M + j, m_e)
+        b_weight = tl.where(m_r, tl.exp(load(mem_kv_ptr, o_r * M + j, m_r) - b_max) / b_sum, 0.0)
+        b_v = load(mem_kv_ptr, HEADS * D * M + o_e * M + j, m_e)
         b_dk = b_weight * (tl.sum(b_dcontext * b_v[None, :], axis=1) - b_inner)
         b_dv = tl.sum(b_weight[:, None] * b_dcontext, axis=0)
         tl.store(dmem_kv_ptr + o_r * M + j, b_dk, mask=m_r)
@@ -478,7 +478,7 @@ def linear_attention_small_bwd_kernel(
 def _load_statistics(statistics_ptr, i_bh, o_d, m_d, D: tl.constexpr):
     """Max and sum of k's softmax, (BLOCK_D,) each; the sum is 1 where no column is."""
     statistics_ptr += i_bh * (2 * D)
-    return _load(statistics_ptr, o_d, m_d), tl.load(statistics_ptr + D + o_d, mask=m_d, other=1.0)
+    return load(statistics_ptr, o_d, m_d), tl.load(statistics_ptr + D + o_d, mask=m_d, other=1.0)
 
 
 @triton.jit
@@ -503,18 +503,18 @@ def linear_attention_kv_bwd_kernel(
     DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
 
     dcontext_ptr += i_bh * (D * D)
-    b_dcontext = _load(dcontext_ptr, o_d[:, None] * D + o_d[None, :], m_d[:, None] & m_d[None, :])
+    b_dcontext = load(dcontext_ptr, o_d[:, None] * D + o_d[None, :], m_d[:, None] & m_d[None, :])
     # float16 holds neither large sums over positions nor 1 / their number: largest and sum are applied outside.
     b_largest = tl.max(tl.max(tl.abs(b_dcontext), axis=1), axis=0)
     b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
     b_dcontext = b_dcontext / b_largest
     b_max, b_sum = _load_statistics(statistics_ptr, i_bh, o_d, m_d, D)
     b_least = tl.min(tl.where(m_d, b_sum, _INFINITY), axis=0)
-    b_weight = tl.where(m_tile, tl.exp(_load(qkv_ptr + o_k, o_tile, m_tile) - b_max[None, :]), 0.0)
-    b_dv = _dot(b_weight, b_dcontext * (b_least / b_sum)[:, None], DTYPE, PRECISION) * (b_largest / b_least)
+    b_weight = tl.where(m_tile, tl.exp(load(qkv_ptr + o_k, o_tile, m_tile) - b_max[None, :]), 0.0)
+    b_dv = product(b_weight, b_dcontext * (b_least / b_sum)[:, None], DTYPE, PRECISION) * (b_largest / b_least)
     tl.store(dqkv_ptr + o_v + o_tile, b_dv.to(DTYPE), mask=m_tile)
-    b_dk = _dot(_load(qkv_ptr + o_v, o_tile, m_tile), tl.trans(b_dcontext), DTYPE, PRECISION) * b_largest
-    b_dk = (b_dk - _load(inner_ptr + i_bh * D, o_d, m_d)[None, :]) * b_weight / b_sum[None, :]
+    b_dk = product(load(qkv_ptr + o_v, o_tile, m_tile), tl.trans(b_dcontext), DTYPE, PRECISION) * b_largest
+    b_dk = (b_dk - load(inner_ptr + i_bh * D, o_d, m_d)[None, :]) * b_weight / b_sum[None, :]
     tl.store(dqkv_ptr + o_k + o_tile, b_dk.to(DTYPE), mask=m_tile)
 
 
@@ -539,7 +539,7 @@ def linear_attention(
     projection = qkv.new_empty(B, heads * D, C)
     residual = None if residual is None else residual.contiguous(memory_format=output_format(qkv))
     head = {"HEADS": heads, "D": D, "BLOCK_D": launch.block_d}
-    precision = {"PRECISION": _precision()}
+    precision = {"PRECISION": kernel_precision()}
     with torch.cuda.device_of(qkv):
         linear_attention_context_kernel[(B * chunks * heads,)](
             qkv, partial, partial_statistics, N, chunks, *_strides(qkv), **head, **precision,
@@ -590,7 +590,7 @@ def linear_attention_backward(
     parameters = (projection, bias.contiguous(), gain.contiguous())
     head = {"HEADS": heads, "D": D, "BLOCK_D": launch.block_d}
     columns = _columns(launch, launch.backward_columns)
-    precision = {"PRECISION": _precision()}
+    precision = {"PRECISION": kernel_precision()}
     strides = (*_strides(qkv), *_strides(grad)[1:])
     with torch.cuda.device_of(qkv):
         linear_attention_rows_bwd_kernel[(B * rows.programs(N) * rows.groups(heads),)](
@@ -615,7 +615,7 @@ def linear_attention_backward(
     return dqkv, dmem_kv.sum(0), dweight.sum(0), summed[:, :D].sum((0, 1)), summed[:, -1].sum(0)
 
 
-def _precision() -> str | None:
+def kernel_precision() -> str | None:
     """How products of float32 factors are made; None in the interpreter.
 
     Three TF32 products on the tensor cores are expected to come near float32's accuracy (Ootomo & Yokota 2022); that is

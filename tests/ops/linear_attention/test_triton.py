@@ -119,7 +119,9 @@ def test_float16_gradients_of_any_scale():
 def test_float16_of_rows_that_are_small(C, monkeypatch):
     """√C / ‖y‖ is beyond float16, its products with q̂ and grad are not. Sums with the rows, and in a kernel apart."""
     if triton_launch.interpreted():
-        monkeypatch.setattr(kernel, "_precision", lambda: "ieee")  # factors of products are float16 then, as on a GPU
+        monkeypatch.setattr(
+            kernel, "kernel_precision", lambda: "ieee"
+        )  # factors of products are float16 then, as on a GPU
     tensors, others = make((2, 2, 16, C, 2, 5, 7), device=DEVICE, residual=False)
     tensors |= {"qkv": tensors["qkv"].half(), "weight": 3e-5 * tensors["weight"], "bias": 0 * tensors["bias"]}
     assert_as_accurate_as_the_reference(tensors, others, scale=1e-4)
