@@ -57,6 +57,12 @@ SECOND_READS: dict[str, Callable[[Arguments], list[torch.Tensor]]] = {
     "ddpm_fast::attention_backward": lambda arguments: [arguments["grad"], arguments["qkv"]],
     # Where a tile does not hold all columns of the output, the sums of the gradient are a pass of their own over q.
     "ddpm_fast::linear_attention_backward": lambda arguments: _linear_attention_second_reads(arguments),
+    # Sums of k are a pass of their own.
+    "ddpm_fast::linear_attention_block": lambda arguments: [arguments["x"]],
+    # One pass for q and one for k, which reads what the first one wrote of dx; x stands for dx, written and read.
+    "ddpm_fast::linear_attention_block_backward": lambda arguments: (
+        [arguments["x"]] * 3 + [arguments["grad"]] * arguments["adds_x"]
+    ),
     # One launch owns pixels, the other outputs and channels; tiles read again by neighbours come from L2.
     "ddpm_fast::norm_linear_backward": lambda arguments: [arguments["grad"], arguments["x"]],
 }
@@ -98,6 +104,26 @@ def _linear_attention_backward_scratch(arguments: Arguments) -> int:
     blocks = math.ceil(D / launch.small_rows)
     numbers = B * chunks * (heads * D + 1) * C + (0 if fused else 2 * B * N) + B * blocks * C * heads * D
     return 4 * 2 * numbers
+
+
+def _block_sizes(arguments: Arguments) -> tuple[int, int, int, int, int]:
+    """B, positions, chunks, hidden and C of a block of linear attention."""
+    from ddpm_fast.ops.linear_attention_block.launch import choose_launch
+
+    (B, C, H, W), (_, heads, D, _) = arguments["x"].shape, arguments["mem_kv"].shape
+    return B, H * W, choose_launch(H * W, heads, D, C).chunks(H * W), heads * D, C
+
+
+def _linear_attention_block_scratch(arguments: Arguments) -> int:
+    """Sums, maximum and sum of every chunk, written and read."""
+    B, _, chunks, hidden, C = _block_sizes(arguments)
+    return 4 * 2 * B * chunks * hidden * (C + 2)
+
+
+def _linear_attention_block_backward_scratch(arguments: Arguments) -> int:
+    """Three matrices (hidden, C) per chunk, two of them with a row more, and five per image, all written and read."""
+    B, _, chunks, hidden, C = _block_sizes(arguments)
+    return 4 * 2 * B * (chunks * (3 * hidden + 1) * C + 5 * hidden * C)
 
 
 def _attention_backward_scratch(arguments: Arguments) -> int:
@@ -161,6 +187,8 @@ SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
     "ddpm_fast::norm_linear_backward": _norm_linear_backward_scratch,
     "ddpm_fast::linear_attention": _linear_attention_scratch,
     "ddpm_fast::linear_attention_backward": _linear_attention_backward_scratch,
+    "ddpm_fast::linear_attention_block": _linear_attention_block_scratch,
+    "ddpm_fast::linear_attention_block_backward": _linear_attention_block_backward_scratch,
     "ddpm_fast::attention_backward": _attention_backward_scratch,
 }
 
@@ -191,11 +219,24 @@ def _linear_attention_flops(contexts: int, rows: int) -> Callable[[Arguments, An
     return flops
 
 
+def _linear_attention_block_flops(convolutions: int, products: int) -> Callable[[Arguments, Any], dict[str, int]]:
+    """So many products with parts of weight_qkv, and so many others, all of positions, hidden and C."""
+
+    def flops(arguments: Arguments, result: Any) -> dict[str, int]:
+        B, N, _, hidden, C = _block_sizes(arguments)
+        one = 2 * B * N * hidden * C
+        return {"convolution": convolutions * one, "attention": products * one}
+
+    return flops
+
+
 FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
     "ddpm_fast::attention": _attention_flops(2),
     "ddpm_fast::attention_backward": _attention_flops(7),
     "ddpm_fast::linear_attention": _linear_attention_flops(1, 1),
     "ddpm_fast::linear_attention_backward": _linear_attention_flops(2, 3),
+    "ddpm_fast::linear_attention_block": _linear_attention_block_flops(2, 2),
+    "ddpm_fast::linear_attention_block_backward": _linear_attention_block_flops(6, 5),
     "ddpm_fast::norm_linear": _norm_linear_flops(1),
     "ddpm_fast::norm_linear_backward": _norm_linear_flops(2),
     "ddpm_fast::linear_residual": _norm_linear_flops(1),

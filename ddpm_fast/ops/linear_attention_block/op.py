@@ -3,7 +3,7 @@
     qkv = weight_qkv·(x / max(‖x‖₂, 1e-12)·√C·gain_in)
     out = linear_attention(qkv) + residual
 
-The native block keeps no map but x for backward and computes the others again.
+The Triton and the native block keep no map but x for backward; they make q, k and v from it, forward and backward.
 """
 
 from __future__ import annotations
@@ -13,24 +13,54 @@ import torch
 from ddpm_fast.ops.arguments import why_not_on_cpu, why_steps_come_first
 from ddpm_fast.ops.linear_attention.op import check_kinds, check_output
 from ddpm_fast.ops.linear_attention_block import composite
+from ddpm_fast.ops.linear_attention_block.launch import why_too_large
 from ddpm_fast.ops.operator import Operator
+from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
 
+_LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
 
-def _fake(x: torch.Tensor, mem_kv: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+_ARGUMENTS = (
+    "Tensor x, Tensor gain_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor gain, "
+    "Tensor? residual, int heads"
+)
+
+
+def _triton_fake(x: torch.Tensor, mem_kv: torch.Tensor, **_: object) -> tuple[torch.Tensor, ...]:
+    B, C, (heads, D) = x.shape[0], x.shape[1], mem_kv.shape[1:3]
+
+    def small(*sizes: int) -> torch.Tensor:
+        return x.new_empty((B, *sizes), dtype=torch.float32)
+
+    hidden = heads * D
+    context = small(heads, D, D)
+    return torch.empty_like(x), small(2, hidden), small(hidden, C), context, x.new_empty((B, hidden, C))
+
+
+def _native_fake(x: torch.Tensor, mem_kv: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, hidden = x.shape[0], mem_kv.shape[1] * mem_kv.shape[2]
     statistics = x.new_empty((B, 2, hidden), dtype=torch.float32)
     return torch.empty_like(x), statistics, x.new_empty((B, hidden, x.shape[1]), dtype=torch.float32)
 
 
-_linear_attention_block = Operator(
+_triton_linear_attention_block = Operator(
     "linear_attention_block",
-    "Tensor x, Tensor gain_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, Tensor bias, Tensor gain, "
-    "Tensor? residual, int heads",
+    f"{_ARGUMENTS}, bool adds_x",  # adds_x: x is the residual, and its gradient takes both ways in the kernels
+    returns="out, statistics, sums, context, projection",
+    fake=_triton_fake,
+    backward="grad, x, gain_in, weight_qkv, mem_kv, weight, bias, gain, statistics, sums, context, projection, "
+    "heads, adds_x",
+    gradients="x, gain_in, weight_qkv, mem_kv, weight, bias, gain",
+    passes="residual",
+    triton=f"{__package__}.triton",
+)
+_native_linear_attention_block = Operator(
+    "linear_attention_block",
+    _ARGUMENTS,
     # statistics: (B, 2, heads·D) float32, the maximum of k over positions and memory, and 1 / Σ exp(k − maximum);
     # sums: (B, heads·D, C) float32, softmax(k)ᵀ·(normed rows of x).
     returns="out, statistics, sums",
-    fake=_fake,
+    fake=_native_fake,
     backward="grad, x, gain_in, weight_qkv, mem_kv, weight, bias, gain, statistics, sums, heads",
     gradients="x, gain_in, weight_qkv, mem_kv, weight, bias, gain",
     passes="residual",
@@ -54,11 +84,13 @@ def linear_attention_block(
     """RMSNorm, the qkv product and `linear_attention`.
 
     Args:
-        x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). The native code takes channels-last.
+        x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). The kernels take channels-last,
+            Triton's half types and 128 channels at most: the others run the steps.
         gain_in: the first norm's gain, C elements in any shape.
         weight_qkv: (3·heads·D, C) or (3·heads·D, C, 1, 1), its rows ordered (3, heads, D).
         mem_kv, weight, bias, gain, heads, residual: see `linear_attention`; weight, bias and gain have the C of x.
-        recompute: backward keeps the arguments alone and runs the block again. The native block always does.
+        recompute: backward keeps the arguments alone and runs the block again. The Triton and the native block always
+            do, but for matrices of the size of weights.
 
     Returns:
         (B, C, H, W), dtype and memory format of x. Gradients flow to every tensor, once: a second derivative is
@@ -112,6 +144,56 @@ def _check(
     check_output(weight, bias, gain, residual, hidden, (B, H, W))
 
 
+def _triton(
+    x: torch.Tensor,
+    gain_in: torch.Tensor,
+    weight_qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    *,
+    heads: int,
+    residual: torch.Tensor | None,
+    recompute: bool,
+) -> torch.Tensor:
+    adds_x = residual is x
+    residual = None if adds_x else residual
+    return _triton_linear_attention_block.triton(
+        x, gain_in, weight_qkv, mem_kv, weight, bias, gain, residual, heads, adds_x
+    )[0]
+
+
+def _triton_refuses(
+    x: torch.Tensor,
+    gain_in: torch.Tensor,
+    weight_qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    *,
+    heads: int,
+    residual: torch.Tensor | None,
+    recompute: bool,
+) -> str | None:
+    reason = triton_launch.why_not_triton(x.device)
+    if reason is not None:
+        return reason
+    for tensor in (x, gain_in, weight_qkv, mem_kv, weight, bias, gain, residual):
+        if tensor is not None and tensor.dtype == torch.float64:
+            return "an argument is torch.float64, and the kernels compute in float32"
+    if x.dtype == torch.float32:
+        return "x is torch.float32, and tiles of it are too large for a program's registers"
+    if x.numel() == 0:
+        return "x is empty"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return f"x is not channels-last, its strides are {x.stride()}"
+    if x[0].numel() > _LARGEST_SAMPLE:
+        return f"a sample has {x[0].numel()} elements, and the kernels take at most {_LARGEST_SAMPLE}"
+    return why_too_large(heads, mem_kv.shape[2], x.shape[1])
+
+
 def _native(
     x: torch.Tensor,
     gain_in: torch.Tensor,
@@ -125,7 +207,7 @@ def _native(
     residual: torch.Tensor | None,
     recompute: bool,
 ) -> torch.Tensor:
-    return _linear_attention_block.native(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, residual, heads)[0]
+    return _native_linear_attention_block.native(x, gain_in, weight_qkv, mem_kv, weight, bias, gain, residual, heads)[0]
 
 
 def _native_refuses(
@@ -159,6 +241,7 @@ def _example(device: torch.device) -> tuple[tuple, dict]:
 unchecked_linear_attention_block = Op(
     "linear_attention_block",
     [
+        Implementation("triton", _triton, _triton_refuses),
         Implementation("native", _native, _native_refuses, why_steps_come_first),
         Implementation(COMPOSITE, composite.linear_attention_block),
     ],

@@ -1,0 +1,574 @@
+"""Triton kernels of linear_attention_block, and their launches: q, k, v are made from x in the kernels.
+
+With W = weight_qkv·gain_in (3, HD, C), x̂ = x·√C / max(‖x‖₂, 1e-12) of every position, and HD = heads·D columns:
+
+    q, k, v = x̂·Wᵀ      k̂ = exp(k − max) / sum over N positions and M memory entries
+    sums = k̂ᵀ·x̂ over the positions      (HD, C), so that v is never made
+    context = sums·Wvᵀ + the memory's k̂ᵀ·v      (D, D) per head      P = D^−½·context·weightᵀ      (HD, C)
+    y = softmax(q)·P + bias      out = y / max(‖y‖₂, 1e-12)·√C·gain + residual
+
+Forward is three launches: sums per chunk of positions with a running maximum, their merge with the memory, the rows.
+Backward, with dS for the gradient of sums, u = grad·gain − ŷ·⟨grad·gain, ŷ⟩ / C and dy = u·√C / ‖y‖:
+
+    dq̂ = dy·Pᵀ      dP = q̂ᵀ·dy      dcontext = D^−½·dP·weight      dS = dcontext·Wv
+    δ = Σ sums·dS over c, and the memory's share      dk = k̂·(x̂·dSᵀ − δ)
+    dx̂ = dq·Wq + dk·Wk + k̂·dS      dWq = dqᵀ·x̂      dWk = dkᵀ·x̂      dWv = dcontextᵀ·sums
+
+It is a launch over rows for q, one of small matrices, and one over rows for k, which adds to the dx of the first. So
+x is read twice forward and twice backward, and no map but dx is written between. Sums over positions are made per
+chunk and then over chunks, without atomics. Statistics and sums are float32; factors of products have the dtype of x.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ddpm_fast.ops.common.triton import cast
+from ddpm_fast.ops.linear_attention.triton import (
+    kernel_precision,
+    load,
+    product,
+    row_numbers,
+    softmax_of_heads,
+)
+from ddpm_fast.ops.linear_attention_block.launch import Launch, choose_launch
+from ddpm_fast.runtime import triton_launch
+
+_SMALLEST_NORM = tl.constexpr(1e-12)
+_INFINITY = tl.constexpr(float("inf"))
+
+# Sizes for which nothing is compiled again.
+_ANY_SIZE = ["N", "chunks", "tiles", "programs"]
+
+
+@triton.jit
+def _columns(i_group, HEADS: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """GROUP heads side by side, BLOCK_D columns each: row of a (HD, …) matrix, whether it exists, is below D."""
+    o_j = tl.arange(0, GROUP * BLOCK_D)
+    o_head, o_d = i_group * GROUP + o_j // BLOCK_D, o_j % BLOCK_D
+    return o_head * D + o_d, (o_head < HEADS) & (o_d < D), o_d < D
+
+
+@triton.jit
+def _matrix(pointer, o_j, m_j, o_c, m_c, C):
+    """Some rows of a matrix of C columns, 0 outside."""
+    return tl.load(pointer + o_j[:, None] * C + o_c[None, :], mask=m_j[:, None] & m_c[None, :], other=0.0)
+
+
+@triton.jit
+def _folded(weight_ptr, gain_ptr, o_j, m_j, o_c, m_c, C):
+    """Some rows of weight_qkv·gain_in, float32."""
+    return _matrix(weight_ptr, o_j, m_j, o_c, m_c, C).to(tl.float32) * load(gain_ptr, o_c, m_c)[None, :]
+
+
+@triton.jit
+def _load_rows(x_ptr, o_n, m_n, o_c, m_c, C):
+    """Rows of a map, in its dtype."""
+    return tl.load(x_ptr + o_n[:, None] * C + o_c[None, :], mask=m_n[:, None] & m_c[None, :], other=0.0)
+
+
+@triton.jit
+def _normed(b_x, root_c):
+    """x̂ in float32, and √C / max(‖x‖₂, 1e-12), of rows of x."""
+    b_x = b_x.to(tl.float32)
+    # Both correctly rounded, as in norm_linear.
+    b_factor = tl.div_rn(root_c, tl.maximum(tl.sqrt_rn(tl.sum(b_x * b_x, axis=1)), _SMALLEST_NORM))
+    return b_x * b_factor[:, None], b_factor
+
+
+@triton.jit
+def _norm_backward(b_z, b_normed, b_factor, root_c):
+    """The gradient of x of the gradient b_z of x̂; a clamped norm is a constant, and nothing flows through it."""
+    unclamped = b_factor < tl.div_rn(root_c, _SMALLEST_NORM)
+    b_inner = tl.where(unclamped, tl.sum(b_z * b_normed, axis=1) * tl.div_rn(1.0, root_c * root_c), 0.0)
+    return (b_z - b_normed * b_inner[:, None]) * b_factor[:, None]
+
+
+# Where positions are summed over, tiles of q and k are (columns of heads, positions): the matrix unit then has 128 rows
+# for few positions, a number per column takes one or two registers, and q̂, k̂ and their gradients are first factors.
+
+
+@triton.jit
+def _softmax_of_heads(b_q, m_d, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Softmax over each head's D rows, 0 in rows beyond them: (GROUP·BLOCK_D, BLOCK_N)."""
+    if D != BLOCK_D:
+        b_q = tl.where(m_d[:, None], b_q, -_INFINITY)
+    b_heads = tl.reshape(b_q, (GROUP, BLOCK_D, b_q.shape[1]))
+    b_heads = tl.exp(b_heads - tl.max(b_heads, axis=1, keep_dims=True))
+    b_heads = b_heads / tl.sum(b_heads, axis=1, keep_dims=True)
+    return tl.reshape(b_heads, (GROUP * BLOCK_D, b_q.shape[1]))
+
+
+@triton.jit
+def _sum_of_heads(b_x, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Each head's sum over its rows, in all of them: (GROUP·BLOCK_D, BLOCK_N)."""
+    b_heads = tl.reshape(b_x, (GROUP, BLOCK_D, b_x.shape[1]))
+    b_sums = tl.broadcast_to(tl.sum(b_heads, axis=1, keep_dims=True), (GROUP, BLOCK_D, b_x.shape[1]))
+    return tl.reshape(b_sums, (GROUP * BLOCK_D, b_x.shape[1]))
+
+
+@triton.jit
+def _scaled_product(b_q, b_factor, m_n, b_u, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """(q̂·factor)·u of the positions that exist.
+
+    float16 does not hold 1 / ‖y‖ of a small y: there the largest factor is applied outside.
+    """
+    if DTYPE != tl.float16:
+        return product(b_q * b_factor[None, :], b_u, DTYPE, PRECISION)
+    b_factor = tl.where(m_n, b_factor, 0.0)
+    b_largest = tl.max(b_factor, axis=0)
+    b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
+    return product(b_q * (b_factor / b_largest)[None, :], b_u, DTYPE, PRECISION) * b_largest
+
+
+@triton.jit(do_not_specialize=_ANY_SIZE)
+def linear_attention_block_context_kernel(
+    x_ptr,  # (B, N, C)
+    gain_ptr,  # (C,): gain_in
+    weight_ptr,  # (3, HD, C): weight_qkv
+    partial_ptr,  # (B, chunks, HD, C) float32: Σ exp(k − max)·x̂ over a chunk's positions
+    statistics_ptr,  # (B, chunks, 2, HD) float32: max of k, Σ exp(k − max)
+    N, C, chunks, tiles, root_c,
+    HEADS: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (B·chunks·GROUPS,), the groups of heads of a chunk side by side."""
+    i_group, i_chunk = tl.program_id(0) % GROUPS, tl.program_id(0) // GROUPS % chunks
+    i_partial = (tl.program_id(0) // GROUPS).to(tl.int64)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    HD: tl.constexpr = HEADS * D
+    x_ptr += (tl.program_id(0) // (GROUPS * chunks)).to(tl.int64) * N * C
+    o_j, m_j, _ = _columns(i_group, HEADS, D, GROUP, BLOCK_D)
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_weight = cast(_folded(weight_ptr + HD * C, gain_ptr, o_j, m_j, o_c, m_c, C), DTYPE)
+    b_max = tl.full((GROUP * BLOCK_D,), -_INFINITY, tl.float32)
+    b_sum = tl.zeros((GROUP * BLOCK_D,), tl.float32)
+    b_partial = tl.zeros((GROUP * BLOCK_D, BLOCK_C), tl.float32)
+    for i_tile in range(tiles):
+        o_n = (i_chunk * tiles + i_tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        b_x = cast(_normed(_load_rows(x_ptr, o_n, m_n, o_c, m_c, C), root_c)[0], DTYPE)
+        b_k = product(b_weight, tl.trans(b_x), DTYPE, PRECISION)  # (columns, BLOCK_N)
+        b_k = tl.where(m_n[None, :], b_k, -_INFINITY)
+        b_new_max = tl.maximum(b_max, tl.max(b_k, axis=1))  # finite: the first tile has a position that exists
+        b_k = tl.exp(b_k - b_new_max[:, None])
+        b_kept = tl.exp(b_max - b_new_max)
+        b_sum = b_sum * b_kept + tl.sum(b_k, axis=1)
+        b_partial = b_partial * b_kept[:, None]
+        b_partial += product(b_k, b_x, DTYPE, PRECISION)
+        b_max = b_new_max
+    partial_ptr += i_partial * (HD * C)
+    statistics_ptr += i_partial * (2 * HD)
+    tl.store(partial_ptr + o_j[:, None] * C + o_c[None, :], b_partial, mask=m_j[:, None] & m_c[None, :])
+    tl.store(statistics_ptr + o_j, b_max, mask=m_j)
+    tl.store(statistics_ptr + HD + o_j, b_sum, mask=m_j)
+
+
+@triton.jit(do_not_specialize=_ANY_SIZE)
+def linear_attention_block_merge_kernel(
+    partial_ptr,  # (B, chunks, HD, C)
+    partial_statistics_ptr,  # (B, chunks, 2, HD)
+    gain_ptr, weight_qkv_ptr,  # (C,), (3, HD, C)
+    mem_kv_ptr,  # (2, H, D, M)
+    weight_ptr,  # (C, H·E)
+    statistics_ptr,  # (B, 2, HD) float32: max and sum of all positions and memory entries
+    sums_ptr,  # (B, HD, C) float32
+    context_ptr,  # (B, H, D, E) float32
+    projection_ptr,  # (B, HD, C): P
+    C, chunks, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (B·H, D / BLOCK_R): rows of one context are independent."""
+    i_b, i_h = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    HD: tl.constexpr = HEADS * D
+    o_r, o_e = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    o_c, o_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    m_r, m_e, m_c = o_r < D, o_e < D, o_c < C
+    o_j = i_h * D + o_r
+    partial_statistics_ptr += i_b * chunks * (2 * HD)
+    partial_ptr += i_b * chunks * (HD * C)
+    mem_k_ptr = mem_kv_ptr + i_h * (D * M)
+    mem_v_ptr = mem_k_ptr + HD * M
+
+    b_maxima = tl.full((BLOCK_K, BLOCK_R), -_INFINITY, tl.float32)
+    for i_k in range(0, chunks, BLOCK_K):
+        o_chunk = i_k + o_k
+        m_chunk = (o_chunk < chunks)[:, None] & m_r[None, :]
+        o_statistics = o_chunk[:, None] * (2 * HD) + o_j[None, :]
+        b_maxima = tl.maximum(b_maxima, tl.load(partial_statistics_ptr + o_statistics, mask=m_chunk, other=-_INFINITY))
+    b_max = tl.max(b_maxima, axis=0)  # (BLOCK_R,)
+    for j in range(M):
+        b_max = tl.maximum(b_max, load(mem_k_ptr, o_r * M + j, m_r))
+    b_max = tl.where(m_r, b_max, 0.0)
+
+    b_sum = tl.zeros((BLOCK_R,), tl.float32)
+    b_sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for i_k in range(0, chunks, BLOCK_K):
+        o_chunk = i_k + o_k
+        m_chunk = (o_chunk < chunks)[:, None] & m_r[None, :]
+        o_statistics = o_chunk[:, None] * (2 * HD) + o_j[None, :]
+        b_weight = tl.load(partial_statistics_ptr + o_statistics, mask=m_chunk, other=-_INFINITY)
+        b_weight = tl.exp(b_weight - b_max[None, :])
+        b_sum += tl.sum(b_weight * load(partial_statistics_ptr, o_statistics + HD, m_chunk), axis=0)
+        o_partial = (o_chunk[:, None] * HD + o_j[None, :])[:, :, None] * C + o_c[None, None, :]
+        b_partial = load(partial_ptr, o_partial, m_chunk[:, :, None] & m_c[None, None, :])
+        b_sums += tl.sum(b_weight[:, :, None] * b_partial, axis=0)
+    b_context = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for j in range(M):
+        b_weight = tl.exp(load(mem_k_ptr, o_r * M + j, m_r) - b_max)
+        b_sum += b_weight
+        b_context += b_weight[:, None] * load(mem_v_ptr, o_e * M + j, m_e)[None, :]
+    b_inverse = 1.0 / tl.where(m_r, b_sum, 1.0)
+    b_sums = b_sums * b_inverse[:, None]
+    b_values = _folded(weight_qkv_ptr + (2 * HEADS + i_h) * D * C, gain_ptr, o_e, m_e, o_c, m_c, C)  # (E, C)
+    b_context = b_context * b_inverse[:, None] + product(b_sums, tl.trans(b_values), tl.float32, PRECISION)
+    b_weight = load(weight_ptr, o_c[None, :] * HD + (i_h * D + o_e)[:, None], m_e[:, None] & m_c[None, :])  # (E, C)
+    b_projection = cast(product(b_context, b_weight, tl.float32, PRECISION) * scale, projection_ptr.dtype.element_ty)
+
+    o_row, m_row = i_b * (HD * C) + o_j[:, None] * C + o_c[None, :], m_r[:, None] & m_c[None, :]
+    tl.store(sums_ptr + o_row, b_sums, mask=m_row)
+    tl.store(projection_ptr + o_row, b_projection, mask=m_row)
+    o_context = (i_b * HD + o_j)[:, None] * D + o_e[None, :]
+    tl.store(context_ptr + o_context, b_context, mask=m_r[:, None] & m_e[None, :])
+    tl.store(statistics_ptr + i_b * (2 * HD) + o_j, b_max, mask=m_r)
+    tl.store(statistics_ptr + i_b * (2 * HD) + HD + o_j, b_sum, mask=m_r)
+
+
+@triton.jit(do_not_specialize=_ANY_SIZE)
+def linear_attention_block_rows_fwd_kernel(
+    x_ptr,  # (B, N, C)
+    gain_in_ptr, weight_ptr,  # (C,), (3, HD, C)
+    projection_ptr,  # (B, HD, C)
+    bias_ptr, gain_ptr,  # (C,)
+    residual_ptr,  # (B, N, C) or None
+    out_ptr,  # (B, N, C)
+    N, C, programs, tiles, root_c,
+    HEADS: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr, ADDS_X: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (B·programs,)."""
+    i_b, i_program = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    o_j, m_j, m_d = _columns(0, HEADS, D, GROUP, BLOCK_D)
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    x_ptr += i_b * N * C
+    out_ptr += i_b * N * C
+    if residual_ptr is not None:
+        residual_ptr += i_b * N * C
+    b_weight = cast(_folded(weight_ptr, gain_in_ptr, o_j, m_j, o_c, m_c, C), DTYPE)
+    b_projection = _matrix(projection_ptr + i_b * (HEADS * D * C), o_j, m_j, o_c, m_c, C)
+    b_bias, b_gain = load(bias_ptr, o_c, m_c), load(gain_ptr, o_c, m_c)
+    for i_tile in range(tiles):
+        o_n = (i_program * tiles + i_tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        b_x = _load_rows(x_ptr, o_n, m_n, o_c, m_c, C)
+        b_q = product(cast(_normed(b_x, root_c)[0], DTYPE), tl.trans(b_weight), DTYPE, PRECISION)
+        b_q = softmax_of_heads(b_q, m_d, D, GROUP, BLOCK_D)
+        b_y = product(b_q, b_projection, DTYPE, PRECISION) + b_bias[None, :]
+        b_factor = root_c / tl.maximum(tl.sqrt(tl.sum(b_y * b_y, axis=1)), _SMALLEST_NORM)
+        b_y = b_y * b_factor[:, None] * b_gain[None, :]
+        if ADDS_X:
+            b_y += b_x.to(tl.float32)
+        o_tile, m_tile = o_n[:, None] * C + o_c[None, :], m_n[:, None] & m_c[None, :]
+        if residual_ptr is not None:
+            b_y += load(residual_ptr, o_tile, m_tile)
+        tl.store(out_ptr + o_tile, cast(b_y, DTYPE), mask=m_tile)
+
+
+@triton.jit(do_not_specialize=_ANY_SIZE)
+def linear_attention_block_queries_bwd_kernel(
+    grad_ptr,  # (B, N, C)
+    x_ptr,  # (B, N, C)
+    dx_ptr,  # (B, N, C): what flows through q
+    sums_ptr,  # (B, chunks, 2·HD + 1, C) float32: dP, dWq and in the last row dgain, over a chunk's positions
+    gain_in_ptr, weight_ptr,  # (C,), (3, HD, C)
+    projection_ptr,  # (B, HD, C)
+    bias_ptr, gain_ptr,  # (C,)
+    N, C, chunks, tiles, root_c,
+    HEADS: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (B·chunks,)."""
+    i_b, i_chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    HD: tl.constexpr = HEADS * D
+    o_j, m_j, m_d = _columns(0, HEADS, D, GROUP, BLOCK_D)
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    grad_ptr += i_b * N * C
+    x_ptr += i_b * N * C
+    dx_ptr += i_b * N * C
+    b_weight = cast(_folded(weight_ptr, gain_in_ptr, o_j, m_j, o_c, m_c, C), DTYPE)
+    b_projection = _matrix(projection_ptr + i_b * (HD * C), o_j, m_j, o_c, m_c, C)
+    b_bias, b_gain = load(bias_ptr, o_c, m_c), load(gain_ptr, o_c, m_c)
+    b_dp = tl.zeros((GROUP * BLOCK_D, BLOCK_C), tl.float32)
+    b_dweight = tl.zeros((GROUP * BLOCK_D, BLOCK_C), tl.float32)
+    b_dgain = tl.zeros((BLOCK_C,), tl.float32)
+    for i_tile in range(tiles):
+        o_n = (i_chunk * tiles + i_tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        b_x = _load_rows(x_ptr, o_n, m_n, o_c, m_c, C)
+        b_grad = _load_rows(grad_ptr, o_n, m_n, o_c, m_c, C)
+        b_normed = cast(_normed(b_x, root_c)[0], DTYPE)
+        b_q = product(b_weight, tl.trans(b_normed), DTYPE, PRECISION)  # (columns, BLOCK_N)
+        b_q = _softmax_of_heads(b_q, m_d, D, GROUP, BLOCK_D)
+        b_y = product(tl.trans(b_projection), b_q, DTYPE, PRECISION) + b_bias[:, None]  # (BLOCK_C, BLOCK_N)
+        b_grad = tl.trans(b_grad).to(tl.float32)
+        b_u = b_grad * b_gain[:, None]
+        b_factor, b_inner = row_numbers(tl.sum(b_y * b_y, axis=0), tl.sum(b_u * b_y, axis=0), root_c)
+        b_y *= b_factor[None, :]
+        b_dgain += tl.sum(b_grad * b_y, axis=1)
+        b_u -= b_y * b_inner[None, :]
+        # factor is applied outside the products with u, which half types could not always hold.
+        b_dp += _scaled_product(b_q, b_factor, m_n, tl.trans(b_u), DTYPE, PRECISION)
+        b_dq = product(b_projection, b_u, DTYPE, PRECISION) * b_factor[None, :]
+        b_dq = cast(b_q * (b_dq - _sum_of_heads(b_q * b_dq, GROUP, BLOCK_D)), DTYPE)
+        b_dweight += product(b_dq, b_normed, DTYPE, PRECISION)
+        b_z = tl.trans(product(tl.trans(b_weight), b_dq, DTYPE, PRECISION))  # (BLOCK_N, BLOCK_C)
+        b_normed_again, b_factor_again = _normed(b_x, root_c)
+        b_dx = _norm_backward(b_z, b_normed_again, b_factor_again, root_c)
+        o_tile, m_tile = o_n[:, None] * C + o_c[None, :], m_n[:, None] & m_c[None, :]
+        tl.store(dx_ptr + o_tile, cast(b_dx, DTYPE), mask=m_tile)
+    sums_ptr += tl.program_id(0).to(tl.int64) * ((2 * HD + 1) * C)
+    o_matrix, m_matrix = o_j[:, None] * C + o_c[None, :], m_j[:, None] & m_c[None, :]
+    tl.store(sums_ptr + o_matrix, b_dp, mask=m_matrix)
+    tl.store(sums_ptr + HD * C + o_matrix, b_dweight, mask=m_matrix)
+    tl.store(sums_ptr + 2 * HD * C + o_c, b_dgain, mask=m_c)
+
+
+@triton.jit
+def linear_attention_block_small_bwd_kernel(
+    summed_ptr,  # (B, 2·HD + 1, C) float32: dP, dWq, dgain
+    statistics_ptr,  # (B, 2, HD)
+    sums_ptr,  # (B, HD, C) float32
+    context_ptr,  # (B, H, D, E) float32
+    gain_ptr, weight_qkv_ptr,  # (C,), (3, HD, C)
+    mem_kv_ptr,  # (2, H, D, M)
+    weight_ptr,  # (C, H·E)
+    dsums_ptr,  # (B, HD, C): dS, every row over its largest number
+    rows_ptr,  # (B, 2, HD) float32: that number of every row, and δ over it
+    parameters_ptr,  # (B, 2·HD·C + 2·HD·M) float32: dWv (HD, C), dweight (C, H·E), dmem_kv (2, H, D, M)
+    C, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (B·H,)."""
+    i_b, i_h = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    HD: tl.constexpr = HEADS * D
+    DTYPE: tl.constexpr = dsums_ptr.dtype.element_ty
+    o_d, o_c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
+    m_d, m_c = o_d < D, o_c < C
+    o_j = i_h * D + o_d
+    o_row, m_row = o_j[:, None] * C + o_c[None, :], m_d[:, None] & m_c[None, :]
+    parameters_ptr += i_b * (2 * HD * C + 2 * HD * M)
+    b_context = load(context_ptr + (i_b * HEADS + i_h) * (D * D), o_d[:, None] * D + o_d[None, :],
+                     m_d[:, None] & m_d[None, :])  # fmt: skip
+    b_dp = load(summed_ptr + i_b * ((2 * HD + 1) * C), o_row, m_row)  # (D, C)
+    o_weight, m_weight = o_c[:, None] * HD + o_j[None, :], m_c[:, None] & m_d[None, :]
+    b_weight = load(weight_ptr, o_weight, m_weight)  # (C, E)
+    b_dweight = product(tl.trans(b_dp), b_context, tl.float32, PRECISION) * scale
+    tl.store(parameters_ptr + HD * C + o_weight, b_dweight, mask=m_weight)
+    b_dcontext = product(b_dp, b_weight, tl.float32, PRECISION) * scale  # (D, E)
+    b_sums = load(sums_ptr + i_b * (HD * C), o_row, m_row)
+    b_dvalues = product(tl.trans(b_dcontext), b_sums, tl.float32, PRECISION)  # (E, C)
+    tl.store(parameters_ptr + o_row, b_dvalues, mask=m_row)
+    b_values = _folded(weight_qkv_ptr + 2 * HD * C, gain_ptr, o_j, m_d, o_c, m_c, C)
+    b_dsums = product(b_dcontext, b_values, tl.float32, PRECISION)  # (D, C)
+    # float16 holds neither large sums over positions nor 1 / their number: rows are stored over their largest number.
+    b_largest = tl.max(tl.abs(b_dsums), axis=1)
+    b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
+    b_dsums = cast(b_dsums / b_largest[:, None], DTYPE)
+    tl.store(dsums_ptr + i_b * (HD * C) + o_row, b_dsums, mask=m_row)
+    # Of the rounded dS, as dk is: where a position has nearly all the weight the two cancel.
+    b_delta = tl.sum(b_sums * b_dsums.to(tl.float32), axis=1)
+
+    b_max = load(statistics_ptr + i_b * (2 * HD), o_j, m_d)
+    b_sum = tl.load(statistics_ptr + i_b * (2 * HD) + HD + o_j, mask=m_d, other=1.0)
+    mem_k_ptr = mem_kv_ptr + i_h * (D * M)
+    for j in range(M):
+        b_weight_of = tl.where(m_d, tl.exp(load(mem_k_ptr, o_d * M + j, m_d) - b_max) / b_sum, 0.0)
+        b_v = load(mem_k_ptr, HD * M + o_d * M + j, m_d)
+        b_delta += b_weight_of * tl.sum(b_dcontext * b_v[None, :], axis=1) / b_largest
+    dmem_k_ptr = parameters_ptr + 2 * HD * C + i_h * (D * M)
+    for j in range(M):
+        b_weight_of = tl.where(m_d, tl.exp(load(mem_k_ptr, o_d * M + j, m_d) - b_max) / b_sum, 0.0)
+        b_v = load(mem_k_ptr, HD * M + o_d * M + j, m_d)
+        b_dk = b_weight_of * (tl.sum(b_dcontext * b_v[None, :], axis=1) - b_delta * b_largest)
+        b_dv = tl.sum(b_weight_of[:, None] * b_dcontext, axis=0)
+        tl.store(dmem_k_ptr + o_d * M + j, b_dk, mask=m_d)
+        tl.store(dmem_k_ptr + HD * M + o_d * M + j, b_dv, mask=m_d)
+    tl.store(rows_ptr + i_b * (2 * HD) + o_j, b_largest, mask=m_d)
+    tl.store(rows_ptr + i_b * (2 * HD) + HD + o_j, b_delta, mask=m_d)
+
+
+@triton.jit(do_not_specialize=_ANY_SIZE)
+def linear_attention_block_keys_bwd_kernel(
+    x_ptr,  # (B, N, C)
+    grad_ptr,  # (B, N, C), added to dx; or None
+    dx_ptr,  # (B, N, C), added to
+    partial_ptr,  # (B, chunks, HD, C) float32: dWk over a chunk's positions
+    gain_in_ptr, weight_ptr,  # (C,), (3, HD, C)
+    statistics_ptr,  # (B, 2, HD)
+    dsums_ptr,  # (B, HD, C): dS over rows[0]
+    rows_ptr,  # (B, 2, HD) float32
+    N, C, chunks, tiles, root_c,
+    HEADS: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (B·chunks,)."""
+    i_b, i_chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    HD: tl.constexpr = HEADS * D
+    o_j, m_j, _ = _columns(0, HEADS, D, GROUP, BLOCK_D)
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    x_ptr += i_b * N * C
+    dx_ptr += i_b * N * C
+    if grad_ptr is not None:
+        grad_ptr += i_b * N * C
+    b_weight = cast(_folded(weight_ptr + HD * C, gain_in_ptr, o_j, m_j, o_c, m_c, C), DTYPE)
+    b_dsums = _matrix(dsums_ptr + i_b * (HD * C), o_j, m_j, o_c, m_c, C)
+    b_max = load(statistics_ptr + i_b * (2 * HD), o_j, m_j)
+    b_delta = load(rows_ptr + i_b * (2 * HD) + HD, o_j, m_j)
+    # k̂·dS is exp(k − max)·share times (dS over its rows' largest) times largest: both factors are 1 at most.
+    b_share = tl.where(m_j, load(rows_ptr + i_b * (2 * HD), o_j, m_j) /
+                       tl.load(statistics_ptr + i_b * (2 * HD) + HD + o_j, mask=m_j, other=1.0), 0.0)  # fmt: skip
+    largest = tl.max(b_share, axis=0)
+    b_share = b_share / largest
+    b_dweight = tl.zeros((GROUP * BLOCK_D, BLOCK_C), tl.float32)
+    for i_tile in range(tiles):
+        o_n = (i_chunk * tiles + i_tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        o_tile, m_tile = o_n[:, None] * C + o_c[None, :], m_n[:, None] & m_c[None, :]
+        b_x = _load_rows(x_ptr, o_n, m_n, o_c, m_c, C)
+        b_dx = load(dx_ptr, o_tile, m_tile)
+        if grad_ptr is not None:
+            b_dx += load(grad_ptr, o_tile, m_tile)
+        b_normed = cast(_normed(b_x, root_c)[0], DTYPE)
+        b_k = product(b_weight, tl.trans(b_normed), DTYPE, PRECISION)  # (columns, BLOCK_N)
+        b_k = tl.where(m_n[None, :], tl.exp(b_k - b_max[:, None]) * b_share[:, None], 0.0)
+        b_dk = product(b_dsums, tl.trans(b_normed), DTYPE, PRECISION) - b_delta[:, None]
+        b_dk = cast(b_k * b_dk, DTYPE)
+        b_dweight += product(b_dk, b_normed, DTYPE, PRECISION)
+        b_z = product(tl.trans(b_dsums), b_k, DTYPE, PRECISION)
+        b_z = tl.trans(b_z + product(tl.trans(b_weight), b_dk, DTYPE, PRECISION))  # (BLOCK_N, BLOCK_C)
+        b_normed_again, b_factor_again = _normed(b_x, root_c)
+        b_dx += _norm_backward(b_z * largest, b_normed_again, b_factor_again, root_c)
+        tl.store(dx_ptr + o_tile, cast(b_dx, DTYPE), mask=m_tile)
+    o_matrix, m_matrix = o_j[:, None] * C + o_c[None, :], m_j[:, None] & m_c[None, :]
+    partial_ptr += tl.program_id(0).to(tl.int64) * (HD * C)
+    tl.store(partial_ptr + o_matrix, b_dweight * largest, mask=m_matrix)
+
+
+def linear_attention_block(
+    x: torch.Tensor,  # (B, C, H, W), channels-last
+    gain_in: torch.Tensor,  # C elements
+    weight_qkv: torch.Tensor,  # (3·heads·D, C[, 1, 1])
+    mem_kv: torch.Tensor,  # (2, heads, D, M)
+    weight: torch.Tensor,  # (C, heads·D[, 1, 1])
+    bias: torch.Tensor,  # (C,)
+    gain: torch.Tensor,  # C elements
+    residual: torch.Tensor | None,  # (B, C, H, W) or None
+    heads: int,
+    adds_x: bool,  # x is added to the output
+) -> tuple[torch.Tensor, ...]:
+    """Output, and for backward statistics (B, 2, HD), sums (B, HD, C), context (B, heads, D, D), P (B, HD, C)."""
+    B, C, N, D, M = _sizes(x, mem_kv)
+    launch = _launch_for(x, heads, D)
+    chunks, HD = launch.chunks(N), heads * D
+    out = torch.empty_like(x)
+    partial = x.new_empty(B, chunks, HD, C, dtype=torch.float32)
+    partial_statistics = x.new_empty(B, chunks, 2, HD, dtype=torch.float32)
+    statistics = x.new_empty(B, 2, HD, dtype=torch.float32)
+    sums = x.new_empty(B, HD, C, dtype=torch.float32)
+    context = x.new_empty(B, heads, D, D, dtype=torch.float32)
+    projection = x.new_empty(B, HD, C)
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    gain_in, weight_qkv = gain_in.contiguous(), weight_qkv.contiguous()
+    shared = {"HEADS": heads, "D": D, "PRECISION": kernel_precision()} | launch.sizes
+    with torch.cuda.device_of(x):
+        linear_attention_block_context_kernel[(B * chunks * launch.context.groups(heads),)](
+            x, gain_in, weight_qkv, partial, partial_statistics, N, C, chunks, launch.context.tiles(launch.chunk),
+            C**0.5, **shared, GROUPS=launch.context.groups(heads), **launch.context.constants,
+        )  # fmt: skip
+        linear_attention_block_merge_kernel[(B * heads, triton.cdiv(D, 16))](
+            partial, partial_statistics, gain_in, weight_qkv, mem_kv.contiguous(), weight.contiguous(), statistics,
+            sums, context, projection, C, chunks, D**-0.5, **shared, M=M, BLOCK_R=16, BLOCK_K=4, num_warps=4,
+            num_stages=1,
+        )  # fmt: skip
+        programs = triton.cdiv(N, launch.span)
+        linear_attention_block_rows_fwd_kernel[(B * programs,)](
+            x, gain_in, weight_qkv, projection, bias.contiguous(), gain.contiguous(), residual, out, N, C, programs,
+            launch.rows.tiles(launch.span), C**0.5, **shared, ADDS_X=adds_x, **launch.rows.constants,
+        )  # fmt: skip
+    return out, statistics, sums, context, projection
+
+
+def linear_attention_block_backward(
+    grad: torch.Tensor,  # (B, C, H, W)
+    x: torch.Tensor,
+    gain_in: torch.Tensor,
+    weight_qkv: torch.Tensor,
+    mem_kv: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gain: torch.Tensor,
+    statistics: torch.Tensor,
+    sums: torch.Tensor,
+    context: torch.Tensor,
+    projection: torch.Tensor,
+    heads: int,
+    adds_x: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of x, and in float32 of gain_in (C,), weight_qkv (3HD, C), mem_kv, weight (C, HD), bias, gain (C,)."""
+    B, C, N, D, M = _sizes(x, mem_kv)
+    launch = _launch_for(x, heads, D)
+    chunks, HD = launch.chunks(N), heads * D
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    dx = torch.empty_like(x)
+    gain_in, weight_qkv, gain = gain_in.contiguous(), weight_qkv.contiguous(), gain.contiguous()
+    partial = x.new_empty(B, chunks, 2 * HD + 1, C, dtype=torch.float32)
+    partial_keys = x.new_empty(B, chunks, HD, C, dtype=torch.float32)
+    dsums, rows = torch.empty_like(projection), torch.empty_like(statistics)
+    parameters = x.new_empty(B, 2 * HD * C + mem_kv.numel(), dtype=torch.float32)
+    shared = {"HEADS": heads, "D": D, "PRECISION": kernel_precision()} | launch.sizes
+    with torch.cuda.device_of(x):
+        linear_attention_block_queries_bwd_kernel[(B * chunks,)](
+            grad, x, dx, partial, gain_in, weight_qkv, projection, bias.contiguous(), gain, N, C, chunks,
+            launch.queries.tiles(launch.chunk), C**0.5, **shared, **launch.queries.constants,
+        )  # fmt: skip
+        summed = partial.sum(1)
+        linear_attention_block_small_bwd_kernel[(B * heads,)](
+            summed, statistics, sums, context, gain_in, weight_qkv, mem_kv.contiguous(), weight.contiguous(), dsums,
+            rows, parameters, C, D**-0.5, **shared, M=M, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        linear_attention_block_keys_bwd_kernel[(B * chunks,)](
+            x, grad if adds_x else None, dx, partial_keys, gain_in, weight_qkv, statistics, dsums, rows, N, C, chunks,
+            launch.keys.tiles(launch.chunk), C**0.5, **shared, **launch.keys.constants,
+        )  # fmt: skip
+    of_rows = summed.sum(0)  # dP, dWq, dgain
+    dvalues, dweight = parameters[:, : 2 * HD * C].sum(0).split(HD * C)
+    dmem_kv = parameters[:, 2 * HD * C :].sum(0)  # not a part of the sum above: results do not share memory
+    folded = torch.cat((of_rows[HD : 2 * HD], partial_keys.sum((0, 1)), dvalues.view(HD, C)))  # of weight_qkv·gain_in
+    dgain_in = (folded * weight_qkv.reshape(3 * HD, C)).sum(0)
+    dbias = of_rows[:D].sum(0)  # q̂ sums to one over a head's columns
+    return dx, dgain_in, folded * gain_in.reshape(-1), dmem_kv, dweight, dbias, of_rows[-1]
+
+
+def _launch_for(x: torch.Tensor, heads: int, D: int) -> Launch:
+    _, C, H, W = x.shape
+    return choose_launch(H * W, heads, D, C, interpreted=triton_launch.interpreted())
+
+
+def _sizes(x: torch.Tensor, mem_kv: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """B, C, N, D, M."""
+    B, C, H, W = x.shape
+    return B, C, H * W, mem_kv.shape[2], mem_kv.shape[3]
+
+
+triton_launch.hash_functions(globals())
