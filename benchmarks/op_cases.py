@@ -19,6 +19,7 @@ from ddpm_fast.diffusion import samplers, schedules
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.ops.linear_attention.op import linear_attention
+from ddpm_fast.ops.linear_attention_block.op import linear_attention_block
 from ddpm_fast.ops.noise.op import fill_normal_
 from ddpm_fast.ops.norm_linear.op import norm_linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
@@ -258,6 +259,34 @@ def _linear_attention(shape, device, dtype, compute) -> Inputs:
     )  # fmt: skip
 
 
+def _linear_attention_block(shape, device, dtype, compute) -> Inputs:
+    draw, (B, C, H, W) = _Draw(device, dtype, compute), shape
+    heads, D = _heads_of(C)
+    hidden = heads * D
+    x = draw.normal(*shape, channels_last=True).requires_grad_()
+    g_in, g = ((1 + 0.3 * draw.normal(1, C, 1, 1, full=True)).requires_grad_() for _ in range(2))
+    weight_qkv = (draw.normal(3 * hidden, C, 1, 1) * C**-0.5).requires_grad_()
+    mem_kv = draw.normal(2, heads, D, 4, full=True).requires_grad_()
+    weight = (draw.normal(C, hidden, 1, 1) * hidden**-0.5).requires_grad_()
+    bias = draw.normal(C).requires_grad_()
+
+    def eager() -> torch.Tensor:
+        qkv = F.conv2d(F.normalize(x, dim=1) * g_in.to(x.dtype) * C**0.5, weight_qkv)
+        q, k, v = _split(qkv, heads, D)
+        mk, mv = mem_kv.to(qkv.dtype)[:, None].expand(-1, B, -1, -1, -1)
+        k, v = torch.cat((mk, k), dim=-1).softmax(dim=-1), torch.cat((mv, v), dim=-1)
+        context = torch.einsum("bhdn,bhen->bhde", k, v)
+        out = torch.einsum("bhde,bhdn->bhen", context, q.softmax(dim=-2) * D**-0.5).reshape(B, hidden, H, W)
+        y = F.conv2d(out, weight, bias)
+        return F.normalize(y, dim=1) * g.to(y.dtype) * C**0.5 + x
+
+    leaves = [x, g_in, weight_qkv, mem_kv, weight, bias, g]
+    return Inputs(
+        lambda: linear_attention_block(*leaves, heads=heads, residual=x), eager, reads=[x], leaves=leaves,
+        read_again=[x], written=leaves, flops=8 * B * H * W * hidden * C,
+    )  # fmt: skip
+
+
 def _norm_linear(shape, device, dtype, compute) -> Inputs:
     draw, (_, C, H, W) = _Draw(device, dtype, compute), shape
     hidden = math.prod(_heads_of(C))
@@ -299,6 +328,7 @@ def op_cases(size: str) -> list[OpCase]:
             cases.append(OpCase("attention", stage, _attention))
         if stage[1] < 512 or size != "full":
             cases.append(OpCase("linear_attention", stage, _linear_attention))
+            cases.append(OpCase("linear_attention_block", stage, _linear_attention_block))
         cases.append(OpCase("rms_norm_silu", stage, _rms_norm_silu, compiled=i == 0))
         cases.append(OpCase("group_norm_silu", stage, _group_norm_silu))
     return cases

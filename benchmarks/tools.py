@@ -10,15 +10,24 @@ import re
 NCU_KERNELS = (
     ("rms_norm_silu_bwd_kernel", "rms_norm_silu"),
     ("rms_norm_silu_fwd_kernel", "rms_norm_silu"),
-    ("linear_attention_rows_bwd_kernel", "linear_attention"),
+    ("linear_attention_block_queries_bwd_kernel", "linear_attention_block"),
+    ("linear_attention_block_keys_bwd_kernel", "linear_attention_block"),
+    ("linear_attention_block_context_kernel", "linear_attention_block"),
+    ("linear_attention_block_rows_fwd_kernel", "linear_attention_block"),
     ("norm_linear_bwd_weight_kernel", "norm_linear"),
     ("norm_linear_fwd_kernel", "norm_linear"),
-    ("linear_attention_context_kernel", "linear_attention"),
-    ("linear_attention_rows_fwd_kernel", "linear_attention"),
+    ("linear_attention_rows_bwd_kernel", "linear_attention"),
     ("attention_fwd_kernel", "attention"),
 )
 # Ops whose kernels compute addresses in more than one way.
-SANITIZED_OPS = ("rms_norm_silu", "norm_linear", "linear_attention", "attention", "diffusion_loss")
+SANITIZED_OPS = (
+    "rms_norm_silu",
+    "norm_linear",
+    "linear_attention",
+    "linear_attention_block",
+    "attention",
+    "diffusion_loss",
+)
 NCU_METRICS = {
     "gpu__time_duration.sum": "nanoseconds",
     "dram__bytes.sum": "bytes",

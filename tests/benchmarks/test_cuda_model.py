@@ -29,7 +29,9 @@ from cuda_model.compiler import Pool, compile_variant  # noqa: E402
 
 import ddpm_fast  # noqa: E402
 from ddpm_fast.measure import traffic  # noqa: E402
+from ddpm_fast.ops.linear_attention_block.op import linear_attention_block  # noqa: E402
 from ddpm_fast.ops.norm_silu.op import rms_norm_silu  # noqa: E402
+from ddpm_fast.testing import linear_attention_block_cases as block_cases  # noqa: E402
 
 OPS = Path(ddpm_fast.__file__).parent / "ops"
 TARGET = driver.target_of("sm_90")
@@ -306,6 +308,39 @@ def test_bytes_of_launches_add_up_to_those_of_operators(production):
     for name, operator in ours.items():
         assert moved[name] == pytest.approx(operator.bytes_moved, rel=0.03), name
     assert production["training step, fp32"].flops == pytest.approx(counted.total_flops, rel=1e-3)
+
+
+def test_linear_attention_is_one_block_in_half_types(production):
+    """Of the six, five with 64 and 128 channels; their bytes by the kernels' arguments are those of the registries."""
+    step = production["training step, bf16"]
+    kernels = collections.Counter(launch.name for launch in step.triton)
+    for name in ("context", "merge", "rows_fwd", "queries_bwd", "small_bwd", "keys_bwd"):
+        assert kernels[f"linear_attention_block_{name}_kernel"] == 5, name
+    assert kernels["linear_attention_rows_fwd_kernel"] == kernels["linear_attention_rows_bwd_kernel"] == 1
+    maps = [(64, 128), (64, 64), (128, 32), (128, 64), (64, 128)]  # channels, side
+    largest = {"ddpm_fast::linear_attention_block": 4, "ddpm_fast::linear_attention_block_backward": 9}
+    for name, most in largest.items():
+        moved = sum(launch.bytes_moved for launch in step.launches if launch.operator == name)
+        of_x = sum(2 * steps.TRAINING_BATCH * C * side**2 for C, side in maps)
+        assert moved < most * of_x, (name, moved / of_x)
+
+
+def test_bytes_of_the_block_are_those_of_the_registry():
+    """A block as in a network: the kernels' arguments against the operators' arguments and the registries."""
+    tensors, others = block_cases.make((2, 4, 32, 64, 4, 64, 64), torch.bfloat16, "meta")
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+    def step() -> None:
+        linear_attention_block(**leaves, **others, residual=leaves["x"]).sum().backward()
+
+    with recorder.recording(TARGET) as block, block() as recorded:
+        step()
+    counted = traffic.Traffic()
+    with traffic.kernels_take_meta_tensors(), traffic._Counter(counted):
+        step()
+    for name in ("linear_attention_block", "linear_attention_block_backward"):
+        moved = sum(launch.bytes_moved for launch in recorded.launches if launch.operator == f"ddpm_fast::{name}")
+        assert moved == pytest.approx(counted.by_operator[f"ddpm_fast::{name}"].bytes_moved, rel=0.05), name
 
 
 def test_bounds_of_launches(production, gate):

@@ -1,4 +1,4 @@
-"""Launches of linear_attention_block's kernels and the sizes that they accept; no Triton here.
+"""Launches of linear_attention_block's kernels; no Triton here.
 
 Tiles, and so a sample's results, depend on sizes alone, never on the batch or the machine.
 """
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from ddpm_fast.runtime import triton_launch
 
-_LARGEST_HIDDEN = 128  # columns of all heads side by side, of which a program holds every one
-_LARGEST_ROW = 128  # channels of x that a program holds beside two sums of (hidden, C)
 _POSITIONS = 1024  # of a chunk, where there are as many: each chunk costs sums of (hidden, C)
 _CHUNKS = 32  # of a sample, at most
 
@@ -77,23 +75,11 @@ class Launch:
         return {"BLOCK_D": self.block_d, "BLOCK_C": self.block_c}
 
 
-def why_too_large(heads: int, D: int, C: int) -> str | None:
-    """Why no program holds a row of x and all heads, in one clause; None where it does.
-
-    The block moves 10 maps of x per training step. The steps move about 22 + 3·qkv/x of them: at 128 hidden channels
-    46 with 64 channels, 30 with 128, and 20 with 256, where two sums of (hidden, C) would fill all registers.
-    """
-    hidden = triton_launch.next_power_of_2(heads) * max(16, triton_launch.next_power_of_2(D))
-    if hidden > _LARGEST_HIDDEN:
-        return f"{heads} heads of {D} channels take {hidden} columns, and a program holds at most {_LARGEST_HIDDEN}"
-    return None if C <= _LARGEST_ROW else f"x has {C} channels, and a program holds at most {_LARGEST_ROW}"
-
-
 def choose_launch(N: int, heads: int, D: int, C: int, *, interpreted: bool = False) -> Launch:
     """The launches for N positions.
 
     Args:
-        heads, D, C: sizes that `why_too_large` accepts.
+        heads, D, C: sizes that the op does not refuse.
         interpreted: large tiles, since the interpreter's time is per operation.
     """
     block_d, block_c = (max(16, triton_launch.next_power_of_2(n)) for n in (D, C))  # tl.dot needs 16 or more

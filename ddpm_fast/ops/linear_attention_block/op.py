@@ -13,11 +13,12 @@ import torch
 from ddpm_fast.ops.arguments import why_not_on_cpu, why_steps_come_first
 from ddpm_fast.ops.linear_attention.op import check_kinds, check_output
 from ddpm_fast.ops.linear_attention_block import composite
-from ddpm_fast.ops.linear_attention_block.launch import why_too_large
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
 
+_LARGEST_HIDDEN = 128  # columns of all heads side by side, of which a program holds every one
+_LARGEST_ROW = 128  # channels of x that a program holds beside two sums of (hidden, C)
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
 
 _ARGUMENTS = (
@@ -191,7 +192,19 @@ def _triton_refuses(
         return f"x is not channels-last, its strides are {x.stride()}"
     if x[0].numel() > _LARGEST_SAMPLE:
         return f"a sample has {x[0].numel()} elements, and the kernels take at most {_LARGEST_SAMPLE}"
-    return why_too_large(heads, mem_kv.shape[2], x.shape[1])
+    return _why_too_large(heads, mem_kv.shape[2], x.shape[1])
+
+
+def _why_too_large(heads: int, D: int, C: int) -> str | None:
+    """Why no program holds a row of x and all heads, in one clause; None where it does.
+
+    The block moves 10 maps of x per training step. The steps move about 10 + 6·qkv/x of them: at 128 hidden channels
+    46 with 64 channels, 30 with 128, and 20 with 256, where two sums of (hidden, C) would fill all registers.
+    """
+    hidden = triton_launch.next_power_of_2(heads) * max(16, triton_launch.next_power_of_2(D))
+    if hidden > _LARGEST_HIDDEN:
+        return f"{heads} heads of {D} channels take {hidden} columns, and a program holds at most {_LARGEST_HIDDEN}"
+    return None if C <= _LARGEST_ROW else f"x has {C} channels, and a program holds at most {_LARGEST_ROW}"
 
 
 def _native(
