@@ -39,7 +39,7 @@ ROWS = [
     ["diffusion/sampling"],
     ["diffusion/samplers"],
     ["diffusion/schedules"],
-    ["models/unet"],
+    ["models/unet", "runtime/snapshot"],
     ["models/resnet", "models/attention", "models/convolution", "models/embeddings", "runtime/recording"],
     ["models/norm", "models/narrow_weights"],
     ["models/derived_weights"],

@@ -16,6 +16,7 @@ from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.plain import as_int
 from ddpm_fast.runtime.snapshot import Snapshot
+from ddpm_fast.training.optimizer_step import OptimizerStep
 
 
 def capture_training_step(
@@ -126,6 +127,7 @@ class TrainingStep:
         self.diffusion, self.optimizer = diffusion, optimizer
         self.max_grad_norm, self.autocast, self.scaler = max_grad_norm, autocast, scaler
         self.accumulate = as_int("accumulate", accumulate, 1)
+        self._optimizer_step = OptimizerStep(optimizer)
         self._recorder_class, self.any_module = recorder, any_module
         device = diffusion.device
         self.batch_shape = tuple(batch_shape)
@@ -283,6 +285,11 @@ class TrainingStep:
         return loss.detach()
 
     def _step_optimizer(self) -> None:
+        if self._optimizer_step.why_not() is None:
+            norm = self._optimizer_step.apply(self.max_grad_norm, self.scaler)
+            if self.max_grad_norm is not None:
+                self.grad_norm.copy_(norm)
+            return
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.max_grad_norm is not None:

@@ -92,6 +92,20 @@ class OptimizerStep:
         torch.autograd.graph.increment_version(written)  # as if torch's operators had written them
         return result
 
+    def apply(self, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None) -> torch.Tensor:
+        """One step, and what `scaler.unscale_`, `step` and `update` do; the gradients' norm, a scalar on the device."""
+        norm, skipped = self(max_grad_norm=max_grad_norm, grad_scale=None if scaler is None else scaler._scale)
+        if scaler is not None:
+            torch._amp_update_scale_(
+                scaler._scale,
+                scaler._growth_tracker,
+                skipped,
+                scaler.get_growth_factor(),
+                scaler.get_backoff_factor(),
+                scaler.get_growth_interval(),
+            )
+        return norm
+
 
 def _begin(state: dict[str, Any], parameter: torch.Tensor) -> None:
     """The state before the first step, as torch's optimizers make it."""

@@ -64,6 +64,7 @@ from ddpm_fast.training.data import IMAGE_ENDINGS, Dataset, DigitsDataset
 from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError
 from ddpm_fast.training.history import LossHistory
 from ddpm_fast.training.images_out import save_image_grid
+from ddpm_fast.training.optimizer_step import OptimizerStep
 from ddpm_fast.training.pixels import Color
 from ddpm_fast.training.prepared import PreparedDataset, is_a_function_of_the_index, is_prepared
 from ddpm_fast.training.resuming import changes, check_process, describe_network
@@ -255,6 +256,7 @@ class Trainer:
                 vars(diffusion_model).pop(name, None)
             if own_forward is not None:
                 diffusion_model.forward = own_forward
+        self._optimizer_step = OptimizerStep(self.opt.optimizer)
         self._graph = graph
         self._captured: TrainingStep | None = None
         # Why a recording failed, once one has.
@@ -458,8 +460,11 @@ class Trainer:
                     loss = self.model(batch.images, **batch.options) / self.gradient_accumulate_every
                 self.accelerator.backward(loss)
             total_loss = total_loss + loss.detach()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        self.opt.step()
+        if self._optimizer_step.why_not() is None:
+            norm = self._optimizer_step.apply(self.max_grad_norm, self.accelerator.scaler)
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            self.opt.step()
         self.opt.zero_grad()
         if self.accelerator.is_main_process:
             self.ema.update()

@@ -372,7 +372,8 @@ def test_bounds_of_the_hosts_time(gate):
 def test_the_hosts_time_of_a_step():
     """The tiny network that is timed launches nearly as much as the one that is meant."""
     network = steps.make_diffusion(image_size=host.TINY_SIZE, dim=host.TINY["dim"])
-    assert steps.record_sampling(TARGET, 1, diffusion=network).count == steps.record_sampling(TARGET).count
+    meant = steps.record_sampling(TARGET).count
+    assert 0.98 * meant <= steps.record_sampling(TARGET, 1, diffusion=network).count <= meant
     before = F.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
     times = host.measure_steps(TARGET, "fp32", least=0.2)
     assert times["training"] > 2 * times["sampling"] > 0

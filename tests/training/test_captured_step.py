@@ -232,5 +232,7 @@ def test_refusals():
     step = step_of(FrozenRecorder, diffusion, adam(diffusion))
     with pytest.raises(ValueError, match=r"images must have shape \(3, 3, 4, 4\), got \(2, 3, 4, 4\)"):
         step(torch.rand(2, 3, 4, 4))
-    with pytest.raises(TypeError, match="divide 8-bit images by 255"):
-        step(torch.zeros(SHAPE, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="floating point in .0, 1. or uint8, got torch.int32"):
+        step(torch.zeros(SHAPE, dtype=torch.int32))
+    with pytest.raises(ValueError, match="a step takes 1 batches, accumulate=1; got 2"):
+        step(torch.zeros(SHAPE), torch.zeros(SHAPE))

@@ -8,11 +8,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ddpm_fast import GaussianDiffusion
 from ddpm_fast.ops.adam_step import triton as kernel
 from ddpm_fast.ops.adam_step.op import AdamSettings, Tables, adam_step
 from ddpm_fast.runtime import dispatch, triton_launch
 from ddpm_fast.runtime.dispatch import use_backend
+from ddpm_fast.runtime.recording import EagerRecorder
 from ddpm_fast.testing.adam_cases import CASES, SHAPES, Model, assert_same_as_torch
+from ddpm_fast.testing.recorders import FrozenRecorder
+from ddpm_fast.training.captured_step import TrainingStep
+from ddpm_fast.training.optimizer_step import OptimizerStep
 
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 
@@ -108,3 +113,45 @@ def test_the_kernels_run():
     with use_backend(None), dispatch.watch_choices() as choices:
         run(Model(DEVICE))
     assert [(op, backend) for op, backend, _ in choices] == [("adam_step", "triton")]
+
+
+class Tiny(torch.nn.Module):
+    """A network of two convolutions."""
+
+    channels = out_dim = 3
+    self_condition = False
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Conv2d(5, 3, 1)
+
+    def forward(self, x, t, x_self_cond=None):
+        return self.last(self.first(x) * t[:, None, None, None].cos())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_training_step_by_the_kernels(scaled):
+    """Recorded and not the same bits, and the weights of torch's clipping and Adam."""
+    results = []
+    for recorder, by_torch in ((FrozenRecorder, False), (EagerRecorder, False), (EagerRecorder, True)):
+        torch.manual_seed(0)
+        diffusion = GaussianDiffusion(Tiny(), image_size=4, timesteps=10).to(DEVICE)
+        optimizer = torch.optim.Adam(
+            diffusion.parameters(), torch.tensor(1e-2, device=DEVICE), fused=True, capturable=True
+        )
+        scaler = torch.amp.GradScaler(torch.device(DEVICE).type, init_scale=2.0**10) if scaled else None
+        step = TrainingStep(
+            diffusion, optimizer, (2, 3, 4, 4), recorder=recorder, scaler=scaler, max_grad_norm=0.5, any_module=True
+        )
+        assert step._optimizer_step.why_not() == "there is no gradient"
+        with pytest.MonkeyPatch.context() as patch:
+            if by_torch:
+                patch.setattr(OptimizerStep, "why_not", lambda step: "not asked")
+            for index in range(2):
+                torch.manual_seed(index)
+                loss = step(torch.rand(2, 3, 4, 4).to(DEVICE))
+        results.append([loss, step.grad_norm, *(p.detach() for p in diffusion.parameters())])
+    recorded, eager, torchs = results
+    assert all(torch.equal(a, b) for a, b in zip(recorded, eager, strict=True))
+    for ours, theirs in zip(eager, torchs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
