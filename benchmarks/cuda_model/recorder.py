@@ -26,7 +26,8 @@ SMALL_BYTES = 4e6  # a launch that moves less takes as long as an empty one, or 
 # Operators of this package that are one launch of a CUDA kernel and not of Triton's.
 NATIVE = {"ddpm_fast::fill_normal_", "ddpm_fast::sampler_step_", "ddpm_fast::sampler_step"}
 
-# Kernels that read or write only a part of a tensor, such as q of a tensor of q, k and v: the part by argument.
+# Kernels that read or write only a part of a tensor, such as q of a tensor of q, k and v: the part by argument; 2 where
+# a kernel does both.
 PARTS: dict[str, dict[str, float]] = {
     "attention_dq_kernel": {"dqkv_ptr": 1 / 3},
     "attention_dkv_kernel": {"dqkv_ptr": 2 / 3},
@@ -39,6 +40,7 @@ PARTS: dict[str, dict[str, float]] = {
     "linear_attention_rows_bwd_kernel": {"qkv_ptr": 1 / 3, "dqkv_ptr": 1 / 3},
     "linear_attention_sums_bwd_kernel": {"qkv_ptr": 1 / 3},
     "linear_attention_kv_bwd_kernel": {"qkv_ptr": 2 / 3, "dqkv_ptr": 2 / 3},
+    "linear_attention_block_keys_bwd_kernel": {"dx_ptr": 2},
 }
 
 # Bytes per element of kernels that find their tensors by tables of addresses: a gradient; parameter and moments, read

@@ -318,7 +318,7 @@ def test_linear_attention_is_one_block_in_half_types(production):
         assert kernels[f"linear_attention_block_{name}_kernel"] == 5, name
     assert kernels["linear_attention_rows_fwd_kernel"] == kernels["linear_attention_rows_bwd_kernel"] == 1
     maps = [(64, 128), (64, 64), (128, 32), (128, 64), (64, 128)]  # channels, side
-    largest = {"ddpm_fast::linear_attention_block": 4, "ddpm_fast::linear_attention_block_backward": 9}
+    largest = {"ddpm_fast::linear_attention_block": 4, "ddpm_fast::linear_attention_block_backward": 9.5}
     for name, most in largest.items():
         moved = sum(launch.bytes_moved for launch in step.launches if launch.operator == name)
         of_x = sum(2 * steps.TRAINING_BATCH * C * side**2 for C, side in maps)
@@ -327,11 +327,12 @@ def test_linear_attention_is_one_block_in_half_types(production):
 
 def test_bytes_of_the_block_are_those_of_the_registry():
     """A block as in a network: the kernels' arguments against the operators' arguments and the registries."""
-    tensors, others = block_cases.make((2, 4, 32, 64, 4, 64, 64), torch.bfloat16, "meta")
+    tensors, others = block_cases.make((32, 4, 32, 64, 4, 64, 64), torch.bfloat16, "meta")
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
     def step() -> None:
-        linear_attention_block(**leaves, **others, residual=leaves["x"]).sum().backward()
+        out = linear_attention_block(**leaves, **others, residual=leaves["x"])
+        torch.autograd.grad(out, list(leaves.values()), torch.empty_like(out))
 
     with recorder.recording(TARGET) as block, block() as recorded:
         step()

@@ -285,7 +285,7 @@ def linear_attention_block_queries_bwd_kernel(
     grad_ptr,  # (B, N, C)
     x_ptr,  # (B, N, C)
     dx_ptr,  # (B, N, C): what flows through q
-    sums_ptr,  # (B, chunks, 2·HD + 1, C) float32: dP, dWq and in the last row dgain, over a chunk's positions
+    sums_ptr,  # (B, chunks, 1 + 2·HD, C) float32: dgain in the first row, dP and dWq, over a chunk's positions
     gain_in_ptr, weight_ptr,  # (C,), (3, HD, C)
     projection_ptr,  # (B, HD, C)
     bias_ptr, gain_ptr,  # (C,)
@@ -336,14 +336,14 @@ def linear_attention_block_queries_bwd_kernel(
         tl.store(dx_ptr + o_tile, cast(b_dx, DTYPE), mask=m_tile)
     sums_ptr += tl.program_id(0).to(tl.int64) * ((2 * HD + 1) * C)
     o_matrix, m_matrix = o_j[:, None] * C + o_c[None, :], m_j[:, None] & m_c[None, :]
-    tl.store(sums_ptr + o_matrix, b_dp, mask=m_matrix)
-    tl.store(sums_ptr + HD * C + o_matrix, b_dweight, mask=m_matrix)
-    tl.store(sums_ptr + 2 * HD * C + o_c, b_dgain, mask=m_c)
+    tl.store(sums_ptr + o_c, b_dgain, mask=m_c)
+    tl.store(sums_ptr + C + o_matrix, b_dp, mask=m_matrix)
+    tl.store(sums_ptr + C + HD * C + o_matrix, b_dweight, mask=m_matrix)
 
 
 @triton.jit
 def linear_attention_block_small_bwd_kernel(
-    summed_ptr,  # (B, 2·HD + 1, C) float32: dP, dWq, dgain
+    summed_ptr,  # (B, 1 + 2·HD, C) float32: dgain, dP, dWq
     statistics_ptr,  # (B, 2, HD)
     sums_ptr,  # (B, HD, C) float32
     context_ptr,  # (B, H, D, E) float32
@@ -352,7 +352,7 @@ def linear_attention_block_small_bwd_kernel(
     weight_ptr,  # (C, H·E)
     dsums_ptr,  # (B, HD, C): dS, every row over its largest number
     rows_ptr,  # (B, 2, HD) float32: that number of every row, and δ over it
-    parameters_ptr,  # (B, 2·HD·C + 2·HD·M) float32: dWv (HD, C), dweight (C, H·E), dmem_kv (2, H, D, M)
+    parameters_ptr,  # (B, 2·HD·C + 2·HD·M) float32: dweight (C, H·E), dWv (HD, C), dmem_kv (2, H, D, M)
     C, scale,
     HEADS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -368,15 +368,15 @@ def linear_attention_block_small_bwd_kernel(
     parameters_ptr += i_b * (2 * HD * C + 2 * HD * M)
     b_context = load(context_ptr + (i_b * HEADS + i_h) * (D * D), o_d[:, None] * D + o_d[None, :],
                      m_d[:, None] & m_d[None, :])  # fmt: skip
-    b_dp = load(summed_ptr + i_b * ((2 * HD + 1) * C), o_row, m_row)  # (D, C)
+    b_dp = load(summed_ptr + i_b * ((2 * HD + 1) * C) + C, o_row, m_row)  # (D, C)
     o_weight, m_weight = o_c[:, None] * HD + o_j[None, :], m_c[:, None] & m_d[None, :]
     b_weight = load(weight_ptr, o_weight, m_weight)  # (C, E)
     b_dweight = product(tl.trans(b_dp), b_context, tl.float32, PRECISION) * scale
-    tl.store(parameters_ptr + HD * C + o_weight, b_dweight, mask=m_weight)
+    tl.store(parameters_ptr + o_weight, b_dweight, mask=m_weight)
     b_dcontext = product(b_dp, b_weight, tl.float32, PRECISION) * scale  # (D, E)
     b_sums = load(sums_ptr + i_b * (HD * C), o_row, m_row)
     b_dvalues = product(tl.trans(b_dcontext), b_sums, tl.float32, PRECISION)  # (E, C)
-    tl.store(parameters_ptr + o_row, b_dvalues, mask=m_row)
+    tl.store(parameters_ptr + HD * C + o_row, b_dvalues, mask=m_row)
     b_values = _folded(weight_qkv_ptr + 2 * HD * C, gain_ptr, o_j, m_d, o_c, m_c, C)
     b_dsums = product(b_dcontext, b_values, tl.float32, PRECISION)  # (D, C)
     # float16 holds neither large sums over positions nor 1 / their number: rows are stored over their largest number.
@@ -551,13 +551,14 @@ def linear_attention_block_backward(
             x, grad if adds_x else None, dx, partial_keys, gain_in, weight_qkv, statistics, dsums, rows, N, C, chunks,
             launch.keys.tiles(launch.chunk), C**0.5, **shared, **launch.keys.constants,
         )  # fmt: skip
-    of_rows = summed.sum(0)  # dP, dWq, dgain
-    dvalues, dweight = parameters[:, : 2 * HD * C].sum(0).split(HD * C)
-    dmem_kv = parameters[:, 2 * HD * C :].sum(0)  # not a part of the sum above: results do not share memory
-    folded = torch.cat((of_rows[HD : 2 * HD], partial_keys.sum((0, 1)), dvalues.view(HD, C)))  # of weight_qkv·gain_in
+    # Results share no memory and begin their storage.
+    of_rows = summed.sum(0)  # dgain, dP, dWq
+    dweight, dvalues = parameters[:, : 2 * HD * C].sum(0).split(HD * C)
+    dmem_kv = parameters[:, 2 * HD * C :].sum(0)
+    folded = torch.cat((of_rows[1 + HD :], partial_keys.sum((0, 1)), dvalues.view(HD, C)))  # of weight_qkv·gain_in
     dgain_in = (folded * weight_qkv.reshape(3 * HD, C)).sum(0)
-    dbias = of_rows[:D].sum(0)  # q̂ sums to one over a head's columns
-    return dx, dgain_in, folded * gain_in.reshape(-1), dmem_kv, dweight, dbias, of_rows[-1]
+    dbias = of_rows[1 : 1 + D].sum(0)  # q̂ sums to one over a head's columns
+    return dx, dgain_in, folded * gain_in.reshape(-1), dmem_kv, dweight, dbias, of_rows[0]
 
 
 def _launch_for(x: torch.Tensor, heads: int, D: int) -> Launch:
