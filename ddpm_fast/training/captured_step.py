@@ -166,7 +166,7 @@ class TrainingStep:
             raise ValueError(
                 f"a step takes {self.accumulate} batches, accumulate={self.accumulate}; got {len(batches)}"
             )
-        pairs = [(batch, None) if isinstance(batch, torch.Tensor) else tuple(batch) for batch in batches]
+        pairs = [(batch, None) if isinstance(batch, torch.Tensor) else batch for batch in batches]
         for images, _ in pairs:
             if images.shape != self.batch_shape:
                 raise ValueError(f"images must have shape {self.batch_shape}, got {tuple(images.shape)}")

@@ -96,6 +96,7 @@ class OptimizerStep:
         """One step, and what `scaler.unscale_`, `step` and `update` do; the gradients' norm, a scalar on the device."""
         norm, skipped = self(max_grad_norm=max_grad_norm, grad_scale=None if scaler is None else scaler._scale)
         if scaler is not None:
+            assert scaler._scale is not None and scaler._growth_tracker is not None, "the loss was scaled"
             torch._amp_update_scale_(
                 scaler._scale,
                 scaler._growth_tracker,

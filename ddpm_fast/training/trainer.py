@@ -250,12 +250,12 @@ class Trainer:
         own_forward = vars(diffusion_model).get("forward")
         with self._own_precision():
             self.model, self.opt = self.accelerator.prepare(diffusion_model, self.opt)
-        if mixed_precision != "no":
+        if mixed_precision != "no" and isinstance(diffusion_model, GaussianDiffusion):
             # accelerate's forward casts the loss to float32, which it is already, and would hide the class's own.
             for name in ("forward", "_original_forward"):
                 vars(diffusion_model).pop(name, None)
             if own_forward is not None:
-                diffusion_model.forward = own_forward
+                vars(diffusion_model)["forward"] = own_forward
         self._optimizer_step = OptimizerStep(self.opt.optimizer)
         self._graph = graph
         self._captured: TrainingStep | None = None
