@@ -376,6 +376,8 @@ class _Average:
         self._weight = torch.zeros((), device=diffusion.device)  # 1 − decay
         # By name: the addresses of the tensors, and the function that replays.
         self._recordings: dict[str, tuple[list[int], recording.Body]] = {}
+        self._snapshots: tuple[Snapshot, ...] = ()
+        self._ignored: tuple = ()
 
     def update(self) -> None:
         """The update of this step; the host decides which, as the package does, and waits for nothing."""
@@ -391,12 +393,20 @@ class _Average:
             self._replay("move")
 
     def _replay(self, name: str) -> None:
-        pairs = self._pairs(name)
-        held = [t.data_ptr() for pair in pairs for t in pair]
-        if name not in self._recordings or held != self._recordings[name][0]:
-            self._recordings[name] = (held, self._record(name, pairs))
+        ignored = (*self.ema.ignore_names, None, *self.ema.ignore_startswith_names)
+        holds = ignored == self._ignored and all(snapshot.holds() for snapshot in self._snapshots)
+        if not holds or name not in self._recordings:
+            pairs = self._pairs(name)
+            held = [t.data_ptr() for pair in pairs for t in pair]
+            if name not in self._recordings or held != self._recordings[name][0]:
+                self._recordings[name] = (held, self._record(name, pairs))
+            self._written = [*self.ema.ema_model.parameters(), *self.ema.ema_model.buffers()]
+            if not holds or not self._snapshots:
+                # Recordings of other names are looked at again when they are due.
+                self._recordings = {name: self._recordings[name]}
+                self._snapshots, self._ignored = (Snapshot(self.ema), Snapshot(self.ema.model)), ignored
         self._recordings[name][1]()
-        torch.autograd.graph.increment_version([*self.ema.ema_model.parameters(), *self.ema.ema_model.buffers()])
+        torch.autograd.graph.increment_version(self._written)
 
     def _record(self, name: str, pairs: list) -> recording.Body:
         targets = [target for target, _ in pairs]
