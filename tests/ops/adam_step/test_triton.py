@@ -28,6 +28,7 @@ def kernels_run():
         yield
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("case", CASES)
 def test_equals_torch(case):
     assert_same_as_torch(DEVICE, **CASES[case])
