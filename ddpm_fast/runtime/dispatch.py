@@ -50,12 +50,14 @@ class Implementation:
         refuses: takes the op's arguments; returns None to accept them or one clause that says why not.
         yields: asked with the same arguments where it does not refuse; returns None or one clause that says why a
             later implementation is the better choice. Forced, it runs all the same.
+        or_steps: forced and refusing, it leaves a block to the ops of its steps, which are forced, instead of raising.
     """
 
     name: str
     function: Callable[..., Any]
     refuses: Callable[..., str | None] = never_refuses
     yields: Callable[..., str | None] = never_refuses
+    or_steps: bool = False
 
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
         """Why it is not chosen for a call where nothing is forced; None where it is, if no earlier one is."""
@@ -107,6 +109,8 @@ class Op:
                     reason = implementation.refuses(*args, **kwargs)
                     if reason is None and implementation is not last and in_forward_mode():
                         reason = _NO_TANGENTS
+                    if reason is not None and implementation.or_steps and last.name == COMPOSITE:
+                        return last
                     if reason is not None:
                         raise BackendRefused(f"{self.name}: backend {_forced!r} was forced and refuses: {reason}")
                     return implementation
@@ -141,7 +145,8 @@ class Op:
 class use_backend:
     """Force every op that has an implementation `name` to run it, and to raise with its reason where it refuses.
 
-    A block op without one runs the ops of its steps; other ops without one choose as always. Works at once, as a plain
+    A block op without one runs the ops of its steps, and so does one whose kernels are for some of its calls; other ops
+    without one choose as always. Works at once, as a plain
     call or as a context manager that restores what was forced before:
 
         ddpm_fast.use_backend("reference")

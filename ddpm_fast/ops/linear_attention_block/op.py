@@ -254,7 +254,7 @@ def _example(device: torch.device) -> tuple[tuple, dict]:
 unchecked_linear_attention_block = Op(
     "linear_attention_block",
     [
-        Implementation("triton", _triton, _triton_refuses),
+        Implementation("triton", _triton, _triton_refuses, or_steps=True),
         Implementation("native", _native, _native_refuses, why_steps_come_first),
         Implementation(COMPOSITE, composite.linear_attention_block),
     ],
