@@ -8,11 +8,33 @@ the fewest bits and adds the fewest products at once.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
 
 KERNEL_TESTS = "test_triton.py"
+
+
+def pytest_configure(config):
+    """Loops over a number of tiles that a launch gives run in the interpreters of older Tritons, too.
+
+    Before 3.8 a number is read as int(array of one element), which recent numpy refuses.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
+    triton = importlib.import_module("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr
+        set_attribute(tensor, "__index__", lambda number: int(number.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 def pytest_generate_tests(metafunc):
