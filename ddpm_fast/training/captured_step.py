@@ -148,6 +148,8 @@ class TrainingStep:
         self._snapshot: Snapshot | None = None
         self.flat_gradients: list[torch.Tensor] = []
         self._gradients: dict[nn.Parameter, torch.Tensor] = {}
+        # Parameters that a batch has reached; the optimizer leaves the others alone, as it does without a recording.
+        self._received: set[nn.Parameter] = set()
         self._parameters = list(self.diffusion.parameters())
         self.recorder = self._recorder_class(self.diffusion.device)
 
@@ -189,7 +191,7 @@ class TrainingStep:
                 self._replay(("gradients", kind, coin, index == 0), body)
         if not is_whole:
             self._average_over_processes()
-            self._replay(("update",), self._update)
+            self._replay(("update", len(self._received)), self._update)
         torch.autograd.graph.increment_version(self._parameters)  # as if each op had been called
         if self._average is not None:
             self._average.update()
@@ -254,8 +256,13 @@ class TrainingStep:
             torch._foreach_zero_(self.flat_gradients)
             self._loss.zero_()
         for parameter, gradient in self._gradients.items():
-            parameter.grad = gradient
+            parameter.grad = gradient if parameter in self._received and not is_first else None
         self._loss.add_(self._backward(kind, self_conditioned))
+        fresh = {p: p.grad for p, kept in self._gradients.items() if p.grad is not None and p.grad is not kept}
+        if fresh:
+            with torch.no_grad():
+                torch._foreach_copy_([self._gradients[p] for p in fresh], list(fresh.values()))
+        self._received.update(fresh)
         self._drop_gradients()
 
     def _average_over_processes(self) -> None:
@@ -267,7 +274,7 @@ class TrainingStep:
 
     def _update(self) -> None:
         for parameter, gradient in self._gradients.items():
-            parameter.grad = gradient
+            parameter.grad = gradient if parameter in self._received else None
         self._step_optimizer()
         self._drop_gradients()
 

@@ -158,6 +158,31 @@ def test_what_is_replaced_is_recorded_anew_and_what_changes_in_place_is_not():
     check(6)
 
 
+@pytest.mark.parametrize("recorder", [recording.EagerRecorder, FrozenRecorder])
+def test_accumulated_a_parameter_without_gradient_is_left_alone(recorder):
+    """Weight decay would change it, if its gradient were zeros instead of none."""
+    plain, ours = make(), make()
+    optimizers = []
+    for diffusion in (plain, ours):
+        diffusion.model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+        options = {"lr": torch.tensor(RATE), "fused": True, "capturable": True, "weight_decay": 0.1}
+        optimizers.append(torch.optim.AdamW(diffusion.parameters(), **options))
+    step = step_of(recorder, ours, optimizers[1], accumulate=2)
+    for index in range(2):
+        batches = images(2 * index + 2)[-2:]
+        torch.manual_seed(index)
+        for batch in batches:
+            (plain(batch) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        torch.manual_seed(index)
+        step(*batches)
+    assert torch.equal(ours.model.unused, torch.ones(3)) and ours.model.unused not in optimizers[1].state
+    for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_weights_are_known_to_have_changed():
     """A replay changes weights behind autograd's back; what was saved for a backward must not be used after it."""
     diffusion = make()
