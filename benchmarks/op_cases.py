@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from ddpm_fast import noise
 from ddpm_fast.diffusion import samplers, schedules
+from ddpm_fast.diffusion.levels import TARGETS
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.ops.linear_attention.op import linear_attention
@@ -118,7 +119,9 @@ def _sampler_step(shape, device, dtype, compute, own_noise: bool = False) -> Inp
     draw = _Draw(device, dtype, compute)
     wide = torch.float64 if compute == torch.float64 else torch.float32
     start, output, epsilon = draw.uniform(*shape), draw.normal(*shape), draw.normal(*shape, full=True)
-    table = samplers.sampler_table(_schedule(), "pred_v", "ddpm", TIMESTEPS).table.to(device=device, dtype=wide)
+    table = samplers.sampler_table(_schedule(), TARGETS["pred_v"], "ddpm", TIMESTEPS).table.to(
+        device=device, dtype=wide
+    )
     step, seed = torch.tensor([TIMESTEPS // 2], device=device), noise.seed_tensor(3, device)
     x = start.clone()
     p, q, r, s, _, sigma = (column.reshape(1, 1, 1, 1) for column in table[TIMESTEPS // 2])

@@ -12,6 +12,7 @@ from torch import nn
 
 from ddpm_fast import noise as noise_function
 from ddpm_fast.diffusion import samplers, schedules
+from ddpm_fast.diffusion.levels import TARGETS
 from ddpm_fast.diffusion.samplers import SamplerTable
 from ddpm_fast.diffusion.schedules import Schedule
 from ddpm_fast.ops.common.tables import lookup
@@ -105,6 +106,8 @@ class DiffusionProcess(nn.Module):
         sampling_timesteps = None if sampling_timesteps is None else as_int("sampling_timesteps", sampling_timesteps)
         schedule_fn_kwargs = dict(plain("schedule_fn_kwargs", schedule_fn_kwargs or {}))
         ddim_sampling_eta = as_number("ddim_sampling_eta", ddim_sampling_eta)
+        if not (math.isfinite(ddim_sampling_eta) and ddim_sampling_eta >= 0):
+            raise ValueError(f"ddim_sampling_eta must be finite and at least 0, got {ddim_sampling_eta}")
         offset_noise_strength = as_number("offset_noise_strength", offset_noise_strength)
         min_snr_gamma = as_number("min_snr_gamma", min_snr_gamma)
         objective, beta_schedule = plain("objective", objective), plain("beta_schedule", beta_schedule)
@@ -140,7 +143,7 @@ class DiffusionProcess(nn.Module):
         schedule = Schedule(schedules.make_betas(beta_schedule, timesteps, **schedule_fn_kwargs))
         self.num_timesteps = schedule.num_timesteps
         self.sampling_timesteps = self.num_timesteps if sampling_timesteps is None else sampling_timesteps
-        samplers.sampling_times(self.num_timesteps, self.sampling_timesteps)  # raises where it does not fit
+        samplers.check_steps(schedule, self.sampling_timesteps)
         self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
         self.ddim_sampling_eta = ddim_sampling_eta
         self.sampler = sampler
@@ -236,10 +239,14 @@ class DiffusionProcess(nn.Module):
 
     def _plan(self, sampler: str, sampling_timesteps: int) -> SamplerTable:
         """The sampler's table for the settings of now: they are plain attributes, which users change."""
-        key = (sampler, sampling_timesteps, float(self.ddim_sampling_eta), self.objective)
+        samplers.check_sampler(sampler)
+        takes_eta = "eta" in samplers.SAMPLERS[sampler].options
+        options = {"eta": float(self.ddim_sampling_eta)} if takes_eta else {}
+        key = (sampler, sampling_timesteps, *options.values(), self.objective)
         if key not in self._plans:
+            schedules.check_objective(self.objective)
             self._plans[key] = samplers.sampler_table(
-                self._schedule, self.objective, sampler, sampling_timesteps, float(self.ddim_sampling_eta)
+                self._schedule, TARGETS[self.objective], sampler, sampling_timesteps, options=options
             )
         return self._plans[key]
 

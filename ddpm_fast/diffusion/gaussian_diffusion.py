@@ -258,6 +258,11 @@ class GaussianDiffusion(DiffusionProcess):
     def _composed_loop(self, x: torch.Tensor, run: SamplingRun) -> torch.Tensor:
         """The same walk with the overridable methods, for subclasses such as guided or learned-variance sampling."""
         x_start, plan = None, run.plan
+        if not plan.has_integer_times:
+            raise ValueError(
+                f"sampler {plan.sampler!r} calls the network between timesteps, which {type(self).__name__}'s own "
+                f"{', '.join(sorted(self._overridden()))} cannot do"
+            )
         full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps
         # No table over timesteps: an override may call the network with other times.
         derived = inference_weights(self.model) if may_derive(self.model) else nullcontext()
@@ -265,10 +270,10 @@ class GaussianDiffusion(DiffusionProcess):
             for row in run.rows:
                 x_self_cond = x_start if self.self_condition else None
                 if full_ddpm and "p_sample" in self._overridden():
-                    x, x_start = self.p_sample(x, plan.times[row], x_self_cond)
+                    x, x_start = self.p_sample(x, int(plan.times[row]), x_self_cond)
                 elif full_ddpm:
                     options: dict[str, Any] = {"seed": run.seed, "start_index": run.start_index}
-                    x, x_start = self.p_sample(x, plan.times[row], x_self_cond, **options)
+                    x, x_start = self.p_sample(x, int(plan.times[row]), x_self_cond, **options)
                 else:
                     x, x_start = self._step_from_predictions(run, row, x, x_start, x_self_cond)
                 run.step_done(x, bar)
@@ -284,9 +289,10 @@ class GaussianDiffusion(DiffusionProcess):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One row of the table from an overridden `model_predictions`, with the noise that it predicts."""
         plan = run.plan
-        now = self._schedule.alphas_cumprod[plan.times[row]].item()
+        timestep = int(plan.times[row])
+        now = self._schedule.alphas_cumprod[timestep].item()
         _, _, r, s, u, sigma = plan.table[row].tolist()
-        t = torch.full((x.shape[0],), plan.times[row], device=x.device, dtype=torch.long)
+        t = torch.full((x.shape[0],), timestep, device=x.device, dtype=torch.long)
         pred_noise, x_start = self.model_predictions(x, t, x_self_cond, clip_x_start=True, rederive_pred_noise=True)[:2]
         # s·x = s·√ᾱ·x0 + s·√(1 − ᾱ)·ε, with the ε that was predicted.
         x_next = (r + s * now**0.5) * x_start + s * (1 - now) ** 0.5 * pred_noise

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
+from ddpm_fast.diffusion.levels import TARGETS, Levels, NoiseScale, prediction
+
+OBJECTIVES = tuple(TARGETS)
 
 
 def linear_beta_schedule(timesteps: int) -> torch.Tensor:
@@ -81,8 +83,8 @@ def make_betas(beta_schedule: str, timesteps: int, **kwargs: Any) -> torch.Tenso
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
-    """All per-timestep numbers of a diffusion process.
+class Schedule(NoiseScale):
+    """All per-timestep numbers of a diffusion process in T discrete steps.
 
     Args:
         betas: (T,) float64, each in (0, 1).
@@ -96,6 +98,9 @@ class Schedule:
 
     betas: torch.Tensor
 
+    is_discrete = True
+    last = 0.0
+
     def __post_init__(self) -> None:
         inside = (self.betas > 0) & (self.betas < 1)
         if not inside.all():
@@ -108,6 +113,49 @@ class Schedule:
     @property
     def num_timesteps(self) -> int:
         return self.betas.shape[0]
+
+    @property
+    def first(self) -> float:  # type: ignore[override]  # it follows from the betas
+        return self.num_timesteps - 1.0
+
+    @cached_property
+    def levels(self) -> Levels:
+        """All T levels, by timestep."""
+        a, b = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        return Levels(torch.arange(self.num_timesteps, dtype=torch.float64, device="cpu"), a, b)
+
+    def at(self, times: torch.Tensor) -> Levels:
+        """The levels at any times in [0, T − 1]; between integers λ is linear, as in k-diffusion."""
+        everywhere = self.levels
+        below = times.floor().long()
+        fraction = times - below
+        if not fraction.any():
+            return Levels(times, everywhere.a[below], everywhere.b[below])
+        half_log_snr = everywhere.half_log_snr
+        above = (below + 1).clamp(max=self.num_timesteps - 1)
+        between = half_log_snr[below] + fraction * (half_log_snr[above] - half_log_snr[below])
+        is_integer = fraction == 0
+        a = torch.where(is_integer, everywhere.a[below], (2 * between).sigmoid().sqrt())
+        b = torch.where(is_integer, everywhere.b[below], (-2 * between).sigmoid().sqrt())
+        return Levels(times, a, b)
+
+    def times_of(self, half_log_snr: torch.Tensor) -> torch.Tensor:
+        ascending = self.levels.half_log_snr.flip(0)  # by t from T − 1 down to 0
+        if ascending[0].isinf():  # no signal at T − 1: nothing lies between it and T − 2
+            ascending = ascending[1:]
+        given = half_log_snr.clamp(ascending[0], ascending[-1])
+        above = torch.searchsorted(ascending, given.contiguous()).clamp(1, max(1, len(ascending) - 1))
+        above = above.clamp(max=len(ascending) - 1)
+        below = (above - 1).clamp(min=0)
+        width = (ascending[above] - ascending[below]).clamp(min=1e-300)
+        times = len(ascending) - 1 - below - (given - ascending[below]) / width
+        return torch.where(half_log_snr == -math.inf, self.first, times)
+
+    def own_times(self, steps: int) -> torch.Tensor:
+        """Upstream's spacing, float32 truncation included; with all of them T − 1 … 0."""
+        # The last of the numbers is −1, which means the data itself.
+        times = torch.linspace(-1, self.num_timesteps - 1, steps=steps + 1, device="cpu").int()
+        return times[1:].flip(0).double()
 
     @cached_property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -169,7 +217,7 @@ def forward_table(schedule: Schedule) -> torch.Tensor:
     Returns:
         (T, 2) float64.
     """
-    return torch.stack([schedule.alphas_cumprod.sqrt(), (1 - schedule.alphas_cumprod).sqrt()], dim=1)
+    return torch.stack([schedule.levels.a, schedule.levels.b], dim=1)
 
 
 def loss_table(schedule: Schedule, objective: str, weight: torch.Tensor) -> torch.Tensor:
@@ -184,10 +232,7 @@ def loss_table(schedule: Schedule, objective: str, weight: torch.Tensor) -> torc
         (T, 3) float64.
     """
     check_objective(objective)
-    a, b = forward_table(schedule).unbind(1)
-    zero, one = torch.zeros_like(a), torch.ones_like(a)
-    c, d = {"pred_noise": (one, zero), "pred_x0": (zero, one), "pred_v": (a, -b)}[objective]
-    return torch.stack([c, d, weight.cpu().double()], dim=1)
+    return torch.stack([*TARGETS[objective](schedule.levels), weight.cpu().double()], dim=1)
 
 
 def prediction_table(schedule: Schedule, objective: str) -> torch.Tensor:
@@ -197,13 +242,7 @@ def prediction_table(schedule: Schedule, objective: str) -> torch.Tensor:
         (T, 2) float64.
     """
     check_objective(objective)
-    a, b = forward_table(schedule).unbind(1)
-    p, q = {
-        "pred_noise": (1 / a, -torch.sqrt(1 / a**2 - 1)),
-        "pred_x0": (torch.zeros_like(a), torch.ones_like(a)),
-        "pred_v": (a, -b),
-    }[objective]
-    return torch.stack([p, q], dim=1)
+    return torch.stack(prediction(schedule.levels, TARGETS[objective]), dim=1)
 
 
 def check_objective(objective: str) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from ddpm_fast import GaussianDiffusion, Unet
 from ddpm_fast.diffusion import samplers, schedules
+from ddpm_fast.diffusion.levels import TARGETS
 from ddpm_fast.diffusion.sampling import SamplingRun, sample_loop
 from ddpm_fast.diffusion.schedules import Schedule
 from ddpm_fast.noise import STREAM_INITIAL, normal, seed_tensor
@@ -57,6 +58,11 @@ def exact_moments(plan: samplers.SamplerTable) -> tuple[float, float]:
     return mean[0].item(), covariance[0, 0].sqrt().item()
 
 
+def table_of(sampler: str, steps: int, objective: str = "pred_x0", eta: float = 0.0, *, schedule=SCHEDULE, **kwargs):
+    options = {"eta": eta} if "eta" in samplers.SAMPLERS[sampler].options else {}
+    return samplers.sampler_table(schedule, TARGETS[objective], sampler, steps, options=options, **kwargs)
+
+
 # The discretisation error allowed: of the standard deviation, relative.
 CASES = [
     ("ddpm", 1000, 0.0, 0.01),
@@ -74,7 +80,7 @@ CASES = [
 @pytest.mark.parametrize("objective", schedules.OBJECTIVES)
 @pytest.mark.parametrize("sampler, steps, eta, tolerance", CASES)
 def test_ends_at_the_data_distribution(objective, sampler, steps, eta, tolerance):
-    plan = samplers.sampler_table(SCHEDULE, objective, sampler, steps, eta)
+    plan = table_of(sampler, steps, objective, eta, spacing="own")
     mean, std = exact_moments(plan)
     assert mean == pytest.approx(MEAN, abs=1e-4)
     assert std == pytest.approx(STD, rel=tolerance)
@@ -93,7 +99,7 @@ def test_dpmpp_is_second_order():
     """Halving the step divides DDIM's error by about two and DPM-Solver++(2M)'s by about four or more."""
 
     def error(sampler: str, steps: int) -> float:
-        return abs(exact_moments(samplers.sampler_table(SCHEDULE, "pred_x0", sampler, steps))[1] - STD)
+        return abs(exact_moments(table_of(sampler, steps, spacing="own"))[1] - STD)
 
     assert 1.5 < error("ddim", 25) / error("ddim", 50) < 2.8
     assert error("dpmpp_2m", 25) / error("dpmpp_2m", 50) > 3.5
@@ -102,7 +108,7 @@ def test_dpmpp_is_second_order():
 
 def test_ddpm_on_fewer_steps_is_respaced_and_on_all_steps_upstream():
     schedule = Schedule(schedules.make_betas("cosine", 50))
-    full = samplers.sampler_table(schedule, "pred_noise", "ddpm", 50)
+    full = table_of("ddpm", 50, "pred_noise", schedule=schedule)
     buffers = schedule.buffers()
     assert full.times == tuple(range(49, -1, -1))
     torch.testing.assert_close(full.table[:, 2], buffers["posterior_mean_coef1"].flip(0))
@@ -110,7 +116,7 @@ def test_ddpm_on_fewer_steps_is_respaced_and_on_all_steps_upstream():
     torch.testing.assert_close(full.table[:, 5] ** 2, buffers["posterior_variance"].flip(0))
     assert full.table[-1, 5] == 0, "no noise at t = 0"
     # DDIM with eta = 1 has ancestral sampling's variance on the same steps (Song et al. 2021, section 4.1).
-    few, ddim = (samplers.sampler_table(schedule, "pred_noise", s, 10, 1.0) for s in ("ddpm", "ddim"))
+    few, ddim = (table_of(s, 10, "pred_noise", 1.0, schedule=schedule) for s in ("ddpm", "ddim"))
     torch.testing.assert_close(few.table[:, 5], ddim.table[:, 5])
     torch.testing.assert_close(few.table[:, 2:4], ddim.table[:, 2:4], rtol=1e-9, atol=1e-12)
 
@@ -119,7 +125,7 @@ def test_ddpm_on_fewer_steps_is_respaced_and_on_all_steps_upstream():
 @pytest.mark.parametrize("steps", [1, 2, 3, 399, 400])
 def test_tables_are_finite_and_end_on_x_start(sampler, steps):
     schedule = Schedule(schedules.make_betas("sigmoid", 400))
-    plan = samplers.sampler_table(schedule, "pred_v", sampler, steps, 0.7)
+    plan = table_of(sampler, steps, "pred_v", 0.7, schedule=schedule)
     assert plan.table.shape == (len(plan.times), 6) and plan.table.dtype == torch.float64
     assert torch.isfinite(plan.table).all()
     # A sampler of higher order may call the network at a timestep more than once.
@@ -132,7 +138,7 @@ def test_diffusers_agrees_on_dpmpp_2m():
     """diffusers' DPMSolverMultistepScheduler on the same model and timesteps ends at the same images."""
     from diffusers import DPMSolverMultistepScheduler
 
-    plan = samplers.sampler_table(SCHEDULE, "pred_x0", "dpmpp_2m", 12)
+    plan = table_of("dpmpp_2m", 12)
     model = exact_model("pred_x0")
     theirs = DPMSolverMultistepScheduler(
         num_train_timesteps=TIMESTEPS,
@@ -159,17 +165,16 @@ def euler(monkeypatch):
     monkeypatch.setattr(samplers, "SAMPLERS", dict(samplers.SAMPLERS))
 
     @samplers.sampler("euler")
-    def rows(schedule, times, eta):
-        now, after = samplers.alphas_cumprod_of_steps(schedule, times)
-        sigma_now, sigma_after = ((1 - a).sqrt() / a.sqrt() for a in (now, after))
-        s = sigma_after / sigma_now * (after / now).sqrt()
-        r = after.sqrt() * (1 - sigma_after / sigma_now)
-        return samplers.Rows(times, r, s, torch.zeros_like(r), torch.zeros_like(r))
+    def rows(walk):
+        now, after = walk.now, walk.after
+        s = after.sigma / now.sigma * (after.a / now.a)
+        r = after.a * (1 - after.sigma / now.sigma)
+        return samplers.Rows(now, r, s, torch.zeros_like(r), torch.zeros_like(r))
 
 
 def test_a_sampler_is_one_function(euler):
     """It is sampled by name, in few steps and many, and is DDIM with η = 0 in other words."""
-    ours, ddim = (samplers.sampler_table(SCHEDULE, "pred_v", name, 25) for name in ("euler", "ddim"))
+    ours, ddim = (table_of(name, 25, "pred_v", spacing="own") for name in ("euler", "ddim"))
     torch.testing.assert_close(ours.table, ddim.table, rtol=1e-9, atol=1e-12)
     network = Unet(8, dim_mults=(1, 2))
     images = [

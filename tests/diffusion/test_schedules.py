@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ddpm_fast.diffusion import samplers, schedules
+from ddpm_fast.diffusion.levels import TARGETS
 from ddpm_fast.diffusion.schedules import Schedule
 
 
@@ -77,12 +78,17 @@ def test_min_snr_weights():
         (lambda: schedules.make_betas("linear", 0), "timesteps must be a positive int"),
         (lambda: schedules.make_betas("linear", 10.5), "timesteps must be a positive int, got 10.5"),
         (lambda: Schedule(schedules.make_betas("linear", 10)), r"betas in \(0, 1\).*at least 21 timesteps"),
-        (lambda: samplers.sampling_times(10, 11), r"sampling_timesteps must be in \[1, timesteps = 10\], got 11"),
+        (
+            lambda: samplers.check_steps(Schedule(schedules.make_betas("cosine", 10)), 11),
+            r"sampling_timesteps must be in \[1, timesteps = 10\], got 11",
+        ),
         (lambda: schedules.check_objective("pred_eps"), "objective must be one of"),
         (lambda: samplers.check_sampler("euler"), "sampler must be one of ddpm, ddim, dpmpp_2m"),
         (
-            lambda: samplers.sampler_table(Schedule(schedules.make_betas("cosine", 9)), "pred_v", "ddim", 3, -1.0),
-            "ddim_sampling_eta must be finite and at least 0",
+            lambda: samplers.sampler_table(
+                Schedule(schedules.make_betas("cosine", 9)), TARGETS["pred_v"], "ddim", 3, options={"eta": -1.0}
+            ),
+            "eta must be finite and at least 0",
         ),
     ],
 )
