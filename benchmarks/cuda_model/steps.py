@@ -69,7 +69,7 @@ def record_training(
 
 def make_sampling_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> Callable[[], None]:
     """A function that does the work of one replay of a sampling step; call it in `sampling_mode` of that dtype."""
-    plan = diffusion._plan("ddpm", diffusion.num_timesteps)
+    plan = diffusion._plan("ddpm", diffusion.num_timesteps, "own")
     with torch.no_grad():
         x = torch.zeros((batch, diffusion.channels, *diffusion.image_size), device=diffusion.device)
         options = {"keeps_x_start": plan.uses_x_start_previous, "self_condition": False, "start_index": 0}

@@ -1,30 +1,63 @@
-"""The process around a network: schedule, tables, conversions between noise, x0 and v, predictions, draws, checks."""
+"""What every diffusion process shares: a network, levels of noise, the training loss, sampling, and checks.
+
+A process says its levels (`noise_scale`), what its network gives (`target`), the times of a training step
+(`random_times`) and the rows of the ops' tables for them (`_rows`). The rest is here.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import namedtuple
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from ddpm_fast import noise as noise_function
-from ddpm_fast.diffusion import samplers, schedules
-from ddpm_fast.diffusion.levels import TARGETS
+from ddpm_fast.diffusion import samplers, sampling, spacings
+from ddpm_fast.diffusion.levels import NoiseScale, Target
 from ddpm_fast.diffusion.samplers import SamplerTable
-from ddpm_fast.diffusion.schedules import Schedule
+from ddpm_fast.diffusion.sampling import SamplingRun, sample_loop
+from ddpm_fast.diffusion.weightings import UncertaintyWeight
+from ddpm_fast.models.derived_weights import free_inference_weights
+from ddpm_fast.noise import Noise
 from ddpm_fast.ops.common.tables import lookup
+from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.ops.noise.op import normal
-from ddpm_fast.runtime.autocast import call_model
-from ddpm_fast.runtime.plain import as_int, as_number, as_size, plain
+from ddpm_fast.runtime.autocast import autocast_dtype, call_model, narrow_dtype, uncached_autocast
+from ddpm_fast.runtime.plain import as_number, as_size
 from ddpm_fast.runtime.recording import GraphCache
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+_Process = TypeVar("_Process", bound="DiffusionProcess")
 
-ModelPrediction = namedtuple("ModelPrediction", ["pred_noise", "pred_x_start"])
+# Name of a process, as checkpoints and the command line have it → its class.
+PROCESSES: dict[str, type[DiffusionProcess]] = {}
+
+
+def process(name: str) -> Callable[[type[_Process]], type[_Process]]:
+    """Register a class as the process `name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(cls: type[_Process]) -> type[_Process]:
+        if name in PROCESSES:
+            raise ValueError(f"a process of the name {name!r} is registered already")
+        PROCESSES[name] = cls
+        cls.process_name = name
+        if cls.__module__.startswith(f"{__package__}."):
+            for base in cls.__mro__[: cls.__mro__.index(DiffusionProcess) + 1]:
+                for attribute, value in vars(base).items():
+                    _ORIGINALS.setdefault(attribute, []).append(value)
+        return cls
+
+    return register
+
+
+# The methods of this package's processes by name, as their modules define them: a class may be patched, too.
+_ORIGINALS: dict[str, list[Any]] = {}
 
 
 def normalize_to_neg_one_to_one(img: torch.Tensor) -> torch.Tensor:
@@ -51,289 +84,521 @@ def as_floats(images: torch.Tensor, flip: torch.Tensor | None = None) -> torch.T
     return images
 
 
-def extract(a: torch.Tensor, t: torch.Tensor, x_shape: Sequence[int]) -> torch.Tensor:
-    """a[t], shaped (B, 1, ..., 1) to broadcast over x_shape; NaN for a t outside a."""
-    return lookup(a[:, None], t).reshape(t.shape[0], *(1,) * (len(x_shape) - 1))
+class TrainingRows(NamedTuple):
+    """What a training step reads of a process.
+
+    Args:
+        of_images: (B,) int64, the rows of the images in the tables.
+        forward_table: (N, 2), columns a, b of x_t = a·x0 + b·ε.
+        loss_table: (N, 3), columns c, d, w of w · mean((out − (c·ε + d·x0))²).
+        times: (B,), what the network is told.
+    """
+
+    of_images: torch.Tensor
+    forward_table: torch.Tensor
+    loss_table: torch.Tensor
+    times: torch.Tensor
 
 
 class DiffusionProcess(nn.Module):
-    """A model, the schedule, and what follows from both: buffers, tables, conversions, predictions, checks.
+    """A network and a process around it; the base of them all.
 
-    The arguments are those of `GaussianDiffusion`.
+    Args:
+        model: takes (x, t, x_self_cond).
+        image_size: one int, or (height, width).
+        channels: of the images; the model's if None.
+        auto_normalize: images are in [0, 1] outside and [−1, 1] inside; without it they are taken as they are.
+        offset_noise_strength: adds one normal number per channel to the noise, 0.1 is usual.
+        immiscible: assign noise to images by distance within the batch (Li et al. 2024).
+        uncertainty_weighting: learn a weight per level of noise beside the network (EDM2).
+        sampler, spacing, sampler_options: how `sample` walks, where it is not told otherwise.
+        sampling_timesteps: steps of that walk.
+        clip_x_start: estimates of x0 are clipped to [−1, 1] in every step of sampling.
+        config: the arguments of the process, plain values, for checkpoints.
     """
 
-    model: Any  # called as model(x, t, x_self_cond), with channels, out_dim and self_condition
+    # Where the network is, for state dicts as upstream's.
+    network_name = "model"
+    process_name: str
+    # The sampler where none is asked for.
+    default_sampler = "dpmpp_2m"
+
     channels: int
     self_condition: bool
-    # Upstream's buffers, (T,) float32.
-    betas: torch.Tensor
-    alphas_cumprod: torch.Tensor
-    alphas_cumprod_prev: torch.Tensor
-    sqrt_alphas_cumprod: torch.Tensor
-    sqrt_one_minus_alphas_cumprod: torch.Tensor
-    log_one_minus_alphas_cumprod: torch.Tensor
-    sqrt_recip_alphas_cumprod: torch.Tensor
-    sqrt_recipm1_alphas_cumprod: torch.Tensor
-    posterior_variance: torch.Tensor
-    posterior_log_variance_clipped: torch.Tensor
-    posterior_mean_coef1: torch.Tensor
-    posterior_mean_coef2: torch.Tensor
-    loss_weight: torch.Tensor
-    # Tables of the ops.
-    forward_table: torch.Tensor  # (T, 2)
-    loss_table: torch.Tensor  # (T, 3)
 
     def __init__(
         self,
         model: nn.Module,
         *,
         image_size: int | Sequence[int],
-        timesteps: int = 1000,
-        sampling_timesteps: int | None = None,
-        objective: str = "pred_v",
-        beta_schedule: str = "sigmoid",
-        schedule_fn_kwargs: dict | None = None,
-        ddim_sampling_eta: float = 0.0,
-        auto_normalize: bool = True,
-        offset_noise_strength: float = 0.0,
-        min_snr_loss_weight: bool = False,
-        min_snr_gamma: float = 5,
-        immiscible: bool = False,
-        sampler: str | None = None,
+        channels: int | None,
+        auto_normalize: bool,
+        offset_noise_strength: float,
+        immiscible: bool,
+        uncertainty_weighting: bool,
+        sampler: str | None,
+        spacing: str | Sequence[float] | None,
+        sampler_options: Mapping[str, float] | None,
+        sampling_timesteps: int,
+        clip_x_start: bool,
+        config: dict[str, Any],
     ):
         super().__init__()
-        timesteps = as_int("timesteps", timesteps)
-        sampling_timesteps = None if sampling_timesteps is None else as_int("sampling_timesteps", sampling_timesteps)
-        schedule_fn_kwargs = dict(plain("schedule_fn_kwargs", schedule_fn_kwargs or {}))
-        ddim_sampling_eta = as_number("ddim_sampling_eta", ddim_sampling_eta)
-        if not (math.isfinite(ddim_sampling_eta) and ddim_sampling_eta >= 0):
-            raise ValueError(f"ddim_sampling_eta must be finite and at least 0, got {ddim_sampling_eta}")
-        offset_noise_strength = as_number("offset_noise_strength", offset_noise_strength)
-        min_snr_gamma = as_number("min_snr_gamma", min_snr_gamma)
-        objective, beta_schedule = plain("objective", objective), plain("beta_schedule", beta_schedule)
-        sampler, auto_normalize = plain("sampler", sampler), plain("auto_normalize", auto_normalize)
-        immiscible = plain("immiscible", immiscible)
-        min_snr_loss_weight = plain("min_snr_loss_weight", min_snr_loss_weight)
-        schedules.check_objective(objective)
+        setattr(self, self.network_name, model)
+        own_channels = getattr(model, "channels", channels)
+        if own_channels is None:
+            raise TypeError("channels must be given for a model without an attribute `channels`")
+        if channels is not None and channels != own_channels:
+            raise ValueError(f"channels must be the model's, {own_channels}, got {channels}")
+        self.channels = own_channels
+        self.self_condition = getattr(model, "self_condition", False)
+        self.image_size = as_size("image_size", image_size)
+        self.offset_noise_strength = as_number("offset_noise_strength", offset_noise_strength)
+        self.immiscible = immiscible
+        self.sampler, self.spacing = sampler, spacing
+        self.sampler_options = dict(sampler_options or {})
+        self.sampling_timesteps = sampling_timesteps
+        self.clip_x_start = clip_x_start
         if sampler is not None:
             samplers.check_sampler(sampler)
-        self._check_model(model)
-
-        self.model = model
-        self.channels = self.model.channels
-        self.self_condition = self.model.self_condition
-        self.image_size = as_size("image_size", image_size)
-        self.objective = objective
-        self.config = dict(
-            image_size=list(self.image_size),
-            timesteps=timesteps,
-            sampling_timesteps=sampling_timesteps,
-            objective=objective,
-            beta_schedule=beta_schedule,
-            schedule_fn_kwargs=schedule_fn_kwargs,
-            ddim_sampling_eta=ddim_sampling_eta,
-            auto_normalize=auto_normalize,
-            offset_noise_strength=offset_noise_strength,
-            min_snr_loss_weight=min_snr_loss_weight,
-            min_snr_gamma=min_snr_gamma,
-            immiscible=immiscible,
-            sampler=sampler,
-        )
-
-        schedule = Schedule(schedules.make_betas(beta_schedule, timesteps, **schedule_fn_kwargs))
-        self.num_timesteps = schedule.num_timesteps
-        self.sampling_timesteps = self.num_timesteps if sampling_timesteps is None else sampling_timesteps
-        samplers.check_steps(schedule, self.sampling_timesteps)
-        self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
-        self.ddim_sampling_eta = ddim_sampling_eta
-        self.sampler = sampler
-        self.immiscible = immiscible
-        self.offset_noise_strength = offset_noise_strength
-
-        device = torch.get_default_device()
-        for name, value in schedule.buffers().items():
-            self.register_buffer(name, value.to(device=device, dtype=torch.float32))
-        weight = schedules.loss_weight(schedule, objective, min_snr_gamma if min_snr_loss_weight else None)
-        self._made_loss_weight = weight  # (T,) float64 on the CPU
-        self.register_buffer("loss_weight", weight.to(device=device, dtype=torch.float32))
-
-        # Tables of the ops; the state dict stays upstream's.
-        self.register_buffer("forward_table", None, persistent=False)
-        self.register_buffer("loss_table", None, persistent=False)
-        self._use_schedule(schedule)
-
+            samplers.check_options(sampler, self.sampler_options)
+        elif self.sampler_options:
+            raise TypeError("sampler_options must be None where sampler is")
+        if isinstance(spacing, str):
+            spacings.check_spacing(spacing)
+        self.config = {**config, "image_size": list(self.image_size)}
+        self.uncertainty = UncertaintyWeight() if uncertainty_weighting else None
+        self._plans: dict[tuple, SamplerTable] = {}
         self.graphs = GraphCache()
         self.normalize = normalize_to_neg_one_to_one if auto_normalize else identity
         self.unnormalize = unnormalize_to_zero_to_one if auto_normalize else identity
 
-    # the schedule
+    # what a process says of itself
 
-    def _use_schedule(self, schedule: Schedule) -> None:
-        """Build everything that follows from the schedule and is not in the state dict."""
-        self._schedule = schedule
-        self._plans: dict[tuple, SamplerTable] = {}
-        weight = self._made_loss_weight if self.loss_weight.is_meta else self.loss_weight
-        tables = {
-            "forward_table": schedules.forward_table(schedule),
-            "loss_table": schedules.loss_table(schedule, self.objective, weight),
-        }
-        for name, table in tables.items():
-            present = getattr(self, name)
-            if present is not None and present.shape == table.shape and present.device == self.betas.device:
-                present.copy_(table)  # where it is: recordings know it by its place
-            else:
-                setattr(self, name, table.to(device=self.betas.device, dtype=torch.float32))
-        self._tie_loss_weight()
+    @property
+    def noise_scale(self) -> NoiseScale:
+        """The levels of noise as functions of time."""
+        raise NotImplementedError
 
-    def _tie_loss_weight(self) -> None:
-        """Make the buffer loss_weight the third column of the loss's table, so that a write to it reaches the loss."""
-        self._tied_weight = self._buffers["loss_weight"] = self.loss_table[:, 2]
+    @property
+    def target(self) -> Target:
+        """What the network gives."""
+        raise NotImplementedError
 
-    def _current_loss_table(self) -> torch.Tensor:
-        """The table of the loss, (T, 3), with the loss_weight of now, which a user may have replaced."""
-        weight = self._buffers["loss_weight"]
-        if weight is None or weight is self._tied_weight:
-            return self.loss_table
-        if weight.shape != self.loss_table.shape[:1]:
-            raise ValueError(f"loss_weight must have shape ({self.num_timesteps},), got {tuple(weight.shape)}")
-        c, d, _ = self.loss_table.unbind(1)
-        return torch.stack((c, d, weight.to(self.loss_table)), dim=1)
+    def random_times(self, batch_size: int) -> torch.Tensor:
+        """(B,) the times of a training step."""
+        raise NotImplementedError
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Upstream's buffers: loss_weight is contiguous in files."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}loss_weight"] = destination[f"{prefix}loss_weight"].contiguous()
+    def _check_times(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Times as the process takes them, one per image; raises where they do not fit."""
+        raise NotImplementedError
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Follow the loaded buffers, which may be of another schedule or loss weight than the constructor's."""
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.betas.is_meta:
-            return
-        betas = self.betas.detach().cpu()
-        same = torch.equal(betas.float(), self._schedule.betas.float())
-        self._use_schedule(self._schedule if same else Schedule(betas.double()))
+    def _rows(self, t: torch.Tensor) -> TrainingRows:
+        """The rows of tables for times that fit."""
+        raise NotImplementedError
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Moves and casts, of which the schedule takes no narrowing: half a network still needs float32 tables."""
-        before = dict(self._buffers)
-        was_meta = any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
-        super()._apply(fn, recurse)
-        for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
-                kept = before[name]
-                self._buffers[name] = None if kept is None else kept.to(buffer.device)
-        if was_meta and not self.betas.is_meta:  # `to_empty`: numbers that follow from the arguments
-            self._fill_buffers()
-        elif before["loss_weight"] is self._tied_weight:
-            self._tie_loss_weight()
-        return self
+    def _estimate(self, x: torch.Tensor, t: torch.Tensor, rows: TrainingRows) -> torch.Tensor:
+        """x0 as the network estimates it from x, shape of x; for self-conditioning."""
+        raise NotImplementedError
 
-    def _fill_buffers(self) -> None:
-        """Write the schedule's numbers into the buffers, which memory that was never written holds."""
-        for name, value in self._schedule.buffers().items():
-            getattr(self, name).copy_(value)
-        weight = self._made_loss_weight.to(self.betas)
-        self.loss_table = torch.zeros_like(self.loss_table)
-        self._buffers["loss_weight"] = weight
-        self._use_schedule(self._schedule)
+    # sampling
 
-    def _plan(self, sampler: str, sampling_timesteps: int) -> SamplerTable:
-        """The sampler's table for the settings of now: they are plain attributes, which users change."""
-        samplers.check_sampler(sampler)
-        takes_eta = "eta" in samplers.SAMPLERS[sampler].options
-        options = {"eta": float(self.ddim_sampling_eta)} if takes_eta else {}
-        key = (sampler, sampling_timesteps, *options.values(), self.objective)
-        if key not in self._plans:
-            schedules.check_objective(self.objective)
-            self._plans[key] = samplers.sampler_table(
-                self._schedule, TARGETS[self.objective], sampler, sampling_timesteps, options=options
-            )
-        return self._plans[key]
+    @property
+    def network(self) -> Any:
+        return getattr(self, self.network_name)
 
     @property
     def device(self) -> torch.device:
-        return self.betas.device
+        return next((p.device for p in self.network.parameters()), torch.device("cpu"))
 
-    # conversions between noise, x0 and v
-
-    def predict_start_from_noise(self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """x0 from x_t and ε (Ho et al. 2020, eq. 4 solved for x0)."""
-        return (
-            extract(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
-            - extract(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * noise
-        )
-
-    def predict_noise_from_start(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        """ε from x_t and x0 (Ho et al. 2020, eq. 4 solved for ε)."""
-        return (extract(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t - x0) / extract(
-            self.sqrt_recipm1_alphas_cumprod, t, x_t.shape
-        )
-
-    def predict_v(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """v = √ᾱ ε − √(1 − ᾱ) x0 (Salimans & Ho 2022, appendix D)."""
-        return (
-            extract(self.sqrt_alphas_cumprod, t, x_start.shape) * noise
-            - extract(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * x_start
-        )
-
-    def predict_start_from_v(self, x_t: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """x0 = √ᾱ x_t − √(1 − ᾱ) v (Salimans & Ho 2022, appendix D)."""
-        return (
-            extract(self.sqrt_alphas_cumprod, t, x_t.shape) * x_t
-            - extract(self.sqrt_one_minus_alphas_cumprod, t, x_t.shape) * v
-        )
-
-    def q_posterior(
-        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean, variance and clipped log variance of q(x_{t−1} | x_t, x0) (Ho et al. 2020, eq. 6 and 7)."""
-        mean = (
-            extract(self.posterior_mean_coef1, t, x_t.shape) * x_start
-            + extract(self.posterior_mean_coef2, t, x_t.shape) * x_t
-        )
-        variance = extract(self.posterior_variance, t, x_t.shape)
-        log_variance_clipped = extract(self.posterior_log_variance_clipped, t, x_t.shape)
-        return mean, variance, log_variance_clipped
-
-    # predictions
-
-    def model_predictions(
+    def sample(
         self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        x_self_cond: torch.Tensor | None = None,
-        clip_x_start: bool = False,
-        rederive_pred_noise: bool = False,
-    ) -> ModelPrediction:
-        """The model's output as (pred_noise, pred_x_start), each (B, C, H, W).
+        batch_size: int = 16,
+        return_all_timesteps: bool = False,
+        *,
+        sampler: str | None = None,
+        sampling_timesteps: int | None = None,
+        spacing: str | Sequence[float] | None = None,
+        sampler_options: Mapping[str, float] | None = None,
+        clip_x_start: bool | None = None,
+        seed: int | torch.Tensor | None = None,
+        start_index: int = 0,
+        progress: bool = True,
+        graph: bool | None = None,
+    ) -> torch.Tensor:
+        """Images from noise.
 
-        `rederive_pred_noise` makes the noise agree with a clipped x0; pred_x0 and pred_v always do.
+        Args:
+            batch_size: B.
+            return_all_timesteps: also every intermediate state, from the noise on.
+            sampler, sampling_timesteps, spacing, sampler_options: how to walk; None is the attribute of that name.
+            clip_x_start: clip estimates of x0 to [−1, 1] in every step; None is the attribute.
+            seed: 64-bit seed of the noise; None draws one from torch's generator, so `torch.manual_seed` fixes it.
+            start_index: index of the first image: `sample(6, seed=7)` is `sample(2, seed=7)` followed by
+                `sample(4, seed=7, start_index=2)`.
+            progress: show a progress bar.
+            graph: record a step (as a CUDA graph, on the CPU as a tape of operator calls) and replay it; the result is
+                the same. None does so where it can (`explain_graphs` says why not), True raises where it cannot, False
+                never does. CUDA graphs are kept: what Python changes in the model besides its weights, settings of
+                torch and train/eval needs `clear_graphs`.
+
+        Returns:
+            (B, C, H, W) float32 in [0, 1] with `auto_normalize`; (B, N + 1, C, H, W) with `return_all_timesteps`, N
+            being the sampler's network calls.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, named in one sentence.
         """
-        output = call_model(self.model, x, t, x_self_cond)
-        if self.objective == "pred_noise":
-            x_start = self.predict_start_from_noise(x, t, output)
-        elif self.objective == "pred_x0":
-            x_start = output
-        else:
-            x_start = self.predict_start_from_v(x, t, output)
-        if clip_x_start:
-            x_start = x_start.clamp(-1.0, 1.0)
-        if self.objective == "pred_noise" and not (clip_x_start and rederive_pred_noise):
-            return ModelPrediction(output, x_start)
-        return ModelPrediction(self.predict_noise_from_start(x, t, x_start), x_start)
+        shape = self._shape(batch_size)
+        plan = self._plan(sampler, sampling_timesteps, spacing, sampler_options)
+        clip = self.clip_x_start if clip_x_start is None else clip_x_start
+        run = {"start_index": start_index, "progress": progress, "graph": graph, "clip_x_start": clip}
+        return self._sample(plan, shape, return_all_timesteps, seed, **run)
 
-    def p_mean_variance(
+    def _shape(self, batch_size: int) -> tuple[int, ...]:
+        if self.image_size is None:
+            raise ValueError(
+                "image_size is not known, since the loaded checkpoint does not record it: set "
+                "diffusion.image_size = (height, width), or pass image_size= to load_checkpoint"
+            )
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"batch_size must be an int of at least 0, got {batch_size!r}")
+        return (batch_size, self.channels, *self.image_size)
+
+    def _plan(
         self,
+        sampler: str | None = None,
+        sampling_timesteps: int | None = None,
+        spacing: str | Sequence[float] | None = None,
+        options: Mapping[str, float] | None = None,
+    ) -> SamplerTable:
+        """The sampler's table; what is None is the attribute of now, which users change."""
+        if options is None:
+            options = self.sampler_options if sampler in (None, self.sampler) else {}
+        sampler = sampler or self.sampler or self.default_sampler
+        samplers.check_sampler(sampler)
+        options = {**self._default_options(sampler), **options}
+        steps = self.sampling_timesteps if sampling_timesteps is None else sampling_timesteps
+        spacing = self.spacing if spacing is None else spacing
+        spacing = spacing if spacing is None or isinstance(spacing, str) else tuple(spacing)
+        key = (sampler, steps, spacing, tuple(sorted(options.items())), *self._plan_key())
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(sampler, steps, spacing, options)
+        return self._plans[key]
+
+    def _default_options(self, sampler: str) -> dict[str, float]:
+        """Options that the process gives a sampler where the caller does not."""
+        return {}
+
+    def _plan_key(self) -> tuple:
+        """The settings that tables of samplers depend on."""
+        return ()
+
+    def _make_plan(
+        self, sampler: str, steps: int, spacing: str | Sequence[float] | None, options: Mapping[str, float]
+    ) -> SamplerTable:
+        return samplers.sampler_table(self.noise_scale, self.target, sampler, steps, spacing=spacing, options=options)
+
+    def explain_graphs(self, batch_size: int = 16) -> str:
+        """Whether `sample(batch_size)` replays a recorded step now, and if not, why; one sentence."""
+        x = torch.empty((batch_size, self.channels, 1, 1), device=self.device)
+        reason = self._why_not_recorded(self._plan().sampler, x, False)
+        if reason is not None:
+            return f"sampling runs step by step: {reason}"
+        recorder = self.graphs.recorder_on(self.device)
+        if not recorder.is_kept:
+            return f"sampling replays {recorder.what}; every run makes one"
+        return f"sampling replays {recorder.what}; {len(self.graphs)} are kept, {self.graphs.limit} at most"
+
+    def clear_graphs(self) -> None:
+        """Drop recorded graphs and the memory they hold, derived weights included; the next `sample` records again."""
+        self.graphs.clear()
+        free_inference_weights(self.network)
+
+    def _sample(
+        self,
+        plan: SamplerTable,
+        shape: Sequence[int],
+        return_all_timesteps: bool = False,
+        seed: int | torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Images from noise; `options` are of `SamplingRun`."""
+        run = SamplingRun(plan, self._seed(seed), **{"clip_x_start": self.clip_x_start, **options})
+        x = normal(
+            shape, seed=run.seed, stream=noise_function.STREAM_INITIAL, start_index=run.start_index, device=self.device
+        )
+        if plan.first_scale != 1.0:
+            x *= plan.first_scale
+        if return_all_timesteps:
+            states = x.new_empty(x.shape[0], len(run.plan.times) + 1, *x.shape[1:])  # (B, N + 1, C, H, W)
+            unwritten = iter(states.unbind(1))
+            on_step = run.on_step = lambda state: next(unwritten).copy_(state)
+            on_step(x)
+        x = self._denoise(x, run)
+        with torch.inference_mode():
+            result = self.unnormalize(states if return_all_timesteps else self._clipped(x, run))
+        return result.clone()  # outside inference mode: an ordinary tensor, which may be trained on
+
+    def _clipped(self, x: torch.Tensor, run: SamplingRun) -> torch.Tensor:
+        """Images in their range, in which clipped estimates of x0 are already."""
+        is_inside = run.clip_x_start and run.plan.ends_on_x_start
+        return x if is_inside or self.normalize is identity else x.clamp(-1.0, 1.0)
+
+    def _denoise(self, x: torch.Tensor, run: SamplingRun) -> torch.Tensor:
+        """Walk along the run's table."""
+        reason = self._check_recording(x, run)
+        with self.graphs.try_lock(x.device) if reason is None else nullcontext(False) as locked:
+            return sample_loop(
+                self.network,
+                x,
+                run,
+                self_condition=self.self_condition,
+                cache=self.graphs if locked else None,
+            )
+
+    def _check_recording(self, x: torch.Tensor, run: SamplingRun) -> str | None:
+        """Why the run's steps are not recorded; raises where they have to be."""
+        if run.graph is False:
+            return "it was not asked for"
+        reason = self._why_not_recorded(run.plan.sampler, x, bool(run.graph))
+        if run.graph and reason is not None:
+            raise RuntimeError(f"graph=True, and a graph cannot replace the steps: {reason}")
+        return reason
+
+    def _why_not_recorded(self, sampler: str, x: torch.Tensor, any_module: bool) -> str | None:
+        """Why steps on x cannot be recorded, in one clause; None where they can."""
+        if torch.compiler.is_compiling():
+            return "sampling is being compiled"
+        return sampling.why_not_recorded(
+            self.network, x, self.graphs, self_condition=self.self_condition, any_module=any_module
+        )
+
+    def _seed(self, seed: int | torch.Tensor | None) -> torch.Tensor:
+        if seed is None:
+            return noise_function.draw_seed(self.device)
+        return noise_function.seed_tensor(seed, self.device)
+
+    def interpolate(
+        self,
+        x1: torch.Tensor,
+        x2: torch.Tensor,
+        t: float | None = None,
+        lam: float = 0.5,
+        *,
+        seed: int | torch.Tensor | None = None,
+        start_index: int = 0,
+        progress: bool = True,
+        graph: bool | None = None,
+    ) -> torch.Tensor:
+        """Images between x1 and x2: both are noised to t, mixed, and denoised from t on (Ho et al. 2020, section 4.2).
+
+        Args:
+            x1, x2: (B, C, H, W) images, in [0, 1] with `auto_normalize`.
+            t: a time of the process; that of the most noise if None.
+            lam: 0 gives x1's side, 1 gives x2's.
+            seed, start_index, progress, graph: as in `sample`.
+
+        Returns:
+            (B, C, H, W) images in the range of x1.
+        """
+        if x1.shape != x2.shape:
+            raise ValueError(f"x2 must have x1's shape {tuple(x1.shape)}, got {tuple(x2.shape)}")
+        self._check_images("x1", x1)
+        self._check_images("x2", x2)
+        plan = self._interpolation_plan(t)
+        seed = self._seed(seed)
+        noised = []
+        for image, stream in (
+            (x1, noise_function.STREAM_TRAINING),
+            (x2, noise_function.STREAM_INTERPOLATE),
+        ):
+            noise = normal(image.shape, seed=seed, stream=stream, start_index=start_index, device=image.device)
+            with torch.inference_mode():
+                noised.append(self._noised_to(self.normalize(image.float()), t, noise))
+        x = ((1 - lam) * noised[0] + lam * noised[1]).contiguous()
+        run = SamplingRun(plan, seed, start_index, progress=progress, graph=graph, clip_x_start=self.clip_x_start)
+        run.first_step, run.desc = self._interpolation_start(plan, t), "interpolation sample time step"
+        x = self._denoise(x, run)
+        with torch.inference_mode():
+            result = self.unnormalize(self._clipped(x, run))
+        return result.clone()
+
+    def _interpolation_plan(self, t: float | None) -> SamplerTable:
+        """Ancestral sampling from t on."""
+        scale = self.noise_scale
+        first = scale.first if t is None else as_number("t", t, *sorted((scale.first, scale.last)))
+        times = scale.own_times(self.sampling_timesteps)
+        later = times[times > first] if scale.last > scale.first else times[times < first]
+        return self._make_plan("ddpm", self.sampling_timesteps, (first, *later.tolist()), {})
+
+    def _interpolation_start(self, plan: SamplerTable, t: float | None) -> int:
+        return 0
+
+    def _noised_to(self, x_start: torch.Tensor, t: float | None, noise: torch.Tensor) -> torch.Tensor:
+        """Normalised images at time t."""
+        time = torch.full((), self.noise_scale.first if t is None else t, device=x_start.device)
+        rows = self._rows(time.expand(x_start.shape[0]))
+        return q_sample(x_start, rows.of_images, rows.forward_table, noise)
+
+    # training
+
+    def _can_fuse_noise(self) -> bool:
+        """True if fresh ε may stay a seed: nobody but the ops looks at it."""
+        return not self.assigns_noise
+
+    def _noise(self, x_start: torch.Tensor, noise: torch.Tensor | None, offset_noise_strength: float) -> Noise:
+        """ε of a training step: as given, or fresh, with its offset."""
+        if noise is None and self._can_fuse_noise():
+            return Noise(None, noise_function.draw_seed(x_start.device), offset_noise_strength)
+        if noise is None:
+            return Noise(self.training_noise(x_start, offset_noise_strength))
+        if noise.shape != x_start.shape or noise.device != x_start.device:
+            raise ValueError(
+                f"noise must have x_start's shape {tuple(x_start.shape)} and device {x_start.device}, "
+                f"got {tuple(noise.shape)} on {noise.device}"
+            )
+        if offset_noise_strength > 0:
+            noise = self._offset(noise, offset_noise_strength, noise_function.draw_seed(noise.device))
+        return Noise(noise)
+
+    def _network_input(self, x_start: torch.Tensor) -> dict:
+        """Options of q_sample for x_t that the network reads; {} leaves dtype and memory format as they are.
+
+        Autocast would cast the input of a network that begins with a convolution at once. With self-conditioning x_t is
+        read by the conversion to x0 as well, and keeps its dtype.
+        """
+        if not getattr(self.network, "begins_with_convolution", False):
+            return {}
+        dtype = torch.promote_types(x_start.dtype, torch.float32) if self._reads_x_t() else narrow_dtype(self.network)
+        return {"for_network": True, "dtype": dtype}
+
+    def _reads_x_t(self) -> bool:
+        """True if something besides the network reads x_t in training."""
+        return self.self_condition
+
+    def p_losses(
+        self,
+        x_start: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        offset_noise_strength: float | None = None,
+        loss_reduction: str = "mean",
+        *,
+        self_conditioned: bool | None = None,
+    ) -> torch.Tensor:
+        """The weighted squared error of the network's output.
+
+        Args:
+            x_start: (B, C, H, W), normalised.
+            t: (B,) times, as `random_times` gives them.
+            noise: ε, shape of x_start; fresh if None.
+            offset_noise_strength: the constructor's if None.
+            loss_reduction: "mean", a scalar, or "none", (B,).
+            self_conditioned: whether the network sees a first estimate of x0; None draws it.
+        """
+        self._check_images("x_start", x_start, sized=False)
+        return self._losses(x_start, t, noise, offset_noise_strength, loss_reduction, self_conditioned)
+
+    def _losses(
+        self,
+        x_start: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        offset_noise_strength: float | None = None,
+        loss_reduction: str = "mean",
+        self_conditioned: bool | None = None,
+        *,
+        normalize: bool = False,
+        flip: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`p_losses` of images that the ops still mirror and, where they are bytes, divide by 255 and normalise."""
+        if loss_reduction not in ("mean", "none"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'none', got {loss_reduction!r}")
+        t = self._check_times(t, x_start)
+        options: dict[str, Any] = {"normalize": normalize, "flip": flip}
+        strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
+        drawn = self._noise(x_start, noise, strength)
+        rows = self._rows(t)
+        x = self._noised(x_start, t, rows, drawn, options)
+        x_self_cond = None
+        if self.draw_self_condition() if self_conditioned is None else self_conditioned:
+            with torch.no_grad(), uncached_autocast(x.device, autocast_dtype(x.device.type)):
+                x_self_cond = self._estimate(x, t, rows)
+        model_output = call_model(self.network, x, rows.times, x_self_cond)
+        loss = self._errors(model_output, x_start, x, t, rows, drawn, options)
+        if self.uncertainty is not None:
+            a, b = lookup(rows.forward_table, rows.of_images).unbind(1)
+            loss = self.uncertainty(loss, torch.log(b) - torch.log(a))
+        return loss if loss_reduction == "none" else loss.mean()
+
+    def _noised(
+        self, x_start: torch.Tensor, t: torch.Tensor, rows: TrainingRows, drawn: Noise, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """x_t, as the network reads it."""
+        return q_sample(x_start, rows.of_images, rows.forward_table, drawn, **options, **self._network_input(x_start))
+
+    def _errors(
+        self,
+        model_output: torch.Tensor,
+        x_start: torch.Tensor,
         x: torch.Tensor,
         t: torch.Tensor,
-        x_self_cond: torch.Tensor | None = None,
-        clip_denoised: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean, variance, clipped log variance of p(x_{t−1} | x_t) and the x0 behind them."""
-        x_start = self.model_predictions(x, t, x_self_cond).pred_x_start
-        if clip_denoised:
-            x_start = x_start.clamp(-1.0, 1.0)
-        return (*self.q_posterior(x_start=x_start, x_t=x, t=t), x_start)
+        rows: TrainingRows,
+        drawn: Noise,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """The loss of each image, (B,)."""
+        return diffusion_loss(model_output, x_start, rows.of_images, rows.loss_table, drawn, **options)
+
+    def forward(
+        self,
+        img: torch.Tensor,
+        *args: Any,
+        times: torch.Tensor | None = None,
+        loss_reduction: str = "mean",
+        flip: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The training loss of a batch of images, at random times unless `times` gives them.
+
+        Args:
+            img: (B, C, H, W) floating point, in [0, 1] with `auto_normalize`; or uint8, which stands for img/255.
+            times: (B,), as `random_times` gives them.
+            flip: (B,) bool or uint8: mirror these images left to right.
+            args, kwargs: of `p_losses`.
+
+        Raises:
+            TypeError, ValueError: an input does not fit, named in one sentence. NaN in images and t out of range are
+                seen on the CPU only; on CUDA looking would wait for the device, and they make the loss NaN.
+        """
+        self._check_images("img", img, bytes_too=True)
+        if flip is not None:
+            self._check_flip(flip, img)
+        times = self.random_times(img.shape[0]) if times is None else times
+        if self._shows_images():
+            x_start = self.normalize(as_floats(img, flip))
+            return self.p_losses(x_start, times, *args, loss_reduction=loss_reduction, **kwargs)  # type: ignore[misc]
+        # Bytes are read as they are by the ops, so that no float copy of the images is made.
+        is_bytes = img.dtype == torch.uint8
+        options: dict[str, Any] = {"flip": flip, "normalize": is_bytes and self.normalize is not identity}
+        x_start = img if is_bytes else self.normalize(img)
+        return self._losses(x_start, times, *args, loss_reduction=loss_reduction, **options, **kwargs)  # type: ignore[misc]
+
+    def _shows_images(self) -> bool:
+        """True if a method of the user's, or the assignment of noise, looks at the images of a training step."""
+        is_own_range = self.normalize in (normalize_to_neg_one_to_one, identity)
+        return self.assigns_noise or not is_own_range or self._has_own("p_losses")
+
+    @property
+    def takes_bytes(self) -> bool:
+        """True if `forward` is this package's and nobody listens to it: it then takes uint8 images and `flip`."""
+        return not (self._has_own("forward") or self._forward_hooks or self._forward_pre_hooks)
+
+    def _has_own(self, name: str) -> bool:
+        """True if a subclass, this object, or whoever patched the class has a method of its own."""
+        found = getattr(type(self), name)
+        return name in self.__dict__ or not any(found is original for original in _ORIGINALS[name])
 
     # what training draws
 
@@ -348,9 +613,17 @@ class DiffusionProcess(nn.Module):
         with needed_for("immiscible=True"):
             from scipy.optimize import linear_sum_assignment
 
-        distance = torch.cdist(x_start.flatten(1), noise.flatten(1))
-        _, assignment = linear_sum_assignment(distance.cpu())
+        _, assignment = linear_sum_assignment(self._distance(x_start, noise).cpu())
         return torch.from_numpy(assignment).to(x_start.device)
+
+    def _distance(self, x_start: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """(B, B) cost of giving an image a noise."""
+        return torch.cdist(x_start.flatten(1), noise.flatten(1))
+
+    @property
+    def assigns_noise(self) -> bool:
+        """True if each image's noise is chosen among the batch's, on the host."""
+        return self.immiscible
 
     def training_noise(self, x_start: torch.Tensor, offset_noise_strength: float = 0.0) -> torch.Tensor:
         """Fresh ε for x_start, offset and assigned to the images as configured."""
@@ -359,7 +632,7 @@ class DiffusionProcess(nn.Module):
         noise = normal(x_start.shape, stream=noise_function.STREAM_TRAINING, **kwargs)
         if offset_noise_strength > 0:
             noise = self._offset(noise, offset_noise_strength, seed)
-        if self.immiscible:
+        if self.assigns_noise:
             noise = noise[self.noise_assignment(x_start, noise)]
         return noise
 
@@ -378,18 +651,7 @@ class DiffusionProcess(nn.Module):
         """
         return self.self_condition and torch.rand(()).item() < 0.5
 
-    def random_times(self, batch_size: int) -> torch.Tensor:
-        """(B,) int64 uniform in [0, T)."""
-        return torch.randint(0, self.num_timesteps, (batch_size,), device=self.device)
-
     # checks
-
-    def _check_model(self, model: nn.Module) -> None:
-        if getattr(model, "random_or_learned_sinusoidal_cond", False):
-            raise ValueError(
-                "model must have plain sinusoidal time embeddings for discrete timesteps, got "
-                "learned_sinusoidal_cond or random_fourier_features"
-            )
 
     def _check_images(self, name: str, img: torch.Tensor, sized: bool = True, bytes_too: bool = False) -> None:
         if not isinstance(img, torch.Tensor):
@@ -428,18 +690,3 @@ class DiffusionProcess(nn.Module):
             )
         if flip.device != img.device:
             raise ValueError(f"flip must be on the device of img, {img.device}, got {flip.device}")
-
-    def _check_times(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if not isinstance(t, torch.Tensor) or t.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-            got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
-            raise TypeError(f"t must be an integer tensor of timesteps, got {got}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t must have shape ({x.shape[0]},), one timestep per image, got {tuple(t.shape)}")
-        for name, tensor in (("t", t), ("x_start", x)):
-            if tensor.device != self.device:
-                raise ValueError(f"{name} must be on the diffusion's device {self.device}, got {tensor.device}")
-        if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
-            low, high = (bound.item() for bound in t.aminmax())
-            if low < 0 or high >= self.num_timesteps:
-                raise ValueError(f"t must be in [0, {self.num_timesteps}), got values from {low} to {high}")
-        return t.long()

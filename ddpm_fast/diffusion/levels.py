@@ -55,18 +55,10 @@ def prediction(levels: Levels, target: Target) -> tuple[torch.Tensor, torch.Tens
     """p and q of x0 = p·x + q·out: x = a·x0 + b·ε and out = c·ε + d·x0, solved for x0.
 
     Returns:
-        Two (N,) float64.
-
-    Raises:
-        ValueError: out does not determine x0 at a level, as noise does not where there is no signal.
+        Two (N,); infinite or NaN where out does not determine x0, as noise does not where there is no signal.
     """
     c, d = target(levels)
     determinant = levels.a * c - levels.b * d
-    if (determinant == 0).any():
-        raise ValueError(
-            "objective must determine x0 at every level of noise; without signal (a = 0) the noise does not: "
-            "use pred_v or pred_x0"
-        )
     return c / determinant, -levels.b / determinant
 
 

@@ -118,17 +118,24 @@ class SamplerTable:
         table: (N, 6) float64, columns p, q, r, s, u, σ, one row per network call.
         sampler: the name of the sampler.
         first_scale: standard deviation of the state at the beginning.
+        num_timesteps: T, where the process is discrete.
     """
 
     times: tuple[float, ...]
     table: torch.Tensor
     sampler: str
     first_scale: float = 1.0
+    num_timesteps: int | None = None
 
     @property
     def uses_x_start_previous(self) -> bool:
         """True if any step reads the x0 of the step before it (u ≠ 0)."""
         return bool((self.table[:, 4] != 0).any())
+
+    @property
+    def ends_on_x_start(self) -> bool:
+        """True if the last state is the last estimate of x0."""
+        return self.table[-1, 2:6].tolist() == [1, 0, 0, 0]
 
     @property
     def has_integer_times(self) -> bool:
@@ -161,11 +168,18 @@ def sampler_table(
     check_options(sampler, given)
     walk = walk_along(scale, _times(scale, SAMPLERS[sampler].spacing if spacing is None else spacing, steps))
     rows = SAMPLERS[sampler].make_rows(walk, **given)
-    columns = torch.stack([*prediction(rows.levels, target), rows.r, rows.s, rows.u, rows.sigma], dim=1)
+    p, q = prediction(rows.levels, target)
+    if not (p.isfinite().all() and q.isfinite().all()):
+        raise ValueError(
+            "objective must determine x0 at every level of noise; without signal (a = 0) the noise does not: "
+            "use pred_v or pred_x0"
+        )
+    columns = torch.stack([p, q, rows.r, rows.s, rows.u, rows.sigma], dim=1)
     times: tuple[float, ...] = tuple(rows.levels.times.tolist())
     if scale.is_discrete and all(time == int(time) for time in times):
         times = tuple(int(time) for time in times)
-    return SamplerTable(times, columns, sampler, scale.first_scale(walk.now) * rows.first_scale)
+    first_scale = scale.first_scale(walk.now) * rows.first_scale
+    return SamplerTable(times, columns, sampler, first_scale, int(scale.first) + 1 if scale.is_discrete else None)
 
 
 def _times(scale: NoiseScale, spacing: str | Sequence[float], steps: int) -> torch.Tensor:

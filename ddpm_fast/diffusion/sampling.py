@@ -103,6 +103,7 @@ class SamplingRun:
         on_step: called with the state after every step, which the next step overwrites.
         progress, desc: show a progress bar, and the text before it.
         graph: record a step and replay it; None where it can be, True raises where it cannot, False never.
+        clip_x_start: clip estimates of x0 to [−1, 1].
     """
 
     plan: SamplerTable
@@ -113,6 +114,7 @@ class SamplingRun:
     progress: bool = False
     desc: str = "sampling loop time step"
     graph: bool | None = None
+    clip_x_start: bool = True
 
     @property
     def rows(self) -> range:
@@ -140,6 +142,9 @@ class SamplingState:
         keeps_x_start: keep x0 of the step before, for the model or for the table.
         self_condition: give it to the model.
         start_index: index of the first sample, for the noise.
+        clip_x_start: clip estimates of x0 to [−1, 1].
+        times_by_row: the model is told the row instead of the time, and looks the time up.
+        integer_times: the times are int64, else float32.
     """
 
     def __init__(
@@ -151,13 +156,17 @@ class SamplingState:
         keeps_x_start: bool,
         self_condition: bool,
         start_index: int,
+        clip_x_start: bool,
+        times_by_row: bool,
+        integer_times: bool,
     ):
-        self.model, self.x, self.start_index = model, x, start_index
+        self.model, self.x, self.start_index, self.clip_x_start = model, x, start_index, clip_x_start
+        self.times_by_row = times_by_row
         device = x.device
         self.x_start = torch.zeros_like(x) if keeps_x_start or self_condition else None
         self.self_condition = self_condition
         self.table = torch.zeros(num_steps, 6, dtype=torch.float32, device=device)
-        self.times = torch.zeros(num_steps, dtype=torch.int64, device=device)
+        self.times = torch.zeros(num_steps, dtype=torch.int64 if integer_times else torch.float32, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self._plan: SamplerTable | None = None
@@ -166,7 +175,7 @@ class SamplingState:
         """Be ready for a walk along the plan; x is the caller's to set. Waits for nothing where the plan stays."""
         if plan is not self._plan:
             self.table.copy_(plan.table)
-            self.times.copy_(torch.tensor(plan.times, dtype=torch.int64))
+            self.times.copy_(torch.tensor(plan.times, dtype=self.times.dtype))
             self._plan = plan
         self.seed.copy_(seed)
         self.step.fill_(first_step)
@@ -180,7 +189,8 @@ class SamplingState:
             x_self_cond: what the model is given of the step before.
             noise: ε of this step, instead of the noise function's.
         """
-        t = self.times.index_select(0, self.step.expand(self.x.shape[0]))
+        rows = self.step.expand(self.x.shape[0])
+        t = rows if self.times_by_row else self.times.index_select(0, rows)
         model_output = call_model(self.model, self.x, t, x_self_cond)
         sampler_step_(
             self.x,
@@ -190,6 +200,7 @@ class SamplingState:
             self.seed,
             x_start=self.x_start,
             noise=noise,
+            clip_x_start=self.clip_x_start,
             start_index=self.start_index,
         )
         self.step += 1
@@ -246,7 +257,6 @@ def sample_loop(
     *,
     self_condition: bool = False,
     noise_for_step: Callable[[int], torch.Tensor] | None = None,
-    num_timesteps: int | None = None,
     cache: recording.GraphCache | None = None,
 ) -> torch.Tensor:
     """Denoise x in place, one row of the run's table after another.
@@ -256,7 +266,6 @@ def sample_loop(
         x: (B, C, H, W) float32 contiguous, the state at `run.plan.times[run.first_step]`; overwritten.
         self_condition: give the model the previous estimate of x0.
         noise_for_step: ε of a step by its row, instead of the noise function.
-        num_timesteps: T of the schedule; a network may then compute from all timesteps beforehand.
         cache: record the step there, or replay what is recorded; None runs step by step. The model must be one for
             which `why_not_recorded` has no reason.
 
@@ -266,17 +275,22 @@ def sample_loop(
     if cache is not None and noise_for_step is not None:
         raise ValueError("noise_for_step must be None where steps are recorded, since a replay calls no function")
     num_steps = len(run.plan.times)
-    options: dict[str, Any] = {
-        "keeps_x_start": run.plan.uses_x_start_previous,
-        "self_condition": self_condition,
-        "start_index": run.start_index,
-    }
-    derived = inference_weights(model, num_timesteps) if may_derive(model) else nullcontext()
+    is_discrete = run.plan.has_integer_times
+    known = {"num_timesteps": run.plan.num_timesteps} if is_discrete else {"times": run.plan.times}
+    derived = inference_weights(model, **known) if may_derive(model) else nullcontext()
     with derived, run.progress_bar(x.device) as bar:
+        options: dict[str, Any] = {
+            "keeps_x_start": run.plan.uses_x_start_previous,
+            "self_condition": self_condition,
+            "start_index": run.start_index,
+            "clip_x_start": run.clip_x_start,
+            "times_by_row": not is_discrete and getattr(model, "has_table_of_times", False),
+            "integer_times": is_discrete,
+        }
         if cache is None:
             state = SamplingState(model, x, num_steps, **options)
         else:
-            steps = _recorded(cache, model, x, num_steps, options, num_timesteps)
+            steps = _recorded(cache, model, x, num_steps, options, run.plan)
             state = steps.state
             state.x.copy_(x)
         state.load(run.plan, run.seed, run.first_step)
@@ -291,10 +305,11 @@ def sample_loop(
 
 
 def _recorded(
-    cache: recording.GraphCache, model: Model, x: torch.Tensor, num_steps: int, options: dict, num_timesteps: int | None
+    cache: recording.GraphCache, model: Model, x: torch.Tensor, num_steps: int, options: dict, plan: SamplerTable
 ) -> RecordedSteps:
     autocast = autocast_dtype(x.device.type)
-    key = (tuple(x.shape), x.device, num_steps, num_timesteps, *options.values(), autocast, recording.settings())
+    times = plan.times if options["times_by_row"] else plan.num_timesteps  # what the network's table depends on
+    key = (tuple(x.shape), x.device, num_steps, times, *options.values(), autocast, recording.settings())
 
     def make(recorder: Any) -> RecordedSteps:
         with torch.inference_mode(False), torch.no_grad():

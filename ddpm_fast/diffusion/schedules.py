@@ -11,6 +11,7 @@ tables made here and in samplers.py, and know no schedule, objective or sampler 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.diffusion.levels import TARGETS, Levels, NoiseScale, prediction
+from ddpm_fast.diffusion.weightings import Weighting, find_weighting
+from ddpm_fast.diffusion.weightings import snr as snr_weighting
+from ddpm_fast.diffusion.weightings import uniform as uniform_weighting
 
 OBJECTIVES = tuple(TARGETS)
 
@@ -103,12 +107,20 @@ class Schedule(NoiseScale):
 
     def __post_init__(self) -> None:
         inside = (self.betas > 0) & (self.betas < 1)
+        inside[-1] |= self.betas[-1] == 1  # zero terminal SNR
         if not inside.all():
             t = int((~inside).nonzero()[0])
             raise ValueError(
                 f"beta_schedule must give betas in (0, 1), got {self.betas[t].item():.4g} at t = {t} of "
                 f"{self.num_timesteps} timesteps; the linear schedule needs at least 21 timesteps"
             )
+
+    def with_zero_terminal_snr(self) -> Schedule:
+        """The schedule with √ᾱ shifted and scaled so that no signal is left at T − 1 (Lin et al. 2023, algorithm 1)."""
+        root = self.alphas_cumprod.sqrt()
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        alphas_cumprod = root**2
+        return Schedule(1 - alphas_cumprod / F.pad(alphas_cumprod[:-1], (1, 0), value=1.0))
 
     @property
     def num_timesteps(self) -> int:
@@ -196,19 +208,38 @@ class Schedule(NoiseScale):
         }
 
 
-def loss_weight(schedule: Schedule, objective: str, min_snr_gamma: float | None = None) -> torch.Tensor:
+def choose_weighting(
+    loss_weighting: str | Weighting | None, options: Mapping[str, Any] | None, min_snr_gamma: float | None
+) -> Weighting:
+    """The weight of x0's squared error as a function of the SNR, from a constructor's arguments.
+
+    Raises:
+        TypeError, ValueError: an unknown name or option, or two weightings.
+    """
+    if min_snr_gamma is not None:
+        if loss_weighting is not None:
+            raise ValueError("loss_weighting must be None with min_snr_loss_weight=True, which is 'min_snr'")
+        return find_weighting("min_snr", {"gamma": min_snr_gamma})
+    return find_weighting("snr" if loss_weighting is None else loss_weighting, options)
+
+
+def loss_weight(schedule: Schedule, objective: str, weighting: Weighting = snr_weighting) -> torch.Tensor:
     """w of the loss table: the weight of each timestep's squared error.
 
     Args:
-        min_snr_gamma: clip the SNR there (Hang et al. 2023, section 3.4); None does not clip.
+        weighting: the weight of x0's squared error as a function of the SNR.
 
     Returns:
         (T,) float64.
     """
     check_objective(objective)
+    if weighting is uniform_weighting:
+        return torch.ones_like(schedule.snr)
     snr = schedule.snr
-    clipped = snr if min_snr_gamma is None else snr.clamp(max=min_snr_gamma)
-    return {"pred_noise": clipped / snr, "pred_x0": clipped, "pred_v": clipped / (snr + 1)}[objective]
+    weight = weighting(snr)
+    if not isinstance(weight, torch.Tensor) or weight.shape != snr.shape or not bool((weight >= 0).all()):
+        raise ValueError("loss_weighting must give a weight of at least 0 for each of the SNRs, (N,)")
+    return {"pred_noise": weight / snr, "pred_x0": weight, "pred_v": weight / (snr + 1)}[objective]
 
 
 def forward_table(schedule: Schedule) -> torch.Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from torch import nn
 from ddpm_fast.models.stock import has_global_hooks, renews_no_weight
 from ddpm_fast.runtime.autocast import autocast_dtype
 
+# What a network is told: range(T), or times in the order of a sampler's rows.
+Times = range | tuple[float, ...] | None
 # A tensor, or several by name.
 Derived = torch.Tensor | dict[Hashable, torch.Tensor]
 
@@ -37,7 +39,7 @@ class HasDerivedWeight(nn.Module):
     weights in the next. Copies and pickles leave it out.
     """
 
-    # Key → tensor, for the keys that a thread is inside with. A subclass whose tensor depends on T has T as key.
+    # Key → tensor, for the keys that a thread is inside with. It is what a tensor depends on, such as times.
     _tensors: dict[Hashable, Derived]
     # Thread → keys of the blocks that it is inside, the innermost last.
     _inside: dict[int, list[Hashable]]
@@ -50,7 +52,7 @@ class HasDerivedWeight(nn.Module):
         """The tensor, made now; None where the module cannot use one."""
         raise NotImplementedError
 
-    def key(self, num_timesteps: int | None) -> Hashable:
+    def key(self, times: Times) -> Hashable:
         """What the tensor depends on besides the weights and autocast."""
         return None
 
@@ -68,40 +70,40 @@ class HasDerivedWeight(nn.Module):
         inside = self.__dict__.get("_inside")
         return bool(inside) and (torch.compiler.is_compiling() or threading.get_ident() in self._inside)
 
-    def enter(self, num_timesteps: int | None) -> None:
+    def enter(self, times: Times) -> None:
         """Make the tensor, unless a thread is inside with the same key: the weights have not changed since."""
-        key = (self.key(num_timesteps), autocast_dtype("cpu"), autocast_dtype("cuda"))
+        key = (self.key(times), autocast_dtype("cpu"), autocast_dtype("cuda"))
         tensors = self.__dict__.setdefault("_tensors", {})
         if key not in tensors:
             # Outside inference mode, so that a later block may write into the tensor, in that mode or not.
             with torch.inference_mode(False), torch.no_grad():
-                made = self._make(num_timesteps)
+                made = self._make(times)
                 if made is not None:
-                    tensors[key] = self._latest = self._keep(made)
+                    tensors[key] = self._latest = self._keep(made, self.key(times))
         self.__dict__.setdefault("_inside", {}).setdefault(threading.get_ident(), []).append(key)
 
-    def _make(self, num_timesteps: int | None) -> Derived | None:
+    def _make(self, times: Times) -> Derived | None:
         return self.derive()
 
-    def _keep(self, made: Derived) -> Derived:
+    def _keep(self, made: Derived, key: Hashable) -> Derived:
         if isinstance(made, torch.Tensor):
-            return self._kept([made])[0]
-        return dict(zip(made, self._kept(list(made.values())), strict=True))
+            return self._kept([made], key)[0]
+        return dict(zip(made, self._kept(list(made.values()), key), strict=True))
 
-    def _kept(self, made: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _kept(self, made: list[torch.Tensor], key: Hashable) -> list[torch.Tensor]:
         slots = self.__dict__.setdefault("_slots", {})
-        keys = [(i, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for i, tensor in enumerate(made)]
-        old = [(slots[key], tensor) for key, tensor in zip(keys, made, strict=True) if key in slots]
-        for key, tensor in zip(keys, made, strict=True):
-            if key not in slots:
-                slots[key] = tensor.clone()  # never the parameter's own memory
+        keys = [(key, i, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for i, tensor in enumerate(made)]
+        old = [(slots[place], tensor) for place, tensor in zip(keys, made, strict=True) if place in slots]
+        for place, tensor in zip(keys, made, strict=True):
+            if place not in slots:
+                slots[place] = tensor.clone()  # never the parameter's own memory
         if old:
             if self._last_use is not None:
                 torch.cuda.current_stream(made[0].device).wait_event(self._last_use)
             for dtype in {tensor.dtype for _, tensor in old}:  # torch copies a list of several dtypes one by one
                 pairs = [pair for pair in old if pair[1].dtype is dtype]
                 torch._foreach_copy_([slot for slot, _ in pairs], [tensor for _, tensor in pairs])
-        return [slots[key] for key in keys]
+        return [slots[place] for place in keys]
 
     def leave(self) -> None:
         """The end of a block; the tensor goes with the last thread that uses it. Its memory stays, see the class."""
@@ -127,7 +129,9 @@ _lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def inference_weights(network: object, num_timesteps: int | None = None) -> Iterator[None]:
+def inference_weights(
+    network: object, num_timesteps: int | None = None, *, times: Sequence[float] | None = None
+) -> Iterator[None]:
     """Inside, tensors derived from the network's weights are made once, and the weights must not change.
 
     Several threads may be inside with one network at the same time.
@@ -136,14 +140,19 @@ def inference_weights(network: object, num_timesteps: int | None = None) -> Iter
         network: any module. One without derived weights, or a callable that is no module, runs as always.
         num_timesteps: T, if every integer timestep given to the network is in [0, T): then a Unet also looks up the
             projections of the time embedding in a table.
+        times: what the network will be told instead, in the order of a sampler's rows: inside, an integer i means
+            times[i] to a network that has `has_table_of_times`.
     """
+    given: Times = None
+    if times is not None or num_timesteps is not None:
+        given = range(num_timesteps or 0) if times is None else tuple(times)
     modules = list(network.modules()) if isinstance(network, nn.Module) else []
     entered: list[HasDerivedWeight] = []
     try:
         with _lock:
             for module in modules:
                 if isinstance(module, HasDerivedWeight):
-                    module.enter(num_timesteps)
+                    module.enter(given)
                     entered.append(module)
         yield
     finally:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ddpm_fast.models.attention import Attention, LinearAttention
 from ddpm_fast.models.convolution import Conv3x3, Downsample, StemConv, Upsample
-from ddpm_fast.models.derived_weights import Derived, HasDerivedWeight
+from ddpm_fast.models.derived_weights import Derived, HasDerivedWeight, Times
 from ddpm_fast.models.embeddings import (
     RandomOrLearnedSinusoidalPosEmb,
     SinusoidalPosEmb,
@@ -337,14 +337,19 @@ class Unet(HasDerivedWeight):
     def _embeds_as_built(self) -> bool:
         return isinstance(self.time_mlp, TimeMLP) and self.time_mlp.is_stock()
 
-    def key(self, num_timesteps: int | None) -> int | None:
-        """The table has a row for every timestep."""
-        return num_timesteps
+    @property
+    def has_table_of_times(self) -> bool:
+        """True inside `inference_weights` with times: an integer time is the row of its table."""
+        return (self.built() or {}).get(_TABLE) is not None
 
-    def _make(self, num_timesteps: int | None) -> Derived | None:
+    def key(self, times: Times) -> Hashable:
+        """The table has a row for each of the times."""
+        return times
+
+    def _make(self, times: Times) -> Derived | None:
         """The table of the time embedding, and copies of the weights in autocast's dtype."""
         derived: dict[Hashable, torch.Tensor] = {}
-        table = self._make_table(num_timesteps)
+        table = self._make_table(times)
         if table is not None:
             derived[_TABLE] = table
         device = self._weight.device
@@ -354,14 +359,14 @@ class Unet(HasDerivedWeight):
             derived |= copies_of(groups, dtype)
         return derived or None
 
-    def _make_table(self, num_timesteps: int | None) -> torch.Tensor | None:
-        """Projections of the time embedding for all timesteps, (T, Σ 2·dim_out): a step then looks up its row."""
+    def _make_table(self, times: Times) -> torch.Tensor | None:
+        """Projections of the time embedding for given times, (N, Σ 2·dim_out): a step then looks up its row."""
         blocks = [block for block in self._blocks() if _takes_rows(block)]
-        if num_timesteps is None or not self._embeds_as_built() or len(blocks) < len(self._blocks()):
+        if times is None or not self._embeds_as_built() or len(blocks) < len(self._blocks()):
             return None
-        return _projections(
-            self.time_mlp(torch.arange(num_timesteps, device=next(self.time_mlp.parameters()).device)), blocks
-        )
+        device = next(self.time_mlp.parameters()).device
+        given = torch.tensor(list(times), device=device)
+        return _projections(self.time_mlp(given if not given.is_floating_point() else given.float()), blocks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Unet:
         super()._apply(fn, recurse)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_fast import GaussianDiffusion, Unet, use_backend
-from ddpm_fast.diffusion import gaussian_diffusion
+from ddpm_fast.diffusion import diffusion_process
 from ddpm_fast.diffusion.schedules import OBJECTIVES
 
 TIMES = torch.tensor([0, 3, 7, 9])
@@ -94,13 +94,13 @@ def test_the_ops_read_the_bytes_themselves(monkeypatch):
     """No float copy of the images is made: both ops get the tensor that the caller gave."""
     seen = []
     for name in ("q_sample", "diffusion_loss"):
-        op = getattr(gaussian_diffusion, name)
+        op = getattr(diffusion_process, name)
 
         def record(*args, op=op, **options):
             seen.append((args[-4], options))
             return op(*args, **options)
 
-        monkeypatch.setattr(gaussian_diffusion, name, record)
+        monkeypatch.setattr(diffusion_process, name, record)
     images = all_bytes()
     make()(images, flip=FLIP)
     assert len(seen) == 2

@@ -8,6 +8,7 @@ import torch
 from ddpm_fast.diffusion import samplers, schedules
 from ddpm_fast.diffusion.levels import TARGETS
 from ddpm_fast.diffusion.schedules import Schedule
+from ddpm_fast.diffusion.weightings import find_weighting
 
 
 @pytest.mark.parametrize("timesteps", [2, 25, 1000])
@@ -65,9 +66,10 @@ def test_pred_v_is_the_angular_derivative():
 def test_min_snr_weights():
     s = Schedule(schedules.make_betas("cosine", 50))
     clipped = torch.minimum(s.snr, torch.tensor(5.0, dtype=torch.float64))
-    assert torch.equal(schedules.loss_weight(s, "pred_x0", 5), clipped)
-    assert torch.equal(schedules.loss_weight(s, "pred_noise", 5), clipped / s.snr)
-    assert torch.equal(schedules.loss_weight(s, "pred_v", 5), clipped / (s.snr + 1))
+    min_snr = find_weighting("min_snr", {"gamma": 5})
+    assert torch.equal(schedules.loss_weight(s, "pred_x0", min_snr), clipped)
+    assert torch.equal(schedules.loss_weight(s, "pred_noise", min_snr), clipped / s.snr)
+    assert torch.equal(schedules.loss_weight(s, "pred_v", min_snr), clipped / (s.snr + 1))
     assert (schedules.loss_weight(s, "pred_noise") == 1).all()
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ddpm_fast import GaussianDiffusion, Unet, noise, use_backend
 from ddpm_fast.diffusion import schedules
+from ddpm_fast.diffusion.weightings import find_weighting
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops.forward_diffusion import reference
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
@@ -48,7 +49,7 @@ def native():
 def tables(objective: str = "pred_v") -> tuple[torch.Tensor, torch.Tensor]:
     """(T, 2) and (T, 3) float32."""
     schedule = schedules.Schedule(schedules.make_betas("sigmoid", T))
-    weight = schedules.loss_weight(schedule, objective, 5)
+    weight = schedules.loss_weight(schedule, objective, find_weighting("min_snr", {"gamma": 5}))
     loss_table = schedules.loss_table(schedule, objective, weight)
     return schedules.forward_table(schedule).float(), loss_table.float()
 

@@ -1,0 +1,297 @@
+"""Processes beside GaussianDiffusion against upstream's classes, from the same weights, times and noise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpm_fast import Unet
+from ddpm_fast.diffusion.continuous_time import (
+    ContinuousTimeGaussianDiffusion,
+    VParamContinuousTimeGaussianDiffusion,
+)
+from ddpm_fast.diffusion.elucidated_diffusion import ElucidatedDiffusion
+from ddpm_fast.diffusion.rectified_flow import RectifiedFlow
+
+upstream = pytest.importorskip("denoising_diffusion_pytorch")
+UNET = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4, "learned_sinusoidal_cond": True}
+B, C, SIZE = 3, 3, 8
+
+OURS = {
+    "ElucidatedDiffusion": ElucidatedDiffusion,
+    "ContinuousTimeGaussianDiffusion": ContinuousTimeGaussianDiffusion,
+    "VParamContinuousTimeGaussianDiffusion": VParamContinuousTimeGaussianDiffusion,
+}
+CASES = [
+    ("ElucidatedDiffusion", {}),
+    ("ElucidatedDiffusion", {"sigma_data": 0.3, "P_mean": -0.5}),
+    ("ContinuousTimeGaussianDiffusion", {}),
+    ("ContinuousTimeGaussianDiffusion", {"noise_schedule": "cosine"}),
+    ("ContinuousTimeGaussianDiffusion", {"noise_schedule": "cosine", "min_snr_loss_weight": True}),
+    ("ContinuousTimeGaussianDiffusion", {"noise_schedule": "learned", "learned_schedule_net_hidden_dim": 8}),
+    ("VParamContinuousTimeGaussianDiffusion", {}),
+]
+IDS = [f"{name.removesuffix('GaussianDiffusion').removesuffix('Diffusion')}-{list(o.values())}" for name, o in CASES]
+
+
+def pair(name: str, options: dict, self_condition: bool = False):
+    """Upstream's process and ours, with the same weights."""
+    torch.manual_seed(0)
+    unet = {**UNET, "self_condition": self_condition}
+    theirs = getattr(upstream, name)(upstream.Unet(**unet), image_size=SIZE, **options)
+    ours = OURS[name](Unet(**unet), image_size=SIZE, **options)
+    ours.load_state_dict(theirs.state_dict())  # strict, both ways
+    theirs.load_state_dict(ours.state_dict())
+    return theirs, ours
+
+
+def images(seed: int = 1) -> torch.Tensor:
+    return torch.rand(B, C, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def gaussian(seed: int) -> torch.Tensor:
+    return torch.randn(B, C, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def given_noise(monkeypatch, noises: list[torch.Tensor]) -> None:
+    """torch.randn and randn_like give these in turn to upstream."""
+    fresh = iter(noises)
+    for name in ("randn", "randn_like"):
+        monkeypatch.setattr(torch, name, lambda *args, **kwargs: next(fresh).clone())
+
+
+@pytest.mark.parametrize("name, options", CASES, ids=IDS)
+def test_loss_and_gradients(monkeypatch, name, options):
+    theirs, ours = pair(name, options)
+    noise, found = gaussian(2), []
+    times = torch.tensor([0.02, 0.4, 0.97]) if name != "ElucidatedDiffusion" else torch.tensor([0.01, 0.5, 7.0])
+    for diffusion in (theirs, ours):
+        given = {"sigma": times} if name == "ElucidatedDiffusion" else {"times": times, "noise": noise}
+        if name == "ElucidatedDiffusion" and diffusion is ours:
+            given["noise"] = noise
+        with monkeypatch.context() as patch:
+            if diffusion is theirs:
+                given_noise(patch, [noise])
+            loss = diffusion(images(), loss_reduction="none", **given)
+        loss.mean().backward()
+        found.append((loss.detach(), [p.grad for p in diffusion.parameters()]))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-5, atol=1e-6)
+    assert all((a is None) == (b is None) for a, b in zip(found[1][1], found[0][1], strict=True))
+    for mine, other in zip(found[1][1], found[0][1], strict=True):
+        if other is not None:
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=2e-5 * (1 + other.abs().max().item()))
+
+
+@pytest.mark.parametrize("name, options", CASES[2:], ids=IDS[2:])
+def test_ancestral_trajectory_in_continuous_time(monkeypatch, name, options):
+    """Upstream's sample, step by step with our noise: its last step ends at time 0, which keeps some noise."""
+    from ddpm_fast import noise as noise_function
+
+    steps = 5
+    theirs, ours = pair(name, {**options, "num_sample_steps": steps})
+    noises = [noise_function.normal((B, C, SIZE, SIZE), seed=3, stream=noise_function.STREAM_INITIAL)]
+    noises += [
+        noise_function.normal((B, C, SIZE, SIZE), seed=3, stream=noise_function.STREAM_STEP, step=row)
+        for row in range(steps)
+    ]
+    given_noise(monkeypatch, noises)
+    expected = theirs.sample(B)
+    found = ours.sample(B, seed=3, progress=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_unclipped_continuous_sampling(monkeypatch, clip):
+    from ddpm_fast import noise as noise_function
+
+    theirs, ours = pair("ContinuousTimeGaussianDiffusion", {"num_sample_steps": 4, "clip_sample_denoised": clip})
+    noises = [noise_function.normal((B, C, SIZE, SIZE), seed=1, stream=noise_function.STREAM_INITIAL)]
+    noises += [
+        noise_function.normal((B, C, SIZE, SIZE), seed=1, stream=noise_function.STREAM_STEP, step=row)
+        for row in range(4)
+    ]
+    given_noise(monkeypatch, noises)
+    expected = theirs.sample(B)
+    torch.testing.assert_close(ours.sample(B, seed=1, progress=False), expected, rtol=0, atol=5e-5)
+
+
+def test_dpmpp_of_elucidated_diffusion(monkeypatch):
+    from ddpm_fast import noise as noise_function
+
+    theirs, ours = pair("ElucidatedDiffusion", {"num_sample_steps": 6})
+    initial = noise_function.normal((B, C, SIZE, SIZE), seed=5, stream=noise_function.STREAM_INITIAL)
+    given_noise(monkeypatch, [initial])
+    expected = theirs.sample_using_dpmpp(B)
+    found = ours.sample_using_dpmpp(B, seed=5, progress=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_upstreams_methods_of_elucidated_diffusion():
+    theirs, ours = pair("ElucidatedDiffusion", {})
+    sigma = torch.tensor([0.01, 0.5, 60.0])
+    for name in ("c_skip", "c_out", "c_in", "c_noise", "loss_weight"):
+        torch.testing.assert_close(getattr(ours, name)(sigma), getattr(theirs, name)(sigma))
+    torch.testing.assert_close(ours.sample_schedule(7), theirs.sample_schedule(7), rtol=1e-5, atol=0)
+    x = gaussian(3)
+    for sigmas in (sigma, 0.7):
+        args = (x, sigmas)
+        torch.testing.assert_close(
+            ours.preconditioned_network_forward(*args, clamp=True),
+            theirs.preconditioned_network_forward(*args, clamp=True),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    torch.manual_seed(1)
+    expected = theirs.noise_distribution(5)
+    torch.manual_seed(1)
+    torch.testing.assert_close(torch.exp(4 * ours.random_times(5)), expected)
+
+
+def make(process: str, **options):
+    torch.manual_seed(0)
+    unet = {**UNET, "self_condition": options.pop("self_condition", False)}
+    cls = {
+        "edm": ElucidatedDiffusion,
+        "continuous": ContinuousTimeGaussianDiffusion,
+        "v-continuous": VParamContinuousTimeGaussianDiffusion,
+        "flow": RectifiedFlow,
+    }[process]
+    return cls(Unet(**unet), image_size=SIZE, **{"num_sample_steps": 4, **options})
+
+
+PROCESSES = ("edm", "continuous", "v-continuous", "flow")
+
+
+@pytest.mark.parametrize("self_condition", [False, True], ids=["plain", "self-conditioned"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("process", PROCESSES)
+def test_every_sampler_is_recorded_seeded_and_independent_of_the_batch(process, sampler, self_condition):
+    diffusion = make(process, sampler=sampler, self_condition=self_condition)
+    assert "replays" in diffusion.explain_graphs()
+    together = diffusion.sample(5, seed=7, progress=False)
+    step_by_step = diffusion.sample(5, seed=7, progress=False, graph=False)
+    torch.testing.assert_close(together, step_by_step, rtol=1e-5, atol=1e-5)
+    parts = [diffusion.sample(n, seed=7, start_index=i, progress=False) for i, n in ((0, 2), (2, 3))]
+    torch.testing.assert_close(torch.cat(parts), together, rtol=0, atol=5e-5)
+    assert not torch.equal(diffusion.sample(5, seed=8, progress=False), together)
+    assert together.min() >= 0 and together.max() <= 1
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_table_of_times_changes_nothing(process):
+    """The network is told rows of a table where it can look them up, and times where it cannot: with a hook."""
+    diffusion = make(process)
+    expected = diffusion.sample(2, seed=1, progress=False)
+    handle = diffusion.network.time_mlp.register_forward_hook(lambda module, args, output: None)
+    found = diffusion.sample(2, seed=1, progress=False)
+    handle.remove()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"offset_noise_strength": 0.1},
+        {"immiscible": True},
+        {"self_condition": True},
+        {"loss_weighting": "min_snr"},
+        {"loss_weighting": "p2", "loss_weighting_options": {"gamma": 0.5, "k": 1}},
+        {"uncertainty_weighting": True},
+        {"auto_normalize": False},
+    ],
+    ids=lambda options: "-".join(map(str, options)),
+)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_training_options_of_the_base(process, options):
+    diffusion = make(process, **options)
+    for batch in (images(), (images() * 255).byte()):
+        torch.manual_seed(3)
+        loss = diffusion(batch, flip=torch.tensor([True, False, True]))
+        assert loss.isfinite() and loss.ndim == 0
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in diffusion.parameters() if p.requires_grad)
+    torch.manual_seed(3)
+    assert torch.equal(diffusion(batch, flip=torch.tensor([True, False, True])), loss)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_interpolation_ends_on_its_images_where_there_is_no_noise(process):
+    diffusion = make(process)
+    x1, x2 = images(1), images(2)
+    scale = diffusion.noise_scale
+    assert torch.equal(
+        diffusion.interpolate(x1, x2, seed=1, progress=False), diffusion.interpolate(x1, x2, seed=1, progress=False)
+    )
+    middle = (scale.first + scale.last) / 2
+    assert diffusion.interpolate(x1, x2, middle, seed=1, progress=False).isfinite().all()
+
+
+def test_flow_matching_loss_is_the_velocitys():
+    flow = make("flow", time_scale=1.0)
+    t, noise, x0 = torch.tensor([0.1, 0.5, 0.9]), gaussian(4), images()
+    at = t.reshape(-1, 1, 1, 1)
+    x_t = (1 - at) * (2 * x0 - 1) + at * noise
+    expected = ((flow.model(x_t, t) - (noise - (2 * x0 - 1))) ** 2).flatten(1).mean(1)
+    torch.testing.assert_close(flow(x0, times=t, noise=noise, loss_reduction="none"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_optimal_transport_shortens_the_lines():
+    flow = make("flow", optimal_transport=True)
+    x0, noise = 2 * images() - 1, gaussian(4)
+    order = flow.noise_assignment(x0, noise)
+    assert sorted(order.tolist()) == [0, 1, 2]
+
+    def length(order):
+        return (x0 - noise[order]).square().sum().item()
+
+    import itertools
+
+    assert length(order) == min(length(list(p)) for p in itertools.permutations(range(3)))
+
+
+def test_elucidated_diffusion_takes_any_network():
+    """Upstream asserts attributes of its own Unet."""
+
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(C, C, 3, padding=1)
+
+        def forward(self, x, t, x_self_cond=None):
+            return self.conv(x) + t.reshape(-1, 1, 1, 1).to(x.dtype)
+
+    with pytest.raises((AttributeError, AssertionError)):
+        upstream.ElucidatedDiffusion(Small(), image_size=SIZE)
+    diffusion = ElucidatedDiffusion(Small(), image_size=SIZE, channels=C, num_sample_steps=3)
+    diffusion(images()).backward()
+    assert diffusion.sample(2, seed=1, progress=False).shape == (2, C, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    "process, options, error, message",
+    [
+        ("edm", {"sigma_min": 80}, ValueError, "sigma_min must be less than sigma_max"),
+        ("edm", {"sigma_data": 0}, ValueError, "sigma_data must be a number in"),
+        ("edm", {"num_sample_steps": 0}, ValueError, "num_sample_steps must be a positive integer"),
+        ("continuous", {"noise_schedule": "sigmoid"}, ValueError, "noise_schedule must be linear, cosine or learned"),
+        ("flow", {"time_distribution": "beta"}, ValueError, "time_distribution must be one of uniform, logit_normal"),
+        ("flow", {"optimal_transport": True, "immiscible": True}, ValueError, "use one of them"),
+        ("flow", {"sampler": "magic"}, ValueError, "sampler must be one of"),
+        ("edm", {"spacing": "magic"}, ValueError, "spacing must be one of"),
+        ("edm", {"loss_weighting": "magic"}, ValueError, "loss_weighting must be a function or one of"),
+        ("edm", {"sampler": "ddim", "sampler_options": {"churn": 1}}, TypeError, "has no option 'churn'; it takes eta"),
+        ("edm", {"channels": 4}, ValueError, "channels must be the model's, 3, got 4"),
+    ],
+)
+def test_wrong_arguments_get_one_sentence(process, options, error, message):
+    with pytest.raises(error, match=message):
+        make(process, **options)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_wrong_times_get_one_sentence(process):
+    diffusion = make(process)
+    with pytest.raises(TypeError, match="times must be a floating point tensor, got torch.int64"):
+        diffusion(images(), times=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"times must have shape \(3,\), one per image"):
+        diffusion(images(), times=torch.tensor([0.5]))
