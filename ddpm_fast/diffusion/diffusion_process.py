@@ -350,12 +350,16 @@ class DiffusionProcess(nn.Module):
         reason = self._check_recording(x, run)
         with self.graphs.try_lock(x.device) if reason is None else nullcontext(False) as locked:
             return sample_loop(
-                self.network,
+                self._sampled_network(),
                 x,
                 run,
                 self_condition=self.self_condition,
                 cache=self.graphs if locked else None,
             )
+
+    def _sampled_network(self) -> Any:
+        """The network as samplers see it, whose output `target` describes."""
+        return self.network
 
     def _check_recording(self, x: torch.Tensor, run: SamplingRun) -> str | None:
         """Why the run's steps are not recorded; raises where they have to be."""
@@ -371,7 +375,7 @@ class DiffusionProcess(nn.Module):
         if torch.compiler.is_compiling():
             return "sampling is being compiled"
         return sampling.why_not_recorded(
-            self.network, x, self.graphs, self_condition=self.self_condition, any_module=any_module
+            self._sampled_network(), x, self.graphs, self_condition=self.self_condition, any_module=any_module
         )
 
     def _seed(self, seed: int | torch.Tensor | None) -> torch.Tensor:

@@ -276,6 +276,43 @@ def prediction_table(schedule: Schedule, objective: str) -> torch.Tensor:
     return torch.stack(prediction(schedule.levels, TARGETS[objective]), dim=1)
 
 
+def variational_bound_table(
+    schedule: Schedule, objective: str, weight: torch.Tensor, bound_weight: float
+) -> torch.Tensor:
+    """The table of `ops.variational_bound`: squared error with its weight, and the bound with one for all timesteps.
+
+    The learned variance lies between the posterior's and β in logarithms (Nichol & Dhariwal 2021, eq. 15).
+
+    Args:
+        weight: (T,) of the squared error, as `loss_weight` makes it.
+        bound_weight: of the bound, in bits.
+
+    Returns:
+        (T, 14) float64.
+    """
+    buffers, levels = schedule.buffers(), schedule.levels
+    low = buffers["posterior_log_variance_clipped"]
+    is_decoder = torch.zeros_like(low)
+    is_decoder[0] = 1
+    columns = {
+        "a": levels.a,
+        "b": levels.b,
+        "c": TARGETS[objective](levels)[0],
+        "d": TARGETS[objective](levels)[1],
+        "w": weight.cpu().double(),
+        "p": prediction_table(schedule, objective)[:, 0],
+        "q": prediction_table(schedule, objective)[:, 1],
+        "m1": buffers["posterior_mean_coef1"],
+        "m2": buffers["posterior_mean_coef2"],
+        "low": low,
+        "high": torch.log(schedule.betas),
+        "log_var_true": low,
+        "is_decoder": is_decoder,
+        "weight": torch.full_like(low, bound_weight),
+    }
+    return torch.stack(list(columns.values()), dim=1)
+
+
 def check_objective(objective: str) -> None:
     """Raise ValueError unless it is a known objective."""
     if objective not in OBJECTIVES:
