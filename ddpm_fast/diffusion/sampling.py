@@ -137,7 +137,7 @@ class SamplingState:
         model: takes (x, t, x_self_cond), returns the objective's output, shape of x.
         x: (B, C, H, W) float32 contiguous; overwritten by every step.
         num_steps: rows of the tables that it takes.
-        keeps_x_start: keep x0 of the step before, for the model or for the table.
+        columns, num_previous: of the tables that it takes: their width, and how many earlier x0 they read.
         self_condition: give it to the model.
         start_index: index of the first sample, for the noise.
     """
@@ -148,15 +148,18 @@ class SamplingState:
         x: torch.Tensor,
         num_steps: int,
         *,
-        keeps_x_start: bool,
+        columns: int = 6,
+        num_previous: int,
         self_condition: bool,
         start_index: int,
     ):
         self.model, self.x, self.start_index = model, x, start_index
         device = x.device
-        self.x_start = torch.zeros_like(x) if keeps_x_start or self_condition else None
+        # x0 of the last steps, the newest first.
+        self.history = [torch.zeros_like(x) for _ in range(max(num_previous, int(self_condition)))]
+        self.x_start = self.history[0] if self.history else None
         self.self_condition = self_condition
-        self.table = torch.zeros(num_steps, 6, dtype=torch.float32, device=device)
+        self.table = torch.zeros(num_steps, columns, dtype=torch.float32, device=device)
         self.times = torch.zeros(num_steps, dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
@@ -170,8 +173,8 @@ class SamplingState:
             self._plan = plan
         self.seed.copy_(seed)
         self.step.fill_(first_step)
-        if self.x_start is not None:
-            self.x_start.zero_()
+        for x_start in self.history:
+            x_start.zero_()
 
     def advance(self, x_self_cond: torch.Tensor | None, noise: torch.Tensor | None = None) -> None:
         """One step, and the counter with it.
@@ -188,7 +191,7 @@ class SamplingState:
             self.table,
             self.step,
             self.seed,
-            x_start=self.x_start,
+            **dict(zip(("x_start", "x_start2", "x_start3"), self.history, strict=False)),
             noise=noise,
             start_index=self.start_index,
         )
@@ -210,9 +213,8 @@ class RecordedSteps:
 
     def _reset(self) -> None:
         state = self.state
-        for tensor in (state.x, state.x_start, state.step):
-            if tensor is not None:
-                tensor.zero_()
+        for tensor in (state.x, *state.history, state.step):
+            tensor.zero_()
 
 
 def why_not_recorded(
@@ -267,7 +269,8 @@ def sample_loop(
         raise ValueError("noise_for_step must be None where steps are recorded, since a replay calls no function")
     num_steps = len(run.plan.times)
     options: dict[str, Any] = {
-        "keeps_x_start": run.plan.uses_x_start_previous,
+        "columns": run.plan.table.shape[1],
+        "num_previous": run.plan.num_previous,
         "self_condition": self_condition,
         "start_index": run.start_index,
     }
