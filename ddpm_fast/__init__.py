@@ -9,8 +9,16 @@ from warnings import warn as _warn
 
 from ddpm_fast import noise
 from ddpm_fast._version import __version__
+from ddpm_fast.diffusion.continuous_time import (
+    ContinuousTimeGaussianDiffusion,
+    VParamContinuousTimeGaussianDiffusion,
+)
+from ddpm_fast.diffusion.elucidated_diffusion import ElucidatedDiffusion
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion, ModelPrediction
+from ddpm_fast.diffusion.rectified_flow import RectifiedFlow
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
+from ddpm_fast.diffusion.weighted_objective import WeightedObjectiveGaussianDiffusion
+from ddpm_fast.diffusion.xm import XMWrapper
 from ddpm_fast.models.derived_weights import inference_weights
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.dispatch import explain, use_backend
@@ -26,25 +34,25 @@ _LAZY = {
 }
 
 _OTHER_NETWORK = "its fast networks are 2D with time alone"
-_OTHER_PROCESS = "its processes are GaussianDiffusion's"
 # Names of upstream that are not here, and why.
 _OF_UPSTREAM = {
-    **dict.fromkeys(("Unet1D", "KarrasUnet", "KarrasUnet1D", "KarrasUnet3D", "XMWrapper"), _OTHER_NETWORK),
-    **dict.fromkeys(
-        (
-            "ContinuousTimeGaussianDiffusion", "ElucidatedDiffusion", "GaussianDiffusion1D", "LearnedGaussianDiffusion",
-            "VParamContinuousTimeGaussianDiffusion", "WeightedObjectiveGaussianDiffusion",
-        ),
-        _OTHER_PROCESS,
-    ),
+    **dict.fromkeys(("Unet1D", "KarrasUnet", "KarrasUnet1D", "KarrasUnet3D"), _OTHER_NETWORK),
+    "LearnedGaussianDiffusion": "its variances are fixed",
+    "GaussianDiffusion1D": "its processes are of images",
     **dict.fromkeys(("Dataset1D", "Trainer1D", "InvSqrtDecayLRSched"), "its training is Trainer's"),
-}  # fmt: skip
+}
 
 
 __all__ = [
+    "ContinuousTimeGaussianDiffusion",
+    "ElucidatedDiffusion",
     "GaussianDiffusion",
     "ModelPrediction",
+    "RectifiedFlow",
     "Unet",
+    "VParamContinuousTimeGaussianDiffusion",
+    "WeightedObjectiveGaussianDiffusion",
+    "XMWrapper",
     "__version__",
     "cosine_beta_schedule",
     "empty_cache",

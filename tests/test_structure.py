@@ -34,10 +34,12 @@ ROWS = [
     ["training/atomic_files", "training/numpy_pickles", "training/state_names"],
     ["training/captured_step"],
     ["training/optimizer_step"],
+    ["diffusion/learned_gaussian_diffusion", "diffusion/weighted_objective"],
     [
         "diffusion/gaussian_diffusion",
         "diffusion/elucidated_diffusion",
         "diffusion/continuous_time",
+        "diffusion/xm",
         "diffusion/rectified_flow",
     ],
     ["diffusion/continuous_process"],

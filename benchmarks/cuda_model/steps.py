@@ -72,8 +72,8 @@ def make_sampling_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> 
     plan = diffusion._plan("ddpm", diffusion.num_timesteps, "own")
     with torch.no_grad():
         x = torch.zeros((batch, diffusion.channels, *diffusion.image_size), device=diffusion.device)
-        options = {"keeps_x_start": plan.uses_x_start_previous, "self_condition": False, "start_index": 0}
-        state = SamplingState(diffusion.model, x, len(plan.times), **options)
+        shape = {"columns": plan.table.shape[1], "num_previous": plan.num_previous}
+        state = SamplingState(diffusion.model, x, len(plan.times), **shape, self_condition=False, start_index=0)
         state.load(plan, noise.seed_tensor(0, x.device), 0)
 
     def run() -> None:

@@ -58,30 +58,52 @@ inline OutputLayout output_layout(const at::Tensor& output) {
   return layout;
 }
 
+// The tensors of earlier steps, newest first: x0 of the step before, and what the steps before it kept.
+struct History {
+  const std::optional<at::Tensor>&first, &second, &third;
+};
+
+// True if the output has a second half of channels, the variance.
+inline bool has_variance(const at::Tensor& x, const at::Tensor& output) {
+  return x.dim() >= 2 && output.dim() == x.dim() && x.size(1) > 0 && output.size(1) == 2 * x.size(1);
+}
+
+inline void check_model_output(const at::Tensor& x, const at::Tensor& output) {
+  const bool learned = has_variance(x, output);
+  const at::Tensor mean = learned ? output.narrow(1, 0, x.size(1)) : output;
+  TORCH_CHECK_VALUE(mean.sizes() == x.sizes() && output.device() == x.device(), "model_output must have shape ",
+                    x.sizes(), " or twice its channels on ", x.device(), ", got ", output.sizes(), " on ",
+                    output.device());
+}
+
 inline SamplerStepParams check_sampler_step(const at::Tensor& x, const at::Tensor& model_output,
                                             const at::Tensor& table, const at::Tensor& step, const at::Tensor& seed,
-                                            const std::optional<at::Tensor>& previous,
-                                            const std::optional<at::Tensor>& noise, const at::Tensor& x_next,
-                                            const std::optional<at::Tensor>& x_start, bool clip_x_start,
-                                            int64_t start_index, int64_t stream) {
+                                            const History& history, const std::optional<at::Tensor>& noise,
+                                            const at::Tensor& x_next, const std::optional<at::Tensor>& x_start,
+                                            bool clip_x_start, int64_t start_index, int64_t stream) {
   check_counter_range(x, start_index, stream);
   check_state(x, "x", x);
   check_state(x_next, "x_next", x);
   check_one_int64(step, "step", x.device());
   check_one_int64(seed, "seed", x.device());
   TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, "table must be float32, got ", table.scalar_type());
-  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == kTableColumns && table.is_contiguous(),
-                    "table must be contiguous, of shape (S, 6), got ", table.sizes());
+  const int64_t columns = table.dim() == 2 ? table.size(1) : 0;
+  TORCH_CHECK_VALUE(table.is_contiguous() && (columns == kTableColumns || columns == kWideTableColumns ||
+                                              columns == kWidestTableColumns),
+                    "table must be contiguous, of shape (S, 6), (S, 10) or (S, 12), got ", table.sizes());
   TORCH_CHECK_VALUE(table.device() == x.device(), "table must be on ", x.device(), ", got ", table.device());
-  TORCH_CHECK_VALUE(model_output.sizes() == x.sizes() && model_output.device() == x.device(),
-                    "model_output must have shape ", x.sizes(), " on ", x.device(), ", got ", model_output.sizes(),
-                    " on ", model_output.device());
+  check_model_output(x, model_output);
+  const bool learned = has_variance(x, model_output);
+  TORCH_CHECK_VALUE(!learned || columns >= kWideTableColumns,
+                    "table must have 10 columns where model_output has a variance, got ", table.sizes());
+  TORCH_CHECK_VALUE(!history.third.has_value() || history.second.has_value(),
+                    "the second of the earlier x_start is needed where the third is given");
   return {.x = x.data_ptr<float>(),
           .output = model_output.data_ptr(),
           .table = table.data_ptr<float>(),
           .step = step.data_ptr<int64_t>(),
           .seed = seed.data_ptr<int64_t>(),
-          .previous = state_or_null(previous, "x_start_previous", x),
+          .previous = state_or_null(history.first, "x_start_previous", x),
           .noise = state_or_null(noise, "noise", x),
           .x_next = x_next.data_ptr<float>(),
           .x_start = state_or_null(x_start, "x_start", x),
@@ -91,7 +113,26 @@ inline SamplerStepParams check_sampler_step(const at::Tensor& x, const at::Tenso
           .table_rows = table.size(0),
           .start_index = start_index,
           .stream = static_cast<uint32_t>(stream),
-          .clip_x_start = clip_x_start};
+          .clip_x_start = clip_x_start,
+          .table_columns = static_cast<int>(columns),
+          .previous2 = state_or_null(history.second, "x_start_previous2", x),
+          .previous3 = state_or_null(history.third, "x_start_previous3", x),
+          .variance_offset = learned ? x.size(1) * model_output.stride(1) : 0};
+}
+
+// The parameters of a step in place, which writes what it keeps over what it has read.
+inline SamplerStepParams check_sampler_step_inplace(const at::Tensor& x, const at::Tensor& model_output,
+                                                    const at::Tensor& table, const at::Tensor& step,
+                                                    const at::Tensor& seed, const History& history,
+                                                    const std::optional<at::Tensor>& noise, bool clip_x_start,
+                                                    int64_t start_index, int64_t stream) {
+  SamplerStepParams params = check_sampler_step(x, model_output, table, step, seed, history, noise, x, history.first,
+                                                clip_x_start, start_index, stream);
+  TORCH_CHECK_VALUE(!history.second.has_value() || history.first.has_value(),
+                    "x_start is needed where the second of the earlier x_start is given");
+  params.x_start2 = const_cast<float*>(params.previous2);
+  params.x_start3 = const_cast<float*>(params.previous3);
+  return params;
 }
 
 }  // namespace ddpm_fast

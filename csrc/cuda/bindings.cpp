@@ -30,23 +30,24 @@ void run(const SamplerStepParams& params, const at::Tensor& model_output) {
   C10_CUDA_CHECK(launch_sampler_step(params, element, c10::cuda::getCurrentCUDAStream()));
 }
 
-std::tuple<at::Tensor, at::Tensor> sampler_step(const at::Tensor& x, const at::Tensor& model_output,
-                                                const at::Tensor& table, const at::Tensor& step, const at::Tensor& seed,
-                                                const std::optional<at::Tensor>& x_start_previous,
-                                                const std::optional<at::Tensor>& noise, bool clip_x_start,
-                                                int64_t start_index, int64_t stream) {
+std::tuple<at::Tensor, at::Tensor> sampler_step(
+    const at::Tensor& x, const at::Tensor& model_output, const at::Tensor& table, const at::Tensor& step,
+    const at::Tensor& seed, const std::optional<at::Tensor>& x_start_previous,
+    const std::optional<at::Tensor>& x_start_previous2, const std::optional<at::Tensor>& x_start_previous3,
+    const std::optional<at::Tensor>& noise, bool clip_x_start, int64_t start_index, int64_t stream) {
   const at::Tensor x_next = at::empty_like(x), x_start = at::empty_like(x);
-  run(check_sampler_step(x, model_output, table, step, seed, x_start_previous, noise, x_next, x_start, clip_x_start,
-                         start_index, stream),
+  run(check_sampler_step(x, model_output, table, step, seed, {x_start_previous, x_start_previous2, x_start_previous3},
+                         noise, x_next, x_start, clip_x_start, start_index, stream),
       model_output);
   return {x_next, x_start};
 }
 
 void sampler_step_(at::Tensor& x, const at::Tensor& model_output, const at::Tensor& table, const at::Tensor& step,
                    const at::Tensor& seed, const std::optional<at::Tensor>& x_start,
+                   const std::optional<at::Tensor>& x_start2, const std::optional<at::Tensor>& x_start3,
                    const std::optional<at::Tensor>& noise, bool clip_x_start, int64_t start_index, int64_t stream) {
-  run(check_sampler_step(x, model_output, table, step, seed, x_start, noise, x, x_start, clip_x_start, start_index,
-                         stream),
+  run(check_sampler_step_inplace(x, model_output, table, step, seed, {x_start, x_start2, x_start3}, noise, clip_x_start,
+                                 start_index, stream),
       model_output);
 }
 

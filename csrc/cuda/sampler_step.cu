@@ -60,13 +60,28 @@ __device__ __forceinline__ void fill(float (&to)[N], float value) {
   for (int i = 0; i < N; ++i) to[i] = value;
 }
 
+// A state of an earlier step: 0 where nothing multiplies it; NaN, visible in the result without a synchronisation, where
+// there is none to read.
+template <Access kAccess, int N>
+__device__ __forceinline__ void load_previous(float (&to)[N], const float* from, int64_t first, int64_t left,
+                                              bool wanted) {
+  if (!wanted) {
+    fill(to, 0.0f);
+  } else if (from == nullptr) {
+    fill(to, NAN);
+  } else {
+    load_state<kAccess>(to, from + first, left);
+  }
+}
+
 // Each thread computes whole Philox blocks and owns the elements it reads and writes, so x_next may be x and x_start
-// may be previous. Step and seed are read here, so that a CUDA graph replays with new ones.
-template <typename T, Access kAccess>
+// may be previous. Step and seed are read here, so that a CUDA graph replays with new ones. The extended form reads more
+// earlier states and a learned variance; it has no 8-element accesses, for the registers they would take.
+template <typename T, Access kAccess, bool kExtended>
 __global__ void __launch_bounds__(kThreads) sampler_step_kernel(const SamplerStepParams p) {
   constexpr int N = kAccess == Access::kWide ? 8 : 4;
   const int64_t step = *p.step;
-  const SamplerRow row = sampler_row(p.table, p.table_rows, step);
+  const SamplerRow row = sampler_row(p.table, p.table_rows, step, p.table_columns);
   NoiseIndex index{philox_key(*p.seed), 0, static_cast<uint32_t>(step), p.stream};
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * N;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
@@ -78,13 +93,8 @@ __global__ void __launch_bounds__(kThreads) sampler_step_kernel(const SamplerSte
       float x[N], output[N], previous[N], eps[N];
       load_state<kAccess>(x, p.x + first + e, left);
       load_output<kAccess>(output, sample, p.layout, e, left);
-      if (row.u == 0.0f) {
-        fill(previous, 0.0f);
-      } else if (p.previous == nullptr) {
-        fill(previous, NAN);  // nothing to read: visible in the result, without a synchronisation
-      } else {
-        load_state<kAccess>(previous, p.previous + first + e, left);
-      }
+      load_previous<kAccess>(previous, p.previous, first + e, left,
+                             row.u != 0.0f || (kExtended && p.x_start2 != nullptr));
       if (row.sigma == 0.0f) {
         fill(eps, 0.0f);
       } else if (p.noise != nullptr) {
@@ -92,11 +102,35 @@ __global__ void __launch_bounds__(kThreads) sampler_step_kernel(const SamplerSte
       } else {
         generate(eps, index, e);
       }
+      if constexpr (kExtended) {
+        if (p.variance_offset != 0 && row.sigma != 0.0f) {
+          float v[N];
+          load_output<kAccess>(v, sample + p.variance_offset, p.layout, e, left);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float x_start = predict_x_start(row, x[i], output[i], p.clip_x_start);
-        x[i] = next_state(row, x_start, x[i], previous[i], eps[i]);
-        output[i] = x_start;
+          for (int i = 0; i < N; ++i) eps[i] *= learned_scale(row, v[i]);
+        }
+        float previous2[N], previous3[N];
+        load_previous<kAccess>(previous2, p.previous2, first + e, left, row.u2 != 0.0f || p.x_start3 != nullptr);
+        load_previous<kAccess>(previous3, p.previous3, first + e, left, row.u3 != 0.0f);
+        if (p.x_start3 != nullptr) store_state<kAccess>(p.x_start3 + first + e, previous2, left);
+        const bool keeps = keeps_combination(row);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const float x_start = predict_x_start(row, x[i], output[i], p.clip_x_start);
+          const float kept = keeps ? kept_combination(row, x[i], x_start) : previous[i];
+          x[i] = next_state(row, x_start, x[i], row.u == 0.0f ? 0.0f : previous[i],
+                            row.u2 == 0.0f ? 0.0f : previous2[i], previous3[i], eps[i]);
+          output[i] = x_start;
+          previous[i] = kept;
+        }
+        if (p.x_start2 != nullptr) store_state<kAccess>(p.x_start2 + first + e, previous, left);
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const float x_start = predict_x_start(row, x[i], output[i], p.clip_x_start);
+          x[i] = next_state(row, x_start, x[i], previous[i], eps[i]);
+          output[i] = x_start;
+        }
       }
       store_state<kAccess>(p.x_next + first + e, x, left);
       if (p.x_start != nullptr) store_state<kAccess>(p.x_start + first + e, output, left);
@@ -104,10 +138,10 @@ __global__ void __launch_bounds__(kThreads) sampler_step_kernel(const SamplerSte
   }
 }
 
-template <typename T, Access kAccess>
+template <typename T, Access kAccess, bool kExtended>
 cudaError_t launch_with(const SamplerStepParams& p, cudaStream_t stream) {
   constexpr int per_thread = kAccess == Access::kWide ? 8 : 4;
-  sampler_step_kernel<T, kAccess><<<make_grid(p.batch, p.elements, per_thread), kThreads, 0, stream>>>(p);
+  sampler_step_kernel<T, kAccess, kExtended><<<make_grid(p.batch, p.elements, per_thread), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -115,11 +149,16 @@ template <typename T>
 cudaError_t launch(const SamplerStepParams& p, cudaStream_t stream) {
   const bool state_is_aligned =
       is_aligned(p.x) && is_aligned(p.x_next) && is_aligned(p.x_start) && is_aligned(p.previous) && is_aligned(p.noise);
+  const bool history_is_aligned = is_aligned(p.previous2) && is_aligned(p.previous3);
+  const bool in_fours = state_is_aligned && history_is_aligned && p.elements % 4 == 0;
+  if (p.is_extended()) {
+    return in_fours ? launch_with<T, Access::kStrided, true>(p, stream) : launch_with<T, Access::kAny, true>(p, stream);
+  }
   const bool output_is_wide = p.layout.dense && is_aligned(p.output) &&
                               (p.batch == 1 || p.layout.batch_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0);
-  if (state_is_aligned && output_is_wide && p.elements % 8 == 0) return launch_with<T, Access::kWide>(p, stream);
-  if (state_is_aligned && p.elements % 4 == 0) return launch_with<T, Access::kStrided>(p, stream);
-  return launch_with<T, Access::kAny>(p, stream);
+  if (state_is_aligned && output_is_wide && p.elements % 8 == 0) return launch_with<T, Access::kWide, false>(p, stream);
+  if (in_fours) return launch_with<T, Access::kStrided, false>(p, stream);
+  return launch_with<T, Access::kAny, false>(p, stream);
 }
 
 }  // namespace

@@ -136,7 +136,7 @@ class DiscreteProcess(DiffusionProcess):
             # Only what was asked for: files that need nothing new are read by earlier releases.
             config=config | {name: value for name, value in later.items() if value},
         )
-        self.objective = objective
+        self.objective, self._weighting = objective, weighting
         self.num_timesteps = schedule.num_timesteps
         samplers.check_steps(schedule, self.sampling_timesteps)
         self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
@@ -300,6 +300,12 @@ class DiscreteProcess(DiffusionProcess):
         `rederive_pred_noise` makes the noise agree with a clipped x0; pred_x0 and pred_v always do.
         """
         output = call_model(self.model, x, t, x_self_cond)
+        return self._as_prediction(x, t, output, clip_x_start, rederive_pred_noise)
+
+    def _as_prediction(
+        self, x: torch.Tensor, t: torch.Tensor, output: torch.Tensor, clip_x_start: bool, rederive_pred_noise: bool
+    ) -> ModelPrediction:
+        """What the model's output says of noise and x0."""
         if self.objective == "pred_noise":
             x_start = self.predict_start_from_noise(x, t, output)
         elif self.objective == "pred_x0":

@@ -202,6 +202,7 @@ class GaussianDiffusion(DiscreteProcess):
         full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps
         # No table over timesteps: an override may call the network with other times.
         derived = inference_weights(self.model) if may_derive(self.model) else nullcontext()
+        kept: list[torch.Tensor] = []  # of the rows before, the newest first
         with derived, run.progress_bar(x.device) as bar:
             for row in run.rows:
                 x_self_cond = x_start if self.self_condition else None
@@ -211,7 +212,7 @@ class GaussianDiffusion(DiscreteProcess):
                     options: dict[str, Any] = {"seed": run.seed, "start_index": run.start_index}
                     x, x_start = self.p_sample(x, int(plan.times[row]), x_self_cond, **options)
                 else:
-                    x, x_start = self._step_from_predictions(run, row, x, x_start, x_self_cond)
+                    x, x_start = self._step_from_predictions(run, row, x, kept, x_self_cond)
                 run.step_done(x, bar)
         return x
 
@@ -220,20 +221,25 @@ class GaussianDiffusion(DiscreteProcess):
         run: SamplingRun,
         row: int,
         x: torch.Tensor,
-        x_start_previous: torch.Tensor | None,
+        kept: list[torch.Tensor],
         x_self_cond: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One row of the table from an overridden `model_predictions`, with the noise that it predicts."""
         plan = run.plan
         timestep = int(plan.times[row])
         now = self._schedule.alphas_cumprod[timestep].item()
-        _, _, r, s, u, sigma = plan.table[row].tolist()
+        _, _, r, s, u, sigma, *wide = plan.table[row].tolist()
+        wide += [0.0] * (6 - len(wide))
+        u2, u3, _, _, e, f = wide
         t = torch.full((x.shape[0],), timestep, device=x.device, dtype=torch.long)
         pred_noise, x_start = self.model_predictions(x, t, x_self_cond, clip_x_start=True, rederive_pred_noise=True)[:2]
         # s·x = s·√ᾱ·x0 + s·√(1 − ᾱ)·ε, with the ε that was predicted.
         x_next = (r + s * now**0.5) * x_start + s * (1 - now) ** 0.5 * pred_noise
-        if u != 0:
-            x_next = x_next + u * x_start_previous
+        for factor, earlier in zip((u, u2, u3), kept, strict=False):
+            if factor != 0:
+                x_next = x_next + factor * earlier
+        second = [e * x + f * x_start] if e or f else kept[:1]
+        kept[:] = [x_start, *second, *kept[1:2]][: plan.num_previous]
         if sigma != 0:
             x_next = x_next + sigma * self._step_noise(x, run.seed, row, run.start_index)
         return x_next, x_start

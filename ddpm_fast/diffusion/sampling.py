@@ -139,7 +139,7 @@ class SamplingState:
         model: takes (x, t, x_self_cond), returns the objective's output, shape of x.
         x: (B, C, H, W) float32 contiguous; overwritten by every step.
         num_steps: rows of the tables that it takes.
-        keeps_x_start: keep x0 of the step before, for the model or for the table.
+        columns, num_previous: of the tables that it takes: their width, and how many earlier x0 they read.
         self_condition: give it to the model.
         start_index: index of the first sample, for the noise.
         clip_x_start: clip estimates of x0 to [−1, 1].
@@ -153,7 +153,8 @@ class SamplingState:
         x: torch.Tensor,
         num_steps: int,
         *,
-        keeps_x_start: bool,
+        columns: int = 6,
+        num_previous: int,
         self_condition: bool,
         start_index: int,
         clip_x_start: bool,
@@ -163,9 +164,11 @@ class SamplingState:
         self.model, self.x, self.start_index, self.clip_x_start = model, x, start_index, clip_x_start
         self.times_by_row = times_by_row
         device = x.device
-        self.x_start = torch.zeros_like(x) if keeps_x_start or self_condition else None
+        # x0 of the last steps, the newest first.
+        self.history = [torch.zeros_like(x) for _ in range(max(num_previous, int(self_condition)))]
+        self.x_start = self.history[0] if self.history else None
         self.self_condition = self_condition
-        self.table = torch.zeros(num_steps, 6, dtype=torch.float32, device=device)
+        self.table = torch.zeros(num_steps, columns, dtype=torch.float32, device=device)
         self.times = torch.zeros(num_steps, dtype=torch.int64 if integer_times else torch.float32, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
@@ -179,8 +182,8 @@ class SamplingState:
             self._plan = plan
         self.seed.copy_(seed)
         self.step.fill_(first_step)
-        if self.x_start is not None:
-            self.x_start.zero_()
+        for x_start in self.history:
+            x_start.zero_()
 
     def advance(self, x_self_cond: torch.Tensor | None, noise: torch.Tensor | None = None) -> None:
         """One step, and the counter with it.
@@ -192,13 +195,14 @@ class SamplingState:
         rows = self.step.expand(self.x.shape[0])
         t = rows if self.times_by_row else self.times.index_select(0, rows)
         model_output = call_model(self.model, self.x, t, x_self_cond)
+        history: dict[str, Any] = dict(zip(("x_start", "x_start2", "x_start3"), self.history, strict=False))
         sampler_step_(
             self.x,
             model_output,
             self.table,
             self.step,
             self.seed,
-            x_start=self.x_start,
+            **history,
             noise=noise,
             clip_x_start=self.clip_x_start,
             start_index=self.start_index,
@@ -221,9 +225,8 @@ class RecordedSteps:
 
     def _reset(self) -> None:
         state = self.state
-        for tensor in (state.x, state.x_start, state.step):
-            if tensor is not None:
-                tensor.zero_()
+        for tensor in (state.x, *state.history, state.step):
+            tensor.zero_()
 
 
 def why_not_recorded(
@@ -280,7 +283,8 @@ def sample_loop(
     derived = inference_weights(model, **known) if may_derive(model) else nullcontext()
     with derived, run.progress_bar(x.device) as bar:
         options: dict[str, Any] = {
-            "keeps_x_start": run.plan.uses_x_start_previous,
+            "columns": run.plan.table.shape[1],
+            "num_previous": run.plan.num_previous,
             "self_condition": self_condition,
             "start_index": run.start_index,
             "clip_x_start": run.clip_x_start,

@@ -23,11 +23,11 @@ class WeighedEstimate(nn.Module):
 
     def __init__(self, diffusion: WeightedObjectiveGaussianDiffusion):
         super().__init__()
-        self.__dict__["_diffusion"] = diffusion  # not a child: the process has this one
+        self.estimate = diffusion.estimate
         self.network = diffusion.model
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None = None) -> torch.Tensor:
-        return self._diffusion.estimate(x, t)
+        return self.estimate(x, t)
 
 
 @process("weighted")

@@ -152,5 +152,3 @@ class XMWrapper(nn.Module):
             loss = self.flow_model(*some_args, **some_kwargs, **extra)
             losses.append(loss.reshape(1, 1) if loss.ndim == 0 else loss.flatten(1) if loss.ndim > 1 else loss[:, None])
         return torch.cat(losses).mean(1).reshape(batch, count).amin(1).mean()
-
-

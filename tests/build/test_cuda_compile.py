@@ -15,17 +15,21 @@ SOURCES = sorted(CUDA.glob("*.cu"))
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 
 # 16-byte loads and stores of one thread of each kernel. In the wide ones x, the previous x0, the given noise and both
-# results move as 2 × 16 bytes, the model's output as 2 (float32) or 1; in the strided ones the state moves as 1 × 16.
+# results move as 2 × 16 bytes, the model's output as 2 (float32) or 1; in the strided ones the state moves as 1 × 16,
+# and in their extended form two more earlier states.
 WIDE = {
     "fill_normal_kernelIfLb1": (0, 2),
     "fill_normal_kernelI6__halfLb1": (0, 1),
     "fill_normal_kernelI13__nv_bfloat16Lb1": (0, 1),
-    "sampler_step_kernelIfLNS0_6AccessE0": (8, 4),
-    "sampler_step_kernelI6__halfLNS0_6AccessE0": (7, 4),
-    "sampler_step_kernelI13__nv_bfloat16LNS0_6AccessE0": (7, 4),
-    "sampler_step_kernelIfLNS0_6AccessE1": (3, 2),
-    "sampler_step_kernelI6__halfLNS0_6AccessE1": (3, 2),
-    "sampler_step_kernelI13__nv_bfloat16LNS0_6AccessE1": (3, 2),
+    "sampler_step_kernelIfLNS0_6AccessE0ELb0": (8, 4),
+    "sampler_step_kernelI6__halfLNS0_6AccessE0ELb0": (7, 4),
+    "sampler_step_kernelI13__nv_bfloat16LNS0_6AccessE0ELb0": (7, 4),
+    "sampler_step_kernelIfLNS0_6AccessE1ELb0": (3, 2),
+    "sampler_step_kernelI6__halfLNS0_6AccessE1ELb0": (3, 2),
+    "sampler_step_kernelI13__nv_bfloat16LNS0_6AccessE1ELb0": (3, 2),
+    "sampler_step_kernelIfLNS0_6AccessE1ELb1": (5, 4),
+    "sampler_step_kernelI6__halfLNS0_6AccessE1ELb1": (5, 4),
+    "sampler_step_kernelI13__nv_bfloat16LNS0_6AccessE1ELb1": (5, 4),
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")]
@@ -63,7 +67,7 @@ def run(*command: str) -> str:
 def test_every_kernel_is_compiled(compiled):
     kernels = [len(re.findall("Compiling entry function", report)) for report, _ in compiled[1]]
     assert [source.stem for source in SOURCES] == ["noise", "sampler_step"]
-    assert kernels == [3 * 2, 3 * 3]  # dtypes × accesses
+    assert kernels == [3 * 2, 3 * (3 + 2)]  # dtypes × accesses, and those of the extended form
 
 
 def test_no_spills_and_few_registers(compiled, gate):

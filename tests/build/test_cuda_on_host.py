@@ -56,11 +56,13 @@ void on_host(dim3 grid, unsigned threads, Kernel kernel) {
 ENTRY = r"""
 extern "C" int sampler_step(const float* x, const void* output, const float* table, const int64_t* step,
                             const int64_t* seed, const float* previous, const float* noise, float* x_next,
-                            float* x_start, const int64_t* sizes, int element, int clip) {
+                            float* x_start, const float* previous2, const float* previous3, float* x_start2,
+                            float* x_start3, const int64_t* sizes, int element, int clip) {
   using namespace ddpm_fast;
   const OutputLayout layout{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4] != 0};
   return launch_sampler_step({x, output, table, step, seed, previous, noise, x_next, x_start, layout, sizes[5],
-                              sizes[6], sizes[7], sizes[8], static_cast<uint32_t>(sizes[9]), clip != 0},
+                              sizes[6], sizes[7], sizes[8], static_cast<uint32_t>(sizes[9]), clip != 0,
+                              static_cast<int>(sizes[10]), previous2, previous3, x_start2, x_start3, sizes[11]},
                              static_cast<Element>(element), nullptr);
 }
 extern "C" int fill_normal(void* out, const int64_t* seed, const int64_t* step, int64_t batch, int64_t elements,
@@ -110,16 +112,19 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def run_step(host, x, output, table, step, seed, previous=None, eps=None, *, clip=True, in_place=False, start_index=0):
-    """(x_next, x_start) of the kernel; the two are NaN before it runs."""
+def run_step(host, x, output, table, step, seed, previous=None, eps=None, *, clip=True, in_place=False, start_index=0,
+             older=(None, None)):  # fmt: skip
+    """(x_next, x_start) of the kernel; both are NaN before it runs. `older`: the second and third earlier state."""
     x_next = x if in_place else torch.full_like(x, float("nan"))
     x_start = previous if in_place else torch.full_like(x, float("nan"))
     b, c, h, w = x.shape
     strides = output.stride()
     layout = [h * w, strides[0], strides[1], strides[3], output.is_contiguous()]
-    sizes = [*layout, b, c * h * w, table.shape[0], start_index, noise.STREAM_STEP]
+    offset = c * strides[1] if output.shape[1] == 2 * c else 0
+    sizes = [*layout, b, c * h * w, table.shape[0], start_index, noise.STREAM_STEP, table.shape[1], offset]
+    shifted = older if in_place else (None, None)
     error = host.sampler_step(
-        *map(pointer, (x, output, table, step, seed, previous, eps, x_next, x_start)),
+        *map(pointer, (x, output, table, step, seed, previous, eps, x_next, x_start, *older, *shifted)),
         (ctypes.c_int64 * len(sizes))(*sizes),
         DTYPES.index(output.dtype),
         int(clip),
@@ -153,6 +158,51 @@ def test_sampler_step(host, shape, dtype):
             x_again, previous_again = x.clone(), previous.clone()
             run_step(host, x_again, view, *rest, previous_again, given, in_place=True, start_index=3)
             assert torch.equal(x_again, actual[0]) and torch.equal(previous_again, actual[1])
+
+
+# u, σ, u2, u3, lo, hi, and e, f.
+EXTENDED = {
+    "third": [-0.2, 0.3, 0.15, -0.1, 0.0, 0.0],
+    "learned": [0.0, 0.3, 0.0, 0.0, -0.4, 0.7],
+    "all": [-0.2, 0.3, 0.15, -0.1, -0.4, 0.7, 1.1, -0.6],
+}
+
+
+@pytest.mark.parametrize("row", EXTENDED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_extended_row(host, shape, dtype, row):
+    values = [0.9, 0.4, 0.7, 0.5, *EXTENDED[row]]
+    table = torch.tensor([[float("nan")] * len(values), values])
+    x, (step, seed) = torch.randn(shape), (torch.tensor([1]), torch.tensor([-77]))
+    channels = shape[1] * (1 if row == "third" else 2)
+    output = torch.randn(shape[0], channels, *shape[2:]).to(dtype)
+    history, eps = [torch.randn(shape) for _ in range(3)], torch.randn(shape)
+    names = ("x_start_previous", "x_start_previous2", "x_start_previous3")
+    for given in (eps, None):
+        options = dict(zip(names, history, strict=True))
+        expected = reference.sampler_step(x, output, table, step, seed, noise=given, start_index=3, **options)
+        in_place = [x.clone(), *(tensor.clone() for tensor in history)]
+        states = dict(zip(("x_start", "x_start2", "x_start3"), in_place[1:], strict=True))
+        reference.sampler_step_(in_place[0], output, table, step, seed, noise=given, start_index=3, **states)
+        for view in layouts(output):
+            call = (view, table, step, seed)
+            actual = run_step(host, x, *call, history[0], given, start_index=3, older=tuple(history[1:]))
+            torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6)
+            mine = [x.clone(), *(tensor.clone() for tensor in history)]
+            run_step(host, mine[0], *call, mine[1], given, in_place=True, start_index=3, older=tuple(mine[2:]))
+            torch.testing.assert_close(mine, in_place, rtol=2e-6, atol=2e-6)
+
+
+def test_the_extended_row_leaves_what_is_zero_unread(host):
+    poison = [torch.full((2, 3, 8, 8), float("nan")) for _ in range(3)]
+    table = torch.tensor([[0.9, 0.4, 0.7, 0.5] + [0.0] * 6])
+    output = torch.cat([torch.randn(2, 3, 8, 8), poison[0]], dim=1)
+    x = torch.randn(2, 3, 8, 8)
+    call = (output, table, torch.tensor([0]), torch.tensor([0]), poison[0])
+    assert not run_step(host, x, *call, older=tuple(poison[1:]))[0].isnan().any()
+    table[0, 6] = 0.1  # an earlier state that is missing shows
+    assert run_step(host, x, *call, older=(None, None))[0].isnan().all()
 
 
 def test_zero_coefficients_leave_memory_unread(host):

@@ -79,7 +79,7 @@ def test_wrong_input_is_named(name):
         (dict(beta_schedule="quadratic"), "beta_schedule must be one of"),
         (dict(sampling_timesteps=31), r"sampling_timesteps must be in \[1, timesteps = 30\], got 31"),
         (dict(sampling_timesteps=0), "sampling_timesteps must be in"),
-        (dict(sampler="euler"), "sampler must be one of"),
+        (dict(sampler="magic"), "sampler must be one of"),
         (dict(image_size=(8, 8, 8)), "image_size must be a positive int or two of them"),
         (dict(image_size="8"), "image_size must be"),
         (dict(timesteps=-3), "timesteps must be a positive int"),

@@ -12,6 +12,8 @@ from ddpm_fast.diffusion.continuous_time import (
 )
 from ddpm_fast.diffusion.elucidated_diffusion import ElucidatedDiffusion
 from ddpm_fast.diffusion.rectified_flow import RectifiedFlow
+from ddpm_fast.diffusion.weighted_objective import WeightedObjectiveGaussianDiffusion
+from ddpm_fast.diffusion.xm import XMWrapper
 
 upstream = pytest.importorskip("denoising_diffusion_pytorch")
 UNET = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 4, "learned_sinusoidal_cond": True}
@@ -124,6 +126,25 @@ def test_dpmpp_of_elucidated_diffusion(monkeypatch):
     expected = theirs.sample_using_dpmpp(B)
     found = ours.sample_using_dpmpp(B, seed=5, progress=False)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("self_condition", [False, True])
+@pytest.mark.parametrize("options", [{}, {"S_churn": 0}, {"S_churn": 20, "S_tmin": 0.01, "S_noise": 1.0}], ids=str)
+def test_heun_of_elucidated_diffusion(monkeypatch, options, self_condition):
+    """Upstream's sample, with the noise that our rows take: churn of a step is the noise of the row before."""
+    from ddpm_fast import noise as noise_function
+
+    steps = 5
+    theirs, ours = pair("ElucidatedDiffusion", {"num_sample_steps": steps, **options}, self_condition)
+    initial = noise_function.normal((B, C, SIZE, SIZE), seed=5, stream=noise_function.STREAM_INITIAL)
+    churn = [
+        noise_function.normal((B, C, SIZE, SIZE), seed=5, stream=noise_function.STREAM_STEP, step=2 * i + 1)
+        for i in range(steps - 1)
+    ]
+    given_noise(monkeypatch, [initial, torch.zeros_like(initial), *churn])
+    expected = theirs.sample(B)
+    found = ours.sample(B, seed=5, progress=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
 
 
 def test_upstreams_methods_of_elucidated_diffusion():
@@ -295,3 +316,85 @@ def test_wrong_times_get_one_sentence(process):
         diffusion(images(), times=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match=r"times must have shape \(3,\), one per image"):
         diffusion(images(), times=torch.tensor([0.5]))
+
+
+def weighted_pair(**options):
+    torch.manual_seed(0)
+    unet = {k: v for k, v in UNET.items() if k != "learned_sinusoidal_cond"} | {"out_dim": 2 * C + 2}
+    options = {"image_size": SIZE, "timesteps": 10, **options}
+    theirs = upstream.WeightedObjectiveGaussianDiffusion(upstream.Unet(**unet), **options)
+    ours = WeightedObjectiveGaussianDiffusion(Unet(**unet), **options)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    return theirs, ours
+
+
+def test_weighted_objective_loss_and_gradients():
+    found = []
+    for diffusion in weighted_pair(pred_noise_loss_weight=0.2):
+        loss = diffusion.p_losses(images() * 2 - 1, torch.tensor([0, 4, 9]), noise=gaussian(2), loss_reduction="none")
+        loss.mean().backward()
+        found.append((loss.detach(), [p.grad for p in diffusion.parameters()]))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=2e-4)
+
+
+def test_weighted_objective_samples_where_upstream_cannot():
+    theirs, ours = weighted_pair()
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        theirs.sample(2)
+    assert "replays" in ours.explain_graphs()
+    found = ours.sample(2, seed=1, progress=False)
+    x = torch.zeros(2, C, SIZE, SIZE)
+    t = torch.full((2,), 5)
+    expected, *_ = theirs.p_mean_variance(x=x, t=t, clip_denoised=True)
+    torch.testing.assert_close(ours.p_mean_variance(x, t)[0], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found, ours.sample(2, seed=1, progress=False, graph=False))
+    few = WeightedObjectiveGaussianDiffusion(ours.model, image_size=SIZE, timesteps=10, sampling_timesteps=4)
+    assert few.sample(2, seed=1, progress=False).isfinite().all()
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_xm_trains_on_the_best_candidate(process):
+    diffusion = make(process, offset_noise_strength=0.1)
+    wrapper = XMWrapper(diffusion, candidates=4)
+    assert wrapper.image_size == (SIZE, SIZE) and wrapper.sample(1, seed=1, progress=False).shape == (1, C, SIZE, SIZE)
+    times = diffusion.random_times(B)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        noises = [diffusion.training_noise(images(), 0.1) for _ in range(4)]
+        options = {"times": times, "loss_reduction": "none", "offset_noise_strength": 0.0}
+        losses = torch.stack([diffusion(images(), noise=noise, **options) for noise in noises])
+    best = losses.argmin(0)
+    chosen = torch.stack([noises[k][i] for i, k in enumerate(best.tolist())])
+    diffusion(images(), noise=chosen, times=times, offset_noise_strength=0.0).backward()
+    expected = [p.grad.clone() for p in diffusion.parameters()]
+    diffusion.zero_grad()
+    torch.manual_seed(5)
+    for at_once in (None, 2):
+        torch.manual_seed(5)
+        loss = wrapper(images(), times=times, max_batch_size=at_once)
+        torch.testing.assert_close(loss, losses.min(0).values.mean(), rtol=1e-5, atol=1e-6)
+    loss.backward()
+    torch.testing.assert_close([p.grad for p in diffusion.parameters()], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_xm_around_another_module_is_upstreams(monkeypatch):
+    theirs, _ = pair("ContinuousTimeGaussianDiffusion", {})
+    times, found = torch.tensor([0.2, 0.5, 0.9]), []
+    for cls in (upstream.XMWrapper, XMWrapper):
+        torch.manual_seed(2)
+        found.append(cls(theirs, candidates=3, max_batch_size=4)(images(), times=times))
+    torch.testing.assert_close(*found)
+    with pytest.raises(ValueError, match="flow_model must have a method 'random_times'"):
+        XMWrapper(torch.nn.Conv2d(C, C, 1), candidates=2)(images())
+
+
+def test_a_weighting_of_the_users_own():
+    diffusion = make("flow", loss_weighting=lambda snr: snr.clamp(max=2))
+    t, noise = torch.tensor([0.1, 0.5, 0.9]), gaussian(4)
+    plain = make("flow")
+    ratio = diffusion(images(), times=t, noise=noise, loss_reduction="none") / plain(
+        images(), times=t, noise=noise, loss_reduction="none"
+    )
+    torch.testing.assert_close(ratio, (((1 - t) / t) ** 2).clamp(max=2) * t**2, rtol=1e-4, atol=1e-6)

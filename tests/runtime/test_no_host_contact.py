@@ -135,7 +135,7 @@ def test_a_sampling_step(backend):
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), use_backend(backend):
         pretend(diffusion)
         x = torch.zeros(2, 3, 8, 8, device="cuda")
-        state = SamplingState(diffusion.model, x, 6, keeps_x_start=True, self_condition=True, start_index=0)
+        state = SamplingState(diffusion.model, x, 6, num_previous=1, self_condition=True, start_index=0)
         with Contacts() as contacts:
             state.load(plan, noise.draw_seed(x.device), 0)
         assert contacts.found, "tables come from the host once"

@@ -43,7 +43,9 @@ constexpr Kernels make_kernels(const char* name) {
       .forward_diffusion = {.combine = forward_diffusion::combine,
                             .subtract = forward_diffusion::subtract,
                             .scale = forward_diffusion::scale},
-      .sampler_step = {.step = sampler_step::step},
+      .sampler_step = {.step = sampler_step::step,
+                       .step_extended = sampler_step::step_extended,
+                       .scale_noise = sampler_step::scale_noise},
   };
 }
 

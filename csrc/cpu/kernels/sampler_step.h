@@ -13,8 +13,18 @@ struct SamplerStepTile {
   int64_t count;
 };
 
+// A tile of a step that reads more earlier states. Nothing of it overlaps but x_next and x.
+struct ExtendedStepTile {
+  const float *x, *output, *previous, *previous2, *previous3, *eps;
+  float *x_next, *x_start, *kept;  // kept: `kept_combination` of the row
+  int64_t count;
+};
+
 struct SamplerStepKernels {
   void (*step)(const SamplerRow& row, bool clip_x_start, const SamplerStepTile& tile);
+  void (*step_extended)(const SamplerRow& row, bool clip_x_start, const ExtendedStepTile& tile);
+  // to = `learned_scale`(v)·eps.
+  void (*scale_noise)(const SamplerRow& row, float* to, const float* v, const float* eps, int64_t count);
 };
 
 }  // namespace ddpm_fast

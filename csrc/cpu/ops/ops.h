@@ -20,11 +20,12 @@ void fill_normal_(Tensor& out, const Tensor& seed, const Tensor& step, int64_t s
 // sampler_step.cpp
 std::tuple<Tensor, Tensor> sampler_step(const Tensor& x, const Tensor& model_output, const Tensor& table,
                                         const Tensor& step, const Tensor& seed, const OptionalTensor& x_start_previous,
-                                        const OptionalTensor& noise, bool clip_x_start, int64_t start_index,
-                                        int64_t stream);
+                                        const OptionalTensor& x_start_previous2,
+                                        const OptionalTensor& x_start_previous3, const OptionalTensor& noise,
+                                        bool clip_x_start, int64_t start_index, int64_t stream);
 void sampler_step_(Tensor& x, const Tensor& model_output, const Tensor& table, const Tensor& step, const Tensor& seed,
-                   const OptionalTensor& x_start, const OptionalTensor& noise, bool clip_x_start, int64_t start_index,
-                   int64_t stream);
+                   const OptionalTensor& x_start, const OptionalTensor& x_start2, const OptionalTensor& x_start3,
+                   const OptionalTensor& noise, bool clip_x_start, int64_t start_index, int64_t stream);
 
 // forward_diffusion.cpp
 Tensor q_sample(const Tensor& x_start, const Tensor& t, const Tensor& table, const OptionalTensor& noise,

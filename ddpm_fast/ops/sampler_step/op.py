@@ -1,10 +1,15 @@
 """The universal sampler update: public functions, registration, eligibility.
 
     x0 = p·x + q·out, clipped to [−1, 1] where asked
-    x ← r·x0 + s·x + u·x0_previous + σ·ε
+    x ← r·x0 + s·x + u·x0_previous + u2·x0_previous2 + u3·x0_previous3 + σ·ε
 
-A sampler is a table of p, q, r, s, u, σ with a row per step, made by diffusion/samplers.py: ancestral sampling (Ho et
-al. 2020, eq. 7), DDIM with any eta (Song et al. 2021, eq. 12), DPM-Solver++(2M) (Lu et al. 2022, algorithm 2).
+A sampler is a table with a row per step, made by diffusion/samplers.py. Its first 6 columns are p, q, r, s, u, σ:
+ancestral sampling (Ho et al. 2020, eq. 7), DDIM (Song et al. 2021, eq. 12), Heun (Karras et al. 2022, algorithm 2),
+DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). With 10 columns it has u2, u3 for methods of higher order, such as UniPC
+(Zhao et al. 2023), and lo, hi for a learned variance v in the second half of the model's output (Nichol & Dhariwal
+2021, eq. 15): σ is then σ·exp(lo + (hi − lo)·(v + 1)/2). With 12 columns it has e and f: where they are not 0, later
+steps find e·x + f·x0 of this step (its ε, for e = 1/b and f = −a/b) in place of an earlier x0, as DEIS (Zhang & Chen
+2023) needs.
 """
 
 from __future__ import annotations
@@ -20,7 +25,10 @@ from ddpm_fast.ops.sampler_step import reference
 from ddpm_fast.runtime import extension
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
-_COLUMNS = ("p", "q", "r", "s", "u", "sigma")
+_COLUMNS = ("p", "q", "r", "s", "u", "sigma", "u2", "u3", "lo", "hi", "e", "f")
+_WIDTHS = (6, 10, 12)
+_PREVIOUS = ("x_start_previous", "x_start_previous2", "x_start_previous3")
+_STATES = ("x_start", "x_start2", "x_start3")
 _STATE_DTYPES = (torch.float32, torch.float64)
 _OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -29,11 +37,13 @@ _OPTIONS = "Tensor? noise, bool clip_x_start, int start_index, int stream"
 
 _library = torch.library.Library("ddpm_fast", "FRAGMENT")
 _library.define(
-    f"sampler_step(Tensor x, {_ARGUMENTS}, Tensor? x_start_previous, {_OPTIONS}) -> (Tensor x_next, Tensor x_start)",
+    f"sampler_step(Tensor x, {_ARGUMENTS}, Tensor? x_start_previous, Tensor? x_start_previous2, "
+    f"Tensor? x_start_previous3, {_OPTIONS}) -> (Tensor x_next, Tensor x_start)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    f"sampler_step_(Tensor(a!) x, {_ARGUMENTS}, Tensor(b!)? x_start, {_OPTIONS}) -> ()",
+    f"sampler_step_(Tensor(a!) x, {_ARGUMENTS}, Tensor(b!)? x_start, Tensor(c!)? x_start2, Tensor(d!)? x_start3, "
+    f"{_OPTIONS}) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -46,6 +56,8 @@ def _sampler_step_fake(
     step: torch.Tensor,
     seed: torch.Tensor,
     x_start_previous: torch.Tensor | None,
+    x_start_previous2: torch.Tensor | None,
+    x_start_previous3: torch.Tensor | None,
     noise: torch.Tensor | None,
     clip_x_start: bool,
     start_index: int,
@@ -62,6 +74,8 @@ def _sampler_step_inplace_fake(
     step: torch.Tensor,
     seed: torch.Tensor,
     x_start: torch.Tensor | None,
+    x_start2: torch.Tensor | None,
+    x_start3: torch.Tensor | None,
     noise: torch.Tensor | None,
     clip_x_start: bool,
     start_index: int,
@@ -78,6 +92,8 @@ def sampler_step(
     seed: torch.Tensor,
     *,
     x_start_previous: torch.Tensor | None = None,
+    x_start_previous2: torch.Tensor | None = None,
+    x_start_previous3: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
     clip_x_start: bool = True,
     start_index: int = 0,
@@ -87,11 +103,14 @@ def sampler_step(
 
     Args:
         x: (B, ...) float32 (float64: reference only), the state before the step.
-        model_output: shape of x; float32, float16, bfloat16 or float64. Contiguous or channels-last is read in place.
-        table: (S, 6), columns p, q, r, s, u, σ; dtype float32 (float64 with a float64 x).
+        model_output: shape of x, or twice its channels, the second half being the learned variance; float32, float16,
+            bfloat16 or float64. Contiguous or channels-last is read in place.
+        table: (S, 6), columns p, q, r, s, u, σ; (S, 10), and u2, u3, lo, hi; (S, 12), and e, f; dtype float32 (float64
+            with a float64 x).
         step: one int64 element, the row, read on the device. Outside [0, S): an error on the CPU, NaN elsewhere.
         seed: one int64 element, read on the device.
         x_start_previous: shape and dtype of x, the x0 of the step before; read only where u ≠ 0.
+        x_start_previous2, x_start_previous3: of the steps before that one; read only where u2 ≠ 0 and u3 ≠ 0.
         noise: shape and dtype of x, the ε to use; read only where σ ≠ 0. None generates it: the noise function of
             (seed, stream, sample = start_index + batch index, step).
         clip_x_start: clip x0 to [−1, 1]; NaN stays NaN.
@@ -104,7 +123,8 @@ def sampler_step(
     Raises:
         TypeError, ValueError: an argument does not match its description.
     """
-    _check(x, model_output, table, step, seed, "x_start_previous", x_start_previous, noise, start_index, stream)
+    history = (x_start_previous, x_start_previous2, x_start_previous3)
+    _check(x, model_output, table, step, seed, _PREVIOUS, history, noise, start_index, stream)
     return _sampler_step_op(
         x,
         model_output,
@@ -112,6 +132,8 @@ def sampler_step(
         step,
         seed,
         x_start_previous=x_start_previous,
+        x_start_previous2=x_start_previous2,
+        x_start_previous3=x_start_previous3,
         noise=noise,
         clip_x_start=clip_x_start,
         start_index=start_index,
@@ -127,6 +149,8 @@ def sampler_step_(
     seed: torch.Tensor,
     *,
     x_start: torch.Tensor | None = None,
+    x_start2: torch.Tensor | None = None,
+    x_start3: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
     clip_x_start: bool = True,
     start_index: int = 0,
@@ -137,6 +161,8 @@ def sampler_step_(
     Args:
         x_start: shape and dtype of x; read as the x0 of the step before where u ≠ 0, then overwritten with this step's
             x0. It may be uninitialised where u = 0. None where neither is wanted.
+        x_start2: the same for u2, then overwritten with what x_start was, or where e or f ≠ 0 with e·x + f·x0.
+        x_start3: the same for u3, then overwritten with what x_start2 was.
         others: see `sampler_step`.
 
     Returns:
@@ -145,9 +171,12 @@ def sampler_step_(
     Raises:
         TypeError, ValueError: an argument does not match its description.
     """
-    _check(x, model_output, table, step, seed, "x_start", x_start, noise, start_index, stream)
-    if x_start is x:
-        raise ValueError("x_start must be another tensor than x, got the same")
+    history = (x_start, x_start2, x_start3)
+    _check(x, model_output, table, step, seed, _STATES, history, noise, start_index, stream)
+    given = [x, *(tensor for tensor in history if tensor is not None)]
+    for i, tensor in enumerate(given[1:], 1):
+        if any(tensor is other for other in given[:i]):
+            raise ValueError(f"{_STATES[i - 1]} must be another tensor than x and the other states, got the same")
     return _sampler_step_inplace_op(
         x,
         model_output,
@@ -155,6 +184,8 @@ def sampler_step_(
         step,
         seed,
         x_start=x_start,
+        x_start2=x_start2,
+        x_start3=x_start3,
         noise=noise,
         clip_x_start=clip_x_start,
         start_index=start_index,
@@ -168,14 +199,14 @@ def _check(
     table: torch.Tensor,
     step: torch.Tensor,
     seed: torch.Tensor,
-    previous_name: str,
-    previous: torch.Tensor | None,
+    names: tuple[str, ...],
+    history: tuple[torch.Tensor | None, ...],
     noise: torch.Tensor | None,
     start_index: int,
     stream: int,
 ) -> None:
     """The checks of every implementation: shapes, dtypes and devices always, values where that costs no waiting."""
-    optional = [(previous_name, previous), ("noise", noise)]
+    optional = [*zip(names, history, strict=True), ("noise", noise)]
     required = [("x", x), ("model_output", model_output), ("table", table), ("step", step), ("seed", seed)]
     given = required + [(name, tensor) for name, tensor in optional if tensor is not None]
     for name, tensor in given:
@@ -190,15 +221,30 @@ def _check(
     for name, tensor in given[5:]:
         if tensor.dtype != x.dtype:
             raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-    for name, tensor in given[1:2] + given[5:]:
         if tensor.shape != x.shape:
             raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}")
+    learned = _has_variance(x, model_output)
+    if model_output.shape != x.shape and not learned:
+        raise ValueError(
+            f"model_output must have the shape of x, {tuple(x.shape)}, got {tuple(model_output.shape)}; with a learned "
+            "variance it has twice the channels"
+        )
     if model_output.dtype not in _OUTPUT_DTYPES:
         raise TypeError(f"model_output must be float32, float16, bfloat16 or float64, got {model_output.dtype}")
     if table.dtype not in (torch.float32, x.dtype):
         raise TypeError(f"table must be {' or '.join(sorted({'torch.float32', str(x.dtype)}))}, got {table.dtype}")
-    if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] != len(_COLUMNS):
-        raise ValueError(f"table must have shape (S, 6), columns {', '.join(_COLUMNS)}, got {tuple(table.shape)}")
+    if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] not in _WIDTHS:
+        raise ValueError(
+            f"table must have shape (S, 6), (S, 10) or (S, 12), columns {', '.join(_COLUMNS)}, got {tuple(table.shape)}"
+        )
+    if learned and table.shape[1] == _WIDTHS[0]:
+        raise ValueError(
+            f"table must have the columns lo and hi for the variance in model_output, of shape "
+            f"{tuple(model_output.shape)}, got {tuple(table.shape)}"
+        )
+    for name, newer, older in zip(names[1:], history, history[1:], strict=False):
+        if older is not None and newer is None:
+            raise ValueError(f"{names[names.index(name) - 1]} must be given where {name} is, got None")
     for name, tensor in (("step", step), ("seed", seed)):
         if tensor.dtype != torch.int64 or tensor.numel() != 1:
             raise TypeError(
@@ -207,18 +253,27 @@ def _check(
     # Not in a recording (runtime/recording.py): a replay looks at no value, and native code checks them itself.
     watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
     if x.device.type == "cpu" and not watched:
-        _check_values(table, step, previous_name, previous)
+        _check_values(table, step, names, history)
 
 
-def _check_values(table: torch.Tensor, step: torch.Tensor, previous_name: str, previous: torch.Tensor | None) -> None:
+def _has_variance(x: torch.Tensor, model_output: torch.Tensor) -> bool:
+    """Whether the output has a second half of channels."""
+    shape = tuple(model_output.shape)
+    return x.dim() >= 2 and shape != tuple(x.shape) and shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+
+
+def _check_values(
+    table: torch.Tensor, step: torch.Tensor, names: tuple[str, ...], history: tuple[torch.Tensor | None, ...]
+) -> None:
     row = int(step.item())
     if not 0 <= row < table.shape[0]:
         raise ValueError(f"step must be in [0, {table.shape[0]}), the rows of table, got {row}")
-    if previous is None and table[row, 4] != 0:
-        raise ValueError(
-            f"{previous_name} must be given where u of the table is not 0, got None with u = {table[row, 4].item():g} "
-            f"in row {row}"
-        )
+    for column, name, tensor in zip((4, 6, 7), names, history, strict=True):
+        if column < table.shape[1] and tensor is None and table[row, column] != 0:
+            raise ValueError(
+                f"{name} must be given where {_COLUMNS[column]} of the table is not 0, got None with "
+                f"{_COLUMNS[column]} = {table[row, column].item():g} in row {row}"
+            )
 
 
 def _native(
@@ -229,13 +284,16 @@ def _native(
     seed: torch.Tensor,
     *,
     x_start_previous: torch.Tensor | None,
+    x_start_previous2: torch.Tensor | None,
+    x_start_previous3: torch.Tensor | None,
     noise: torch.Tensor | None,
     clip_x_start: bool,
     start_index: int,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    history = (x_start_previous, x_start_previous2, x_start_previous3)
     return torch.ops.ddpm_fast.sampler_step(
-        x, model_output, table, step, seed, x_start_previous, noise, clip_x_start, start_index, stream
+        x, model_output, table, step, seed, *history, noise, clip_x_start, start_index, stream
     )
 
 
@@ -247,13 +305,16 @@ def _native_inplace(
     seed: torch.Tensor,
     *,
     x_start: torch.Tensor | None,
+    x_start2: torch.Tensor | None,
+    x_start3: torch.Tensor | None,
     noise: torch.Tensor | None,
     clip_x_start: bool,
     start_index: int,
     stream: int,
 ) -> torch.Tensor:
+    history = (x_start, x_start2, x_start3)
     torch.ops.ddpm_fast.sampler_step_(
-        x, model_output, table, step, seed, x_start, noise, clip_x_start, start_index, stream
+        x, model_output, table, step, seed, *history, noise, clip_x_start, start_index, stream
     )
     return x
 
@@ -266,9 +327,10 @@ def _native_refuses(
     seed: torch.Tensor,
     *,
     noise: torch.Tensor | None,
-    x_start: torch.Tensor | None = None,
-    x_start_previous: torch.Tensor | None = None,
-    **options: object,
+    clip_x_start: bool,
+    start_index: int,
+    stream: int,
+    **history: torch.Tensor | None,
 ) -> str | None:
     reason = extension.why_not(x.device)
     if reason is not None:
@@ -277,7 +339,7 @@ def _native_refuses(
         return f"x is {x.dtype}, and native code computes in float32"
     if model_output.dtype == torch.float64:
         return "model_output is torch.float64, and native code reads float32, float16 and bfloat16"
-    states = {"x": x, "x_start": x_start, "x_start_previous": x_start_previous, "noise": noise}
+    states = {"x": x, **history, "noise": noise}
     for name, tensor in {**states, "table": table}.items():
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} is not contiguous"
@@ -301,12 +363,12 @@ def _is_evenly_spaced(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _example(previous_name: str) -> Callable[[torch.device], tuple[tuple, dict]]:
+def _example(names: tuple[str, ...]) -> Callable[[torch.device], tuple[tuple, dict]]:
     def example(device: torch.device) -> tuple[tuple, dict]:
         image = torch.zeros(2, 3, 8, 8, device=device)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         options = {"noise": None, "clip_x_start": True, "start_index": 0, "stream": STREAM_STEP}
-        return (image, image, torch.zeros(1, 6, device=device), zero, zero), {previous_name: None, **options}
+        return (image, image, torch.zeros(1, 6, device=device), zero, zero), {**dict.fromkeys(names), **options}
 
     return example
 
@@ -314,10 +376,10 @@ def _example(previous_name: str) -> Callable[[torch.device], tuple[tuple, dict]]
 _sampler_step_op = Op(
     "sampler_step",
     [Implementation("native", _native, _native_refuses), Implementation("reference", reference.sampler_step)],
-    _example("x_start_previous"),
+    _example(_PREVIOUS),
 )
 _sampler_step_inplace_op = Op(
     "sampler_step_",
     [Implementation("native", _native_inplace, _native_refuses), Implementation("reference", reference.sampler_step_)],
-    _example("x_start"),
+    _example(_STATES),
 )

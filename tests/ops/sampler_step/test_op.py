@@ -276,6 +276,12 @@ def test_what_native_refuses_runs_in_the_reference(reason):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+def wide_table(**columns) -> torch.Tensor:
+    """(3, 10), the row to use with these columns besides those of "all"."""
+    names = ("u2", "u3", "lo", "hi")
+    return torch.tensor([[NAN] * 10, ROWS["all"] + [columns.get(name, 0.0) for name in names], [NAN] * 10])
+
+
 def replaced(index, value):
     def call():
         arguments, previous = make_inputs((2, 3, 6, 6))
@@ -302,8 +308,19 @@ BAD = [
     (replaced(1, torch.zeros(2, 3, 6, 5)), ValueError, r"model_output must have the shape of x, \(2, 3, 6, 6\), got"),
     (replaced(1, lambda t: t.int()), TypeError, "model_output must be float32, float16, bfloat16 .* got torch.int32"),
     (replaced(1, lambda t: t.to("meta")), ValueError, "model_output must be on the device of x, cpu, got meta"),
-    (replaced(2, torch.zeros(3, 5)), ValueError, r"table must have shape \(S, 6\), .* got \(3, 5\)"),
-    (replaced(2, torch.zeros(0, 6)), ValueError, r"table must have shape \(S, 6\), .* got \(0, 6\)"),
+    (replaced(2, torch.zeros(3, 5)), ValueError, r"table must have shape \(S, 6\), \(S, 10\) or .* got \(3, 5\)"),
+    (replaced(2, torch.zeros(3, 8)), ValueError, r"table must have shape \(S, 6\), \(S, 10\) or .* got \(3, 8\)"),
+    (replaced(2, torch.zeros(0, 6)), ValueError, r"table must have shape \(S, 6\), \(S, 10\) or .* got \(0, 6\)"),
+    (replaced(1, torch.zeros(2, 6, 6, 6)), ValueError, r"table must have the columns lo and hi for the variance in .*"),
+    (replaced(1, torch.zeros(2, 9, 6, 6)), ValueError, r"model_output must have the shape of x, .* \(2, 9, 6, 6\)"),
+    (replaced(2, wide_table(u2=0.5)), ValueError, "x_start_previous2 must be given where u2 of the table .* u2 = 0.5"),
+    (replaced(2, wide_table(u3=0.5)), ValueError, "x_start_previous3 must be given where u3 of the table .* u3 = 0.5"),
+    (with_option(x_start_previous2=torch.zeros(2, 3)), ValueError, "x_start_previous2 must have the shape of x"),
+    (
+        with_option(x_start_previous3=torch.zeros(2, 3, 6, 6)),
+        ValueError,
+        "x_start_previous2 must be given where x_start",
+    ),
     (replaced(2, lambda t: t.double()), TypeError, "table must be torch.float32, got torch.float64"),
     (replaced(3, 1), TypeError, "step must be a tensor, got int"),
     (replaced(3, torch.tensor([1.0])), TypeError, "step must be a one-element int64 tensor, got torch.float32"),
@@ -341,6 +358,9 @@ def test_x_start_must_not_be_x():
     arguments, _ = make_inputs((2, 3, 6, 6), "ddpm")
     with pytest.raises(ValueError, match="x_start must be another tensor than x"):
         sampler_step_(*arguments, x_start=arguments[0])
+    state = torch.zeros(2, 3, 6, 6)
+    with pytest.raises(ValueError, match="x_start2 must be another tensor than x and the other states"):
+        sampler_step_(*arguments, x_start=state, x_start2=state)
 
 
 @pytest.mark.parametrize(
@@ -352,19 +372,23 @@ def test_x_start_must_not_be_x():
         (1, torch.zeros(2, 3, 6, 6).transpose(2, 3), "model_output must be contiguous or channels-last"),
         (2, torch.zeros(3, 5), "table must be contiguous, of shape"),
         (2, torch.zeros(3, 6).double(), "table must be float32"),
+        (2, torch.zeros(3, 10)[:, :6], "table must be contiguous, of shape"),
+        (1, torch.zeros(2, 6, 6, 6), "table must have 10 columns where model_output has a variance"),
         (3, torch.tensor([9]), "step must be in"),
         (3, torch.empty(0, dtype=torch.int64), "step must be one int64 element"),
         (4, torch.tensor([1.0]), "seed must be one int64 element"),
         (5, None, "the previous x_start is needed"),
         (5, torch.zeros(2, 3, 6), "x_start_previous must have shape"),
-        (6, torch.zeros(2, 3, 6, 6).half(), "noise must be float32"),
-        (8, -1, "start_index must be in"),
-        (9, -1, "stream must be in"),
+        (6, torch.zeros(2, 3, 6, 6).half(), "x_start_previous2 must be float32"),
+        (7, torch.zeros(2, 3, 6, 6), "the second of the earlier x_start is needed where the third is given"),
+        (8, torch.zeros(2, 3, 6, 6).half(), "noise must be float32"),
+        (10, -1, "start_index must be in"),
+        (11, -1, "stream must be in"),
     ],
 )
 def test_the_operator_itself_guards_memory(index, value, sentence):
     (arguments, previous) = make_inputs((2, 3, 6, 6))
-    call = [*arguments, previous, None, True, 0, 1]
+    call = [*arguments, previous, None, None, None, True, 0, 1]
     call[index] = value
     with pytest.raises((TypeError, ValueError), match=sentence):
         torch.ops.ddpm_fast.sampler_step(*call)
@@ -374,7 +398,7 @@ def test_the_operator_itself_guards_memory(index, value, sentence):
 def test_opcheck(row, given):
     arguments, previous = make_inputs((2, 3, 5, 4), row, torch.bfloat16, channels_last=True)
     eps = torch.randn(2, 3, 5, 4) if given else None
-    call = (*arguments, previous, eps, True, 1, 1)
+    call = (*arguments, previous, None, None, eps, True, 1, 1)
     torch.library.opcheck(torch.ops.ddpm_fast.sampler_step.default, call)
     torch.library.opcheck(torch.ops.ddpm_fast.sampler_step_.default, call)
 
@@ -384,3 +408,153 @@ def test_a_backend_that_this_op_lacks_leaves_the_choice_free():
     expected = sampler_step(*arguments, x_start_previous=previous)
     with use_backend("triton"):
         assert torch.equal(sampler_step(*arguments, x_start_previous=previous)[0], expected[0])
+
+
+# The extended form: u2, u3, lo, hi, and e, f.
+#                    p     q     r    s     u    sigma  u2    u3    lo    hi   e    f
+EXTENDED = {
+    "second": [0.9, 0.4, 0.7, 0.5, -0.2, 0.0, 0.15, 0.0, 0.0, 0.0],
+    "third": [0.9, 0.4, 0.7, 0.5, -0.2, 0.3, 0.15, -0.1, 0.0, 0.0],
+    "only the third": [0.9, 0.4, 0.7, 0.5, 0.0, 0.0, 0.0, -0.1, 0.0, 0.0],
+    "learned": [0.9, 0.4, 0.7, 0.5, 0.0, 0.3, 0.0, 0.0, -0.4, 0.7],
+    "learned, no noise": [0.9, 0.4, 0.7, 0.5, 0.0, 0.0, 0.0, 0.0, -0.4, 0.7],
+    "learned and third": [0.9, 0.4, 0.7, 0.5, -0.2, 0.3, 0.15, -0.1, -0.4, 0.7],
+    "keeps noise": [0.9, 0.4, 0.7, 0.5, 0.0, 0.0, 0.3, -0.1, 0.0, 0.0, 1.1, -0.6],
+}
+
+
+def make_extended(row: str, shape, dtype=torch.float32, layout="contiguous"):
+    """((x, output, table, step, seed), (x0 of the step before, of that before it, of the third))."""
+    values = EXTENDED[row]
+    table = torch.tensor([[NAN] * len(values), values, [NAN] * len(values)])
+    learned = row.startswith("learned")
+    channels = (2 if learned else 1) * shape[1]
+    output = torch.randn(shape[0], channels, *shape[2:]).clamp(-1.5, 1.5).to(dtype)
+    if layout == "channels-last":
+        output = output.contiguous(memory_format=torch.channels_last)
+    elif layout == "misaligned":
+        output = torch.empty(output.numel() + 1, dtype=dtype)[1:].view(output.shape).copy_(output)
+    arguments = (torch.randn(shape), output, table, torch.tensor([1]), torch.tensor([-5]))
+    return arguments, tuple(torch.randn(shape) for _ in range(3))
+
+
+def history_names(inplace: bool) -> tuple[str, ...]:
+    return ("x_start", "x_start2", "x_start3") if inplace else tuple(f"x_start_previous{n}" for n in ("", "2", "3"))
+
+
+@pytest.mark.parametrize("row", EXTENDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 3, 7, 9), (2, 1, 8, 8), (2, 4, 40, 64), (3, 10), (2, 3, 11), (2, 3, 2, 5, 3)])
+def test_the_extended_row_equals_the_reference(shape, dtype, row):
+    for layout, clip, given in itertools.product(("contiguous", "channels-last", "misaligned"), (True, False), (0, 1)):
+        if layout == "channels-last" and len(shape) != 4:
+            continue
+        arguments, history = make_extended(row, shape, dtype, layout)
+        options = dict(zip(history_names(False), history, strict=True))
+        options |= {"noise": torch.randn(shape) if given else None, "clip_x_start": clip, "start_index": 3}
+        assert_agrees(sampler_step(*arguments, **options), arguments, **options)
+
+
+def test_the_extended_reference_is_the_formula():
+    (x, output, table, step, seed), history = make_extended("learned and third", (2, 3, 5, 5))
+    eps = torch.randn_like(x)
+    p, q, r, s, u, sigma, u2, u3, lo, hi = EXTENDED["learned and third"]
+    mean, v = output.chunk(2, dim=1)
+    x_start = (p * x + q * mean).clamp(-1, 1)
+    sigma = sigma * torch.exp(lo + (hi - lo) * (v + 1) / 2)
+    expected = r * x_start + s * x + u * history[0] + u2 * history[1] + u3 * history[2] + sigma * eps
+    options = dict(zip(history_names(False), history, strict=True))
+    actual = reference.sampler_step(x, output, table, step, seed, noise=eps, **options)
+    torch.testing.assert_close(actual, (expected, x_start))
+
+
+def test_the_learned_variance_is_nichol_and_dhariwals():
+    """v = 1 is the upper variance and v = −1 the lower (Nichol & Dhariwal 2021, eq. 15), also far from 1."""
+    shape = (1, 1, 2, 2)
+    lower, upper = 1e-6, 0.02  # of variances
+    row = [1.0, 0.0, 0.0, 0.0, 0.0, lower**0.5, 0.0, 0.0, 0.0, 0.5 * torch.tensor(upper / lower).log().item()]
+    for v, variance in ((-1.0, lower), (1.0, upper), (0.0, (lower * upper) ** 0.5)):
+        output = torch.cat([torch.zeros(shape), torch.full(shape, v)], dim=1)
+        call = (torch.zeros(shape), output, torch.tensor([row]), torch.tensor([0]), torch.tensor([0]))
+        x_next = sampler_step(*call, noise=torch.ones(shape))[0]
+        torch.testing.assert_close(x_next, torch.full(shape, variance**0.5), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("row", EXTENDED)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("shape", [(3, 3, 17, 13), (2, 3, 8, 8)])
+def test_in_place_shifts_the_history(shape, backend, row):
+    arguments, history = make_extended(row, shape)
+    with use_backend(backend):
+        x_next, x_start = sampler_step(*arguments, **dict(zip(history_names(False), history, strict=True)))
+        x, kept = arguments[0].clone(), [tensor.clone() for tensor in history]
+        sampler_step_(x, *arguments[1:], **dict(zip(history_names(True), kept, strict=True)))
+        x2, kept2 = arguments[0].clone(), [tensor.clone() for tensor in history[:2]]
+        if EXTENDED[row][7] == 0:  # two are enough where u3 is 0
+            sampler_step_(x2, *arguments[1:], **dict(zip(history_names(True), kept2, strict=False)))
+            assert torch.equal(x2, x_next) and all(torch.equal(a, b) for a, b in zip(kept2, kept, strict=False))
+    second = history[0]
+    if row == "keeps noise":
+        second = 1.1 * arguments[0] - 0.6 * x_start
+    assert torch.equal(x, x_next) and torch.equal(kept[0], x_start) and torch.equal(kept[2], history[1])
+    torch.testing.assert_close(kept[1], second, rtol=1e-6, atol=1e-6)
+    assert row == "keeps noise" or torch.equal(kept[1], second)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_wide_table_with_zeros_is_the_narrow_one(backend):
+    arguments, previous = make_inputs((2, 3, 9, 7))
+    wide = wide_table()
+    with use_backend(backend):
+        narrow = sampler_step(*arguments, x_start_previous=previous)
+        actual = sampler_step(*arguments[:2], wide, *arguments[3:], x_start_previous=previous)
+    torch.testing.assert_close(actual, narrow, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_zero_coefficients_leave_the_history_unread(backend):
+    shape = (2, 3, 7, 9)
+    poison = [torch.full(shape, NAN) for _ in range(3)]
+    values = [0.9, 0.4, 0.7, 0.5] + [0.0] * 6
+    table = torch.tensor([[NAN] * 10, values, [NAN] * 10])
+    x, output = torch.randn(shape), torch.cat([torch.randn(shape), poison[0]], dim=1)
+    call = (output, table, torch.tensor([1]), torch.tensor([0]))
+    with use_backend(backend):
+        x_next = sampler_step(x, *call, **dict(zip(history_names(False), poison, strict=True)))[0]
+        assert not x_next.isnan().any()
+        kept = [tensor.clone() for tensor in poison]
+        sampler_step_(x, *call, **dict(zip(history_names(True), kept, strict=True)))
+        assert torch.equal(x, x_next) and not kept[0].isnan().any() and kept[1].isnan().all()
+        for column in (6, 7):  # the same poison must show where it is read, or this test sees nothing
+            spoiled = table.clone()
+            spoiled[1, column] = 0.1
+            options = dict(zip(history_names(False), poison, strict=True))
+            assert sampler_step(x, output, spoiled, *call[2:], **options)[0].isnan().all()
+
+
+def test_a_learned_variance_that_is_nan_shows():
+    arguments, _ = make_extended("learned", (2, 3, 5, 7))
+    arguments[1][1, 4, 2, 3] = NAN
+    x_next, x_start = sampler_step(*arguments)
+    assert x_next[1, 1, 2, 3].isnan() and x_next.isnan().sum() == 1 and not x_start.isnan().any()
+
+
+@pytest.mark.parametrize("row", ["third", "learned", "keeps noise"])
+def test_opcheck_of_the_extended_row(row):
+    arguments, history = make_extended(row, (2, 3, 5, 4), torch.bfloat16, "channels-last")
+    call = (*arguments, *history, None, True, 1, 1)
+    torch.library.opcheck(torch.ops.ddpm_fast.sampler_step.default, call)
+    torch.library.opcheck(torch.ops.ddpm_fast.sampler_step_.default, call)
+
+
+def test_the_number_of_threads_changes_nothing_of_the_extended_row():
+    arguments, history = make_extended("learned and third", (5, 3, 91, 77))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(sampler_step(*arguments, **dict(zip(history_names(False), history, strict=True))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
