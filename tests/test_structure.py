@@ -34,6 +34,7 @@ ROWS = [
     ["training/atomic_files", "training/numpy_pickles", "training/state_names"],
     ["training/captured_step"],
     ["training/optimizer_step"],
+    ["diffusion/openai"],
     ["diffusion/learned_gaussian_diffusion", "diffusion/weighted_objective"],
     [
         "diffusion/gaussian_diffusion",
@@ -48,7 +49,7 @@ ROWS = [
     ["diffusion/sampling"],
     ["diffusion/samplers"],
     ["diffusion/spacings", "diffusion/schedules"],
-    ["diffusion/weightings"],
+    ["diffusion/weightings", "diffusion/timestep_history"],
     ["diffusion/levels"],
     ["models/unet", "runtime/snapshot"],
     ["models/resnet", "models/attention", "models/convolution", "models/embeddings", "runtime/recording"],

@@ -13,6 +13,7 @@ from ddpm_fast.diffusion import samplers, schedules
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, TrainingRows
 from ddpm_fast.diffusion.levels import TARGETS, Target
 from ddpm_fast.diffusion.schedules import Schedule
+from ddpm_fast.diffusion.timestep_history import LossSecondMoment
 from ddpm_fast.diffusion.weightings import Weighting
 from ddpm_fast.ops.common.tables import lookup
 from ddpm_fast.runtime.autocast import call_model
@@ -25,6 +26,7 @@ ModelPrediction = namedtuple("ModelPrediction", ["pred_noise", "pred_x_start"])
 
 
 _LARGEST = 1e308  # of finite numbers
+TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
 
 
 def extract(a: torch.Tensor, t: torch.Tensor, x_shape: Sequence[int]) -> torch.Tensor:
@@ -80,6 +82,7 @@ class DiscreteProcess(DiffusionProcess):
         loss_weighting_options: Mapping[str, float] | None = None,
         uncertainty_weighting: bool = False,
         zero_terminal_snr: bool = False,
+        timestep_sampler: str = "uniform",
     ):
         timesteps = as_int("timesteps", timesteps)
         sampling_timesteps = None if sampling_timesteps is None else as_int("sampling_timesteps", sampling_timesteps)
@@ -88,10 +91,16 @@ class DiscreteProcess(DiffusionProcess):
         min_snr_gamma = as_number("min_snr_gamma", min_snr_gamma)
         objective, beta_schedule = plain("objective", objective), plain("beta_schedule", beta_schedule)
         schedules.check_objective(objective)
+        if zero_terminal_snr and loss_weighting is None and not min_snr_loss_weight:
+            loss_weighting = "uniform"  # the SNR itself would leave T − 1 untrained
         weighting = schedules.choose_weighting(
             loss_weighting, loss_weighting_options, min_snr_gamma if min_snr_loss_weight else None
         )
         schedule = Schedule(schedules.make_betas(beta_schedule, timesteps, **schedule_fn_kwargs))
+        if timestep_sampler not in TIMESTEP_SAMPLERS:
+            raise ValueError(
+                f"timestep_sampler must be one of {', '.join(TIMESTEP_SAMPLERS)}, got {timestep_sampler!r}"
+            )
         if zero_terminal_snr:
             schedule = schedule.with_zero_terminal_snr()
             if objective == "pred_noise":
@@ -119,6 +128,7 @@ class DiscreteProcess(DiffusionProcess):
             loss_weighting_options=dict(loss_weighting_options) if loss_weighting_options else None,
             uncertainty_weighting=plain("uncertainty_weighting", uncertainty_weighting),
             zero_terminal_snr=plain("zero_terminal_snr", zero_terminal_snr),
+            timestep_sampler=None if timestep_sampler == "uniform" else timestep_sampler,
         )
         super().__init__(
             model,
@@ -139,6 +149,8 @@ class DiscreteProcess(DiffusionProcess):
         self.objective, self._weighting = objective, weighting
         self.num_timesteps = schedule.num_timesteps
         samplers.check_steps(schedule, self.sampling_timesteps)
+        has_history = timestep_sampler == "loss-second-moment"
+        self.timestep_history = LossSecondMoment(self.num_timesteps) if has_history else None
         self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
         self.ddim_sampling_eta = ddim_sampling_eta
 
@@ -146,6 +158,11 @@ class DiscreteProcess(DiffusionProcess):
         for name, value in schedule.buffers().items():
             self.register_buffer(name, value.to(device=device, dtype=torch.float32))
         weight = schedules.loss_weight(schedule, objective, weighting)
+        if weight[-1] == 0:
+            raise ValueError(
+                "loss_weighting must not be 0 at T − 1, which has no signal (zero_terminal_snr=True) and would not be "
+                "trained: use 'uniform' or 'truncated_snr'"
+            )
         self._made_loss_weight = weight  # (T,) float64 on the CPU
         self.register_buffer("loss_weight", weight.to(device=device, dtype=torch.float32))
 
@@ -255,6 +272,9 @@ class DiscreteProcess(DiffusionProcess):
 
     def predict_noise_from_start(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
         """ε from x_t and x0 (Ho et al. 2020, eq. 4 solved for ε)."""
+        if self._schedule.alphas_cumprod[-1] == 0:  # 1/√ᾱ is infinite there
+            signal = extract(self.sqrt_alphas_cumprod, t, x_t.shape) * x0
+            return (x_t - signal) / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t.shape)
         return (extract(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t - x0) / extract(
             self.sqrt_recipm1_alphas_cumprod, t, x_t.shape
         )
@@ -332,6 +352,26 @@ class DiscreteProcess(DiffusionProcess):
         return (*self.q_posterior(x_start=x_start, x_t=x, t=t), x_start)
 
     # a training step
+
+    def forward(
+        self,
+        img: torch.Tensor,
+        *args: Any,
+        times: torch.Tensor | None = None,
+        loss_reduction: str = "mean",
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The training loss; arguments as in `DiffusionProcess.forward`."""
+        if times is not None or self.timestep_history is None:
+            return super().forward(img, *args, times=times, loss_reduction=loss_reduction, **kwargs)
+        if loss_reduction not in ("mean", "none"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'none', got {loss_reduction!r}")
+        times, weights = self.timestep_history.draw(img.shape[0])
+        losses = super().forward(img, *args, times=times, loss_reduction="none", **kwargs)
+        if self.training and torch.is_grad_enabled():
+            self.timestep_history.update(times, losses.detach())
+        losses = losses * weights
+        return losses if loss_reduction == "none" else losses.mean()
 
     def random_times(self, batch_size: int) -> torch.Tensor:
         """(B,) int64 uniform in [0, T)."""

@@ -51,7 +51,14 @@ class GaussianDiffusion(DiscreteProcess):
         offset_noise_strength: adds one normal number per channel to the noise, 0.1 is usual.
         min_snr_loss_weight, min_snr_gamma: clip the SNR in the loss weight (Hang et al. 2023).
         immiscible: assign noise to images by distance within the batch (Li et al. 2024).
-        sampler: "ddpm", "ddim" or "dpmpp_2m"; None is upstream's rule, DDIM if `sampling_timesteps` < T, else DDPM.
+        sampler, spacing, sampler_options: how `sample` walks, names of `samplers.SAMPLERS` and `spacings.SPACINGS`;
+            None is upstream's rule, DDIM if `sampling_timesteps` < T, else DDPM.
+        loss_weighting, loss_weighting_options: the weight of x0's squared error as a function of the SNR, a name of
+            `weightings.WEIGHTINGS` or a function (N,) → (N,); None is "snr", upstream's.
+        uncertainty_weighting: learn a weight per level of noise beside the network (Karras et al. 2024, EDM2).
+        zero_terminal_snr: no signal is left at T − 1 (Lin et al. 2023); the loss is then "uniform" if not told
+            otherwise.
+        timestep_sampler: "uniform", or "loss-second-moment" (Nichol & Dhariwal 2021, section 3.3).
 
     Raises:
         ValueError: an argument does not fit, named in one sentence.
