@@ -12,7 +12,7 @@ from ddpm_fast.runtime.dispatch import Op
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_CHANNELS = 64  # the tiles of channels-last images hold all channels
-_MAX_ELEMENTS = 2**31 - 2**16  # positions within a sample are 32-bit
+MAX_ELEMENTS = 2**31 - 2**16  # positions within a sample are 32-bit
 
 
 def with_noise(op: Op, inputs: tuple, noise: Noise, options: dict) -> torch.Tensor:
@@ -91,8 +91,8 @@ def why_not_by_triton(x_start: torch.Tensor) -> str | None:
         return reason
     if x_start.ndim != 4:
         return f"x_start has {x_start.ndim} dimensions, and the kernels read images (B, C, H, W)"
-    if x_start.numel() and x_start[0].numel() > _MAX_ELEMENTS:
-        return f"an image has {x_start[0].numel()} elements, and the kernels count up to {_MAX_ELEMENTS}"
+    if x_start.numel() and x_start[0].numel() > MAX_ELEMENTS:
+        return f"an image has {x_start[0].numel()} elements, and the kernels count up to {MAX_ELEMENTS}"
     return None
 
 

@@ -14,6 +14,7 @@
 #include "norm_silu-inl.h"
 #include "sampler_step-inl.h"
 #include "stem_conv-inl.h"
+#include "variational_bound-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
@@ -44,6 +45,7 @@ constexpr Kernels make_kernels(const char* name) {
                             .subtract = forward_diffusion::subtract,
                             .scale = forward_diffusion::scale},
       .sampler_step = {.step = sampler_step::step},
+      .variational_bound = {.forward = variational_bound::forward},
   };
 }
 
