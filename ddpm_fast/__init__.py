@@ -15,6 +15,8 @@ from ddpm_fast.diffusion.continuous_time import (
 )
 from ddpm_fast.diffusion.elucidated_diffusion import ElucidatedDiffusion
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion, ModelPrediction
+from ddpm_fast.diffusion.learned_gaussian_diffusion import LearnedGaussianDiffusion
+from ddpm_fast.diffusion.openai import from_openai_options
 from ddpm_fast.diffusion.rectified_flow import RectifiedFlow
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
 from ddpm_fast.diffusion.weighted_objective import WeightedObjectiveGaussianDiffusion
@@ -37,7 +39,6 @@ _OTHER_NETWORK = "its fast networks are 2D with time alone"
 # Names of upstream that are not here, and why.
 _OF_UPSTREAM = {
     **dict.fromkeys(("Unet1D", "KarrasUnet", "KarrasUnet1D", "KarrasUnet3D"), _OTHER_NETWORK),
-    "LearnedGaussianDiffusion": "its variances are fixed",
     "GaussianDiffusion1D": "its processes are of images",
     **dict.fromkeys(("Dataset1D", "Trainer1D", "InvSqrtDecayLRSched"), "its training is Trainer's"),
 }
@@ -47,6 +48,7 @@ __all__ = [
     "ContinuousTimeGaussianDiffusion",
     "ElucidatedDiffusion",
     "GaussianDiffusion",
+    "LearnedGaussianDiffusion",
     "ModelPrediction",
     "RectifiedFlow",
     "Unet",
@@ -57,6 +59,7 @@ __all__ = [
     "cosine_beta_schedule",
     "empty_cache",
     "explain",
+    "from_openai_options",
     "inference_weights",
     "linear_beta_schedule",
     "noise",

@@ -272,7 +272,7 @@ class DiscreteProcess(DiffusionProcess):
 
     def predict_noise_from_start(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
         """ε from x_t and x0 (Ho et al. 2020, eq. 4 solved for ε)."""
-        if self._schedule.alphas_cumprod[-1] == 0:  # 1/√ᾱ is infinite there
+        if self._schedule.has_zero_terminal_snr:  # 1/√ᾱ is infinite there
             signal = extract(self.sqrt_alphas_cumprod, t, x_t.shape) * x0
             return (x_t - signal) / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t.shape)
         return (extract(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t - x0) / extract(

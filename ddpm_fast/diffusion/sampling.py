@@ -157,9 +157,9 @@ class SamplingState:
         num_previous: int,
         self_condition: bool,
         start_index: int,
-        clip_x_start: bool,
-        times_by_row: bool,
-        integer_times: bool,
+        clip_x_start: bool = True,
+        times_by_row: bool = False,
+        integer_times: bool = True,
     ):
         self.model, self.x, self.start_index, self.clip_x_start = model, x, start_index, clip_x_start
         self.times_by_row = times_by_row

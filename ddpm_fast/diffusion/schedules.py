@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -104,10 +104,13 @@ class Schedule(NoiseScale):
 
     is_discrete = True
     last = 0.0
+    # No signal is left at T − 1 (Lin et al. 2023).
+    has_zero_terminal_snr: ClassVar[bool]
 
     def __post_init__(self) -> None:
         inside = (self.betas > 0) & (self.betas < 1)
-        inside[-1] |= self.betas[-1] == 1  # zero terminal SNR
+        object.__setattr__(self, "has_zero_terminal_snr", self.betas[-1].item() == 1)
+        inside[-1] |= self.has_zero_terminal_snr
         if not inside.all():
             t = int((~inside).nonzero()[0])
             raise ValueError(
@@ -277,7 +280,7 @@ def prediction_table(schedule: Schedule, objective: str) -> torch.Tensor:
 
 
 def variational_bound_table(
-    schedule: Schedule, objective: str, weight: torch.Tensor, bound_weight: float
+    schedule: Schedule, objective: str, weight: torch.Tensor, bound_weight: float, variance_at_zero: str = "clipped"
 ) -> torch.Tensor:
     """The table of `ops.variational_bound`: squared error with its weight, and the bound with one for all timesteps.
 
@@ -286,12 +289,16 @@ def variational_bound_table(
     Args:
         weight: (T,) of the squared error, as `loss_weight` makes it.
         bound_weight: of the bound, in bits.
+        variance_at_zero: the least variance at t = 0, where the posterior's is 0: "clipped", 1e-20 as upstream's, or
+            "next", that of t = 1 as OpenAI's.
 
     Returns:
         (T, 14) float64.
     """
     buffers, levels = schedule.buffers(), schedule.levels
-    low = buffers["posterior_log_variance_clipped"]
+    low = buffers["posterior_log_variance_clipped"].clone()
+    if variance_at_zero == "next":
+        low[0] = low[min(1, len(low) - 1)]
     is_decoder = torch.zeros_like(low)
     is_decoder[0] = 1
     columns = {

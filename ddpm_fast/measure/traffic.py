@@ -161,7 +161,7 @@ def _norm_silu_backward_scratch(arguments: Arguments) -> int:
 
 def _diffusion_loss_scratch(arguments: Arguments) -> int:
     """The sum of squares per tile, written and read."""
-    from ddpm_fast.ops.forward_diffusion import triton as kernel
+    from ddpm_fast.ops.common import triton as kernel
 
     output = arguments["model_output"]
     B, C, H, W = output.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddpm_fast import Unet
+from ddpm_fast import LearnedGaussianDiffusion, Unet, from_openai_options
 from ddpm_fast.diffusion.continuous_time import (
     ContinuousTimeGaussianDiffusion,
     VParamContinuousTimeGaussianDiffusion,
@@ -398,3 +398,127 @@ def test_a_weighting_of_the_users_own():
         images(), times=t, noise=noise, loss_reduction="none"
     )
     torch.testing.assert_close(ratio, (((1 - t) / t) ** 2).clamp(max=2) * t**2, rtol=1e-4, atol=1e-6)
+
+
+def learned_pair(**options):
+    torch.manual_seed(0)
+    unet = {k: v for k, v in UNET.items() if k != "learned_sinusoidal_cond"} | {"learned_variance": True}
+    options = {"image_size": SIZE, "timesteps": 10, **options}
+    theirs = upstream.LearnedGaussianDiffusion(upstream.Unet(**unet), **options)
+    options = {**options, "objective": "pred_noise"}
+    ours = LearnedGaussianDiffusion(Unet(**unet), **options)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("options", [{}, {"vb_loss_weight": 1.0, "beta_schedule": "cosine"}], ids=str)
+def test_learned_variance_loss_and_gradients(options):
+    found, decoders = [], []
+    for diffusion in learned_pair(**options):
+        x = images() * 2 - 1
+        loss = diffusion.p_losses(x, torch.tensor([1, 4, 9]), noise=gaussian(2), loss_reduction="none")
+        loss.mean().backward()
+        found.append((loss.detach(), [p.grad for p in diffusion.parameters()]))
+        decoders.append(diffusion.p_losses(x, torch.tensor([0, 0, 0]), noise=gaussian(2)).detach())
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=5e-5, atol=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=2e-3, atol=1e-3)
+    # At t = 0 σ is about 1e-6: a rounding of the mean moves a pixel by standard deviations.
+    torch.testing.assert_close(decoders[1], decoders[0], rtol=5e-3, atol=0)
+
+
+def test_learned_variance_trajectory(monkeypatch):
+    """Upstream's ancestral sampling with our noise; the variance of p_mean_variance is the model's."""
+    from ddpm_fast import noise as noise_function
+
+    theirs, ours = learned_pair(beta_schedule="linear", timesteps=30)
+    shape = (B, C, SIZE, SIZE)
+    noises = [noise_function.normal(shape, seed=3, stream=noise_function.STREAM_INITIAL)]
+    noises += [noise_function.normal(shape, seed=3, stream=noise_function.STREAM_STEP, step=row) for row in range(30)]
+    given_noise(monkeypatch, noises)
+    expected = theirs.p_sample_loop(shape)
+    assert "replays" in ours.explain_graphs()
+    found = ours.sample(B, seed=3, progress=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours.sample(B, seed=3, progress=False, graph=False), found, rtol=0, atol=1e-5)
+
+
+def test_learned_variance_in_few_steps_where_upstream_cannot():
+    """Upstream's model_predictions has a name that does not exist."""
+    theirs, ours = learned_pair(sampling_timesteps=4)
+    with pytest.raises(NameError):
+        theirs.sample(2)
+    for sampler in (None, "dpmpp_2m", "ddpm"):
+        assert ours.sample(2, sampler=sampler, seed=1, progress=False).isfinite().all()
+
+
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+def test_the_objective_counts_in_the_bound(objective):
+    """A network that knows x0 has the same bound whatever it gives; upstream reads every output as noise."""
+    torch.manual_seed(0)
+    x0, noise, t = images() * 2 - 1, gaussian(2), torch.tensor([1, 4, 9])
+
+    class Knows(torch.nn.Module):
+        channels, out_dim, self_condition = C, 2 * C, False
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, t, x_self_cond=None):
+            a, b = (diffusion.forward_table[t, i].reshape(-1, 1, 1, 1) for i in range(2))
+            output = {"pred_noise": noise, "pred_x0": x0, "pred_v": a * noise - b * x0}[objective]
+            return self.scale * torch.cat((output, torch.zeros_like(output)), dim=1)
+
+    options = {"image_size": SIZE, "timesteps": 10, "objective": objective, "vb_loss_weight": 1.0}
+    diffusion = LearnedGaussianDiffusion(Knows(), **options)
+    loss = diffusion.p_losses(x0, t, noise=noise, loss_reduction="none")
+    low, high = diffusion.posterior_log_variance_clipped[t].double(), diffusion.betas[t].double().log()
+    log_var = (low + high) / 2
+    expected = 0.5 * (-1 + log_var - low + torch.exp(low - log_var)) / torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=1e-5)
+    theirs = upstream.LearnedGaussianDiffusion(Knows(), **options).p_losses(x0, t, noise=noise, loss_reduction="none")
+    assert torch.allclose(loss, theirs, rtol=1e-3) == (objective == "pred_noise")
+
+
+def test_openais_options():
+    torch.manual_seed(0)
+    plain, learned = Unet(8, dim_mults=(1, 2)), Unet(8, dim_mults=(1, 2), learned_variance=True)
+    x, t, noise = images() * 2 - 1, torch.tensor([0, 4, 9]), gaussian(2)
+
+    def loss(model=learned, **options):
+        diffusion = from_openai_options(model, image_size=SIZE, steps=50, **options)
+        with torch.no_grad():
+            return diffusion.p_losses(x, t, noise=noise, loss_reduction="none")
+
+    learned_from_openai = from_openai_options(learned, image_size=SIZE, steps=50, learn_sigma=True)
+    mse = loss(plain)
+    once, rescaled, kl = (
+        loss(learn_sigma=True, **options) for options in ({}, {"rescale_learned_sigmas": True}, {"use_kl": True})
+    )
+    assert learned_from_openai.bound_table[0, 9] == learned_from_openai.bound_table[1, 9], (
+        "that of t = 1, not log(1e-20)"
+    )
+    # mse + vb, mse + vb·T/1000, vb·T
+    torch.testing.assert_close(kl / 50 * (1 - 50 / 1000), once - rescaled, rtol=1e-3, atol=1e-4)
+    assert mse.shape == once.shape and (once > rescaled).all()
+    large = from_openai_options(plain, image_size=SIZE, steps=50)
+    small = from_openai_options(plain, image_size=SIZE, steps=50, sigma_small=True)
+    betas = large.betas.double().flip(0)
+    torch.testing.assert_close(large._plan().table[:-1, 5], betas[:-1].sqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        small._plan().table[:-1, 5], small.posterior_variance.double().flip(0)[:-1].sqrt(), rtol=1e-4, atol=0
+    )
+    respaced = from_openai_options(plain, image_size=SIZE, steps=50, timestep_respacing="ddim10", use_ddim=True)
+    assert respaced._plan().times == tuple(range(45, -1, -5)) and respaced._plan().sampler == "ddim"
+    parts = from_openai_options(plain, image_size=SIZE, steps=50, timestep_respacing="3,5")
+    assert len(parts._plan().times) == 8
+    xstart = from_openai_options(plain, image_size=SIZE, predict_xstart=True, schedule_sampler="loss-second-moment")
+    assert xstart.objective == "pred_x0" and (xstart.loss_weight == 1).all() and xstart.timestep_history is not None
+    for options, message in (
+        ({"noise_schedule": "sigmoid"}, "noise_schedule must be linear or cosine"),
+        ({"rescale_timesteps": True}, "rescale_timesteps must be False unless"),
+        ({"use_kl": True}, "use_kl must be False without learn_sigma"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_openai_options(plain, image_size=SIZE, steps=50, **options)
