@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from ddpm_fast.diffusion.weightings import Weighting, find_weighting, uniform, w
 from ddpm_fast.ops.forward_diffusion.op import q_sample
 from ddpm_fast.runtime.autocast import call_model
 from ddpm_fast.runtime.plain import as_int, plain
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ContinuousProcess(DiffusionProcess):
@@ -72,8 +75,7 @@ class ContinuousProcess(DiffusionProcess):
         self._weighting = weighting
         self.register_buffer("constant_row", None, persistent=False)
         if self.constant_target is not None and weighting is uniform:
-            row = torch.tensor([[*self.constant_target, 1.0]], device=next(model.parameters(), torch.empty(0)).device)
-            self.register_buffer("constant_row", row, persistent=False)
+            self._fill_constant_row()
 
     # c and d of out = c·ε + d·x0, where they are the same at every level.
     constant_target: tuple[float, float] | None = None
@@ -84,6 +86,18 @@ class ContinuousProcess(DiffusionProcess):
         assert self.constant_target is not None
         c, d = self.constant_target
         return lambda levels: (torch.full_like(levels.a, c), torch.full_like(levels.a, d))
+
+    def _fill_constant_row(self) -> None:
+        assert self.constant_target is not None
+        self.constant_row = torch.tensor([[*self.constant_target, 1.0]], device=self.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves and casts; a row that was on the meta device is written again."""
+        was_meta = self.constant_row is not None and self.constant_row.is_meta
+        super()._apply(fn, recurse)
+        if was_meta:
+            self._fill_constant_row()
+        return self
 
     def _check_times(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(t, torch.Tensor) or not t.is_floating_point():
@@ -102,7 +116,7 @@ class ContinuousProcess(DiffusionProcess):
             weight = weight_of_output(levels, self.target, self._weighting)
             loss_table = torch.stack((*self.target(levels), weight), dim=1)
         else:
-            loss_table = self.constant_row.expand(t.shape[0], 3).contiguous()
+            loss_table = self.constant_row.to(levels.a.dtype).expand(t.shape[0], 3).contiguous()
         of_images = torch.arange(t.shape[0], device=t.device)
         return TrainingRows(of_images, torch.stack((levels.a, levels.b), dim=1), loss_table, levels.times)
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,8 +109,11 @@ class LearnedNoiseSchedule(nn.Module):
         self.net = nn.Sequential(nn.Identity(), _MonotonicLinear(1, 1), _Residual(hidden), nn.Identity())
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """(B,) times → (B,) log-SNR."""
+        """(B,) times → (B,) log-SNR, in float32 at least."""
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        t = t.to(self.net[1].net.weight.dtype)  # type: ignore[union-attr, arg-type]
         at = [self.net(time[..., None])[..., 0] for time in (torch.zeros_like(t), torch.ones_like(t), t)]
+        at = [value.to(dtype) for value in at]
         log_snr = self.slope * ((at[2] - at[0]) / (at[1] - at[0])) + self.intercept
         return log_snr * self.frac_gradient + log_snr.detach() * (1 - self.frac_gradient)
 
@@ -184,7 +188,7 @@ class ContinuousTimeGaussianDiffusion(ContinuousProcess):
                 log_snr_max=ends[0], log_snr_min=ends[1], hidden_dim=hidden_dim, frac_gradient=fraction
             )
         else:
-            self.log_snr = lambda t: -_RATIOS[noise_schedule](t).log()
+            self.log_snr = partial(_log_snr, noise_schedule)
 
     model: nn.Module
 
@@ -305,6 +309,10 @@ class VParamContinuousTimeGaussianDiffusion(ContinuousTimeGaussianDiffusion):
     @property
     def target(self) -> Target:
         return TARGETS["pred_v"]
+
+
+def _log_snr(noise_schedule: str, t: torch.Tensor) -> torch.Tensor:
+    return -_RATIOS[noise_schedule](t).log()
 
 
 _RATIOS: dict[str, NoiseRatio] = {"linear": linear_noise_ratio, "cosine": cosine_noise_ratio}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 
@@ -522,3 +525,36 @@ def test_openais_options():
     ):
         with pytest.raises(ValueError, match=message):
             from_openai_options(plain, image_size=SIZE, steps=50, **options)
+
+
+ALL = {
+    **{name: lambda name=name: make(name) for name in PROCESSES},
+    "learned schedule": lambda: make("continuous", noise_schedule="learned", learned_schedule_net_hidden_dim=8),
+    "learned": lambda: learned_pair(sampling_timesteps=4)[1],
+    "weighted": lambda: weighted_pair()[1],
+}
+
+
+@pytest.mark.parametrize("process", ALL)
+def test_what_users_do_to_a_process(process):
+    """Other dtypes, autocast, copies, pickles, the meta device, torch.compile."""
+    diffusion = ALL[process]()
+    expected = diffusion.sample(1, seed=2, progress=False)
+    for dtype in (torch.bfloat16, torch.float64):
+        other = copy.deepcopy(diffusion).to(dtype)
+        other(images().double() if dtype == torch.float64 else images()).backward()
+        assert other.sample(2, seed=1, progress=False).isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        diffusion(images()).backward()
+    file = io.BytesIO()
+    torch.save(diffusion, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False).sample(1, seed=2, progress=False), expected)
+    empty = copy.deepcopy(diffusion).to("meta").to_empty(device="cpu")
+    empty.load_state_dict(diffusion.state_dict())
+    assert torch.equal(empty.sample(1, seed=2, progress=False), expected)
+    losses = []
+    for each in (diffusion, empty, torch.compile(diffusion, fullgraph=True, backend="eager")):
+        torch.manual_seed(4)
+        losses.append(each(images()).detach())
+    torch.testing.assert_close(losses, [losses[0]] * 3, rtol=1e-5, atol=1e-6)

@@ -18,7 +18,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm_fast import GaussianDiffusion, Unet, noise, use_backend
+from ddpm_fast import (
+    ContinuousTimeGaussianDiffusion,
+    ElucidatedDiffusion,
+    GaussianDiffusion,
+    RectifiedFlow,
+    Unet,
+    VParamContinuousTimeGaussianDiffusion,
+    noise,
+    use_backend,
+)
 from ddpm_fast.diffusion.sampling import SamplingState
 from ddpm_fast.measure import baselines
 from ddpm_fast.runtime.recording import EagerRecorder
@@ -120,7 +129,8 @@ def pretend(diffusion: torch.nn.Module) -> None:
                 fake = torch.empty(parameter.shape, device="cuda")
                 module._parameters[name] = torch.nn.Parameter(fake)
         for name, buffer in module._buffers.items():
-            module._buffers[name] = torch.empty(buffer.shape, device="cuda")
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, device="cuda")
 
 
 def make(**kwargs) -> GaussianDiffusion:
@@ -143,6 +153,49 @@ def test_a_sampling_step(backend):
             state.load(plan, noise.draw_seed(x.device), 2)
             state.advance(state.x_start)
         assert contacts.found == [] and contacts.operators > 100
+
+
+OTHERS = {
+    "edm": lambda model: ElucidatedDiffusion(model, image_size=8, num_sample_steps=4),
+    "continuous": lambda model: ContinuousTimeGaussianDiffusion(model, image_size=8, num_sample_steps=4),
+    "v-continuous": lambda model: VParamContinuousTimeGaussianDiffusion(model, image_size=8, num_sample_steps=4),
+    "flow": lambda model: RectifiedFlow(model, image_size=8, num_sample_steps=4),
+    "moments": lambda model: GaussianDiffusion(
+        model, image_size=8, timesteps=6, beta_schedule="cosine", timestep_sampler="loss-second-moment"
+    ),
+    "uncertain": lambda model: GaussianDiffusion(model, image_size=8, timesteps=30, uncertainty_weighting=True),
+}
+
+
+@pytest.mark.parametrize("sampler", ["heun", "unipc", "dpmpp_2s_a"])
+@pytest.mark.parametrize("process", ["edm", "v-continuous", "flow", "uncertain"])
+def test_a_sampling_step_of_every_process(process, sampler):
+    diffusion = OTHERS[process](Unet(8, dim_mults=(1, 2)))
+    plan = diffusion._plan(sampler, 4)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        pretend(diffusion)
+        x = torch.zeros(2, 3, 8, 8, device="cuda")
+        options = {"columns": plan.table.shape[1], "num_previous": plan.num_previous, "self_condition": False}
+        options["integer_times"] = plan.has_integer_times
+        state = SamplingState(diffusion.network, x, len(plan.times), start_index=0, **options)
+        state.load(plan, noise.draw_seed(x.device), 0)
+        with Contacts() as contacts:
+            state.load(plan, noise.draw_seed(x.device), 1)
+            state.advance(None)
+        assert contacts.found == [] and contacts.operators > 50
+
+
+@pytest.mark.parametrize("process", OTHERS)
+def test_a_loss_of_every_process(process):
+    diffusion = OTHERS[process](Unet(8, dim_mults=(1, 2), self_condition=True))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pretend(diffusion)
+        images = torch.zeros(2, 3, 8, 8, device="cuda", dtype=torch.uint8)
+        flips = torch.zeros(2, device="cuda", dtype=torch.bool)
+        for self_conditioned in (False, True):
+            with Contacts() as contacts:
+                loss = diffusion(images, flip=flips, self_conditioned=self_conditioned)
+            assert loss.device.type == "cuda" and contacts.found == [] and contacts.operators > 100
 
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
