@@ -7,6 +7,7 @@ import math
 import torch
 
 from ddpm_fast.diffusion import schedules
+from ddpm_fast.ops.common.reference import prepared_images
 from ddpm_fast.ops.variational_bound import reference
 from ddpm_fast.ops.variational_bound.op import variational_bound
 from ddpm_fast.testing.truth import assert_close_to_truth
@@ -130,7 +131,7 @@ def make_output(
 ) -> torch.Tensor:
     """A network's output near its target, with a variance in the range of the table and a little beyond."""
     c, d = (table[t, i].float().reshape(-1, *(1,) * (x.ndim - 1)) for i in (2, 3))
-    images = reference.prepared_images(x, options["normalize"], options["flip"], torch.float32).float()
+    images = prepared_images(x, options["normalize"], options["flip"], torch.float32).float()
     out = c * noise + d * images + 0.1 * torch.randn_like(noise)
     output = torch.cat([out, 0.5 * torch.randn_like(noise)], dim=1) if learned else out
     return laid_out(output.to(dtype), memory_format)
