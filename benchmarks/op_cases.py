@@ -25,6 +25,8 @@ from ddpm_fast.ops.noise.op import fill_normal_
 from ddpm_fast.ops.norm_linear.op import norm_linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
 from ddpm_fast.ops.sampler_step.op import sampler_step_
+from ddpm_fast.ops.variational_bound.op import variational_bound
+from ddpm_fast.testing.variational_bound_cases import as_written, make_table
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TIMESTEPS = 100
@@ -165,6 +167,24 @@ def _diffusion_loss(shape, device, dtype, compute) -> Inputs:
 
     return Inputs(
         lambda: diffusion_loss(output, x_start, t, table, epsilon), eager,
+        reads=[output, x_start, epsilon], leaves=[output],
+    )  # fmt: skip
+
+
+def _variational_bound(shape, device, dtype, compute) -> Inputs:
+    """Without t = 0: torch takes the difference of the decoder's cdfs, which cancels in float32."""
+    draw, (B, C, H, W) = _Draw(device, dtype, compute), shape
+    output = draw.normal(B, 2 * C, H, W).requires_grad_()
+    x_start, epsilon = draw.uniform(*shape), draw.normal(*shape, full=True)
+    t = 1 + torch.arange(B, device=device) % (TIMESTEPS - 1)
+    table = make_table("pred_noise", TIMESTEPS).to(device=device, dtype=x_start.dtype)
+
+    def eager() -> torch.Tensor:
+        means = as_written(output.to(x_start.dtype), x_start, t, table, epsilon)
+        return (table[t][:, [4, 13]] * means).sum(1)
+
+    return Inputs(
+        lambda: variational_bound(output, x_start, t, table, epsilon), eager,
         reads=[output, x_start, epsilon], leaves=[output],
     )  # fmt: skip
 
@@ -323,6 +343,7 @@ def op_cases(size: str) -> list[OpCase]:
         OpCase("sampler_step_", images, partial(_sampler_step, own_noise=True), compiled=True, variant="+noise"),
         OpCase("q_sample", images, _q_sample),
         OpCase("diffusion_loss", images, _diffusion_loss),
+        OpCase("variational_bound", images, _variational_bound),
     ]
     for i, stage in enumerate(stages):
         pixels = stage[2] * stage[3]

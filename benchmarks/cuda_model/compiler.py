@@ -25,7 +25,10 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from cuda_model.driver import Variant
 
-_OPS = ("norm_silu", "norm_linear", "linear_attention", "linear_attention_block", "attention", "forward_diffusion")
+_OPS = (
+    "norm_silu", "norm_linear", "linear_attention", "linear_attention_block", "attention", "forward_diffusion",
+    "variational_bound",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,15 @@ def _diffusion_loss_scratch(arguments: Arguments) -> int:
     return 4 * 2 * B * math.ceil(C * H * W / shape["STEP"])
 
 
+def _variational_bound_scratch(arguments: Arguments) -> int:
+    """Two sums per tile of x_start, written and read."""
+    from ddpm_fast.ops.common import triton as kernel
+
+    B, C, H, W = arguments["x_start"].shape
+    _, shape = kernel.tile_constants(C, H * W, kernel.is_channels_last(arguments["model_output"]))
+    return 4 * 2 * 2 * B * math.ceil(C * H * W / shape["STEP"])
+
+
 def _norm_linear_backward_scratch(arguments: Arguments) -> int:
     """The weight's gradient per chunk of pixels, written and read."""
     from ddpm_fast.ops.norm_linear import triton as kernel
@@ -184,6 +193,7 @@ SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
     "ddpm_fast::norm_silu": _norm_silu_scratch,
     "ddpm_fast::norm_silu_backward": _norm_silu_backward_scratch,
     "ddpm_fast::diffusion_loss": _diffusion_loss_scratch,
+    "ddpm_fast::variational_bound": _variational_bound_scratch,
     "ddpm_fast::norm_linear_backward": _norm_linear_backward_scratch,
     "ddpm_fast::linear_attention": _linear_attention_scratch,
     "ddpm_fast::linear_attention_backward": _linear_attention_backward_scratch,

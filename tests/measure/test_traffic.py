@@ -16,7 +16,9 @@ import torch.nn.functional as F
 
 import ddpm_fast
 from ddpm_fast.measure import traffic
+from ddpm_fast.ops.forward_diffusion.op import diffusion_loss
 from ddpm_fast.ops.norm_silu.op import rms_norm_silu
+from ddpm_fast.ops.variational_bound.op import variational_bound
 from ddpm_fast.runtime import triton_launch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "traffic.py"
@@ -183,6 +185,43 @@ def test_partial_sums_of_the_loss_are_those_of_its_launch(memory_format):
         kernel.diffusion_loss(x, x, t, table, None, seed, None, True, 0.0, True)
         partial = kernel.diffusion_loss_fwd_kernel.__getitem__.return_value.call_args.args[1]
     assert traffic.SCRATCH_BYTES["ddpm_fast::diffusion_loss"]({"model_output": x}) == 2 * partial.nbytes
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_partial_sums_of_the_variational_bound_are_those_of_its_launch(memory_format):
+    kernel = pytest.importorskip("ddpm_fast.ops.variational_bound.triton")
+    x = torch.empty(2, 3, 40, 41, device="meta")
+    output = torch.empty(2, 6, 40, 41, device="meta").to(memory_format=memory_format)
+    t = torch.empty(2, dtype=torch.int64, device="meta")
+    seed, table = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty(10, 14, device="meta")
+    names = ["variational_bound_fwd_kernel", "variational_bound_reduce_kernel"]
+    with mock.patch.multiple(kernel, **{name: mock.MagicMock() for name in names}):
+        kernel.variational_bound(output, x, t, table, None, seed, None, True, 0.0, False, True, 1e-15, True)
+        partial = kernel.variational_bound_fwd_kernel.__getitem__.return_value.call_args.args[1]
+    arguments = {"model_output": output, "x_start": x}
+    assert traffic.SCRATCH_BYTES["ddpm_fast::variational_bound"](arguments) == 2 * partial.nbytes
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["seed", "noise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_variational_bound_moves_at_most_1_3_times_the_bytes_of_the_plain_loss(dtype, given):
+    """Forward and backward, of outputs of one shape; the bound has half of them for the variance."""
+    pytest.importorskip("triton")
+    output = torch.empty(32, 6, 128, 128, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+    t, seed = torch.empty(32, dtype=torch.int64, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    moved = {}
+    for function, channels, columns in ((diffusion_loss, 6, 3), (variational_bound, 3, 14)):
+        x, table = torch.empty(32, channels, 128, 128, device="meta"), torch.empty(1000, columns, device="meta")
+        count = traffic.Traffic()
+        leaf = output.clone().requires_grad_()
+        with traffic.kernels_take_meta_tensors(), traffic._Counter(count):
+            loss = function(leaf, x, t, table, torch.empty_like(x) if given else None, seed=seed)
+            loss.backward(torch.empty_like(loss))
+        assert set(count.by_operator) >= {f"ddpm_fast::{function.__name__}{end}" for end in ("", "_backward")}
+        moved[function] = sum(
+            operator.bytes_moved for name, operator in count.by_operator.items() if name.startswith("ddpm_fast")
+        )
+    assert 0.5 * moved[diffusion_loss] < moved[variational_bound] <= 1.3 * moved[diffusion_loss], moved
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 128, 128), (3, 24, 7, 9)], ids=str)

@@ -18,6 +18,10 @@ inline void elements(const VariationalBoundTile& tile) {
   const float half_span = 0.5f * (row.high - row.low), precision = row.m1 * bounded_exp(-row.log_variance_true);
   const float through_error = tile.detach_mean ? 1.0f : 2.0f * row.w;
   const float through_mean = tile.detach_mean ? 0.0f : (row.weight * kBitsOfNat) * row.q * row.m1;
+  // More arrays than gcc checks for overlap while running.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC ivdep
+#endif
   for (int64_t i = 0; i < tile.count; ++i) {
     const float x = scale * images[i] + shift, eps = noise[i], out = output[i];
     const float over_low = kLearned ? half_span * (variance[i] + 1.0f) : 0.0f;
@@ -31,8 +35,8 @@ inline void elements(const VariationalBoundTile& tile) {
     errors[i] = error;
     bounds[i] = bound.value;
     // A product with 0 would make NaN of an infinite dmean.
-    const float dmean = through_mean == 0.0f ? 0.0f : through_mean * bound.dmean;
-    douts[i] = through_error * error + (inside ? dmean : 0.0f);
+    const bool passes = inside & (through_mean != 0.0f);
+    douts[i] = through_error * error + pick(passes, through_mean * bound.dmean, 0.0f);
     dvariances[i] = bound.dvariance;
   }
 }

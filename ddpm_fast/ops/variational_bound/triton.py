@@ -41,14 +41,14 @@ def clamp(x, low, high):
 
 @triton.jit
 def exp(x):
-    """e^x of float32 to 1 ulp or so for x in [−87, 88], as in csrc/cpu/kernels/vec-inl.h; beyond, that bound's value.
+    """e^x of float32 to 1 ulp or so for x in [−87, 88], as in csrc/core/variational_bound.h; 0 below, e^88 above.
 
     The hardware's instruction loses as many digits as x has before its point.
     """
-    x = clamp(x, -87.0, 88.0)
-    shifted = x * 1.4426950408889634 + 12582912.0  # 1.5·2^23: rounds to an integer and leaves it in the low bits
+    y = clamp(x, -87.0, 88.0)
+    shifted = y * 1.4426950408889634 + 12582912.0  # 1.5·2^23: rounds to an integer and leaves it in the low bits
     n = shifted - 12582912.0
-    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    r = (y - n * 0.693359375) + n * 2.12194440e-4
     poly = r * 1.9875691500e-4 + 1.3981999507e-3
     poly = poly * r + 8.3334519073e-3
     poly = poly * r + 4.1665795894e-2
@@ -56,7 +56,7 @@ def exp(x):
     poly = poly * r + 5.0000001201e-1
     poly = poly * (r * r) + r + 1.0
     scale = ((shifted.to(tl.uint32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
-    return poly * scale
+    return tl.where(x < -87.0, 0.0, poly * scale)
 
 
 @triton.jit
@@ -101,26 +101,25 @@ def negative_log_probability(x, mean, log_variance, min_log_probability):
     width = clamp(inverse_scale * (2 * HALF_BIN), 0.0, 2 * SATURATED)
     a = (above + 0.044715 * (above * above * above)) * TWICE_ROOT
     b = (below + 0.044715 * (below * below * below)) * TWICE_ROOT
-    distance = (width * TWICE_ROOT) * (1.0 + 0.044715 * (above * above + above * below + below * below))
+    # a − b without its cancellation; the derivatives of the bin follow from those of a, b and a − b.
+    width = width * TWICE_ROOT
+    squares = above * above + above * below + below * below
     of_a, of_minus_a, log_left = sigmoids(a)
     of_minus_b, of_b, log_right = sigmoids(-b)
-    _, minus_share, _ = exponentials(-distance)
-    share = -minus_share  # 1 − e^−distance
-    log_probability = log_left + log_right + log_positive(share)
-    # dΦ/dz of an edge over the probability of the bin, without du/dz.
-    at_above = of_minus_a / (of_minus_b * share)
-    at_below = of_b / (of_a * share)
+    e, minus_share, _ = exponentials(-width * (1.0 + 0.044715 * squares))
+    log_probability = log_left + log_right + log_positive(-minus_share)
 
     is_first = x < -OPEN_BEYOND
     is_last = x > OPEN_BEYOND
     log_probability = tl.where(is_first, log_left, tl.where(is_last, log_right, log_probability))
     is_bound = log_probability < min_log_probability
-    at_above = tl.where(is_bound | is_last, 0.0, tl.where(is_first, of_minus_a, at_above))
-    at_below = tl.where(is_bound | is_first, 0.0, tl.where(is_last, of_b, at_below))
     log_probability = tl.where(is_bound, min_log_probability, log_probability)
-    at_above *= (1.0 + 0.134145 * (above * above)) * TWICE_ROOT
-    at_below *= (1.0 + 0.134145 * (below * below)) * TWICE_ROOT
-    return -log_probability, inverse_scale * (at_above - at_below), at_below * below - at_above * above
+    at_above = tl.where(is_bound | is_last, 0.0, of_minus_a * (1.0 + 0.134145 * (above * above)) * TWICE_ROOT)
+    at_below = tl.where(is_bound | is_first, 0.0, of_b * (1.0 + 0.134145 * (below * below)) * TWICE_ROOT)
+    between = tl.where(is_bound | is_first | is_last, 0.0, width * (e / -minus_share))
+    dmean = inverse_scale * ((at_above - at_below) + between * (0.134145 * (above + below)))
+    dvariance = (at_below * below - at_above * above) - between * (1.0 + 0.134145 * squares)
+    return -log_probability, dmean, dvariance
 
 
 @triton.jit
