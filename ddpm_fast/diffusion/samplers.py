@@ -118,7 +118,7 @@ def sampler(name: str, *, spacing: str = "own") -> Callable[[MakeRows], MakeRows
     """Register a function (walk, *, option=default, ...) -> Rows as the sampler `name`.
 
     Args:
-        spacing: the spacing that is best for it.
+        spacing: the spacing that is best for it, by the measurements of docs/samplers.md.
 
     Raises:
         ValueError: the name is taken.
@@ -324,7 +324,7 @@ def ddim(walk: Walk, *, eta: float = 0.0) -> Rows:
     return Rows(walk.now, a_after - s * a, s, torch.zeros_like(s), sigma)
 
 
-@sampler("euler_ancestral")
+@sampler("euler_ancestral", spacing="log_snr")
 def euler_ancestral(walk: Walk, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:
     """Euler's method to a lower σ, then noise up to the next one (k-diffusion's `sample_euler_ancestral`).
 
@@ -421,7 +421,7 @@ def _trapezoid_row(level: tuple[float, float, float], after: tuple[float, float,
     return _Row(after, -n_after * ahead, s, u)
 
 
-@sampler("euler")
+@sampler("euler", spacing="log_snr")
 def euler(
     walk: Walk, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
 ) -> Rows:
@@ -432,7 +432,7 @@ def euler(
     return _karras_rows(walk, s_churn, s_tmin, s_tmax, s_noise, corrects=False)
 
 
-@sampler("heun", spacing="karras")
+@sampler("heun", spacing="log_snr")
 def heun(
     walk: Walk, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
 ) -> Rows:
@@ -550,16 +550,20 @@ def dpmpp_2s_a(walk: Walk, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:
     """
     now, after = walk.now, walk.after
     up = _sigma_up(walk, eta)
-    down = (1 - up**2).sqrt() * after.b / after.a  # σ to which the deterministic part of a step goes
-    down = torch.where(up < 1, down, 0.0)
-    middles = walk.between(-(now.sigma.log() + down.log()) / 2)
+    # σ to which the deterministic part of a step goes; 0 is of first order.
+    down = torch.where((up < 1) & (now.a > 0), (1 - up**2).sqrt() * after.b / after.a, 0.0)
+    middle = torch.where(down > 0, -(now.sigma.log() + down.log()) / 2, now.half_log_snr)
+    is_after = (middle - after.half_log_snr).abs() < 1e-9  # as with η = 1
+    middles = Levels(
+        *(torch.where(is_after, other, one) for one, other in zip(walk.between(middle), after, strict=True))
+    )
     rows: list[_Row] = []
     steps = zip(_each(now), _each(middles), _each(after), down.tolist(), up.tolist(), strict=True)
     for level, middle, (time, a_after, b_after), sigma_down, share in steps:
         noise = s_noise * b_after * share
         (_, a, b), (_, a_middle, b_middle) = level, middle
-        if sigma_down == 0 or a == 0:
-            rows.append(_euler_row(level, (time, a_after, a_after * sigma_down)))
+        if sigma_down == 0:
+            rows.append(_euler_row(level, (time, a_after, b_after * math.sqrt(1 - share**2))))
             rows[-1].sigma = noise
             continue
         sigma, sigma_middle = b / a, b_middle / a_middle

@@ -170,11 +170,11 @@ def quadratic(scale: NoiseScale, steps: int) -> torch.Tensor:
 
 
 @spacing("log_snr")
-def log_snr(scale: NoiseScale, steps: int, *, low: float = -5.1, high: float = math.inf) -> torch.Tensor:
+def log_snr(scale: NoiseScale, steps: int, *, low: float = -5.1, high: float = 5.1) -> torch.Tensor:
     """Uniform in λ = log(a/b) between the process's ends (Lu et al. 2022, section 4).
 
     Args:
-        low, high: bounds of λ; below −5.1 the signal's part of the variance is less than 4e-5.
+        low, high: bounds of λ. At ±5.1 (Lu et al. 2022, appendix D) all but 4e-5 of the variance is noise, or signal.
     """
     return _times_between(scale, low, high, lambda first, last: _line(first, last, steps))
 

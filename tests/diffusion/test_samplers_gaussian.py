@@ -1,4 +1,4 @@
-"""Samplers against a closed form: a Gaussian data distribution, whose exact denoiser is known.
+"""Samplers against closed forms: a Gaussian data distribution and a mixture of two, whose exact denoisers are known.
 
 For x0 ~ N(m, v) and x_t = a·x0 + b·ε the posterior mean of x0 is m + v·a/(a²v + b²)·(x_t − a·m). Every sampler that is
 given this denoiser must end at mean m and variance v, up to its discretisation error and the sampling error.
@@ -17,50 +17,37 @@ from ddpm_fast.diffusion.levels import TARGETS
 from ddpm_fast.diffusion.sampling import SamplingRun, sample_loop
 from ddpm_fast.diffusion.schedules import Schedule
 from ddpm_fast.noise import STREAM_INITIAL, normal, seed_tensor
+from ddpm_fast.testing.sampler_cases import TWO_CALLS, exact_moments, scales, walk
 
 MEAN, STD = 0.1, 0.25  # the clip at ±1 is more than three standard deviations away
-N = 40_000
+N = 10_000
 TIMESTEPS = 1000
 SCHEDULE = Schedule(schedules.make_betas("cosine", TIMESTEPS))
-
-
-def exact_coefficients(t: int) -> tuple[float, float]:
-    """x0 = gain·x_t + offset of the exact denoiser of N(MEAN, STD²)."""
-    a2 = SCHEDULE.alphas_cumprod[t].item()
-    a = math.sqrt(a2)
-    gain = STD**2 * a / (a2 * STD**2 + 1 - a2)
-    return gain, MEAN - gain * a * MEAN
+FORWARD = schedules.forward_table(SCHEDULE).tolist()
+SCALES = scales()
 
 
 def exact_model(objective: str):
     """The exact denoiser, as a network's output for the objective."""
 
     def model(x, t, x_self_cond=None):
-        a, b = (c.item() for c in schedules.forward_table(SCHEDULE)[t[0]])
-        gain, offset = exact_coefficients(int(t[0]))
-        x0 = gain * x + offset
+        a, b = FORWARD[int(t[0])]
+        gain = STD**2 * a / (a**2 * STD**2 + b**2)
+        x0 = gain * x + (MEAN - gain * a * MEAN)
         eps = (x - a * x0) / b
         return {"pred_noise": eps, "pred_x0": x0, "pred_v": a * eps - b * x0}[objective]
 
     return model
 
 
-def exact_moments(plan: samplers.SamplerTable) -> tuple[float, float]:
-    """Mean and standard deviation at which a table ends with the exact denoiser: each step is linear and Gaussian."""
-    mean = torch.zeros(2, dtype=torch.float64)  # of (x, x0_previous)
-    covariance = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
-    for t, (_, _, r, s, u, sigma) in zip(plan.times, plan.table.tolist(), strict=True):
-        gain, offset = exact_coefficients(t)
-        step = torch.tensor([[r * gain + s, u], [gain, 0.0]], dtype=torch.float64)
-        mean = step @ mean + torch.tensor([r * offset, offset], dtype=torch.float64)
-        covariance = step @ covariance @ step.T
-        covariance[0, 0] += sigma**2
-    return mean[0].item(), covariance[0, 0].sqrt().item()
-
-
 def table_of(sampler: str, steps: int, objective: str = "pred_x0", eta: float = 0.0, *, schedule=SCHEDULE, **kwargs):
     options = {"eta": eta} if "eta" in samplers.SAMPLERS[sampler].options else {}
     return samplers.sampler_table(schedule, TARGETS[objective], sampler, steps, options=options, **kwargs)
+
+
+def moments(plan: samplers.SamplerTable) -> tuple[float, float]:
+    """Mean and standard deviation at which a table over `SCHEDULE` ends with the exact denoiser."""
+    return exact_moments(plan, SCHEDULE, MEAN, STD)
 
 
 # The discretisation error allowed: of the standard deviation, relative.
@@ -81,7 +68,7 @@ CASES = [
 @pytest.mark.parametrize("sampler, steps, eta, tolerance", CASES)
 def test_ends_at_the_data_distribution(objective, sampler, steps, eta, tolerance):
     plan = table_of(sampler, steps, objective, eta, spacing="own")
-    mean, std = exact_moments(plan)
+    mean, std = moments(plan)
     assert mean == pytest.approx(MEAN, abs=1e-4)
     assert std == pytest.approx(STD, rel=tolerance)
 
@@ -99,7 +86,7 @@ def test_dpmpp_is_second_order():
     """Halving the step divides DDIM's error by about two and DPM-Solver++(2M)'s by about four or more."""
 
     def error(sampler: str, steps: int) -> float:
-        return abs(exact_moments(table_of(sampler, steps, spacing="own"))[1] - STD)
+        return abs(moments(table_of(sampler, steps, spacing="own"))[1] - STD)
 
     assert 1.5 < error("ddim", 25) / error("ddim", 50) < 2.8
     assert error("dpmpp_2m", 25) / error("dpmpp_2m", 50) > 3.5
@@ -121,17 +108,94 @@ def test_ddpm_on_fewer_steps_is_respaced_and_on_all_steps_upstream():
     torch.testing.assert_close(few.table[:, 2:4], ddim.table[:, 2:4], rtol=1e-9, atol=1e-12)
 
 
+# The largest relative error of the standard deviation after 48 network calls with the sampler's own spacing, on any of
+# the processes; and the least by which it falls from 24 calls to 48.
+AFTER_48_CALLS = {
+    "ddpm": (0.275, 1.5),
+    "ddim": (0.164, 1.85),
+    "euler_ancestral": (0.15, 1.8),
+    "euler": (0.08, 1.9),
+    "heun": (0.036, 4.0),
+    "dpmpp_2m": (0.004, 4.0),
+    "dpmpp_2m_sde": (0.011, 3.5),
+    "dpmpp_3m_sde": (0.01, 4.0),
+    "dpmpp_2s_a": (0.061, 3.2),
+    "unipc": (0.0008, 8.0),
+    "lms": (0.0073, 4.5),
+    "deis": (0.00125, 2.2),
+}
+
+
+def test_every_sampler_has_bounds():
+    assert set(AFTER_48_CALLS) == set(samplers.SAMPLERS)
+
+
+def plan_of_calls(sampler: str, scale, calls: int, **kwargs) -> samplers.SamplerTable:
+    steps = calls // 2 if sampler in TWO_CALLS else calls
+    return samplers.sampler_table(scale, TARGETS["pred_x0"], sampler, steps, **kwargs)
+
+
+@pytest.mark.parametrize("kind", SCALES)
+@pytest.mark.parametrize("sampler", AFTER_48_CALLS)
+def test_a_gaussian_on_every_process(sampler, kind):
+    """The mean is as wrong as the start makes it, which has none of the data's: a·m at the first level."""
+    scale = SCALES[kind]
+    bound, factor = AFTER_48_CALLS[sampler]
+    errors = []
+    for calls in (24, 48):
+        plan = plan_of_calls(sampler, scale, calls)
+        mean, std = exact_moments(plan, scale, MEAN, STD)
+        errors.append(abs(std / STD - 1))
+        assert mean == pytest.approx(MEAN, abs=0.01 * MEAN)
+    assert errors[1] < bound
+    assert errors[0] > factor * errors[1]
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("calls, bound", [(10, 0.003), (25, 0.002)])
+def test_the_default_of_few_steps_keeps_the_deviation(beta_schedule, calls, bound):
+    schedule = Schedule(schedules.make_betas(beta_schedule, 1000))
+    plan = plan_of_calls(samplers.FEW_STEPS, schedule, calls)
+    assert len(plan.times) == calls
+    assert abs(exact_moments(plan, schedule, 0.0, 0.15)[1] - 0.15) <= bound
+
+
+WEIGHTS, CENTRES, WIDTH = (0.35, 0.65), (-0.6, 0.4), 0.15
+MIXTURE_MEAN, MIXTURE_STD = 0.05, 0.5
+
+
+def mixture_denoiser(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """The posterior mean of x0 under two Gaussians, from x = x0 + σ·ε."""
+    if math.isinf(sigma):
+        return torch.full_like(x, MIXTURE_MEAN)
+    variance = WIDTH**2 + sigma**2
+    logs = [math.log(w) - (x - m) ** 2 / (2 * variance) for w, m in zip(WEIGHTS, CENTRES, strict=True)]
+    shares = torch.stack(logs).softmax(0)
+    return sum(share * (m + WIDTH**2 / variance * (x - m)) for share, m in zip(shares, CENTRES, strict=True))
+
+
+@pytest.mark.parametrize("kind", SCALES)
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 399, 400])
-def test_tables_are_finite_and_end_on_x_start(sampler, steps):
-    schedule = Schedule(schedules.make_betas("sigmoid", 400))
-    plan = table_of(sampler, steps, "pred_v", 0.7, schedule=schedule)
-    assert plan.table.shape == (len(plan.times), 6) and plan.table.dtype == torch.float64
-    assert torch.isfinite(plan.table).all()
-    # A sampler of higher order may call the network at a timestep more than once.
-    assert 1 <= len(set(plan.times)) <= steps and list(plan.times) == sorted(plan.times, reverse=True)
-    assert plan.table[-1, 2:].tolist() == [1, 0, 0, 0]
-    assert plan.table[0, 4] == 0, "the first step has no previous x0 to read"
+def test_a_mixture_on_every_process(sampler, kind):
+    """From evenly spaced quantiles of the start, so that samplers without noise have no sampling error."""
+    scale, count = SCALES[kind], 8000
+    plan = plan_of_calls(sampler, scale, 64, spacing="log_snr")
+    torch.manual_seed(0)
+    quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    noises = (torch.randn(count, dtype=torch.float64) for _ in plan.times)
+    x = walk(plan, scale, mixture_denoiser, plan.first_scale * quantiles, noises)[0][-1]
+    is_noisy = bool((plan.table[:, 5] != 0).any())
+    is_first_order = sampler in ("ddpm", "ddim", "euler", "euler_ancestral")
+    # Four standard deviations of the estimates, and the discretisation error.
+    sampling = 4 / math.sqrt(count) if is_noisy else 0.0
+    discretisation = 0.03 if is_first_order else 0.01
+    assert x.mean().item() == pytest.approx(MIXTURE_MEAN, abs=MIXTURE_STD * sampling + 0.003)
+    assert x.std().item() == pytest.approx(MIXTURE_STD, rel=sampling / math.sqrt(2) + discretisation)
+    share = (x > (CENTRES[0] + CENTRES[1]) / 2).double().mean().item()
+    exact = sum(
+        w * (0.5 + 0.5 * math.erf((m + 0.1) / WIDTH / math.sqrt(2))) for w, m in zip(WEIGHTS, CENTRES, strict=True)
+    )
+    assert share == pytest.approx(exact, abs=sampling * math.sqrt(exact * (1 - exact)) + 0.004)
 
 
 def test_diffusers_agrees_on_dpmpp_2m():
@@ -160,11 +224,11 @@ def test_diffusers_agrees_on_dpmpp_2m():
 
 
 @pytest.fixture
-def euler(monkeypatch):
+def users_euler(monkeypatch):
     """Euler's method for the probability flow in σ̂ = √(1 − ᾱ)/√ᾱ, as a user would add it: one decorated function."""
     monkeypatch.setattr(samplers, "SAMPLERS", dict(samplers.SAMPLERS))
 
-    @samplers.sampler("euler")
+    @samplers.sampler("users_euler")
     def rows(walk):
         now, after = walk.now, walk.after
         s = after.sigma / now.sigma * (after.a / now.a)
@@ -172,15 +236,15 @@ def euler(monkeypatch):
         return samplers.Rows(now, r, s, torch.zeros_like(r), torch.zeros_like(r))
 
 
-def test_a_sampler_is_one_function(euler):
+def test_a_sampler_is_one_function(users_euler):
     """It is sampled by name, in few steps and many, and is DDIM with η = 0 in other words."""
-    ours, ddim = (table_of(name, 25, "pred_v", spacing="own") for name in ("euler", "ddim"))
+    ours, ddim = (table_of(name, 25, "pred_v", spacing="own") for name in ("users_euler", "ddim"))
     torch.testing.assert_close(ours.table, ddim.table, rtol=1e-9, atol=1e-12)
     network = Unet(8, dim_mults=(1, 2))
     images = [
         GaussianDiffusion(network, image_size=8, sampling_timesteps=4, sampler=name).sample(2, seed=1, progress=False)
-        for name in ("euler", "ddim")
+        for name in ("users_euler", "ddim")
     ]
     torch.testing.assert_close(*images)
-    with pytest.raises(ValueError, match="a sampler of the name 'euler' is registered already"):
-        samplers.sampler("euler")(None)
+    with pytest.raises(ValueError, match="a sampler of the name 'users_euler' is registered already"):
+        samplers.sampler("users_euler")(None)
