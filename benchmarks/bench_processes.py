@@ -27,6 +27,8 @@ CLASSES = {
     "ElucidatedDiffusion": {"num_sample_steps": 3},
     "ContinuousTimeGaussianDiffusion": {"num_sample_steps": 4},
 }
+# Calls of the network by one `sample`.
+CALLS = {"GaussianDiffusion": 4, "ElucidatedDiffusion": 5, "ContinuousTimeGaussianDiffusion": 4}
 UNET = {"dim": 64, "dim_mults": (1, 2, 4, 8)}
 
 
@@ -83,6 +85,14 @@ def main() -> None:
             relative = gains[name, what] / gains["GaussianDiffusion", what]
             numbers = f"{theirs.median:.3f} | {ours.median:.3f} | {ratio(theirs, ours):.2f} | {relative:.3f}"
             print(f"| {name} | {what} | {numbers} |")
+    print("\n| process | ours, ms per network call of sampling | of GaussianDiffusion's |\n| --- | --: | --: |")
+    discrete = timings["GaussianDiffusion sampling ours"]
+    for name, count in CALLS.items():
+        ours = timings[f"{name} sampling ours"]
+        per_round = [
+            (a / count) / (b / CALLS["GaussianDiffusion"]) for a, b in zip(ours.seconds, discrete.seconds, strict=True)
+        ]
+        print(f"| {name} | {1e3 * ours.median / count:.1f} | {statistics.median(per_round):.3f} |")
     if options.out:
         with open(options.out, "w", encoding="utf-8") as file:
             json.dump({name: timing.as_dict() for name, timing in timings.items()}, file, indent=1)

@@ -559,18 +559,18 @@ def dpmpp_2s_a(walk: Walk, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:
     )
     rows: list[_Row] = []
     steps = zip(_each(now), _each(middles), _each(after), down.tolist(), up.tolist(), strict=True)
-    for level, middle, (time, a_after, b_after), sigma_down, share in steps:
+    for level, half_way, (time, a_after, b_after), sigma_down, share in steps:
         noise = s_noise * b_after * share
-        (_, a, b), (_, a_middle, b_middle) = level, middle
+        (_, a, b), (_, a_middle, b_middle) = level, half_way
         if sigma_down == 0:
             rows.append(_euler_row(level, (time, a_after, b_after * math.sqrt(1 - share**2))))
             rows[-1].sigma = noise
             continue
         sigma, sigma_middle = b / a, b_middle / a_middle
-        rows.append(_euler_row(level, middle))
+        rows.append(_euler_row(level, half_way))
         s = a_after * sigma_down / b_middle
         u = -a_after * sigma_down / sigma_middle * (1 - sigma_middle / sigma)
-        rows.append(_Row(middle, a_after * (1 - sigma_down / sigma), s, u, noise))
+        rows.append(_Row(half_way, a_after * (1 - sigma_down / sigma), s, u, noise))
     return _as_rows(rows)
 
 
