@@ -36,7 +36,7 @@ inline void elements(const VariationalBoundTile& tile) {
     bounds[i] = bound.value;
     // A product with 0 would make NaN of an infinite dmean.
     const bool passes = inside & (through_mean != 0.0f);
-    douts[i] = through_error * error + pick(passes, through_mean * bound.dmean, 0.0f);
+    douts[i] = through_error * error + ddpm_fast::pick(passes, through_mean * bound.dmean, 0.0f);
     dvariances[i] = bound.dvariance;
   }
 }
