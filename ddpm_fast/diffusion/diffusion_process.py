@@ -122,6 +122,8 @@ class DiffusionProcess(nn.Module):
     process_name: str
     # The sampler where none is asked for.
     default_sampler = "dpmpp_2m"
+    # The spacing where none is asked for; None: the sampler's.
+    default_spacing: str | None = None
 
     channels: int
     self_condition: bool
@@ -279,7 +281,7 @@ class DiffusionProcess(nn.Module):
         samplers.check_sampler(sampler)
         options = {**self._default_options(sampler), **options}
         steps = self.sampling_timesteps if sampling_timesteps is None else sampling_timesteps
-        spacing = self.spacing if spacing is None else spacing
+        spacing = next((given for given in (spacing, self.spacing, self.default_spacing) if given is not None), None)
         spacing = spacing if spacing is None or isinstance(spacing, str) else tuple(spacing)
         key = (sampler, steps, spacing, tuple(sorted(options.items())), *self._plan_key())
         if key not in self._plans:

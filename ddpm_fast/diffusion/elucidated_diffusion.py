@@ -78,6 +78,7 @@ class ElucidatedDiffusion(ContinuousProcess):
 
     network_name = "net"
     default_sampler = "heun"
+    default_spacing = "own"
 
     def __init__(
         self,

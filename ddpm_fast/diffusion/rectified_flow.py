@@ -65,6 +65,7 @@ class RectifiedFlow(ContinuousProcess):
     """
 
     default_sampler = "euler"
+    default_spacing = "own"
     constant_target = (1.0, -1.0)
     model: nn.Module
 
