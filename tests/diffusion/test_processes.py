@@ -382,6 +382,14 @@ def test_xm_trains_on_the_best_candidate(process):
     torch.testing.assert_close([p.grad for p in diffusion.parameters()], expected, rtol=1e-3, atol=1e-5)
 
 
+def test_xm_goes_backward_once():
+    """K forwards without gradients and one with: (K + 3)/3K of K with, where a backward costs two forwards."""
+    diffusion, calls = make("flow"), []
+    diffusion.model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    XMWrapper(diffusion, candidates=5)(images()).backward()
+    assert calls == [False] * 5 + [True]
+
+
 def test_xm_around_another_module_is_upstreams(monkeypatch):
     theirs, _ = pair("ContinuousTimeGaussianDiffusion", {})
     times, found = torch.tensor([0.2, 0.5, 0.9]), []
