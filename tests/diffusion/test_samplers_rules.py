@@ -33,8 +33,8 @@ OPTIONS = {
 CASES = [(name, options) for name in samplers.SAMPLERS for options in [{}, *OPTIONS.get(name, [])]]
 
 
-def steps_of(scale, kind: str) -> list[int]:
-    return [1, 2, 3, 17] + ([39, 40] if kind.startswith("short") else [])
+def steps_of(kind: str) -> list[int]:
+    return [1, 2, 3, 17] + ([40] if kind.startswith("short") else [])
 
 
 def check(plan, scale, name, options, steps):
@@ -45,7 +45,9 @@ def check(plan, scale, name, options, steps):
     _, _, r, s, u, sigma, u2, u3, *_ = reference_columns(plan.table)
     assert (r[-1], s[-1], u[-1], sigma[-1], u2[-1], u3[-1]) == (1, 0, 0, 0, 0, 0), "it ends on x0"
     assert u[0] == u2[0] == u3[0] == u2[1:2].sum() * (columns < 12) == u3[1:2].sum() == 0, "it reads what was written"
-    assert count == (2 * steps - 1 if name in TWO_CALLS else steps) or "zero" in str(type(scale)) or count < 2 * steps
+    # A step without signal, or of which η leaves nothing but noise, is of one call.
+    assert steps <= count <= (2 * steps - 1 if name in TWO_CALLS else steps)
+    assert count == 2 * steps - 1 or name not in TWO_CALLS or options.get("eta", 1) > 1 or scale_has_none(scale)
     read = [bool((column != 0).any()) for column in (u, u2, u3)]
     assert plan.num_previous == max((i + 1 for i in range(3) if read[i]), default=0)
     assert plan.uses_x_start_previous == (plan.num_previous > 0)
@@ -53,6 +55,11 @@ def check(plan, scale, name, options, steps):
     if "s_churn" not in options and options.get("eta", 0) <= 1:
         assert list(plan.times) == sorted(plan.times, reverse=True)
     assert plan.has_integer_times or not scale.is_discrete or name in TWO_CALLS or "s_churn" in options
+
+
+def scale_has_none(scale) -> bool:
+    """True if there is no signal at the first time."""
+    return scale.at(torch.tensor([scale.first], dtype=torch.float64)).a.item() == 0
 
 
 def reference_columns(table: torch.Tensor) -> list[torch.Tensor]:
@@ -63,8 +70,8 @@ def reference_columns(table: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name, options", CASES)
 def test_tables_are_finite_and_end_on_x_start(name, options, kind):
     scale = SCALES[kind]
-    for steps in steps_of(scale, kind):
-        for spacing in (None, "own", "karras", "trailing"):
+    for steps in steps_of(kind):
+        for spacing in (None, "own"):
             plan = samplers.sampler_table(scale, TARGETS["pred_v"], name, steps, spacing=spacing, options=options)
             check(plan, scale, name, options, steps)
 
@@ -164,9 +171,8 @@ def test_the_default_of_few_steps_is_registered():
 
 
 @pytest.mark.parametrize("self_condition", [False, True])
-@pytest.mark.parametrize("name", [name for name in samplers.SAMPLERS if name != "dpmpp_2s_a"])
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_it_is_recorded_seeded_and_independent_of_the_batch(name, self_condition):
-    """dpmpp_2s_a tells the network fractions of timesteps, which test_user_processes.py's network takes."""
     torch.manual_seed(0)
     network = Unet(8, dim_mults=(1, 2), channels=1, self_condition=self_condition)
     diffusion = GaussianDiffusion(network, image_size=8, timesteps=50, sampling_timesteps=4, sampler=name)
