@@ -65,7 +65,8 @@ def one_of(names: tuple[str, ...]) -> object:
 
 
 if TYPE_CHECKING:
-    Sampler = Process = str | None
+    Sampler = str | None
+    Process = str | None
 else:  # the names that are registered
     Sampler = one_of(tuple(SAMPLERS))
     Process = one_of(tuple(sorted(PROCESSES)))

@@ -18,7 +18,9 @@ from ddpm_fast.diffusion.rectified_flow import TIME_DISTRIBUTIONS
 from ddpm_fast.diffusion.weightings import WEIGHTINGS
 
 if TYPE_CHECKING:
-    LossWeighting = TimeDistribution = NoiseSchedule = str | None
+    LossWeighting = str | None
+    TimeDistribution = str | None
+    NoiseSchedule = str | None
 else:  # the names that are registered
     LossWeighting = one_of(tuple(WEIGHTINGS))
     TimeDistribution = one_of(TIME_DISTRIBUTIONS)

@@ -143,7 +143,7 @@ def load_checkpoint(
         from ema_pytorch import EMA
 
     contents = load_file(path)
-    states = find_weights(contents, path)
+    states = find_weights(contents, path, attribute=_network_attribute(contents, process))
     config = recorded_config(contents)
     name = process_name(contents, states, path, process)
     cls = PROCESSES[name]
@@ -166,7 +166,7 @@ def load_checkpoint(
     if is_size_unknown:
         _forget_image_size(path, diffusion, ema.ema_model)
     ema.to(map_location)
-    warn_of_names(states, path, has_arguments=config["diffusion"] is not None)
+    warn_of_names(states, path)
     return Checkpoint(model, diffusion, ema, step)
 
 
@@ -230,8 +230,11 @@ def find_weights(
     path: _Path,
     network_names: Sequence[str] = ("init_conv.weight",),
     process_names: Collection[str] | None = None,
+    attribute: str | None = None,
 ) -> FoundStates:
     """The weights in a file's contents, with the names of a process; CheckpointError says why there are none.
+
+    The arguments are those of `find_states`.
 
     Of a trainer's dictionary only `model` and `ema` are searched, of another one everything.
     """
@@ -240,7 +243,8 @@ def find_weights(
     model, ema = contents.get("model"), contents.get("ema")
     is_trainers = isinstance(model, Mapping) and "step" in contents
     try:
-        states = find_states({"model": model, "ema": ema} if is_trainers else contents, network_names, process_names)
+        searched = {"model": model, "ema": ema} if is_trainers else contents
+        states = find_states(searched, network_names, process_names, attribute)
     except AmbiguousNamesError as error:
         raise CheckpointError(f"checkpoint {path} is ambiguous: {error}; save the one that is meant alone") from error
     if states is None:
@@ -282,13 +286,13 @@ def exact_states(contents: Mapping, network: str = "model.") -> FoundStates:
     return FoundStates(states[0], True, states[1], counters, [], [], network.removesuffix("."))
 
 
-def warn_of_names(states: FoundStates, path: _Path, stacklevel: int = 3, has_arguments: bool = False) -> None:
+def warn_of_names(states: FoundStates, path: _Path, stacklevel: int = 3) -> None:
     """One warning on what was stripped from names, what is missing and what was left out; nothing for usual files."""
     notes = []
     if states.stripped:
         parts = ", ".join(repr(f"{part}.") for part in states.stripped)
         notes.append(f"the prefix {parts} was stripped from its names")
-    if not (states.has_process or has_arguments):
+    if not states.has_process:
         notes.append("it holds only a network; the diffusion gets default arguments")
     if states.left_out:
         notes.append(f"{len(states.left_out)} other tensors were left out, such as {states.left_out[0]!r}")
@@ -306,10 +310,20 @@ def recorded_config(contents: Mapping) -> dict[str, Any]:
 
 def recorded_process(contents: Mapping, states: FoundStates) -> str | None:
     """The name of a file's process, as it records it or as names and shapes of its tensors tell; None: they do not."""
-    config = contents.get("config")
-    if isinstance(config, Mapping) and config.get("diffusion") is not None:
-        return config.get("process") or "ddpm"  # releases without other processes did not say it
-    return infer_process(states)
+    return _process_in_config(contents) or infer_process(states)
+
+
+def _process_in_config(contents: Any) -> str | None:
+    config = contents.get("config") if isinstance(contents, Mapping) else None
+    if not isinstance(config, Mapping) or config.get("diffusion") is None:
+        return None
+    return config.get("process") or "ddpm"  # releases without other processes did not say it
+
+
+def _network_attribute(contents: Any, asked: str | None) -> str | None:
+    """The name of the network in a file's process, where that is recorded or asked for."""
+    name = _process_in_config(contents) or asked
+    return PROCESSES[name].network_name if name in PROCESSES else None
 
 
 def infer_process(states: FoundStates) -> str | None:
@@ -371,7 +385,7 @@ def read_settings(path: _Path) -> dict[str, Any]:
     Raises what `load_file` raises, and CheckpointError for another architecture.
     """
     contents = load_file(path, mmap=True)
-    states = find_weights(contents, path)
+    states = find_weights(contents, path, attribute=_network_attribute(contents, None))
     state, process = states.model, process_name(contents, states, path, None)
     config = recorded_config(contents)
     training, optimizer = contents.get("training"), contents.get("opt")

@@ -53,12 +53,17 @@ def bare_name(name: str) -> str:
 
 
 def find_states(
-    contents: Mapping, network_names: Sequence[str], process_names: Collection[str] | None = None
+    contents: Mapping,
+    network_names: Sequence[str],
+    process_names: Collection[str] | None = None,
+    attribute: str | None = None,
 ) -> FoundStates | None:
     """The states in a file, or None if there is no network whose first name is `network_names[0]`.
 
     network_names: names of the network, with no wrapper's parts; the first one finds it, the others choose among many.
-    process_names: names of the process outside of the network; None takes those without a dot, if `betas` is there.
+    process_names: names of the process outside of the network; None takes those without a dot, if `betas` is there,
+    and those of weights that processes have.
+    attribute: the name of the network in the process that the file is known to be of; None: it is not known.
 
     Raises AmbiguousNamesError, which names both places.
     """
@@ -91,7 +96,8 @@ def find_states(
         used |= set(average_names.values()) | set(counter_names.values())
     network_name = _network_name(prefix)
     # EDM has no buffers; the frequencies that upstream's network must have tell it from a wrapper's `net.`.
-    is_named = bool(buffers) or (network_name == "net" and f"{prefix}time_mlp.0.weights" in raw_names)
+    is_edm = network_name == "net" and f"{prefix}time_mlp.0.weights" in raw_names
+    is_named = bool(buffers) or is_edm or (network_name is not None and network_name == attribute)
     base = _base(prefix) if is_named else prefix
     stripped = _stripped(contents, base, [raw_names[place] for place in names.values()])
     left_out = [raw_names[place] for place in raw_names if place not in used]

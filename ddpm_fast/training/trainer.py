@@ -391,7 +391,7 @@ class Trainer:
         return f"training runs step by step: {reason}"
 
     @property
-    def _trained(self) -> nn.Module:
+    def _trained(self) -> Any:
         """What gives the loss: the process, or a wrapper of it."""
         return self.accelerator.unwrap_model(self.model)
 
@@ -405,7 +405,7 @@ class Trainer:
         state, trained = self.accelerator.get_state_dict(self.model), self._trained
         prefix = ""
         while trained is not self._diffusion:
-            prefix, trained = f"{prefix}flow_model.", trained.flow_model  # type: ignore[assignment]
+            prefix, trained = f"{prefix}flow_model.", trained.flow_model
         return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
     def _train_step(self) -> None:
@@ -750,7 +750,7 @@ class Trainer:
                 f"checkpoint {path} has other names than this trainer's {type(self._diffusion).__name__}"
             )
         process_names = [name for name in names if not name.startswith(network)]
-        return find_weights(data, path, network_names, process_names)
+        return find_weights(data, path, network_names, process_names, None if process_names else network[:-1])
 
     def _check_states(self, data: dict[str, Any], states: FoundStates, path: Path) -> dict[str, torch.Tensor]:
         """The state to load into the model, once it is of this process and this architecture."""
