@@ -61,7 +61,7 @@ Precision = Annotated[
 
 def one_of(names: tuple[str, ...]) -> object:
     """The type of an option that takes one of these words, or is left out."""
-    return Annotated[Literal[names] | None, tyro.conf.arg(metavar="|".join(names), help_behavior_hint="")]  # type: ignore[valid-type]
+    return Annotated[Literal[names] | None, tyro.conf.arg(metavar="|".join(names), help_behavior_hint="")]
 
 
 if TYPE_CHECKING:

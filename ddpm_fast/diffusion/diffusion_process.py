@@ -185,7 +185,7 @@ class DiffusionProcess(nn.Module):
         for base in cls.__mro__:
             if "__init__" not in vars(base):
                 continue
-            parameters = list(inspect.signature(base.__init__).parameters.values())[2:]  # self, network
+            parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[2:]  # self, network
             rests = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
             own = {parameter.name for parameter in parameters if parameter.kind not in rests}
             names |= own - (cls.fixed_arguments if names else set())
