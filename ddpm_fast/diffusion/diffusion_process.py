@@ -123,11 +123,12 @@ class DiffusionProcess(nn.Module):
     process_name: str
     # The sampler where none is asked for.
     default_sampler = "dpmpp_2m"
-    # Arguments of base classes that a class sets itself, or has no use for.
-    fixed_arguments: frozenset[str] = frozenset({"config"})
 
     channels: int
     self_condition: bool
+
+    # Arguments of base classes that a class sets itself, or has no use for.
+    fixed_arguments: frozenset[str] = frozenset({"config"})
 
     def __init__(
         self,

@@ -481,15 +481,16 @@ def infer_diffusion_config(state: _State, process: str = "ddpm") -> dict[str, An
 
     Betas of no known schedule keep the loaded buffers. A bare `Unet` state dict has no buffers: the defaults hold.
     """
+    kept = {"uncertainty_weighting": True} if "uncertainty.weight" in state else {}
     if "betas" not in state:
         hidden = state.get("log_snr.net.2.fn.0.net.weight")
         learned = {} if hidden is None else dict(noise_schedule="learned", learned_schedule_net_hidden_dim=len(hidden))
-        return {**learned, **({"uncertainty_weighting": True} if "uncertainty.weight" in state else {})}
+        return {**learned, **kept}
     betas = state["betas"].double()
     objective = {} if "objective" in PROCESSES[process].fixed_arguments else _infer_objective(state)
-    config: dict[str, Any] = {"timesteps": len(betas), **objective}
-    if "uncertainty.weight" in state:
-        config["uncertainty_weighting"] = True
+    config: dict[str, Any] = {"timesteps": len(betas), **objective, **kept}
+    if any(name.startswith("timestep_history.") for name in state):
+        config["timestep_sampler"] = "loss-second-moment"
     for name, schedule in _SCHEDULES.items():
         if torch.allclose(schedule(len(betas)).double(), betas, rtol=1e-4, atol=1e-9):
             config["beta_schedule"] = name

@@ -40,6 +40,10 @@ _FIXED_OF_PROCESSES = (
     "loss_weighting",
     "loss_weighting_options",
     "zero_terminal_snr",
+    "vb_loss_weight",
+    "loss",
+    "pred_noise_loss_weight",
+    "pred_x_start_loss_weight",
 )
 # Of those, what a file does not record unless it was asked for.
 _UNASKED = {

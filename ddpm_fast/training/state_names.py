@@ -20,7 +20,7 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 # The attributes that are the network, by process; found states call it by the first.
 _NETWORK = ("model", "net")
 # Parts of a process that have weights of their own.
-_PARTS_OF_PROCESSES = ("uncertainty", "log_snr")
+_PARTS_OF_PROCESSES = ("uncertainty", "log_snr", "timestep_history")
 _IS_AVERAGE = re.compile(r"(^|_)ema(_|$)")
 _IS_ONLINE = re.compile(r"^online(_|$)")
 

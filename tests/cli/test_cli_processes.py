@@ -16,8 +16,8 @@ TINY = (
 # Process → options that it has, and what the file then records of them.
 OPTIONS = {
     "ddpm": (
-        "--timesteps 20 --objective pred_v --zero-terminal-snr --loss-weighting p2 --uncertainty-weighting",
-        {"timesteps": 20, "zero_terminal_snr": True, "loss_weighting": "p2", "uncertainty_weighting": True},
+        "--timesteps 20 --objective pred_v --zero-terminal-snr --loss-weighting truncated_snr --uncertainty-weighting",
+        {"timesteps": 20, "zero_terminal_snr": True, "loss_weighting": "truncated_snr", "uncertainty_weighting": True},
     ),
     "weighted": ("--timesteps 20", {"timesteps": 20, "sampling_timesteps": 2}),
     "edm": ("--sigma-data 0.7 --candidates 2", {"sigma_data": 0.7, "num_sample_steps": 2}),
@@ -28,6 +28,8 @@ OPTIONS = {
         {"time_distribution": "logit_normal", "spacing": "log_snr", "sampler": "heun"},
     ),
 }
+if "learned" in PROCESSES:
+    OPTIONS["learned"] = ("--timesteps 20 --objective pred_v", {"timesteps": 20, "objective": "pred_v"})
 
 
 @pytest.fixture(autouse=True, scope="module")
