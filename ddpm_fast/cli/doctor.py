@@ -5,7 +5,10 @@ import dataclasses
 
 @dataclasses.dataclass
 class Doctor:
-    """Show versions, devices, the compiled extension, and which implementation each operation would use."""
+    """Show versions, devices, the compiled extension, registered processes, samplers and spacings, and operations.
+
+    Of each operation it says which implementation would run.
+    """
 
     debug: bool = False
     """Show the traceback of an error."""
@@ -18,6 +21,9 @@ def run(options: Doctor) -> None:
     import torch
 
     import ddpm_fast
+    from ddpm_fast.diffusion.diffusion_process import PROCESSES
+    from ddpm_fast.diffusion.samplers import FEW_STEPS, SAMPLERS
+    from ddpm_fast.diffusion.spacings import SPACINGS
     from ddpm_fast.runtime import extension
 
     print(f"ddpm_fast {ddpm_fast.__version__}, python {platform.python_version()}, torch {torch.__version__}")
@@ -26,4 +32,7 @@ def run(options: Doctor) -> None:
     print(f"CUDA devices: {', '.join(names) or 'none'} (torch built for CUDA {torch.version.cuda or 'none'})")
     info = extension.info()
     print(f"extension: {info if info else f'not loaded: {extension.reason()}'}")
+    print(f"processes: {', '.join(PROCESSES)}")
+    print(f"samplers: {', '.join(SAMPLERS)} (few steps: {FEW_STEPS})")
+    print(f"spacings: {', '.join(SPACINGS)}")
     print(ddpm_fast.explain())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from ddpm_fast.diffusion.diffusion_process import PROCESSES
 from ddpm_fast.diffusion.samplers import SAMPLERS
 
 if TYPE_CHECKING:
@@ -56,12 +57,19 @@ Objective = Annotated[
 Precision = Annotated[
     Literal["no", "fp16", "bf16"] | None, tyro.conf.arg(metavar="no|fp16|bf16", help_behavior_hint="")
 ]
+
+
+def one_of(names: tuple[str, ...]) -> object:
+    """The type of an option that takes one of these words, or is left out."""
+    return Annotated[Literal[names] | None, tyro.conf.arg(metavar="|".join(names), help_behavior_hint="")]
+
+
 if TYPE_CHECKING:
     Sampler = str | None
+    Process = str | None
 else:  # the names that are registered
-    Sampler = Annotated[
-        Literal[tuple(SAMPLERS)] | None, tyro.conf.arg(metavar="|".join(SAMPLERS), help_behavior_hint="")
-    ]
+    Sampler = one_of(tuple(SAMPLERS))
+    Process = one_of(tuple(sorted(PROCESSES)))
 
 
 class UserError(ValueError):

@@ -13,6 +13,7 @@ from ddpm_fast.cli.options import (
     Integer,
     Integers,
     Number,
+    Process,
     Sampler,
     Text,
     UserError,
@@ -25,8 +26,9 @@ from ddpm_fast.cli.options import (
 if TYPE_CHECKING:
     import torch
 
-    from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
+    from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 
+Options = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...", help_behavior_hint="")]
 File = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
 
 # A strip keeps every step of the few trajectories it shows; more than this is not held in memory.
@@ -56,11 +58,17 @@ class Sample:
     seed: Integer = None
     """The same seed draws the same images."""
     sampler: Sampler = None
-    """Sampler; by default the checkpoint's."""
-    sampling_timesteps: Integer = None
+    """Sampler; by default the checkpoint's, and with fewer --steps than it has timesteps the best for few steps."""
+    spacing: Text = None
+    """At which times it calls the network, such as karras:rho=5; by default what suits the sampler."""
+    steps: Annotated[Integer, tyro.conf.arg(aliases=["--sampling-timesteps"])] = None
     """Steps of the sampler; by default the checkpoint's."""
+    sampler_option: Options = ()
+    """Options of the sampler, such as eta=0.5."""
     eta: Number = None
     """Noise of the DDIM sampler: 0 none, 1 as much as ddpm."""
+    process: Process = None
+    """The process of a state dict whose names do not tell it."""
     image_size: Integers = None
     """Height and width, or one number for both; needed if the checkpoint does not record it."""
     weights: Literal["ema", "model"] = "ema"
@@ -85,29 +93,33 @@ def run(options: Sample) -> None:
     check_positive(num_samples=options.num_samples, batch_size=options.batch_size, scale=options.scale)
     _check_places(options)
     check_ending(options.out)
-    overrides: dict[str, Any] = {
-        "image_size": image_size_of(options.image_size),
-        "sampler": options.sampler,
-        "sampling_timesteps": options.sampling_timesteps,
-        "ddim_sampling_eta": options.eta,
-    }
-    given = {name: value for name, value in overrides.items() if value is not None}
+    if options.steps is not None:
+        check_positive(steps=options.steps)
     path = checkpoint_file(options.checkpoint)
-    loaded = load_checkpoint(path, map_location=device_of(options.device), **given)
+    loaded = load_checkpoint(
+        path,
+        process=options.process,
+        image_size=image_size_of(options.image_size),
+        map_location=device_of(options.device),
+    )
     diffusion = (loaded.ema.ema_model if options.weights == "ema" else loaded.diffusion).eval()
     if diffusion.image_size is None:
         raise UserError(f"{path} does not record image_size; give --image-size")
+    walk = _walk(diffusion, options)
+    calls = diffusion.network_calls(**walk)  # an option that does not fit ends the command here
     shape = (options.num_samples, diffusion.channels, *diffusion.image_size)
     check_grid(options.out, shape, _columns(options.num_samples), scale=options.scale)
     strip = options.out.with_name(f"{options.out.stem}-strip.png")
     _prepare_places(options, [options.out, strip])
     seed = torch.seed() if options.seed is None else options.seed
 
-    images = _draw(diffusion, options.num_samples, options.batch_size, seed)
+    images = _draw(diffusion, options.num_samples, options.batch_size, seed, walk)
     if not images.isfinite().all():
         raise UserError(f"the samples of {path} are not finite (NaN or infinity); nothing was written")
     save_image_grid(images, options.out, nrow=_columns(options.num_samples), scale=options.scale)
-    trajectories = diffusion.sample(_strip_rows(diffusion, options), True, seed=seed, progress=False)
+    trajectories = diffusion.sample(
+        _strip_rows(diffusion, options, calls), return_all_timesteps=True, seed=seed, progress=False, **walk
+    )
     save_trajectory_strip(trajectories.clamp(0, 1), strip, scale=options.scale)
     print(f"{options.num_samples} samples (seed {seed}) of step {loaded.step}: {options.out}, {strip}")
     if options.raw is not None:
@@ -142,19 +154,67 @@ def _prepare_places(options: Sample, pictures: list[Path]) -> None:
             raise UserError(f"{path} is a folder, and a picture would be written there")
 
 
-def _draw(diffusion: "GaussianDiffusion", count: int, batch_size: int, seed: int) -> "torch.Tensor":
+def _walk(diffusion: "DiffusionProcess", options: Sample) -> dict[str, Any]:
+    """Arguments of `sample`: where only a number of steps is asked for, and it is small, the sampler for few steps."""
+    from ddpm_fast.diffusion.samplers import FEW_STEPS
+
+    of_sampler = dict(map(_option, options.sampler_option))
+    if options.eta is not None:
+        of_sampler["eta"] = options.eta
+    sampler = options.sampler
+    if sampler is None and diffusion.sampler is None:
+        if options.eta is not None:
+            sampler = "ddim"
+        elif options.steps is not None and options.steps < _many_steps(diffusion):
+            sampler = FEW_STEPS
+            print(f"{options.steps} steps with the sampler {sampler}, the best of few steps; --sampler takes another")
+    walk = {
+        "sampler": sampler,
+        "spacing": options.spacing,
+        "sampling_timesteps": options.steps,
+        "sampler_options": {**diffusion.sampler_options, **of_sampler}
+        if of_sampler and sampler is None
+        else of_sampler,
+    }
+    return {name: value for name, value in walk.items() if value is not None and value != {}}
+
+
+def _option(text: str) -> tuple[str, float | str]:
+    """ "eta=0.5" → ("eta", 0.5); a word stays one."""
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
+        raise UserError(f"--sampler-option takes NAME=VALUE such as eta=0.5; got {text!r}")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
+
+
+def _many_steps(diffusion: "DiffusionProcess") -> int:
+    """Fewer steps than these ask for a sampler of few: the timesteps of a process, else those of ancestral sampling."""
+    timesteps = getattr(diffusion, "num_timesteps", None)
+    if timesteps is not None:
+        return timesteps
+    return diffusion.sampling_timesteps if diffusion.default_sampler == "ddpm" else 0
+
+
+def _draw(
+    diffusion: "DiffusionProcess", count: int, batch_size: int, seed: int, walk: dict[str, Any]
+) -> "torch.Tensor":
     """`count` images (N, C, h, w) on the CPU; the batch size does not change them."""
     import torch
 
     starts = range(0, count, batch_size)
-    batches = [diffusion.sample(min(batch_size, count - start), seed=seed, start_index=start).cpu() for start in starts]
+    batches = [
+        diffusion.sample(min(batch_size, count - start), seed=seed, start_index=start, **walk).cpu() for start in starts
+    ]
     return torch.cat(batches)
 
 
-def _strip_rows(diffusion: "GaussianDiffusion", options: Sample) -> int:
+def _strip_rows(diffusion: "DiffusionProcess", options: Sample, calls: int) -> int:
     """How many trajectories to show: four, or fewer where holding all their steps would take too much memory."""
     height, width = diffusion.image_size
-    bytes_each = 4 * diffusion.channels * height * width * (diffusion.sampling_timesteps + 1)
+    bytes_each = 4 * diffusion.channels * height * width * (calls + 1)
     return max(1, min(_STRIP_ROWS, options.num_samples, _MAX_TRAJECTORY_BYTES // bytes_each))
 
 

@@ -2,26 +2,25 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+from ddpm_fast.cli import processes
 from ddpm_fast.cli.options import (
     Integer,
     Integers,
     Memory,
     Number,
-    Objective,
     Precision,
     Range,
-    Sampler,
-    Schedule,
     Text,
     UserError,
     Words,
     YesNo,
     image_size_of,
 )
+from ddpm_fast.cli.processes import ProcessOptions
 
 if TYPE_CHECKING:
     from ddpm_fast.training.trainer import Trainer
@@ -38,17 +37,10 @@ _DIGITS_DEFAULTS = dict(
     image_size=8, channels=1, dim=32, dim_mults=(1, 2), sampling_timesteps=50, beta_schedule="cosine",
     steps=1200, batch_size=64, lr=1e-3, ema_decay=0.95, save_every=300, flip=False,
 )  # fmt: skip
-_DEFAULTS = dict(timesteps=1000, objective="pred_v", memory="fast", grad_accumulate=1, amp=None, num_samples=25)
+_DEFAULTS = dict(timesteps=1000, memory="fast", grad_accumulate=1, amp=None, num_samples=25)
 
-# Option → argument of Unet, GaussianDiffusion and Trainer. A flag that is not given is False and says nothing.
+# Option → argument of Unet and Trainer. A flag that is not given is False and says nothing.
 _NETWORK = {name: name for name in ("dim", "dim_mults", "channels", "self_condition", "memory")}
-_PROCESS = {
-    **{
-        name: name
-        for name in ("image_size", "timesteps", "objective", "sampler", "sampling_timesteps", "beta_schedule")
-    },
-    "min_snr": "min_snr_loss_weight",
-}
 _TRAINER = {
     "batch_size": "train_batch_size",
     "grad_accumulate": "gradient_accumulate_every",
@@ -104,18 +96,6 @@ class Train:
     """fast; low keeps fewer maps from forward for backward, and takes longer to make the others again."""
     flash: bool = True
     """Fused attention where the device has it."""
-    timesteps: Integer = None
-    """Steps of the diffusion process (1000)."""
-    objective: Objective = None
-    """What the network predicts (pred_v)."""
-    beta_schedule: Schedule = None
-    """Noise schedule (data: sigmoid, digits cosine)."""
-    min_snr: bool = False
-    """Clip the loss weight at a signal-to-noise ratio of 5."""
-    sampler: Sampler = None
-    """Sampler of the grids; by default ddim if there are fewer sampling steps than timesteps, else ddpm."""
-    sampling_timesteps: Integer = None
-    """Steps of that sampler (data: 250, digits 50)."""
     steps: Integer = None
     """Training steps (data: 100000, digits 1200)."""
     batch_size: Integer = None
@@ -144,6 +124,7 @@ class Train:
     """Measure the Frechet inception distance at every checkpoint (needs pytorch-fid)."""
     debug: bool = False
     """Show the traceback of an error."""
+    process: tyro.conf.OmitArgPrefixes[ProcessOptions] = dataclasses.field(default_factory=ProcessOptions)
 
 
 def run(options: Train) -> None:
@@ -152,11 +133,11 @@ def run(options: Train) -> None:
 
     resumed = _checkpoint_to_resume(options)
     record = None if resumed is None else read_settings(resumed[0])
-    network, process, training = _arguments(options, record)
-    if resumed and resumed[1] >= training["train_num_steps"]:
+    plan = _arguments(options, record)
+    if resumed and resumed[1] >= plan.training["train_num_steps"]:
         print(f"{resumed[0]} is at step {resumed[1]} already; a larger --steps would continue it")
         return
-    trainer = _make_trainer(options, network, process, training)
+    trainer = _make_trainer(options, plan)
     if resumed:
         trainer.load(resumed[0].absolute())
     trainer.train()
@@ -185,41 +166,64 @@ def _checkpoint_to_resume(options: Train) -> tuple[Path, int] | None:
     return latest
 
 
-def _arguments(options: Train, record: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Arguments of Unet, GaussianDiffusion and Trainer: what was given, else what the file records, else the defaults.
+class _Plan(NamedTuple):
+    """A run: the name of its process, and arguments of Unet, of the process, of XMWrapper and of Trainer."""
+
+    process: str
+    network: dict[str, Any]
+    diffusion: dict[str, Any]
+    wrapper: dict[str, Any]
+    training: dict[str, Any]
+
+
+def _arguments(options: Train, record: dict[str, Any] | None) -> _Plan:
+    """What was given, else what the file records, else the defaults.
 
     record: of `read_settings`; None for a new run.
     """
-    given = {name: getattr(options, name) for name in (*_NETWORK, *_PROCESS, *_TRAINER, "amp")}
+    given = {name: getattr(options, name) for name in (*_NETWORK, *_TRAINER, "amp", "image_size")}
+    given |= {field.name: getattr(options.process, field.name) for field in dataclasses.fields(options.process)}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     if options.flip is False:  # the only option that is given as False
         given["flip"] = False
     if "image_size" in given:
         given["image_size"] = image_size_of(given["image_size"])
+    recorded = None if record is None else record["process"]
+    name = given.pop("process", None) or recorded or "ddpm"
+    if recorded not in (None, name):
+        raise UserError(f"--process {name}: the checkpoint is of {recorded}, and its weights belong to that")
+    of_process = processes.arguments_of(name, {o: value for o, value in given.items() if o in processes.ARGUMENTS})
     data = _defaults_of(options.data)
-    off = {"self_condition": False, "min_snr": False, "sampler": None, "seed": None}
+    off = {"self_condition": False, "seed": None}
     values: dict[str, Any] = {**_DEFAULTS, **data, **off}
-    network, process, training = (
-        {argument: values[option] for option, argument in names.items()} for names in (_NETWORK, _PROCESS, _TRAINER)
+    network, training = (
+        {argument: values[option] for option, argument in names.items()} for names in (_NETWORK, _TRAINER)
     )
+    diffusion = processes.arguments_of(name, processes.defaults_of(name, values))
     network["flash_attn"] = True
     training["mixed_precision"] = values["amp"]
     if record is not None:
         # A file's record is whole; what upstream's file does not tell are the size and the trainer's arguments.
-        image_size = record["diffusion"].get("image_size") or process["image_size"]
-        network, process = dict(record["unet"]), {**record["diffusion"], "image_size": image_size}
+        image_size = record["diffusion"].get("image_size") or diffusion["image_size"]
+        network, diffusion = dict(record["unet"]), {**record["diffusion"], "image_size": image_size}
         training.update(_recorded_training(record))
-        if given.get("beta_schedule", process.get("beta_schedule")) != process.get("beta_schedule"):
-            process.pop("schedule_fn_kwargs", None)  # arguments of the other schedule
-    for names, arguments in ((_NETWORK, network), (_PROCESS, process), (_TRAINER, training)):
+        if of_process.get("beta_schedule", diffusion.get("beta_schedule")) != diffusion.get("beta_schedule"):
+            diffusion.pop("schedule_fn_kwargs", None)  # arguments of the other schedule
+    for names, arguments in ((_NETWORK, network), (_TRAINER, training)):
         arguments.update({names[option]: value for option, value in given.items() if option in names})
+    diffusion.update(of_process)
+    if record is None:
+        network.update(processes.network_of(name, network["channels"]))
     if not options.flash:
         network["flash_attn"] = False
     training["mixed_precision"] = given.get("amp", training["mixed_precision"])
-    timesteps = process["timesteps"]
-    if "sampling_timesteps" not in given and (process.get("sampling_timesteps") or 0) > timesteps:
-        process["sampling_timesteps"] = timesteps
-    return network, process, training
+    timesteps = diffusion.get("timesteps")
+    if "sampling_timesteps" not in given and timesteps and (diffusion.get("sampling_timesteps") or 0) > timesteps:
+        diffusion["sampling_timesteps"] = timesteps
+    wrapper = {} if record is None else dict(record["xm"])
+    if "candidates" in given:
+        wrapper["candidates"] = given["candidates"]
+    return _Plan(name, network, diffusion, wrapper, training)
 
 
 def _defaults_of(data: str) -> dict[str, Any]:
@@ -245,12 +249,11 @@ def _recorded_training(record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _make_trainer(
-    options: Train, network: dict[str, Any], process: dict[str, Any], training: dict[str, Any]
-) -> "Trainer":
+def _make_trainer(options: Train, plan: _Plan) -> "Trainer":
     import torch
 
-    from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
+    from ddpm_fast.diffusion.diffusion_process import PROCESSES
+    from ddpm_fast.diffusion.xm import XMWrapper
     from ddpm_fast.models.unet import Unet
     from ddpm_fast.training.data import DigitsDataset
     from ddpm_fast.training.prepared import is_prepared
@@ -266,10 +269,11 @@ def _make_trainer(
         raise UserError(f"--{next(iter(of_folder)).replace('_', '-')} is for a folder of images, not for {kind}")
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    diffusion = GaussianDiffusion(Unet(**network), **process)
+    diffusion = PROCESSES[plan.process](Unet(**plan.network), **plan.diffusion)
+    training = dict(plan.training)
     precision = training.pop("mixed_precision")
     return Trainer(
-        diffusion,
+        XMWrapper(diffusion, **plan.wrapper) if plan.wrapper.get("candidates", 1) != 1 else diffusion,
         DigitsDataset(diffusion.image_size) if options.data == "digits" else options.data,
         **training,
         results_folder=options.results_folder,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, TrainingRows
-from ddpm_fast.diffusion.levels import Target, prediction
+from ddpm_fast.diffusion.levels import Levels, Target, prediction
 from ddpm_fast.diffusion.weightings import Weighting, find_weighting, uniform, weight_of_output
 from ddpm_fast.ops.forward_diffusion.op import q_sample
 from ddpm_fast.runtime.autocast import call_model
@@ -77,6 +77,7 @@ class ContinuousProcess(DiffusionProcess):
         if self.constant_target is not None and weighting is uniform:
             self._fill_constant_row()
 
+    fixed_arguments = frozenset({"config", "sampling_timesteps", "clip_x_start"})
     # c and d of out = c·ε + d·x0, where they are the same at every level.
     constant_target: tuple[float, float] | None = None
     constant_row: torch.Tensor | None  # (1, 3), the row of the loss's table where all are the same
@@ -121,8 +122,10 @@ class ContinuousProcess(DiffusionProcess):
         return TrainingRows(of_images, torch.stack((levels.a, levels.b), dim=1), loss_table, levels.times)
 
     def _estimate(self, x: torch.Tensor, t: torch.Tensor, rows: TrainingRows) -> torch.Tensor:
-        levels = self.noise_scale.at(t)
-        p, q = (factor.reshape(-1, 1, 1, 1).to(x) for factor in prediction(levels, self.target))
+        a, b = rows.forward_table.unbind(1)
+        c, d, _ = rows.loss_table.unbind(1)
+        estimate = prediction(Levels(rows.times, a, b), lambda levels: (c, d))
+        p, q = (factor.reshape(-1, 1, 1, 1).to(x) for factor in estimate)
         return p * x + q * call_model(self.network, x, rows.times, None)
 
     def q_sample(self, x_start: torch.Tensor, times: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:

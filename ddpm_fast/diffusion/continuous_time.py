@@ -192,6 +192,9 @@ class ContinuousTimeGaussianDiffusion(ContinuousProcess):
 
     model: nn.Module
 
+    def current_config(self) -> dict[str, Any]:
+        return {**super().current_config(), "clip_sample_denoised": bool(self.clip_x_start)}
+
     @property
     def num_sample_steps(self) -> int:
         return self.sampling_timesteps
@@ -284,6 +287,11 @@ class VParamContinuousTimeGaussianDiffusion(ContinuousTimeGaussianDiffusion):
     """
 
     constant_target = None
+    fixed_arguments = ContinuousTimeGaussianDiffusion.fixed_arguments | {
+        "noise_schedule",
+        "learned_schedule_net_hidden_dim",
+        "learned_noise_schedule_frac_gradient",
+    }
 
     def __init__(
         self,

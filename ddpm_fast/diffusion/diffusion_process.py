@@ -6,6 +6,7 @@ A process says its levels (`noise_scale`), what its network gives (`target`), th
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -128,6 +129,9 @@ class DiffusionProcess(nn.Module):
     channels: int
     self_condition: bool
 
+    # Arguments of base classes that a class sets itself, or has no use for.
+    fixed_arguments: frozenset[str] = frozenset({"config"})
+
     def __init__(
         self,
         model: nn.Module,
@@ -176,6 +180,32 @@ class DiffusionProcess(nn.Module):
         self.unnormalize = unnormalize_to_zero_to_one if auto_normalize else identity
 
     # what a process says of itself
+
+    @classmethod
+    def arguments(cls) -> set[str]:
+        """Names of the constructor's arguments, those of base classes included, but for the network."""
+        names: set[str] = set()
+        for base in cls.__mro__:
+            if "__init__" not in vars(base):
+                continue
+            parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[2:]  # self, network
+            rests = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            own = {parameter.name for parameter in parameters if parameter.kind not in rests}
+            names |= own - (cls.fixed_arguments if names else set())
+            if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+                break
+        return names - {"config"}
+
+    def current_config(self) -> dict[str, Any]:
+        """The constructor's arguments, plain values; of those that are attributes the values of now."""
+        config = {name: getattr(self, name, value) for name, value in self.config.items()}
+        later = {"spacing": self.spacing, "sampler_options": dict(self.sampler_options) or None}
+        config |= {name: value for name, value in later.items() if name in config or value}
+        return {**config, "image_size": None if self.image_size is None else list(self.image_size)}
+
+    def recording_key(self) -> tuple:
+        """What a recorded step depends on besides tensors and plain attributes: functions put on the process."""
+        return tuple((name, value) for name, value in vars(self).items() if callable(value))
 
     @property
     def noise_scale(self) -> NoiseScale:
@@ -287,6 +317,16 @@ class DiffusionProcess(nn.Module):
         if key not in self._plans:
             self._plans[key] = self._make_plan(sampler, steps, spacing, options)
         return self._plans[key]
+
+    def network_calls(
+        self,
+        sampler: str | None = None,
+        sampling_timesteps: int | None = None,
+        spacing: str | Sequence[float] | None = None,
+        sampler_options: Mapping[str, float] | None = None,
+    ) -> int:
+        """How often `sample` calls the network with these arguments; raises what it raises."""
+        return len(self._plan(sampler, sampling_timesteps, spacing, sampler_options).times)
 
     def _default_options(self, sampler: str) -> dict[str, float]:
         """Options that the process gives a sampler where the caller does not."""

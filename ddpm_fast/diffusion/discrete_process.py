@@ -171,6 +171,12 @@ class DiscreteProcess(DiffusionProcess):
         self.register_buffer("loss_table", None, persistent=False)
         self._use_schedule(schedule)
 
+    def current_config(self) -> dict[str, Any]:
+        config = super().current_config()
+        if self.config["sampling_timesteps"] is None and self.sampling_timesteps == self.num_timesteps:
+            config["sampling_timesteps"] = None
+        return config
+
     @property
     def noise_scale(self) -> Schedule:
         return self._schedule

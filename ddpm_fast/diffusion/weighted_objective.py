@@ -43,6 +43,15 @@ class WeightedObjectiveGaussianDiffusion(GaussianDiffusion):
         TypeError, ValueError: an argument does not fit, named in one sentence.
     """
 
+    # Its loss has weights of its own.
+    fixed_arguments = GaussianDiffusion.fixed_arguments | {
+        "objective",
+        "min_snr_loss_weight",
+        "min_snr_gamma",
+        "loss_weighting",
+        "loss_weighting_options",
+    }
+
     def __init__(
         self,
         model: nn.Module,

@@ -55,6 +55,13 @@ class XMWrapper(nn.Module):
                 raise
             return getattr(self.flow_model, name)
 
+    @property
+    def takes_bytes(self) -> bool:
+        """True if uint8 images and `flip` reach a process that takes them, and nobody listens to this `forward`."""
+        is_own = type(self).forward is XMWrapper.forward and "forward" not in vars(self)
+        is_heard = bool(self._forward_hooks or self._forward_pre_hooks)
+        return is_own and not is_heard and bool(getattr(self.flow_model, "takes_bytes", False))
+
     def sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.flow_model.sample(*args, **kwargs)  # type: ignore[operator]
 
@@ -152,3 +159,10 @@ class XMWrapper(nn.Module):
             loss = self.flow_model(*some_args, **some_kwargs, **extra)
             losses.append(loss.reshape(1, 1) if loss.ndim == 0 else loss.flatten(1) if loss.ndim > 1 else loss[:, None])
         return torch.cat(losses).mean(1).reshape(batch, count).amin(1).mean()
+
+
+def process_of(module: Any) -> DiffusionProcess | None:
+    """The process that a module is, or is a wrapper of; None if it is neither."""
+    while isinstance(module, XMWrapper):
+        module = module.flow_model
+    return module if isinstance(module, DiffusionProcess) else None

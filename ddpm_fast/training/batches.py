@@ -142,7 +142,7 @@ class Batch(NamedTuple):
 
     @property
     def options(self) -> dict[str, torch.Tensor]:
-        """Keyword arguments of `GaussianDiffusion.forward`, besides the images."""
+        """Keyword arguments of a process's `forward`, besides the images."""
         return {} if self.flips is None else {"flip": self.flips}
 
     def on(self, device: torch.device) -> Batch:

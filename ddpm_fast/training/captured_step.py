@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Adam, AdamW
 
-from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
+from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
+from ddpm_fast.diffusion.xm import XMWrapper, process_of
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.plain import as_int
 from ddpm_fast.runtime.snapshot import Snapshot
@@ -20,7 +21,7 @@ from ddpm_fast.training.optimizer_step import OptimizerStep
 
 
 def capture_training_step(
-    diffusion: GaussianDiffusion,
+    diffusion: DiffusionProcess | XMWrapper,
     optimizer: torch.optim.Optimizer,
     batch_shape: Sequence[int],
     *,
@@ -44,9 +45,11 @@ def capture_training_step(
     Where torch.distributed runs several processes, gradients are averaged over them between two graphs.
 
     Args:
+        diffusion: a process, such as `GaussianDiffusion`, or an `XMWrapper` around one.
         optimizer: Adam or AdamW over parameters of `diffusion`, best with `fused=True`; on CUDA with `capturable=True`.
         batch_shape: (B, C, H, W) of every batch.
-        ema: an `ema_pytorch.EMA` of `diffusion`; a call does what `ema.update()` after the step would.
+        ema: an `ema_pytorch.EMA` of `diffusion`, or of the process in an `XMWrapper`; a call does what `ema.update()`
+            after the step would.
         max_grad_norm: the gradients' norm is clipped to this; None leaves them.
         autocast: torch.bfloat16, torch.float16 with a scaler, or None for the weights' own dtype.
         scaler: scales the loss for float16 and skips steps whose gradients are not finite; it stays on the device.
@@ -57,8 +60,8 @@ def capture_training_step(
     Raises:
         TypeError, ValueError: an argument does not fit, or a graph cannot replace the step; in one sentence.
     """
-    if not isinstance(diffusion, GaussianDiffusion):
-        raise TypeError(f"diffusion must be a GaussianDiffusion, got {type(diffusion).__name__}")
+    if process_of(diffusion) is None:
+        raise TypeError(f"diffusion must be a process or an XMWrapper around one, got {type(diffusion).__name__}")
     reason = recording.CudaRecorder.why_not(diffusion.device)
     if graph and reason is not None:
         raise ValueError(f"graph=True, and a graph cannot replace the step: {reason}")
@@ -100,7 +103,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        diffusion: GaussianDiffusion,
+        diffusion: DiffusionProcess | XMWrapper,
         optimizer: torch.optim.Optimizer,
         batch_shape: Sequence[int],
         *,
@@ -135,7 +138,7 @@ class TrainingStep:
         self._inputs: dict[tuple, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._loss = torch.zeros((), device=device)
         self.grad_norm = torch.full((), float("nan"), device=device)
-        self._average = None if ema is None else _Average(ema, diffusion, recorder)
+        self._average = None if ema is None else _Average(ema, _averaged(ema, diffusion), recorder)
         # Learning rates on the device, where a graph reads them at each replay.
         self._rates: list[torch.Tensor] = []
         self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -340,7 +343,7 @@ class TrainingStep:
         options = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
         members = [[id(p) for p in g["params"]] for g in self.optimizer.param_groups]
         wanted = [p.requires_grad for p in diffusion.parameters()]
-        attributes = (diffusion.objective, diffusion.offset_noise_strength, diffusion.num_timesteps, self._options())
+        attributes = (diffusion.recording_key(), self._options())
         state = recording.storage_key((*_state_tensors(self.optimizer), *_state_of_scaler(self.scaler)))
         forwards = [type(module).forward for module in diffusion.modules()]
         weights = recording.weights_of(diffusion)
@@ -368,7 +371,7 @@ class _Average:
     The average moves only every few steps; on the others nothing is replayed.
     """
 
-    def __init__(self, ema: Any, diffusion: GaussianDiffusion, recorder: Any):
+    def __init__(self, ema: Any, diffusion: Any, recorder: Any):
         if ema.model is not diffusion:
             raise ValueError("ema must be an EMA of diffusion, got one of another model")
         if ema.ema_model is None:
@@ -442,6 +445,11 @@ class _Average:
             for (key, average), (_, current) in both
             if name == "copy" or not (key in ema.ignore_names or key.startswith(ignored))
         ]
+
+
+def _averaged(ema: Any, diffusion: nn.Module) -> nn.Module:
+    """The module that an EMA has to be of: what is trained, or the process in it."""
+    return process_of(diffusion) or diffusion if ema.model is not diffusion else diffusion
 
 
 def plain_groups(optimizer_state: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -532,10 +540,14 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, diffusion: nn.Module, cap
         raise ValueError("optimizer must have parameters of diffusion only")
 
 
-def why_not_recorded(diffusion: GaussianDiffusion, optimizer: Any, any_module: bool) -> str | None:
+def why_not_recorded(diffusion: nn.Module, optimizer: Any, any_module: bool) -> str | None:
     """Why a recording may not replace a training step, in one clause; None where it may."""
-    if diffusion.immiscible:
-        return "immiscible=True assigns the noise on the host"
+    process = process_of(diffusion)
+    if process is None:
+        return f"the loss is that of a {type(diffusion).__name__}, and recordings are of this package's processes"
+    if process.assigns_noise:
+        option = "immiscible" if process.immiscible else "optimal_transport"
+        return f"{option}=True assigns the noise on the host"
     for name, module in diffusion.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             return f"{name or 'the model'} has backward hooks, which a replay does not call"

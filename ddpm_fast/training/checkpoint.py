@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, read without running code, rebuilt from their tensors where need be.
 
-A checkpoint is upstream's dictionary (step, model, opt, ema, scaler, version) plus `config`, the constructor arguments,
-and `training`, the trainer's. Upstream's files lack both; then the architecture and the process are read off names,
-shapes and buffers. Files of other programs are searched for a network's names (`state_names.py`).
+A checkpoint is upstream's dictionary (step, model, opt, ema, scaler, version) plus `config`, constructor arguments and
+the name of the process, and `training`, the trainer's arguments. Upstream's files lack both; then the architecture and
+the process are read off names, shapes and buffers. Files of other programs are searched for a network's names
+(`state_names.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
+from ddpm_fast.diffusion.diffusion_process import PROCESSES, DiffusionProcess
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.extras import needed_for
@@ -60,7 +61,7 @@ class Checkpoint(NamedTuple):
     """What `load_checkpoint` returns; `ema` is an `ema_pytorch.EMA` around `diffusion`, whose network is `model`."""
 
     model: Unet
-    diffusion: GaussianDiffusion
+    diffusion: DiffusionProcess
     ema: Any
     step: int
 
@@ -118,29 +119,37 @@ def _load(path: Path, map_location: torch.device | str, mmap: bool) -> Any:
 
 
 def load_checkpoint(
-    path: _Path, *, image_size: _Size | None = None, map_location: torch.device | str = "cpu", **overrides: Any
+    path: _Path,
+    *,
+    process: str | None = None,
+    image_size: _Size | None = None,
+    map_location: torch.device | str = "cpu",
+    **overrides: Any,
 ) -> Checkpoint:
     """Rebuild network, diffusion and EMA from a checkpoint of ours or of upstream's `Trainer`; returns a `Checkpoint`.
 
-    State dicts of a `GaussianDiffusion`, a `Unet` or an EMA load too, alone or as `model` or `state_dict` of a
-    dictionary, with the prefixes of DistributedDataParallel, `torch.compile`, ema-pytorch and Lightning; one warning
-    says what was stripped (step 0 without a step, EMA equal to the weights without an EMA).
+    State dicts of a process, a `Unet` or an EMA load too, alone or as `model` or `state_dict` of a dictionary, with the
+    prefixes of DistributedDataParallel, `torch.compile`, ema-pytorch, XMWrapper and Lightning; one warning says what
+    was stripped (step 0 without a step, EMA equal to the weights without an EMA).
+    process: the name of the process ("ddpm", "edm", "flow", ...), for state dicts whose names do not tell it.
     image_size: needed for upstream's files to sample, since they do not record it. overrides: further arguments of
-    `Unet` and `GaussianDiffusion`, for what tensors cannot tell (`resnet_block_groups`, `auto_normalize`, ...) or what
+    `Unet` and of the process, for what tensors cannot tell (`resnet_block_groups`, `auto_normalize`, ...) or what
     may be chosen again (`sampling_timesteps`, `sampler`, ...).
 
-    Raises FileNotFoundError, OSError (unreadable), CheckpointError (damaged, foreign, other architecture, two networks
-    that could be meant), TypeError (unknown override).
+    Raises FileNotFoundError, OSError (unreadable), CheckpointError (damaged, foreign, other architecture or process,
+    two networks that could be meant), TypeError (unknown override), ValueError (unknown process).
     """
     with needed_for("load_checkpoint"):
         from ema_pytorch import EMA
 
     contents = load_file(path)
-    states = find_weights(contents, path)
+    states = find_weights(contents, path, attribute=_network_attribute(contents, process))
     config = recorded_config(contents)
-    unet_options, diffusion_options = _split_overrides(overrides)
+    name = process_name(contents, states, path, process)
+    cls = PROCESSES[name]
+    unet_options, diffusion_options = _split_overrides(overrides, cls)
     unet_config = config["unet"] or infer_unet_config(network_state(states.model), path)
-    diffusion_config = dict(config["diffusion"] or infer_diffusion_config(states.model))
+    diffusion_config = dict(config["diffusion"] or infer_diffusion_config(states.model, name))
     if image_size is not None:
         diffusion_config["image_size"] = image_size
     is_size_unknown = diffusion_config.get("image_size") is None
@@ -148,7 +157,7 @@ def load_checkpoint(
     model = Unet(**{**unet_config, **unet_options})
     if is_size_unknown:
         diffusion_config["image_size"] = model.downsample_factor
-    diffusion = GaussianDiffusion(model, **{**diffusion_config, **diffusion_options})
+    diffusion = cls(model, **{**diffusion_config, **diffusion_options})
     step = step_of(contents, path)
     load_matching(diffusion, with_buffers(states.model, diffusion), path)
     check_average(contents, states, path)
@@ -221,8 +230,11 @@ def find_weights(
     path: _Path,
     network_names: Sequence[str] = ("init_conv.weight",),
     process_names: Collection[str] | None = None,
+    attribute: str | None = None,
 ) -> FoundStates:
     """The weights in a file's contents, with the names of a process; CheckpointError says why there are none.
+
+    The arguments are those of `find_states`.
 
     Of a trainer's dictionary only `model` and `ema` are searched, of another one everything.
     """
@@ -231,7 +243,8 @@ def find_weights(
     model, ema = contents.get("model"), contents.get("ema")
     is_trainers = isinstance(model, Mapping) and "step" in contents
     try:
-        states = find_states({"model": model, "ema": ema} if is_trainers else contents, network_names, process_names)
+        searched = {"model": model, "ema": ema} if is_trainers else contents
+        states = find_states(searched, network_names, process_names, attribute)
     except AmbiguousNamesError as error:
         raise CheckpointError(f"checkpoint {path} is ambiguous: {error}; save the one that is meant alone") from error
     if states is None:
@@ -250,8 +263,18 @@ def check_average(contents: Mapping, states: FoundStates, path: _Path) -> None:
         raise CheckpointError(f"checkpoint {path} has no network in its 'ema'")
 
 
-def exact_states(contents: Mapping) -> FoundStates:
-    """The weights of a trainer's file whose `model` has the names of the model that loads it."""
+def exact_states(contents: Mapping, network: str = "model.") -> FoundStates:
+    """The weights of a trainer's file whose `model` has the names of the model that loads it.
+
+    network: the prefix of its network's names.
+    """
+
+    def found(state: Mapping) -> dict[str, torch.Tensor]:
+        return {
+            f"model.{name.removeprefix(network)}" if name.startswith(network) else name: tensor
+            for name, tensor in state.items()
+        }
+
     ema = contents.get("ema")
     entries = ema if isinstance(ema, Mapping) else {}
     prefix = "ema_model."
@@ -259,7 +282,8 @@ def exact_states(contents: Mapping) -> FoundStates:
     if entries and not average:  # the weights alone, without ema-pytorch's names
         average = dict(entries)
     counters = {name: entries[name] for name in ("initted", "step") if name in entries and name not in average}
-    return FoundStates(dict(contents["model"]), True, average if ema is not None else None, counters, [], [])
+    states = found(contents["model"]), found(average) if ema is not None else None
+    return FoundStates(states[0], True, states[1], counters, [], [], network.removesuffix("."))
 
 
 def warn_of_names(states: FoundStates, path: _Path, stacklevel: int = 3) -> None:
@@ -277,11 +301,70 @@ def warn_of_names(states: FoundStates, path: _Path, stacklevel: int = 3) -> None
 
 
 def recorded_config(contents: Mapping) -> dict[str, Any]:
-    """The constructor arguments in a file of ours: `unet`, `diffusion` and `ema`, None where there are none."""
+    """The constructor arguments in a file of ours: `unet`, `diffusion`, `xm` and `ema`, None where there are none."""
     config = contents.get("config")
     record = config if isinstance(config, Mapping) else {}
-    parts = {name: record.get(name) for name in ("unet", "diffusion", "ema")}
+    parts = {name: record.get(name) for name in ("unet", "diffusion", "xm", "ema")}
     return {name: dict(part) if isinstance(part, Mapping) else None for name, part in parts.items()}
+
+
+def recorded_process(contents: Mapping, states: FoundStates) -> str | None:
+    """The name of a file's process, as it records it or as names and shapes of its tensors tell; None: they do not."""
+    return _process_in_config(contents) or infer_process(states)
+
+
+def _process_in_config(contents: Any) -> str | None:
+    config = contents.get("config") if isinstance(contents, Mapping) else None
+    if not isinstance(config, Mapping) or config.get("diffusion") is None:
+        return None
+    return config.get("process") or "ddpm"  # releases without other processes did not say it
+
+
+def _network_attribute(contents: Any, asked: str | None) -> str | None:
+    """The name of the network in a file's process, where that is recorded or asked for."""
+    name = _process_in_config(contents) or asked
+    return PROCESSES[name].network_name if name in PROCESSES else None
+
+
+def infer_process(states: FoundStates) -> str | None:
+    """The process that tensors belong to, where they tell: "learned" and "weighted" have wider outputs than "ddpm"."""
+    state = states.model
+    if states.network_name == "net":
+        return "edm"
+    if any(name.startswith("log_snr.") for name in state):
+        return "continuous"
+    if "betas" not in state:
+        return None
+    output, given = state.get("model.final_conv.weight"), state.get("model.init_conv.weight")
+    if output is None or given is None:
+        return "ddpm"
+    wide = {2 * given.shape[1]: "learned", 2 * given.shape[1] + 2: "weighted"}
+    return wide.get(output.shape[0], "ddpm")
+
+
+def process_name(contents: Mapping, states: FoundStates, path: _Path, asked: str | None) -> str:
+    """The registered name of the process to build: as asked for, recorded or inferred, else "ddpm".
+
+    Raises ValueError for an unknown name, CheckpointError where file and wish do not agree or a file's process cannot
+    be known.
+    """
+    known = ", ".join(PROCESSES)
+    if asked is not None and asked not in PROCESSES:
+        raise ValueError(f"process must be one of {known}, got {asked!r}")
+    found = recorded_process(contents, states)
+    if found is not None and asked is not None and asked != found:
+        raise CheckpointError(f"checkpoint {path} is of the process {found!r}, not of {asked!r}")
+    name = asked or found
+    if name is None:
+        if "model.time_mlp.0.weights" in states.model:
+            raise CheckpointError(
+                f"checkpoint {path} has a network for continuous time, and its names do not tell the process: give "
+                "process= (edm, continuous, v-continuous or flow)"
+            )
+        name = "ddpm"
+    if name not in PROCESSES:
+        raise CheckpointError(f"checkpoint {path} is of the process {name!r}, which is not registered ({known} are)")
+    return name
 
 
 def step_of(contents: Mapping, path: _Path) -> int:
@@ -295,19 +378,23 @@ def step_of(contents: Mapping, path: _Path) -> int:
 
 
 def read_settings(path: _Path) -> dict[str, Any]:
-    """What a trainer's file says of its run: `unet`, `diffusion` and `ema` (arguments), `training`, `adam`.
+    """What a trainer's file says of its run: `unet`, `diffusion`, `xm` and `ema` (arguments), `process` (its name),
+    `training`, `adam`.
 
-    Of upstream's file the first two are read off its tensors; what a file does not tell is left out.
+    Of upstream's file the first two and the process are read off its tensors; what a file does not tell is left out.
     Raises what `load_file` raises, and CheckpointError for another architecture.
     """
     contents = load_file(path, mmap=True)
-    state = find_weights(contents, path).model
+    states = find_weights(contents, path, attribute=_network_attribute(contents, None))
+    state, process = states.model, process_name(contents, states, path, None)
     config = recorded_config(contents)
     training, optimizer = contents.get("training"), contents.get("opt")
     groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
     return {
         "unet": config["unet"] or infer_unet_config(network_state(state), path),
-        "diffusion": config["diffusion"] or infer_diffusion_config(state),
+        "process": process,
+        "diffusion": config["diffusion"] or infer_diffusion_config(state, process),
+        "xm": config["xm"] or {},
         "ema": config["ema"] or {},
         "training": dict(training) if isinstance(training, Mapping) else {},
         "adam": plain("opt", {name: groups[0][name] for name in ("lr", "betas") if name in groups[0]})
@@ -389,15 +476,21 @@ def infer_unet_config(state: _State, path: _Path) -> dict[str, Any]:
     }
 
 
-def infer_diffusion_config(state: _State) -> dict[str, Any]:
-    """Arguments of `GaussianDiffusion` from its buffers; image_size is not among them.
+def infer_diffusion_config(state: _State, process: str = "ddpm") -> dict[str, Any]:
+    """Arguments of a process from its buffers and names; image_size is not among them.
 
     Betas of no known schedule keep the loaded buffers. A bare `Unet` state dict has no buffers: the defaults hold.
     """
+    kept = {"uncertainty_weighting": True} if "uncertainty.weight" in state else {}
     if "betas" not in state:
-        return {}
+        hidden = state.get("log_snr.net.2.fn.0.net.weight")
+        learned = {} if hidden is None else dict(noise_schedule="learned", learned_schedule_net_hidden_dim=len(hidden))
+        return {**learned, **kept}
     betas = state["betas"].double()
-    config = {"timesteps": len(betas), **_infer_objective(state)}
+    objective = {} if "objective" in PROCESSES[process].fixed_arguments else _infer_objective(state)
+    config: dict[str, Any] = {"timesteps": len(betas), **objective, **kept}
+    if any(name.startswith("timestep_history.") for name in state):
+        config["timestep_sampler"] = "loss-second-moment"
     for name, schedule in _SCHEDULES.items():
         if torch.allclose(schedule(len(betas)).double(), betas, rtol=1e-4, atol=1e-9):
             config["beta_schedule"] = name
@@ -500,24 +593,34 @@ def network_state(state: _State) -> dict[str, torch.Tensor]:
 
 
 def with_buffers(state: _State, diffusion: nn.Module) -> _State:
-    """The state; to a bare network's, which lacks the buffers of a process, those of this one."""
+    """The state under this process's names; to a bare network's, which lacks a process's buffers, those of this one."""
+    network = getattr(diffusion, "network_name", "model")
+    if network != "model":
+        pairs = ((name.removeprefix("model."), name, tensor) for name, tensor in state.items())
+        state = {name if bare == name else f"{network}.{bare}": tensor for bare, name, tensor in pairs}
     own = diffusion.state_dict()
     if state.keys() == own.keys():
         return state
-    own = {bare_name(name): tensor for name, tensor in own.items()}
-    process = {name: tensor for name, tensor in own.items() if not name.startswith("model.")}
-    return state if process.keys() & state.keys() else {**process, **state}
+    weights = {bare_name(name) for name, _ in diffusion.named_parameters()}
+    beside = {bare_name(name): tensor for name, tensor in own.items()}
+    process = {name: tensor for name, tensor in beside.items() if not name.startswith(f"{network}.")}
+    buffers = {name: tensor for name, tensor in process.items() if name not in weights}
+    return state if process.keys() & state.keys() else {**buffers, **state}
 
 
-def _split_overrides(overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keyword arguments split into those of `Unet` and those of `GaussianDiffusion`."""
-    unet_names = set(inspect.signature(Unet).parameters)
-    diffusion_names = set(inspect.signature(GaussianDiffusion).parameters) - {"model"}
+def _split_overrides(
+    overrides: dict[str, Any], process: type[DiffusionProcess]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments split into those of `Unet` and those of the process."""
+    unet_names, diffusion_names = set(inspect.signature(Unet).parameters), process.arguments()
+    if "num_sample_steps" in diffusion_names and "sampling_timesteps" in overrides:
+        renamed = {"num_sample_steps": overrides["sampling_timesteps"], **overrides}
+        overrides = {name: value for name, value in renamed.items() if name != "sampling_timesteps"}
     for name in overrides:
         if name not in unet_names | diffusion_names:
-            raise TypeError(f"load_checkpoint got {name!r}, which is no argument of Unet or GaussianDiffusion")
+            raise TypeError(f"load_checkpoint got {name!r}, which is no argument of Unet or {process.__name__}")
     unet_options = {name: value for name, value in overrides.items() if name in unet_names}
-    return unet_options, {name: value for name, value in overrides.items() if name in diffusion_names}
+    return unet_options, {name: value for name, value in overrides.items() if name in diffusion_names - unet_names}
 
 
 def first_difference(expected: _State, state: _State) -> str | None:
@@ -533,7 +636,7 @@ def first_difference(expected: _State, state: _State) -> str | None:
     return f"it has an unknown {unknown!r}" if unknown else None
 
 
-def _forget_image_size(path: _Path, *diffusions: GaussianDiffusion) -> None:
+def _forget_image_size(path: _Path, *diffusions: DiffusionProcess) -> None:
     for diffusion in diffusions:
         diffusion.image_size = None  # type: ignore[assignment]  # sampling then asks for it
     warnings.warn(f"{path} does not record image_size; give load_checkpoint(..., image_size=) to sample", stacklevel=3)

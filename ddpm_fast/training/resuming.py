@@ -18,30 +18,64 @@ from ddpm_fast.training.checkpoint import (
     infer_unet_config,
     network_state,
     recorded_config,
+    recorded_process,
 )
+from ddpm_fast.training.state_names import FoundStates
 
 _State = Mapping[str, torch.Tensor]
 
 # Arguments of a network that choose an implementation or act in training only; all others make it another function.
 _FREE_OF_NETWORKS = {"memory", "flash_attn", "dropout"}
-_FIXED_OF_PROCESSES = ("image_size", "timesteps", "objective", "auto_normalize")
+# Arguments of processes that say what the network learns; all others act in sampling, or choose what it sees of it.
+_FIXED_OF_PROCESSES = (
+    "image_size",
+    "timesteps",
+    "objective",
+    "auto_normalize",
+    "sigma_data",
+    "noise_schedule",
+    "learned_schedule_net_hidden_dim",
+    "time_scale",
+    "uncertainty_weighting",
+    "loss_weighting",
+    "loss_weighting_options",
+    "zero_terminal_snr",
+    "vb_loss_weight",
+    "loss",
+    "pred_noise_loss_weight",
+    "pred_x_start_loss_weight",
+)
+# Of those, what a file does not record unless it was asked for.
+_UNASKED = {
+    "uncertainty_weighting": False,
+    "loss_weighting": None,
+    "loss_weighting_options": None,
+    "zero_terminal_snr": False,
+}
 _SCHEDULE = ("beta_schedule", "schedule_fn_kwargs")
 _LOSS_WEIGHT = ("min_snr_loss_weight", "min_snr_gamma")
 
 
-def check_process(path: Path, contents: Mapping, state: _State, own_config: Mapping | None, own: _State) -> None:
+def check_process(
+    path: Path, contents: Mapping, states: FoundStates, own_name: str | None, own_config: Mapping | None, own: _State
+) -> None:
     """Raise CheckpointError, naming old and new values, if a file's process is another one than this trainer's.
 
-    state, own: the states of file and trainer, whose buffers are compared where the file has them. Of upstream's files
+    states, own: the states of file and trainer, whose buffers are compared where the file has them. Of upstream's files
     the arguments are read off the buffers.
     """
-    recorded = recorded_config(contents)["diffusion"]
     if own_config is None:
         return
+    found = recorded_process(contents, states)
+    if found is not None and own_name is not None:
+        _refuse(path, _changed({"process": found}, {"process": own_name}, ["process"]))
+    state, recorded = states.model, recorded_config(contents)["diffusion"]
     if recorded is None:
         if "betas" not in state or _agree(state, own, "betas", "loss_weight"):
             return
         recorded = {"min_snr_loss_weight": False, **infer_diffusion_config(state)}
+    else:
+        recorded, own_config = {**_UNASKED, **recorded}, {**_UNASKED, **own_config}
     names = [*_FIXED_OF_PROCESSES, *_LOSS_WEIGHT]
     if not _agree(state, own, "betas"):
         names += _SCHEDULE

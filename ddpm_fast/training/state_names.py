@@ -17,6 +17,10 @@ _State = dict[str, torch.Tensor]
 
 # Parts of a name that a wrapper adds and that say nothing about the tensor.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# The attributes that are the network, by process; found states call it by the first.
+_NETWORK = ("model", "net")
+# Parts of a process that have weights of their own.
+_PARTS_OF_PROCESSES = ("uncertainty", "log_snr", "timestep_history")
 _IS_AVERAGE = re.compile(r"(^|_)ema(_|$)")
 _IS_ONLINE = re.compile(r"^online(_|$)")
 
@@ -26,9 +30,10 @@ class AmbiguousNamesError(ValueError):
 
 
 class FoundStates(NamedTuple):
-    """State dicts with the names of a process: `model.` before the network's, none before the buffers.
+    """State dicts with the names of a process: `model.` before the network's, none before what stands beside it.
 
-    model: the weights. has_process: the buffers are there, too. average: the EMA's weights, or None.
+    model: the weights. has_process: buffers or weights of the process are there, too. network_name: the attribute that
+    is the network in the file, None where only a network is known. average: the EMA's weights, or None.
     counters: `initted` and `step` of an EMA, where the file has them. stripped: parts of names that were taken off.
     left_out: names of tensors that belong to none of these.
     """
@@ -39,6 +44,7 @@ class FoundStates(NamedTuple):
     counters: _State
     stripped: list[str]
     left_out: list[str]
+    network_name: str | None = None
 
 
 def bare_name(name: str) -> str:
@@ -47,12 +53,17 @@ def bare_name(name: str) -> str:
 
 
 def find_states(
-    contents: Mapping, network_names: Sequence[str], process_names: Collection[str] | None = None
+    contents: Mapping,
+    network_names: Sequence[str],
+    process_names: Collection[str] | None = None,
+    attribute: str | None = None,
 ) -> FoundStates | None:
     """The states in a file, or None if there is no network whose first name is `network_names[0]`.
 
     network_names: names of the network, with no wrapper's parts; the first one finds it, the others choose among many.
-    process_names: names of the process outside of the network; None takes those without a dot, if `betas` is there.
+    process_names: names of the process outside of the network; None takes those without a dot, if `betas` is there,
+    and those of weights that processes have.
+    attribute: the name of the network in the process that the file is known to be of; None: it is not known.
 
     Raises AmbiguousNamesError, which names both places.
     """
@@ -83,10 +94,14 @@ def find_states(
         counter_names = {name: around + name for name in ("initted", "step") if around + name in raw_names}
         counters = {name: raw[raw_names[place]] for name, place in counter_names.items()}
         used |= set(average_names.values()) | set(counter_names.values())
-    base = prefix.removesuffix("model.") if buffers else prefix
+    network_name = _network_name(prefix)
+    # EDM has no buffers; the frequencies that upstream's network must have tell it from a wrapper's `net.`.
+    is_edm = network_name == "net" and f"{prefix}time_mlp.0.weights" in raw_names
+    is_named = bool(buffers) or is_edm or (network_name is not None and network_name == attribute)
+    base = _base(prefix) if is_named else prefix
     stripped = _stripped(contents, base, [raw_names[place] for place in names.values()])
     left_out = [raw_names[place] for place in raw_names if place not in used]
-    return FoundStates(model, bool(buffers), average, counters, stripped, left_out)
+    return FoundStates(model, is_named, average, counters, stripped, left_out, network_name if is_named else None)
 
 
 def _tensors(contents: Mapping, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -135,7 +150,7 @@ def _one(prefixes: list[str], network_names: Sequence[str], names: Mapping[str, 
 
 def _all_of(prefix: str, names: Iterable[str]) -> Iterator[str]:
     """Names of the network at this prefix, and of what stands beside it."""
-    base = prefix.removesuffix("model.")
+    base = _base(prefix)
     return (name for name in names if name.startswith(base))
 
 
@@ -146,15 +161,27 @@ def _under(prefix: str, names: Iterable[str]) -> dict[str, str]:
 
 def _buffers(prefix: str, names: Collection[str], process_names: Collection[str] | None) -> dict[str, str]:
     """Name in a process → bare name, of the process around the network at this prefix; nothing if there is none."""
-    base = prefix.removesuffix("model.")
+    base = _base(prefix)
     if base == prefix or (base and not base.endswith(".")):
         return {}
     if process_names is not None:
         return {name: base + name for name in process_names if base + name in names}
-    if f"{base}betas" not in names:
-        return {}
-    beside = [name for name in names if name.startswith(base) and "." not in name.removeprefix(base)]
-    return {name.removeprefix(base): name for name in beside}
+    beside = [name.removeprefix(base) for name in names if name.startswith(base) and not name.startswith(prefix)]
+    has_buffers = f"{base}betas" in names
+    wanted = [name for name in beside if name.split(".")[0] in _PARTS_OF_PROCESSES or (has_buffers and "." not in name)]
+    return {name: base + name for name in wanted}
+
+
+def _network_name(prefix: str) -> str | None:
+    """The attribute at the end of a network's prefix, where it may be a process's."""
+    last = prefix.removesuffix(".").rpartition(".")[2]
+    return last if last in _NETWORK else None
+
+
+def _base(prefix: str) -> str:
+    """What stands before a network's attribute."""
+    name = _network_name(prefix)
+    return prefix if name is None else prefix.removesuffix(f"{name}.")
 
 
 def _around_average(prefix: str) -> str:

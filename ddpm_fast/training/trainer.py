@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 
 from ddpm_fast._version import __version__
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, identity
-from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
+from ddpm_fast.diffusion.discrete_process import DiscreteProcess
+from ddpm_fast.diffusion.xm import XMWrapper, process_of
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.extras import needed_for
@@ -87,7 +88,9 @@ with needed_for("Trainer"):
 _LONGEST_WAIT = timedelta(hours=12)
 
 # What the trainer reads of a diffusion process, besides what every module has.
-_ATTRIBUTES = ("model", "channels", "image_size", "objective", "num_timesteps", "is_ddim_sampling", "sample")
+_ATTRIBUTES = ("channels", "image_size", "sample")
+# And of one in timesteps, before the first step instead of at its first sample.
+_ATTRIBUTES_OF_TIMESTEPS = ("objective", "num_timesteps", "is_ddim_sampling")
 _PRECISIONS = ("no", "fp16", "bf16")
 
 
@@ -98,6 +101,8 @@ class DivergenceError(ValueError):
 class Trainer:
     """Upstream's trainer: same arguments, attributes and checkpoint files, with runs that resume exactly.
 
+    diffusion_model: any process of this package, such as `GaussianDiffusion` or `ElucidatedDiffusion`, or an
+        `XMWrapper` around one; files and the average hold the process.
     folder: a folder of images, a file of `ddpm-fast prepare`, or any map-style torch dataset of images (C, h, w),
         floats in [0, 1] or uint8.
     train_batch_size: images per step and accumulation, over all processes (`split_batches=True`) or in each.
@@ -130,7 +135,7 @@ class Trainer:
 
     def __init__(
         self,
-        diffusion_model: GaussianDiffusion,
+        diffusion_model: DiffusionProcess | XMWrapper | nn.Module,
         folder: str | os.PathLike | torch.utils.data.Dataset,
         *,
         train_batch_size: int = 16,
@@ -240,7 +245,9 @@ class Trainer:
             self._adam_options["capturable"] = True
         self.opt: Any = Adam(diffusion_model.parameters(), lr=train_lr, betas=adam_betas, **self._adam_options)
         if self.accelerator.is_main_process:
-            self.ema = EMA(diffusion_model, beta=ema_decay, update_every=ema_update_every, use_foreach=True)
+            self.ema = EMA(
+                _averaged_module(diffusion_model), beta=ema_decay, update_every=ema_update_every, use_foreach=True
+            )
             self.ema.to(self.device)
             # Its counters are read by the host at every step: on the device each reading would wait for it.
             self.ema.initted, self.ema.step = self.ema.initted.cpu(), self.ema.step.cpu()
@@ -250,7 +257,7 @@ class Trainer:
         own_forward = vars(diffusion_model).get("forward")
         with self._own_precision():
             self.model, self.opt = self.accelerator.prepare(diffusion_model, self.opt)
-        if mixed_precision != "no" and isinstance(diffusion_model, GaussianDiffusion):
+        if mixed_precision != "no" and process_of(diffusion_model) is not None:
             # accelerate's forward casts the loss to float32, which it is already, and would hide the class's own.
             for name in ("forward", "_original_forward"):
                 vars(diffusion_model).pop(name, None)
@@ -300,7 +307,7 @@ class Trainer:
         optimizer = self.opt.state_dict()
         data = {
             "step": self.step,
-            "model": self.accelerator.get_state_dict(self.model),
+            "model": self._model_state(),
             "opt": {**optimizer, "param_groups": plain("opt.param_groups", plain_groups(optimizer))},
             "ema": self.ema.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -384,8 +391,22 @@ class Trainer:
         return f"training runs step by step: {reason}"
 
     @property
-    def _diffusion(self) -> GaussianDiffusion:
+    def _trained(self) -> Any:
+        """What gives the loss: the process, or a wrapper of it."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _diffusion(self) -> Any:
+        """What is averaged, saved and sampled: the process, or another module of the user's."""
+        return _averaged_module(self._trained)
+
+    def _model_state(self) -> dict[str, torch.Tensor]:
+        """The state of the process, from wherever accelerate keeps it."""
+        state, trained = self.accelerator.get_state_dict(self.model), self._trained
+        prefix = ""
+        while trained is not self._diffusion:
+            prefix, trained = f"{prefix}flow_model.", trained.flow_model
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
     def _train_step(self) -> None:
         """One optimizer step over `gradient_accumulate_every` batches."""
@@ -418,7 +439,7 @@ class Trainer:
     def _capture(self) -> TrainingStep:
         precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self._mixed_precision)
         return TrainingStep(
-            self._diffusion,
+            self._trained,
             self.opt.optimizer,
             (self.dl.order.batch_size, self.channels, *self.image_size),
             recorder=self._recorder,
@@ -437,9 +458,7 @@ class Trainer:
         reason = self._refusal or self._recorder.why_not(self.device)
         if reason is not None:
             return reason
-        if not isinstance(self._diffusion, GaussianDiffusion):
-            return f"diffusion_model is a {type(self._diffusion).__name__}, and recordings are of GaussianDiffusion"
-        return why_not_recorded(self._diffusion, self.opt.optimizer, any_module=bool(self._graph))
+        return why_not_recorded(self._trained, self.opt.optimizer, any_module=bool(self._graph))
 
     def _say_why_not(self, reason: str) -> None:
         """Once, and only where the user may expect a recording."""
@@ -536,7 +555,7 @@ class Trainer:
         if self.calculate_fid:
             fid_score = self.fid_scorer.fid_score()
             self.accelerator.print(f"fid_score: {fid_score}")
-        if isinstance(self.ema.ema_model, GaussianDiffusion):
+        if isinstance(self.ema.ema_model, DiffusionProcess):
             self.ema.ema_model.clear_graphs()  # their memory is training's again
         if self.save_best_and_latest_only:
             if fid_score < self.best_fid:
@@ -637,10 +656,11 @@ class Trainer:
             warnings.warn(f"FID is switched off: {error}", stacklevel=3)
             self.calculate_fid = False
             return
-        if not self._diffusion.is_ddim_sampling:
+        calls = _calls_of_a_sample(self._diffusion)
+        if calls is not None:
             self.accelerator.print(
-                f"FID takes {num_fid_samples} samples of {self._diffusion.num_timesteps} steps each at every "
-                "milestone; sampling_timesteps shortens that"
+                f"FID takes {num_fid_samples} samples of {calls} network calls each at every milestone; fewer sampling "
+                "steps shorten that"
             )
 
     @contextlib.contextmanager
@@ -680,44 +700,62 @@ class Trainer:
 
     def _config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild network, diffusion and average, as far as they are this package's."""
-        config = {"unet": self._network_config(), "diffusion": self._process_config()}
+        config = {
+            "unet": self._network_config(),
+            "process": self._process_name(),
+            "diffusion": self._process_config(),
+            "xm": self._wrapper_config(),
+        }
         ema = {"beta": self.ema.beta, "update_every": self.ema.update_every}
         return plain("config", {**config, "ema": ema})
 
     def _network_config(self) -> dict[str, Any] | None:
-        network = getattr(self._diffusion.model, "_orig_mod", self._diffusion.model)
+        process = self._process()
+        network = getattr(self._diffusion, "model", None) if process is None else process.network
+        network = getattr(network, "_orig_mod", network)
         return network.config if isinstance(network, Unet) else None
+
+    def _process(self) -> DiffusionProcess | None:
+        """The process, compiled or not; None for another module of the user's."""
+        process = getattr(self._diffusion, "_orig_mod", self._diffusion)
+        return process if isinstance(process, DiffusionProcess) else None
+
+    def _process_name(self) -> str | None:
+        """The registered name of the process's class; the class's own where it is not registered."""
+        process = self._process()
+        return None if process is None else getattr(process, "process_name", type(process).__name__)
 
     def _process_config(self) -> dict[str, Any] | None:
         """The process's arguments; of those that are plain attributes, the values of now."""
-        process = getattr(self._diffusion, "_orig_mod", self._diffusion)
-        if not isinstance(process, DiffusionProcess):
+        process = self._process()
+        return None if process is None else {**process.current_config(), "image_size": list(self.image_size)}
+
+    def _wrapper_config(self) -> dict[str, Any] | None:
+        """The arguments of an `XMWrapper` around the process."""
+        trained = self._trained
+        if not isinstance(trained, XMWrapper):
             return None
-        config = {**process.config, "image_size": list(self.image_size)}
-        for name in ("objective", "ddim_sampling_eta", "offset_noise_strength", "immiscible", "sampler"):
-            config[name] = getattr(process, name)
-        if process.sampling_timesteps != (config["sampling_timesteps"] or process.num_timesteps):
-            config["sampling_timesteps"] = process.sampling_timesteps
-        return config
+        return {"candidates": trained.candidates, "max_batch_size": trained.max_batch_size}
 
     def _find_states(self, data: Any, path: Path) -> FoundStates:
         """The weights of a file, by the names of this trainer's model."""
         own = self._diffusion.state_dict()
+        network = f"{getattr(self._process(), 'network_name', 'model')}."
         if isinstance(data, Mapping) and isinstance(data.get("model"), Mapping) and data["model"].keys() == own.keys():
-            return exact_states(data)
+            return exact_states(data, network)
         names = [bare_name(name) for name in own]
-        network_names = [name.removeprefix("model.") for name in names if name.startswith("model.")]
+        network_names = [name.removeprefix(network) for name in names if name.startswith(network)]
         if not network_names:
             raise CheckpointError(
                 f"checkpoint {path} has other names than this trainer's {type(self._diffusion).__name__}"
             )
-        process_names = [name for name in names if not name.startswith("model.")]
-        return find_weights(data, path, network_names, process_names)
+        process_names = [name for name in names if not name.startswith(network)]
+        return find_weights(data, path, network_names, process_names, None if process_names else network[:-1])
 
     def _check_states(self, data: dict[str, Any], states: FoundStates, path: Path) -> dict[str, torch.Tensor]:
         """The state to load into the model, once it is of this process and this architecture."""
         own = self._diffusion.state_dict()
-        check_process(path, data, states.model, self._process_config(), own)
+        check_process(path, data, states, self._process_name(), self._process_config(), own)
         model = as_named_in(self._diffusion, with_buffers(states.model, self._diffusion))
         causes = [
             first_difference(own, model),
@@ -859,14 +897,29 @@ def _choose_workers(num_workers: int | None, dataset: object, world_size: int) -
     return max(1, min(8, count_processors() // local_processes))
 
 
+def _averaged_module(module: nn.Module) -> nn.Module:
+    """The process in a module, else the module."""
+    return process_of(module) or module
+
+
+def _calls_of_a_sample(process: Any) -> int | None:
+    """Network calls of `process.sample`, where they are many and fewer could be asked for; else None."""
+    if getattr(process, "is_ddim_sampling", False):
+        return None
+    if isinstance(process, DiffusionProcess):
+        return process.network_calls()
+    return getattr(process, "num_timesteps", None)
+
+
 def _check_process(process: Any) -> None:
     """Raise TypeError or ValueError for a process that lacks what the trainer reads of it."""
     if not isinstance(process, nn.Module):
         raise TypeError(f"diffusion_model must be a module such as GaussianDiffusion; got {type(process).__name__}")
-    missing = [name for name in _ATTRIBUTES if not hasattr(process, name)]
+    wanted = (*_ATTRIBUTES, *(_ATTRIBUTES_OF_TIMESTEPS if isinstance(process_of(process), DiscreteProcess) else ()))
+    missing = [name for name in wanted if not hasattr(process, name)]
     if missing:
         raise TypeError(
-            f"diffusion_model must have the attributes {', '.join(_ATTRIBUTES)}; {type(process).__name__} lacks "
+            f"diffusion_model must have the attributes {', '.join(wanted)}; {type(process).__name__} lacks "
             f"{', '.join(missing)}"
         )
     _size_of(process)
