@@ -61,7 +61,7 @@ ROWS = [
     ["ops/*/triton", "ops/*/native", "ops/*/reference"],
     ["ops/*/launch", "ops/*_block/launch", "ops/*/settings"],
     ["ops/layout"],
-    ["ops/arguments", "ops/operator", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
+    ["ops/arguments", "ops/images", "ops/operator", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
     ["ops/common/tables"],
     ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
     ["runtime/extension", "runtime/autocast", "runtime/extras", "runtime/plain"],
@@ -119,7 +119,9 @@ def test_imports_form_layers(module):
         if module.startswith("ops/") and imported.startswith("ops/"):
             kind = module.split("/")[-1]
             of_kind = (
-                ("common/norm", f"common/{kind}") if kind in ("triton", "reference") else ("arguments", "operator")
+                ("common/norm", f"common/{kind}")
+                if kind in ("triton", "reference")
+                else ("arguments", "images", "operator")
             )
             shared = imported in [f"ops/{name}" for name in (*of_kind, "common/tables")]
             same_op = module.split("/")[1] == imported.split("/")[1]

@@ -14,6 +14,7 @@
 #include "norm_silu-inl.h"
 #include "sampler_step-inl.h"
 #include "stem_conv-inl.h"
+#include "variational_bound-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
@@ -46,6 +47,7 @@ constexpr Kernels make_kernels(const char* name) {
       .sampler_step = {.step = sampler_step::step,
                        .step_extended = sampler_step::step_extended,
                        .scale_noise = sampler_step::scale_noise},
+      .variational_bound = {.forward = variational_bound::forward},
   };
 }
 

@@ -12,6 +12,7 @@
 #include "norm_silu.h"
 #include "sampler_step.h"
 #include "stem_conv.h"
+#include "variational_bound.h"
 
 namespace ddpm_fast {
 
@@ -29,6 +30,7 @@ struct Kernels {
   ConvertKernels convert;
   ForwardDiffusionKernels forward_diffusion;
   SamplerStepKernels sampler_step;
+  VariationalBoundKernels variational_bound;
 };
 
 // The table of the widest instruction set that this processor has, or of the one chosen by `use_instruction_set`.

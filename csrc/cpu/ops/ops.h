@@ -37,6 +37,13 @@ std::tuple<Tensor, Tensor, Tensor> diffusion_loss(const Tensor& model_output, co
                                                   bool normalize, double offset_noise_strength, bool with_gradient);
 Tensor diffusion_loss_backward(const Tensor& error, const Tensor& factor, const Tensor& dloss);
 
+// variational_bound.cpp
+std::tuple<Tensor, Tensor, Tensor, Tensor> variational_bound(
+    const Tensor& model_output, const Tensor& x_start, const Tensor& t, const Tensor& table,
+    const OptionalTensor& noise, const OptionalTensor& seed, const OptionalTensor& flip, bool normalize,
+    double offset_noise_strength, bool clip_x_start, bool detach_mean, double min_probability, bool with_gradient);
+Tensor variational_bound_backward(const Tensor& gradient, const Tensor& factor, const Tensor& dloss);
+
 // norm_silu.cpp
 std::tuple<Tensor, Tensor> norm_silu(const Tensor& x, const Tensor& gain, const OptionalTensor& offset,
                                      const OptionalTensor& bias, const OptionalTensor& scale,

@@ -13,6 +13,8 @@ TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("native_q_sample", &q_sample);
   m.impl("native_diffusion_loss", &diffusion_loss);
   m.impl("native_diffusion_loss_backward", &diffusion_loss_backward);
+  m.impl("native_variational_bound", &variational_bound);
+  m.impl("native_variational_bound_backward", &variational_bound_backward);
   m.impl("native_norm_silu", &norm_silu);
   m.impl("native_norm_silu_backward", &norm_silu_backward);
   m.impl("native_norm_linear", &norm_linear);

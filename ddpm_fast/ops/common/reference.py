@@ -1,4 +1,5 @@
-"""RMSNorm and a 1×1 convolution in plain torch: specification and oracle of norm_linear and of the attention blocks.
+"""In plain torch: RMSNorm and a 1×1 convolution, specification and oracle of norm_linear and of the attention blocks;
+images as a model sees them.
 
 Backward recomputes the normed map, one elementwise pass, instead of keeping it; autograd keeps x anyway. The norm
 computes in float32 or float64 and ignores autocast, so half types round once, before the convolution.
@@ -91,3 +92,22 @@ def _normed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _times_gain(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     return x * gain.reshape(1, -1, 1, 1).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def prepared_images(
+    x_start: torch.Tensor, normalize: bool, flip: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """x0 as the model sees it: 8-bit images divided by 255, mapped from [0, 1] to [−1, 1], flipped, each where asked.
+
+    Args:
+        x_start: (B, ...) uint8 or floating point.
+        dtype: of the result where x_start is uint8 or `normalize` computes; else x_start stays as it is.
+    """
+    x = x_start
+    if x.dtype == torch.uint8:
+        x = x.to(dtype) / 255
+    if normalize:
+        x = x.to(dtype) * 2 - 1
+    if flip is not None:
+        x = torch.where((flip != 0).reshape(-1, *(1,) * (x.ndim - 1)), x.flip(-1), x)
+    return x

@@ -17,6 +17,11 @@ def lookup(table: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return torch.where(inside[:, None], rows, float("nan"))
 
 
+def columns(table: torch.Tensor, t: torch.Tensor, ndim: int) -> tuple[torch.Tensor, ...]:
+    """Each column of the rows at t, shaped (B, 1, ..., 1) to broadcast over `ndim` dimensions."""
+    return tuple(column.reshape(-1, *(1,) * (ndim - 1)) for column in lookup(table, t).unbind(1))
+
+
 def widest_dtype(table: torch.Tensor, *others: torch.Tensor | None) -> torch.dtype:
     """The widest dtype of the table and those others that are floating point."""
     dtype = table.dtype

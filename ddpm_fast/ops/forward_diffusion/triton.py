@@ -1,9 +1,7 @@
 """Forward diffusion and its loss in Triton: images are read once, noise and target exist in registers only.
 
 A program works on a tile of one sample, in the memory order of what it writes (q_sample) or of the model's output
-(loss), so that the wide accesses are contiguous. Position m of a sample is (channel, pixel); the noise function counts
-elements in C, H, W order. In channels-last memory the noise of a tile is therefore made channel by channel, four
-pixels per Philox call, and brought into memory order by a gather in shared memory.
+(loss), so that the wide accesses are contiguous; ops/common/triton.py has the tiles.
 """
 
 from __future__ import annotations
@@ -12,148 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ddpm_fast import noise as noise_function
-from ddpm_fast.ops.common.triton import normal, philox_key
+from ddpm_fast.ops.common.triton import (
+    is_channels_last,
+    read,
+    read_image,
+    read_noise,
+    table_entry,
+    tile_constants,
+    tile_position,
+)
 from ddpm_fast.runtime import triton_launch
-
-STREAM_TRAINING = tl.constexpr(noise_function.STREAM_TRAINING)
-STREAM_OFFSET = tl.constexpr(noise_function.STREAM_OFFSET)
-
-
-@triton.jit
-def table_entry(table_ptr, t, T, COLUMN: tl.constexpr, COLUMNS: tl.constexpr):
-    """table[t, COLUMN] of a (T, COLUMNS) float32 table; NaN for a t outside [0, T), and nothing read outside it."""
-    inside = (t >= 0) & (t < T)
-    value = tl.load(table_ptr + tl.where(inside, t, 0) * COLUMNS + COLUMN)
-    return tl.where(inside, value, float("nan"))
-
-
-@triton.jit
-def tile_position(tile, HW, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """The place of a tile in its sample: memory position, channel, pixel and mask, each (BLOCK,).
-
-    A tile covers STEP ≤ BLOCK positions. Positions outside have channel and pixel 0.
-    """
-    o = tl.arange(0, BLOCK)
-    m = tile * STEP + o
-    mask = (m < C * HW) & (o < STEP)
-    inside = tl.where(mask, m, 0)
-    if CHANNELS_LAST:
-        return m, inside % C, inside // C, mask
-    else:
-        return m, inside // HW, inside % HW, mask
-
-
-@triton.jit
-def read(ptr, m, c, p, mask, HW, C: tl.constexpr, IN_PLACE: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Elements (c, p) of one sample as float32.
-
-    Args:
-        ptr: the sample's first element.
-        IN_PLACE: (c, p) is at memory position m, so that the access is contiguous.
-        CHANNELS_LAST: the format of the memory that is read.
-    """
-    if IN_PLACE:
-        offset = m
-    elif CHANNELS_LAST:
-        offset = p * C + c
-    else:
-        offset = c * HW + p
-    return tl.load(ptr + offset, mask=mask, other=0).to(tl.float32)
-
-
-@triton.jit
-def read_image(
-    x_ptr,  # (B, C, H, W) uint8 or floating point
-    flip_ptr,  # (B,) or None
-    b,
-    m,
-    c,
-    p,
-    mask,
-    HW,
-    W,
-    C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    X_CHANNELS_LAST: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-):
-    """x0 at (c, p): 8-bit images divided by 255, flipped, mapped from [0, 1] to [−1, 1] where asked."""
-    x_ptr += b * (C * HW)
-    if flip_ptr is not None:
-        flipped = tl.load(flip_ptr + b) != 0
-        p = tl.where(flipped, p + (W - 1) - 2 * (p % W), p)
-    x = read(x_ptr, m, c, p, mask, HW, C, flip_ptr is None and CHANNELS_LAST == X_CHANNELS_LAST, X_CHANNELS_LAST)
-    if x_ptr.dtype.element_ty == tl.uint8:
-        # x/255 to the last bit for each of the 256 values, unlike x·(1/255): 3·x is exact, and 1/765 nearly a float32.
-        x = (x * 3) * (1 / 765)
-    if NORMALIZE:
-        x = 2.0 * x - 1.0
-    return x
-
-
-@triton.jit
-def generated_noise(
-    k0,
-    k1,
-    b,
-    tile,
-    c,
-    p,
-    mask,
-    HW,
-    C: tl.constexpr,
-    C_PAD: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """ε at (c, p), in memory order: element c·HW + p of sample b, stream STREAM_TRAINING, step 0."""
-    q = tl.arange(0, BLOCK // 4)
-    if CHANNELS_LAST:
-        PIXELS: tl.constexpr = BLOCK // C_PAD  # made per channel; the tile's own are STEP / C of them
-        first_pixel = tile * (STEP // C)
-        first_block = ((q // (PIXELS // 4)) * HW + first_pixel) // 4
-        made = normal(k0, k1, first_block + q % (PIXELS // 4), b, b * 0, STREAM_TRAINING)
-        # A channel's first pixel is in the middle of a block where HW is not a multiple of 4.
-        place = c * PIXELS + (p - first_pixel) + (c * HW + first_pixel) % 4
-        return tl.gather(made, tl.where(mask, place, 0), 0)
-    else:
-        return normal(k0, k1, tile * (BLOCK // 4) + q, b, b * 0, STREAM_TRAINING)
-
-
-@triton.jit
-def read_noise(
-    noise_ptr,  # (B, C, H, W) or None: generated
-    seed_ptr,  # (1,) int64 or None
-    b,
-    tile,
-    m,
-    c,
-    p,
-    mask,
-    HW,
-    offset_strength,
-    C: tl.constexpr,
-    C_PAD: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    NOISE_CHANNELS_LAST: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """ε at (c, p), given or generated, plus one normal number per image and channel where OFFSET."""
-    if seed_ptr is not None:
-        k0, k1 = philox_key(tl.load(seed_ptr))
-    if noise_ptr is not None:
-        in_place: tl.constexpr = CHANNELS_LAST == NOISE_CHANNELS_LAST
-        eps = read(noise_ptr + b * (C * HW), m, c, p, mask, HW, C, in_place, NOISE_CHANNELS_LAST)
-    else:
-        eps = generated_noise(k0, k1, b, tile, c, p, mask, HW, C, C_PAD, CHANNELS_LAST, BLOCK, STEP)
-    if OFFSET:
-        offsets = normal(k0, k1, tl.arange(0, C_PAD // 4), b, b * 0, STREAM_OFFSET)  # (C_PAD,)
-        eps += offset_strength * tl.gather(offsets, c, 0)
-    return eps
 
 
 @triton.jit
@@ -279,23 +145,6 @@ def diffusion_loss_bwd_kernel(
     scale = tl.load(dloss_ptr + i_b) * tl.load(factor_ptr + i_b)
     error = tl.load(error_ptr + i_b * elements + m, mask=mask, other=0.0).to(tl.float32)
     tl.store(doutput_ptr + i_b * elements + m, (scale * error).to(doutput_ptr.dtype.element_ty), mask=mask)
-
-
-def is_channels_last(tensor: torch.Tensor) -> bool:
-    """Whether the memory is to be read in B, H, W, C order; a tensor that is both is contiguous."""
-    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def tile_constants(channels: int, pixels: int, channels_last: bool) -> tuple[triton_launch.Launch, dict[str, int]]:
-    """How a sample is cut into tiles: the launch, and the kernels' C, C_PAD, CHANNELS_LAST, BLOCK, STEP."""
-    c_pad = max(4, triton_launch.next_power_of_2(channels))
-    launch = triton_launch.image_tiles(channels * pixels, c_pad if channels_last else 1, triton_launch.interpreted())
-    step = launch.block
-    if channels_last:
-        made = launch.block // c_pad  # pixels; channels that begin inside a block of noise lose up to 3 of them
-        step = channels * (made if pixels % 4 == 0 else made - 4)
-    shape = {"C": channels, "C_PAD": c_pad, "CHANNELS_LAST": channels_last, "BLOCK": launch.block, "STEP": step}
-    return launch, shape
 
 
 def q_sample(
