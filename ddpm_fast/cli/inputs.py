@@ -53,7 +53,8 @@ class Images:
         from ddpm_fast.training.data import Dataset, DigitsDataset
         from ddpm_fast.training.prepared import PreparedDataset, is_prepared
 
-        size, channels = tuple(diffusion.image_size), diffusion.channels
+        (height, width), channels = diffusion.image_size, diffusion.channels
+        size = (height, width)
         if data == "digits":
             self._dataset: Any = DigitsDataset(size)
         elif is_prepared(data):

@@ -317,8 +317,8 @@ class DiffusionProcess(nn.Module):
             if next(row) in columns:
                 shown.append(x_start.clone())
 
-        run = {"start_index": start_index, "progress": progress, "graph": graph, "on_x_start": on_x_start}
-        images = self._sample(plan, shape, seed=seed, **run)
+        run: dict[str, Any] = {"progress": progress, "graph": graph, "on_x_start": on_x_start}
+        images = self._sample(plan, shape, seed=seed, start_index=start_index, **run)
         with torch.inference_mode():
             stacked = torch.stack(shown, dim=1)
             estimates = self.unnormalize(stacked if self.normalize is identity else stacked.clamp(-1, 1))

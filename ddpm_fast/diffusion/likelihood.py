@@ -292,7 +292,7 @@ class _Step:
     def advance(self) -> None:
         """Write the terms of a row, and go on to that of less noise."""
         rows = self.row.expand(self.shape[0])
-        where = {"stream": STREAM_LIKELIHOOD, "step": self.row, "start_index": self.options.start_index}
+        where: dict[str, Any] = {"stream": STREAM_LIKELIHOOD, "step": self.row, "start_index": self.options.start_index}
         noise = normal(self.shape, seed=self.seed, device=self.x_start.device, **where)
         x = q_sample(self.x_start, rows, self.forward_table, noise)
         t = rows if self.options.times is not None else self.times.index_select(0, rows)
@@ -387,7 +387,7 @@ def bits_per_dim(
     starts = range(0, len(images), run.batch_size)
     told = chain.levels.times.tolist()
     known = {"times": told} if chain.num_timesteps is None else {"num_timesteps": chain.num_timesteps}
-    derived = inference_weights(network, **known) if may_derive(network) else nullcontext()  # type: ignore[arg-type]
+    derived = inference_weights(network, **known) if may_derive(network) else nullcontext()
     priors, found = [], []
     bar = sampling.progress_on(device, rows * len(starts), desc="likelihood time step", enabled=run.progress)
     with derived, bar:
