@@ -1,4 +1,4 @@
-"""The command `ddpm-fast`: train, prepare, sample, bench, doctor. Functions have the heavy imports."""
+"""The command `ddpm-fast`, whose parts are in `commands`. Functions have the heavy imports."""
 
 from __future__ import annotations
 

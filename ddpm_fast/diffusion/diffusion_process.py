@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from ddpm_fast import noise as noise_function
-from ddpm_fast.diffusion import samplers, sampling, spacings
+from ddpm_fast.diffusion import likelihood, samplers, sampling, spacings
 from ddpm_fast.diffusion.levels import NoiseScale, Target
+from ddpm_fast.diffusion.likelihood import BitsPerDim, Chain, LikelihoodRun, ProgressiveCoding, evenly_spaced
 from ddpm_fast.diffusion.samplers import SamplerTable
 from ddpm_fast.diffusion.sampling import SamplingRun, sample_loop
 from ddpm_fast.diffusion.weightings import UncertaintyWeight
@@ -27,7 +28,7 @@ from ddpm_fast.ops.common.tables import lookup
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.runtime.autocast import autocast_dtype, call_model, narrow_dtype, uncached_autocast
-from ddpm_fast.runtime.plain import as_number, as_size
+from ddpm_fast.runtime.plain import as_int, as_number, as_size
 from ddpm_fast.runtime.recording import GraphCache
 
 _Process = TypeVar("_Process", bound="DiffusionProcess")
@@ -59,6 +60,17 @@ def process(name: str) -> Callable[[type[_Process]], type[_Process]]:
 
 # The methods of this package's processes by name, as their modules define them: a class may be patched, too.
 _ORIGINALS: dict[str, list[Any]] = {}
+
+
+# Methods that say how x0 is estimated, and the mean and the variance of a step.
+_PREDICTING_METHODS = (
+    "model_predictions",
+    "p_mean_variance",
+    "q_posterior",
+    "predict_start_from_noise",
+    "predict_start_from_v",
+    "preconditioned_network_forward",
+)
 
 
 def normalize_to_neg_one_to_one(img: torch.Tensor) -> torch.Tensor:
@@ -101,6 +113,20 @@ class TrainingRows(NamedTuple):
     times: torch.Tensor
 
 
+class Progressive(NamedTuple):
+    """Estimates of x0 along a sampling run (Ho et al. 2020, figure 6).
+
+    Args:
+        times: (K,) float64, the times of the columns, from most noise to least.
+        estimates: (B, K, C, H, W) x0 as estimated there.
+        images: (B, C, H, W), what the run ends at.
+    """
+
+    times: torch.Tensor
+    estimates: torch.Tensor
+    images: torch.Tensor
+
+
 class DiffusionProcess(nn.Module):
     """A network and a process around it; the base of them all.
 
@@ -125,6 +151,8 @@ class DiffusionProcess(nn.Module):
     default_sampler = "dpmpp_2m"
     # The spacing where none is asked for; None: the sampler's.
     default_spacing: str | None = None
+    # Whether the network's output has a second half, the variance (Nichol & Dhariwal 2021, eq. 15).
+    learned_variance = False
 
     channels: int
     self_condition: bool
@@ -286,6 +314,149 @@ class DiffusionProcess(nn.Module):
         clip = self.clip_x_start if clip_x_start is None else clip_x_start
         run = {"start_index": start_index, "progress": progress, "graph": graph, "clip_x_start": clip}
         return self._sample(plan, shape, return_all_timesteps, seed, **run)
+
+    def progressive(
+        self,
+        batch_size: int = 4,
+        num_columns: int = 10,
+        *,
+        sampler: str | None = None,
+        sampling_timesteps: int | None = None,
+        spacing: str | Sequence[float] | None = None,
+        sampler_options: Mapping[str, float] | None = None,
+        seed: int | torch.Tensor | None = None,
+        start_index: int = 0,
+        progress: bool = True,
+        graph: bool | None = None,
+    ) -> Progressive:
+        """Estimates of x0 over the time of sampling: coarse features first (Ho et al. 2020, section 4.3, figure 6).
+
+        Args:
+            batch_size: B.
+            num_columns: K, evenly spaced among the sampler's network calls, the first and the last among them.
+            others: as in `sample`; the same ones end at the same images.
+
+        Returns:
+            `Progressive`: times (K,), estimates (B, K, C, H, W), images (B, C, H, W).
+        """
+        shape = self._shape(batch_size)
+        plan = self._plan(sampler, sampling_timesteps, spacing, sampler_options)
+        columns = evenly_spaced(len(plan.times), as_int("num_columns", num_columns, 1))
+        shown: list[torch.Tensor] = []
+        row = iter(range(len(plan.times)))
+
+        def on_x_start(x_start: torch.Tensor) -> None:
+            if next(row) in columns:
+                shown.append(x_start.clone())
+
+        run: dict[str, Any] = {"progress": progress, "graph": graph, "on_x_start": on_x_start}
+        images = self._sample(plan, shape, seed=seed, start_index=start_index, **run)
+        with torch.inference_mode():
+            stacked = torch.stack(shown, dim=1)
+            estimates = self.unnormalize(stacked if self.normalize is identity else stacked.clamp(-1, 1))
+        times = torch.tensor([plan.times[column] for column in columns], dtype=torch.float64)
+        return Progressive(times, estimates.clone(), images)
+
+    # likelihood
+
+    def bits_per_dim(
+        self,
+        images: torch.Tensor,
+        *,
+        seed: int | torch.Tensor | None = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+        timesteps: int | Sequence[float] | None = None,
+        variance: str | None = None,
+        clip_x_start: bool | None = None,
+        start_index: int = 0,
+        graph: bool | None = None,
+    ) -> BitsPerDim:
+        """The variational bound on −log₂ of images' probability, in bits per dimension (Ho et al. 2020, eq. 5 and 13).
+
+        Args:
+            images: (N, C, H, W) uint8, or floats in [0, 1] ([−1, 1] without `auto_normalize`), which are rounded to
+                8 bits. They may be on another device.
+            seed: of the noise, one draw per image and level; None draws it from torch's generator.
+            batch_size: images at once, 64 if None; does not change the result.
+            progress: show a progress bar.
+            timesteps: the chain: how many, or which. None: all T, or 1,000 in continuous time. Each chain has a bound
+                of its own, that of the images which it samples.
+            variance: of p(x_{t−1} | x_t): "small" is the posterior's, "large" is β, "learned" is the network's; None
+                is "learned" where the network gives it, else "small".
+            clip_x_start: clip estimates of x0 to [−1, 1]; None is the attribute.
+            start_index: index of the first image, for the noise, as in `sample`.
+            graph: False never records a step; None does so where it can.
+
+        Returns:
+            `BitsPerDim`: the terms of every image.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, named in one sentence.
+        """
+        run = LikelihoodRun(self._seed(seed), start_index, progress=progress)
+        run.batch_size = likelihood.BATCH_SIZE if batch_size is None else as_int("batch_size", batch_size, 1)
+        chain = self._chain(timesteps, variance)
+        return likelihood.bits_per_dim(*self._bound_arguments(images, chain, run, clip_x_start, graph))
+
+    def progressive_coding(
+        self,
+        images: torch.Tensor,
+        num_columns: int = 10,
+        *,
+        seed: int | torch.Tensor | None = None,
+        progress: bool = True,
+        timesteps: int | Sequence[float] | None = None,
+        variance: str | None = None,
+        clip_x_start: bool | None = None,
+        start_index: int = 0,
+        graph: bool | None = None,
+    ) -> ProgressiveCoding:
+        """Images sent step by step: what is received, x0 as estimated from it, its rate and its distortion.
+
+        Args:
+            images: a few, as `bits_per_dim` takes them.
+            num_columns: K, evenly spaced along the chain, the most and the least noise among them.
+            others: as in `bits_per_dim`.
+
+        Returns:
+            `ProgressiveCoding`: times, noised, estimates, rate, distortion.
+        """
+        num_columns = as_int("num_columns", num_columns, 1)
+        chain = self._chain(timesteps, variance)
+        run = LikelihoodRun(self._seed(seed), start_index, max(1, len(images)), progress=progress)
+        arguments = self._bound_arguments(images, chain, run, clip_x_start, graph)
+        coding = likelihood.progressive_coding(*arguments, num_columns=num_columns)
+        with torch.inference_mode():
+            noised, estimates = (self.unnormalize(shown) for shown in (coding.noised, coding.estimates))
+        return coding._replace(noised=noised.clone(), estimates=estimates.clone())
+
+    def _chain(self, timesteps: int | Sequence[float] | None, variance: str | None) -> Chain:
+        own = "learned" if self.learned_variance else "small"
+        variance = own if variance is None else variance
+        if variance not in likelihood.VARIANCES or (variance == "learned" and not self.learned_variance):
+            allowed = likelihood.VARIANCES if self.learned_variance else likelihood.VARIANCES[:2]
+            raise ValueError(f"variance must be one of {', '.join(allowed)} for this process, got {variance!r}")
+        times = likelihood.chain_times(self.noise_scale, timesteps)
+        return likelihood.make_chain(self.noise_scale, self.target, times, variance)
+
+    def _bound_arguments(
+        self, images: torch.Tensor, chain: Chain, run: LikelihoodRun, clip_x_start: bool | None, graph: bool | None
+    ) -> tuple[Any, torch.Tensor, Chain, Callable[[torch.Tensor], torch.Tensor], LikelihoodRun]:
+        """Arguments of the functions in `likelihood`, checked."""
+        if graph not in (None, False):
+            raise ValueError(f"graph must be None or False for a bound, got {graph!r}")
+        own = [name for name in _PREDICTING_METHODS if hasattr(type(self), name) and self._has_own(name)]
+        if own:
+            raise ValueError(f"{type(self).__name__} has its own {', '.join(own)}, which the bound would leave out")
+        if self.normalize not in (normalize_to_neg_one_to_one, identity):
+            raise ValueError("normalize must be this package's, which gives 256 values in [−1, 1], for a bound")
+        self._check_images("images", images[:1].to(self.device), bytes_too=True)
+        as_bytes = likelihood.as_bytes(images, is_signed=self.normalize is identity)
+        run.self_condition = self.self_condition
+        run.clip_x_start = self.clip_x_start if clip_x_start is None else clip_x_start
+        run.cache = None if graph is False or torch.compiler.is_compiling() else self.graphs
+        return self._sampled_network(), as_bytes, chain, normalize_to_neg_one_to_one, run
 
     def _shape(self, batch_size: int) -> tuple[int, ...]:
         if self.image_size is None:

@@ -220,7 +220,7 @@ class GaussianDiffusion(DiscreteProcess):
                     x, x_start = self.p_sample(x, int(plan.times[row]), x_self_cond, **options)
                 else:
                     x, x_start = self._step_from_predictions(run, row, x, kept, x_self_cond)
-                run.step_done(x, bar)
+                run.step_done(x, bar, x_start)
         return x
 
     def _step_from_predictions(

@@ -101,6 +101,7 @@ class SamplingRun:
         start_index: index of the first sample, for the noise.
         first_step: row of the table to start with.
         on_step: called with the state after every step, which the next step overwrites.
+        on_x_start: called with the estimate of x0 in every step, which the next step overwrites.
         progress, desc: show a progress bar, and the text before it.
         graph: record a step and replay it; None where it can be, True raises where it cannot, False never.
         clip_x_start: clip estimates of x0 to [−1, 1].
@@ -111,6 +112,7 @@ class SamplingRun:
     start_index: int = 0
     first_step: int = 0
     on_step: Callable[[torch.Tensor], object] | None = None
+    on_x_start: Callable[[torch.Tensor], object] | None = None
     progress: bool = False
     desc: str = "sampling loop time step"
     graph: bool | None = None
@@ -125,10 +127,13 @@ class SamplingRun:
         """A progress bar over the steps, which run on `device`."""
         return progress_on(device, len(self.rows), desc=self.desc, enabled=self.progress)
 
-    def step_done(self, x: torch.Tensor, bar: Progress) -> None:
-        """One more step has made x."""
+    def step_done(self, x: torch.Tensor, bar: Progress, x_start: torch.Tensor | None) -> None:
+        """One more step has made x, by this estimate of x0, which is kept where `on_x_start` wants it."""
         if self.on_step is not None:
             self.on_step(x)
+        if self.on_x_start is not None:
+            assert x_start is not None
+            self.on_x_start(x_start)
         bar.step_done()
 
 
@@ -284,7 +289,7 @@ def sample_loop(
     with derived, run.progress_bar(x.device) as bar:
         options: dict[str, Any] = {
             "columns": run.plan.table.shape[1],
-            "num_previous": run.plan.num_previous,
+            "num_previous": max(run.plan.num_previous, int(run.on_x_start is not None)),
             "self_condition": self_condition,
             "start_index": run.start_index,
             "clip_x_start": run.clip_x_start,
@@ -304,7 +309,7 @@ def sample_loop(
             else:
                 noise = None if noise_for_step is None else noise_for_step(row)
                 state.advance(state.x_start if self_condition and row > run.first_step else None, noise)
-            run.step_done(state.x, bar)
+            run.step_done(state.x, bar, state.x_start)
     return x if cache is None else x.copy_(state.x)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ddpm_fast
-from ddpm_fast.cli import bench, doctor, prepare, sample, train
+from ddpm_fast.cli import bench, doctor, likelihood, prepare, progressive, sample, train
 from ddpm_fast.diffusion import samplers
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +27,8 @@ COMMANDS = {
     "train": train.Train,
     "prepare": prepare.Prepare,
     "sample": sample.Sample,
+    "likelihood": likelihood.Likelihood,
+    "progressive": progressive.Progressive,
     "bench": bench.Bench,
     "doctor": doctor.Doctor,
 }

@@ -1,0 +1,98 @@
+"""What `likelihood` and `progressive` read: a process from a checkpoint, and images as bytes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ddpm_fast.cli.options import UserError, checkpoint_file, device_of, image_size_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
+
+
+class Loaded(NamedTuple):
+    """A process with the weights that were asked for, its step, and the file that it came from."""
+
+    diffusion: DiffusionProcess
+    step: int
+    path: Path
+
+
+def load_process(
+    checkpoint: Path,
+    weights: Literal["ema", "model"],
+    image_size: tuple[int, ...] | None,
+    device: str | None,
+    **overrides: Any,
+) -> Loaded:
+    """The process of a checkpoint, ready for inference; UserError where its image size is not known."""
+    from ddpm_fast.training.checkpoint import load_checkpoint
+
+    path = checkpoint_file(checkpoint)
+    given = {"image_size": image_size_of(image_size), **overrides}
+    given = {name: value for name, value in given.items() if value is not None}
+    loaded = load_checkpoint(path, map_location=device_of(device), **given)
+    diffusion = (loaded.ema.ema_model if weights == "ema" else loaded.diffusion).eval()
+    if diffusion.image_size is None:
+        raise UserError(f"{path} does not record image_size; give --image-size")
+    return Loaded(diffusion, loaded.step, path)
+
+
+class Images:
+    """Images of a folder, of a prepared file, or the digits, evenly spaced: `count` of them, or all.
+
+    Raises UserError for images of other channels or another size than the process has, and what the datasets raise.
+    """
+
+    def __init__(self, data: str, diffusion: DiffusionProcess, count: int | None):
+        from ddpm_fast.training.data import Dataset, DigitsDataset
+        from ddpm_fast.training.prepared import PreparedDataset, is_prepared
+
+        (height, width), channels = diffusion.image_size, diffusion.channels
+        size = (height, width)
+        if data == "digits":
+            self._dataset: Any = DigitsDataset(size)
+        elif is_prepared(data):
+            self._dataset = PreparedDataset(data)
+        else:
+            mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
+            self._dataset = Dataset(data, size, convert_image_to=mode, dtype=None)
+        total = len(self._dataset)
+        if count is not None and count > total:
+            raise UserError(f"--num-images {count}: {data} has {total} images")
+        chosen = total if count is None else count
+        self._indices = [index * total // chosen for index in range(chosen)]
+        shape = tuple(self._dataset[self._indices[0]].shape)
+        if shape != (channels, *size):
+            raise UserError(f"images of {data} have shape {shape}, and the checkpoint's {(channels, *size)}")
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, chosen: slice) -> torch.Tensor:
+        """(n, C, h, w) uint8."""
+        import torch
+
+        images = [self._dataset[index] for index in self._indices[chosen]]
+        return torch.stack([i if i.dtype == torch.uint8 else (i * 255).round().to(torch.uint8) for i in images])
+
+
+class _JustTrying(Exception):
+    """Ends a trial of `write_atomically`, which then leaves no file."""
+
+
+def prepare_places(paths: Sequence[Path]) -> None:
+    """Make the folders of files to be written, and try to write there; OSError or UserError if that fails."""
+    from ddpm_fast.training.atomic_files import write_atomically
+
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and a file would be written there")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(_JustTrying), write_atomically(path):
+            raise _JustTrying

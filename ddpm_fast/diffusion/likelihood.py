@@ -1,0 +1,505 @@
+"""The variational bound of a process on images, in bits per dimension, term by term (Ho et al. 2020, eq. 5 and 13).
+
+    bits = prior + Σ terms
+    prior     KL(q(x_T | x0) ‖ N(0, I))
+    terms[0]  −log₂ P(x0 | x_0), the discretised decoder at the least noise
+    terms[i]  KL(q(x_{i−1} | x_i, x0) ‖ p(x_{i−1} | x_i))
+
+A chain of S levels of noise has all that a process says of it, so that every process has a bound. A shorter chain has a
+bound of its own: that of the images which it samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ddpm_fast.diffusion import sampling
+from ddpm_fast.diffusion.levels import Levels, NoiseScale, Target, prediction
+from ddpm_fast.models.derived_weights import inference_weights, may_derive
+from ddpm_fast.noise import STREAM_LIKELIHOOD
+from ddpm_fast.ops.forward_diffusion.op import q_sample
+from ddpm_fast.ops.noise.op import normal
+from ddpm_fast.ops.variational_bound.op import variational_bound
+from ddpm_fast.runtime import recording
+from ddpm_fast.runtime.autocast import autocast_dtype, call_model, uncached_autocast
+
+VARIANCES = ("small", "large", "learned")
+
+# Steps of a chain of a process in continuous time, where none are asked for.
+CONTINUOUS_STEPS = 1000
+BATCH_SIZE = 64
+
+_LEAST_VARIANCE = 1e-20  # of the learned range's lower end, as upstream clips the posterior's
+_BITS = 1 / math.log(2)  # of a nat
+_TO_BYTES = 127.5  # of 8-bit values in a unit of [−1, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class BitsPerDim:
+    """The bound of N images over a chain of S levels; all float64 on the CPU.
+
+    Args:
+        timesteps: (S,), the times of the chain, from least noise to most.
+        prior: (N,) bits per dimension of x at the most noise.
+        terms: (N, S) bits per dimension; the first is the discretised decoder's.
+        x_start_mse: (N, S), mean (x0 − x̂0)² of the network's estimates, images being in [−1, 1].
+        noise_mse: (N, S), mean (ε − ε̂)², ε̂ being what x̂0 says of the noise.
+    """
+
+    timesteps: torch.Tensor
+    prior: torch.Tensor
+    terms: torch.Tensor
+    x_start_mse: torch.Tensor
+    noise_mse: torch.Tensor
+
+    @property
+    def total(self) -> torch.Tensor:
+        """(N,) bits per dimension: at most so many are needed for the image without loss."""
+        return self.prior + self.terms.sum(dim=1)
+
+    @property
+    def decoder(self) -> torch.Tensor:
+        """(N,) L_0, bits per dimension."""
+        return self.terms[:, 0]
+
+    @property
+    def mean(self) -> float:
+        """Bits per dimension of all images."""
+        return self.total.mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over images; NaN of a single image."""
+        return (self.total.std() / math.sqrt(len(self.total))).item()
+
+
+class RateDistortion(NamedTuple):
+    """What a receiver of more and more steps has (Ho et al. 2020, section 4.3, figure 5), from most noise to least.
+
+    Args:
+        timesteps: (S,).
+        rate: (S,) bits per dimension that have come, x at that time included.
+        distortion: (S,) root mean squared error of x̂0 on a scale of 0 to 255.
+    """
+
+    timesteps: torch.Tensor
+    rate: torch.Tensor
+    distortion: torch.Tensor
+
+
+def rate_distortion(bits: BitsPerDim) -> RateDistortion:
+    """The mean rate and the distortion over all images of `bits` along the chain."""
+    terms = bits.terms.mean(dim=0)
+    received = terms.flip(0).cumsum(0) - terms.flip(0)  # the terms of more noise than each
+    distortion = _TO_BYTES * bits.x_start_mse.mean(dim=0).sqrt()
+    return RateDistortion(bits.timesteps.flip(0), bits.prior.mean() + received, distortion.flip(0))
+
+
+class ProgressiveCoding(NamedTuple):
+    """Images as a receiver of more and more steps sees them (Ho et al. 2020, section 4.3).
+
+    Args:
+        times: (K,) float64, the times of the columns, from most noise to least.
+        noised: (N, K, C, H, W), x at that time, scaled to a² + b² = 1.
+        estimates: (N, K, C, H, W), x0 as estimated from it.
+        rate: (N, K) float64, bits per dimension that have come.
+        distortion: (N, K) float64, root mean squared error of the estimates on a scale of 0 to 255.
+    """
+
+    times: torch.Tensor
+    noised: torch.Tensor
+    estimates: torch.Tensor
+    rate: torch.Tensor
+    distortion: torch.Tensor
+
+
+def evenly_spaced(num_rows: int, num_columns: int) -> list[int]:
+    """Evenly spaced rows, the first and the last among them; all where there are fewer."""
+    return torch.linspace(0, num_rows - 1, min(num_rows, num_columns)).round().int().tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Levels of noise from least to most, and the tables of the bound along them, float64 on the CPU.
+
+    Args:
+        levels: S of them.
+        table: (S, 14) of `variational_bound`, whose bound lacks `constant`.
+        error_table: (S, 14), with which that bound is the squared error of x̂0, divided by ln 2.
+        constant: (S,) nats of every dimension, which depend on no image.
+        first_scale: the standard deviation of p(x_T).
+        num_timesteps: T where the network takes timesteps, None where it takes real times.
+        is_learned: the network gives the variance.
+    """
+
+    levels: Levels
+    table: torch.Tensor
+    error_table: torch.Tensor
+    constant: torch.Tensor
+    first_scale: float
+    num_timesteps: int | None
+    is_learned: bool
+
+    @property
+    def min_probability(self) -> float:
+        """Of a bin: Ho et al.'s code has 1e-12, upstream's learned variance 1e-15."""
+        return 1e-15 if self.is_learned else 1e-12
+
+    def prior(self, x_start: torch.Tensor) -> torch.Tensor:
+        """(B,) KL(q(x_T | x0) ‖ N(0, first_scale²)) in bits per dimension."""
+        a, b = self.levels.a[-1].item(), self.levels.b[-1].item()
+        variance = (b / self.first_scale) ** 2
+        mean_squared = (x_start.double().flatten(1) * (a / self.first_scale)).square().mean(dim=1)
+        return 0.5 * _BITS * (mean_squared + variance - 1 - math.log(variance)).cpu()
+
+
+def posterior(now: Levels, after: Levels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q(x_s | x_t, x0), s being `after` and t `now` (Kingma et al. 2021, appendix A; Ho et al. 2020, eq. 7).
+
+    Returns:
+        Four (S,): the factors of x0 and of x_t in the mean, the variance β̃, and that of q(x_t | x_s) over a²_t/a²_s's
+        rest, β.
+    """
+    ratio = now.a / after.a
+    beta = now.b**2 - (ratio * after.b) ** 2
+    return after.a * beta / now.b**2, ratio * after.b**2 / now.b**2, beta * after.b**2 / now.b**2, beta
+
+
+def make_chain(scale: NoiseScale, target: Target, times: torch.Tensor, variance: str) -> Chain:
+    """The chain along some times of a process.
+
+    Args:
+        times: (S,) float64, from least noise to most.
+        variance: of p(x_{i−1} | x_i): "small" is the posterior's β̃, "large" is β (Ho et al. 2020, section 3.2), and
+            "learned" between both, as the network says (Nichol & Dhariwal 2021, eq. 15).
+    """
+    now = scale.at(times)
+    ends = {"times": float("nan"), "a": 1.0, "b": 0.0}  # the data itself
+    after = Levels(*(F.pad(getattr(now, name)[:-1], (1, 0), value=end) for name, end in ends.items()))
+    m1, m2, least, most = posterior(now, after)
+    true = least.clamp(min=_LEAST_VARIANCE).log()
+    if variance == "learned":
+        low, high, constant, shown = true, most.log(), torch.zeros_like(true), true
+    else:
+        low = true if variance == "small" else most.log()
+        # At the least noise β̃ is 0, and the decoder has that of the next level, as in Ho et al.'s code.
+        low = torch.cat((true[1:2] if len(true) > 1 else most[:1].log(), low[1:]))
+        difference = true - low
+        constant = 0.5 * (torch.expm1(difference) - difference)
+        constant[0] = 0.0
+        high, shown = low, low  # the rest of the divergence is that of equal variances
+    nothing, one = torch.zeros_like(m1), torch.ones_like(m1)
+    is_decoder = nothing.clone()
+    is_decoder[0] = 1.0
+    common = (now.a, now.b, *target(now), one, *prediction(now, target))
+    return Chain(
+        levels=now,
+        table=torch.stack((*common, m1, m2, low, high, shown, is_decoder, one), dim=1),
+        error_table=torch.stack((*common, math.sqrt(2) * one, *(nothing,) * 5, one), dim=1),
+        constant=constant,
+        first_scale=scale.first_scale(Levels(*(column[-1:] for column in now))),
+        num_timesteps=int(scale.first) + 1 if scale.is_discrete else None,
+        is_learned=variance == "learned",
+    )
+
+
+def chain_times(scale: NoiseScale, timesteps: int | Sequence[float] | None) -> torch.Tensor:
+    """(S,) float64, the times of a chain, from least noise to most.
+
+    Args:
+        timesteps: S of them, evenly spaced where the process is discrete and else in its own spacing; or the times; or
+            None, all T where it is discrete, else `CONTINUOUS_STEPS`.
+
+    Raises:
+        TypeError, ValueError: they are no such times.
+    """
+    if timesteps is None and not scale.is_discrete:
+        timesteps = CONTINUOUS_STEPS
+    if timesteps is None or isinstance(timesteps, int):
+        return _counted_times(scale, timesteps)
+    times = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
+    low, high = sorted((scale.first, scale.last))
+    if times.ndim != 1 or len(times) == 0 or not bool(((times >= low) & (times <= high)).all()):
+        raise ValueError(f"timesteps must be one or more times in [{low:g}, {high:g}], got {timesteps!r}")
+    if scale.is_discrete and bool((times != times.round()).any()):
+        raise ValueError(f"timesteps must be integers for a process in discrete time, got {timesteps!r}")
+    times = times.sort(descending=scale.last > scale.first).values
+    if bool((times[1:] == times[:-1]).any()):
+        raise ValueError(f"timesteps must differ from each other, got {timesteps!r}")
+    return times
+
+
+def _counted_times(scale: NoiseScale, count: int | None) -> torch.Tensor:
+    if count is not None and (isinstance(count, bool) or count < 1):
+        raise ValueError(f"timesteps must be at least 1, got {count!r}")
+    if not scale.is_discrete:
+        assert count is not None
+        return scale.own_times(count).flip(0)
+    num_timesteps = int(scale.first) + 1
+    if count is not None and count > num_timesteps:
+        raise ValueError(f"timesteps must be at most the process's {num_timesteps}, got {count}")
+    if count == 1:
+        return torch.tensor([scale.first], dtype=torch.float64, device="cpu")
+    everything = num_timesteps if count is None else count
+    return torch.linspace(0, num_timesteps - 1, everything, dtype=torch.float64, device="cpu").round()
+
+
+def as_bytes(images: torch.Tensor, is_signed: bool) -> torch.Tensor:
+    """Images of 8 bits: uint8 as they are, floats in [0, 1], or in [−1, 1] if `is_signed`, rounded to such.
+
+    Raises:
+        ValueError: a value is not in the range.
+    """
+    if images.dtype == torch.uint8:
+        return images
+    low = -1.0 if is_signed else 0.0
+    if images.numel() and not bool(((images >= low) & (images <= 1)).all()):
+        raise ValueError(f"images must be in [{low:g}, 1] or uint8, got values from {images.min()} to {images.max()}")
+    return (((images.float() - low) / (1 - low)) * 255).round().to(torch.uint8)
+
+
+class _Step:
+    """One level of the chain, from the most noise to the least: what it reads and writes, on the device, and itself."""
+
+    def __init__(self, network: Any, shape: tuple[int, ...], num_rows: int, options: _Options, device: torch.device):
+        self.network, self.shape, self.options = network, shape, options
+        self.forward_table = torch.zeros(num_rows, 2, device=device)
+        self.table, self.error_table = (torch.zeros(num_rows, 14, device=device) for _ in range(2))
+        times_dtype = torch.int64 if options.num_timesteps is not None else torch.float32
+        self.times = torch.zeros(num_rows, dtype=times_dtype, device=device)
+        self.x_start = torch.zeros(shape, device=device)
+        self.x_t, self.estimate = (torch.zeros(shape if options.keeps else (0,), device=device) for _ in range(2))
+        self.found = torch.zeros(shape[0], num_rows, 2, device=device)
+        self.row, self.seed = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+
+    def load(self, x_start: torch.Tensor, chain: Chain, seed: torch.Tensor) -> None:
+        """Be ready for a walk."""
+        self.x_start.copy_(x_start)
+        self.forward_table.copy_(chain.table[:, :2])
+        self.table.copy_(chain.table)
+        self.error_table.copy_(chain.error_table)
+        self.times.copy_(chain.levels.times)
+        self.seed.copy_(seed)
+        self.row.fill_(len(self.table) - 1)
+
+    def advance(self) -> None:
+        """Write the terms of a row, and go on to that of less noise."""
+        rows = self.row.expand(self.shape[0])
+        where: dict[str, Any] = {"stream": STREAM_LIKELIHOOD, "step": self.row, "start_index": self.options.start_index}
+        noise = normal(self.shape, seed=self.seed, device=self.x_start.device, **where)
+        x = q_sample(self.x_start, rows, self.forward_table, noise)
+        t = rows if self.options.times is not None else self.times.index_select(0, rows)
+        output = call_model(self.network, x, t)
+        if self.options.self_condition:
+            output = call_model(self.network, x, t, self._estimated(x, rows, output))
+        given = {"clip_x_start": self.options.clip_x_start, "min_probability": self.options.min_probability}
+        found = [
+            variational_bound(output, self.x_start, rows, table, noise, terms=True, **given)[:, 1]  # type: ignore[arg-type]
+            for table in (self.table, self.error_table)
+        ]
+        self.found.index_copy_(1, self.row, torch.stack(found, dim=1)[:, None])
+        if self.options.keeps:
+            self.x_t.copy_(x)
+            self.estimate.copy_(self._estimated(x, rows, output))
+        self.row -= 1
+
+    def _estimated(self, x: torch.Tensor, rows: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """x̂0 of an output, with or without a variance."""
+        p, q = self.table.index_select(0, rows)[:, 5:7, None, None, None].unbind(1)
+        x_start = p * x + q * output[:, : x.shape[1]].float()
+        return x_start.clamp(-1, 1) if self.options.clip_x_start else x_start
+
+
+class _Options(NamedTuple):
+    """What a recording of the step depends on besides the network and the shapes.
+
+    Args:
+        start_index: index of the first image, for the noise.
+        self_condition: the network sees its own estimate of the same x_t, as in training.
+        clip_x_start: clip estimates to [−1, 1].
+        keeps: x_t and x̂0 are kept for `on_step`.
+        min_probability: of a bin.
+        num_timesteps: of the chain.
+        times: those of the chain, where the network is told a row and looks the time up.
+    """
+
+    start_index: int
+    self_condition: bool
+    clip_x_start: bool
+    keeps: bool
+    min_probability: float
+    num_timesteps: int | None
+    times: tuple[float, ...] | None
+
+
+# Called after every row with the row, x_t and x̂0, which the next overwrites.
+OnStep = Callable[[int, torch.Tensor, torch.Tensor], object]
+
+
+@dataclass
+class LikelihoodRun:
+    """How a bound is computed.
+
+    Args:
+        seed: one-element int64 tensor on the device.
+        start_index: index of the first image, for the noise.
+        batch_size: images at once.
+        self_condition: the network sees an estimate.
+        clip_x_start: clip estimates to [−1, 1].
+        progress: show a progress bar.
+        on_step: called after every row.
+        cache: where steps may be recorded; None runs step by step.
+    """
+
+    seed: torch.Tensor
+    start_index: int = 0
+    batch_size: int = BATCH_SIZE
+    self_condition: bool = False
+    clip_x_start: bool = True
+    progress: bool = False
+    on_step: OnStep | None = None
+    cache: recording.GraphCache | None = None
+
+
+@torch.inference_mode()
+def bits_per_dim(
+    network: Any,
+    images: torch.Tensor,
+    chain: Chain,
+    normalize: Callable[[torch.Tensor], torch.Tensor],
+    run: LikelihoodRun,
+) -> BitsPerDim:
+    """The bound of images along a chain.
+
+    Args:
+        network: takes (x, t, x_self_cond), returns the target's output, with a variance where the chain has one.
+        images: (N, C, H, W) uint8.
+        normalize: [0, 1] → the range of the process, [−1, 1].
+    """
+    device, rows = run.seed.device, len(chain.table)
+    starts = range(0, len(images), run.batch_size)
+    told = chain.levels.times.tolist()
+    known = {"times": told} if chain.num_timesteps is None else {"num_timesteps": chain.num_timesteps}
+    derived = inference_weights(network, **known) if may_derive(network) else nullcontext()
+    priors, found = [], []
+    bar = sampling.progress_on(device, rows * len(starts), desc="likelihood time step", enabled=run.progress)
+    with derived, bar:
+        for start in starts:
+            x_start = normalize(images[start : start + run.batch_size].to(device).float() / 255)
+            priors.append(chain.prior(x_start))
+            found.append(_walk(network, x_start, chain, run, run.start_index + start, bar).double().cpu())
+    terms, errors = (torch.cat(found) if found else torch.zeros(0, rows, 2, dtype=torch.float64)).unbind(2)
+    x_start_mse = errors * math.log(2)
+    return BitsPerDim(
+        timesteps=torch.tensor(told, dtype=torch.float64),
+        prior=torch.cat(priors) if priors else terms.new_zeros(0),
+        terms=terms + _BITS * chain.constant,
+        x_start_mse=x_start_mse,
+        noise_mse=x_start_mse * chain.levels.snr,
+    )
+
+
+def _walk(
+    network: Any, x_start: torch.Tensor, chain: Chain, run: LikelihoodRun, start_index: int, bar: sampling.Progress
+) -> torch.Tensor:
+    """(B, S, 2): the bound without its constant, and the error, both in bits."""
+    by_row = chain.num_timesteps is None and getattr(network, "has_table_of_times", False)
+    options = _Options(
+        start_index,
+        run.self_condition,
+        run.clip_x_start,
+        run.on_step is not None,
+        chain.min_probability,
+        chain.num_timesteps,
+        tuple(chain.levels.times.tolist()) if by_row else None,
+    )
+    device, shape, num_rows = x_start.device, tuple(x_start.shape), len(chain.table)
+    with _try_lock(network, x_start, run) as locked:
+        if locked and run.cache is not None:
+            step, advance = _recorded(run.cache, network, shape, num_rows, options, device)
+        else:
+            step = _Step(network, shape, num_rows, options, device)
+            advance = step.advance
+        step.load(x_start, chain, run.seed)
+        for row in range(num_rows - 1, -1, -1):
+            advance()
+            if run.on_step is not None:
+                run.on_step(row, step.x_t, step.estimate)
+            bar.step_done()
+        return step.found.clone()
+
+
+def _try_lock(network: Any, x: torch.Tensor, run: LikelihoodRun) -> AbstractContextManager[bool]:
+    """True inside if the steps may be recorded, and this thread has the recordings."""
+    if run.cache is None:
+        return nullcontext(False)
+    given = {"self_condition": run.self_condition, "any_module": False}
+    reason = sampling.why_not_recorded(network, x, run.cache, **given)
+    return run.cache.try_lock(x.device) if reason is None else nullcontext(False)
+
+
+def _recorded(
+    cache: recording.GraphCache,
+    network: Any,
+    shape: tuple[int, ...],
+    num_rows: int,
+    options: _Options,
+    device: torch.device,
+) -> tuple[_Step, Callable[[], None]]:
+    autocast = autocast_dtype(device.type)
+    key = ("likelihood", shape, device, num_rows, options, autocast, recording.settings())
+
+    def make(recorder: Any) -> tuple[_Step, Callable[[], None]]:
+        with torch.inference_mode(False), torch.no_grad():
+            step = _Step(network, shape, num_rows, options, device)
+
+            def body() -> None:
+                with uncached_autocast(device, autocast):
+                    step.advance()
+
+            return step, recorder.record(body, step.row.zero_)
+
+    return cache.find(device, key, recording.weights_of(network), make)
+
+
+def progressive_coding(
+    network: Any,
+    images: torch.Tensor,
+    chain: Chain,
+    normalize: Callable[[torch.Tensor], torch.Tensor],
+    run: LikelihoodRun,
+    *,
+    num_columns: int,
+) -> ProgressiveCoding:
+    """Images along a chain, in the range of the process; arguments as in `bits_per_dim`, all images in one batch."""
+    num_rows = len(chain.table)
+    columns = evenly_spaced(num_rows, num_columns)  # counted from the most noise
+    scale = (chain.levels.a**2 + chain.levels.b**2).sqrt()
+    shape = (len(columns), *images.shape)
+    noised, estimates = (torch.zeros(shape, device=run.seed.device) for _ in range(2))
+
+    def on_step(row: int, x: torch.Tensor, x_start: torch.Tensor) -> None:
+        if num_rows - 1 - row in columns:
+            place = columns.index(num_rows - 1 - row)
+            noised[place].copy_(x / scale[row].item())
+            estimates[place].copy_(x_start)
+
+    run.on_step = on_step
+    bits = bits_per_dim(network, images, chain, normalize, run)
+    terms = bits.terms.flip(1)
+    rate = bits.prior[:, None] + terms.cumsum(1) - terms
+    distortion = _TO_BYTES * bits.x_start_mse.flip(1).sqrt()
+    return ProgressiveCoding(
+        times=bits.timesteps.flip(0)[columns],
+        noised=noised.transpose(0, 1),
+        estimates=estimates.transpose(0, 1),
+        rate=rate[:, columns],
+        distortion=distortion[:, columns],
+    )
