@@ -62,7 +62,7 @@ def test_dry_run_of_the_gpu_report(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("DDPM_FAST_RELEASE" not in os.environ, reason="runs every step: make release-tests")
+@pytest.mark.release
 def test_dry_run(tmp_path):
     """All steps on the CPU; those that need a GPU are skipped with a reason."""
     process = start(tmp_path / "out", "--minutes", "8")
