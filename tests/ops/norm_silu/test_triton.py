@@ -307,6 +307,7 @@ def test_triton_is_preferred_where_it_runs():
     assert all(("* triton" in row and "accepts" in row) == ("triton" in row) for row in rows)
 
 
+@pytest.mark.release(but=lambda norm: norm == "rms")
 @both_norms
 def test_unet(norm, monkeypatch):
     """A whole network, output and every gradient: blocks with time embedding, residuals and equal dropout.
@@ -329,6 +330,19 @@ def test_unet(norm, monkeypatch):
         torch.testing.assert_close(results["triton"][name], expected, atol=1e-5, rtol=1e-3, msg=name)
 
 
+def test_a_residual_block_compiles_whole():
+    """With time embedding and dropout, forward and backward; every other op compiles in the tests of its own."""
+    block = Unet(8, dim_mults=(1,), dropout=0.2).downs[0][0].to(DEVICE)
+    x, time = torch.randn(2, 8, 4, 4, device=DEVICE), torch.randn(2, 32, device=DEVICE)
+    with use_backend("triton"):
+        compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+        compiled(x, time).square().mean().backward()
+        block.eval()
+        torch.testing.assert_close(compiled(x, time), block(x, time))
+    assert all(torch.isfinite(p.grad).all() for p in block.parameters())
+
+
+@pytest.mark.release
 def test_unet_compiles_whole():
     model = Unet(8, dim_mults=(1,), dropout=0.2).to(DEVICE)
     x, t = torch.randn(2, 3, 4, 4, device=DEVICE), torch.tensor([3, 500], device=DEVICE)
