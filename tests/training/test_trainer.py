@@ -76,7 +76,7 @@ def run_training(*runs, processes=1):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=240,
+        timeout=600,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
 

@@ -27,8 +27,9 @@ DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 
 # In the arithmetic of sm_80: a tile that is full, tiles that are not, and the widest heads.
 @pytest.mark.release(
-    but=lambda shape, layout, _arithmetic=None: _arithmetic is None
-    or (layout == "nhwc" and shape in (SHAPES[2], SHAPES[3], SHAPES[9]))
+    but=lambda shape, layout, _arithmetic=None: (
+        _arithmetic is None or (layout == "nhwc" and shape in (SHAPES[2], SHAPES[3], SHAPES[9]))
+    )
 )
 @pytest.mark.arithmetic
 @pytest.mark.parametrize(

@@ -187,8 +187,9 @@ def test_options(normalize, flip, offset, memory_format):
 
 # An objective is three columns of a table; the kernel does not know it.
 @pytest.mark.release(
-    but=lambda objective, memory_format, _arithmetic=None: (_arithmetic is None) == (memory_format == "contiguous")
-    and (_arithmetic is None or objective == "pred_v")
+    but=lambda objective, memory_format, _arithmetic=None: (
+        (_arithmetic is None) == (memory_format == "contiguous") and (_arithmetic is None or objective == "pred_v")
+    )
 )
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -202,8 +203,9 @@ def test_objectives(objective, memory_format):
 
 
 @pytest.mark.release(
-    but=lambda flip, memory_format, _arithmetic=None: (memory_format == "contiguous") == (flip == bool(_arithmetic))
-    and (flip or _arithmetic is None)
+    but=lambda flip, memory_format, _arithmetic=None: (
+        (memory_format == "contiguous") == (flip == bool(_arithmetic)) and (flip or _arithmetic is None)
+    )
 )
 @pytest.mark.production
 @pytest.mark.arithmetic

@@ -45,8 +45,10 @@ def test_float32(shape):
 
 
 @pytest.mark.release(
-    but=lambda shape, dtype, _arithmetic=None: (shape == SHAPES[2]) == ((dtype == torch.float16) != bool(_arithmetic))
-    and (_arithmetic is None or shape != SHAPES[3])
+    but=lambda shape, dtype, _arithmetic=None: (
+        (shape == SHAPES[2]) == ((dtype == torch.float16) != bool(_arithmetic))
+        and (_arithmetic is None or shape != SHAPES[3])
+    )
 )
 @pytest.mark.arithmetic
 @HALVES
