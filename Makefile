@@ -1,5 +1,5 @@
 # make demo   train on handwritten digits on the CPU and draw some: demo/grid.png, demo/strip.png, demo/loss.png
-# make test   set up an environment and run every test, two at a time (WORKERS=8: eight)
+# make test   set up an environment and run the tests, two at a time (WORKERS=8: eight), in at most 18 minutes on 2 cores
 # make check  lint, types, structure and the quick tests: before every commit, under 4 minutes on 2 cores
 # make lint   ruff, ruff format, clang-format and mypy, each at its pinned version
 # make docs   the documentation as a site, strict: build/site
@@ -7,8 +7,9 @@
 # make bench  measure this machine against upstream, in at most 21 minutes: bench/report.md, results.json, pictures
 # make bench-compiled  compile upstream for every benchmark ahead, once, in about ten minutes: make bench then meets it
 # make cuda-model  what a step launches on a CUDA device, and the time of its parts on an H100 and an A100; no GPU
-# make release-tests  what make test leaves out: a real wheel, built and measured, a sample under sanitizers, a dry run
-#             of the whole report, and the benchmarks' cases in Triton's interpreter
+# make release-tests  what make test leaves out, the tests marked release: a real wheel, built and measured, a sample under
+#             sanitizers, dry runs of the whole report and of triage, the demo's quality, every kernel on sm_80 and sm_100,
+#             and all combinations of which make test runs some, in Triton's interpreter, too
 # make sanitize  the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer: build/sanitize
 # make wheels packages that a GPU machine without network lacks, for benchmarks/gpu_report.sh: .whl/
 # make clean  remove what these have made, the pictures excepted
@@ -92,9 +93,12 @@ bench-compiled: $(VENV)/.test-ready
 cuda-model: $(VENV)/.test-ready
 	@$(ONE_THREAD) $(BIN)/python benchmarks/roofline.py
 
+# The builds, whose times are measured, run alone.
+release-tests: export DDPM_FAST_RELEASE = 1
 release-tests: $(VENV)/.test-ready
-	DDPM_FAST_RELEASE=1 $(BIN)/python -m pytest tests/build/test_extension_build.py tests/build/test_sanitize.py \
-		tests/benchmarks/test_report.py tests/benchmarks/test_benchmarks.py
+	@failed=0; $(BIN)/python -m pytest -m release tests/build || failed=1; \
+		TRITON_INTERPRET=1 $(PYTEST) -m release tests/ops || failed=1; \
+		$(PYTEST) -m release --ignore tests/build && exit $$failed
 
 sanitize: $(VENV)/.test-ready
 	$(ONE_THREAD) $(BIN)/python tests/build/sanitize.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -60,10 +61,28 @@ def gate(request) -> Callable[[str, str, float], None]:
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m gate` chooses
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gate" in item.fixturenames:
             item.add_marker("gate")
+    if "DDPM_FAST_RELEASE" not in os.environ:
+        config.hook.pytest_deselected(items=[item for item in items if is_left_to_release_tests(item)])
+        items[:] = [item for item in items if not is_left_to_release_tests(item)]
+
+
+def pytest_collection_finish(session):
+    """What is imported by now stays: collections of garbage, which recordings and the trainer ask for, leave it out."""
+    gc.collect()
+    gc.freeze()
+
+
+def is_left_to_release_tests(item) -> bool:
+    """Tests marked release, without the cases that `but` is true for, and without kernels' tests on a GPU."""
+    marker = item.get_closest_marker("release")
+    if marker is None or (item.path.name == KERNEL_TESTS and torch.cuda.is_available()):
+        return False
+    but = marker.kwargs.get("but")
+    return but is None or not but(**item.callspec.params)
 
 
 @pytest.fixture(autouse=True)

@@ -44,6 +44,8 @@ class LearnedGaussianDiffusion(GaussianDiffusion):
         TypeError, ValueError: an argument does not fit, named in one sentence.
     """
 
+    learned_variance = True
+
     bound_table: torch.Tensor  # (T, 14)
 
     def __init__(

@@ -1,30 +1,22 @@
-"""`Operator`: one declaration of a torch operator gives its schemas, fakes and autograd for every backend.
-
-A call from Python costs torch's dispatcher about 100 µs where the operator's autograd is Python's. So a call that
-nothing watches goes through one autograd function straight to the kernel's launch; the registered operator serves
-torch.compile, modes, torch.func, tracing and subclasses of tensors.
-"""
+"""`Operator`: one declaration of a torch operator gives its schemas, fakes and autograd for every backend."""
 
 from __future__ import annotations
 
-import importlib
 import linecache
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._C import (
-    _any_requires_grad,
-    _are_functorch_transforms_active,
-    _AutoDispatchBelowAutograd,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
 
-_library = torch.library.Library("ddpm_fast", "FRAGMENT")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+from ddpm_fast.ops.registration import (
+    below_autograd,
+    define,
+    differentiable,
+    implement,
+    launcher,
+    library,
+    unless_watched,
+)
 
 
 class Operator:
@@ -126,25 +118,25 @@ class Operator:
         declared: list[tuple[str, str, str | None]] = [] if triton is None else [("Triton", "", triton)]
         declared += [("native", "native_", None)] if native else []
         for kernel, prefix, module in declared:
-            operator = _define(prefix + name, signature, _by_name(fake, self._arguments))
+            operator = define(prefix + name, signature, _by_name(fake, self._arguments))
             direct: Callable = operator
             gradient: Callable | None = None
             if module is not None:
-                direct = _launch(module, name)
-                _implement(name, direct)
+                direct = launcher(module, name)
+                implement(name, direct)
             if self._gradients:
                 fake_gradients = _by_name(self._empty_gradients, self._backward)
-                gradient = _define(f"{prefix}{name}_backward", f"({takes}) -> {made}", fake_gradients)
+                gradient = define(f"{prefix}{name}_backward", f"({takes}) -> {made}", fake_gradients)
                 if module is not None:
-                    launch = self._restored(_launch(module, f"{name}_backward"))
-                    _implement(f"{name}_backward", self._without_none(launch))
-                    gradient = _unless_watched(gradient, launch, _places(self._backward, types))
+                    launch = self._restored(launcher(module, f"{name}_backward"))
+                    implement(f"{name}_backward", self._without_none(launch))
+                    gradient = unless_watched(gradient, launch, _places(self._backward, types))
             if self._gradients or self._passes or self._by_torch:
-                direct = _below_autograd(operator) if module is None else direct
+                direct = below_autograd(operator) if module is None else direct
                 setup, forward, formula = self._autograd(kernel, direct, gradient)
-                torch.library.register_autograd(operator, formula, setup_context=setup, lib=_library)
-                direct = _differentiable(name, direct, forward, formula)
-            setattr(self, kernel.lower(), _unless_watched(operator, direct, _places(self._arguments, types)))
+                torch.library.register_autograd(operator, formula, setup_context=setup, lib=library)
+                direct = differentiable(name, direct, forward, formula)
+            setattr(self, kernel.lower(), unless_watched(operator, direct, _places(self._arguments, types)))
 
     def _autograd(self, kernel: str, direct: Callable, gradients_of: Callable | None) -> tuple[Callable, ...]:
         """setup_context, forward (both in one) and backward of a kernel, compiled from source as one would write it.
@@ -291,80 +283,6 @@ def _by_name(function: Callable, names: Sequence[str]) -> Callable:
     return lambda *values: function(**dict(zip(names, values, strict=True)))
 
 
-def _define(name: str, signature: str, fake: Callable) -> torch._ops.OpOverload:
-    _library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"ddpm_fast::{name}", fake, lib=_library)
-    return getattr(torch.ops.ddpm_fast, name).default
-
-
 def _places(names: Iterable[str], types: Mapping[str, str]) -> tuple[int, ...]:
     """Where among an operator's arguments tensors are."""
     return tuple(i for i, name in enumerate(names) if types[name] in ("Tensor", "Tensor?"))
-
-
-def _launch(module: str, name: str) -> Callable:
-    """The function of a name in a module, which the first call imports."""
-
-    def launch(*values: Any) -> Any:
-        return getattr(sys.modules.get(module) or importlib.import_module(module), name)(*values)
-
-    return launch
-
-
-def _implement(name: str, function: Callable) -> None:
-    for device in ("CPU", "CUDA"):  # on the CPU, Triton's interpreter
-        _library.impl(name, function, device)
-
-
-def _below_autograd(operator: Callable) -> Callable:
-    """A native operator without its autograd, which is Python's."""
-
-    def call(*values: Any) -> Any:
-        with _AutoDispatchBelowAutograd():
-            return operator(*values)
-
-    return call
-
-
-def _differentiable(name: str, direct: Callable, forward: Callable, backward: Callable) -> Callable:
-    """A kernel's function with the operator's own autograd around it."""
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(name, (torch.autograd.Function,), methods)
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # without the steps for torch.func
-
-    def call(*values: Any) -> Any:
-        return apply(*values) if torch.is_grad_enabled() and _any_requires_grad(*values) else direct(*values)
-
-    return call
-
-
-def _unless_watched(operator: Callable, direct: Callable, places: tuple[int, ...]) -> Callable:
-    """Calls `direct`, or the registered operator where something sees or changes operators.
-
-    Args:
-        places: of tensors among the arguments.
-    """
-    if operator is direct:
-        return operator
-
-    def call(*values: Any) -> Any:
-        return operator(*values) if _is_watched(values, places) else direct(*values)
-
-    return call
-
-
-def _is_watched(values: tuple, places: tuple[int, ...]) -> bool:
-    """Whether torch's dispatcher has more to do than to find the kernel for these arguments."""
-    if (
-        torch.compiler.is_compiling()
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _are_functorch_transforms_active()
-        or _get_tracing_state() is not None
-    ):
-        return True
-    for place in places:
-        tensor = values[place]
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg()):
-            return True
-    return False

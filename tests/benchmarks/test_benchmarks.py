@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +33,7 @@ def run(file: str, *options: str, **environment: str) -> str:
         pytest.param(
             {"TRITON_INTERPRET": "1"},
             id="Triton's interpreter",
-            marks=pytest.mark.skipif(
-                "DDPM_FAST_RELEASE" not in os.environ,
-                reason="tests/ops interprets the same kernels: make release-tests",
-            ),
+            marks=pytest.mark.release,  # tests/ops interprets the same kernels
         ),
     ],
 )

@@ -21,7 +21,7 @@ import report
 import steps
 import tools
 from processes import Failed, Skipped
-from report import Step
+from report import PREPARATION, Step
 
 from ddpm_fast.testing.isolation import alone
 
@@ -62,10 +62,13 @@ def results_of(out: Path) -> dict:
 # The dry form --------------------------------------------------------------------------------------------------------
 
 
-def test_dry_run(tmp_path):
-    """Everything but the GPU: two files, and every part's lines and records in them."""
+@pytest.mark.release(but=lambda only: only)
+@pytest.mark.parametrize("only", ["training,native ops", ""])
+def test_dry_run(only, tmp_path):
+    """Everything but the GPU, or two steps of it: two files, and every part's lines and records in them."""
     out = tmp_path / "out"
     command = ["bash", str(BENCHMARKS / "gpu_report.sh"), str(out), "--triage", "--device", "cpu", "--quick"]
+    command += ["--only", only] if only else []
     environment = {**alone(), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     printed = finished.stdout
@@ -73,11 +76,16 @@ def test_dry_run(tmp_path):
     assert {file.name for file in out.iterdir()} == {"triage.json", "triage.log"}
     results, log = results_of(out), (out / "triage.log").read_text()
     status = {name: step["status"] for name, step in results["steps"].items()}
-    assert status == dict.fromkeys(report.PLANS["triage"].seconds, "ok") | {"kernels": "skipped"}, printed
+    chosen = [name for name in report.PLANS["triage"].seconds if not only or name in (*only.split(","), *PREPARATION)]
+    assert status == dict.fromkeys(chosen, "ok") | {"kernels": "skipped"}, printed
     found = {record["bench"]: record for record in results["records"]}
     assert found["triage training"]["difference"] == 0 and len(found["triage training"]["losses"]["ours"]) == 3
-    assert found["triage sampling"]["difference"] == 0
     assert re.fullmatch(r".+: 3 cases by \w+; wrong: none", results["steps"]["native ops"]["summary"])
+    assert str(ROOT) not in log and results["machine"]["torch"] in printed
+    assert "ours-step-by-step" in found["triage training time"]["timings"]
+    if only:
+        return
+    assert found["triage sampling"]["difference"] == 0
     assert 0 < len(found["triage kernels"]["kernels"]) <= 25
     times = [found[f"triage {name} time"]["timings"] for name in ("training", "sampling", "upstream")]
     assert [list(timings) for timings in times] == [["ours", "ours-step-by-step"]] * 2 + [
@@ -91,7 +99,6 @@ def test_dry_run(tmp_path):
             and "the same bits" in text
             and "upstream-channels-last:" in text
         )
-    assert str(ROOT) not in log and results["machine"]["torch"] in printed
 
 
 def test_every_op_and_kernel_that_is_named_exists():

@@ -3,7 +3,6 @@ instrumented build takes minutes. `make sanitize` runs all of them."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from ddpm_fast.testing.isolation import alone
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("DDPM_FAST_RELEASE" not in os.environ, reason="builds everything: make release-tests")
+@pytest.mark.release
 def test_a_sample_of_the_native_tests_under_sanitizers(tmp_path):
     try:
         sanitize.libraries()

@@ -44,6 +44,7 @@ def judge(images, classifier):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_all_ten_digits_are_recognised_in_the_demo_samples(tmp_path, classifier):
     """The demo's own configuration, stopped early: `make demo` trains longer."""
     command = [sys.executable, "-m", "ddpm_fast", "train", "digits", "--seed", "0", "--steps", "650"]

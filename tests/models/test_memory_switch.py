@@ -135,7 +135,7 @@ def test_low_under_autocast(dtype):
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
 def test_training_compiles_without_graph_breaks(memory):
-    model = Unet(8, dim_mults=(1, 2), memory=memory)
+    model = Unet(8, dim_mults=(1,), memory=memory)
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([4])
     expected = model(x, t)
     expected.sum().backward()

@@ -284,7 +284,7 @@ def test_an_error_leaves_no_copies_behind():
 
 
 def test_compiles_whole(passes):
-    model = network()
+    model = network(dim_mults=(1,))
     expected = train(model, at_once=False)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_same(train(model, call=lambda *inputs: compiled(*inputs)), expected)

@@ -52,11 +52,12 @@ def run(tmp_path):
 
 
 def test_production_shapes_come_first_and_a_skipped_test_fails(run):
-    code, output = run("ops")
+    code, output = run(".")
     assert code == 1 and "12 passed" in output and "1 failed" in output
     assert "a test of a kernel was skipped: " in output and "no reason" in output
     order = re.findall(r"::test_(\w+)", output)
     assert order[:3] == ["large"] * 3 and "large" not in order[3:]
+    assert "small" in order and "test_other" not in output, "interpreted tests are alone"
 
 
 def test_every_worker_begins_with_a_production_shape(run):
@@ -64,8 +65,3 @@ def test_every_worker_begins_with_a_production_shape(run):
     started = re.findall(r"\[gw(\d)\].*PASSED.*::test_(\w+)", output)
     first = {worker: name for worker, name in reversed(started)}
     assert set(first.values()) == {"large"} and len(started) == 12
-
-
-def test_interpreted_tests_are_alone(run):
-    _, output = run(".")
-    assert "::test_small" in output and "test_other" not in output

@@ -1,6 +1,7 @@
 """The trainer: exact resuming, many processes, what it writes, and how it fails."""
 
 import csv
+import fcntl
 import json
 import math
 import os
@@ -64,21 +65,63 @@ def make_trainer(folder, diffusion=None, dataset=None, **options):
     return Trainer(diffusion or make_diffusion(), dataset, results_folder=folder, **{**defaults, **options})
 
 
-def run_training(folder, *arguments, processes=1, **options):
-    """tests/training/training_run.py in a new process, or in two under torchrun on gloo; returns its output."""
+def run_training(*runs, processes=1):
+    """Runs of tests/training/training_run.py, all in one new process, or in two under torchrun on gloo."""
     command = [sys.executable]
     if processes > 1:  # standalone: it finds a port by itself, and no other run of the tests can take that
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(
-        [*command, str(RUN), str(folder), json.dumps(options), *arguments],
+        [*command, str(RUN), json.dumps([(str(folder), options, what) for folder, options, what in runs])],
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=600,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout + finished.stderr
+
+
+def said(folder):
+    """What the ranks of a run said, in their order."""
+    return [file.read_text() for file in sorted(folder.glob("rank-*.txt"))]
+
+
+def made_once(tmp_path_factory, name, make):
+    """The folder that `make` fills, for all workers of pytest-xdist: the first that comes makes it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / name / "made").exists():
+            make(root / name)
+            (root / name / "made").touch()
+    return root / name
+
+
+def make_runs(folder, processes):
+    """Self-conditioning, dropout, flips, accumulation and workers on: everything that draws randomness."""
+    runs = [
+        ("straight", {"train_num_steps": 6}, ""),
+        ("resumed", {"train_num_steps": 3}, ""),
+        ("order", {"train_num_steps": 1}, "order"),
+    ]
+    if processes > 1:
+        runs += [
+            ("reductions", {"train_num_steps": 2, "gradient_accumulate_every": 4}, "reductions"),
+            ("plain", {"train_num_steps": 3, "graph": False}, "recorded"),
+            ("recorded", {"train_num_steps": 3}, "recorded"),
+            ("refused", {"train_batch_size": 15}, "refused"),
+        ]
+    run_training(*((folder / name, options, what) for name, options, what in runs), processes=processes)
+    run_training((folder / "resumed", {"train_num_steps": 6}, "last"), processes=processes)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of runs in a process, or in two; the run `resumed` was continued by others."""
+    return lambda processes: made_once(
+        tmp_path_factory, f"training-runs-{processes}", lambda folder: make_runs(folder, processes)
+    )
 
 
 def assert_same_training(folder, other):
@@ -98,12 +141,8 @@ def losses(folder):
 
 class TestExactResume:
     @pytest.mark.parametrize("processes", [1, 2])
-    def test_stop_and_go_in_new_processes_is_bitwise_the_straight_run(self, tmp_path, processes):
-        """Self-conditioning, dropout, flips, accumulation and workers on: everything that draws randomness."""
-        straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-        run_training(straight, processes=processes, train_num_steps=6)
-        run_training(resumed, processes=processes, train_num_steps=3)
-        run_training(resumed, "last", processes=processes, train_num_steps=6)
+    def test_stop_and_go_in_new_processes_is_bitwise_the_straight_run(self, runs, processes):
+        straight, resumed = runs(processes) / "straight", runs(processes) / "resumed"
         assert_same_training(straight, resumed)
         assert [int(step) for step, _ in losses(straight)] == [1, 2, 3, 4, 5, 6]
 
@@ -230,34 +269,29 @@ class Images(torch.utils.data.Dataset):
 
 
 class TestManyProcesses:
-    def test_gradients_are_reduced_once_per_step_and_ranks_stay_equal(self, tmp_path):
+    def test_gradients_are_reduced_once_per_step_and_ranks_stay_equal(self, runs):
         """Upstream reduces in each of the accumulation's backwards."""
-        output = run_training(tmp_path, "count-reductions", processes=2, train_num_steps=2, gradient_accumulate_every=4)
-        assert re.findall(r"reductions (\d+)", output) == ["2", "2"]
-        assert "ranks equal" in output and "noise differs" in output
+        assert said(runs(2) / "reductions") == ["reductions 2\nranks equal\nnoise differs\n", "reductions 2\n"]
 
-    def test_recorded_steps_have_the_same_bits(self, tmp_path):
+    def test_recorded_steps_have_the_same_bits(self, runs):
         """Gradients are averaged between two recordings, in flat memory, as DistributedDataParallel does in buckets."""
-        plain = run_training(tmp_path / "plain", "recorded", processes=2, train_num_steps=3, graph=False)
-        ours = run_training(tmp_path / "ours", "recorded", processes=2, train_num_steps=3)
-        assert plain.count("graph=False was given") == ours.count("training replays the step itself") == 2
-        assert_same_training(tmp_path / "plain", tmp_path / "ours")
+        plain, ours = said(runs(2) / "plain"), said(runs(2) / "recorded")
+        assert len(plain) == len(ours) == 2
+        assert all("graph=False was given" in text for text in plain)
+        assert all("training replays the step itself" in text for text in ours)
+        assert_same_training(runs(2) / "plain", runs(2) / "recorded")
 
-    def test_two_processes_see_the_images_of_one(self, tmp_path):
+    def test_two_processes_see_the_images_of_one(self, runs):
         """With split_batches=True `train_batch_size` is for all ranks; under accelerate 1.x upstream's is per rank."""
-        alone = run_training(tmp_path / "one", "print-order", train_num_steps=1)
-        pair = run_training(tmp_path / "two", "print-order", processes=2, train_num_steps=1)
+        alone, pair = (
+            [index for text in said(runs(processes) / "order") for index in json.loads(text)] for processes in (1, 2)
+        )
+        assert alone == pair and len(alone) == 16
 
-        def first_batches(output):
-            found = sorted(re.findall(r"rank (\d): (\[.*?\])", output))
-            return [index for _, indices in found for index in json.loads(indices)]
-
-        assert first_batches(alone) == first_batches(pair)
-        assert len(first_batches(alone)) == 16
-
-    def test_a_batch_that_does_not_split_is_named(self, tmp_path):
-        with pytest.raises(AssertionError, match="train_batch_size is 15.*multiple of the 2 processes"):
-            run_training(tmp_path, processes=2, train_batch_size=15, train_num_steps=1)
+    def test_a_batch_that_does_not_split_is_named(self, runs):
+        found = said(runs(2) / "refused")
+        assert len(found) == 2
+        assert all(re.search("train_batch_size is 15.*multiple of the 2 processes", text) for text in found)
 
 
 class CountedReads(torch.Tensor):
@@ -330,13 +364,13 @@ class TestOutputs:
         values = [float(loss) for _, loss in losses(tmp_path)]
         assert values[-1] < 0.7 * values[0]
 
-    def test_bf16_trains_with_float32_weights(self, tmp_path):
+    def test_bf16_trains_with_float32_weights(self, tmp_path, runs):
         """In a process of its own: accelerate fixes the precision once per process."""
-        for name, options in (("bf16", dict(amp=True, mixed_precision_type="bf16")), ("float32", {})):
-            run_training(tmp_path / name, train_num_steps=2, **options)
+        options = {"amp": True, "mixed_precision_type": "bf16", "train_num_steps": 2}
+        run_training((tmp_path / "bf16", options, ""))
         data = load_file(tmp_path / "bf16" / "model-last.pt")
         assert all(tensor.dtype == torch.float32 for tensor in data["model"].values())
-        first, second = (float(losses(tmp_path / name)[0][1]) for name in ("bf16", "float32"))
+        first, second = (float(losses(folder)[0][1]) for folder in (tmp_path / "bf16", runs(1) / "straight"))
         assert first != second
         assert first == pytest.approx(second, rel=0.02)
 
@@ -401,10 +435,9 @@ class TestFailures:
         assert load_file(tmp_path / "model-last.pt")["step"] == 1
 
     def test_kill_9_in_training_leaves_loadable_checkpoints(self, tmp_path):
-        command = [sys.executable, str(RUN), str(tmp_path)]
-        options = json.dumps(dict(train_num_steps=10_000, save_and_sample_every=1, num_samples=1, num_workers=0))
+        options = dict(train_num_steps=10_000, save_and_sample_every=1, num_samples=1, num_workers=0)
         process = subprocess.Popen(
-            [*command, options],
+            [sys.executable, str(RUN), json.dumps([(str(tmp_path), options, "")])],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -1,11 +1,15 @@
-"""One training run of a small network on the digits, in a process of its own or under torchrun.
+"""Training runs of a small network on the digits, in a process of their own or under torchrun, one after another.
 
-Usage: training_run.py RESULTS_FOLDER OPTIONS_AS_JSON [count-reductions | print-order | recorded | MILESTONE_TO_LOAD]
+Usage: training_run.py RUNS, where RUNS is JSON: a list of [results folder, the trainer's options, what], and what is ""
+(train), the milestone to continue, "order", "reductions", "recorded" or "refused". What a rank has to say is in the
+file rank-RANK.txt of the run's folder.
 """
 
 import json
 import random
 import sys
+from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import distributed
@@ -18,7 +22,12 @@ from ddpm_fast.training.trainer import Trainer
 
 
 def main():
-    folder, options, *what = sys.argv[1:]
+    for folder, options, what in json.loads(sys.argv[1]):
+        trainer = run(Path(folder), options, what)
+    trainer.accelerator.end_training()
+
+
+def make_trainer(folder: Path, options: dict) -> Trainer:
     torch.manual_seed(0)
     model = ddpm_fast.Unet(8, dim_mults=(1, 2), channels=1, self_condition=True, dropout=0.1)
     diffusion = ddpm_fast.GaussianDiffusion(model, image_size=8, timesteps=20)
@@ -34,32 +43,54 @@ def main():
         num_workers=1,
         train_lr=1e-3,
     )
-    if what == ["recorded"]:
-        pretend_to_record()
-    trainer = Trainer(diffusion, DigitsDataset(), results_folder=folder, **{**defaults, **json.loads(options)})
-    if what == ["count-reductions"]:
+    return Trainer(diffusion, DigitsDataset(), results_folder=folder, **{**defaults, **options})
+
+
+def run(folder: Path, options: dict, what: str) -> Trainer:
+    """One run; returns its trainer."""
+    if what == "recorded":
+        return train_recorded(folder, options)
+    trainer = make_trainer(folder, {} if what == "refused" else options)
+    if what == "refused":
+        try:
+            make_trainer(folder, options)
+        except ValueError as error:
+            say(trainer, str(error))
+    elif what == "reductions":
         count_reductions(trainer)
-    elif what == ["print-order"]:
-        print(f"rank {trainer.rank}: {json.dumps(next(iter(trainer.dl.order)))}", flush=True)
-    elif what == ["recorded"]:
-        trainer.opt.param_groups[0]["lr"] = torch.tensor(trainer.opt.param_groups[0]["lr"])  # as a recording reads it
-        trainer.train()
-        print(trainer.explain_graphs(), flush=True)
+    elif what == "order":
+        say(trainer, json.dumps(next(iter(trainer.dl.order))))
     else:
         if what:
-            trainer.load(what[0])
+            trainer.load(what)
         trainer.train()
-    trainer.accelerator.end_training()
+    return trainer
 
 
-def pretend_to_record():
+def say(trainer: Trainer, text: str) -> None:
+    with open(trainer.results_folder / f"rank-{trainer.rank}.txt", "a") as file:
+        file.write(f"{text}\n")
+
+
+def train_recorded(folder: Path, options: dict) -> Trainer:
     """A recorder in CUDA's place, and a coin that is drawn from another generator than the times."""
-    Trainer._recorder = FrozenRecorder
-    DiffusionProcess.draw_self_condition = lambda process: process.self_condition and random.random() < 0.5
+
+    def draw(process):
+        return process.self_condition and random.random() < 0.5
+
+    with (
+        mock.patch.object(Trainer, "_recorder", FrozenRecorder),
+        mock.patch.object(DiffusionProcess, "draw_self_condition", draw),
+    ):
+        trainer = make_trainer(folder, options)
+        trainer.opt.param_groups[0]["lr"] = torch.tensor(trainer.opt.param_groups[0]["lr"])  # as a recording reads it
+        trainer.train()
+        say(trainer, trainer.explain_graphs())
+    return trainer
 
 
 def count_reductions(trainer):
-    """Print how many times gradients are reduced, whether the ranks' weights agree and their noise differs."""
+    """Say how many times gradients are reduced, whether the ranks' weights agree and their noise differs."""
     count = 0
 
     def hook(state, bucket):
@@ -69,14 +100,14 @@ def count_reductions(trainer):
 
     trainer.model.register_comm_hook(None, hook)
     trainer.train()
-    print(f"reductions {count}", flush=True)
+    say(trainer, f"reductions {count}")
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     everyone = trainer.accelerator.gather(weights[None])
     trainer._seed_step()
     noise = trainer.accelerator.gather(torch.randn(1, 8))
     if trainer.accelerator.is_main_process:
-        print("ranks equal" if torch.equal(everyone[0], everyone[1]) else "ranks differ")
-        print("noise differs" if not torch.equal(noise[0], noise[1]) else "noise equal")
+        say(trainer, "ranks equal" if torch.equal(everyone[0], everyone[1]) else "ranks differ")
+        say(trainer, "noise differs" if not torch.equal(noise[0], noise[1]) else "noise equal")
 
 
 if __name__ == "__main__":

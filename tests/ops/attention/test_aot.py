@@ -54,6 +54,12 @@ def type_of(name: str, dtype: str) -> str:
     return "fp32" if name == "scale" else "i32"
 
 
+# Elsewhere than on sm_90 forward alone, which has both products; `make release-tests` compiles the others.
+@pytest.mark.release(
+    but=lambda name, dtype, D, capability: (
+        (dtype, D) in (("bf16", 32), ("fp32", 64)) and (capability == 90 or (name, dtype) == ("fwd", "bf16"))
+    )
+)
 @pytest.mark.parametrize("dtype, D, capability", CASES)
 @pytest.mark.parametrize("name", TILES)
 def test_registers_and_accesses(name, dtype, D, capability, tmp_path, gate):

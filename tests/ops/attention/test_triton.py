@@ -25,6 +25,12 @@ from ddpm_fast.testing.attention_cases import (
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 
 
+# In the arithmetic of sm_80: a tile that is full, tiles that are not, and the widest heads.
+@pytest.mark.release(
+    but=lambda shape, layout, _arithmetic=None: (
+        _arithmetic is None or (layout == "nhwc" and shape in (SHAPES[2], SHAPES[3], SHAPES[9]))
+    )
+)
 @pytest.mark.arithmetic
 @pytest.mark.parametrize(
     "shape, layout", [(s, "nhwc") for s in SHAPES] + [(s, "nchw") for s in (*SHAPES[:4], SHAPES[-1])], ids=str
@@ -133,6 +139,7 @@ def test_keeps_only_the_inputs_the_output_and_one_float_per_position():
     assert [t.shape for t in kept if t.data_ptr() not in given] == [(B, heads, h * w)]
 
 
+@pytest.mark.release(but=lambda layout, dtype: layout == "nhwc")
 @pytest.mark.parametrize("layout, dtype", [("nhwc", torch.bfloat16), ("nchw", torch.float32)])
 def test_opcheck(layout, dtype):
     qkv, mem_kv, heads = make(SMALL, layout, DEVICE, dtype)

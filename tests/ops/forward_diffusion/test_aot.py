@@ -15,6 +15,7 @@ from ddpm_fast.runtime import triton_launch
 from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
+on_sm_90 = pytest.mark.release(but=lambda capability, **_: capability == 90)  # the others: `make release-tests`
 
 CHANNELS, PIXELS = 3, 128 * 128
 FORMATS = {False: "contiguous", True: "channels-last"}
@@ -83,6 +84,7 @@ def _not_interpreted():
     assert not triton_launch.interpreted()
 
 
+@on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("channels_last", FORMATS)
 def test_q_sample(channels_last, capability, tmp_path, gate):
@@ -97,6 +99,7 @@ def test_q_sample(channels_last, capability, tmp_path, gate):
     gate("registers", f"q_sample_fwd_kernel, {FORMATS[channels_last]}, sm_{capability}", max(registers))
 
 
+@on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("channels_last", FORMATS)
 def test_diffusion_loss(channels_last, capability, tmp_path, gate):
@@ -112,6 +115,7 @@ def test_diffusion_loss(channels_last, capability, tmp_path, gate):
     gate("registers", f"diffusion_loss_fwd_kernel, {FORMATS[channels_last]}, sm_{capability}", max(registers))
 
 
+@on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_diffusion_loss_backward(capability, tmp_path, gate):
     launch = triton_launch.elementwise(CHANNELS * PIXELS, interpreted=False)
@@ -151,6 +155,7 @@ def test_diffusion_loss_reduce(capability, tmp_path, gate):
     gate("registers", f"diffusion_loss_reduce_kernel, sm_{capability}", machine.registers)
 
 
+@pytest.mark.release(but=lambda channels, height, width: height == width < 31)
 @pytest.mark.parametrize("channels, height, width", [(1, 1, 1), (3, 7, 1), (3, 31, 33), (64, 5, 5)])
 def test_odd_sizes_compile(channels, height, width, tmp_path):
     """A launch passes an integer of 1 as a constant, and sizes that are no multiple of 16 as such."""

@@ -35,6 +35,7 @@ SHAPES = [
     (1, 65, 2, 2),
 ]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.uint8, *FLOATS]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SEED = -123456789012345
 
@@ -129,6 +130,7 @@ def test_images_of_production(dtype):
         check_loss(output, x, None, options)
 
 
+@pytest.mark.release(but=lambda shape, x_format, out_format: x_format == out_format or shape == (2, 5, 6, 6))
 @pytest.mark.parametrize("out_format", FORMATS)
 @pytest.mark.parametrize("x_format", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -144,9 +146,15 @@ def test_shapes_and_formats(shape, x_format, out_format):
             check_loss(output.contiguous(memory_format=FORMATS[out_format]), x, eps, options)
 
 
+def in_half_of_the_formats(dtype, out_dtype, memory_format) -> bool:
+    """Every two of the three have each of their values together."""
+    return (DTYPES.index(dtype) + FLOATS.index(out_dtype)) % 2 == list(FORMATS).index(memory_format)
+
+
+@pytest.mark.release(but=in_half_of_the_formats)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("out_dtype", FLOATS)
-@pytest.mark.parametrize("dtype", [torch.uint8, *FLOATS])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype, out_dtype, memory_format):
     shape, rng = (2, 3, 5, 7), random.Random(0)
     x = make_images(shape, dtype, memory_format)
@@ -157,6 +165,13 @@ def test_dtypes(dtype, out_dtype, memory_format):
         check_loss(output.contiguous(memory_format=FORMATS[memory_format]), x, eps, options)
 
 
+def is_one_of_the_pairs(normalize, flip, offset, memory_format, _arithmetic=None) -> bool:
+    """Every two of the four options have each of their values together."""
+    is_even = (normalize + flip + offset + (memory_format == "contiguous")) % 2 == 0
+    return is_even and (_arithmetic is None or normalize == flip)
+
+
+@pytest.mark.release(but=is_one_of_the_pairs)
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("normalize, flip, offset", list(itertools.product([False, True], repeat=3)))
@@ -170,6 +185,12 @@ def test_options(normalize, flip, offset, memory_format):
         check_loss(output, x, None, options)
 
 
+# An objective is three columns of a table; the kernel does not know it.
+@pytest.mark.release(
+    but=lambda objective, memory_format, _arithmetic=None: (
+        (_arithmetic is None) == (memory_format == "contiguous") and (_arithmetic is None or objective == "pred_v")
+    )
+)
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("objective", schedules.OBJECTIVES)
@@ -181,6 +202,11 @@ def test_objectives(objective, memory_format):
     )
 
 
+@pytest.mark.release(
+    but=lambda flip, memory_format, _arithmetic=None: (
+        (memory_format == "contiguous") == (flip == bool(_arithmetic)) and (flip or _arithmetic is None)
+    )
+)
 @pytest.mark.production
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -490,6 +516,7 @@ def test_immiscible_and_overridden_methods_keep_the_tensor():
     assert immiscible(x, times=t).isfinite()
 
 
+@pytest.mark.release(but=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_x_t_is_written_in_the_networks_dtype(dtype):
     diffusion = GaussianDiffusion(Unet(8, dim_mults=(1,)), image_size=4, timesteps=T).to(DEVICE)

@@ -84,6 +84,8 @@ def assert_fit(machine: Machine, tile: kernel.Tile, name: str, dtype: str) -> No
     assert sum(n for width, n in machine.widths("STG").items() if width < 128) <= 1, (name, machine.accesses)
 
 
+# sm_80 multiplies by other instructions than sm_90, and sm_100 reads its tiles elsewhere: forward on all of them.
+@pytest.mark.release(but=lambda name, capability: capability == 90 or name == "norm_linear_fwd_kernel")
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_registers_and_accesses(name, capability, tmp_path, gate):

@@ -15,6 +15,7 @@ from ddpm_fast.ops.norm_silu import triton as kernel
 from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
+on_sm_90 = pytest.mark.release(but=lambda capability, **_: capability == 90)  # the others: `make release-tests`
 
 MAPS = ("x_ptr", "out_ptr", "residual_ptr", "grad_ptr", "dx_ptr")
 ROWS = ("scale_ptr", "shift_ptr")  # the time embedding's: of the maps' dtype under autocast
@@ -83,6 +84,7 @@ def assert_fit(machine: Machine, tile, name: str, dtype: str, everything: bool) 
     assert sum(n for width, n in machine.widths("STG").items() if width < 128) <= 3, (name, machine.accesses)
 
 
+@on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_registers_and_accesses(name, capability, tmp_path, gate):
@@ -94,6 +96,7 @@ def test_registers_and_accesses(name, capability, tmp_path, gate):
     gate("registers", f"{name}, sm_{capability}", max(registers))
 
 
+@on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", [name for name in KERNELS if "moments" not in name])
 def test_registers_and_accesses_with_dropout_and_residual(name, capability, tmp_path, gate):
@@ -121,6 +124,7 @@ def type_of_row(name: str) -> str:
     return "*bf16" if name.removeprefix("d") in ROWS else type_of(name, "fp32")
 
 
+@on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_means_of_groups(capability, tmp_path, gate):
     function = kernel.group_means_kernel
@@ -133,6 +137,7 @@ def test_means_of_groups(capability, tmp_path, gate):
     gate("registers", f"group_means_kernel, sm_{capability}", machine.registers)
 
 
+@on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("norm", ["rms", "group"])
 def test_gradients_of_rows(norm, capability, tmp_path, gate):

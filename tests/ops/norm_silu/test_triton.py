@@ -31,6 +31,7 @@ SMALL = (3, 24, 4, 5, 4)
 both_norms = pytest.mark.parametrize("norm", NORMS)
 
 
+@pytest.mark.release(but=lambda option, layout, **_: (option, layout) in (("all", "nhwc"), ("plain", "nchw")))
 @both_norms
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("option", ["plain", "all"])
@@ -39,6 +40,8 @@ def test_shapes(norm, layout, option, shape):
     assert_as_accurate_as_the_reference(norm, *make(norm, shape, option, layout, DEVICE))
 
 
+# Pixels that are no multiple of four change how masks of dropout are drawn, and nothing of the other options.
+@pytest.mark.release(but=lambda shape, option, **_: shape == SMALL or option in ("dropout", "all"))
 @pytest.mark.arithmetic(only="all")
 @both_norms
 @pytest.mark.parametrize("option", OPTIONS)
@@ -48,10 +51,13 @@ def test_options(norm, option, shape):
 
 
 def test_many_channels_and_many_pixels():
-    assert_as_accurate_as_the_reference("rms", *make("rms", (1, 513, 33, 31, 27), "bias", "nhwc", DEVICE))
-    assert_as_accurate_as_the_reference("group", *make("group", (1, 513, 33, 31, 27), "bias", "nhwc", DEVICE))
+    """In the interpreter, too, programs walk over several tiles, and there are several of them, the last not full."""
+    height, width = (17, 19) if triton_launch.interpreted() else (33, 31)
+    for norm in NORMS:
+        assert_as_accurate_as_the_reference(norm, *make(norm, (1, 513, height, width, 27), "bias", "nhwc", DEVICE))
 
 
+@pytest.mark.release(but=lambda layout, dtype, **_: (layout == "nhwc") == (dtype == torch.bfloat16))
 @pytest.mark.arithmetic
 @both_norms
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -227,6 +233,7 @@ def test_keeps_only_x_and_a_few_floats(norm):
     assert tensors["residual"].data_ptr() not in {tensor.data_ptr() for tensor in kept}
 
 
+@pytest.mark.release(but=lambda norm, option: (norm == "rms") == (option == "plain"))
 @both_norms
 @pytest.mark.parametrize("option", ["plain", "all"])
 def test_opcheck(norm, option):
@@ -300,6 +307,7 @@ def test_triton_is_preferred_where_it_runs():
     assert all(("* triton" in row and "accepts" in row) == ("triton" in row) for row in rows)
 
 
+@pytest.mark.release(but=lambda norm: norm == "rms")
 @both_norms
 def test_unet(norm, monkeypatch):
     """A whole network, output and every gradient: blocks with time embedding, residuals and equal dropout.
@@ -322,6 +330,19 @@ def test_unet(norm, monkeypatch):
         torch.testing.assert_close(results["triton"][name], expected, atol=1e-5, rtol=1e-3, msg=name)
 
 
+def test_a_residual_block_compiles_whole():
+    """With time embedding and dropout, forward and backward; every other op compiles in the tests of its own."""
+    block = Unet(8, dim_mults=(1,), dropout=0.2).downs[0][0].to(DEVICE)
+    x, time = torch.randn(2, 8, 4, 4, device=DEVICE), torch.randn(2, 32, device=DEVICE)
+    with use_backend("triton"):
+        compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+        compiled(x, time).square().mean().backward()
+        block.eval()
+        torch.testing.assert_close(compiled(x, time), block(x, time))
+    assert all(torch.isfinite(p.grad).all() for p in block.parameters())
+
+
+@pytest.mark.release
 def test_unet_compiles_whole():
     model = Unet(8, dim_mults=(1,), dropout=0.2).to(DEVICE)
     x, t = torch.randn(2, 3, 4, 4, device=DEVICE), torch.tensor([3, 500], device=DEVICE)

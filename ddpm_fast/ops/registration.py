@@ -1,0 +1,100 @@
+"""Registers operators with torch.library, and calls kernels without its dispatcher where nothing watches.
+
+A call from Python costs torch's dispatcher about 100 µs where the operator's autograd is Python's. So a call that
+nothing watches goes through one autograd function straight to the kernel's launch; the registered operator serves
+torch.compile, modes, torch.func, tracing and subclasses of tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C import (
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+
+library = torch.library.Library("ddpm_fast", "FRAGMENT")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def define(name: str, signature: str, fake: Callable) -> torch._ops.OpOverload:
+    library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"ddpm_fast::{name}", fake, lib=library)
+    return getattr(torch.ops.ddpm_fast, name).default
+
+
+def launcher(module: str, name: str) -> Callable:
+    """The function of a name in a module, which the first call imports."""
+
+    def launch(*values: Any) -> Any:
+        return getattr(sys.modules.get(module) or importlib.import_module(module), name)(*values)
+
+    return launch
+
+
+def implement(name: str, function: Callable) -> None:
+    for device in ("CPU", "CUDA"):  # on the CPU, Triton's interpreter
+        library.impl(name, function, device)
+
+
+def below_autograd(operator: Callable) -> Callable:
+    """A native operator without its autograd, which is Python's."""
+
+    def call(*values: Any) -> Any:
+        with _AutoDispatchBelowAutograd():
+            return operator(*values)
+
+    return call
+
+
+def differentiable(name: str, direct: Callable, forward: Callable, backward: Callable) -> Callable:
+    """A kernel's function with the operator's own autograd around it."""
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(name, (torch.autograd.Function,), methods)
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # without the steps for torch.func
+
+    def call(*values: Any) -> Any:
+        return apply(*values) if torch.is_grad_enabled() and _any_requires_grad(*values) else direct(*values)
+
+    return call
+
+
+def unless_watched(operator: Callable, direct: Callable, places: tuple[int, ...]) -> Callable:
+    """Calls `direct`, or the registered operator where something sees or changes operators.
+
+    Args:
+        places: of tensors among the arguments.
+    """
+    if operator is direct:
+        return operator
+
+    def call(*values: Any) -> Any:
+        return operator(*values) if _is_watched(values, places) else direct(*values)
+
+    return call
+
+
+def _is_watched(values: tuple, places: tuple[int, ...]) -> bool:
+    """Whether torch's dispatcher has more to do than to find the kernel for these arguments."""
+    if (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+    ):
+        return True
+    for place in places:
+        tensor = values[place]
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg()):
+            return True
+    return False
