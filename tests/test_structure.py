@@ -34,6 +34,7 @@ ROWS = [
     ["training/atomic_files", "training/numpy_pickles", "training/state_names"],
     ["training/captured_step"],
     ["training/optimizer_step"],
+    ["training/average"],
     ["diffusion/gaussian_diffusion"],
     ["diffusion/diffusion_process"],
     ["diffusion/sampling"],

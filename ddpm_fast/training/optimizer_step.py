@@ -9,6 +9,7 @@ import torch
 from torch.optim import Adam, AdamW
 
 from ddpm_fast.ops.adam_step.op import AdamSettings, Tables, adam_step, why_not_fused
+from ddpm_fast.training.average import Average
 
 
 class OptimizerStep:
@@ -21,9 +22,16 @@ class OptimizerStep:
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
         self._tables = Tables()
+        # Of the last step.
+        self._reason: str | None = "no step was made"
+        self._averaged = False
 
     def why_not(self) -> str | None:
         """Why torch's own step has to run, in one clause; None where this one can."""
+        self._reason = self._why_not()
+        return self._reason
+
+    def _why_not(self) -> str | None:
         optimizer: Any = self.optimizer
         if type(optimizer) not in (Adam, AdamW):  # a subclass may do anything in Python
             return f"the optimizer is a {type(optimizer).__name__}"
@@ -56,7 +64,8 @@ class OptimizerStep:
         """One step of all parameters that have a gradient; see `adam_step`.
 
         Args:
-            averages: parameter → its average, for every parameter that has a gradient.
+            averages: parameter → its average; a parameter that is not there has none, and one without a gradient
+                leaves its average alone.
 
         Returns:
             The gradients' norm before clipping, and 1.0 if the step was skipped, else 0.0; scalars on the device.
@@ -84,7 +93,7 @@ class OptimizerStep:
             settings,
             max_grad_norm=max_grad_norm,
             grad_scale=grad_scale,
-            averages=None if averages is None else [averages[p] for p in params],
+            averages=None if averages is None else [averages.get(p) for p in params],
             average_weight=average_weight,
             tables=self._tables,
         )
@@ -92,9 +101,23 @@ class OptimizerStep:
         torch.autograd.graph.increment_version(written)  # as if torch's operators had written them
         return result
 
-    def apply(self, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None) -> torch.Tensor:
-        """One step, and what `scaler.unscale_`, `step` and `update` do; the gradients' norm, a scalar on the device."""
-        norm, skipped = self(max_grad_norm=max_grad_norm, grad_scale=None if scaler is None else scaler._scale)
+    def apply(
+        self, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None, average: Average | None = None
+    ) -> tuple[torch.Tensor, frozenset[torch.Tensor]]:
+        """One step, and what `scaler.unscale_`, `step` and `update` do.
+
+        Returns:
+            The gradients' norm, a scalar on the device, and the parameters whose averages were moved, too.
+        """
+        targets = {} if average is None else average.targets
+        norm, skipped = self(
+            max_grad_norm=max_grad_norm,
+            grad_scale=None if scaler is None else scaler._scale,
+            averages=targets or None,
+            average_weight=None if average is None else average.weight,
+        )
+        moved = frozenset(p for p in targets if p.grad is not None)
+        self._averaged = bool(moved)
         if scaler is not None:
             assert scaler._scale is not None and scaler._growth_tracker is not None, "the loss was scaled"
             torch._amp_update_scale_(
@@ -105,7 +128,20 @@ class OptimizerStep:
                 scaler.get_backoff_factor(),
                 scaler.get_growth_interval(),
             )
-        return norm
+        return norm, moved
+
+    def explain(self, why_not_averaged: str | None) -> str:
+        """How the last step was made, in one sentence.
+
+        Args:
+            why_not_averaged: of the average, if there is one and `ema.update()` moves it.
+        """
+        if self._reason is not None:
+            return f"torch clips gradients and moves weights: {self._reason}"
+        if self._averaged:
+            return "one pass clips gradients, moves weights and their average"
+        last = "" if why_not_averaged is None else f", and ema.update() their average: {why_not_averaged}"
+        return f"one pass clips gradients and moves weights{last}"
 
 
 def _begin(state: dict[str, Any], parameter: torch.Tensor) -> None:

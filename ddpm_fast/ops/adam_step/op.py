@@ -46,9 +46,9 @@ def adam_step(
     *,
     max_grad_norm: float | None = None,
     grad_scale: torch.Tensor | None = None,
-    averages: Sequence[torch.Tensor] | None = None,
+    averages: Sequence[torch.Tensor | None] | None = None,
     average_weight: torch.Tensor | None = None,
-    copies: Sequence[torch.Tensor] | None = None,
+    copies: Sequence[torch.Tensor | None] | None = None,
     tables: Tables | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clip gradients, update parameters in place by Adam, and with them their average and their copies.
@@ -63,8 +63,8 @@ def adam_step(
         grad_scale: one float32 element that the loss was multiplied by. Gradients are divided by it, and where one is
             not finite, or their norm overflows, no parameter, moment and step changes.
         averages: moved towards the new parameters by `average_weight`, one float32 element on the device; all the way
-            if None. With a weight of 0 they are not read.
-        copies: overwritten with the new parameters, in float16 or bfloat16.
+            if None. With a weight of 0 they are not read. A parameter whose entry is None has no average.
+        copies: overwritten with the new parameters, in float16 or bfloat16; None as an entry means none.
         tables: see `Tables`; None makes some for this call alone.
 
     Returns:
@@ -97,9 +97,9 @@ def _check(
     exp_avg_sqs: Sequence[torch.Tensor],
     steps: Sequence[torch.Tensor],
     settings: Sequence[AdamSettings],
-    averages: Sequence[torch.Tensor] | None,
+    averages: Sequence[torch.Tensor | None] | None,
     average_weight: torch.Tensor | None,
-    copies: Sequence[torch.Tensor] | None,
+    copies: Sequence[torch.Tensor | None] | None,
     grad_scale: torch.Tensor | None,
 ) -> None:
     """The checks of every implementation; elements are not asked for, since that would wait for the device."""
@@ -111,12 +111,17 @@ def _check(
     device, dtype = params[0].device, params[0].dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"params must be float32 or float64, got {dtype}")
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists: dict[str, Sequence[torch.Tensor | None]] = {"params": params, "grads": grads}
+    lists |= {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lists |= {} if averages is None else {"averages": averages}
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} must be {len(params)}, one for each of params, got {len(tensors)}")
         for p, tensor in zip(params, tensors, strict=True):
+            if tensor is None:
+                if tensors is averages:
+                    continue
+                raise TypeError(f"{name} must be tensors, got None for {tuple(p.shape)}")
             if tensor.shape != p.shape or tensor.dtype is not dtype or tensor.device != device:
                 raise ValueError(
                     f"{name} must be {dtype} on {device} and of their parameters' shapes, got {tensor.dtype} of shape "
@@ -125,7 +130,8 @@ def _check(
     if len(steps) != len(params) or any(step.numel() != 1 for step in steps):
         raise ValueError("steps must be one element for each of params")
     if copies is not None and (
-        len(copies) != len(params) or any(copy.shape != p.shape for copy, p in zip(copies, params, strict=True))
+        len(copies) != len(params)
+        or any(copy is not None and copy.shape != p.shape for copy, p in zip(copies, params, strict=True))
     ):
         raise ValueError("copies must be of the shapes of params")
     scalars = [("average_weight", average_weight), ("grad_scale", grad_scale)]
@@ -141,7 +147,7 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def why_not_fused(
-    params: Sequence[torch.Tensor], steps: Sequence[torch.Tensor], copies: Sequence[torch.Tensor] | None = None
+    params: Sequence[torch.Tensor], steps: Sequence[torch.Tensor], copies: Sequence[torch.Tensor | None] | None = None
 ) -> str | None:
     """Why the kernels cannot do a step of these parameters, in one clause; None where they can."""
     reason = triton_launch.why_not_triton(params[0].device)
@@ -155,7 +161,8 @@ def why_not_fused(
     for step in steps:
         if step.dtype is not torch.float32 or step.device != params[0].device:
             return f"a step count is {step.dtype} on {step.device}, and the kernels count in float32 on the device"
-    if copies is not None and (len({c.dtype for c in copies}) > 1 or copies[0].dtype.itemsize != 2):
+    dtypes = {copy.dtype for copy in copies or () if copy is not None}
+    if len(dtypes) > 1 or any(dtype.itemsize != 2 for dtype in dtypes):
         return "copies are not of one half type"
     return None
 
@@ -178,7 +185,7 @@ def _triton_refuses(
     steps: Sequence[torch.Tensor],
     settings: Sequence[AdamSettings],
     *,
-    copies: Sequence[torch.Tensor] | None = None,
+    copies: Sequence[torch.Tensor | None] | None = None,
     **others: Any,
 ) -> str | None:
     return why_not_fused(params, steps, copies)
