@@ -83,12 +83,12 @@ def groups_of(network: nn.Module, device: torch.device) -> list[list[Group]]:
     for i, top in enumerate((None, *_parts(network))):
         if i and _shares_gradients():
             parts.append([])
-        for module in (network,) if top is None else top.modules():
+        for module in (network,) if top is None else _inside(top):
             if not renews_no_weight(module):
                 return []
-            groups: Any = getattr(module, "narrow_groups", None)
+            groups: Any = getattr(type(module), "narrow_groups", None)
             if groups is not None:
-                parts[-1] += [group for group in groups() if _may_copy(group, device)]
+                parts[-1] += [group for group in groups(module) if _may_copy(group, device)]
     return [part for part in parts if part]
 
 
@@ -98,6 +98,14 @@ def _parts(network: nn.Module) -> Iterator[nn.Module]:
             yield from child
         else:
             yield child
+
+
+def _inside(top: nn.Module) -> dict[nn.Module, None]:
+    """What `top.modules()` gives, in another order and in a fraction of the time."""
+    found = [top]
+    for module in found:
+        found += [child for child in module._modules.values() if child is not None]
+    return dict.fromkeys(found)
 
 
 def _shares_gradients() -> bool:

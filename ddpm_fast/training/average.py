@@ -79,6 +79,7 @@ class Average:
             for name, average, current in self._parameters
             if not self._is_ignored(name) and _are_alike(average, current)
         }
+        self._all_targets = frozenset(self.targets)
         self._checked = {}
         self._ignored = self._names()
         self._snapshot = Snapshot(ema.ema_model, [vars(ema), ema._modules, ema._buffers])
@@ -86,6 +87,12 @@ class Average:
     def holds(self) -> bool:
         """True if nothing that `refresh` read has been replaced since, besides the model's tensors."""
         return self._names() == self._ignored and self._snapshot.holds()
+
+    def moved_with_gradients(self) -> frozenset[torch.Tensor]:
+        """The parameters among `targets` that have a gradient now."""
+        if all(parameter.grad is not None for parameter in self.targets):
+            return self._all_targets
+        return frozenset(parameter for parameter in self.targets if parameter.grad is not None)
 
     def begin(self) -> None:
         """Before a step that may still fail: nothing is counted yet."""

@@ -97,8 +97,9 @@ class OptimizerStep:
             average_weight=average_weight,
             tables=self._tables,
         )
-        written = [*params, *moments, *squares, *steps, *(averages or {}).values()]
-        torch.autograd.graph.increment_version(written)  # as if torch's operators had written them
+        # As if torch's operators had written them; who moves an average knows whether it has.
+        written = [*params, *moments, *squares, *steps]
+        torch.autograd.graph.increment_version(written)
         return result
 
     def apply(
@@ -116,7 +117,7 @@ class OptimizerStep:
             averages=targets or None,
             average_weight=None if average is None else average.weight,
         )
-        moved = frozenset(p for p in targets if p.grad is not None)
+        moved = frozenset(targets) if average is None else average.moved_with_gradients()
         self._averaged = bool(moved)
         if scaler is not None:
             assert scaler._scale is not None and scaler._growth_tracker is not None, "the loss was scaled"

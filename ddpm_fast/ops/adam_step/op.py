@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -25,15 +27,53 @@ __all__ = ["AdamSettings", "Tables", "adam_step", "why_not_fused"]
 
 
 class Tables:
-    """Where the kernels find the tensors of a step: addresses on the device, made again when they change.
+    """What is known of the tensors of a step, and where the kernels find them: addresses on the device.
 
-    A recording reads them at every replay: keep the object as long as the recording, and give it to every call with
-    these parameters. A first call, or one with other tensors, waits for the device, and must not be recorded.
+    All is made again when a tensor is another one or moves. A recording reads the addresses at every replay: keep the
+    object as long as the recording, and give it to every call with these parameters. A first call, or one with other
+    tensors, waits for the device, and must not be recorded.
     """
 
     def __init__(self) -> None:
-        self.key: tuple | None = None
+        self._numbers: tuple | None = None
+        self._tensors: list[torch.Tensor | None] = []
+        self._facts: tuple[list, ...] = ()
+        self._like: tuple[list, ...] = ()
+        # Of the kernels' own.
         self.held: Any = None
+
+    def hold(self, lists: Sequence[Sequence[torch.Tensor | None] | None], settings: Sequence[AdamSettings]) -> bool:
+        """True if these tensors and settings, besides the learning rates, were remembered and nothing has moved."""
+        return (
+            self._numbers == _numbers(lists, settings)
+            and all(map(is_, chain.from_iterable(filter(None, lists)), self._tensors))
+            and self._facts == self._facts_now()
+        )
+
+    def remember(self, lists: Sequence[Sequence[torch.Tensor | None] | None], settings: Sequence[AdamSettings]) -> None:
+        """Once they have been checked."""
+        self._numbers = _numbers(lists, settings)
+        self._tensors = list(chain.from_iterable(filter(None, lists)))
+        self._facts = self._facts_now()
+        params = lists[0] or ()
+        self._like = tuple(list(map(of, params)) for of in _FACTS_OF_GRADS)
+        self.held = None
+
+    def fit(self, grads: Sequence[torch.Tensor]) -> bool:
+        """True if these are gradients of the remembered parameters, in shape, dtype and device."""
+        return all(list(map(of, grads)) == like for of, like in zip(_FACTS_OF_GRADS, self._like, strict=True))
+
+    def _facts_now(self) -> tuple[list, ...]:
+        tensors = [tensor for tensor in self._tensors if tensor is not None]
+        return tuple(list(map(of, tensors)) for of in (torch.Tensor.data_ptr, attrgetter("dtype")))
+
+
+_FACTS_OF_GRADS = (attrgetter("shape"), attrgetter("dtype"), torch.Tensor.get_device)
+
+
+def _numbers(lists: Sequence[Sequence | None], settings: Sequence[AdamSettings]) -> tuple:
+    own = [(g.count, g.beta1, g.beta2, g.eps, g.weight_decay, g.decoupled, type(g.lr)) for g in settings]
+    return tuple(None if tensors is None else len(tensors) for tensors in lists), own
 
 
 def adam_step(
@@ -73,7 +113,12 @@ def adam_step(
     Raises:
         TypeError, ValueError: an argument does not match its description.
     """
-    _check(params, grads, exp_avgs, exp_avg_sqs, steps, settings, averages, average_weight, copies, grad_scale)
+    lists = (params, exp_avgs, exp_avg_sqs, steps, averages, copies)
+    tables = Tables() if tables is None else tables
+    if not tables.hold(lists, settings) or not tables.fit(grads):
+        _check(params, grads, exp_avgs, exp_avg_sqs, steps, settings, averages, copies)
+        tables.remember(lists, settings)
+    _check_scalars(params[0].device, settings, average_weight, grad_scale)
     return _adam_step_op(
         params,
         grads,
@@ -98,9 +143,7 @@ def _check(
     steps: Sequence[torch.Tensor],
     settings: Sequence[AdamSettings],
     averages: Sequence[torch.Tensor | None] | None,
-    average_weight: torch.Tensor | None,
     copies: Sequence[torch.Tensor | None] | None,
-    grad_scale: torch.Tensor | None,
 ) -> None:
     """The checks of every implementation; elements are not asked for, since that would wait for the device."""
     if len(params) == 0:
@@ -134,6 +177,14 @@ def _check(
         or any(copy is not None and copy.shape != p.shape for copy, p in zip(copies, params, strict=True))
     ):
         raise ValueError("copies must be of the shapes of params")
+
+
+def _check_scalars(
+    device: torch.device,
+    settings: Sequence[AdamSettings],
+    average_weight: torch.Tensor | None,
+    grad_scale: torch.Tensor | None,
+) -> None:
     scalars = [("average_weight", average_weight), ("grad_scale", grad_scale)]
     scalars += [("a tensor lr", group.lr) for group in settings if isinstance(group.lr, torch.Tensor)]
     for name, scalar in scalars:
@@ -186,8 +237,11 @@ def _triton_refuses(
     settings: Sequence[AdamSettings],
     *,
     copies: Sequence[torch.Tensor | None] | None = None,
+    tables: Tables | None = None,
     **others: Any,
 ) -> str | None:
+    if tables is not None and tables.held is not None:  # the kernels have taken these tensors before
+        return triton_launch.why_not_triton(params[0].device)
     return why_not_fused(params, steps, copies)
 
 

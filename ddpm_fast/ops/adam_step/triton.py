@@ -256,6 +256,7 @@ class Layout:
     numbers: torch.Tensor  # (groups, NUMBERS) float32
     grads: torch.Tensor  # (tensors,) int64
     places: list[torch.Tensor]  # its elements
+    strides: list[tuple[int, ...]]  # of the parameters
     partial: torch.Tensor  # (chunks,) float32
     aligned: bool
 
@@ -284,6 +285,7 @@ def make_layout(lists: Sequence[Sequence[torch.Tensor | None] | None], settings:
         torch.tensor([_numbers(group) for group in settings]).to(device),
         grads,
         list(grads.unbind()),
+        [param.stride() for param in params if param is not None],
         torch.empty(len(chunks), device=device),
         aligned,
     )
@@ -326,27 +328,20 @@ def adam_step(
     tables: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ddpm_fast.ops.adam_step.op.adam_step`."""
-    lists = (params, exp_avgs, exp_avg_sqs, steps, averages, copies)
-    for tensors in (exp_avgs, exp_avg_sqs, averages or (), copies or ()):
-        for tensor, param in zip(tensors, params, strict=False):
-            if tensor is not None and _laid_out(tensor, param) is not tensor:
-                raise ValueError(f"a tensor of strides {tensor.stride()} is of a parameter of strides {param.stride()}")
-    grads = [_laid_out(grad, param) for grad, param in zip(grads, params, strict=True)]
-    numbers = tuple((group.count, *_numbers(group)) for group in settings)
-    key = (
-        numbers,
-        params[0].device,
-        *(tuple(map(_address, tensors)) if tensors is not None else None for tensors in lists),
-        tuple([param.numel() for param in params]),
-    )
-    if tables is None or tables.key != key:
-        layout = make_layout(lists, settings)
-        if tables is not None:
-            tables.key, tables.held = key, layout
-    else:
-        layout = tables.held
+    layout = tables.held
+    if layout is None:
+        for tensors in (exp_avgs, exp_avg_sqs, averages or (), copies or ()):
+            for tensor, param in zip(tensors, params, strict=False):
+                if tensor is not None and _laid_out(tensor, param) is not tensor:
+                    raise ValueError(
+                        f"a tensor of strides {tensor.stride()} is of a parameter of strides {param.stride()}"
+                    )
+        layout = tables.held = make_layout((params, exp_avgs, exp_avg_sqs, steps, averages, copies), settings)
+    strides = list(map(torch.Tensor.stride, grads))
+    if strides != layout.strides:
+        grads = [_laid_out(grad, param) for grad, param in zip(grads, params, strict=True)]
     # Numbers, and not memory of the host, carry the addresses: a recording keeps them, and nothing is waited for.
-    addresses = [grad.data_ptr() for grad in grads]
+    addresses = list(map(torch.Tensor.data_ptr, grads))
     layout.grads.zero_()
     torch._foreach_add_(layout.places, addresses)
     aligned = layout.aligned and all(place % _WIDEST == 0 for place in addresses)
