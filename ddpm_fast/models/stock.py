@@ -104,8 +104,8 @@ def is_convolution(module: object, side: int, bias: bool = True) -> TypeGuard[nn
 
 
 @cache
-def _is_known(cls: type) -> bool:
-    return cls.__module__.split(".")[0] in ("torch", "ddpm_fast")
+def _is_known(package: str) -> bool:
+    return package.split(".")[0] in ("torch", "ddpm_fast")
 
 
 def renews_no_weight(module: nn.Module) -> bool:
@@ -114,7 +114,9 @@ def renews_no_weight(module: nn.Module) -> bool:
     A hook such as `torch.nn.utils.weight_norm`'s makes a weight again at every call.
     """
     own = module.__dict__
-    return _is_known(type(module)) and not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
+    return _is_known(type(module).__module__) and not (
+        "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
+    )
 
 
 def why_modified(module: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import nn
 from torch.optim import Adam, AdamW
 
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
-from ddpm_fast.runtime import recording
+from ddpm_fast.models.narrow_weights import KeptCopies
+from ddpm_fast.models.unet import Unet
+from ddpm_fast.runtime import recording, triton_launch
 from ddpm_fast.runtime.plain import as_int
 from ddpm_fast.runtime.snapshot import Snapshot
 from ddpm_fast.training.average import Average, foreign_method, why_not_averaged
@@ -31,6 +34,7 @@ def capture_training_step(
     accumulate: int = 1,
     graph: bool | None = None,
     any_module: bool = False,
+    keep_copies: bool = False,
 ) -> TrainingStep:
     """A function `step(images) -> loss` that trains `diffusion` on one batch, as a CUDA graph where there is CUDA.
 
@@ -54,6 +58,9 @@ def capture_training_step(
         accumulate: batches per step: `step(images, more_images)` with 2. The gradient is that of their mean loss.
         graph: None records on CUDA and runs step by step elsewhere, True raises elsewhere, False never records.
         any_module: trust modules that are neither torch's nor this package's to do nothing in Python that matters.
+        keep_copies: the weights' copies for autocast are kept, and written by the optimizer's kernel. Between calls
+            weights then may be changed by torch's operators alone, and not through `.data`, which leaves no trace;
+            after that call `renew_copies`.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or a graph cannot replace the step; in one sentence.
@@ -76,6 +83,7 @@ def capture_training_step(
         accumulate=accumulate,
         recorder=recorder,
         any_module=any_module,
+        keep_copies=keep_copies,
     )
 
 
@@ -112,6 +120,7 @@ class TrainingStep:
         scaler: torch.amp.GradScaler | None = None,
         accumulate: int = 1,
         any_module: bool = False,
+        keep_copies: bool = False,
     ):
         _check_optimizer(optimizer, diffusion, capturable=recorder.freezes_decisions)
         shape = (diffusion.channels, *(diffusion.image_size or ()))
@@ -141,6 +150,8 @@ class TrainingStep:
         # Parameters whose averages the optimizer's kernel moves: by the last body that ran, and by name of a recording.
         self._by_kernel: frozenset[torch.Tensor] = frozenset()
         self._by_kernel_in: dict[tuple, frozenset[torch.Tensor]] = {}
+        self.keep_copies = keep_copies
+        self._kept: KeptCopies | None = None
         # Learning rates on the device, where a graph reads them at each replay.
         self._rates: list[torch.Tensor] = []
         self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -183,6 +194,8 @@ class TrainingStep:
         self._see_changes()
         if self._average is not None:
             self._average.begin()
+        if self._kept is not None and not self._kept.is_current():
+            self._kept.refresh()
         is_whole = self.accumulate == 1 and self._processes == 1
         if not is_whole and not self._gradients:
             trained = [parameter for parameter in self._parameters if parameter.requires_grad]
@@ -201,6 +214,8 @@ class TrainingStep:
             self._average_over_processes()
             self._replay(("update", len(self._received)), self._update)
         torch.autograd.graph.increment_version(self._parameters)  # as if each op had been called
+        if self._kept is not None:
+            self._kept.now_current()
         if self._average is not None:
             self._average.finish(self._by_kernel)
         elif self.ema is not None:
@@ -209,7 +224,37 @@ class TrainingStep:
 
     def explain_optimizer(self) -> str:
         """What moved weights and their average in the last step, and why no kernel where none did; one sentence."""
-        return self._optimizer_step.explain(None if self.ema is None else why_not_averaged(self.ema, self.diffusion))
+        reasons = {"their average": None if self.ema is None else why_not_averaged(self.ema, self.diffusion)}
+        reasons["their copies for autocast"] = None if self.autocast is None else self._why_not_kept()
+        return self._optimizer_step.explain(reasons)
+
+    def renew_copies(self) -> None:
+        """Make the copies of `keep_copies` again, after weights were changed through `.data`."""
+        if self._kept is not None:
+            self._kept.refresh()
+
+    def _why_not_kept(self) -> str | None:
+        """Why no copies of the weights are kept, in one clause; None where they are."""
+        if not self.keep_copies:
+            return "keep_copies=False"
+        if self.autocast is None:
+            return "there is no autocast"
+        if not isinstance(self.diffusion.model, Unet):
+            return f"the model is a {type(self.diffusion.model).__name__}"
+        reason = triton_launch.why_not_triton(self.diffusion.device)
+        if reason is None and self.ema is not None and self._average is None:
+            reason = f"ema.update() may change weights: {why_not_averaged(self.ema, self.diffusion)}"
+        return reason or (None if self._kept is None else self._kept.why_not_written())
+
+    def _look_at_weights(self) -> None:
+        """Keep copies of the weights where that is possible, the same as long as they fit."""
+        device = self.diffusion.device
+        if self._why_not_kept() is not None or self.autocast is None:
+            self._kept = None
+        elif self._kept is None or not self._kept.fit(device, self.autocast):
+            self._kept = KeptCopies(self.diffusion.model, device, self.autocast)
+            if self._kept.why_not_written() is not None:
+                self._kept = None
 
     def _take_in(self, kind: tuple, images: torch.Tensor, flips: torch.Tensor | None) -> None:
         """Copy a batch to where the recordings of its kind read it."""
@@ -237,6 +282,7 @@ class TrainingStep:
         self._parameters = list(self.diffusion.parameters())
         if average is not None:
             average.refresh()
+        self._look_at_weights()
         if self.scaler is not None and self.scaler._scale is None:
             self.scaler.scale(self._loss)  # makes its state, which a recording only changes
         if not self.recorder.freezes_decisions:
@@ -308,9 +354,10 @@ class TrainingStep:
         images, flips = self._inputs[kind]
         options: dict[str, Any] = {} if self_conditioned is None else {"self_conditioned": self_conditioned}
         options |= {} if flips is None else {"flip": flips}
-        with torch.autocast(
+        autocast = torch.autocast(
             images.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
-        ):
+        )
+        with autocast, nullcontext() if self._kept is None else self._kept.read():
             loss = self.diffusion(images, **options)
             loss = loss / self.accumulate if self.accumulate > 1 else loss
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -319,7 +366,8 @@ class TrainingStep:
     def _step_optimizer(self) -> None:
         self._by_kernel = frozenset()
         if self._optimizer_step.why_not() is None:
-            norm, self._by_kernel = self._optimizer_step.apply(self.max_grad_norm, self.scaler, self._average)
+            copies = None if self._kept is None else self._kept.parts
+            norm, self._by_kernel = self._optimizer_step.apply(self.max_grad_norm, self.scaler, self._average, copies)
             if self.max_grad_norm is not None:
                 self.grad_norm.copy_(norm)
             return
@@ -333,6 +381,8 @@ class TrainingStep:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        if self._kept is not None:
+            self._kept.refresh()
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:
@@ -343,6 +393,7 @@ class TrainingStep:
         held = [*self.diffusion.parameters(), *self.diffusion.buffers(), *self.flat_gradients, self._loss]
         held += _state_of_scaler(self.scaler)
         held += [] if self._average is None else self._average.targets.values()
+        held += [] if self._kept is None else self._kept.copies
         saved = {t: t.detach().clone() for t in (*held, *_state_tensors(self.optimizer))}
 
         @torch.no_grad()
@@ -371,12 +422,14 @@ class TrainingStep:
         state = recording.storage_key((*_state_tensors(self.optimizer), *_state_of_scaler(self.scaler)))
         forwards = [type(module).forward for module in diffusion.modules()]
         weights = recording.weights_of(diffusion)
-        averages = () if self._average is None else recording.storage_key(self._average.targets.values())
-        return weights, forwards, state, wanted, members, options, attributes, averages, recording.settings()
+        written = [] if self._average is None else [*self._average.targets.values()]
+        written += [] if self._kept is None else self._kept.copies
+        key = recording.storage_key(written)
+        return weights, forwards, state, wanted, members, options, attributes, key, recording.settings()
 
     def _options(self) -> tuple:
         """This step's own settings, and those of the scaler."""
-        own = (self.max_grad_norm, self.autocast, self.accumulate, self.any_module)
+        own = (self.max_grad_norm, self.autocast, self.accumulate, self.any_module, self.keep_copies)
         return own if self.scaler is None else (*own, *_settings_of_scaler(self.scaler))
 
     def _take_snapshot(self) -> None:

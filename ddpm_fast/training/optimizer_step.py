@@ -24,7 +24,7 @@ class OptimizerStep:
         self._tables = Tables()
         # Of the last step.
         self._reason: str | None = "no step was made"
-        self._averaged = False
+        self._written: list[str] = []
 
     def why_not(self) -> str | None:
         """Why torch's own step has to run, in one clause; None where this one can."""
@@ -60,12 +60,14 @@ class OptimizerStep:
         grad_scale: torch.Tensor | None = None,
         averages: Mapping[torch.Tensor, torch.Tensor] | None = None,
         average_weight: torch.Tensor | None = None,
+        copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of all parameters that have a gradient; see `adam_step`.
 
         Args:
             averages: parameter → its average; a parameter that is not there has none, and one without a gradient
                 leaves its average alone.
+            copies: parameter → its copy in a half type, in the same way.
 
         Returns:
             The gradients' norm before clipping, and 1.0 if the step was skipped, else 0.0; scalars on the device.
@@ -93,8 +95,9 @@ class OptimizerStep:
             settings,
             max_grad_norm=max_grad_norm,
             grad_scale=grad_scale,
-            averages=None if averages is None else [averages.get(p) for p in params],
+            averages=[averages.get(p) for p in params] if averages else None,
             average_weight=average_weight,
+            copies=[copies.get(p) for p in params] if copies else None,
             tables=self._tables,
         )
         # As if torch's operators had written them; who moves an average knows whether it has.
@@ -103,22 +106,26 @@ class OptimizerStep:
         return result
 
     def apply(
-        self, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None, average: Average | None = None
+        self,
+        max_grad_norm: float | None,
+        scaler: torch.amp.GradScaler | None,
+        average: Average | None = None,
+        copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, frozenset[torch.Tensor]]:
         """One step, and what `scaler.unscale_`, `step` and `update` do.
 
         Returns:
             The gradients' norm, a scalar on the device, and the parameters whose averages were moved, too.
         """
-        targets = {} if average is None else average.targets
         norm, skipped = self(
             max_grad_norm=max_grad_norm,
             grad_scale=None if scaler is None else scaler._scale,
-            averages=targets or None,
+            averages=None if average is None else average.targets,
             average_weight=None if average is None else average.weight,
+            copies=copies,
         )
-        moved = frozenset(targets) if average is None else average.moved_with_gradients()
-        self._averaged = bool(moved)
+        moved = frozenset[torch.Tensor]() if average is None else average.moved_with_gradients()
+        self._written = ["their average"] * bool(moved) + ["their copies for autocast"] * bool(copies)
         if scaler is not None:
             assert scaler._scale is not None and scaler._growth_tracker is not None, "the loss was scaled"
             torch._amp_update_scale_(
@@ -131,18 +138,18 @@ class OptimizerStep:
             )
         return norm, moved
 
-    def explain(self, why_not_averaged: str | None) -> str:
+    def explain(self, reasons: Mapping[str, str | None]) -> str:
         """How the last step was made, in one sentence.
 
         Args:
-            why_not_averaged: of the average, if there is one and `ema.update()` moves it.
+            reasons: what one pass could have written besides weights, and why it has not; None where it has, or where
+                there is no such thing.
         """
         if self._reason is not None:
             return f"torch clips gradients and moves weights: {self._reason}"
-        if self._averaged:
-            return "one pass clips gradients, moves weights and their average"
-        last = "" if why_not_averaged is None else f", and ema.update() their average: {why_not_averaged}"
-        return f"one pass clips gradients and moves weights{last}"
+        parts = ["one pass clips gradients and moves weights", *self._written]
+        done = ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else parts[0]
+        return "; ".join([done, *(f"not {name}: {reason}" for name, reason in reasons.items() if reason is not None)])
 
 
 def _begin(state: dict[str, Any], parameter: torch.Tensor) -> None:

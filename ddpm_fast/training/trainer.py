@@ -373,6 +373,8 @@ class Trainer:
         with self._own_precision(), self._catch_stop_signals(), bar as self._bar:
             self._start_window()
             self.model.train()
+            if self._captured is not None:
+                self._captured.renew_copies()
             while self.step < self.train_num_steps:
                 self._train_step()
                 self._bar.update(1)
@@ -394,7 +396,8 @@ class Trainer:
         if self._captured is not None:
             return self._captured.explain_optimizer()
         is_main = self.accelerator.is_main_process
-        return self._optimizer_step.explain(why_not_averaged(self.ema, self._diffusion) if is_main else None)
+        reason = why_not_averaged(self.ema, self._diffusion) if is_main else None
+        return self._optimizer_step.explain({"their average": reason})
 
     @property
     def _diffusion(self) -> GaussianDiffusion:
@@ -441,6 +444,7 @@ class Trainer:
             scaler=self.accelerator.scaler,
             accumulate=self.gradient_accumulate_every,
             any_module=bool(self._graph),
+            keep_copies=True,  # nobody else changes weights while `train` runs
         )
 
     def _why_not_recorded(self) -> str | None:

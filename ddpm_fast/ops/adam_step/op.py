@@ -11,7 +11,7 @@ On CUDA three launches, however many tensors there are. The state is torch.optim
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -37,6 +37,7 @@ class Tables:
     def __init__(self) -> None:
         self._numbers: tuple | None = None
         self._tensors: list[torch.Tensor | None] = []
+        self._params: list[Any] = []
         self._facts: tuple[list, ...] = ()
         self._like: tuple[list, ...] = ()
         # Of the kernels' own.
@@ -54,9 +55,9 @@ class Tables:
         """Once they have been checked."""
         self._numbers = _numbers(lists, settings)
         self._tensors = list(chain.from_iterable(filter(None, lists)))
+        self._params = list(lists[0] or ())
         self._facts = self._facts_now()
-        params = lists[0] or ()
-        self._like = tuple(list(map(of, params)) for of in _FACTS_OF_GRADS)
+        self._like = tuple(list(map(of, self._params)) for of in _FACTS_OF_GRADS)
         self.held = None
 
     def fit(self, grads: Sequence[torch.Tensor]) -> bool:
@@ -65,10 +66,15 @@ class Tables:
 
     def _facts_now(self) -> tuple[list, ...]:
         tensors = [tensor for tensor in self._tensors if tensor is not None]
-        return tuple(list(map(of, tensors)) for of in (torch.Tensor.data_ptr, attrgetter("dtype")))
+        facts = (list(map(of, tensors)) for of in (torch.Tensor.data_ptr, attrgetter("dtype")))
+        return *facts, list(map(torch.Tensor.stride, self._params))
 
 
-_FACTS_OF_GRADS = (attrgetter("shape"), attrgetter("dtype"), torch.Tensor.get_device)
+_FACTS_OF_GRADS: tuple[Callable[[Any], object], ...] = (
+    attrgetter("shape"),
+    attrgetter("dtype"),
+    torch.Tensor.get_device,
+)
 
 
 def _numbers(lists: Sequence[Sequence | None], settings: Sequence[AdamSettings]) -> tuple:
