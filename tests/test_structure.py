@@ -53,6 +53,7 @@ ROWS = [
     ["ops/layout"],
     ["ops/arguments", "ops/operator", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
     ["ops/common/tables"],
+    ["runtime/compile_ahead"],
     ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
     ["runtime/extension", "runtime/autocast", "runtime/extras", "runtime/plain"],
 ]

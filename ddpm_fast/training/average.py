@@ -115,16 +115,15 @@ class Average:
         Args:
             by_kernel: the parameters whose averages the optimizer's kernel has moved.
         """
+        if self._due is not None:
+            if self._checked.get(self._due) != by_kernel:
+                self._prepare(self._due, by_kernel)
+                self._checked[self._due] = by_kernel
+            self._recordings[self._due][1]()
+            if self._due == "copy":
+                self.ema.initted.fill_(True)
+            torch.autograd.graph.increment_version(self._written)
         self.ema.step += 1
-        if self._due is None:
-            return
-        if self._checked.get(self._due) != by_kernel:
-            self._checked[self._due] = by_kernel
-            self._prepare(self._due, by_kernel)
-        self._recordings[self._due][1]()
-        if self._due == "copy":
-            self.ema.initted.fill_(True)
-        torch.autograd.graph.increment_version(self._written)
 
     def _prepare(self, name: str, by_kernel: frozenset[torch.Tensor]) -> None:
         """Record anew where the tensors are others."""

@@ -26,6 +26,7 @@ from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, identity
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime import recording
+from ddpm_fast.runtime.compile_ahead import count_processors
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.plain import as_int, as_number, plain, shown
 from ddpm_fast.runtime.snapshot import Snapshot
@@ -36,7 +37,6 @@ from ddpm_fast.training.batches import (
     BatchStream,
     check_images,
     collate,
-    count_processors,
     derive_seed,
 )
 from ddpm_fast.training.captured_step import (
