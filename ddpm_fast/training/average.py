@@ -82,7 +82,7 @@ class Average:
         self._all_targets = frozenset(self.targets)
         self._checked = {}
         self._ignored = self._names()
-        self._snapshot = Snapshot(ema.ema_model, [vars(ema), ema._modules, ema._buffers])
+        self._snapshot = Snapshot(ema.ema_model, [vars(ema), ema._modules, ema._buffers], is_called=False)
 
     def holds(self) -> bool:
         """True if nothing that `refresh` read has been replaced since, besides the model's tensors."""

@@ -34,10 +34,19 @@ def test_shapes(layout, shape):
 
 def test_many_chunks_of_pixels():
     """Programs walk over several tiles of pixels, and the last one is half outside."""
-    shape = (2, 68, 15, 13, 900)
-    tile = kernel.backward_weight_tile(2 * 15 * 13, 68, 900, True)
-    assert kernel.tiles_per_chunk(2 * 15 * 13, 68, 900, tile) == 4
+    shape = (2, 68, 30, 13, 900)
+    tile = kernel.backward_weight_tile(2 * 30 * 13, 68, 900, True)
+    assert kernel.tiles_per_chunk(2 * 30 * 13, 68, 900, tile) == 3
     assert_as_accurate_as_the_reference(make(shape, "nhwc", DEVICE))
+
+
+@pytest.mark.parametrize("pixels, C", [(32 * 128**2, 64), (4 * 128**2, 64), (32 * 32**2, 128), (32 * 16**2, 512)])
+def test_the_gradient_of_the_weight_fills_a_gpu_at_once(pixels, C):
+    """Four programs on each of the 132 multiprocessors of an H100, at most, and nearly as many."""
+    tile = kernel.backward_weight_tile(pixels, C, 384, False)
+    columns = -(-384 // tile.block_o) * -(-C // tile.block_c)
+    programs = columns * -(-pixels // (tile.block_n * kernel.tiles_per_chunk(pixels, C, 384, tile)))
+    assert 450 < programs <= 4 * 132
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
