@@ -43,6 +43,7 @@ ROWS = [
     ["training/atomic_files", "training/numpy_pickles", "training/state_names"],
     ["training/captured_step"],
     ["training/optimizer_step"],
+    ["training/average"],
     ["diffusion/openai"],
     ["diffusion/learned_gaussian_diffusion", "diffusion/weighted_objective"],
     [
@@ -74,6 +75,7 @@ ROWS = [
     ["ops/layout"],
     ["ops/arguments", "ops/images", "ops/operator", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
     ["ops/common/tables", "ops/registration"],
+    ["runtime/compile_ahead"],
     ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
     ["runtime/extension", "runtime/autocast", "runtime/extras", "runtime/plain"],
 ]

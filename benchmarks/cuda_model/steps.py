@@ -46,7 +46,7 @@ def make_training_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> 
     """A function that does the work of one replay of a training step, and the step, after one warm-up call."""
     optimizer = torch.optim.Adam(diffusion.parameters(), 1e-4, fused=True, capturable=True)
     shape = (batch, diffusion.channels, *diffusion.image_size)
-    options = {"ema": None, "max_grad_norm": 1.0, "autocast": AUTOCAST[dtype], "any_module": False}
+    options = {"ema": None, "max_grad_norm": 1.0, "autocast": AUTOCAST[dtype], "keep_copies": True}
     step = TrainingStep(diffusion, optimizer, shape, recorder=EagerRecorder, **options)
     step(torch.zeros(shape, device=diffusion.device))
     return lambda: step._whole_step((torch.float32, False), None), step

@@ -133,8 +133,7 @@ def make(name: str, configuration: Configuration, device: torch.device, *, seed:
     if name == "upstream-channels-last":
         images = images.contiguous(memory_format=torch.channels_last)
     recorded = name == "ours" and device.type == "cuda"
-    # A captured step takes no float16, whose gradients need a scaler.
-    if (recorded or name == "ours-step-by-step") and configuration.dtype != "fp16":
+    if recorded or name == "ours-step-by-step":
         optimizer, label = _fused_adam(diffusion, device)
         training_step = _captured(diffusion, optimizer, images, configuration, graph=recorded)
     else:
@@ -365,7 +364,12 @@ def _captured(diffusion, optimizer, images: torch.Tensor, configuration: Configu
     from ddpm_fast.training.captured_step import capture_training_step
 
     dtype = None if configuration.dtype == "fp32" else DTYPES[configuration.dtype]
-    step = capture_training_step(diffusion, optimizer, images.shape, max_grad_norm=None, autocast=dtype, graph=graph)
+    # As the Trainer: float16 with a scaler, and the copies of the weights written by the optimizer.
+    scaler = torch.amp.GradScaler(images.device.type) if configuration.dtype == "fp16" else None
+    step = capture_training_step(
+        diffusion, optimizer, images.shape, max_grad_norm=None, autocast=dtype, scaler=scaler, graph=graph,
+        keep_copies=True,
+    )  # fmt: skip
     return lambda: step(images)
 
 

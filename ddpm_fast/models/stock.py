@@ -7,6 +7,7 @@ its modules, as upstream does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
@@ -102,14 +103,20 @@ def is_convolution(module: object, side: int, bias: bool = True) -> TypeGuard[nn
     )
 
 
+@cache
+def _is_known(package: str) -> bool:
+    return package.split(".")[0] in ("torch", "ddpm_fast")
+
+
 def renews_no_weight(module: nn.Module) -> bool:
     """True if a call of the module runs code of torch and of this package alone, without hooks.
 
     A hook such as `torch.nn.utils.weight_norm`'s makes a weight again at every call.
     """
     own = module.__dict__
-    is_known = type(module).__module__.split(".")[0] in ("torch", "ddpm_fast")
-    return is_known and not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
+    return _is_known(type(module).__module__) and not (
+        "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
+    )
 
 
 def why_modified(module: nn.Module) -> str | None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast.runtime import dispatch, extension
+from ddpm_fast.runtime import compile_ahead, dispatch, extension
 
 _WARM_UPS = 2  # calls before a capture: libraries choose their algorithms and kernels compile in the first
 
@@ -64,7 +64,8 @@ class CudaRecorder:
         """The body as a CUDA graph; calling the result replays it on the current stream, without waiting.
 
         Args:
-            body: what to capture. It runs a few times first, on a stream of its own.
+            body: what to capture. It runs a few times first, on a stream of its own, and before those once without
+                its Triton kernels, which compile in parallel meanwhile.
             reset: undoes what the body did; called before every one of those runs and before the capture.
 
         Raises:
@@ -76,6 +77,10 @@ class CudaRecorder:
         with torch.cuda.device(self.device), here, torch.random.fork_rng([self.device], device_type="cuda"):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
+                if compile_ahead.is_possible(self.device):
+                    with compile_ahead.compiling_ahead():
+                        reset()
+                        body()
                 for _ in range(_WARM_UPS):
                     reset()
                     body()

@@ -37,6 +37,7 @@ class Snapshot:
         dicts: further dictionaries whose entries count, such as an optimizer's state.
         lists: further lists.
         tensors: further tensors.
+        is_called: False for a model of which only its parameters and buffers count, and no attribute, hook and setting.
     """
 
     def __init__(
@@ -45,20 +46,26 @@ class Snapshot:
         dicts: Iterable[dict] = (),
         lists: Iterable[list] = (),
         tensors: Iterable[torch.Tensor] = (),
+        is_called: bool = True,
     ):
         modules = list(model.modules())
-        self._classes = list(set(map(type, modules)))
+        self._classes = list(set(map(type, modules))) if is_called else []
         self._forwards = list(map(attrgetter("forward"), self._classes))
-        self._parameters = list(model.parameters())
+        parameters = list(model.parameters())
+        self._parameters = parameters if is_called else []
         self._hooks = [list(map(attrgetter(name), self._parameters)) for name in _HOOKS]
-        compared = [*dicts, *_hooks_of_every_module(), *(h for h in chain(*self._hooks) if h is not None)]
+        compared = [*dicts, *(_hooks_of_every_module() if is_called else ())]
+        compared += [hooks for hooks in chain(*self._hooks) if hooks is not None]
         for module in modules:
             own = vars(module)
-            compared += (own, *(value for value in own.values() if isinstance(value, dict)))
+            if is_called:
+                compared += (own, *(value for value in own.values() if isinstance(value, dict)))
+            else:
+                compared += (own["_parameters"], own["_buffers"], own["_modules"])
         native = extension.load()
         comparison = _Comparison if native is None else native.Snapshot
-        self._comparison = comparison(compared, list(lists), modules, [*self._parameters, *model.buffers(), *tensors])
-        self._settings = recording.settings()
+        self._comparison = comparison(compared, list(lists), modules, [*parameters, *model.buffers(), *tensors])
+        self._settings = recording.settings() if is_called else None
 
     def holds(self) -> bool:
         """True if nothing has been replaced since."""
@@ -69,7 +76,7 @@ class Snapshot:
                 all(map(is_, map(attrgetter(name), self._parameters), hooks))
                 for name, hooks in zip(_HOOKS, self._hooks, strict=True)
             )
-            and recording.settings() == self._settings
+            and (self._settings is None or recording.settings() == self._settings)
         )
 
 

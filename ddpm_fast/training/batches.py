@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -28,13 +27,6 @@ def derive_seed(*parts: object) -> int:
     """A seed in [0, 2⁶³) that is a hash of the parts: unlike sums, it does not repeat for neighbouring parts."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def count_processors() -> int:
-    """Processors that this process may use, where the system says, else all."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def check_images(dataset: Any, shape: tuple[int, ...], value_range: tuple[float, float] | None) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,12 @@ from torch.optim import Adam, AdamW
 
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.xm import XMWrapper, process_of
-from ddpm_fast.runtime import recording
+from ddpm_fast.models.narrow_weights import KeptCopies
+from ddpm_fast.models.unet import Unet
+from ddpm_fast.runtime import recording, triton_launch
 from ddpm_fast.runtime.plain import as_int
 from ddpm_fast.runtime.snapshot import Snapshot
+from ddpm_fast.training.average import Average, foreign_method, why_not_averaged
 from ddpm_fast.training.optimizer_step import OptimizerStep
 
 
@@ -32,6 +35,7 @@ def capture_training_step(
     accumulate: int = 1,
     graph: bool | None = None,
     any_module: bool = False,
+    keep_copies: bool = False,
 ) -> TrainingStep:
     """A function `step(images) -> loss` that trains `diffusion` on one batch, as a CUDA graph where there is CUDA.
 
@@ -49,13 +53,16 @@ def capture_training_step(
         optimizer: Adam or AdamW over parameters of `diffusion`, best with `fused=True`; on CUDA with `capturable=True`.
         batch_shape: (B, C, H, W) of every batch.
         ema: an `ema_pytorch.EMA` of `diffusion`, or of the process in an `XMWrapper`; a call does what `ema.update()`
-            after the step would.
+            after the step would. One with an `update` of its own is called after the step.
         max_grad_norm: the gradients' norm is clipped to this; None leaves them.
         autocast: torch.bfloat16, torch.float16 with a scaler, or None for the weights' own dtype.
         scaler: scales the loss for float16 and skips steps whose gradients are not finite; it stays on the device.
         accumulate: batches per step: `step(images, more_images)` with 2. The gradient is that of their mean loss.
         graph: None records on CUDA and runs step by step elsewhere, True raises elsewhere, False never records.
         any_module: trust modules that are neither torch's nor this package's to do nothing in Python that matters.
+        keep_copies: the weights' copies for autocast are kept, and written by the optimizer's kernel. Between calls
+            weights then may be changed by torch's operators alone, and not through `.data`, which leaves no trace;
+            after that call `renew_copies`.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or a graph cannot replace the step; in one sentence.
@@ -78,6 +85,7 @@ def capture_training_step(
         accumulate=accumulate,
         recorder=recorder,
         any_module=any_module,
+        keep_copies=keep_copies,
     )
 
 
@@ -114,6 +122,7 @@ class TrainingStep:
         scaler: torch.amp.GradScaler | None = None,
         accumulate: int = 1,
         any_module: bool = False,
+        keep_copies: bool = False,
     ):
         _check_optimizer(optimizer, diffusion, capturable=recorder.freezes_decisions)
         shape = (diffusion.channels, *(diffusion.image_size or ()))
@@ -138,7 +147,13 @@ class TrainingStep:
         self._inputs: dict[tuple, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._loss = torch.zeros((), device=device)
         self.grad_norm = torch.full((), float("nan"), device=device)
-        self._average = None if ema is None else _Average(ema, _averaged(ema, diffusion), recorder)
+        self.ema: Any = ema
+        self._average = None if ema is None else _average_of(ema, _averaged(ema, diffusion), recorder)
+        # Parameters whose averages the optimizer's kernel moves: by the last body that ran, and by name of a recording.
+        self._by_kernel: frozenset[torch.Tensor] = frozenset()
+        self._by_kernel_in: dict[tuple, frozenset[torch.Tensor]] = {}
+        self.keep_copies = keep_copies
+        self._kept: KeptCopies | None = None
         # Learning rates on the device, where a graph reads them at each replay.
         self._rates: list[torch.Tensor] = []
         self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -147,6 +162,7 @@ class TrainingStep:
     def clear(self) -> None:
         """Drop what is recorded; the next call records again."""
         self._recordings: dict[tuple, recording.Body] = {}
+        self._by_kernel_in = {}
         self._captured_key: tuple | None = None
         self._snapshot: Snapshot | None = None
         self.flat_gradients: list[torch.Tensor] = []
@@ -178,6 +194,10 @@ class TrainingStep:
             if not images.is_floating_point() and images.dtype != torch.uint8:
                 raise TypeError(f"images must be floating point in [0, 1] or uint8, got {images.dtype}")
         self._see_changes()
+        if self._average is not None:
+            self._average.begin()
+        if self._kept is not None and not self._kept.is_current():
+            self._kept.refresh()
         is_whole = self.accumulate == 1 and self._processes == 1
         if not is_whole and not self._gradients:
             trained = [parameter for parameter in self._parameters if parameter.requires_grad]
@@ -196,9 +216,58 @@ class TrainingStep:
             self._average_over_processes()
             self._replay(("update", len(self._received)), self._update)
         torch.autograd.graph.increment_version(self._parameters)  # as if each op had been called
+        if self._kept is not None:
+            self._kept.now_current()
         if self._average is not None:
-            self._average.update()
+            self._average.finish(self._by_kernel)
+        elif self.ema is not None:
+            self.ema.update()
         return self._loss.clone()
+
+    def explain_optimizer(self) -> str:
+        """What moved weights and their average in the last step, and why no kernel where none did; one sentence."""
+        reasons = {
+            "their average": None
+            if self.ema is None
+            else why_not_averaged(self.ema, _averaged(self.ema, self.diffusion))
+        }
+        reasons["their copies for autocast"] = None if self.autocast is None else self._why_not_kept()
+        return self._optimizer_step.explain(reasons)
+
+    @property
+    def _network(self) -> Any:
+        process = process_of(self.diffusion)
+        return None if process is None else process.network
+
+    def renew_copies(self) -> None:
+        """Make the copies of `keep_copies` again, after weights were changed through `.data`."""
+        if self._kept is not None:
+            self._kept.refresh()
+
+    def _why_not_kept(self) -> str | None:
+        """Why no copies of the weights are kept, in one clause; None where they are."""
+        if not self.keep_copies:
+            return "keep_copies=False"
+        if self.autocast is None:
+            return "there is no autocast"
+        if not isinstance(self._network, Unet):
+            return f"the model is a {type(self._network).__name__}"
+        reason = triton_launch.why_not_triton(self.diffusion.device)
+        if reason is None and self.ema is not None and self._average is None:
+            reason = (
+                f"ema.update() may change weights: {why_not_averaged(self.ema, _averaged(self.ema, self.diffusion))}"
+            )
+        return reason or (None if self._kept is None else self._kept.why_not_written())
+
+    def _look_at_weights(self) -> None:
+        """Keep copies of the weights where that is possible, the same as long as they fit."""
+        device = self.diffusion.device
+        if self._why_not_kept() is not None or self.autocast is None:
+            self._kept = None
+        elif self._kept is None or not self._kept.fit(device, self.autocast):
+            self._kept = KeptCopies(self._network, device, self.autocast)
+            if self._kept.why_not_written() is not None:
+                self._kept = None
 
     def _take_in(self, kind: tuple, images: torch.Tensor, flips: torch.Tensor | None) -> None:
         """Copy a batch to where the recordings of its kind read it."""
@@ -214,13 +283,23 @@ class TrainingStep:
         """Drop recordings that something has made invalid, and refuse what cannot be recorded any more."""
         if self.recorder.freezes_decisions:
             self._hold_rates()
-        if self._snapshot is not None and self._snapshot.holds() and self._options() == self._captured_options:
+        average = self._average
+        if (
+            self._snapshot is not None
+            and self._snapshot.holds()
+            and (average is None or average.holds())
+            and self._options() == self._captured_options
+        ):
             return
         lay_out_state(self.optimizer)
         self._parameters = list(self.diffusion.parameters())
+        if average is not None:
+            average.refresh()
+        self._look_at_weights()
         if self.scaler is not None and self.scaler._scale is None:
             self.scaler.scale(self._loss)  # makes its state, which a recording only changes
         if not self.recorder.freezes_decisions:
+            self._take_snapshot()
             return
         reason = why_not_recorded(self.diffusion, self.optimizer, self.any_module)
         if reason is not None:
@@ -244,7 +323,9 @@ class TrainingStep:
             self._captured_key = self._capture_key()
             if self.recorder.freezes_decisions:
                 self._take_snapshot()
+                self._by_kernel_in[name] = self._by_kernel
         self._recordings[name]()
+        self._by_kernel = self._by_kernel_in.get(name, self._by_kernel)
 
     def _whole_step(self, kind: tuple, self_conditioned: bool | None) -> None:
         self._drop_gradients()
@@ -286,17 +367,20 @@ class TrainingStep:
         images, flips = self._inputs[kind]
         options: dict[str, Any] = {} if self_conditioned is None else {"self_conditioned": self_conditioned}
         options |= {} if flips is None else {"flip": flips}
-        with torch.autocast(
+        autocast = torch.autocast(
             images.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
-        ):
+        )
+        with autocast, nullcontext() if self._kept is None else self._kept.read():
             loss = self.diffusion(images, **options)
             loss = loss / self.accumulate if self.accumulate > 1 else loss
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach()
 
     def _step_optimizer(self) -> None:
+        self._by_kernel = frozenset()
         if self._optimizer_step.why_not() is None:
-            norm = self._optimizer_step.apply(self.max_grad_norm, self.scaler)
+            copies = None if self._kept is None else self._kept.parts
+            norm, self._by_kernel = self._optimizer_step.apply(self.max_grad_norm, self.scaler, self._average, copies)
             if self.max_grad_norm is not None:
                 self.grad_norm.copy_(norm)
             return
@@ -310,6 +394,8 @@ class TrainingStep:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        if self._kept is not None:
+            self._kept.refresh()
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:
@@ -319,6 +405,8 @@ class TrainingStep:
         """A function that puts weights, gradients, scale and the optimizer's state back to what they are now."""
         held = [*self.diffusion.parameters(), *self.diffusion.buffers(), *self.flat_gradients, self._loss]
         held += _state_of_scaler(self.scaler)
+        held += [] if self._average is None else self._average.targets.values()
+        held += [] if self._kept is None else self._kept.copies
         saved = {t: t.detach().clone() for t in (*held, *_state_tensors(self.optimizer))}
 
         @torch.no_grad()
@@ -347,11 +435,14 @@ class TrainingStep:
         state = recording.storage_key((*_state_tensors(self.optimizer), *_state_of_scaler(self.scaler)))
         forwards = [type(module).forward for module in diffusion.modules()]
         weights = recording.weights_of(diffusion)
-        return weights, forwards, state, wanted, members, options, attributes, recording.settings()
+        written = [] if self._average is None else [*self._average.targets.values()]
+        written += [] if self._kept is None else self._kept.copies
+        key = recording.storage_key(written)
+        return weights, forwards, state, wanted, members, options, attributes, key, recording.settings()
 
     def _options(self) -> tuple:
         """This step's own settings, and those of the scaler."""
-        own = (self.max_grad_norm, self.autocast, self.accumulate, self.any_module)
+        own = (self.max_grad_norm, self.autocast, self.accumulate, self.any_module, self.keep_copies)
         return own if self.scaler is None else (*own, *_settings_of_scaler(self.scaler))
 
     def _take_snapshot(self) -> None:
@@ -359,92 +450,12 @@ class TrainingStep:
         optimizer = self.optimizer
         own = vars(optimizer)
         dicts = [own, *(value for value in own.values() if isinstance(value, dict))]
-        dicts += [*optimizer.state.values(), *optimizer.param_groups]
+        dicts += optimizer.state.values()
         lists = [optimizer.param_groups, *(group["params"] for group in optimizer.param_groups)]
+        if self.recorder.freezes_decisions:  # else a learning rate is read in every step
+            dicts += optimizer.param_groups
         tensors = [*_state_tensors(optimizer), *_state_of_scaler(self.scaler)]
         self._snapshot, self._captured_options = Snapshot(self.diffusion, dicts, lists, tensors), self._options()
-
-
-class _Average:
-    """`ema_pytorch.EMA.update`, with its counters on the host and its arithmetic recorded.
-
-    The average moves only every few steps; on the others nothing is replayed.
-    """
-
-    def __init__(self, ema: Any, diffusion: Any, recorder: Any):
-        if ema.model is not diffusion:
-            raise ValueError("ema must be an EMA of diffusion, got one of another model")
-        if ema.ema_model is None:
-            raise ValueError("ema must have its copy of the model already, got one with lazy_init_ema=True")
-        if ema.update_model_with_ema_every is not None:
-            raise ValueError("ema must leave the model alone, got one with update_model_with_ema_every")
-        if ema.param_or_buffer_names_no_ema:
-            raise ValueError("ema must average or ignore, got one with param_or_buffer_names_no_ema")
-        # Reading them on the device would wait for it.
-        ema.initted, ema.step = ema.initted.cpu(), ema.step.cpu()
-        self.ema, self.recorder = ema, recorder(diffusion.device)
-        self._weight = torch.zeros((), device=diffusion.device)  # 1 − decay
-        # By name: the addresses of the tensors, and the function that replays.
-        self._recordings: dict[str, tuple[list[int], recording.Body]] = {}
-        self._snapshots: tuple[Snapshot, ...] = ()
-        self._ignored: tuple = ()
-
-    def update(self) -> None:
-        """The update of this step; the host decides which, as the package does, and waits for nothing."""
-        ema = self.ema
-        step = int(ema.step)
-        ema.step += 1
-        is_due = step % ema.update_every == 0
-        if not ema.initted or (is_due and step <= ema.update_after_step):
-            self._replay("copy")
-            ema.initted.fill_(True)
-        elif is_due and not ema.is_frozen:
-            self._weight.fill_(1 - ema.get_current_decay())
-            self._replay("move")
-
-    def _replay(self, name: str) -> None:
-        ignored = (*self.ema.ignore_names, None, *self.ema.ignore_startswith_names)
-        holds = ignored == self._ignored and all(snapshot.holds() for snapshot in self._snapshots)
-        if not holds or name not in self._recordings:
-            pairs = self._pairs(name)
-            held = [t.data_ptr() for pair in pairs for t in pair]
-            if name not in self._recordings or held != self._recordings[name][0]:
-                self._recordings[name] = (held, self._record(name, pairs))
-            self._written = [*self.ema.ema_model.parameters(), *self.ema.ema_model.buffers()]
-            if not holds or not self._snapshots:
-                # Recordings of other names are looked at again when they are due.
-                self._recordings = {name: self._recordings[name]}
-                self._snapshots, self._ignored = (Snapshot(self.ema), Snapshot(self.ema.model)), ignored
-        self._recordings[name][1]()
-        torch.autograd.graph.increment_version(self._written)
-
-    def _record(self, name: str, pairs: list) -> recording.Body:
-        targets = [target for target, _ in pairs]
-        saved = [target.clone() for target in targets]
-        return self.recorder.record(partial(self._apply, name, pairs), lambda: torch._foreach_copy_(targets, saved))
-
-    @torch.no_grad()
-    def _apply(self, name: str, pairs: list) -> None:
-        targets, sources = map(list, zip(*pairs, strict=True))
-        if name == "copy":
-            torch._foreach_copy_(targets, sources)
-            return
-        # The weight is read on the device; a number would be part of the recording.
-        torch._foreach_lerp_(targets, sources, [self._weight] * len(targets))
-
-    def _pairs(self, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The average's tensors and the model's; what is ignored is only copied at the beginning."""
-        ema = self.ema
-        both = itertools.chain(
-            zip(ema.get_params_iter(ema.ema_model), ema.get_params_iter(ema.model), strict=True),
-            zip(ema.get_buffers_iter(ema.ema_model), ema.get_buffers_iter(ema.model), strict=True),
-        )
-        ignored = (*ema.ignore_startswith_names,)
-        return [
-            (average.data, current.data)
-            for (key, average), (_, current) in both
-            if name == "copy" or not (key in ema.ignore_names or key.startswith(ignored))
-        ]
 
 
 def _averaged(ema: Any, diffusion: nn.Module) -> nn.Module:
@@ -464,6 +475,16 @@ def plain_groups(optimizer_state: Mapping[str, Any]) -> list[dict[str, Any]]:
             group["lr"] = float(f"{group['lr'].item():.7g}")
         groups.append(group)
     return groups
+
+
+def _average_of(ema: Any, diffusion: Any, recorder: Any) -> Average | None:
+    """None if `ema.update()` has to be called; ValueError for what the end of a step would not do."""
+    if foreign_method(ema) is not None:
+        return None
+    reason = why_not_averaged(ema, diffusion)
+    if reason is not None:
+        raise ValueError(f"ema must be an average of diffusion that each step moves alone, and {reason}")
+    return Average(ema, diffusion.device, recorder)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

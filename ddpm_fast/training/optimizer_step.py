@@ -9,6 +9,7 @@ import torch
 from torch.optim import Adam, AdamW
 
 from ddpm_fast.ops.adam_step.op import AdamSettings, Tables, adam_step, why_not_fused
+from ddpm_fast.training.average import Average
 
 
 class OptimizerStep:
@@ -21,9 +22,16 @@ class OptimizerStep:
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
         self._tables = Tables()
+        # Of the last step.
+        self._reason: str | None = "no step was made"
+        self._written: list[str] = []
 
     def why_not(self) -> str | None:
         """Why torch's own step has to run, in one clause; None where this one can."""
+        self._reason = self._why_not()
+        return self._reason
+
+    def _why_not(self) -> str | None:
         optimizer: Any = self.optimizer
         if type(optimizer) not in (Adam, AdamW):  # a subclass may do anything in Python
             return f"the optimizer is a {type(optimizer).__name__}"
@@ -52,11 +60,14 @@ class OptimizerStep:
         grad_scale: torch.Tensor | None = None,
         averages: Mapping[torch.Tensor, torch.Tensor] | None = None,
         average_weight: torch.Tensor | None = None,
+        copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of all parameters that have a gradient; see `adam_step`.
 
         Args:
-            averages: parameter → its average, for every parameter that has a gradient.
+            averages: parameter → its average; a parameter that is not there has none, and one without a gradient
+                leaves its average alone.
+            copies: parameter → its copy in a half type, in the same way.
 
         Returns:
             The gradients' norm before clipping, and 1.0 if the step was skipped, else 0.0; scalars on the device.
@@ -84,17 +95,37 @@ class OptimizerStep:
             settings,
             max_grad_norm=max_grad_norm,
             grad_scale=grad_scale,
-            averages=None if averages is None else [averages[p] for p in params],
+            averages=[averages.get(p) for p in params] if averages else None,
             average_weight=average_weight,
+            copies=[copies.get(p) for p in params] if copies else None,
             tables=self._tables,
         )
-        written = [*params, *moments, *squares, *steps, *(averages or {}).values()]
-        torch.autograd.graph.increment_version(written)  # as if torch's operators had written them
+        # As if torch's operators had written them; who moves an average knows whether it has.
+        written = [*params, *moments, *squares, *steps]
+        torch.autograd.graph.increment_version(written)
         return result
 
-    def apply(self, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None) -> torch.Tensor:
-        """One step, and what `scaler.unscale_`, `step` and `update` do; the gradients' norm, a scalar on the device."""
-        norm, skipped = self(max_grad_norm=max_grad_norm, grad_scale=None if scaler is None else scaler._scale)
+    def apply(
+        self,
+        max_grad_norm: float | None,
+        scaler: torch.amp.GradScaler | None,
+        average: Average | None = None,
+        copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, frozenset[torch.Tensor]]:
+        """One step, and what `scaler.unscale_`, `step` and `update` do.
+
+        Returns:
+            The gradients' norm, a scalar on the device, and the parameters whose averages were moved, too.
+        """
+        norm, skipped = self(
+            max_grad_norm=max_grad_norm,
+            grad_scale=None if scaler is None else scaler._scale,
+            averages=None if average is None else average.targets,
+            average_weight=None if average is None else average.weight,
+            copies=copies,
+        )
+        moved = frozenset[torch.Tensor]() if average is None else average.moved_with_gradients()
+        self._written = ["their average"] * bool(moved) + ["their copies for autocast"] * bool(copies)
         if scaler is not None:
             assert scaler._scale is not None and scaler._growth_tracker is not None, "the loss was scaled"
             torch._amp_update_scale_(
@@ -105,7 +136,20 @@ class OptimizerStep:
                 scaler.get_backoff_factor(),
                 scaler.get_growth_interval(),
             )
-        return norm
+        return norm, moved
+
+    def explain(self, reasons: Mapping[str, str | None]) -> str:
+        """How the last step was made, in one sentence.
+
+        Args:
+            reasons: what one pass could have written besides weights, and why it has not; None where it has, or where
+                there is no such thing.
+        """
+        if self._reason is not None:
+            return f"torch clips gradients and moves weights: {self._reason}"
+        parts = ["one pass clips gradients and moves weights", *self._written]
+        done = ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else parts[0]
+        return "; ".join([done, *(f"not {name}: {reason}" for name, reason in reasons.items() if reason is not None)])
 
 
 def _begin(state: dict[str, Any], parameter: torch.Tensor) -> None:

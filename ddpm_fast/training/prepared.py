@@ -16,9 +16,10 @@ import torch
 import torch.utils.data
 from torch.utils.data import DataLoader
 
+from ddpm_fast.runtime.compile_ahead import count_processors
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.training.atomic_files import open_atomically
-from ddpm_fast.training.batches import Unbound, count_processors, ignore_interrupts
+from ddpm_fast.training.batches import Unbound, ignore_interrupts
 from ddpm_fast.training.data import IMAGE_ENDINGS, Dataset, DigitsDataset
 from ddpm_fast.training.pixels import Color
 

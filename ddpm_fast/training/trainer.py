@@ -27,15 +27,17 @@ from ddpm_fast.diffusion.discrete_process import DiscreteProcess
 from ddpm_fast.diffusion.xm import XMWrapper, process_of
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime import recording
+from ddpm_fast.runtime.compile_ahead import count_processors
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.plain import as_int, as_number, plain, shown
+from ddpm_fast.runtime.snapshot import Snapshot
+from ddpm_fast.training.average import Average, why_not_averaged
 from ddpm_fast.training.batches import (
     Batch,
     BatchOrder,
     BatchStream,
     check_images,
     collate,
-    count_processors,
     derive_seed,
 )
 from ddpm_fast.training.captured_step import (
@@ -116,6 +118,7 @@ class Trainer:
     mixed_precision_type: "bf16", "fp16" or "no"; None is fp16 on CUDA cards without bf16, else bf16.
     graph: a step is recorded as CUDA graphs and replayed, with the same result. None does so where it can and warns
         with the reason on CUDA where it cannot (`explain_graphs` says it, too), True raises there, False never does.
+        What makes the update of the weights, `explain_optimizer` says.
     exts, value_range, background: of a folder, as of `Dataset`; None chooses. A checkpoint records the value range.
 
     The randomness of a step is a function of (seed, rank, step), and its images are one of (seed, step): a run that
@@ -264,6 +267,9 @@ class Trainer:
             if own_forward is not None:
                 vars(diffusion_model)["forward"] = own_forward
         self._optimizer_step = OptimizerStep(self.opt.optimizer)
+        # Of steps that are not recorded, and what it was made of.
+        self._average: Average | None = None
+        self._averaged: tuple[object, Snapshot] | None = None
         self._graph = graph
         self._captured: TrainingStep | None = None
         # Why a recording failed, once one has.
@@ -374,6 +380,8 @@ class Trainer:
         with self._own_precision(), self._catch_stop_signals(), bar as self._bar:
             self._start_window()
             self.model.train()
+            if self._captured is not None:
+                self._captured.renew_copies()
             while self.step < self.train_num_steps:
                 self._train_step()
                 self._bar.update(1)
@@ -389,6 +397,14 @@ class Trainer:
         if reason is None:
             return f"training replays {self._recorder.what}"
         return f"training runs step by step: {reason}"
+
+    def explain_optimizer(self) -> str:
+        """What moved weights and their average in the last step, and why no kernel where none did; one sentence."""
+        if self._captured is not None:
+            return self._captured.explain_optimizer()
+        is_main = self.accelerator.is_main_process
+        reason = why_not_averaged(self.ema, self._diffusion) if is_main else None
+        return self._optimizer_step.explain({"their average": reason})
 
     @property
     def _trained(self) -> Any:
@@ -449,6 +465,7 @@ class Trainer:
             scaler=self.accelerator.scaler,
             accumulate=self.gradient_accumulate_every,
             any_module=bool(self._graph),
+            keep_copies=True,  # nobody else changes weights while `train` runs
         )
 
     def _why_not_recorded(self) -> str | None:
@@ -479,15 +496,35 @@ class Trainer:
                     loss = self.model(batch.images, **batch.options) / self.gradient_accumulate_every
                 self.accelerator.backward(loss)
             total_loss = total_loss + loss.detach()
+        average, moved = None, frozenset[torch.Tensor]()
         if self._optimizer_step.why_not() is None:
-            norm = self._optimizer_step.apply(self.max_grad_norm, self.accelerator.scaler)
+            average = self._average_beside_the_step()
+            if average is not None:
+                average.begin()
+            norm, moved = self._optimizer_step.apply(self.max_grad_norm, self.accelerator.scaler, average)
         else:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
             self.opt.step()
         self.opt.zero_grad()
-        if self.accelerator.is_main_process:
+        if average is not None:
+            average.finish(moved)
+        elif self.accelerator.is_main_process:
             self.ema.update()
         return total_loss, norm.detach()
+
+    def _average_beside_the_step(self) -> Average | None:
+        """What the optimizer's kernel moves of the average; None where `ema.update()` does."""
+        if not self.accelerator.is_main_process or why_not_averaged(self.ema, self._diffusion) is not None:
+            return None
+        average = self._average
+        if average is None or self._averaged is None or self._averaged[0] is not self.ema:
+            self._average = average = Average(self.ema, self.device, recording.EagerRecorder)
+        elif self._averaged[1].holds() and average.holds():
+            return average
+        else:
+            average.refresh()
+        self._averaged = self.ema, Snapshot(self._diffusion)
+        return average
 
     def _seed_step(self) -> None:
         """Make what is drawn in this step a function of (seed, rank, step)."""

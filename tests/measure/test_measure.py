@@ -18,6 +18,7 @@ from ddpm_fast.measure import baselines, charts, command, compare, machine, prof
 from ddpm_fast.measure.baselines import Configuration
 from ddpm_fast.measure.timing import Interleaved, Timing, ratio
 from ddpm_fast.runtime import dispatch, extension
+from ddpm_fast.training import captured_step
 
 CPU = torch.device("cpu")
 TINY = Configuration(dim=8, dim_mults=(1, 2), image_size=8, batch=2, steps=2)
@@ -84,7 +85,14 @@ def test_ours_is_recorded_on_cuda(monkeypatch, name, dtype, graph):
     made = baselines.make(name, replace(TINY, dtype=dtype), torch.device("cuda"))
     assert asked == [graph] and "fused" in made.optimizer
     baselines.make(name, replace(TINY, dtype="fp16"), torch.device("cuda"))
-    assert asked == [graph], "float16 needs a scaler, which is not recorded"
+    assert asked == [graph, graph]
+
+
+def test_float16_is_recorded_with_a_scaler(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(captured_step, "capture_training_step", lambda *args, **options: asked.update(options))
+    baselines._captured(None, None, torch.zeros(1), replace(TINY, dtype="fp16"), graph=True)
+    assert asked["autocast"] is torch.float16 and asked["scaler"] is not None and asked["keep_copies"]
 
 
 def test_a_red_equality_check_refuses_to_time(monkeypatch):

@@ -16,7 +16,8 @@ from ddpm_fast.testing.recorders import (
     Waits,
     WaitsInBackward,
 )
-from ddpm_fast.training.captured_step import TrainingStep, _Average
+from ddpm_fast.training.average import Average
+from ddpm_fast.training.captured_step import TrainingStep
 
 RELEASES = [(2, 11), (2, 13), (2, 14)]
 SHAPE = (2, 3, 4, 4)
@@ -185,14 +186,20 @@ def test_an_average_whose_beginning_failed_begins_at_the_next_step():
     diffusion = make()
     ema = EMA(diffusion, update_every=1, update_after_step=0)
     FailsOnce.fails = True
-    average = _Average(ema, diffusion, FailsOnce)
+    average = Average(ema, diffusion.device, FailsOnce)
     with torch.no_grad():
         diffusion.model.final_conv.bias.fill_(7)
     with pytest.raises(RuntimeError, match="cannot be captured"):
-        average.update()
-    assert not ema.initted
-    average.update()
-    assert ema.initted and torch.equal(ema.ema_model.model.final_conv.bias, diffusion.model.final_conv.bias)
+        average.begin()
+        average.finish()
+    assert not ema.initted and ema.step == 0
+    average.begin()
+    average.finish()
+    assert (
+        ema.initted
+        and ema.step == 1
+        and torch.equal(ema.ema_model.model.final_conv.bias, diffusion.model.final_conv.bias)
+    )
 
 
 def tapes_can_be_made() -> str | None:

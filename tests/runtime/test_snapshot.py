@@ -119,3 +119,18 @@ def test_a_hook_in_a_dictionary_that_was_there(taken):
     before = take()
     weight.register_hook(lambda grad: grad)
     assert not before.holds()
+
+
+def test_of_a_model_that_is_not_called_only_its_tensors_count(taken):
+    diffusion, _, _ = taken
+    snapshot = Snapshot(diffusion, is_called=False)
+    diffusion.eval()
+    diffusion.model.note = 1
+    handle = diffusion.model.register_forward_hook(lambda *args: None)
+    with use_backend("reference"):
+        assert snapshot.holds()
+    handle.remove()
+    for name in ("a module", "a parameter", "a buffer", "data", "dtype"):
+        snapshot = Snapshot(diffusion, is_called=False)
+        CHANGES[name](diffusion, None)
+        assert not snapshot.holds(), name

@@ -11,7 +11,9 @@ On CUDA three launches, however many tensors there are. The state is torch.optim
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -25,15 +27,59 @@ __all__ = ["AdamSettings", "Tables", "adam_step", "why_not_fused"]
 
 
 class Tables:
-    """Where the kernels find the tensors of a step: addresses on the device, made again when they change.
+    """What is known of the tensors of a step, and where the kernels find them: addresses on the device.
 
-    A recording reads them at every replay: keep the object as long as the recording, and give it to every call with
-    these parameters. A first call, or one with other tensors, waits for the device, and must not be recorded.
+    All is made again when a tensor is another one or moves. A recording reads the addresses at every replay: keep the
+    object as long as the recording, and give it to every call with these parameters. A first call, or one with other
+    tensors, waits for the device, and must not be recorded.
     """
 
     def __init__(self) -> None:
-        self.key: tuple | None = None
+        self._numbers: tuple | None = None
+        self._tensors: list[torch.Tensor | None] = []
+        self._params: list[Any] = []
+        self._facts: tuple[list, ...] = ()
+        self._like: tuple[list, ...] = ()
+        # Of the kernels' own.
         self.held: Any = None
+
+    def hold(self, lists: Sequence[Sequence[torch.Tensor | None] | None], settings: Sequence[AdamSettings]) -> bool:
+        """True if these tensors and settings, besides the learning rates, were remembered and nothing has moved."""
+        return (
+            self._numbers == _numbers(lists, settings)
+            and all(map(is_, chain.from_iterable(filter(None, lists)), self._tensors))
+            and self._facts == self._facts_now()
+        )
+
+    def remember(self, lists: Sequence[Sequence[torch.Tensor | None] | None], settings: Sequence[AdamSettings]) -> None:
+        """Once they have been checked."""
+        self._numbers = _numbers(lists, settings)
+        self._tensors = list(chain.from_iterable(filter(None, lists)))
+        self._params = list(lists[0] or ())
+        self._facts = self._facts_now()
+        self._like = tuple(list(map(of, self._params)) for of in _FACTS_OF_GRADS)
+        self.held = None
+
+    def fit(self, grads: Sequence[torch.Tensor]) -> bool:
+        """True if these are gradients of the remembered parameters, in shape, dtype and device."""
+        return all(list(map(of, grads)) == like for of, like in zip(_FACTS_OF_GRADS, self._like, strict=True))
+
+    def _facts_now(self) -> tuple[list, ...]:
+        tensors = [tensor for tensor in self._tensors if tensor is not None]
+        facts = (list(map(of, tensors)) for of in (torch.Tensor.data_ptr, attrgetter("dtype")))
+        return *facts, list(map(torch.Tensor.stride, self._params))
+
+
+_FACTS_OF_GRADS: tuple[Callable[[Any], object], ...] = (
+    attrgetter("shape"),
+    attrgetter("dtype"),
+    torch.Tensor.get_device,
+)
+
+
+def _numbers(lists: Sequence[Sequence | None], settings: Sequence[AdamSettings]) -> tuple:
+    own = [(g.count, g.beta1, g.beta2, g.eps, g.weight_decay, g.decoupled, type(g.lr)) for g in settings]
+    return tuple(None if tensors is None else len(tensors) for tensors in lists), own
 
 
 def adam_step(
@@ -46,9 +92,9 @@ def adam_step(
     *,
     max_grad_norm: float | None = None,
     grad_scale: torch.Tensor | None = None,
-    averages: Sequence[torch.Tensor] | None = None,
+    averages: Sequence[torch.Tensor | None] | None = None,
     average_weight: torch.Tensor | None = None,
-    copies: Sequence[torch.Tensor] | None = None,
+    copies: Sequence[torch.Tensor | None] | None = None,
     tables: Tables | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clip gradients, update parameters in place by Adam, and with them their average and their copies.
@@ -63,8 +109,8 @@ def adam_step(
         grad_scale: one float32 element that the loss was multiplied by. Gradients are divided by it, and where one is
             not finite, or their norm overflows, no parameter, moment and step changes.
         averages: moved towards the new parameters by `average_weight`, one float32 element on the device; all the way
-            if None. With a weight of 0 they are not read.
-        copies: overwritten with the new parameters, in float16 or bfloat16.
+            if None. With a weight of 0 they are not read. A parameter whose entry is None has no average.
+        copies: overwritten with the new parameters, in float16 or bfloat16; None as an entry means none.
         tables: see `Tables`; None makes some for this call alone.
 
     Returns:
@@ -73,7 +119,12 @@ def adam_step(
     Raises:
         TypeError, ValueError: an argument does not match its description.
     """
-    _check(params, grads, exp_avgs, exp_avg_sqs, steps, settings, averages, average_weight, copies, grad_scale)
+    lists = (params, exp_avgs, exp_avg_sqs, steps, averages, copies)
+    tables = Tables() if tables is None else tables
+    if not tables.hold(lists, settings) or not tables.fit(grads):
+        _check(params, grads, exp_avgs, exp_avg_sqs, steps, settings, averages, copies)
+        tables.remember(lists, settings)
+    _check_scalars(params[0].device, settings, average_weight, grad_scale)
     return _adam_step_op(
         params,
         grads,
@@ -97,10 +148,8 @@ def _check(
     exp_avg_sqs: Sequence[torch.Tensor],
     steps: Sequence[torch.Tensor],
     settings: Sequence[AdamSettings],
-    averages: Sequence[torch.Tensor] | None,
-    average_weight: torch.Tensor | None,
-    copies: Sequence[torch.Tensor] | None,
-    grad_scale: torch.Tensor | None,
+    averages: Sequence[torch.Tensor | None] | None,
+    copies: Sequence[torch.Tensor | None] | None,
 ) -> None:
     """The checks of every implementation; elements are not asked for, since that would wait for the device."""
     if len(params) == 0:
@@ -111,12 +160,17 @@ def _check(
     device, dtype = params[0].device, params[0].dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"params must be float32 or float64, got {dtype}")
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists: dict[str, Sequence[torch.Tensor | None]] = {"params": params, "grads": grads}
+    lists |= {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lists |= {} if averages is None else {"averages": averages}
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} must be {len(params)}, one for each of params, got {len(tensors)}")
         for p, tensor in zip(params, tensors, strict=True):
+            if tensor is None:
+                if tensors is averages:
+                    continue
+                raise TypeError(f"{name} must be tensors, got None for {tuple(p.shape)}")
             if tensor.shape != p.shape or tensor.dtype is not dtype or tensor.device != device:
                 raise ValueError(
                     f"{name} must be {dtype} on {device} and of their parameters' shapes, got {tensor.dtype} of shape "
@@ -125,9 +179,18 @@ def _check(
     if len(steps) != len(params) or any(step.numel() != 1 for step in steps):
         raise ValueError("steps must be one element for each of params")
     if copies is not None and (
-        len(copies) != len(params) or any(copy.shape != p.shape for copy, p in zip(copies, params, strict=True))
+        len(copies) != len(params)
+        or any(copy is not None and copy.shape != p.shape for copy, p in zip(copies, params, strict=True))
     ):
         raise ValueError("copies must be of the shapes of params")
+
+
+def _check_scalars(
+    device: torch.device,
+    settings: Sequence[AdamSettings],
+    average_weight: torch.Tensor | None,
+    grad_scale: torch.Tensor | None,
+) -> None:
     scalars = [("average_weight", average_weight), ("grad_scale", grad_scale)]
     scalars += [("a tensor lr", group.lr) for group in settings if isinstance(group.lr, torch.Tensor)]
     for name, scalar in scalars:
@@ -141,7 +204,7 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def why_not_fused(
-    params: Sequence[torch.Tensor], steps: Sequence[torch.Tensor], copies: Sequence[torch.Tensor] | None = None
+    params: Sequence[torch.Tensor], steps: Sequence[torch.Tensor], copies: Sequence[torch.Tensor | None] | None = None
 ) -> str | None:
     """Why the kernels cannot do a step of these parameters, in one clause; None where they can."""
     reason = triton_launch.why_not_triton(params[0].device)
@@ -155,7 +218,8 @@ def why_not_fused(
     for step in steps:
         if step.dtype is not torch.float32 or step.device != params[0].device:
             return f"a step count is {step.dtype} on {step.device}, and the kernels count in float32 on the device"
-    if copies is not None and (len({c.dtype for c in copies}) > 1 or copies[0].dtype.itemsize != 2):
+    dtypes = {copy.dtype for copy in copies or () if copy is not None}
+    if len(dtypes) > 1 or any(dtype.itemsize != 2 for dtype in dtypes):
         return "copies are not of one half type"
     return None
 
@@ -178,9 +242,12 @@ def _triton_refuses(
     steps: Sequence[torch.Tensor],
     settings: Sequence[AdamSettings],
     *,
-    copies: Sequence[torch.Tensor] | None = None,
+    copies: Sequence[torch.Tensor | None] | None = None,
+    tables: Tables | None = None,
     **others: Any,
 ) -> str | None:
+    if tables is not None and tables.held is not None:  # the kernels have taken these tensors before
+        return triton_launch.why_not_triton(params[0].device)
     return why_not_fused(params, steps, copies)
 
 

@@ -21,9 +21,9 @@ def adam_step(
     *,
     max_grad_norm: float | None = None,
     grad_scale: torch.Tensor | None = None,
-    averages: Sequence[torch.Tensor] | None = None,
+    averages: Sequence[torch.Tensor | None] | None = None,
     average_weight: torch.Tensor | None = None,
-    copies: Sequence[torch.Tensor] | None = None,
+    copies: Sequence[torch.Tensor | None] | None = None,
     tables: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ddpm_fast.ops.adam_step.op.adam_step`."""
@@ -54,8 +54,10 @@ def adam_step(
     if averages is not None:
         weight = average_weight if average_weight is not None else torch.ones_like(norm)
         for average, p in zip(averages, params, strict=True):
-            average.lerp_(p, weight.to(p.dtype))
+            if average is not None:
+                average.lerp_(p, weight.to(p.dtype))
     if copies is not None:
         for copy, p in zip(copies, params, strict=True):
-            copy.copy_(p)
+            if copy is not None:
+                copy.copy_(p)
     return norm, skips.to(norm.dtype)

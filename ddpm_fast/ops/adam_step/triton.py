@@ -142,6 +142,7 @@ def update_block(
     root_correction2,
     skipped,
     average_weight,
+    has_copy,
     AVERAGES: tl.constexpr,
     COPIES: tl.constexpr,
     DECAY: tl.constexpr,
@@ -177,7 +178,8 @@ def update_block(
             far = param - difference * (1.0 - average_weight)
             tl.store(average_ptr + o, tl.where(average_weight < 0.5, near, far), mask=mask)
     if COPIES:
-        tl.store(copy_ptr + o, param.to(copy_ptr.dtype.element_ty), mask=mask)
+        if has_copy:
+            tl.store(copy_ptr + o, param.to(copy_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -212,11 +214,15 @@ def adam_update_kernel(
     average_ptr = param_ptr
     copy_ptr = param_ptr
     average_weight = 0.0
+    has_copy = False
+    # A parameter without an average or a copy has 0 for its address.
     if AVERAGES:
         average_ptr = address(row_ptr, AVERAGE, tl.float32, ALIGNED) + first
         average_weight = 1.0 if average_weight_ptr is None else tl.load(average_weight_ptr)
+        average_weight = tl.where(tl.load(row_ptr + AVERAGE) == 0, 0.0, average_weight)
     if COPY_TYPE is not None:
         copy_ptr = address(row_ptr, COPY, COPY_TYPE, ALIGNED) + first
+        has_copy = tl.load(row_ptr + COPY) != 0
     step = tl.load(tl.load(row_ptr + STEP).to(tl.pointer_type(tl.float32)))
     lr = tl.load(lr_ptr).to(tl.float32)
     step_size = tl.div_rn(lr, one_minus_exp(step * tl.load(numbers_ptr + LOG1)))
@@ -226,14 +232,14 @@ def adam_update_kernel(
         if (i_block + 1) * BLOCK <= count:
             update_block(
                 param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, average_ptr, copy_ptr, i_block * BLOCK, count, lr,
-                numbers_ptr, weight_decay, factor, step_size, root_correction2, skipped, average_weight, AVERAGES,
-                COPY_TYPE is not None, DECAY, DECOUPLED, BLOCK, False,
+                numbers_ptr, weight_decay, factor, step_size, root_correction2, skipped, average_weight, has_copy,
+                AVERAGES, COPY_TYPE is not None, DECAY, DECOUPLED, BLOCK, False,
             )  # fmt: skip
         elif i_block * BLOCK < count:
             update_block(
                 param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, average_ptr, copy_ptr, i_block * BLOCK, count, lr,
-                numbers_ptr, weight_decay, factor, step_size, root_correction2, skipped, average_weight, AVERAGES,
-                COPY_TYPE is not None, DECAY, DECOUPLED, BLOCK, True,
+                numbers_ptr, weight_decay, factor, step_size, root_correction2, skipped, average_weight, has_copy,
+                AVERAGES, COPY_TYPE is not None, DECAY, DECOUPLED, BLOCK, True,
             )  # fmt: skip
 
 
@@ -250,6 +256,7 @@ class Layout:
     numbers: torch.Tensor  # (groups, NUMBERS) float32
     grads: torch.Tensor  # (tensors,) int64
     places: list[torch.Tensor]  # its elements
+    strides: list[tuple[int, ...]]  # of the parameters
     partial: torch.Tensor  # (chunks,) float32
     aligned: bool
 
@@ -257,11 +264,11 @@ class Layout:
 _COPY_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def make_layout(lists: Sequence[Sequence[torch.Tensor] | None], settings: Sequence[AdamSettings]) -> Layout:
+def make_layout(lists: Sequence[Sequence[torch.Tensor | None] | None], settings: Sequence[AdamSettings]) -> Layout:
     """Tables of the columns' tensors; a column may be None."""
     params = lists[0] or ()
     device = params[0].device
-    rows = [[0 if tensors is None else tensors[i].data_ptr() for tensors in lists] for i in range(len(params))]
+    rows = [[_address(None if tensors is None else tensors[i]) for tensors in lists] for i in range(len(params))]
     chunks, ends, tensor = [], [], 0
     for group in settings:
         for _ in range(group.count):
@@ -278,9 +285,15 @@ def make_layout(lists: Sequence[Sequence[torch.Tensor] | None], settings: Sequen
         torch.tensor([_numbers(group) for group in settings]).to(device),
         grads,
         list(grads.unbind()),
+        [param.stride() for param in params if param is not None],
         torch.empty(len(chunks), device=device),
         aligned,
     )
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor is; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _numbers(group: AdamSettings) -> tuple[float, ...]:
@@ -309,37 +322,32 @@ def adam_step(
     *,
     max_grad_norm: float | None,
     grad_scale: torch.Tensor | None,
-    averages: Sequence[torch.Tensor] | None,
+    averages: Sequence[torch.Tensor | None] | None,
     average_weight: torch.Tensor | None,
-    copies: Sequence[torch.Tensor] | None,
+    copies: Sequence[torch.Tensor | None] | None,
     tables: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ddpm_fast.ops.adam_step.op.adam_step`."""
-    lists = (params, exp_avgs, exp_avg_sqs, steps, averages, copies)
-    for tensors in (exp_avgs, exp_avg_sqs, averages or (), copies or ()):
-        for tensor, param in zip(tensors, params, strict=False):
-            if _laid_out(tensor, param) is not tensor:
-                raise ValueError(f"a tensor of strides {tensor.stride()} is of a parameter of strides {param.stride()}")
-    grads = [_laid_out(grad, param) for grad, param in zip(grads, params, strict=True)]
-    numbers = tuple((group.count, *_numbers(group)) for group in settings)
-    key = (
-        numbers,
-        params[0].device,
-        *(tuple([t.data_ptr() for t in tensors]) if tensors is not None else None for tensors in lists),
-        tuple([param.numel() for param in params]),
-    )
-    if tables is None or tables.key != key:
-        layout = make_layout(lists, settings)
-        if tables is not None:
-            tables.key, tables.held = key, layout
-    else:
-        layout = tables.held
+    layout = tables.held
+    if layout is None:
+        for tensors in (exp_avgs, exp_avg_sqs, averages or (), copies or ()):
+            for tensor, param in zip(tensors, params, strict=False):
+                if tensor is not None and _laid_out(tensor, param) is not tensor:
+                    raise ValueError(
+                        f"a tensor of strides {tensor.stride()} is of a parameter of strides {param.stride()}"
+                    )
+        layout = tables.held = make_layout((params, exp_avgs, exp_avg_sqs, steps, averages, copies), settings)
+    strides = list(map(torch.Tensor.stride, grads))
+    if strides != layout.strides:
+        grads = [_laid_out(grad, param) for grad, param in zip(grads, params, strict=True)]
     # Numbers, and not memory of the host, carry the addresses: a recording keeps them, and nothing is waited for.
-    addresses = [grad.data_ptr() for grad in grads]
+    addresses = list(map(torch.Tensor.data_ptr, grads))
     layout.grads.zero_()
     torch._foreach_add_(layout.places, addresses)
     aligned = layout.aligned and all(place % _WIDEST == 0 for place in addresses)
 
+    dtypes = [copy.dtype for copy in copies or () if copy is not None]
+    copy_type = _COPY_TYPES[dtypes[0]] if dtypes else None
     result = torch.empty(3, device=params[0].device)
     chunks, count = len(layout.partial), len(params)
     blocks = [triton_launch.next_power_of_2(triton.cdiv(n, _FINISH)) for n in (chunks, count)]
@@ -359,7 +367,7 @@ def adam_step(
                 adam_update_kernel[(end - first,)](
                     layout.grads, layout.addresses, layout.chunks, result, lr, layout.numbers[i], average_weight,
                     group.weight_decay, first, AVERAGES=averages is not None,
-                    COPY_TYPE=None if copies is None else _COPY_TYPES[copies[0].dtype], DECAY=group.weight_decay != 0,
+                    COPY_TYPE=copy_type, DECAY=group.weight_decay != 0,
                     DECOUPLED=group.decoupled, **shared, num_warps=4,
                 )  # fmt: skip
             first = end

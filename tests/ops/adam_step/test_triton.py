@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ema_pytorch import EMA
 
-from ddpm_fast import GaussianDiffusion
+from ddpm_fast import GaussianDiffusion, Trainer
 from ddpm_fast.ops.adam_step import triton as kernel
 from ddpm_fast.ops.adam_step.op import AdamSettings, Tables, adam_step
 from ddpm_fast.runtime import dispatch, triton_launch
 from ddpm_fast.runtime.dispatch import use_backend
-from ddpm_fast.runtime.recording import EagerRecorder
+from ddpm_fast.runtime.recording import CudaRecorder, EagerRecorder
 from ddpm_fast.testing.adam_cases import CASES, SHAPES, Model, assert_same_as_torch
 from ddpm_fast.testing.recorders import FrozenRecorder
 from ddpm_fast.training.captured_step import TrainingStep
 from ddpm_fast.training.optimizer_step import OptimizerStep
 
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
+RECORDER = FrozenRecorder if DEVICE == "cpu" else CudaRecorder
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +139,7 @@ class Tiny(torch.nn.Module):
 def test_a_training_step_by_the_kernels(scaled):
     """Recorded and not the same bits, and the weights of torch's clipping and Adam."""
     results = []
-    for recorder, by_torch in ((FrozenRecorder, False), (EagerRecorder, False), (EagerRecorder, True)):
+    for recorder, by_torch in ((RECORDER, False), (EagerRecorder, False), (EagerRecorder, True)):
         torch.manual_seed(0)
         diffusion = GaussianDiffusion(Tiny(), image_size=4, timesteps=10).to(DEVICE)
         optimizer = torch.optim.Adam(
@@ -159,3 +161,127 @@ def test_a_training_step_by_the_kernels(scaled):
     assert all(torch.equal(a, b) for a, b in zip(recorded, eager, strict=True))
     for ours, theirs in zip(eager, torchs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
+
+
+AVERAGES = {
+    "every step": dict(update_every=1, update_after_step=-1, beta=0.9),
+    "warming up": dict(update_every=2, update_after_step=2, inv_gamma=2.0, power=0.75, min_value=0.1, beta=0.5),
+    "ignored": dict(update_every=1, update_after_step=1, ignore_names={"model.first.weight"}),
+    "frozen": dict(update_every=1, update_after_step=1, beta=1.0),
+}
+
+
+def averaged_run(options, recorder, by_the_package=False, steps=7):
+    """A TrainingStep with an average after a few steps, and the diffusion."""
+    torch.manual_seed(0)
+    diffusion = GaussianDiffusion(Tiny(), image_size=4, timesteps=10).to(DEVICE)
+    ema = EMA(diffusion, use_foreach=True, **options)
+    if by_the_package:
+        ema.update = lambda: EMA.update(ema)
+    rate = torch.tensor(1e-2, device=DEVICE)
+    optimizer = torch.optim.Adam(diffusion.parameters(), rate, fused=True, capturable=True)
+    step = TrainingStep(diffusion, optimizer, (2, 3, 4, 4), recorder=recorder, ema=ema, any_module=True)
+    assert "no step" in step.explain_optimizer()
+    for index in range(steps):
+        torch.manual_seed(index)
+        step(torch.rand(2, 3, 4, 4).to(DEVICE))
+    return step, diffusion
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_the_average_moves_in_the_same_pass(name):
+    """Recorded and not the same bits, and the average of ema_pytorch's own update; its state dict is the same."""
+    recorded, eager = (averaged_run(AVERAGES[name], recorder)[0] for recorder in (RECORDER, EagerRecorder))
+    package, _ = averaged_run(AVERAGES[name], RECORDER, by_the_package=True)
+    states = [step.ema.state_dict() for step in (recorded, eager, package)]
+    assert states[0].keys() == states[1].keys() == states[2].keys()
+    for key in states[0]:
+        assert torch.equal(states[0][key], states[1][key]), key
+        torch.testing.assert_close(states[0][key], states[2][key], rtol=2e-6, atol=2e-7, msg=key)
+    assert recorded.explain_optimizer() == "one pass clips gradients and moves weights and their average"
+    assert "not their average: it is a EMA with its own update" in package.explain_optimizer()
+    both = zip(eager.ema.model.parameters(), eager.ema.ema_model.parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in both)
+
+
+def test_what_is_served_is_not_moved_again(monkeypatch):
+    """Only buffers are left to torch's operators."""
+    seen = []
+    lerp = torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda to, *rest: (seen.extend(to), lerp(to, *rest)))
+    step, diffusion = averaged_run(AVERAGES["every step"], EagerRecorder)
+    assert seen and len(diffusion._buffers) >= len({t.data_ptr() for t in seen})
+    parameters = {p.data_ptr() for p in step.ema.ema_model.parameters()}
+    assert not parameters & {t.data_ptr() for t in seen}
+
+
+def test_a_replaced_average_is_recorded_anew():
+    step, diffusion = averaged_run(AVERAGES["every step"], RECORDER, steps=3)
+    other, plain = averaged_run(AVERAGES["every step"], EagerRecorder, steps=3)
+    for one in (step, other):
+        weight = torch.full_like(one.ema.ema_model.model.first.weight, 2.0)
+        one.ema.ema_model.model.first.weight = torch.nn.Parameter(weight, requires_grad=False)
+    for index in range(2):
+        for one in (step, other):
+            torch.manual_seed(index)
+            one(torch.rand(2, 3, 4, 4).to(DEVICE))
+    averages = [one.ema.ema_model.model.first.weight for one in (step, other)]
+    assert torch.equal(*averages) and averages[0].max() < 2
+
+
+def test_averages_and_copies_of_some():
+    """A parameter without an average, or without a copy, beside others that have one."""
+    model = Model(DEVICE)
+    averages = [None if i % 2 else torch.randn_like(p) for i, p in enumerate(model.params)]
+    copies = [torch.zeros_like(p, dtype=torch.float16) if i % 2 else None for i, p in enumerate(model.params)]
+    given = [None if a is None else a.clone() for a in averages]
+    weight = torch.tensor(0.3, device=DEVICE)
+    run(model, averages=averages, average_weight=weight, copies=copies)
+    for p, average, before, copy in zip(model.params, averages, given, copies, strict=True):
+        if average is None:
+            assert torch.equal(copy, p.half())
+        else:
+            torch.testing.assert_close(average, before.lerp(p, 0.3))
+
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(index))
+
+
+class Recorded(Trainer):
+    _recorder = RECORDER
+
+
+@pytest.mark.filterwarnings("ignore:only .* images:UserWarning", "ignore:the effective batch:UserWarning")
+def test_a_trainer_goes_on_from_its_file(tmp_path):
+    """Recorded, step by step, and in two parts: the same bits of weights, moments and average."""
+
+    def trainer(folder, steps, **options):
+        torch.manual_seed(0)
+        diffusion = GaussianDiffusion(Tiny(), image_size=4, timesteps=10)
+        made = Recorded(
+            diffusion, Images(), results_folder=tmp_path / folder, train_batch_size=2, train_num_steps=steps,
+            ema_update_every=2, num_workers=0, calculate_fid=False, progress=False, seed=3, amp=False, **options,
+        )  # fmt: skip
+        made.ema.update_after_step = 2
+        made.opt.param_groups[0]["lr"] = torch.tensor(made.opt.param_groups[0]["lr"], device=DEVICE)
+        return made
+
+    runs = [trainer("recorded", 7, graph=True), trainer("eager", 7, graph=False)]
+    trainer("parts", 4, graph=True).train()
+    runs.append(trainer("parts", 7, graph=True))
+    runs[-1].load("last")
+    for made in runs:
+        made.train()
+        assert made.explain_optimizer() == "one pass clips gradients and moves weights and their average"
+    files = [torch.load(made.results_folder / "model-last.pt", weights_only=True) for made in runs]
+    for part in ("model", "ema"):
+        for key, value in files[0][part].items():
+            assert all(torch.equal(value, file[part][key]) for file in files[1:]), key
+    for number, state in files[0]["opt"]["state"].items():
+        for name, value in state.items():
+            assert all(torch.equal(value, file["opt"]["state"][number][name]) for file in files[1:]), name
