@@ -114,6 +114,9 @@ def uniform(snr: torch.Tensor) -> torch.Tensor:
     raise NotImplementedError("weight_of_output knows this one")
 
 
+_PURE = 20.0  # log(b/a) beyond this is noise or signal alone in float32
+
+
 class UncertaintyWeight(nn.Module):
     """A learned weight per level of noise (Karras et al. 2024, EDM2, eq. 14): loss·e^(−u) + u.
 
@@ -137,11 +140,12 @@ class UncertaintyWeight(nn.Module):
 
         Args:
             loss: (B,), weighted already.
-            log_noise: (B,) log(b/a).
+            log_noise: (B,) log(b/a); infinite where there is no signal or no noise.
 
         Returns:
             (B,).
         """
-        angles = log_noise.to(self.phases)[:, None] / 4 * self.frequencies + self.phases
+        log_noise = log_noise.to(self.phases).clamp(-_PURE, _PURE)
+        angles = log_noise[:, None] / 4 * self.frequencies + self.phases
         u = (2**0.5 * angles.cos()) @ self.weight / len(self.weight) ** 0.5
         return loss * torch.exp(-u) + u

@@ -199,7 +199,7 @@ def test_recorded_steps_have_the_same_bits(case, feature, tmp_path, monkeypatch)
         if feature == "uncertainty":
             assert not torch.equal(before, run._diffusion.uncertainty.weight)
             assert not torch.equal(before, run.ema.ema_model.uncertainty.weight)
-    assert torch.equal(results[0][1], results[1][1])
+    assert results[0][1].isfinite().all() and torch.equal(results[0][1], results[1][1])
     assert_same(results[0][0], results[1][0])
 
 
@@ -314,7 +314,7 @@ def test_the_wrong_process_is_named(tmp_path):
 def test_what_a_run_cannot_change(case, changed, tmp_path):
     trainer(make(case), tmp_path).save(1)
     (name,) = changed
-    with pytest.raises(CheckpointError, match=f"was trained with {name}=.*this trainer's diffusion has {name}="):
+    with pytest.raises(CheckpointError, match=f"was trained with .*{name}=.*this trainer's diffusion has {name}="):
         trainer(make(case, **changed), tmp_path).load(1)
 
 
