@@ -49,6 +49,35 @@ def test_equals_the_reference(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 3, 7, 9), (2, 3, 8, 8), (1, 3, 6, 6), (3, 4, 40, 64), (3, 10)])
+def test_the_extended_row_equals_the_reference(shape, dtype):
+    """Three earlier states, a learned variance and kept noise; in place the history moves on."""
+    values = [0.9, 0.4, 0.7, 0.5, -0.2, 0.3, 0.15, -0.1, -0.4, 0.7, 1.1, -0.6]
+    x, _, _, step, seed = make_inputs(shape)
+    table = torch.tensor([[float("nan")] * 12, values], device="cuda")
+    output = torch.randn(shape[0], 2 * shape[1], *shape[2:], device="cuda").to(dtype)
+    history = [torch.randn_like(x) for _ in range(3)]
+    names = ("x_start_previous", "x_start_previous2", "x_start_previous3")
+    options = dict(zip(names, history, strict=True))
+    theirs = reference.sampler_step(x, output, table, step, seed, start_index=3, **options)
+    wide = (x.double(), output.double(), table.double(), step, seed)
+    doubled = {name: tensor.double() for name, tensor in options.items()}
+    truth = reference.sampler_step(*wide, start_index=3, **doubled)
+    views = [output]
+    if output.dim() == 4:
+        views.append(output.contiguous(memory_format=torch.channels_last))
+    for view in views:
+        ours = sampler_step(x, view, table, step, seed, start_index=3, **options)
+        for a, b, c in zip(ours, theirs, truth, strict=True):
+            assert_close_to_truth(a, b, c)
+        states = [x.clone(), *(tensor.clone() for tensor in history)]
+        kept = dict(zip(("x_start", "x_start2", "x_start3"), states[1:], strict=True))
+        sampler_step_(states[0], view, table, step, seed, start_index=3, **kept)
+        expected = (ours[0], ours[1], 1.1 * x - 0.6 * ours[1], history[1])
+        torch.testing.assert_close(tuple(states), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1,), (5, 1, 7, 9), (2, 3, 64, 64)])
 def test_cpu_and_gpu_give_the_same_noise(shape, dtype):
     arguments = {"seed": -5, "stream": 2, "step": 9, "start_index": 4, "dtype": dtype}
