@@ -257,10 +257,10 @@ class Images(torch.utils.data.Dataset):
     "precision, dtype, is_recorded",
     [
         ("no", torch.float32, False),
-        ("no", torch.uint8, True),
-        ("fp16", torch.uint8, False),
+        pytest.param("no", torch.uint8, True, marks=pytest.mark.release),
+        pytest.param("fp16", torch.uint8, False, marks=pytest.mark.release),
         ("fp16", torch.uint8, True),
-        ("bf16", torch.uint8, False),
+        pytest.param("bf16", torch.uint8, False, marks=pytest.mark.release),
         ("bf16", torch.float32, True),
     ],
 )
@@ -302,6 +302,7 @@ def test_the_benchmarks_adam_is_the_trainers(cuda):
     assert baselines._adam(diffusion, cuda)[0].defaults["fused"] is None
 
 
+@pytest.mark.release(but=lambda recorder, is_pinned: (recorder is FrozenRecorder) == is_pinned)
 @pytest.mark.parametrize("recorder", [FrozenRecorder, EagerRecorder])
 @pytest.mark.parametrize("is_pinned", [True, False])
 def test_a_captured_step_with_its_images_and_its_average(cuda, recorder, is_pinned, monkeypatch):
