@@ -27,7 +27,7 @@ ROWS = [
         "cli/bench",
         "cli/doctor",
     ],
-    ["cli/inputs"],
+    ["cli/inputs", "cli/processes"],
     ["cli/options"],
     ["measure/command"],
     ["measure/profile"],

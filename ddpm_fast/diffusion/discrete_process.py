@@ -91,10 +91,12 @@ class DiscreteProcess(DiffusionProcess):
         min_snr_gamma = as_number("min_snr_gamma", min_snr_gamma)
         objective, beta_schedule = plain("objective", objective), plain("beta_schedule", beta_schedule)
         schedules.check_objective(objective)
-        if zero_terminal_snr and loss_weighting is None and not min_snr_loss_weight:
-            loss_weighting = "uniform"  # the SNR itself would leave T − 1 untrained
+        is_chosen = loss_weighting is not None or min_snr_loss_weight
         weighting = schedules.choose_weighting(
-            loss_weighting, loss_weighting_options, min_snr_gamma if min_snr_loss_weight else None
+            # The SNR itself, the default, would leave T − 1 untrained.
+            loss_weighting if is_chosen or not zero_terminal_snr else "uniform",
+            loss_weighting_options,
+            min_snr_gamma if min_snr_loss_weight else None,
         )
         schedule = Schedule(schedules.make_betas(beta_schedule, timesteps, **schedule_fn_kwargs))
         if timestep_sampler not in TIMESTEP_SAMPLERS:

@@ -217,7 +217,7 @@ def test_refusals():
         with pytest.raises(error, match=sentence):
             step_of(recorder, diffusion, optimizer or adam(diffusion), **kwargs)
 
-    with pytest.raises(TypeError, match="diffusion must be a GaussianDiffusion, got Unet"):
+    with pytest.raises(TypeError, match="diffusion must be a process or an XMWrapper around one, got Unet"):
         capture_training_step(make().model, None, SHAPE)
     diffusion = make()
     check(TypeError, "Adam or AdamW itself.*got SGD", diffusion, torch.optim.SGD(diffusion.parameters(), 0.1))
