@@ -20,6 +20,8 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 # Upstream's last release with GroupNorm blocks, installed next to the current one for the equivalence tests.
 UPSTREAM_1X ?= denoising-diffusion-pytorch==1.11.1
+# The origin of several samplers, without what the rest of it needs: the tests load one file.
+K_DIFFUSION ?= k-diffusion==0.1.1.post1
 
 # Processes that share the tests; each takes one processor and up to a gigabyte.
 WORKERS ?= 2
@@ -127,6 +129,7 @@ $(VENV)/.demo-ready: $(VENV)/.package-ready
 $(VENV)/.test-ready: $(VENV)/.package-ready
 	$(BIN)/python -m pip install --quiet "ddpm_fast[test]"
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/upstream-1x $(UPSTREAM_1X)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/reference-packages $(K_DIFFUSION)
 	touch $@
 
 # mypy reads the types of what the tests install.

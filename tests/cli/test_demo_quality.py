@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddpm_fast.diffusion.samplers import FEW_STEPS
 from ddpm_fast.training.checkpoint import load_checkpoint
 from ddpm_fast.training.data import DigitsDataset
 
@@ -43,20 +44,37 @@ def judge(images, classifier):
     return counts, probabilities.max(axis=1).mean() / real_confidence
 
 
-@pytest.mark.slow
-@pytest.mark.release
-def test_all_ten_digits_are_recognised_in_the_demo_samples(tmp_path, classifier):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     """The demo's own configuration, stopped early: `make demo` trains longer."""
+    folder = tmp_path_factory.mktemp("digits")
     command = [sys.executable, "-m", "ddpm_fast", "train", "digits", "--seed", "0", "--steps", "650"]
     # One thread: beside other work on two cores, two threads wait for each other more than they compute.
-    subprocess.run(
-        [*command, "--results-folder", str(tmp_path)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    diffusion = load_checkpoint(tmp_path / "model-last.pt").ema.ema_model.eval()
-    counts, confidence = judge(diffusion.sample(200, seed=0, progress=False), classifier)
+    subprocess.run([*command, "--results-folder", str(folder)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return load_checkpoint(folder / "model-last.pt").ema.ema_model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.release
+def test_all_ten_digits_are_recognised_in_the_demo_samples(trained, classifier):
+    counts, confidence = judge(trained.sample(200, seed=0, progress=False), classifier)
     print(f"classes {counts.tolist()}, confidence {confidence:.3f} of that on real digits")
     assert (counts > 0).all()
     assert confidence >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.release
+def test_twelve_calls_of_the_sampler_for_few_steps_score_as_250_of_ddim(trained, classifier):
+    scores = {}
+    for sampler, calls in ((FEW_STEPS, 12), ("ddim", 250)):
+        batches = [
+            trained.sample(400, sampler=sampler, sampling_timesteps=calls, seed=seed, progress=False) for seed in (0, 1)
+        ]
+        counts, scores[sampler] = judge(torch.cat(batches), classifier)
+        assert (counts > 0).all()
+    print(scores)
+    assert scores[FEW_STEPS] >= 0.98 * scores["ddim"]
 
 
 def test_the_measure_is_not_fooled(classifier):
