@@ -41,6 +41,9 @@ PARTS: dict[str, dict[str, float]] = {
     "linear_attention_sums_bwd_kernel": {"qkv_ptr": 1 / 3},
     "linear_attention_kv_bwd_kernel": {"qkv_ptr": 2 / 3, "dqkv_ptr": 2 / 3},
     "linear_attention_block_keys_bwd_kernel": {"dx_ptr": 2},
+    # dP alone; all but dP, and of that one of four heads.
+    "linear_attention_block_small_bwd_kernel": {"partial_ptr": 1 / 2},
+    "linear_attention_block_sums_bwd_kernel": {"queries_ptr": 5 / 8},
 }
 
 # Bytes per element of kernels that find their tensors by tables of addresses: a gradient; parameter and moments, read

@@ -121,9 +121,11 @@ def _linear_attention_block_scratch(arguments: Arguments) -> int:
 
 
 def _linear_attention_block_backward_scratch(arguments: Arguments) -> int:
-    """Three matrices (hidden, C) per chunk, two of them with a row more, and five per image, all written and read."""
+    """Three matrices (hidden, C) and a row per chunk, of which one matrix is read twice and of that one head once more
+    at the end; four matrices per image. All are written and read."""
     B, _, chunks, hidden, C = _block_sizes(arguments)
-    return 4 * 2 * B * (chunks * (3 * hidden + 1) * C + 5 * hidden * C)
+    first = arguments["mem_kv"].shape[2]  # rows of the first head, which alone are summed for the bias
+    return 4 * B * (chunks * (6 * hidden + 2 + first) * C + 2 * 4 * hidden * C)
 
 
 def _attention_backward_scratch(arguments: Arguments) -> int:

@@ -120,14 +120,14 @@ def norm_linear_bwd_x_kernel(
     tl.store(dx_ptr + o_tile, cast(b_dx, dx_ptr.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "tiles", "tiles_o", "tiles_c"])
 def norm_linear_bwd_weight_kernel(
     grad_ptr,  # (B, K, N) through out_b, out_c, out_n
     x_ptr,  # (B, C, N) through stride_b, stride_c, stride_n
     factors_ptr,  # (B, N)
     sums_ptr,  # (B·chunks, K, C) float32: gradᵀ·x̂ of a chunk's pixels
-    N, C, K, chunks, tiles_o, tiles_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
-    PRECISION: tl.constexpr, TILES: tl.constexpr,
+    N, C, K, chunks, tiles, tiles_o, tiles_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
+    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # Programs of one chunk of pixels follow each other, see the forward kernel.
@@ -139,8 +139,8 @@ def norm_linear_bwd_weight_kernel(
     x_ptr += i_b * stride_b
     o_grad, o_x = o_o.to(tl.int64)[None, :] * out_c, o_c.to(tl.int64)[None, :] * stride_c
     b_sum = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
-    for i_row in range(TILES):
-        o_n = (i_n * TILES + i_row) * BLOCK_N + tl.arange(0, BLOCK_N)
+    for i_row in range(tiles):
+        o_n = (i_n * tiles + i_row) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         o_row = o_n.to(tl.int64)[:, None]
         b_grad = tl.load(grad_ptr + o_row * out_n + o_grad, mask=m_n[:, None] & m_o[None, :], other=0.0)
@@ -345,8 +345,8 @@ def norm_linear_backward(
             PRECISION=precision, TILES_O=triton_launch.ceil_div(K, tile.block_o), **tile.constants,
         )  # fmt: skip
         norm_linear_bwd_weight_kernel[(B * chunks * tiles_o * tiles_c,)](
-            grad, x, factors, sums, N, C, K, chunks, tiles_o, tiles_c, *strides,
-            PRECISION=precision, TILES=tiles, **sum_tile.constants,
+            grad, x, factors, sums, N, C, K, chunks, tiles, tiles_o, tiles_c, *strides,
+            PRECISION=precision, **sum_tile.constants,
         )  # fmt: skip
         blocks = parameters_blocks(C, triton_launch.interpreted())
         norm_linear_bwd_parameters_kernel[(triton_launch.ceil_div(C, blocks["BLOCK_C"]),)](

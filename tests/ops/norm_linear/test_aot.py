@@ -42,7 +42,7 @@ def compile_stage(name: str, dtype: str, precision: str, C: int, capability: int
     exact = kernel.exact_products({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], precision)
     tile = KERNELS[name][0](N, C, OUTPUTS, exact)
     constants = {"stride_c": 1, "out_c": 1, "PRECISION": precision, "TILES_C": triton.cdiv(C, tile.block_c)}
-    constants |= {"TILES_O": triton.cdiv(OUTPUTS, tile.block_o), "TILES": kernel.tiles_per_chunk(N, C, OUTPUTS, tile)}
+    constants |= {"TILES_O": triton.cdiv(OUTPUTS, tile.block_o)}
     constants |= {name: value for name, value in tile.constants.items() if name.isupper()}
     constants |= {n: None for n in NOT_GIVEN[op]} if name == "norm_linear_fwd_kernel" else {}
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
@@ -136,7 +136,6 @@ def test_sizes_of_one_compile(name, tmp_path):
     ones += [n for n in function.arg_names if n.startswith(("tiles", "stride_", "out_")) and not n.endswith("_ptr")]
     constants = {n: 1 for n in ones} | {
         "PRECISION": "ieee",
-        "TILES": 2,
         "BLOCK_N": 16,
         "BLOCK_O": 16,
         "BLOCK_C": 16,
