@@ -50,7 +50,7 @@ def compile_stage(name: str, dtype: str, C: int, everything: bool, capability: i
         del constants["seed_ptr"], constants["residual_ptr"]
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
-    unaligned = tuple(n for n in ("tiles", "chunks", "G", "threshold") if n in signature)
+    unaligned = tuple(n for n in ("tiles", "chunks", "G", "threshold", "scaled") if n in signature)
     most = kernel.most_registers(everything, writes_dx="sums" not in name) if name in BOUNDED else None
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path,
