@@ -489,19 +489,19 @@ def group_norm_silu_bwd_kernel(
         tl.store(sums_ptr + o_sums, tl.sum(b_sum_dx, axis=0), mask=m_c)
 
 
-@triton.jit(do_not_specialize=["B", "chunks"])
+@triton.jit(do_not_specialize=["B", "chunks", "scaled"])
 def norm_silu_bwd_rows_kernel(
     sums_ptr,  # (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of a chunk's pixels
     gain_ptr,  # (C,)
     offset_ptr,  # (C,) or None
-    scale_ptr,  # (B, C) or None
+    scale_ptr,  # (B, C), or None; any pointer where `scaled` is 0, and so are dscale_ptr and dshift_ptr
     dgain_ptr,  # (C,)
     doffset_ptr,  # (C,) or None
     dbias_ptr,  # (C,) or None
     dscale_ptr,  # (B, C) or None
     dshift_ptr,  # (B, C) or None
     B, C, chunks, stride_scale,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, scaled=1,
 ):  # fmt: skip
     """The gradients of all arguments per channel, each written once.
 
@@ -533,14 +533,15 @@ def norm_silu_bwd_rows_kernel(
             k_start += BLOCK_K
         o_row = o_b[:, None] * C + o_c[None, :]
         b_factor = tl.full((BLOCK_B, BLOCK_C), 1.0, tl.float32)
+        m_scaled = m_row & (scaled != 0)
         if scale_ptr is not None:
-            b_factor += _load(scale_ptr, o_b[:, None] * stride_scale + o_c[None, :], m_row)
+            b_factor += _load(scale_ptr, o_b[:, None] * stride_scale + o_c[None, :], m_scaled)
             b_dscale = b_sum_dy_normed * b_gain[None, :]
             if offset_ptr is not None:
                 b_dscale += b_sum_dy * _load(offset_ptr, o_c, m_c)[None, :]
-            tl.store(dscale_ptr + o_row, cast(b_dscale, dscale_ptr.dtype.element_ty), mask=m_row)
+            tl.store(dscale_ptr + o_row, cast(b_dscale, dscale_ptr.dtype.element_ty), mask=m_scaled)
         if dshift_ptr is not None:
-            tl.store(dshift_ptr + o_row, cast(b_sum_dy, dshift_ptr.dtype.element_ty), mask=m_row)
+            tl.store(dshift_ptr + o_row, cast(b_sum_dy, dshift_ptr.dtype.element_ty), mask=m_scaled)
         b_dgain += b_sum_dy_normed * b_factor
         b_doffset += b_sum_dy * b_factor
         b_start += BLOCK_B
@@ -667,11 +668,12 @@ def norm_silu_backward(
     chunks = triton_launch.ceil_div(HW, tile.chunk)
     numbers = (*plan.strides, *rows.strides, *_dropout_numbers(dropout_p))
     sums = x.new_empty((B, chunks, 2 if bias is None else 3, C), dtype=torch.float32)
+    scaled = scale is not None or shift is not None
+    # The same compiled kernels serve both norms of a block: without scale and shift, tensors of no elements.
+    absent = None if scaled else x.new_empty(0)
+    scale_and_shift = (rows.scale, rows.shift) if scaled else (absent, absent)
     with torch.cuda.device_of(x):
         if groups == 0:
-            scaled = scale is not None or shift is not None
-            # One compiled kernel serves both norms of a block: without scale and shift, those of no elements.
-            scale_and_shift = (rows.scale, rows.shift) if scaled else (x.new_empty(0),) * 2
             rms_norm_silu_bwd_kernel[(B * chunks,)](
                 grad, x, dx, sums, statistics, rows.gain, rows.bias, *scale_and_shift, seed, HW, C, chunks, C**0.5,
                 *numbers, int(scaled), **constants,
@@ -695,9 +697,11 @@ def norm_silu_backward(
             for t in (gain, offset, bias, scale, shift)
         ]
         blocks = rows_blocks(C, triton_launch.interpreted())
+        rest = gradients[3:] if scaled else (absent, absent)
         norm_silu_bwd_rows_kernel[(triton_launch.ceil_div(C, blocks["BLOCK_C"]),)](
-            sums, rows.gain, rows.offset, rows.scale, *gradients, B, C, chunks, rows.strides[0], **blocks
-        )
+            sums, rows.gain, rows.offset, scale_and_shift[0], *gradients[:3], *rest, B, C, chunks, rows.strides[0],
+            scaled=int(scaled), **blocks,
+        )  # fmt: skip
     return dx, *gradients
 
 

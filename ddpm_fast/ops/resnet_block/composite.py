@@ -231,14 +231,14 @@ def _same_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
 
 
-def _residual_conv_fake(h: torch.Tensor, weight: torch.Tensor, **_: object) -> torch.Tensor:
-    B, _, H, W = h.shape
-    return h.new_empty((B, weight.shape[0], H, W)).contiguous(memory_format=torch.channels_last)
+def _residual_conv_fake(x: torch.Tensor, weight: torch.Tensor, **others: object) -> torch.Tensor:
+    B, _, H, W = x.shape
+    return x.new_empty((B, weight.shape[0], H, W)).contiguous(memory_format=torch.channels_last)
 
 
 _residual_conv = Operator(
     "residual_conv",
-    "Tensor h, Tensor weight, Tensor bias",
+    "Tensor x, Tensor weight, Tensor bias",  # x: the two maps side by side
     returns="out",
     fake=_residual_conv_fake,
     triton=f"{__package__}.triton",

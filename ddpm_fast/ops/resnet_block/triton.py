@@ -23,6 +23,7 @@ from ddpm_fast.runtime import triton_launch
 
 # Numbers of tiles, for which nothing is compiled again.
 _ANY_SIZE = ["tiles", "tiles_k", "tiles_c", "tiles_c0", "chunks"]
+MAPS_REGISTERS = 128  # the bound of the kernel of maps, with which none spills
 _PROGRAMS = 512  # of the sums over pixels, at least where there are as many tiles: some for every multiprocessor
 
 
@@ -201,7 +202,7 @@ def residual_conv_gradients(
         tiles_c0, tiles_c1 = (triton_launch.ceil_div(width, tile["BLOCK_C"]) for width in (C0, C1))
         residual_conv_bwd_maps_kernel[(triton_launch.ceil_div(N, tile["BLOCK_N"]) * (tiles_c0 + tiles_c1),)](
             grad, _matrix(weight), added, dx, dskip, N, K, C0, C1, triton_launch.ceil_div(K, tile["BLOCK_K"]),
-            tiles_c0, tiles_c0 + tiles_c1, PRECISION=precision, **tile,
+            tiles_c0, tiles_c0 + tiles_c1, PRECISION=precision, **tile, **triton_launch.register_bound(MAPS_REGISTERS),
         )  # fmt: skip
         tiles_k = triton_launch.ceil_div(K, sums_tile["BLOCK_K"])
         tiles_c0, tiles_c1 = (triton_launch.ceil_div(width, sums_tile["BLOCK_C"]) for width in (C0, C1))

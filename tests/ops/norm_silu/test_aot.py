@@ -143,7 +143,7 @@ def test_gradients_of_rows(norm, capability, tmp_path, gate):
     signature = {n: type_of_row(n) for n in function.arg_names if n not in constants}
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path,
-        num_warps=blocks["num_warps"], unaligned=("B", "chunks"), maxnreg=blocks["maxnreg"],
+        num_warps=blocks["num_warps"], unaligned=("B", "chunks", "scaled"), maxnreg=blocks["maxnreg"],
     )  # fmt: skip
     assert not machine.spills
     per_row = blocks["BLOCK_B"] * blocks["BLOCK_K"] * blocks["BLOCK_C"] // (4 * 32 * blocks["num_warps"])
