@@ -121,9 +121,11 @@ def _linear_attention_block_scratch(arguments: Arguments) -> int:
 
 
 def _linear_attention_block_backward_scratch(arguments: Arguments) -> int:
-    """Three matrices (hidden, C) per chunk, two of them with a row more, and five per image, all written and read."""
+    """Three matrices (hidden, C) and a row per chunk, of which one matrix is read twice and of that one head once more
+    at the end; four matrices per image. All are written and read."""
     B, _, chunks, hidden, C = _block_sizes(arguments)
-    return 4 * 2 * B * (chunks * (3 * hidden + 1) * C + 5 * hidden * C)
+    first = arguments["mem_kv"].shape[2]  # rows of the first head, which alone are summed for the bias
+    return 4 * B * (chunks * (6 * hidden + 2 + first) * C + 2 * 4 * hidden * C)
 
 
 def _attention_backward_scratch(arguments: Arguments) -> int:
@@ -240,6 +242,11 @@ def _linear_attention_block_flops(convolutions: int, products: int) -> Callable[
     return flops
 
 
+def _residual_conv_gradients_flops(arguments: Arguments, result: Any) -> dict[str, int]:
+    numbers = arguments["x"].numel() + arguments["skip"].numel()
+    return {"convolution": 4 * numbers * arguments["weight"].shape[0]}
+
+
 FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
     "ddpm_fast::attention": _attention_flops(2),
     "ddpm_fast::attention_backward": _attention_flops(7),
@@ -249,7 +256,10 @@ FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
     "ddpm_fast::linear_attention_block_backward": _linear_attention_block_flops(6, 5),
     "ddpm_fast::norm_linear": _norm_linear_flops(1),
     "ddpm_fast::norm_linear_backward": _norm_linear_flops(2),
+    "ddpm_fast::norm_linear_beside_backward": _norm_linear_flops(2),
     "ddpm_fast::linear_residual": _norm_linear_flops(1),
+    "ddpm_fast::residual_conv": _norm_linear_flops(1),
+    "ddpm_fast::residual_conv_gradients": _residual_conv_gradients_flops,
 }
 
 

@@ -314,7 +314,7 @@ def test_linear_attention_is_one_block_in_half_types(production):
     """Of the six, five with 64 and 128 channels; their bytes by the kernels' arguments are those of the registries."""
     step = production["training step, bf16"]
     kernels = collections.Counter(launch.name for launch in step.triton)
-    for name in ("context", "merge", "rows_fwd", "queries_bwd", "small_bwd", "keys_bwd"):
+    for name in ("context", "merge", "rows_fwd", "queries_bwd", "small_bwd", "keys_bwd", "sums_bwd", "finish_bwd"):
         assert kernels[f"linear_attention_block_{name}_kernel"] == 5, name
     assert kernels["linear_attention_rows_fwd_kernel"] == kernels["linear_attention_rows_bwd_kernel"] == 1
     maps = [(64, 128), (64, 64), (128, 32), (128, 64), (64, 128)]  # channels, side

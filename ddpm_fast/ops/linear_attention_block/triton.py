@@ -14,9 +14,10 @@ Backward, with dS for the gradient of sums, u = grad·gain − ŷ·⟨grad·gain
     δ = Σ sums·dS over c, and the memory's share      dk = k̂·(x̂·dSᵀ − δ)
     dx̂ = dq·Wq + dk·Wk + k̂·dS      dWq = dqᵀ·x̂      dWk = dkᵀ·x̂      dWv = dcontextᵀ·sums
 
-It is a launch over rows for q, one of small matrices, and one over rows for k, which adds to the dx of the first. So
-x is read twice forward and twice backward, and no map but dx is written between. Sums over positions are made per
-chunk and then over chunks, without atomics. Statistics and sums are float32; factors of products have the dtype of x.
+It is a launch over rows for q, one of small matrices, one over rows for k, which adds to the dx of the first, and two
+that finish the parameters' gradients. So x is read twice forward and twice backward, and no map but dx is written
+between. Sums over positions are made per chunk and then over chunks, without atomics. Statistics and sums are float32;
+factors of products have the dtype of x.
 """
 
 from __future__ import annotations
@@ -341,9 +342,9 @@ def linear_attention_block_queries_bwd_kernel(
     tl.store(sums_ptr + C + HD * C + o_matrix, b_dweight, mask=m_matrix)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE)
 def linear_attention_block_small_bwd_kernel(
-    summed_ptr,  # (B, 1 + 2·HD, C) float32: dgain, dP, dWq
+    partial_ptr,  # (B, chunks, 1 + 2·HD, C) float32: dgain, dP, dWq over a chunk's positions
     statistics_ptr,  # (B, 2, HD)
     sums_ptr,  # (B, HD, C) float32
     context_ptr,  # (B, H, D, E) float32
@@ -353,7 +354,7 @@ def linear_attention_block_small_bwd_kernel(
     dsums_ptr,  # (B, HD, C): dS, every row over its largest number
     rows_ptr,  # (B, 2, HD) float32: that number of every row, and δ over it
     parameters_ptr,  # (B, 2·HD·C + 2·HD·M) float32: dweight (C, H·E), dWv (HD, C), dmem_kv (2, H, D, M)
-    C, scale,
+    C, chunks, scale,
     HEADS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -368,7 +369,12 @@ def linear_attention_block_small_bwd_kernel(
     parameters_ptr += i_b * (2 * HD * C + 2 * HD * M)
     b_context = load(context_ptr + (i_b * HEADS + i_h) * (D * D), o_d[:, None] * D + o_d[None, :],
                      m_d[:, None] & m_d[None, :])  # fmt: skip
-    b_dp = load(summed_ptr + i_b * ((2 * HD + 1) * C) + C, o_row, m_row)  # (D, C)
+    partial_ptr += i_b * chunks * ((2 * HD + 1) * C) + C
+    b_dp = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
+    for i_k in range(0, chunks, 4):
+        for j in tl.static_range(4):  # four loads on their way at once
+            o_chunk = (i_k + j) * ((2 * HD + 1) * C)
+            b_dp += load(partial_ptr, o_chunk + o_row, m_row & (i_k + j < chunks))  # (D, C)
     o_weight, m_weight = o_c[:, None] * HD + o_j[None, :], m_c[:, None] & m_d[None, :]
     b_weight = load(weight_ptr, o_weight, m_weight)  # (C, E)
     b_dweight = product(tl.trans(b_dp), b_context, tl.float32, PRECISION) * scale
@@ -465,6 +471,77 @@ def linear_attention_block_keys_bwd_kernel(
     tl.store(partial_ptr + o_matrix, b_dweight * largest, mask=m_matrix)
 
 
+@triton.jit(do_not_specialize=[*_ANY_SIZE, "B"])
+def linear_attention_block_sums_bwd_kernel(
+    queries_ptr,  # (B·chunks, 1 + 2·HD, C) float32: dgain, dP, dWq
+    keys_ptr,  # (B·chunks, HD, C) float32: dWk
+    parameters_ptr,  # (B, 2·HD·C + 2·HD·M) float32: dweight, dWv, dmem_kv
+    first_ptr,  # (1 + D, C) float32: dgain, dP of the first head
+    folded_ptr,  # (3, HD, C) float32: the gradient of weight_qkv·gain_in
+    dweight_ptr,  # (C, HD)
+    dmem_kv_ptr,  # (2, HD, M)
+    B, C, chunks,
+    HEADS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of all images and chunks. Grid (columns / BLOCK, 6): a row of programs for every part."""
+    part, o = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    HD: tl.constexpr = HEADS * D
+    size = HD * C
+    if part == 0:
+        _sum_rows(queries_ptr, first_ptr, o, (1 + D) * C, B * chunks, (1 + 2 * HD) * C, BLOCK_R)
+    elif part == 1:
+        _sum_rows(queries_ptr + C + size, folded_ptr, o, size, B * chunks, (1 + 2 * HD) * C, BLOCK_R)
+    elif part == 2:
+        _sum_rows(keys_ptr, folded_ptr + size, o, size, B * chunks, size, BLOCK_R)
+    elif part == 3:
+        _sum_rows(parameters_ptr, dweight_ptr, o, size, B, 2 * HD * (C + M), BLOCK_R)
+    elif part == 4:
+        _sum_rows(parameters_ptr + size, folded_ptr + 2 * size, o, size, B, 2 * HD * (C + M), BLOCK_R)
+    else:
+        _sum_rows(parameters_ptr + 2 * size, dmem_kv_ptr, o, 2 * HD * M, B, 2 * HD * (C + M), BLOCK_R)
+
+
+@triton.jit
+def _sum_rows(rows_ptr, out_ptr, o, columns, rows, stride, BLOCK_R: tl.constexpr):
+    """Some columns, summed over all rows; `while` since older interpreters cannot count up to a number."""
+    b_sum = tl.zeros((BLOCK_R, o.shape[0]), tl.float32)
+    start = 0
+    while start < rows:
+        o_r = start + tl.arange(0, BLOCK_R)
+        b_sum += load(rows_ptr, o_r.to(tl.int64)[:, None] * stride + o[None, :], (o_r < rows)[:, None] & (o < columns))
+        start += BLOCK_R
+    tl.store(out_ptr + o, cast(tl.sum(b_sum, axis=0), out_ptr.dtype.element_ty), mask=o < columns)
+
+
+@triton.jit
+def linear_attention_block_finish_bwd_kernel(
+    first_ptr,  # (1 + D, C) float32
+    folded_ptr,  # (3·HD, C) float32
+    gain_in_ptr, weight_qkv_ptr,  # (C,), (3·HD, C)
+    dgain_in_ptr, dweight_qkv_ptr, dbias_ptr, dgain_ptr,
+    C,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (C / BLOCK_C,)."""
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_gain_in = load(gain_in_ptr, o_c, m_c)
+    b_sum = tl.zeros((BLOCK_J, BLOCK_C), tl.float32)
+    for start in range(0, 3 * HEADS * D, BLOCK_J):
+        o_j = start + tl.arange(0, BLOCK_J)
+        o_tile, m_tile = o_j[:, None] * C + o_c[None, :], (o_j < 3 * HEADS * D)[:, None] & m_c[None, :]
+        b_folded = load(folded_ptr, o_tile, m_tile)
+        b_sum += b_folded * load(weight_qkv_ptr, o_tile, m_tile)
+        b_dweight = cast(b_folded * b_gain_in[None, :], dweight_qkv_ptr.dtype.element_ty)
+        tl.store(dweight_qkv_ptr + o_tile, b_dweight, mask=m_tile)
+    tl.store(dgain_in_ptr + o_c, cast(tl.sum(b_sum, axis=0), dgain_in_ptr.dtype.element_ty), mask=m_c)
+    tl.store(dgain_ptr + o_c, cast(load(first_ptr, o_c, m_c), dgain_ptr.dtype.element_ty), mask=m_c)
+    o_d = tl.arange(0, BLOCK_D)
+    # q̂ sums to one over a head's columns, so that the bias's gradient is the sum of dP over them.
+    b_dp = load(first_ptr + C, o_d[:, None] * C + o_c[None, :], (o_d < D)[:, None] & m_c[None, :])
+    tl.store(dbias_ptr + o_c, cast(tl.sum(b_dp, axis=0), dbias_ptr.dtype.element_ty), mask=m_c)
+
+
 def linear_attention_block(
     x: torch.Tensor,  # (B, C, H, W), channels-last
     gain_in: torch.Tensor,  # C elements
@@ -525,40 +602,60 @@ def linear_attention_block_backward(
     heads: int,
     adds_x: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of x, and in float32 of gain_in (C,), weight_qkv (3HD, C), mem_kv, weight (C, HD), bias, gain (C,)."""
+    """Gradients of x, gain_in, weight_qkv, mem_kv, weight, bias and gain, each of its argument's shape and dtype."""
     B, C, N, D, M = _sizes(x, mem_kv)
     launch = _launch_for(x, heads, D)
     chunks, HD = launch.chunks(N), heads * D
     grad = grad.contiguous(memory_format=torch.channels_last)
     dx = torch.empty_like(x)
+    dgain_in, dweight_qkv, dmem_kv, dweight, dbias, dgain = (
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (gain_in, weight_qkv, mem_kv, weight, bias, gain)
+    )
     gain_in, weight_qkv, gain = gain_in.contiguous(), weight_qkv.contiguous(), gain.contiguous()
     partial = x.new_empty(B, chunks, 2 * HD + 1, C, dtype=torch.float32)
     partial_keys = x.new_empty(B, chunks, HD, C, dtype=torch.float32)
     dsums, rows = torch.empty_like(projection), torch.empty_like(statistics)
     parameters = x.new_empty(B, 2 * HD * C + mem_kv.numel(), dtype=torch.float32)
+    first, folded = x.new_empty(1 + D, C, dtype=torch.float32), x.new_empty(3 * HD, C, dtype=torch.float32)
     shared = {"HEADS": heads, "D": D, "PRECISION": kernel_precision()} | launch.sizes
     with torch.cuda.device_of(x):
         linear_attention_block_queries_bwd_kernel[(B * chunks,)](
             grad, x, dx, partial, gain_in, weight_qkv, projection, bias.contiguous(), gain, N, C, chunks,
             launch.queries.tiles(launch.chunk), C**0.5, **shared, **launch.queries.constants,
         )  # fmt: skip
-        summed = partial.sum(1)
         linear_attention_block_small_bwd_kernel[(B * heads,)](
-            summed, statistics, sums, context, gain_in, weight_qkv, mem_kv.contiguous(), weight.contiguous(), dsums,
-            rows, parameters, C, D**-0.5, **shared, M=M, num_warps=4, num_stages=1,
+            partial, statistics, sums, context, gain_in, weight_qkv, mem_kv.contiguous(), weight.contiguous(), dsums,
+            rows, parameters, C, chunks, D**-0.5, **shared, M=M, num_warps=4, num_stages=1,
         )  # fmt: skip
         linear_attention_block_keys_bwd_kernel[(B * chunks,)](
             x, grad if adds_x else None, dx, partial_keys, gain_in, weight_qkv, statistics, dsums, rows, N, C, chunks,
             launch.keys.tiles(launch.chunk), C**0.5, **shared, **launch.keys.constants,
         )  # fmt: skip
-    # Results share no memory and begin their storage.
-    of_rows = summed.sum(0)  # dgain, dP, dWq
-    dweight, dvalues = parameters[:, : 2 * HD * C].sum(0).split(HD * C)
-    dmem_kv = parameters[:, 2 * HD * C :].sum(0)
-    folded = torch.cat((of_rows[1 + HD :], partial_keys.sum((0, 1)), dvalues.view(HD, C)))  # of weight_qkv·gain_in
-    dgain_in = (folded * weight_qkv.reshape(3 * HD, C)).sum(0)
-    dbias = of_rows[1 : 1 + D].sum(0)  # q̂ sums to one over a head's columns
-    return dx, dgain_in, folded * gain_in.reshape(-1), dmem_kv, dweight, dbias, of_rows[0]
+        sums_blocks, finish_blocks = parameters_blocks(C, triton_launch.interpreted())
+        columns = max((1 + D) * C, HD * C, 2 * HD * M)
+        linear_attention_block_sums_bwd_kernel[(triton_launch.ceil_div(columns, sums_blocks["BLOCK"]), 6)](
+            partial, partial_keys, parameters, first, folded, dweight, dmem_kv, B, C, chunks, HEADS=heads, D=D, M=M,
+            **sums_blocks,
+        )  # fmt: skip
+        linear_attention_block_finish_bwd_kernel[(triton_launch.ceil_div(C, finish_blocks["BLOCK_C"]),)](
+            first, folded, gain_in, weight_qkv, dgain_in, dweight_qkv, dbias, dgain, C, HEADS=heads, D=D,
+            BLOCK_D=launch.block_d, **finish_blocks,
+        )  # fmt: skip
+    return dx, dgain_in, dweight_qkv, dmem_kv, dweight, dbias, dgain
+
+
+def parameters_blocks(C: int, interpreted: bool = False) -> tuple[dict[str, int], dict[str, int]]:
+    """The blocks of the two kernels that finish the parameters' gradients: constants on a GPU, for all sizes.
+
+    A program of sums has 8 KB of them on their way; eight channels are the 32 bytes that memory hands out at once.
+    """
+    if interpreted:
+        return (
+            {"BLOCK_R": 16, "BLOCK": 1024, "num_warps": 1},
+            {"BLOCK_J": 128, "BLOCK_C": triton_launch.next_power_of_2(C), "num_warps": 1},
+        )
+    return {"BLOCK_R": 32, "BLOCK": 64, "num_warps": 4}, {"BLOCK_J": 128, "BLOCK_C": 8, "num_warps": 4}
 
 
 def _launch_for(x: torch.Tensor, heads: int, D: int) -> Launch:

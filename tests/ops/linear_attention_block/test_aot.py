@@ -36,6 +36,8 @@ KERNELS = {
     ("keys_bwd", 128): 1,
     ("merge", 64): 2,
     ("small_bwd", 64): 2,
+    ("sums_bwd", 64): 8,
+    ("finish_bwd", 64): 8,
 }
 
 # Bytes of the stack that registers spill to, the more of Triton 3.6 and 3.8; none where it is not listed.
@@ -59,13 +61,15 @@ def compile_stage(name: str, C: int, capability: int, tmp_path) -> tuple[Machine
     tile = (tiles | {"queries_bwd": launch.queries, "keys_bwd": launch.keys}).get(name)
     constants = {"HEADS": HEADS, "D": D, "M": 4, "PRECISION": "tf32x3", "BLOCK_R": 16, "BLOCK_K": 4}
     constants |= {"ADDS_X": True, "residual_ptr": None} | launch.sizes
+    finishing = dict(zip(("sums_bwd", "finish_bwd"), kernel.parameters_blocks(C), strict=True))
+    constants |= finishing.get(name, {})
     options = {"num_warps": 4, "num_stages": 1, "maxnreg": None}
     if tile is not None:
         constants |= tile.constants | {"GROUPS": tile.groups(HEADS)}
         options = {option: constants.get(option) for option in options}
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n) for n in function.arg_names if n not in constants}
-    unaligned = tuple(n for n in kernel._ANY_SIZE if n in signature)
+    unaligned = tuple(n for n in (*kernel._ANY_SIZE, "B") if n in signature)
     machine = compile_kernel(function, signature, constants, capability, tmp_path, **options, unaligned=unaligned)
     return machine, options["num_warps"]
 
@@ -86,7 +90,9 @@ def test_registers_and_accesses(name, C, capability, tmp_path, gate):
     programs = min(REGISTERS // (32 * num_warps * machine.registers), SHARED[capability] // (machine.shared + 1024))
     assert programs >= KERNELS[name, C], (name, C, machine.registers, machine.shared)
     assert not set(machine.widths("LDG")) & {8, 16}, (name, C, machine.accesses)
-    if name not in ("merge", "small_bwd"):  # rows of maps move in pieces of 16 bytes
+    if name == "sums_bwd":
+        assert machine.widths("LDG").get(128, 0) >= 4, machine.accesses
+    elif name not in ("merge", "small_bwd", "finish_bwd"):  # rows of maps move in pieces of 16 bytes
         assert machine.widths("LDG").get(128, 0) + machine.widths("LDGSTS").get(128, 0) > 0, (name, machine.accesses)
         assert name == "context" or machine.widths("STG").get(128, 0) > 0, (name, C, machine.accesses)
 
