@@ -34,9 +34,9 @@ def test_shapes(layout, shape):
 
 def test_many_chunks_of_pixels():
     """Programs walk over several tiles of pixels, and the last one is half outside."""
-    shape = (2, 68, 30, 13, 900)
-    tile = kernel.backward_weight_tile(2 * 30 * 13, 68, 900, True)
-    assert kernel.tiles_per_chunk(2 * 30 * 13, 68, 900, tile) == 3
+    shape = (2, 68, 15, 13, 900)
+    tile = kernel.backward_weight_tile(2 * 15 * 13, 68, 900, True)
+    assert kernel.tiles_per_chunk(2 * 15 * 13, 68, 900, tile) == 4
     assert_as_accurate_as_the_reference(make(shape, "nhwc", DEVICE))
 
 
