@@ -271,7 +271,7 @@ def _exact_warps(elements: int) -> int:
 def tiles_per_chunk(N: int, C: int, K: int, tile: Tile) -> int:
     """Tiles of pixels that one program of the weight's gradient adds up, at least two.
 
-    With the tiles of (K, C) these are up to 512 programs, which an H100 with four per multiprocessor runs at once. Where
+    With the tiles of (K, C) these are up to 512 programs, which an H100 with four per multiprocessor runs at once. If
     that left a program fewer than 16 tiles, whose sums are a fifth of what it reads, there are half as many.
     """
     columns = triton_launch.ceil_div(K, tile.block_o) * triton_launch.ceil_div(C, tile.block_c)
