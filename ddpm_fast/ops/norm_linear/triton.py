@@ -274,11 +274,15 @@ def _exact_warps(elements: int) -> int:
 def tiles_per_chunk(N: int, C: int, K: int, tile: Tile) -> int:
     """Tiles of pixels that one program of the weight's gradient adds up, at least two.
 
-    With the tiles of (K, C) these are up to 512 programs, which an H100 with four on a multiprocessor runs at once, and
-    no more partial sums than that.
+    With the tiles of (K, C) these are up to 512 programs, which an H100 with four per multiprocessor runs at once. If
+    that left a program fewer than 16 tiles, whose sums are a fifth of what it reads, there are half as many.
     """
-    chunks = max(1, 512 // (triton_launch.ceil_div(K, tile.block_o) * triton_launch.ceil_div(C, tile.block_c)))
-    return max(2, triton_launch.ceil_div(triton_launch.ceil_div(N, tile.block_n), chunks))
+    columns = triton_launch.ceil_div(K, tile.block_o) * triton_launch.ceil_div(C, tile.block_c)
+    rows = triton_launch.ceil_div(N, tile.block_n)
+    tiles = triton_launch.ceil_div(rows, max(1, 512 // columns))
+    if tiles < 16:
+        tiles = min(16, triton_launch.next_power_of_2(triton_launch.ceil_div(rows, max(1, 256 // columns))))
+    return max(2, tiles)
 
 
 def norm_linear(

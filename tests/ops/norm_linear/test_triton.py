@@ -39,12 +39,12 @@ def test_many_chunks_of_pixels(monkeypatch):
     The interpreter's time grows with the output channels, of which several tiles of pixels take 900.
     """
     outputs = 100 if triton_launch.interpreted() else 900
-    tile = kernel.backward_weight_tile(2 * 30 * 13, 68, 900, True)
-    assert kernel.tiles_per_chunk(2 * 30 * 13, 68, 900, tile) == 3
+    tile = kernel.backward_weight_tile(2 * 15 * 13, 68, 900, True)
+    assert kernel.tiles_per_chunk(2 * 15 * 13, 68, 900, tile) == 4
     if triton_launch.interpreted():
-        assert kernel.backward_weight_tile(2 * 30 * 13, 68, outputs, True) == tile
-        monkeypatch.setattr(kernel, "tiles_per_chunk", lambda *sizes: 3)
-    assert_as_accurate_as_the_reference(make((2, 68, 30, 13, outputs), "nhwc", DEVICE))
+        assert kernel.backward_weight_tile(2 * 15 * 13, 68, outputs, True) == tile
+        monkeypatch.setattr(kernel, "tiles_per_chunk", lambda *sizes: 4)
+    assert_as_accurate_as_the_reference(make((2, 68, 15, 13, outputs), "nhwc", DEVICE))
 
 
 @pytest.mark.parametrize("pixels, C", [(32 * 128**2, 64), (4 * 128**2, 64), (32 * 32**2, 128), (32 * 16**2, 512)])
