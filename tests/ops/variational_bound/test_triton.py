@@ -155,17 +155,17 @@ def test_tables(objective, weights):
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("log_scale, distance", [(0.0, 3.0), (-5.0, 0.05), (-5.0, 3.0), (-20.0, 1e-8), (2.0, 2.0)])
 def test_the_decoder_for_narrow_wide_and_distant_bins(log_scale, distance):
-    """Every pixel is an image: its bound and its gradients, from bins that hold everything to bins below 1e-15."""
-    pixels = torch.linspace(-distance, distance, 60, device=DEVICE).reshape(-1, 1, 1, 1)
+    """The bound and every pixel's gradients, from bins that hold everything to bins below 1e-15."""
+    pixels = torch.linspace(-distance, distance, 300, device=DEVICE).reshape(1, 1, 20, 15)
     table = torch.zeros(1, 14, dtype=torch.float64)
     table[0, 6] = table[0, 7] = table[0, 12] = table[0, 13] = 1.0  # the mean is the output
     table[0, 9], table[0, 10] = 2 * log_scale - 1, 2 * log_scale + 1
-    t = torch.zeros(60, dtype=torch.int64, device=DEVICE)
+    t = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     options = {"detach_mean": False, "normalize": False, "flip": None}
     for center in (0.0, 1.0, -1.0):
         x = torch.full_like(pixels, center)
         output = torch.cat([pixels + center, torch.zeros_like(pixels)], dim=1)
-        single, ones = table.float().to(DEVICE), torch.ones(60, device=DEVICE)
+        single, ones = table.float().to(DEVICE), torch.ones(1, device=DEVICE)
         actual = loss_and_gradient(variational_bound, output, x, t, single, 0 * x, dloss=ones, **options)
         expected = loss_and_gradient(reference.variational_bound, output, x, t, single, 0 * x, dloss=ones, **options)
         double = (output.double(), x.double(), t, single.double(), 0 * x.double())
@@ -205,7 +205,7 @@ def test_float16_gradients_of_large_images_do_not_underflow():
     _, truth = loss_and_gradient(reference.variational_bound, output.double(), *double, dloss=dloss, **options)
     assert_close_to_truth(actual[:, :3], expected[:, :3], truth[:, :3])
     assert_close_to_truth(actual[:, 3:], expected[:, 3:], truth[:, 3:])
-    assert (actual != 0).float().mean() > 0.5
+    assert (actual[:, :3] != 0).float().mean() > 0.9
 
 
 @pytest.mark.arithmetic
