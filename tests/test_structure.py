@@ -19,6 +19,7 @@ ROWS = [
     ["cli"],
     ["cli/commands"],
     ["cli/train", "cli/prepare", "cli/sample", "cli/bench", "cli/doctor"],
+    ["cli/processes"],
     ["cli/options"],
     ["measure/command"],
     ["measure/profile"],
