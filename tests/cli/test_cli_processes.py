@@ -100,6 +100,7 @@ def test_each_trains_resumes_and_samples(process, trained, tmp_path, capsys):
 def test_few_steps_take_the_sampler_for_few_and_say_so(
     process, options, sampler, trained, tmp_path, monkeypatch, capsys
 ):
+    folder = trained(process)
     seen = []
     cls = PROCESSES[process]
     own = cls.sample
@@ -109,7 +110,7 @@ def test_few_steps_take_the_sampler_for_few_and_say_so(
         return own(self, *args, **kwargs)
 
     monkeypatch.setattr(cls, "sample", sample)
-    cli.main(["sample", *map(str, [trained(process), "--out", tmp_path / "a.png", "--num-samples", 2, *options])])
+    cli.main(["sample", *map(str, [folder, "--out", tmp_path / "a.png", "--num-samples", 2, *options])])
     assert set(seen) == {sampler}
     assert ("with the sampler dpmpp_2m" in capsys.readouterr().out) == (sampler == FEW_STEPS)
 
