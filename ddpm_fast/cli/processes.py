@@ -97,7 +97,9 @@ def arguments_of(process: str, values: dict[str, Any]) -> dict[str, Any]:
     known = _arguments(process)
     for option in values:
         if known.get(option) is None:
-            has = ", ".join(_flag(name) for name in ProcessOptions.__dataclass_fields__ if name in known)
+            has = ", ".join(
+                _flag(name) for name in ProcessOptions.__dataclass_fields__ if name in (*known, "candidates")
+            )
             raise UserError(f"{_flag(option)} is no option of --process {process}, which has {has}")
     return {known[option]: value for option, value in values.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -52,8 +53,12 @@ def code(page: Path) -> list[str]:
 
 
 def options_of(command: type) -> set[str]:
-    """The options of a command, as they are typed."""
-    return {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(command)}
+    """The options of a command and of the groups in it, as they are typed."""
+    found = set()
+    for field in dataclasses.fields(command):
+        group = get_args(field.type)[0] if get_args(field.type) else field.type
+        found |= options_of(group) if dataclasses.is_dataclass(group) else {f"--{field.name.replace('_', '-')}"}
+    return found | ({"--sampling-timesteps"} if command is sample.Sample else set())
 
 
 @pytest.fixture
