@@ -605,11 +605,11 @@ class Trainer:
         return self.batch_size
 
     def _warn_if_small(self) -> None:
+        effective = self._global_batch_size() * self.gradient_accumulate_every  # a size that does not split ends all
         if not self.accelerator.is_main_process:
             return
         if len(self.ds) < 100:
             warnings.warn(f"only {len(self.ds)} images to train on; 10,000 or more are recommended", stacklevel=3)
-        effective = self._global_batch_size() * self.gradient_accumulate_every
         if effective < 16:
             warnings.warn(
                 f"the effective batch size (train_batch_size x gradient_accumulate_every) is {effective}; "
