@@ -24,7 +24,6 @@ from ddpm_fast.training.trainer import Trainer
 def main():
     for folder, options, what in json.loads(sys.argv[1]):
         trainer = run(Path(folder), options, what)
-    trainer.accelerator.wait_for_everyone()  # a rank that leaves closes the connection that another still reads
     trainer.accelerator.end_training()
 
 
