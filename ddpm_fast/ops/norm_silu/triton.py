@@ -64,18 +64,20 @@ def _load_with_bias(x_ptr, o_tile, m_tile, bias_ptr, b_bias):
 
 
 @triton.jit
-def _slope_and_intercept(gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c):
-    """(BLOCK_C,) each, both 0 in channels that do not exist."""
+def _slope_and_intercept(
+    gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c, scaled=1
+):  # fmt: skip
+    """(BLOCK_C,) each, both 0 in channels that do not exist; scale and shift are 0 where `scaled` is."""
     b_slope = _load(gain_ptr, o_c, m_c)
     b_intercept = tl.zeros_like(b_slope)
     if offset_ptr is not None:
         b_intercept = _load(offset_ptr, o_c, m_c)
     if scale_ptr is not None:
-        b_factor = 1.0 + _load(scale_ptr, i_b * stride_scale + o_c, m_c)
+        b_factor = 1.0 + _load(scale_ptr, i_b * stride_scale + o_c, m_c & (scaled != 0))
         b_slope *= b_factor
         b_intercept *= b_factor
     if shift_ptr is not None:
-        b_intercept += _load(shift_ptr, i_b * stride_shift + o_c, m_c)
+        b_intercept += _load(shift_ptr, i_b * stride_shift + o_c, m_c & (scaled != 0))
     return b_slope, b_intercept
 
 
@@ -188,7 +190,7 @@ def rms_norm_silu_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "scaled"])
 def rms_norm_silu_bwd_kernel(
     grad_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so are x and dx
     x_ptr,
@@ -197,10 +199,10 @@ def rms_norm_silu_bwd_kernel(
     factors_ptr,  # (B, HW)
     gain_ptr,  # (C,)
     bias_ptr,  # (C,) or None
-    scale_ptr,  # (B, C) or None
-    shift_ptr,  # (B, C) or None
+    scale_ptr,  # (B, C), or None; any pointer where `scaled` is 0
+    shift_ptr,  # (B, C), or None; any pointer where `scaled` is 0
     seed_ptr,  # (1,) int64, or None: no dropout
-    HW, C, chunks, root_c, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
+    HW, C, chunks, root_c, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale, scaled,
     ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     i_b, i_chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
@@ -208,7 +210,7 @@ def rms_norm_silu_bwd_kernel(
     m_c = o_c < C
     o_sample = i_b.to(tl.int64) * stride_b
     b_slope, b_intercept = _slope_and_intercept(
-        gain_ptr, None, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+        gain_ptr, None, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c, scaled
     )
     b_bias = _bias(bias_ptr, o_c, m_c)
     k0, k1 = _key(seed_ptr)
@@ -487,19 +489,19 @@ def group_norm_silu_bwd_kernel(
         tl.store(sums_ptr + o_sums, tl.sum(b_sum_dx, axis=0), mask=m_c)
 
 
-@triton.jit(do_not_specialize=["B", "chunks"])
+@triton.jit(do_not_specialize=["B", "chunks", "scaled"])
 def norm_silu_bwd_rows_kernel(
     sums_ptr,  # (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of a chunk's pixels
     gain_ptr,  # (C,)
     offset_ptr,  # (C,) or None
-    scale_ptr,  # (B, C) or None
+    scale_ptr,  # (B, C), or None; any pointer for samples from `scaled` on, and so are dscale_ptr and dshift_ptr
     dgain_ptr,  # (C,)
     doffset_ptr,  # (C,) or None
     dbias_ptr,  # (C,) or None
     dscale_ptr,  # (B, C) or None
     dshift_ptr,  # (B, C) or None
     B, C, chunks, stride_scale,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, scaled=2**31 - 1,
 ):  # fmt: skip
     """The gradients of all arguments per channel, each written once.
 
@@ -515,7 +517,6 @@ def norm_silu_bwd_rows_kernel(
     b_start = 0
     while b_start < B:
         o_b = b_start + tl.arange(0, BLOCK_B)
-        m_row = (o_b < B)[:, None] & m_c[None, :]
         b_sum_dy = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
         b_sum_dy_normed = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
         k_start = 0
@@ -531,14 +532,15 @@ def norm_silu_bwd_rows_kernel(
             k_start += BLOCK_K
         o_row = o_b[:, None] * C + o_c[None, :]
         b_factor = tl.full((BLOCK_B, BLOCK_C), 1.0, tl.float32)
+        m_scaled = (o_b < tl.minimum(B, scaled))[:, None] & m_c[None, :]
         if scale_ptr is not None:
-            b_factor += _load(scale_ptr, o_b[:, None] * stride_scale + o_c[None, :], m_row)
+            b_factor += _load(scale_ptr, o_b[:, None] * stride_scale + o_c[None, :], m_scaled)
             b_dscale = b_sum_dy_normed * b_gain[None, :]
             if offset_ptr is not None:
                 b_dscale += b_sum_dy * _load(offset_ptr, o_c, m_c)[None, :]
-            tl.store(dscale_ptr + o_row, cast(b_dscale, dscale_ptr.dtype.element_ty), mask=m_row)
+            tl.store(dscale_ptr + o_row, cast(b_dscale, dscale_ptr.dtype.element_ty), mask=m_scaled)
         if dshift_ptr is not None:
-            tl.store(dshift_ptr + o_row, cast(b_sum_dy, dshift_ptr.dtype.element_ty), mask=m_row)
+            tl.store(dshift_ptr + o_row, cast(b_sum_dy, dshift_ptr.dtype.element_ty), mask=m_scaled)
         b_dgain += b_sum_dy_normed * b_factor
         b_doffset += b_sum_dy * b_factor
         b_start += BLOCK_B
@@ -665,11 +667,15 @@ def norm_silu_backward(
     chunks = triton_launch.ceil_div(HW, tile.chunk)
     numbers = (*plan.strides, *rows.strides, *_dropout_numbers(dropout_p))
     sums = x.new_empty((B, chunks, 2 if bias is None else 3, C), dtype=torch.float32)
+    scaled = scale is not None or shift is not None
+    # The same compiled kernels serve both norms of a block: without scale and shift, tensors of no elements.
+    absent = None if scaled else x.new_empty(0)
+    scale_and_shift = (rows.scale, rows.shift) if scaled else (absent, absent)
     with torch.cuda.device_of(x):
         if groups == 0:
             rms_norm_silu_bwd_kernel[(B * chunks,)](
-                grad, x, dx, sums, statistics, rows.gain, rows.bias, rows.scale, rows.shift, seed, HW, C, chunks,
-                C**0.5, *numbers, **constants,
+                grad, x, dx, sums, statistics, rows.gain, rows.bias, *scale_and_shift, seed, HW, C, chunks, C**0.5,
+                *numbers, int(scaled), **constants,
             )  # fmt: skip
         else:
             grid = (B * chunks, triton_launch.ceil_div(C, tile.block_c))
@@ -690,9 +696,11 @@ def norm_silu_backward(
             for t in (gain, offset, bias, scale, shift)
         ]
         blocks = rows_blocks(C, triton_launch.interpreted())
+        rest = gradients[3:] if scaled else (absent, absent)
         norm_silu_bwd_rows_kernel[(triton_launch.ceil_div(C, blocks["BLOCK_C"]),)](
-            sums, rows.gain, rows.offset, rows.scale, *gradients, B, C, chunks, rows.strides[0], **blocks
-        )
+            sums, rows.gain, rows.offset, scale_and_shift[0], *gradients[:3], *rest, B, C, chunks, rows.strides[0],
+            scaled=B if scaled else 0, **blocks,
+        )  # fmt: skip
     return dx, *gradients
 
 

@@ -50,7 +50,7 @@ def compile_stage(name: str, dtype: str, C: int, everything: bool, capability: i
         del constants["seed_ptr"], constants["residual_ptr"]
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
-    unaligned = tuple(n for n in ("tiles", "chunks", "G", "threshold") if n in signature)
+    unaligned = tuple(n for n in ("tiles", "chunks", "G", "threshold", "scaled") if n in signature)
     most = kernel.most_registers(everything, writes_dx="sums" not in name) if name in BOUNDED else None
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path,
@@ -143,7 +143,7 @@ def test_gradients_of_rows(norm, capability, tmp_path, gate):
     signature = {n: type_of_row(n) for n in function.arg_names if n not in constants}
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path,
-        num_warps=blocks["num_warps"], unaligned=("B", "chunks"), maxnreg=blocks["maxnreg"],
+        num_warps=blocks["num_warps"], unaligned=("B", "chunks", "scaled"), maxnreg=blocks["maxnreg"],
     )  # fmt: skip
     assert not machine.spills
     per_row = blocks["BLOCK_B"] * blocks["BLOCK_K"] * blocks["BLOCK_C"] // (4 * 32 * blocks["num_warps"])
