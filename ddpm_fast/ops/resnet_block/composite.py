@@ -13,8 +13,12 @@ from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.layout import weights_format
 from ddpm_fast.ops.norm_linear.op import linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
+from ddpm_fast.ops.operator import Operator
+from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.autocast import no_autocast
-from ddpm_fast.runtime.dispatch import in_forward_mode, once_differentiable
+from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op, in_forward_mode, once_differentiable
+
+_LARGEST_ROWS = 2**31 - 2**16  # pixels that the kernels' 32-bit indices count
 
 
 def resnet_block(
@@ -51,7 +55,7 @@ def resnet_block(
     norm2 = partial(_norm, groups=groups, eps=eps)
     with no_autocast(x.device.type):
         if skip is not None and res_weight is not None:
-            y1, residual = convs_of_parts((x, skip), (weight1, None), (res_weight, res_bias))
+            y1, residual = skip_convs(x, skip, weight1, res_weight, res_bias)
         else:
             if skip is not None:
                 x, skip = torch.cat((x, skip.to(x.dtype)), dim=1), None
@@ -225,3 +229,112 @@ class _ConvsOfParts(torch.autograd.Function):
 
 def _same_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
+
+
+def _residual_conv_fake(x: torch.Tensor, weight: torch.Tensor, **others: object) -> torch.Tensor:
+    B, _, H, W = x.shape
+    return x.new_empty((B, weight.shape[0], H, W)).contiguous(memory_format=torch.channels_last)
+
+
+_residual_conv = Operator(
+    "residual_conv",
+    "Tensor x, Tensor weight, Tensor bias",  # x: the two maps side by side
+    returns="out",
+    fake=_residual_conv_fake,
+    triton=f"{__package__}.triton",
+)
+_residual_conv_gradients = Operator(
+    "residual_conv_gradients",
+    "Tensor grad, Tensor x, Tensor skip, Tensor weight, Tensor bias, Tensor added",
+    returns="dx, dskip, dweight, dbias",
+    fake=lambda x, skip, weight, bias, **_: tuple([torch.empty_like(t) for t in (x, skip, weight, bias)]),
+    triton=f"{__package__}.triton",
+)
+
+
+class _SkipConvs(torch.autograd.Function):
+    """The 3×3 convolution of x and skip side by side by cuDNN, the 1×1 one by Triton.
+
+    Backward makes the 3×3 convolution's gradient of both maps at once, and the 1×1 one's kernel adds to it and cuts it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        skip: torch.Tensor,
+        weight: torch.Tensor,
+        res_weight: torch.Tensor,
+        res_bias: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x, skip, weight, res_weight, res_bias)
+        h = torch.cat((x, skip), dim=1)
+        return _same_conv(h, weight, None), _residual_conv.triton(h, res_weight, res_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, res_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, skip, weight, res_weight, res_bias = ctx.saved_tensors
+        sizes = [x.shape[1], skip.shape[1]]
+        convolution_backward = partial(torch.ops.aten.convolution_backward, grad)
+        geometry = (None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+        # Of a map only size and layout count here, and of the taps below.
+        whole = x.new_empty((1,)).expand(x.shape[0], sum(sizes), *x.shape[2:])
+        dwhole = convolution_backward(whole, weight, *geometry, (True, False, False))[0]
+        dx, dskip, dres_weight, dres_bias = _residual_conv_gradients.triton(
+            res_grad, x, skip, res_weight, res_bias, dwhole
+        )
+        dweight = None
+        if ctx.needs_input_grad[2]:
+            parts = zip((x, skip), weight.split(sizes, dim=1), strict=True)
+            dweights = [convolution_backward(*part, *geometry, (False, True, False))[1] for part in parts]
+            dweight = torch.cat(dweights, dim=1)
+        return dx, dskip, dweight, dres_weight, dres_bias
+
+
+def _triton_skip_convs(
+    x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, res_weight: torch.Tensor, res_bias: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return _SkipConvs.apply(*(tensor.to(x.dtype) for tensor in (x, skip, weight, res_weight, res_bias)))
+
+
+def _triton_refuses(
+    x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, res_weight: torch.Tensor, res_bias: torch.Tensor | None
+) -> str | None:
+    reason = triton_launch.why_not_triton(x.device)
+    if reason is not None:
+        return reason
+    if res_bias is None:
+        return "res_bias is None"
+    if x.dtype == torch.float64:
+        return "x is torch.float64, and the kernels compute in float32"
+    if x.numel() == 0 or skip.numel() == 0:
+        return "a map is empty"
+    for name, tensor in (("x", x), ("skip", skip)):
+        if not tensor.is_contiguous(memory_format=torch.channels_last):
+            return f"{name} is not channels-last, its strides are {tensor.stride()}"
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return None if pixels <= _LARGEST_ROWS else f"x has {pixels} pixels, and the kernels count at most {_LARGEST_ROWS}"
+
+
+def _composite_skip_convs(
+    x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, res_weight: torch.Tensor, res_bias: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    return convs_of_parts((x, skip), (weight, None), (res_weight, res_bias))
+
+
+def _skip_convs_example(device: torch.device) -> tuple[tuple, dict]:
+    x = torch.zeros(1, 8, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(8, 16, 3, 3, device=device)
+    return (x, x, weight, weight[:, :, :1, :1], torch.zeros(8, device=device)), {}
+
+
+# The convolutions of a residual block that read a map and its skip connection: 3×3 without a bias, and the residual's.
+skip_convs = Op(
+    "skip_convs",
+    [
+        Implementation("triton", _triton_skip_convs, _triton_refuses, or_steps=True),
+        Implementation(COMPOSITE, _composite_skip_convs),
+    ],
+    _skip_convs_example,
+)

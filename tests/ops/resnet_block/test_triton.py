@@ -1,0 +1,235 @@
+"""The residual block's Triton kernels against the composite in float64.
+
+Runs on the CPU in Triton's interpreter, else on CUDA; see ../conftest.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpm_fast.ops.resnet_block import triton as kernel
+from ddpm_fast.ops.resnet_block.composite import convs_of_parts, skip_convs
+from ddpm_fast.ops.resnet_block.op import resnet_block
+from ddpm_fast.runtime import dispatch, triton_launch
+from ddpm_fast.runtime.dispatch import use_backend, watch_choices
+from ddpm_fast.testing.truth import assert_close_to_truth, exact_convolutions
+
+DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
+
+# B, C0, C1, K, H, W
+SMALL = (2, 24, 8, 12, 3, 4)
+SHAPES = [(1, 1, 1, 1, 1, 1), (3, 3, 5, 7, 1, 9), SMALL, (2, 70, 33, 68, 9, 7), (1, 64, 130, 16, 5, 5)]
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    with exact_convolutions():
+        yield
+
+
+def make(shape, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    B, C0, C1, K, H, W = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    tensors = {
+        "x": 2 * normal(B, C0, H, W) + 0.5,
+        "skip": normal(B, C1, H, W),
+        "weight": normal(K, C0 + C1, 3, 3) / (9 * (C0 + C1)) ** 0.5,
+        "res_weight": normal(K, C0 + C1, 1, 1) / (C0 + C1) ** 0.5,
+        "res_bias": normal(K),
+    }
+    tensors = {name: tensor.to(dtype).to(DEVICE) for name, tensor in tensors.items()}
+    for name in ("x", "skip", "weight", "res_weight"):
+        tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+    return tensors
+
+
+def composite(x, skip, weight, res_weight, res_bias) -> tuple[torch.Tensor, ...]:
+    return convs_of_parts((x, skip), (weight, None), (res_weight, res_bias))
+
+
+def kernels(**tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    with use_backend("triton"):
+        return skip_convs(**tensors)
+
+
+def run(function, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Both outputs and the gradient of every tensor, with poisoned memory: what is not written is NaN."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        outputs = function(**leaves)
+        grads = [torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape).to(y.dtype) for y in outputs]
+        torch.autograd.backward(outputs, grads)
+    finally:
+        torch.use_deterministic_algorithms(was)
+    outputs = dict(zip(("y", "residual"), (y.detach() for y in outputs), strict=True))
+    return outputs | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
+
+
+def assert_as_accurate_as_the_composite(tensors: dict[str, torch.Tensor]) -> None:
+    actual, expected = run(kernels, tensors), run(composite, tensors)
+    truth = run(composite, {name: tensor.double() for name, tensor in tensors.items()})
+    for name in truth:
+        floor = 16 if name in ("dres_weight", "dres_bias") else 4  # sums over pixels
+        assert_close_to_truth(actual[name], expected[name], truth[name], name=name, floor=floor)
+    for name in ("x", "skip"):
+        assert actual[f"d{name}"].stride() == tensors[name].stride()
+    assert actual["residual"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.arithmetic
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, dtype):
+    assert_as_accurate_as_the_composite(make(shape, dtype))
+
+
+def test_many_chunks_of_pixels(monkeypatch):
+    """Programs walk over several tiles of pixels, and the last one is half outside."""
+    monkeypatch.setattr(kernel, "_PROGRAMS", 4)
+    assert_as_accurate_as_the_composite(make((2, 20, 12, 8, 15, 13)))
+
+
+def test_tf32_where_convolutions_may_use_it():
+    """The interpreter ignores tf32, so this tests that the tiles for tf32 compute the same."""
+    tensors = make((2, 40, 24, 36, 5, 6))
+    exact = run(kernels, tensors)
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    for name, value in run(kernels, tensors).items():
+        torch.testing.assert_close(value, exact[name], rtol=2e-2, atol=2e-2 * exact[name].abs().max().item())
+
+
+def test_deterministic_and_independent_of_the_batch():
+    tensors = make((3, 24, 8, 12, 20, 20))
+    one = {name: tensor[:1] if name in ("x", "skip") else tensor for name, tensor in tensors.items()}
+    first, second = run(kernels, tensors), run(kernels, tensors)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with use_backend("triton"):
+        assert torch.equal(skip_convs(**one)[1], first["residual"][:1])
+
+
+def test_gradients_of_another_layout():
+    tensors, results = make(SMALL, torch.bfloat16), []
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        outputs = kernels(**leaves)
+        grads = [torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape).to(y.dtype) for y in outputs]
+        torch.autograd.backward(outputs, [grad.contiguous(memory_format=memory_format) for grad in grads])
+        results.append([leaf.grad for leaf in leaves.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("unused", [0, 1])
+def test_an_output_that_nothing_reads(unused):
+    tensors = make(SMALL)
+    results = []
+    for function in (kernels, composite):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        function(**leaves)[1 - unused].sum().backward()
+        results.append([leaf.grad for leaf in leaves.values()])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, torch.zeros_like(actual) if expected is None else expected)
+
+
+@pytest.mark.parametrize("wanted", ["x", "skip", "weight", "res_weight", "res_bias"])
+def test_only_the_gradient_that_is_asked_for(wanted):
+    tensors = make(SMALL)
+    expected = run(kernels, tensors)
+    tensors[wanted].requires_grad_()
+    outputs = kernels(**tensors)
+    torch.autograd.backward(
+        outputs, [torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape) for y in outputs]
+    )
+    assert torch.equal(tensors[wanted].grad, expected[f"d{wanted}"])
+
+
+def test_keeps_the_arguments_alone():
+    tensors = {name: tensor.requires_grad_() for name, tensor in make(SMALL).items()}
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        kernels(**tensors)
+    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in tensors.values()}
+
+
+def test_opcheck():
+    tensors = make(SMALL)
+    x, skip, weight, bias = (tensors[name] for name in ("x", "skip", "res_weight", "res_bias"))
+    h = torch.cat((x, skip), dim=1)
+    operators = torch.ops.ddpm_fast
+    torch.library.opcheck(operators.residual_conv.default, (h, weight, bias))
+    grad = operators.residual_conv(h, weight, bias)
+    torch.library.opcheck(operators.residual_conv_gradients.default, (grad, x, skip, weight, bias, h))
+
+
+def block_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The arguments of a residual block around these convolutions."""
+    K = tensors["res_bias"].numel()
+    row = torch.linspace(0.5, 1.5, K, device=DEVICE)
+    square = torch.linspace(-0.1, 0.1, 9 * K * K, device=DEVICE).reshape(K, K, 3, 3)
+    given = {"x": tensors["x"], "weight1": tensors["weight"], "bias1": row, "gain1": row, "weight2": square}
+    given |= {"bias2": row.flip(0), "gain2": row.flip(0), "skip": tensors["skip"]}
+    return given | {"res_weight": tensors["res_weight"], "res_bias": tensors["res_bias"]}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_block_with_a_skip_connection_runs_them(recompute):
+    given = block_of(make(SMALL))
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+        with use_backend(backend):
+            out = resnet_block(**leaves, recompute=recompute)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), list(leaves.values()))])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    with watch_choices() as choices:
+        resnet_block(**given)
+    assert choices["skip_convs", "triton", "accepts"] == 1
+
+
+def test_compiles_whole():
+    given, results = block_of(make(SMALL)), []
+
+    def loss(given):
+        out = resnet_block(**given)
+        return (out * torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape)).sum(), out
+
+    with use_backend("triton"):
+        for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+            leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in given.items()}
+            value, out = function(leaves)
+            value.backward()
+            results.append([out, *(leaf.grad for leaf in leaves.values())])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled) and eager.stride() == compiled.stride()
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    tensors = {name: tensor.requires_grad_() for name, tensor in make(SMALL).items()}
+    (dx,) = torch.autograd.grad(kernels(**tensors)[1].square().sum(), tensors["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        dx.sum().backward()
+
+
+REFUSED = {
+    "float64": (lambda x: x.double(), "x is torch.float64, and the kernels compute in float32"),
+    "empty": (lambda x: x[:0], "a map is empty"),
+    "contiguous": (lambda x: x.contiguous(), "x is not channels-last, its strides are "),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_and_the_steps_run(name):
+    change, reason = REFUSED[name]
+    tensors = make(SMALL)
+    tensors["x"] = change(tensors["x"])
+    tensors["skip"] = tensors["skip"][: tensors["x"].shape[0]].to(tensors["x"].dtype)
+    first = dispatch.ops()["skip_convs"].implementations[0]
+    assert first.name == "triton" and first.refuses(**tensors).startswith(reason)
+    assert [y.shape[1] for y in kernels(**tensors)] == [SMALL[3]] * 2
