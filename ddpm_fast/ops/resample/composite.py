@@ -8,8 +8,40 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.ops.layout import weights_format
+from ddpm_fast.ops.operator import Operator
+from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.autocast import no_autocast
-from ddpm_fast.runtime.dispatch import in_forward_mode
+from ddpm_fast.runtime.dispatch import forced_backend, in_forward_mode
+
+
+def _window_sums_fake(x: torch.Tensor) -> torch.Tensor:
+    A, B, side, _ = x.shape
+    return x.new_empty((B, A, 7 - side, 7 - side)).contiguous(memory_format=torch.channels_last)
+
+
+def _gradient_of_window_sums(_needs: Any, grad: torch.Tensor, _x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (_window_sums_by_triton.triton(grad),)  # the transposed sums are the sums of windows of the other size
+
+
+_window_sums_by_triton = Operator(
+    "window_sums",
+    "Tensor x",
+    returns="out",
+    fake=_window_sums_fake,
+    backward="grad, x",
+    by_torch=("x", _gradient_of_window_sums),
+    triton=f"{__package__}.triton",
+)
+
+
+def _runs_triton(weight: torch.Tensor) -> bool:
+    return (
+        triton_launch.why_not_triton(weight.device) is None
+        and forced_backend() in (None, "triton")
+        and weight.dtype != torch.float64
+        and weight.numel() > 0
+        and not in_forward_mode()
+    )
 
 
 def upsample_conv(
@@ -38,6 +70,8 @@ def downsample_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 def upsampling_taps(weight: torch.Tensor) -> torch.Tensor:  # (K, C, 3, 3) -> (C, K, 4, 4)
     """Sums over the 2×2 windows of the zero-padded, mirrored weight: along an axis (w2, w1 + w2, w0 + w1, w0)."""
+    if _runs_triton(weight):
+        return _window_sums_by_triton.triton(weight)
     if weight.device.type == "cpu":
         # Sums as a product: torch pools planes as small as these one by one, thirty times slower.
         sums = weight.reshape(-1, 9) @ _window_sums(weight)
@@ -76,6 +110,8 @@ class _UpsampleConv(torch.autograd.Function):
 
 def _gradient_of_taps(dtaps: torch.Tensor) -> torch.Tensor:  # (C, K, 4, 4) -> (K, C, 3, 3)
     """Each tap of the weight went into 2×2 sums."""
+    if _runs_triton(dtaps):
+        return _window_sums_by_triton.triton(dtaps)
     if dtaps.device.type == "cpu":
         sums = dtaps.reshape(-1, 16) @ _window_sums(dtaps).t()
         return sums.reshape(*dtaps.shape[:2], 3, 3).transpose(0, 1)

@@ -1,0 +1,39 @@
+"""The kernel of the upsampling convolution's taps as the compiler sees it, without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton's compiler is not there", allow_module_level=True)
+
+from ddpm_fast.ops.resample import triton as kernel
+from ddpm_fast.testing.aot import CAPABILITIES, compile_kernel
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_registers_and_accesses(capability, tmp_path, gate):
+    function = kernel.window_sums_kernel
+    registers = []
+    for dtype in ("bf16", "fp32"):
+        signature = {n: f"*{dtype}" if n.endswith("_ptr") else "i32" for n in function.arg_names if n != "BLOCK"}
+        machine = compile_kernel(
+            function, signature, {"BLOCK": 64}, capability, tmp_path,
+            num_warps=4, unaligned=("SIDE", "OUT_SIDE", "tiles_b"),
+        )  # fmt: skip
+        assert not machine.spills
+        assert machine.widths("LDG").get(128, 0) > 0 and machine.widths("STG").get(128, 0) > 0, machine.accesses
+        registers.append(machine.registers)
+    gate("registers", f"window_sums_kernel, sm_{capability}", max(registers))
+
+
+def test_sizes_of_one_compile(tmp_path):
+    function = kernel.window_sums_kernel
+    signature = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in ("x_ptr", "out_ptr", "SIDE", "OUT_SIDE")}
+    constants = {"A": 1, "B": 1, "tiles_b": 1, "BLOCK": 64}
+    assert not compile_kernel(function, signature, constants, 90, tmp_path, num_warps=4).spills
