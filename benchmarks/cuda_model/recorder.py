@@ -222,7 +222,7 @@ class Recorder(Observer):
 
     def _convolution(self, call: Call) -> None:
         x, weight, bias = (call.arguments[name] for name in ("input", "weight", "bias"))
-        self._layout(x, weight, x)
+        self._layout(x, weight, x, weight)
         width, flops = min(weight.shape[:2]), sum(call.flops.values())
         self._add(Launch("convolution", "", call.bytes_moved, flops, width=width, tiles=_tiles(call.result)))
         if bias is not None:  # torch adds it to cuDNN's output
@@ -230,7 +230,8 @@ class Recorder(Observer):
 
     def _convolution_backward(self, call: Call) -> None:
         grad, x, weight, wanted = (call.arguments[name] for name in ("grad_output", "input", "weight", "output_mask"))
-        self._layout(x, weight, grad, x)
+        # torch lays out what is read: the input for the weight's gradient, the weight for the input's.
+        self._layout(x, weight, grad, *(tensor for tensor, read in ((x, wanted[1]), (weight, wanted[0])) if read))
         width = min(weight.shape[:2])
         flops = sum(call.flops.values()) / max(1, wanted[0] + wanted[1])
         for i, name in enumerate(("input gradient", "weight gradient")):
@@ -243,7 +244,7 @@ class Recorder(Observer):
 
     def _layout(self, x: torch.Tensor, weight: torch.Tensor, *tensors: torch.Tensor) -> None:
         """The copies that cuDNN's callers make of tensors in another layout than cuDNN's."""
-        for tensor in (*tensors, weight):
+        for tensor in tensors:
             if not tensor.is_contiguous(memory_format=_cudnn_format(x, weight)):
                 self._add(Launch("layout", "", 2 * _size(tensor)))
 

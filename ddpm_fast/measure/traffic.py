@@ -232,6 +232,11 @@ def _linear_attention_block_flops(convolutions: int, products: int) -> Callable[
     return flops
 
 
+def _residual_conv_gradients_flops(arguments: Arguments, result: Any) -> dict[str, int]:
+    numbers = arguments["x"].numel() + arguments["skip"].numel()
+    return {"convolution": 4 * numbers * arguments["weight"].shape[0]}
+
+
 FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
     "ddpm_fast::attention": _attention_flops(2),
     "ddpm_fast::attention_backward": _attention_flops(7),
@@ -241,7 +246,10 @@ FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
     "ddpm_fast::linear_attention_block_backward": _linear_attention_block_flops(6, 5),
     "ddpm_fast::norm_linear": _norm_linear_flops(1),
     "ddpm_fast::norm_linear_backward": _norm_linear_flops(2),
+    "ddpm_fast::norm_linear_beside_backward": _norm_linear_flops(2),
     "ddpm_fast::linear_residual": _norm_linear_flops(1),
+    "ddpm_fast::residual_conv": _norm_linear_flops(1),
+    "ddpm_fast::residual_conv_gradients": _residual_conv_gradients_flops,
 }
 
 

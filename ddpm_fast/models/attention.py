@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ddpm_fast.models.narrow_weights import Group, narrow
 from ddpm_fast.models.norm import RMSNorm, is_rms_norm
 from ddpm_fast.models.stock import calls_every_module, is_convolution, is_instance, parameter, stock, why_by_modules
 from ddpm_fast.ops.attention.op import attention
@@ -143,9 +144,14 @@ class Attention(nn.Module):
         to_out = modules["to_out"]
         return unchecked_attention_block(
             *to_autocast_dtype(x), parameter(modules["norm"], "g"), parameter(modules["to_qkv"], "weight"),
-            parameter(self, "mem_kv"), parameter(to_out, "weight"), parameter(to_out, "bias"),
+            parameter(self, "mem_kv"), narrow(to_out, "weight"), narrow(to_out, "bias"),
             heads=self.heads, residual=residual,
         )  # fmt: skip
+
+    def narrow_groups(self) -> list[Group]:
+        """See `narrow_weights`; the other weights' products read float32 and round it once, with the gain."""
+        to_out: Any = self._modules["to_out"]
+        return [(parameter(to_out, "weight"),), (parameter(to_out, "bias"),)] if self._is_fused() else []
 
     def _is_fused(self) -> bool:
         """True if the modules may be computed from their weights as one op."""

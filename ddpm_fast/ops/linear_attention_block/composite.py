@@ -6,7 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast.ops.linear_attention.op import linear_attention
-from ddpm_fast.ops.norm_linear.op import norm_linear
+from ddpm_fast.ops.norm_linear.op import norm_linear, norm_linear_beside
 
 
 def linear_attention_block(
@@ -43,5 +43,9 @@ def _steps(
     gain: torch.Tensor,
     heads: int,
 ) -> torch.Tensor:
-    qkv = norm_linear(x, gain_in, weight_qkv.reshape(*weight_qkv.shape[:2], 1, 1))
+    weight_qkv = weight_qkv.reshape(*weight_qkv.shape[:2], 1, 1)
+    if residual is x:
+        qkv, residual = norm_linear_beside(x, gain_in, weight_qkv)
+    else:
+        qkv = norm_linear(x, gain_in, weight_qkv)
     return linear_attention(qkv, mem_kv, weight, bias, gain, heads=heads, residual=residual)

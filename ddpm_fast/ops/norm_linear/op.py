@@ -47,6 +47,13 @@ _norm_linear = Operator(
     gradients="x, gain, weight",
     triton=f"{__package__}.triton",
 )
+_norm_linear_beside_backward = Operator(
+    "norm_linear_beside_backward",
+    "Tensor grad, Tensor x, Tensor factors, Tensor gain, Tensor weight, Tensor added",
+    returns="dx, dgain, dweight",
+    fake=lambda x, gain, weight, **_: (torch.empty_like(x), gain.new_empty(gain.shape), weight.new_empty(weight.shape)),
+    triton=f"{__package__}.triton",
+)
 _linear_residual = Operator(
     "linear_residual",
     "Tensor x, Tensor weight, Tensor bias, Tensor residual",
@@ -82,6 +89,32 @@ def norm_linear(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> to
     if gain.numel() != C:
         raise ValueError(f"gain must have {C} elements, one per channel of x, got shape {tuple(gain.shape)}")
     return _norm_linear_op(x, gain, weight)
+
+
+def norm_linear_beside(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`norm_linear` of arguments that fit, and x for its other reader, whose gradient the kernel of dx adds to its own.
+
+    On channels-last maps where Triton runs; elsewhere autograd adds the gradients.
+    """
+    if x.requires_grad and torch.is_grad_enabled() and x.is_contiguous(memory_format=torch.channels_last):
+        if _norm_linear_op.choose(x, gain, weight).name == "triton":
+            return _NormLinearBeside.apply(x, gain, weight)
+    return _norm_linear_op(x, gain, weight), x
+
+
+class _NormLinearBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, factors = _norm_linear.triton(x, gain, weight)
+        ctx.save_for_backward(x, factors, gain, weight)
+        return out, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _norm_linear_beside_backward.triton(grad, *ctx.saved_tensors, added)
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,7 @@ def norm_linear_bwd_x_kernel(
     factors_ptr,  # (B, N)
     gain_ptr,  # (C,)
     weight_ptr,  # (K, C)
+    added_ptr,  # added to dx, laid out as dx; or None
     N, C, K, tiles_n, root_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
     PRECISION: tl.constexpr, TILES_O: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -117,6 +118,8 @@ def norm_linear_bwd_x_kernel(
     unclamped = b_factor < tl.div_rn(root_c, _SMALLEST_NORM)
     b_projection = tl.where(unclamped, tl.sum(b_z * b_normed, axis=1) * tl.div_rn(1.0, root_c * root_c), 0.0)
     b_dx = (b_z - b_normed * b_projection[:, None]) * b_factor[:, None]
+    if added_ptr is not None:
+        b_dx += tl.load(added_ptr + o_tile, mask=m_tile, other=0.0).to(tl.float32)
     tl.store(dx_ptr + o_tile, cast(b_dx, dx_ptr.dtype.element_ty), mask=m_tile)
 
 
@@ -322,10 +325,11 @@ def norm_linear_backward(
     factors: torch.Tensor,  # (B, H·W) float32
     gain: torch.Tensor,
     weight: torch.Tensor,
+    added: torch.Tensor | None = None,  # (B, C, H, W)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, gain and weight, each of its argument's shape and dtype; see `norm_linear`."""
+    """Gradients of x, to which `added` is added, gain and weight, each of its argument's shape and dtype."""
     K, C = weight.shape[:2]
-    grad = _laid_out_for(x, grad)
+    grad, added = _laid_out_for(x, grad), None if added is None else _laid_out_for(x, added)
     dx = torch.empty_like(x)
     B, N = _rows(x)
     gain_row, weight_rows = gain.contiguous(), weight.reshape(K, C).contiguous()
@@ -341,7 +345,7 @@ def norm_linear_backward(
     dgain, dweight = gain.new_empty(gain.shape), weight.new_empty(weight.shape)
     with torch.cuda.device_of(x):
         norm_linear_bwd_x_kernel[(B * tiles_n,)](
-            grad, x, dx, factors, gain_row, weight_rows, N, C, K, tiles_n, C**0.5, *strides,
+            grad, x, dx, factors, gain_row, weight_rows, added, N, C, K, tiles_n, C**0.5, *strides,
             PRECISION=precision, TILES_O=triton_launch.ceil_div(K, tile.block_o), **tile.constants,
         )  # fmt: skip
         norm_linear_bwd_weight_kernel[(B * chunks * tiles_o * tiles_c,)](
@@ -353,6 +357,9 @@ def norm_linear_backward(
             sums, gain_row, weight_rows, dgain, dweight, K, C, B * chunks, **blocks
         )
     return dx, dgain, dweight
+
+
+norm_linear_beside_backward = norm_linear_backward  # with `added`
 
 
 def empty_outputs(x: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:

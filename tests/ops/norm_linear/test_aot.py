@@ -18,7 +18,7 @@ from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
 
-MAPS = ("x_ptr", "out_ptr", "grad_ptr", "dx_ptr", "residual_ptr")
+MAPS = ("x_ptr", "out_ptr", "grad_ptr", "dx_ptr", "residual_ptr", "added_ptr")
 BITS = {"bf16": 16, "fp32": 32}
 
 # The stages of Unet(64, (1, 2, 4, 8)) at 128×128: channels and pixels; q, k, v of 4 heads of 32 channels come out.
@@ -33,7 +33,11 @@ KERNELS = {
 PRODUCTS = [("bf16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee")]
 
 
-NOT_GIVEN = {"norm": ("bias_ptr", "residual_ptr"), "residual": ("gain_ptr", "factors_ptr")}
+NOT_GIVEN = {
+    "norm": ("bias_ptr", "residual_ptr", "added_ptr"),
+    "residual": ("gain_ptr", "factors_ptr"),
+    "beside": ("bias_ptr", "residual_ptr"),
+}
 
 
 def compile_stage(name: str, dtype: str, precision: str, C: int, capability: int, tmp_path, op: str = "norm"):
@@ -44,7 +48,7 @@ def compile_stage(name: str, dtype: str, precision: str, C: int, capability: int
     constants = {"stride_c": 1, "out_c": 1, "PRECISION": precision, "TILES_C": triton.cdiv(C, tile.block_c)}
     constants |= {"TILES_O": triton.cdiv(OUTPUTS, tile.block_o)}
     constants |= {name: value for name, value in tile.constants.items() if name.isupper()}
-    constants |= {n: None for n in NOT_GIVEN[op]} if name == "norm_linear_fwd_kernel" else {}
+    constants |= {n: None for n in NOT_GIVEN[op]} if name != "norm_linear_bwd_weight_kernel" else {}
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
     unaligned = tuple(n for n in signature if n.startswith("tiles") or n == "chunks")
@@ -104,6 +108,16 @@ def test_registers_and_accesses_with_a_residual(tmp_path, gate):
         assert_fit(machine, tile, name, dtype)
         registers.append(machine.registers)
     gate("registers", f"{name} with bias and residual, sm_90", max(registers))
+
+
+def test_registers_and_accesses_with_a_gradient_to_add(tmp_path, gate):
+    name, registers = "norm_linear_bwd_x_kernel", []
+    for C in (256, 512):
+        for dtype, precision in PRODUCTS:
+            machine, tile = compile_stage(name, dtype, precision, C, 90, tmp_path, op="beside")
+            assert_fit(machine, tile, name, dtype)
+            registers.append(machine.registers)
+    gate("registers", f"{name} with a gradient to add, sm_90", max(registers))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_fast.ops.norm_linear import triton as kernel
-from ddpm_fast.ops.norm_linear.op import linear_residual, norm_linear
+from ddpm_fast.ops.norm_linear.op import linear_residual, norm_linear, norm_linear_beside
 from ddpm_fast.runtime import dispatch, triton_launch
 from ddpm_fast.runtime.dispatch import use_backend
 from ddpm_fast.testing.norm_linear_cases import LAYOUTS, SHAPES, assert_as_accurate_as_the_reference, make, run
@@ -241,6 +241,69 @@ def test_linear_residual(dtype, layout):
         assert actual["out"].is_contiguous(memory_format=LAYOUTS[layout])
         for name, truth in results["reference", True].items():
             assert_close_to_truth(actual[name], results["reference", False][name], truth, name=name)
+
+
+def beside(x, gain, weight):
+    """A function of both outputs of `norm_linear_beside`."""
+    out, x = norm_linear_beside(x, gain, weight)
+    return torch.cat((out, x), dim=1)
+
+
+def of_two_readers(x, gain, weight):
+    return torch.cat((norm_linear(x, gain, weight), x), dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 3, 1, 7, 5), (2, 70, 9, 7, 100)], ids=str)
+def test_the_gradient_of_another_reader_is_added(shape, dtype):
+    tensors = make(shape, "nhwc", DEVICE)
+    tensors["x"] = tensors["x"].to(dtype)
+    results = []
+    for function, backend, kind in (
+        (beside, "triton", None),
+        (of_two_readers, "reference", None),
+        (of_two_readers, "reference", torch.float64),
+    ):
+        leaves = {n: t.detach().to(kind or t.dtype).clone().requires_grad_() for n, t in tensors.items()}
+        with use_backend(backend):
+            out = function(**leaves)
+        grad = torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape).to(out.dtype)
+        gradients = torch.autograd.grad(out, list(leaves.values()), grad)
+        results.append({"out": out.detach(), **{f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}})
+    actual, expected, truth = results
+    assert actual["dx"].stride() == tensors["x"].stride()
+    for name in truth:
+        floor = 16 if name in ("dgain", "dweight") else 4
+        assert_close_to_truth(actual[name], expected[name], truth[name], name=name, floor=floor)
+
+
+def test_another_reader_without_a_gradient_and_layouts_that_are_added_by_autograd():
+    tensors = {name: tensor.requires_grad_() for name, tensor in make(SMALL, "nhwc", DEVICE).items()}
+    with use_backend("triton"):
+        out, x = norm_linear_beside(**tensors)
+        assert torch.equal(x, tensors["x"]) and x.data_ptr() == tensors["x"].data_ptr()
+        (alone,) = torch.autograd.grad(out.sum(), tensors["x"], retain_graph=True)
+        (expected,) = torch.autograd.grad(norm_linear(**tensors).sum(), tensors["x"])
+        assert torch.equal(alone, expected)
+        contiguous = tensors["x"].detach().contiguous().requires_grad_()
+        assert norm_linear_beside(contiguous, tensors["gain"], tensors["weight"])[1] is contiguous
+        (dx,) = torch.autograd.grad(out.square().sum(), tensors["x"], create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            dx.sum().backward()
+
+
+def test_the_operator_of_another_reader_and_compile():
+    tensors = {name: tensor.requires_grad_() for name, tensor in make((2, 8, 3, 4, 12), "nhwc", DEVICE).items()}
+    detached = [tensor.detach() for tensor in tensors.values()]
+    grad, factors = torch.ops.ddpm_fast.norm_linear(*detached)
+    arguments = (grad, detached[0], factors, *detached[1:], detached[0])
+    torch.library.opcheck(torch.ops.ddpm_fast.norm_linear_beside_backward.default, arguments)
+    results = []
+    with use_backend("triton"):
+        for function in (beside, torch.compile(beside, backend="aot_eager", fullgraph=True)):
+            out = function(**tensors)
+            results.append([out, *torch.autograd.grad(out.sin().sum(), list(tensors.values()))])
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results, strict=True))
 
 
 def test_linear_residual_is_an_operator_and_compiles():
