@@ -494,14 +494,14 @@ def norm_silu_bwd_rows_kernel(
     sums_ptr,  # (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of a chunk's pixels
     gain_ptr,  # (C,)
     offset_ptr,  # (C,) or None
-    scale_ptr,  # (B, C), or None; any pointer where `scaled` is 0, and so are dscale_ptr and dshift_ptr
+    scale_ptr,  # (B, C), or None; any pointer for samples from `scaled` on, and so are dscale_ptr and dshift_ptr
     dgain_ptr,  # (C,)
     doffset_ptr,  # (C,) or None
     dbias_ptr,  # (C,) or None
     dscale_ptr,  # (B, C) or None
     dshift_ptr,  # (B, C) or None
     B, C, chunks, stride_scale,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, scaled=1,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, scaled=2**31 - 1,
 ):  # fmt: skip
     """The gradients of all arguments per channel, each written once.
 
@@ -517,7 +517,6 @@ def norm_silu_bwd_rows_kernel(
     b_start = 0
     while b_start < B:
         o_b = b_start + tl.arange(0, BLOCK_B)
-        m_row = (o_b < B)[:, None] & m_c[None, :]
         b_sum_dy = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
         b_sum_dy_normed = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
         k_start = 0
@@ -533,7 +532,7 @@ def norm_silu_bwd_rows_kernel(
             k_start += BLOCK_K
         o_row = o_b[:, None] * C + o_c[None, :]
         b_factor = tl.full((BLOCK_B, BLOCK_C), 1.0, tl.float32)
-        m_scaled = m_row & (scaled != 0)
+        m_scaled = (o_b < tl.minimum(B, scaled))[:, None] & m_c[None, :]
         if scale_ptr is not None:
             b_factor += _load(scale_ptr, o_b[:, None] * stride_scale + o_c[None, :], m_scaled)
             b_dscale = b_sum_dy_normed * b_gain[None, :]
@@ -700,7 +699,7 @@ def norm_silu_backward(
         rest = gradients[3:] if scaled else (absent, absent)
         norm_silu_bwd_rows_kernel[(triton_launch.ceil_div(C, blocks["BLOCK_C"]),)](
             sums, rows.gain, rows.offset, scale_and_shift[0], *gradients[:3], *rest, B, C, chunks, rows.strides[0],
-            scaled=int(scaled), **blocks,
+            scaled=B if scaled else 0, **blocks,
         )  # fmt: skip
     return dx, *gradients
 
