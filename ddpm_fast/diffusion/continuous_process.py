@@ -10,7 +10,7 @@ from torch import nn
 
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, TrainingRows
 from ddpm_fast.diffusion.levels import Levels, Target, prediction
-from ddpm_fast.diffusion.weightings import Weighting, find_weighting, uniform, weight_of_output
+from ddpm_fast.diffusion.weightings import Weighting, find_weighting, recorded_weighting, uniform, weight_of_output
 from ddpm_fast.ops.forward_diffusion.op import q_sample
 from ddpm_fast.runtime.autocast import call_model
 from ddpm_fast.runtime.plain import as_int, plain
@@ -62,7 +62,7 @@ class ContinuousProcess(DiffusionProcess):
         recorded = {
             **common,
             **config,
-            "loss_weighting": loss_weighting if isinstance(loss_weighting, str) else "snr",
+            "loss_weighting": recorded_weighting(loss_weighting),
             "loss_weighting_options": dict(loss_weighting_options) if loss_weighting_options else None,
         }
         super().__init__(

@@ -14,7 +14,7 @@ from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, TrainingRows
 from ddpm_fast.diffusion.levels import TARGETS, Target
 from ddpm_fast.diffusion.schedules import Schedule
 from ddpm_fast.diffusion.timestep_history import LossSecondMoment
-from ddpm_fast.diffusion.weightings import Weighting
+from ddpm_fast.diffusion.weightings import Weighting, recorded_weighting
 from ddpm_fast.ops.common.tables import lookup
 from ddpm_fast.runtime.autocast import call_model
 from ddpm_fast.runtime.plain import as_int, as_number, plain
@@ -126,7 +126,7 @@ class DiscreteProcess(DiffusionProcess):
         later = dict(
             spacing=spacing if spacing is None or isinstance(spacing, str) else [float(time) for time in spacing],
             sampler_options=plain("sampler_options", dict(sampler_options)) if sampler_options else None,
-            loss_weighting=loss_weighting if loss_weighting is None or isinstance(loss_weighting, str) else "snr",
+            loss_weighting=recorded_weighting(loss_weighting),
             loss_weighting_options=dict(loss_weighting_options) if loss_weighting_options else None,
             uncertainty_weighting=plain("uncertainty_weighting", uncertainty_weighting),
             zero_terminal_snr=plain("zero_terminal_snr", zero_terminal_snr),

@@ -11,6 +11,7 @@ loss the same: an error of out is q times as large in x0 (`levels.prediction`), 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -25,6 +26,9 @@ from ddpm_fast.runtime.plain import as_number
 Weighting = Callable[..., torch.Tensor]
 
 WEIGHTINGS: dict[str, Weighting] = {}
+
+# What a checkpoint records of a function of the user's own.
+OWN_FUNCTION = "a function of the user's"
 
 
 def weighting(name: str) -> Callable[[Weighting], Weighting]:
@@ -43,6 +47,11 @@ def weighting(name: str) -> Callable[[Weighting], Weighting]:
     return register
 
 
+def recorded_weighting(given: str | Weighting | None) -> str | None:
+    """A weighting as a file records it."""
+    return given if given is None or isinstance(given, str) else OWN_FUNCTION
+
+
 def find_weighting(given: str | Weighting, options: Mapping[str, Any] | None = None) -> Weighting:
     """A function of the SNR from its name and options, or a function of the user's own.
 
@@ -53,6 +62,13 @@ def find_weighting(given: str | Weighting, options: Mapping[str, Any] | None = N
         if options:
             raise TypeError("loss_weighting_options must be None where loss_weighting is a function")
         return given
+    if given == OWN_FUNCTION:
+        warnings.warn(
+            "the loss was weighted by a function, which a file does not hold: loss_weighting='snr' is used, and "
+            "training on needs loss_weighting=",
+            stacklevel=3,
+        )
+        return snr
     if given not in WEIGHTINGS:
         raise ValueError(f"loss_weighting must be a function or one of {', '.join(WEIGHTINGS)}, got {given!r}")
     known = list(inspect.signature(WEIGHTINGS[given]).parameters)[1:]

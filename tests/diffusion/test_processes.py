@@ -409,6 +409,8 @@ def test_a_weighting_of_the_users_own():
         images(), times=t, noise=noise, loss_reduction="none"
     )
     torch.testing.assert_close(ratio, (((1 - t) / t) ** 2).clamp(max=2) * t**2, rtol=1e-4, atol=1e-6)
+    with pytest.warns(UserWarning, match="weighted by a function, which a file does not hold"):
+        RectifiedFlow(plain.model, **diffusion.config)
 
 
 def learned_pair(**options):
