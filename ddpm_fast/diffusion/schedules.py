@@ -25,6 +25,7 @@ from ddpm_fast.diffusion.weightings import snr as snr_weighting
 from ddpm_fast.diffusion.weightings import uniform as uniform_weighting
 
 OBJECTIVES = tuple(TARGETS)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def linear_beta_schedule(timesteps: int) -> torch.Tensor:
@@ -200,8 +201,9 @@ class Schedule(NoiseScale):
             "sqrt_alphas_cumprod": torch.sqrt(alphas_cumprod),
             "sqrt_one_minus_alphas_cumprod": torch.sqrt(1.0 - alphas_cumprod),
             "log_one_minus_alphas_cumprod": torch.log(1.0 - alphas_cumprod),
-            "sqrt_recip_alphas_cumprod": torch.sqrt(1.0 / alphas_cumprod),
-            "sqrt_recipm1_alphas_cumprod": torch.sqrt(1.0 / alphas_cumprod - 1),
+            # Finite where there is no signal: an average of weights would make NaN of two infinities.
+            "sqrt_recip_alphas_cumprod": torch.sqrt(1.0 / alphas_cumprod).clamp(max=_LARGEST),
+            "sqrt_recipm1_alphas_cumprod": torch.sqrt(1.0 / alphas_cumprod - 1).clamp(max=_LARGEST),
             "posterior_variance": self.posterior_variance,
             # Clipped because the posterior variance is 0 at the start of the chain.
             "posterior_log_variance_clipped": torch.log(self.posterior_variance.clamp(min=1e-20)),

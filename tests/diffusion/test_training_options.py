@@ -116,6 +116,7 @@ def test_zero_terminal_snr(schedule):
         unet(), image_size=8, timesteps=50, beta_schedule=schedule, zero_terminal_snr=True, sampling_timesteps=6
     )
     assert (diffusion.loss_weight == 1).all()
+    assert all(buffer.isfinite().all() for buffer in diffusion.buffers()), "an average of weights moves buffers, too"
     for sampler in (None, "ddpm", "dpmpp_2m", "heun"):
         assert diffusion.sample(2, sampler=sampler, seed=1, progress=False).isfinite().all()
     diffusion(torch.rand(4, 3, 8, 8), times=torch.tensor([0, 20, 48, 49])).backward()
