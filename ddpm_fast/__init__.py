@@ -9,24 +9,22 @@ from warnings import warn as _warn
 
 from ddpm_fast import noise
 from ddpm_fast._version import __version__
-from ddpm_fast.diffusion.continuous_time import (
-    ContinuousTimeGaussianDiffusion,
-    VParamContinuousTimeGaussianDiffusion,
-)
-from ddpm_fast.diffusion.elucidated_diffusion import ElucidatedDiffusion
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion, ModelPrediction
-from ddpm_fast.diffusion.learned_gaussian_diffusion import LearnedGaussianDiffusion
-from ddpm_fast.diffusion.openai import from_openai_options
-from ddpm_fast.diffusion.rectified_flow import RectifiedFlow
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
-from ddpm_fast.diffusion.weighted_objective import WeightedObjectiveGaussianDiffusion
-from ddpm_fast.diffusion.xm import XMWrapper
 from ddpm_fast.models.derived_weights import inference_weights
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.dispatch import explain, use_backend
 from ddpm_fast.runtime.extension import empty_cache
 
 _LAZY = {
+    "ContinuousTimeGaussianDiffusion": "ddpm_fast.diffusion.continuous_time",
+    "ElucidatedDiffusion": "ddpm_fast.diffusion.elucidated_diffusion",
+    "LearnedGaussianDiffusion": "ddpm_fast.diffusion.learned_gaussian_diffusion",
+    "RectifiedFlow": "ddpm_fast.diffusion.rectified_flow",
+    "VParamContinuousTimeGaussianDiffusion": "ddpm_fast.diffusion.continuous_time",
+    "WeightedObjectiveGaussianDiffusion": "ddpm_fast.diffusion.weighted_objective",
+    "XMWrapper": "ddpm_fast.diffusion.xm",
+    "from_openai_options": "ddpm_fast.diffusion.openai",
     "Checkpoint": "ddpm_fast.training.checkpoint",
     "Dataset": "ddpm_fast.training.data",
     "PreparedDataset": "ddpm_fast.training.prepared",
@@ -45,21 +43,13 @@ _OF_UPSTREAM = {
 
 
 __all__ = [
-    "ContinuousTimeGaussianDiffusion",
-    "ElucidatedDiffusion",
     "GaussianDiffusion",
-    "LearnedGaussianDiffusion",
     "ModelPrediction",
-    "RectifiedFlow",
     "Unet",
-    "VParamContinuousTimeGaussianDiffusion",
-    "WeightedObjectiveGaussianDiffusion",
-    "XMWrapper",
     "__version__",
     "cosine_beta_schedule",
     "empty_cache",
     "explain",
-    "from_openai_options",
     "inference_weights",
     "linear_beta_schedule",
     "noise",

@@ -44,7 +44,7 @@ ROWS = [
     ["training/captured_step"],
     ["training/optimizer_step"],
     ["training/average"],
-    ["diffusion/openai"],
+    ["diffusion/openai", "diffusion/processes"],
     ["diffusion/learned_gaussian_diffusion", "diffusion/weighted_objective"],
     [
         "diffusion/gaussian_diffusion",

@@ -21,7 +21,7 @@ def run(options: Doctor) -> None:
     import torch
 
     import ddpm_fast
-    from ddpm_fast.diffusion.diffusion_process import PROCESSES
+    from ddpm_fast.diffusion.processes import PROCESSES
     from ddpm_fast.diffusion.samplers import FEW_STEPS, SAMPLERS
     from ddpm_fast.diffusion.spacings import SPACINGS
     from ddpm_fast.runtime import extension

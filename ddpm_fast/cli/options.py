@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ddpm_fast.diffusion.diffusion_process import PROCESSES
+from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.diffusion.samplers import SAMPLERS
 
 if TYPE_CHECKING:

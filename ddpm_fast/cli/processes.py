@@ -121,7 +121,7 @@ def network_of(process: str, channels: int) -> dict[str, Any]:
 
 def _arguments(process: str) -> dict[str, str]:
     """Option → argument of those that the process has."""
-    from ddpm_fast.diffusion.diffusion_process import PROCESSES
+    from ddpm_fast.diffusion.processes import PROCESSES
 
     names = PROCESSES[process].arguments()
     steps = "sampling_timesteps" if "sampling_timesteps" in names else "num_sample_steps"

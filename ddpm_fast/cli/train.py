@@ -252,7 +252,7 @@ def _recorded_training(record: dict[str, Any]) -> dict[str, Any]:
 def _make_trainer(options: Train, plan: _Plan) -> "Trainer":
     import torch
 
-    from ddpm_fast.diffusion.diffusion_process import PROCESSES
+    from ddpm_fast.diffusion.processes import PROCESSES
     from ddpm_fast.diffusion.xm import XMWrapper
     from ddpm_fast.models.unet import Unet
     from ddpm_fast.training.data import DigitsDataset

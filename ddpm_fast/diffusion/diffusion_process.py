@@ -10,15 +10,14 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from ddpm_fast import noise as noise_function
-from ddpm_fast.diffusion import likelihood, samplers, sampling, spacings
+from ddpm_fast.diffusion import samplers, sampling, spacings
 from ddpm_fast.diffusion.levels import NoiseScale, Target
-from ddpm_fast.diffusion.likelihood import BitsPerDim, Chain, LikelihoodRun, ProgressiveCoding, evenly_spaced
 from ddpm_fast.diffusion.samplers import SamplerTable
 from ddpm_fast.diffusion.sampling import SamplingRun, sample_loop
 from ddpm_fast.diffusion.weightings import UncertaintyWeight
@@ -30,6 +29,9 @@ from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.runtime.autocast import autocast_dtype, call_model, narrow_dtype, uncached_autocast
 from ddpm_fast.runtime.plain import as_int, as_number, as_size
 from ddpm_fast.runtime.recording import GraphCache
+
+if TYPE_CHECKING:
+    from ddpm_fast.diffusion.likelihood import BitsPerDim, Chain, LikelihoodRun, ProgressiveCoding
 
 _Process = TypeVar("_Process", bound="DiffusionProcess")
 
@@ -341,6 +343,8 @@ class DiffusionProcess(nn.Module):
         """
         shape = self._shape(batch_size)
         plan = self._plan(sampler, sampling_timesteps, spacing, sampler_options)
+        from ddpm_fast.diffusion.likelihood import evenly_spaced  # with its op, which nothing else here needs
+
         columns = evenly_spaced(len(plan.times), as_int("num_columns", num_columns, 1))
         shown: list[torch.Tensor] = []
         row = iter(range(len(plan.times)))
@@ -394,7 +398,9 @@ class DiffusionProcess(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit, named in one sentence.
         """
-        run = LikelihoodRun(self._seed(seed), start_index, progress=progress)
+        from ddpm_fast.diffusion import likelihood
+
+        run = likelihood.LikelihoodRun(self._seed(seed), start_index, progress=progress)
         run.batch_size = likelihood.BATCH_SIZE if batch_size is None else as_int("batch_size", batch_size, 1)
         chain = self._chain(timesteps, variance)
         return likelihood.bits_per_dim(*self._bound_arguments(images, chain, run, clip_x_start, graph))
@@ -422,9 +428,11 @@ class DiffusionProcess(nn.Module):
         Returns:
             `ProgressiveCoding`: times, noised, estimates, rate, distortion.
         """
+        from ddpm_fast.diffusion import likelihood
+
         num_columns = as_int("num_columns", num_columns, 1)
         chain = self._chain(timesteps, variance)
-        run = LikelihoodRun(self._seed(seed), start_index, max(1, len(images)), progress=progress)
+        run = likelihood.LikelihoodRun(self._seed(seed), start_index, max(1, len(images)), progress=progress)
         arguments = self._bound_arguments(images, chain, run, clip_x_start, graph)
         coding = likelihood.progressive_coding(*arguments, num_columns=num_columns)
         with torch.inference_mode():
@@ -432,6 +440,8 @@ class DiffusionProcess(nn.Module):
         return coding._replace(noised=noised.clone(), estimates=estimates.clone())
 
     def _chain(self, timesteps: int | Sequence[float] | None, variance: str | None) -> Chain:
+        from ddpm_fast.diffusion import likelihood
+
         own = "learned" if self.learned_variance else "small"
         variance = own if variance is None else variance
         if variance not in likelihood.VARIANCES or (variance == "learned" and not self.learned_variance):
@@ -444,6 +454,8 @@ class DiffusionProcess(nn.Module):
         self, images: torch.Tensor, chain: Chain, run: LikelihoodRun, clip_x_start: bool | None, graph: bool | None
     ) -> tuple[Any, torch.Tensor, Chain, Callable[[torch.Tensor], torch.Tensor], LikelihoodRun]:
         """Arguments of the functions in `likelihood`, checked."""
+        from ddpm_fast.diffusion import likelihood
+
         if graph not in (None, False):
             raise ValueError(f"graph must be None or False for a bound, got {graph!r}")
         own = [name for name in _PREDICTING_METHODS if hasattr(type(self), name) and self._has_own(name)]

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.models.derived_weights import inference_weights
 
 H100_BYTES_PER_SECOND = 3.0e12  # copy bandwidth as measured
@@ -460,9 +461,11 @@ def measure_training(diffusion: Any, batch: int = 1) -> Traffic:
 def measure_sampling(diffusion: Any, batch: int = 1) -> Traffic:
     """One step of sampling a batch, of one image unless told otherwise: the network and the update of the state.
 
-    The network has its inference weights, as in a run of many steps.
+    The network has its inference weights, and this package's process its table, as in a run of many steps.
     """
     diffusion = copy.deepcopy(diffusion).to("meta")
+    if isinstance(diffusion, DiffusionProcess):
+        diffusion._plan("ddpm", diffusion.num_timesteps, "own")
     x = torch.zeros(batch, diffusion.channels, *diffusion.image_size, device="meta")
     traffic = Traffic()
     with inference_weights(diffusion.model, diffusion.num_timesteps), _Counter(traffic), torch.inference_mode():

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ddpm_fast.diffusion.diffusion_process import PROCESSES, DiffusionProcess
+from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
+from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.extras import needed_for

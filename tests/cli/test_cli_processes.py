@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddpm_fast import cli, load_checkpoint
-from ddpm_fast.diffusion.diffusion_process import PROCESSES
+from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.diffusion.samplers import FEW_STEPS, SAMPLERS
 from ddpm_fast.diffusion.spacings import SPACINGS
 from ddpm_fast.training.checkpoint import load_file

@@ -37,7 +37,14 @@ class Maps(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs, result)):
             # Maps of the image itself have 3 channels; context, statistics and memory have other heights than maps.
             is_map = isinstance(tensor, torch.Tensor) and tensor.dim() == 4 and tensor.shape[0] == BATCH
-            if not is_map or tensor.shape[1] == 3 or tensor.shape[2] not in (32, 16, 8, 4) or tensor.shape[1] < 16:
+            # One element expanded stands for a map that an operator does not read.
+            if (
+                not is_map
+                or not any(tensor.stride())
+                or tensor.shape[1] == 3
+                or tensor.shape[2] not in (32, 16, 8, 4)
+                or tensor.shape[1] < 16
+            ):
                 continue
             if name in COPIES or not tensor.is_contiguous(memory_format=torch.channels_last):
                 self.found.append((name, tuple(tensor.shape), tensor.stride()))

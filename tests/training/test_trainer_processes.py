@@ -10,7 +10,8 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import Trainer, Unet, XMWrapper, load_checkpoint
-from ddpm_fast.diffusion.diffusion_process import PROCESSES, DiffusionProcess
+from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
+from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.testing.recorders import FrozenRecorder
 from ddpm_fast.training.captured_step import capture_training_step, why_not_recorded
 from ddpm_fast.training.checkpoint import CheckpointError

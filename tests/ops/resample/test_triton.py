@@ -29,6 +29,7 @@ def pooled(weight: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(mirrored, 2, stride=1, padding=1, divisor_override=1)
 
 
+@pytest.mark.arithmetic
 @DTYPES
 @LAYOUTS
 @pytest.mark.parametrize("K, C", [(1, 1), (5, 3), (70, 130)])
