@@ -13,13 +13,13 @@ from ddpm_fast.diffusion import samplers, schedules
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, TrainingRows
 from ddpm_fast.diffusion.levels import TARGETS, Target
 from ddpm_fast.diffusion.schedules import Schedule
-from ddpm_fast.diffusion.timestep_history import LossSecondMoment
 from ddpm_fast.diffusion.weightings import Weighting, recorded_weighting
 from ddpm_fast.ops.common.tables import lookup
 from ddpm_fast.runtime.autocast import call_model
 from ddpm_fast.runtime.plain import as_int, as_number, plain
 
 if TYPE_CHECKING:
+    from ddpm_fast.diffusion.timestep_history import LossSecondMoment
     from typing_extensions import Self
 
 ModelPrediction = namedtuple("ModelPrediction", ["pred_noise", "pred_x_start"])
@@ -151,8 +151,11 @@ class DiscreteProcess(DiffusionProcess):
         self.objective, self._weighting = objective, weighting
         self.num_timesteps = schedule.num_timesteps
         samplers.check_steps(schedule, self.sampling_timesteps)
-        has_history = timestep_sampler == "loss-second-moment"
-        self.timestep_history = LossSecondMoment(self.num_timesteps) if has_history else None
+        self.timestep_history: LossSecondMoment | None = None
+        if timestep_sampler == "loss-second-moment":
+            from ddpm_fast.diffusion.timestep_history import LossSecondMoment
+
+            self.timestep_history = LossSecondMoment(self.num_timesteps)
         self.is_ddim_sampling = self.sampling_timesteps < self.num_timesteps
         self.ddim_sampling_eta = ddim_sampling_eta
 

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
+from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
 from ddpm_fast.models.derived_weights import inference_weights
 
 H100_BYTES_PER_SECOND = 3.0e12  # copy bandwidth as measured
@@ -464,7 +464,7 @@ def measure_sampling(diffusion: Any, batch: int = 1) -> Traffic:
     The network has its inference weights, and this package's process its table, as in a run of many steps.
     """
     diffusion = copy.deepcopy(diffusion).to("meta")
-    if isinstance(diffusion, DiffusionProcess):
+    if isinstance(diffusion, GaussianDiffusion):
         diffusion._plan("ddpm", diffusion.num_timesteps, "own")
     x = torch.zeros(batch, diffusion.channels, *diffusion.image_size, device="meta")
     traffic = Traffic()
