@@ -19,8 +19,9 @@ from ddpm_fast.runtime.autocast import call_model
 from ddpm_fast.runtime.plain import as_int, as_number, plain
 
 if TYPE_CHECKING:
-    from ddpm_fast.diffusion.timestep_history import LossSecondMoment
     from typing_extensions import Self
+
+    from ddpm_fast.diffusion.timestep_history import LossSecondMoment
 
 ModelPrediction = namedtuple("ModelPrediction", ["pred_noise", "pred_x_start"])
 
