@@ -15,10 +15,12 @@ from torch import nn
 
 from ddpm_fast.diffusion.continuous_process import ContinuousProcess
 from ddpm_fast.diffusion.diffusion_process import TrainingRows, process
-from ddpm_fast.diffusion.levels import TARGETS, Levels, NoiseScale, Target
+from ddpm_fast.diffusion.levels import TARGETS, Levels, NoiseScale, Target, prediction
 from ddpm_fast.diffusion.samplers import SamplerTable
+from ddpm_fast.diffusion.sampling import SamplingRun
 from ddpm_fast.diffusion.weightings import Weighting
 from ddpm_fast.noise import Noise
+from ddpm_fast.runtime.autocast import call_model
 from ddpm_fast.runtime.plain import as_int, as_number
 
 # Noise over signal, e = b²/a² = 1/SNR, as a function of time in [0, 1].
@@ -228,17 +230,89 @@ class ContinuousTimeGaussianDiffusion(ContinuousProcess):
             plan.table[-1, 2:4] = torch.cat((end.a * (1 - kept), kept * end.a / now.a))
         return plan
 
+    @property
+    def clip_sample_denoised(self) -> bool:
+        return self.clip_x_start
+
+    @clip_sample_denoised.setter
+    def clip_sample_denoised(self, value: bool) -> None:
+        self.clip_x_start = value
+
     def random_times(self, batch_size: int) -> torch.Tensor:
         """(B,) float32 uniform in [0, 1)."""
         return torch.rand((batch_size,), device=self.device)
 
+    # upstream's methods
+
+    def p_mean_variance(
+        self, x: torch.Tensor, time: torch.Tensor, time_next: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (B, C, H, W) and variance () of the step from time to time_next (Kingma et al. 2021, eq. 32 to 34).
+
+        Args:
+            x: (B, C, H, W) at `time`.
+            time, time_next: scalars in [0, 1].
+        """
+        log_snr, log_snr_next = self.log_snr(time), self.log_snr(time_next)
+        c = -torch.expm1(log_snr - log_snr_next)
+        alpha, alpha_next = (value.sigmoid().sqrt() for value in (log_snr, log_snr_next))
+        p, q = prediction(Levels(log_snr, alpha, (-log_snr).sigmoid().sqrt()), self.target)
+        x_start = p * x + q * call_model(self.model, x, log_snr.expand(x.shape[0]))
+        if self.clip_x_start:
+            x_start = x_start.clamp(-1.0, 1.0)
+        return alpha_next * (x * (1 - c) / alpha + c * x_start), (-log_snr_next).sigmoid() * c
+
+    @torch.no_grad()
+    def p_sample(self, x: torch.Tensor, time: torch.Tensor, time_next: torch.Tensor) -> torch.Tensor:
+        """A step of ancestral sampling with fresh noise; arguments as of `p_mean_variance`."""
+        mean, variance = self.p_mean_variance(x=x, time=time, time_next=time_next)
+        return mean if time_next == 0 else mean + variance.sqrt() * torch.randn_like(x)
+
+    def p_sample_loop(self, shape: Sequence[int], **options: Any) -> torch.Tensor:
+        """Ancestral sampling over `num_sample_steps`; options as in `sample`, such as `seed`."""
+        return self._sample(self._plan("ddpm", spacing="own"), shape, **options)
+
+    def q_sample(  # type: ignore[override]
+        self, x_start: torch.Tensor, times: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """x_t and its log-SNR, (B, ...) and (B,); arguments as of `ContinuousProcess.q_sample`."""
+        return super().q_sample(x_start, times, noise), self.log_snr(times)
+
+    def _own_methods(self) -> list[str]:
+        return [name for name in ("p_sample", "p_mean_variance") if self._has_own(name)]
+
+    def _why_not_recorded(self, sampler: str, x: torch.Tensor, any_module: bool) -> str | None:
+        if self._own_methods():
+            return f"{type(self).__name__} has its own {', '.join(self._own_methods())}"
+        return super()._why_not_recorded(sampler, x, any_module)
+
+    def _denoise(self, x: torch.Tensor, run: SamplingRun) -> torch.Tensor:
+        """Walk along the run's table; through the public methods where a subclass has its own."""
+        own = self._own_methods()
+        if not own:
+            return super()._denoise(x, run)
+        self._check_recording(x, run)
+        if run.on_x_start is not None:
+            raise ValueError(f"{type(self).__name__} has its own {', '.join(own)}, which give no estimate of x0")
+        if run.plan.ends_on_x_start or run.plan.sampler != "ddpm":
+            raise ValueError(
+                f"sampler must be 'ddpm' with the spacing 'own' where {type(self).__name__} has its own "
+                f"{', '.join(own)}"
+            )
+        times = torch.linspace(1.0, 0.0, len(run.plan.times) + 1, device=x.device)
+        with run.progress_bar(x.device) as bar:
+            for row in run.rows:
+                x = self.p_sample(x, times[row], times[row + 1])
+                run.step_done(x, bar, None)
+        return x
+
     # the learned schedule: gradients of x_t and of the loss in plain torch
 
     def _can_fuse_noise(self) -> bool:
-        return self.noise_schedule != "learned" and super()._can_fuse_noise()
+        return self.noise_schedule != "learned" and not self._has_own("q_sample") and super()._can_fuse_noise()
 
     def _shows_images(self) -> bool:
-        return self.noise_schedule == "learned" or super()._shows_images()
+        return self.noise_schedule == "learned" or self._has_own("q_sample") or super()._shows_images()
 
     def _rows(self, t: torch.Tensor) -> TrainingRows:
         if self.noise_schedule != "learned":
@@ -253,6 +327,8 @@ class ContinuousTimeGaussianDiffusion(ContinuousProcess):
     def _noised(
         self, x_start: torch.Tensor, t: torch.Tensor, rows: TrainingRows, drawn: Noise, options: dict[str, Any]
     ) -> torch.Tensor:
+        if self._has_own("q_sample"):
+            return self.q_sample(x_start=x_start, times=t, noise=drawn.tensor)[0]
         if self.noise_schedule != "learned":
             return super()._noised(x_start, t, rows, drawn, options)
         assert drawn.tensor is not None  # `_can_fuse_noise` is False
@@ -317,6 +393,15 @@ class VParamContinuousTimeGaussianDiffusion(ContinuousTimeGaussianDiffusion):
     @property
     def target(self) -> Target:
         return TARGETS["pred_v"]
+
+    def q_sample(  # type: ignore[override]
+        self, x_start: torch.Tensor, times: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """x_t, its log-SNR, and a and b as (B, 1, 1, 1); arguments as of `ContinuousProcess.q_sample`."""
+        x, log_snr = super().q_sample(x_start, times, noise)
+        rows = self._rows(times)
+        a, b = (factor.reshape(-1, *(1,) * (x.ndim - 1)) for factor in rows.forward_table.unbind(1))
+        return x, log_snr, a, b
 
 
 def _log_snr(noise_schedule: str, t: torch.Tensor) -> torch.Tensor:

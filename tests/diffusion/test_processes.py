@@ -569,3 +569,57 @@ def test_what_users_do_to_a_process(process):
         torch.manual_seed(4)
         losses.append(each(images()).detach())
     torch.testing.assert_close(losses, [losses[0]] * 3, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, options", CASES[2:], ids=IDS[2:])
+def test_upstreams_methods_of_continuous_time(monkeypatch, name, options):
+    theirs, ours = pair(name, options)
+    x, times, noise = gaussian(3), torch.tensor([0.1, 0.5, 0.9]), gaussian(4)
+    for found, expected in zip(ours.q_sample(x, times, noise), theirs.q_sample(x, times, noise), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    at = torch.tensor(0.6), torch.tensor(0.4)
+    for found, expected in zip(ours.p_mean_variance(x, *at), theirs.p_mean_variance(x, *at), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for time_next in (0.4, 0.0):
+        given_noise(monkeypatch, [noise, noise])
+        args = (x, torch.tensor(0.6), torch.tensor(time_next))
+        torch.testing.assert_close(ours.p_sample(*args), theirs.p_sample(*args), rtol=1e-4, atol=1e-5)
+    monkeypatch.undo()
+    assert ours.clip_sample_denoised is True
+    ours.num_sample_steps = 3
+    assert torch.equal(
+        ours.p_sample_loop((2, C, SIZE, SIZE), seed=1, progress=False), ours.sample(2, seed=1, progress=False)
+    )
+
+
+def test_a_subclass_with_its_own_steps_in_continuous_time(monkeypatch):
+    class Mine(ContinuousTimeGaussianDiffusion):
+        def p_mean_variance(self, x, time, time_next):
+            mean, variance = super().p_mean_variance(x=x, time=time, time_next=time_next)
+            return 0.5 * mean, variance
+
+        def q_sample(self, x_start, times, noise=None):
+            x, log_snr = super().q_sample(x_start, times, noise)
+            return x + 1, log_snr
+
+    theirs_class = type("Theirs", (upstream.ContinuousTimeGaussianDiffusion,), {
+        "p_mean_variance": lambda self, x, time, time_next: (
+            lambda mean, variance: (0.5 * mean, variance)
+        )(*upstream.ContinuousTimeGaussianDiffusion.p_mean_variance(self, x, time, time_next)),
+    })  # fmt: skip
+    theirs, plain = pair("ContinuousTimeGaussianDiffusion", {"num_sample_steps": 3})
+    theirs.__class__ = theirs_class
+    ours = Mine(plain.model, image_size=SIZE, num_sample_steps=3)
+    assert "has its own p_mean_variance" in ours.explain_graphs()
+    first, rest = gaussian(5), [gaussian(6), gaussian(7)]
+    given_noise(monkeypatch, [first, *rest])
+    expected = theirs.sample(B)
+    monkeypatch.undo()
+    monkeypatch.setattr("ddpm_fast.diffusion.diffusion_process.normal", lambda *args, **kwargs: first.clone())
+    given_noise(monkeypatch, rest)
+    torch.testing.assert_close(ours.sample(B, seed=1, progress=False), expected, rtol=0, atol=5e-5)
+    with pytest.raises(ValueError, match="sampler must be 'ddpm' with the spacing 'own' where Mine has its own"):
+        ours.sample(2, sampler="dpmpp_2m", seed=1, progress=False)
+    t, noise = torch.tensor([0.2, 0.5, 0.8]), gaussian(4)
+    shifted = ours(images(), times=t, noise=noise)
+    assert not torch.allclose(shifted, plain(images(), times=t, noise=noise))
