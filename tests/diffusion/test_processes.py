@@ -620,6 +620,7 @@ def test_a_subclass_with_its_own_steps_in_continuous_time(monkeypatch):
     torch.testing.assert_close(ours.sample(B, seed=1, progress=False), expected, rtol=0, atol=5e-5)
     with pytest.raises(ValueError, match="sampler must be 'ddpm' with the spacing 'own' where Mine has its own"):
         ours.sample(2, sampler="dpmpp_2m", seed=1, progress=False)
+    monkeypatch.undo()
     t, noise = torch.tensor([0.2, 0.5, 0.8]), gaussian(4)
     shifted = ours(images(), times=t, noise=noise)
     assert not torch.allclose(shifted, plain(images(), times=t, noise=noise))
