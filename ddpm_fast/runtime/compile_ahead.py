@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -60,7 +61,8 @@ def compiling_ahead(threads: int | None = None) -> Iterator[None]:
             begun[key] = pool.submit(_compile, run, device, kernel, given, options)
         return None
 
-    with ThreadPoolExecutor(threads or min(_MOST_THREADS, count_processors())) as pool:
+    workers = ThreadPoolExecutor(threads or min(_MOST_THREADS, count_processors()))
+    with _parsing_one_at_a_time(jitted), workers as pool:
         jitted.run = compile_only
         try:
             yield
@@ -68,6 +70,23 @@ def compiling_ahead(threads: int | None = None) -> Iterator[None]:
             jitted.run = run
         for future in begun.values():
             future.result()
+
+
+@contextlib.contextmanager
+def _parsing_one_at_a_time(jitted: Any) -> Iterator[None]:
+    """Python 3.11's parser may raise a SystemError where two threads parse: it loses count of its recursion."""
+    owner = next(cls for cls in jitted.__mro__ if "parse" in vars(cls))
+    parse, lock = owner.parse, threading.Lock()
+
+    def locked(function: Any) -> Any:
+        with lock:
+            return parse(function)
+
+    owner.parse = locked
+    try:
+        yield
+    finally:
+        owner.parse = parse
 
 
 def count_processors() -> int:
