@@ -145,6 +145,9 @@ class ElucidatedDiffusion(ContinuousProcess):
         """The network, by the name that it has in other processes."""
         return self.net  # type: ignore[return-value]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(self.network_name if name == "model" else name, value)
+
     @property
     def num_sample_steps(self) -> int:
         return self.sampling_timesteps

@@ -624,3 +624,11 @@ def test_a_subclass_with_its_own_steps_in_continuous_time(monkeypatch):
     t, noise = torch.tensor([0.2, 0.5, 0.8]), gaussian(4)
     shifted = ours(images(), times=t, noise=noise)
     assert not torch.allclose(shifted, plain(images(), times=t, noise=noise))
+
+
+def test_another_network_of_elucidated_diffusion():
+    """`model` is another name of `net`, also where it is assigned."""
+    diffusion = make("edm")
+    before = list(diffusion.state_dict())
+    diffusion.model = other = Unet(**UNET)
+    assert diffusion.net is diffusion.model is other and list(diffusion.state_dict()) == before
