@@ -136,6 +136,11 @@ class LearnedGaussianDiffusion(GaussianDiffusion):
         drawn: Noise,
         options: dict[str, Any],
     ) -> torch.Tensor:
+        if self._has_own("p_mean_variance"):
+            raise ValueError(
+                f"{type(self).__name__} has its own p_mean_variance, which the bound's kernel would leave out of the "
+                "loss: give it a p_losses, too"
+            )
         return variational_bound(
             model_output, x_start, t, self.bound_table, drawn, detach_mean=self._loss == "hybrid", **options
         )

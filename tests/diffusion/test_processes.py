@@ -632,3 +632,15 @@ def test_another_network_of_elucidated_diffusion():
     before = list(diffusion.state_dict())
     diffusion.model = other = Unet(**UNET)
     assert diffusion.net is diffusion.model is other and list(diffusion.state_dict()) == before
+
+
+def test_a_subclass_with_its_own_variance():
+    """Its steps are its own in sampling; in training the kernel would leave it out, and says so."""
+    mine = type("Mine", (LearnedGaussianDiffusion,), {
+        "p_mean_variance": lambda self, *args, **kwargs: LearnedGaussianDiffusion.p_mean_variance(self, *args, **kwargs)
+    })  # fmt: skip
+    diffusion = mine(learned_pair()[1].model, image_size=SIZE, timesteps=10)
+    assert "has its own p_mean_variance" in diffusion.explain_graphs()
+    assert diffusion.sample(1, seed=1, progress=False).isfinite().all()
+    with pytest.raises(ValueError, match="Mine has its own p_mean_variance, which the bound's kernel would leave out"):
+        diffusion(images())
