@@ -54,6 +54,8 @@ SECOND_READS: dict[str, Callable[[Arguments], list[torch.Tensor]]] = {
     # GroupNorm's statistics are a pass of their own, and so are its backward's sums; RMSNorm (groups = 0) has none.
     "ddpm_fast::norm_silu": lambda arguments: [arguments["x"]] if arguments["groups"] else [],
     "ddpm_fast::norm_silu_backward": _image_and_gradient,
+    "ddpm_fast::norm_silu_backward_of_last": _image_and_gradient,
+    "ddpm_fast::norm_silu_backward_of_both": _image_and_gradient,
     # One launch owns queries, the other keys, and both read grad and qkv; tiles read again by neighbours come from L2.
     "ddpm_fast::attention_backward": lambda arguments: [arguments["grad"], arguments["qkv"]],
     # Where a tile does not hold all columns of the output, the sums of the gradient are a pass of their own over q.
@@ -162,6 +164,11 @@ def _norm_silu_backward_scratch(arguments: Arguments) -> int:
     return 4 * moved * _norm_silu_chunks(arguments, dropout=arguments["seed"] is not None)
 
 
+def _norm_silu_backward_of_last_scratch(arguments: Arguments) -> int:
+    """GroupNorm's means read two of the returned sums."""
+    return 4 * 2 * _norm_silu_chunks(arguments, dropout=False) if arguments["groups"] else 0
+
+
 def _diffusion_loss_scratch(arguments: Arguments) -> int:
     """The sum of squares per tile, written and read."""
     from ddpm_fast.ops.common import triton as kernel
@@ -195,6 +202,8 @@ def _norm_linear_backward_scratch(arguments: Arguments) -> int:
 SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
     "ddpm_fast::norm_silu": _norm_silu_scratch,
     "ddpm_fast::norm_silu_backward": _norm_silu_backward_scratch,
+    "ddpm_fast::norm_silu_backward_of_last": _norm_silu_backward_of_last_scratch,
+    "ddpm_fast::norm_silu_backward_of_both": _norm_silu_backward_scratch,
     "ddpm_fast::diffusion_loss": _diffusion_loss_scratch,
     "ddpm_fast::variational_bound": _variational_bound_scratch,
     "ddpm_fast::norm_linear_backward": _norm_linear_backward_scratch,

@@ -61,8 +61,10 @@ def test_fused_ops_in_the_network(measured):
     """19 blocks of two norms, six linear and three softmax attentions: each is a fused op."""
     sampling, training = (measured["fast"][f"{step} step"].by_operator for step in ("sampling", "training"))
     for name, calls in {"norm_silu": 38, "norm_linear": 9, "linear_attention": 6, "attention": 3}.items():
-        assert sampling[f"ddpm_fast::{name}"].calls == calls
-        assert training[f"ddpm_fast::{name}"].calls == training[f"ddpm_fast::{name}_backward"].calls == calls
+        assert sampling[f"ddpm_fast::{name}"].calls == training[f"ddpm_fast::{name}"].calls == calls
+        if name != "norm_silu":
+            assert training[f"ddpm_fast::{name}_backward"].calls == calls
+    assert [training[f"ddpm_fast::norm_silu_backward_of_{which}"].calls for which in ("last", "both")] == [19, 19]
     assert sampling["ddpm_fast::linear_residual"].calls == 3
     assert sampling["aten::cat"].calls == 9  # per block that reads a skip
 
@@ -158,7 +160,17 @@ def test_partial_sums_of_norm_silu_are_those_of_its_launches(C, size, dropout, g
         kernel.norm_silu(x, residual=None, eps=1e-5, **rows)
         kernel.norm_silu_backward(x, x, statistics, **rows)
         calls = {name: getattr(kernel, name).__getitem__.return_value.call_args for name in names}
+        last_rows = {name: rows[name] for name in ("gain", "offset", "bias", "groups")}
+        _, last_sums = kernel.norm_silu_backward_of_last(x, x, statistics, **last_rows)
     arguments = {"x": x, "groups": groups, "bias": rows["bias"], "seed": seed}
+    # What the operators return and take are bytes of these; with them the two count as two of the whole backward.
+    of_last, of_both = (
+        traffic.SCRATCH_BYTES[f"ddpm_fast::norm_silu_backward_of_{which}"](given)
+        for which, given in (("last", {**arguments, "seed": None}), ("both", arguments))
+    )
+    without_dropout = traffic.SCRATCH_BYTES["ddpm_fast::norm_silu_backward"]({**arguments, "seed": None})
+    assert of_last + 2 * last_sums.nbytes == without_dropout
+    assert of_both == traffic.SCRATCH_BYTES["ddpm_fast::norm_silu_backward"](arguments)
     forward = traffic.SCRATCH_BYTES["ddpm_fast::norm_silu"](arguments)
     backward = traffic.SCRATCH_BYTES["ddpm_fast::norm_silu_backward"](arguments)
     if groups:

@@ -20,7 +20,7 @@ from ddpm_fast.ops.arguments import check_seed, check_tensors, why_not_on_cpu
 from ddpm_fast.ops.norm_silu import reference
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
-from ddpm_fast.runtime.dispatch import Implementation, Op
+from ddpm_fast.runtime.dispatch import Implementation, Op, once_differentiable
 
 _OPTIONAL = ("offset", "bias", "scale", "shift", "residual")
 _TENSORS = ("x", "gain", *_OPTIONAL)
@@ -45,6 +45,52 @@ _norm_silu = Operator(
     passes="residual",
     triton=f"{__package__}.triton",
     native=True,
+)
+
+
+def _sums_shape(x: torch.Tensor, bias: torch.Tensor | None, groups: int) -> tuple[int, ...]:
+    from ddpm_fast.ops.norm_silu import triton as kernel  # where it is launched, Triton is installed
+
+    return kernel.sums_shape(x, bias, groups)
+
+
+def _fake_gradients_of_last(
+    x: torch.Tensor, bias: torch.Tensor | None, groups: int, **others: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), x.new_empty(_sums_shape(x, bias, groups), dtype=torch.float32)
+
+
+def _fake_gradients_of_both(
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    **others: object,
+) -> tuple[torch.Tensor, ...]:
+    rows = (gain, offset, bias, scale, shift, gain, offset, bias)
+    made = [x.new_empty(0) if row is None else torch.empty(row.shape, dtype=row.dtype, device=x.device) for row in rows]
+    return torch.empty_like(x), *made
+
+
+# The two halves of the backward of two norms with SiLU, the last of which has no scale, shift and dropout: the first
+# norm's half finishes the gradients of the parameters of both. See `first_norm_silu`.
+_gradients_of_last = Operator(
+    "norm_silu_backward_of_last",
+    "Tensor grad, Tensor x, Tensor statistics, Tensor gain, Tensor? offset, Tensor? bias, int groups",
+    returns="dx, sums",
+    fake=_fake_gradients_of_last,
+    triton=f"{__package__}.triton",
+)
+_gradients_of_both = Operator(
+    "norm_silu_backward_of_both",
+    "Tensor grad, Tensor x, Tensor statistics, Tensor gain, Tensor? offset, Tensor? bias, Tensor? scale, "
+    "Tensor? shift, Tensor? seed, Tensor last_sums, int groups, float dropout_p",
+    # Empty where there is no such argument.
+    returns="dx, dgain, doffset, dbias, dscale, dshift, last_dgain, last_doffset, last_dbias",
+    fake=_fake_gradients_of_both,
+    triton=f"{__package__}.triton",
 )
 
 
@@ -143,6 +189,163 @@ def group_norm_silu(
         dropout_p=dropout_p,
         seed=seed,
     )
+
+
+def first_norm_silu(
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    last: tuple[torch.Tensor | None, ...],
+    *,
+    groups: int,
+    eps: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The first of two norms of maps of one shape, with SiLU and dropout; `groups` = 0 is RMSNorm.
+
+    With Triton its backward also finishes the gradients of the parameters of the last norm, in one launch instead of
+    two. A tensor that stands for that norm's partial sums takes them there, as its gradient.
+
+    Args:
+        last: gain, offset and bias of the last norm.
+        others: see `rms_norm_silu` and `group_norm_silu`.
+
+    Returns:
+        The output, and what `last_norm_silu` takes as `sums`: None where each norm has a backward of its own.
+    """
+    _check(x, gain, offset, bias, scale, shift, None, dropout_p, seed)
+    options: dict[str, Any] = {"bias": bias, "scale": scale, "shift": shift, "residual": None, "activation": True}
+    options |= {"dropout_p": dropout_p, "seed": seed}
+    arguments, options, op = _call_of(x, gain, offset, groups, eps, options)
+    chosen = op.choose(*arguments, **options)
+    if chosen.name != "triton" or not _are_finished_together(x, (gain, offset, bias), last):
+        return chosen.function(*arguments, **options), None
+    seed = seed if dropout_p > 0 else None
+    return _FirstNorm.apply(x, gain, offset, bias, scale, shift, seed, *last, groups, eps, dropout_p)
+
+
+def last_norm_silu(
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    *,
+    groups: int,
+    eps: float,
+) -> torch.Tensor:
+    """The last of two norms, see `first_norm_silu`, with SiLU and residual."""
+    _check(x, gain, offset, bias, None, None, residual, 0.0, None)
+    options: dict[str, Any] = {"bias": bias, "scale": None, "shift": None, "residual": residual, "activation": True}
+    options |= {"dropout_p": 0.0, "seed": None}
+    arguments, options, op = _call_of(x, gain, offset, groups, eps, options)
+    chosen = op.choose(*arguments, **options)
+    if chosen.name != "triton" or sums is None:
+        return chosen.function(*arguments, **options)
+    return _LastNorm.apply(x, gain, offset, bias, residual, sums, groups, eps)
+
+
+def _call_of(
+    x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor | None, groups: int, eps: float, options: dict[str, Any]
+) -> tuple[tuple[torch.Tensor | None, ...], dict[str, Any], Op]:
+    """The positional and other arguments of the op that is meant, and the op."""
+    if groups == 0:
+        return (x, gain), options, _rms_norm_silu_op
+    return (x, gain, offset), {"groups": groups, "eps": eps, **options}, _group_norm_silu_op
+
+
+def _are_finished_together(
+    x: torch.Tensor, first: tuple[torch.Tensor | None, ...], last: tuple[torch.Tensor | None, ...]
+) -> bool:
+    """True if one launch gives the gradients of gain, offset and bias of both norms, and any of the last is wanted.
+
+    The first norm's backward must run anyway: x needs a gradient. torch.compile and tracing see operators alone.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    for one, other in zip(first, last, strict=True):
+        if (one is None) != (other is None):
+            return False
+        if one is not None and other is not None and (one.dtype, one.numel()) != (other.dtype, other.numel()):
+            return False
+    return any(row is not None and row.requires_grad for row in last)
+
+
+class _FirstNorm(torch.autograd.Function):
+    """See `first_norm_silu`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        gain: torch.Tensor,
+        offset: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        last_gain: torch.Tensor,
+        last_offset: torch.Tensor | None,
+        last_bias: torch.Tensor | None,
+        groups: int,
+        eps: float,
+        dropout_p: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = (gain, offset, bias, scale, shift)
+        out, statistics = _norm_silu.triton(x, *rows, None, seed, groups, eps, True, dropout_p)
+        ctx.save_for_backward(x, statistics, *rows, seed)
+        ctx.groups, ctx.dropout_p, ctx.last_shape = groups, dropout_p, last_gain.shape
+        # Of the shape that its gradient has; nothing reads it.
+        return out, statistics.as_strided(_sums_shape(x, bias, groups), (0, 0, 0, 0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, last_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, statistics, gain, offset, bias, scale, shift, seed = ctx.saved_tensors
+        rows = (gain, offset, bias, scale, shift)
+        dx, *made = _gradients_of_both.triton(
+            grad, x, statistics, *rows, seed, last_sums, ctx.groups, ctx.dropout_p
+        )  # fmt: skip
+        given = (*rows, gain, offset, bias)
+        gradients = [None if row is None else gradient for row, gradient in zip(given, made, strict=True)]
+        gradients[5] = made[5].reshape(ctx.last_shape)
+        return dx, *gradients[:5], None, *gradients[5:], None, None, None
+
+
+class _LastNorm(torch.autograd.Function):
+    """See `last_norm_silu`; the gradients of gain, offset and bias are given by the first norm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        gain: torch.Tensor,
+        offset: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        sums: torch.Tensor,
+        groups: int,
+        eps: float,
+    ) -> torch.Tensor:
+        rows = (gain, offset, bias)
+        out, statistics = _norm_silu.triton(x, *rows, None, None, residual, None, groups, eps, True, 0.0)
+        ctx.save_for_backward(x, statistics, *rows)
+        ctx.groups, ctx.residual_dtype = groups, None if residual is None else residual.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dx, sums = _gradients_of_last.triton(grad, *ctx.saved_tensors, ctx.groups)
+        dresidual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
+        return dx, None, None, None, dresidual, sums, None, None
 
 
 def _check(

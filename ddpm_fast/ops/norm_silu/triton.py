@@ -10,11 +10,12 @@ Everything per channel after the norm folds into one multiplication and one addi
 
 so that all parameter gradients follow from sums over the pixels of each sample and channel, Σ dy, Σ dy·x̂ and, of the
 bias, Σ dx. Sums are made in two stages, per chunk of pixels and then over chunks (norm_silu_bwd_rows_kernel), without
-atomics.
+atomics. The second stage of both norms of a residual block is one launch, in the backward of the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -489,7 +490,7 @@ def group_norm_silu_bwd_kernel(
         tl.store(sums_ptr + o_sums, tl.sum(b_sum_dx, axis=0), mask=m_c)
 
 
-@triton.jit(do_not_specialize=["B", "chunks", "scaled"])
+@triton.jit(do_not_specialize=["B", "chunks", "scaled", "last_chunks"])
 def norm_silu_bwd_rows_kernel(
     sums_ptr,  # (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of a chunk's pixels
     gain_ptr,  # (C,)
@@ -500,14 +501,27 @@ def norm_silu_bwd_rows_kernel(
     dbias_ptr,  # (C,) or None
     dscale_ptr,  # (B, C) or None
     dshift_ptr,  # (B, C) or None
-    B, C, chunks, stride_scale,
+    last_sums_ptr,  # (B, last_chunks, 2 or 3, C) float32 of another norm, without scale and shift, or None
+    last_dgain_ptr,  # its gradients, of the types of this norm's
+    last_doffset_ptr,
+    last_dbias_ptr,
+    B, C, chunks, stride_scale, last_chunks,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, scaled=2**31 - 1,
 ):  # fmt: skip
-    """The gradients of all arguments per channel, each written once.
+    """The gradients of all arguments per channel, each written once; grid (C / BLOCK_C, norms).
 
-    One program has a few channels of all samples and chunks. It loops by `while`, since the interpreters of Triton 3.5
-    and 3.6 cannot count up to an argument. A sample's sums depend on its chunks alone.
+    One program has a few channels of all samples and chunks of a norm. It loops by `while`, since the interpreters of
+    Triton 3.5 and 3.6 cannot count up to an argument. A sample's sums depend on its chunks alone.
     """
+    if last_sums_ptr is not None:
+        is_last = tl.program_id(1) == 1
+        chunks, scaled = tl.where(is_last, last_chunks, chunks), tl.where(is_last, 0, scaled)
+        if is_last:
+            sums_ptr, dgain_ptr = last_sums_ptr, last_dgain_ptr
+            if doffset_ptr is not None:
+                doffset_ptr = last_doffset_ptr
+            if dbias_ptr is not None:
+                dbias_ptr = last_dbias_ptr
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     b_gain = _load(gain_ptr, o_c, m_c)
@@ -599,6 +613,21 @@ def choose_tile(HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool,
     return Tile(block_n, block_c, tiles, num_warps)
 
 
+def sums_shape(x: torch.Tensor, bias: torch.Tensor | None, groups: int, *, dropout: bool = False) -> tuple[int, ...]:
+    """(B, chunks, 2 or, with bias, 3, C): the partial sums over pixels that backward makes of a map."""
+    B, C, H, W = x.shape
+    HW = int(H * W)  # a symbolic size is fixed
+    tile = choose_tile(
+        HW,
+        int(C),
+        whole_rows=groups == 0,
+        sums=True,
+        dropout=dropout and HW % 4 == 0,
+        interpreted=triton_launch.interpreted(),
+    )
+    return B, triton_launch.ceil_div(HW, tile.chunk), 2 if bias is None else 3, C
+
+
 def most_registers(dropout: bool, writes_dx: bool = True) -> int:
     """The bound of a backward kernel of maps, with which none spills; with 96 a multiprocessor runs five programs."""
     return 120 if dropout and writes_dx else 96
@@ -658,50 +687,115 @@ def norm_silu_backward(
     dropout_p: float,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x, gain, offset, bias, scale, shift, each with its argument's dtype: None where that is None."""
+    rows = _Rows(gain, offset, bias, scale, shift)
+    dx, sums = _gradient_of_map(grad, x, statistics, rows, seed, groups, activation, dropout_p)
+    gradients = [_empty_row(row) for row in (gain, offset, bias, scale, shift)]
+    _finish_rows(x, sums, rows, gradients)
+    return dx, *gradients
+
+
+def norm_silu_backward_of_last(
+    grad: torch.Tensor,  # (B, C, H, W)
+    x: torch.Tensor,
+    statistics: torch.Tensor,
+    gain: torch.Tensor,
+    offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a norm with SiLU: the gradient of x, and the sums that `norm_silu_backward_of_both` takes as `last_sums`."""
+    return _gradient_of_map(grad, x, statistics, _Rows(gain, offset, bias, None, None), None, groups, True, 0.0)
+
+
+def norm_silu_backward_of_both(
+    grad: torch.Tensor,  # (B, C, H, W)
+    x: torch.Tensor,
+    statistics: torch.Tensor,
+    gain: torch.Tensor,
+    offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    last_sums: torch.Tensor,  # (B, chunks, 2 or, with bias, 3, C) float32
+    groups: int,
+    dropout_p: float,
+) -> tuple[torch.Tensor, ...]:
+    """As `norm_silu_backward` with SiLU, then gradients of gain, offset and bias of a last norm, alike in shape and
+    dtype; empty where there is no such argument."""
+    rows = _Rows(gain, offset, bias, scale, shift)
+    dx, sums = _gradient_of_map(grad, x, statistics, rows, seed, groups, True, dropout_p)
+    gradients = [_empty_row(row) for row in (gain, offset, bias, scale, shift)]
+    of_last = [_empty_row(row) for row in (gain, offset, bias)]
+    _finish_rows(x, sums, rows, gradients, last_sums, of_last)
+    return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in (*gradients, *of_last))
+
+
+def _gradient_of_map(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    statistics: torch.Tensor,
+    rows: _Rows,
+    seed: torch.Tensor | None,
+    groups: int,
+    activation: bool,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of x, and (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of chunks of pixels."""
     B, C, HW = _sizes(x)
     dx = torch.empty_like(x)
     grad = _laid_out_like(x, grad)
-    rows = _Rows(gain, offset, bias, scale, shift)
     plan = _plan_of(x, seed, activation, whole_rows=groups == 0, sums=True)
     tile, constants = plan.tile, plan.constants
-    chunks = triton_launch.ceil_div(HW, tile.chunk)
+    sums = x.new_empty(sums_shape(x, rows.bias, groups, dropout=seed is not None), dtype=torch.float32)
+    chunks = sums.shape[1]
     numbers = (*plan.strides, *rows.strides, *_dropout_numbers(dropout_p))
-    sums = x.new_empty((B, chunks, 2 if bias is None else 3, C), dtype=torch.float32)
-    scaled = scale is not None or shift is not None
-    # The same compiled kernels serve both norms of a block: without scale and shift, tensors of no elements.
-    absent = None if scaled else x.new_empty(0)
-    scale_and_shift = (rows.scale, rows.shift) if scaled else (absent, absent)
     with torch.cuda.device_of(x):
         if groups == 0:
             rms_norm_silu_bwd_kernel[(B * chunks,)](
-                grad, x, dx, sums, statistics, rows.gain, rows.bias, *scale_and_shift, seed, HW, C, chunks, C**0.5,
-                *numbers, int(scaled), **constants,
+                grad, x, dx, sums, statistics, rows.gain, rows.bias, *rows.scale_and_shift(x), seed, HW, C, chunks,
+                C**0.5, *numbers, int(rows.scaled), **constants,
             )  # fmt: skip
-        else:
-            grid = (B * chunks, triton_launch.ceil_div(C, tile.block_c))
-            inputs = (rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, seed, HW, C, groups, chunks, *numbers)
-            if HW * C == groups:
-                # A group of one number has no gradient: both kernels must round its dy as the mean between is rounded.
-                constants = constants | {"enable_fp_fusion": False}
-            bound = triton_launch.register_bound(most_registers(seed is not None, writes_dx=False))
-            group_norm_silu_sums_kernel[grid](grad, x, sums, statistics, *inputs, **{**constants, **bound})
-            means = x.new_empty((B, 2, groups), dtype=torch.float32)
-            group_means_kernel[(B * groups,)](
-                sums, means, rows.gain, rows.bias, rows.scale, HW, C, groups, chunks, rows.strides[0],
-                **_group_blocks(C // groups, chunks),
-            )  # fmt: skip
-            group_norm_silu_bwd_kernel[grid](grad, x, dx, sums, statistics, means, *inputs, **constants)
-        gradients = [
-            None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-            for t in (gain, offset, bias, scale, shift)
-        ]
-        blocks = rows_blocks(C, triton_launch.interpreted())
-        rest = gradients[3:] if scaled else (absent, absent)
-        norm_silu_bwd_rows_kernel[(triton_launch.ceil_div(C, blocks["BLOCK_C"]),)](
-            sums, rows.gain, rows.offset, scale_and_shift[0], *gradients[:3], *rest, B, C, chunks, rows.strides[0],
-            scaled=B if scaled else 0, **blocks,
+            return dx, sums
+        grid = (B * chunks, triton_launch.ceil_div(C, tile.block_c))
+        inputs = (rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, seed, HW, C, groups, chunks, *numbers)
+        if HW * C == groups:
+            # A group of one number has no gradient: both kernels must round its dy as the mean between is rounded.
+            constants = constants | {"enable_fp_fusion": False}
+        bound = triton_launch.register_bound(most_registers(seed is not None, writes_dx=False))
+        group_norm_silu_sums_kernel[grid](grad, x, sums, statistics, *inputs, **{**constants, **bound})
+        means = x.new_empty((B, 2, groups), dtype=torch.float32)
+        group_means_kernel[(B * groups,)](
+            sums, means, rows.gain, rows.bias, rows.scale, HW, C, groups, chunks, rows.strides[0],
+            **_group_blocks(C // groups, chunks),
         )  # fmt: skip
-    return dx, *gradients
+        group_norm_silu_bwd_kernel[grid](grad, x, dx, sums, statistics, means, *inputs, **constants)
+    return dx, sums
+
+
+def _empty_row(row: torch.Tensor | None) -> torch.Tensor | None:
+    return None if row is None else torch.empty_like(row, memory_format=torch.contiguous_format)
+
+
+def _finish_rows(
+    x: torch.Tensor,
+    sums: torch.Tensor,
+    rows: _Rows,
+    gradients: list[torch.Tensor | None],  # of gain, offset, bias, scale, shift: written
+    last_sums: torch.Tensor | None = None,
+    of_last: Sequence[torch.Tensor | None] = (None, None, None),  # of gain, offset, bias of a last norm: written
+) -> None:
+    B, chunks, _, C = sums.shape
+    blocks = rows_blocks(C, triton_launch.interpreted())
+    programs = triton_launch.ceil_div(C, blocks["BLOCK_C"])
+    scale, _ = rows.scale_and_shift(x)
+    rest = gradients[3:] if rows.scaled else (scale, scale)
+    norms, last_chunks = (1, 0) if last_sums is None else (2, last_sums.shape[1])
+    with torch.cuda.device_of(sums):
+        norm_silu_bwd_rows_kernel[(programs, norms)](
+            sums, rows.gain, rows.offset, scale, *gradients[:3], *rest, last_sums, *of_last, B, C, chunks,
+            rows.strides[0], last_chunks, scaled=B if rows.scaled else 0, **blocks,
+        )  # fmt: skip
 
 
 def rows_blocks(C: int, interpreted: bool = False) -> dict[str, int]:
@@ -738,6 +832,14 @@ class _Rows:
         self.scale, scale_stride = _side_by_side(scale)
         self.shift, shift_stride = _side_by_side(shift)
         self.strides = (scale_stride, shift_stride)
+        self.scaled = scale is not None or shift is not None
+
+    def scale_and_shift(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """For kernels that serve both norms of a block: where neither is there, a tensor of no elements for both."""
+        if self.scaled:
+            return self.scale, self.shift
+        absent = x.new_empty(0)
+        return absent, absent
 
 
 def _side_by_side(rows: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:

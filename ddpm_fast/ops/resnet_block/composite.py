@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.layout import weights_format
 from ddpm_fast.ops.norm_linear.op import linear
-from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
+from ddpm_fast.ops.norm_silu.op import first_norm_silu, group_norm_silu, last_norm_silu, rms_norm_silu
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.autocast import no_autocast
@@ -51,8 +51,8 @@ def resnet_block(
     convolution reads it.
     """
     recompute = recompute and torch.is_grad_enabled() and not in_forward_mode()
-    norm1 = partial(_norm, groups=groups, eps=eps, dropout_p=dropout_p)
-    norm2 = partial(_norm, groups=groups, eps=eps)
+    kind: dict[str, Any] = {"groups": groups, "eps": eps}
+    norm1, norm2 = partial(_norm, **kind, dropout_p=dropout_p), partial(_norm, **kind)
     with no_autocast(x.device.type):
         if skip is not None and res_weight is not None:
             y1, residual = skip_convs(x, skip, weight1, res_weight, res_bias)
@@ -61,15 +61,15 @@ def resnet_block(
                 x, skip = torch.cat((x, skip.to(x.dtype)), dim=1), None
             y1 = conv3x3(x, weight1)
             residual = x if res_weight is None else linear(x, res_weight, res_bias)
-        first = (y1, gain1, offset1, bias1, scale, shift, None, seed)
-        h = norm1(*first)
-        y2 = conv_of_recomputed(h, norm1, first, weight2) if recompute else conv3x3(h, weight2)
-        out = norm2(y2, gain2, offset2, bias2, None, None, residual)
+        first, last = (y1, gain1, offset1, bias1, scale, shift), (gain2, offset2, bias2)
+        h, sums = first_norm_silu(*first, seed, last, **kind, dropout_p=dropout_p)
+        y2 = conv_of_recomputed(h, norm1, (*first, None, seed), weight2) if recompute else conv3x3(h, weight2)
+        out = last_norm_silu(y2, *last, residual, sums, **kind)
         if out_weight is None:
             return out
         if not recompute:
             return linear(out, out_weight, out_bias)
-        sources = (y2, gain2, offset2, bias2, x, skip, res_weight, res_bias)
+        sources = (y2, *last, x, skip, res_weight, res_bias)
         return conv_of_recomputed(out, partial(_output, norm2), sources, out_weight, out_bias)
 
 

@@ -139,16 +139,18 @@ def test_means_of_groups(capability, tmp_path, gate):
 
 @on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("norm", ["rms", "group"])
+@pytest.mark.parametrize("norm", ["rms", "group", "two rms", "two group"])
 def test_gradients_of_rows(norm, capability, tmp_path, gate):
-    """Every thread has its 16-byte loads of three rows of sums on their way at once."""
+    """Every thread has its 16-byte loads of three rows of sums on their way at once; of one norm and of two."""
     function, blocks = kernel.norm_silu_bwd_rows_kernel, kernel.rows_blocks(64)
     constants = {name: value for name, value in blocks.items() if name.isupper()}
-    constants |= {"offset_ptr": None, "doffset_ptr": None} if norm == "rms" else {}
+    absent = [n for n in function.arg_names if "offset" in n] if norm.endswith("rms") else []
+    absent += [] if norm.startswith("two") else [n for n in function.arg_names if n.startswith("last_")][:-1]
+    constants |= dict.fromkeys(absent)
     signature = {n: type_of_row(n) for n in function.arg_names if n not in constants}
     machine = compile_kernel(
-        function, signature, constants, capability, tmp_path,
-        num_warps=blocks["num_warps"], unaligned=("B", "chunks", "scaled"), maxnreg=blocks["maxnreg"],
+        function, signature, constants, capability, tmp_path, num_warps=blocks["num_warps"],
+        unaligned=("B", "chunks", "last_chunks", "scaled"), maxnreg=blocks["maxnreg"],
     )  # fmt: skip
     assert not machine.spills
     per_row = blocks["BLOCK_B"] * blocks["BLOCK_K"] * blocks["BLOCK_C"] // (4 * 32 * blocks["num_warps"])
@@ -161,6 +163,7 @@ def test_sizes_of_one_compile(name, tmp_path):
     """A launch makes integers that are 1 constants of the kernel."""
     function = getattr(kernel, name)
     ones = ["HW", "B", "C", "G", "tiles", "chunks", "stride_b", "stride_c", "stride_n", "stride_scale", "stride_shift"]
+    ones += ["last_chunks"]
     constants = {n: 1 for n in ones} | {"ACTIVATION": False, "QUADS": False, "TILES": 1, "CHUNK": 1}
     constants |= {"BLOCK_N": 1, "BLOCK_B": 1, "BLOCK_C": 1, "BLOCK_K": 1, "BLOCK_D": 1, "BLOCKS_K": 1, "BLOCKS_D": 1}
     constants = {n: value for n, value in constants.items() if n in function.arg_names}

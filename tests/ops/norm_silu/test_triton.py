@@ -5,13 +5,17 @@ Runs on the CPU in Triton's interpreter, else on CUDA; see conftest.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 from ddpm_fast import Unet
 from ddpm_fast.models import stock
-from ddpm_fast.ops.norm_silu import reference
+from ddpm_fast.ops.norm_silu import op, reference
 from ddpm_fast.ops.norm_silu import triton as kernel
+from ddpm_fast.ops.norm_silu.op import first_norm_silu, last_norm_silu
 from ddpm_fast.runtime import dispatch, triton_launch
 from ddpm_fast.runtime.dispatch import use_backend
 from ddpm_fast.testing.norm_silu_cases import (
@@ -108,11 +112,188 @@ def test_rows_of_more_samples_and_chunks_than_a_block(dtype, given):
     made = {name: torch.full_like(value, float("nan")) for name, value in values.items()}
     blocks = kernel.rows_blocks(C, triton_launch.interpreted())
     inputs = (sums.to(DEVICE), *(values.get(name) for name in ("gain", "offset", "scale")))
-    kernel.norm_silu_bwd_rows_kernel[(-(-C // blocks["BLOCK_C"]),)](
-        *inputs, *(made.get(name) for name in shapes), B, C, chunks, C, **blocks
+    programs, gradients = -(-C // blocks["BLOCK_C"]), [made.get(name) for name in shapes]
+    kernel.norm_silu_bwd_rows_kernel[(programs, 1)](
+        *inputs, *gradients, None, None, None, None, B, C, chunks, C, 0, **blocks
     )
     for name, gradient in made.items():
         torch.testing.assert_close(gradient.cpu(), expected[name].to(gradient.dtype), msg=lambda m, name=name: name + m)
+
+    # Those of another norm, without scale and shift, in the same launch.
+    last_sums = torch.randn(B, chunks // 2, sums.shape[2], C, generator=generator)
+    dy, dy_normed, *dx = last_sums.double().sum((0, 1))
+    expected_of_last = {"gain": dy_normed, "offset": dy, "bias": dx[0] if dx else None}
+    again, of_last = (
+        {name: torch.full_like(value, float("nan")) for name, value in values.items() if name in kinds}
+        for kinds in (shapes, expected_of_last)
+    )
+    kernel.norm_silu_bwd_rows_kernel[(programs, 2)](
+        *inputs, *(again.get(name) for name in shapes), last_sums.to(DEVICE),
+        *(of_last.get(name) for name in expected_of_last), B, C, chunks, C, chunks // 2, **blocks,
+    )  # fmt: skip
+    assert all(torch.equal(again[name], made[name]) for name in made)
+    for name, gradient in of_last.items():
+        expected_one = expected_of_last[name].to(gradient.dtype)
+        torch.testing.assert_close(gradient.cpu(), expected_one, msg=lambda m, name=name: f"last {name} {m}")
+
+
+def make_two(norm, option, dtype=torch.float32, shape=(3, 24, 4, 6, 4)) -> tuple[dict, dict]:
+    """Arguments of two norms, of which the last has those named last_*, and gain in another shape."""
+    tensors, others = make(norm, shape, option, "nhwc", DEVICE)
+    last, _ = make(norm, shape, "all", "nhwc", DEVICE, seed=1)
+    residual = {"residual": tensors.pop("residual", last["residual"])}
+    tensors |= {f"last_{name}": last[name] for name in ("gain", "offset", "bias") if name in last and name in tensors}
+    tensors["last_gain"] = tensors["last_gain"].reshape(-1)
+    halves = {name: tensors[name].to(dtype) for name in ("x", "scale", "shift") if name in tensors}
+    return tensors | halves | residual, others
+
+
+def run_two(tensors: dict, others: dict, leaves: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Both norms, with a function of their own between."""
+    given = {**tensors, **leaves}
+    rows = [given.get(name) for name in ("x", "gain", "offset", "bias", "scale", "shift")]
+    last = tuple(given.get(f"last_{name}") for name in ("gain", "offset", "bias"))
+    kind = {"groups": others.get("groups", 0), "eps": 1e-5}
+    with use_backend("triton"):
+        dropout = {"dropout_p": others.get("dropout_p", 0.0)}
+        h, sums = first_norm_silu(*rows, others.get("seed"), last, **kind, **dropout)
+        return last_norm_silu(h.sin(), *last, given["residual"], sums, **kind)
+
+
+def gradients_of_two(tensors: dict, others: dict, wanted) -> dict[str, torch.Tensor]:
+    """The output and the gradients of the tensors of these names, with poisoned memory."""
+    leaves = {name: tensors[name].detach().clone().requires_grad_() for name in wanted}
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        out = run_two(tensors, others, leaves)
+        out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape).to(out.dtype))
+    finally:
+        torch.use_deterministic_algorithms(was)
+    return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def count_finishing(monkeypatch) -> list[int]:
+    """Programs per channel of every later launch of the finishing kernel."""
+    launches, finish = [], kernel._finish_rows
+
+    def counted(x, sums, rows, gradients, last_sums=None, of_last=(None, None, None)):
+        launches.append(1 if last_sums is None else 2)
+        return finish(x, sums, rows, gradients, last_sums, of_last)
+
+    monkeypatch.setattr(kernel, "_finish_rows", counted)
+    return launches
+
+
+@both_norms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("option", ["plain", "bias", "all"])
+def test_two_norms_are_finished_by_one_launch_with_the_same_bits(norm, option, dtype, monkeypatch):
+    launches = count_finishing(monkeypatch)
+    tensors, others = make_two(norm, option, dtype)
+    together = gradients_of_two(tensors, others, tensors)
+    assert launches == [2]
+    monkeypatch.setattr(op, "_are_finished_together", lambda x, first, last: False)
+    apart = gradients_of_two(tensors, others, tensors)
+    assert launches == [2, 1, 1]
+    for name, gradient in apart.items():
+        assert torch.equal(gradient, together[name]) and gradient.stride() == together[name].stride(), name
+        assert gradient.shape == together[name].shape == (tensors[name] if name != "out" else gradient).shape
+        assert gradient.dtype == together[name].dtype
+
+
+def test_chunks_of_the_first_norm_that_dropout_makes_larger(monkeypatch):
+    """With 1024 channels a tile has one pixel, and four under dropout; on a GPU chunks differ between the norms."""
+    tile = partial(kernel.choose_tile, 64, 1024, whole_rows=True, sums=True, interpreted=False)
+    assert tile(dropout=True).chunk == 4 * tile(dropout=False).chunk
+    if triton_launch.interpreted():
+        monkeypatch.setattr(kernel, "choose_tile", partial(few_pixels, kernel.choose_tile))
+        monkeypatch.setattr(kernel, "_plan", kernel._plan.__wrapped__)  # without its cache
+    tensors, others = make_two("rms", "all", shape=(2, 24 if triton_launch.interpreted() else 1024, 8, 8, 4))
+    together = gradients_of_two(tensors, others, tensors)
+    monkeypatch.setattr(op, "_are_finished_together", lambda x, first, last: False)
+    apart = gradients_of_two(tensors, others, tensors)
+    assert all(torch.equal(apart[name], together[name]) for name in apart)
+
+
+def few_pixels(choose, HW: int, C: int, *, dropout: bool, **others: bool) -> kernel.Tile:
+    """As `choose`, with tiles of 4 or, under dropout, 16 pixels."""
+    tile = choose(HW, C, dropout=dropout, **others)
+    return replace(tile, block_n=16 if dropout else 4, tiles=2)
+
+
+@pytest.mark.parametrize("wanted", ["x", "gain", "bias", "last_gain", "last_bias", "last_offset", "residual", "scale"])
+def test_of_two_norms_only_the_gradient_that_is_asked_for(wanted):
+    tensors, others = make_two("group", "all")
+    expected = gradients_of_two(tensors, others, tensors)
+    assert torch.equal(gradients_of_two(tensors, others, [wanted])[wanted], expected[wanted])
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    out = run_two(tensors, others, leaves)
+    grad = torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape)
+    assert torch.equal(torch.autograd.grad(out, leaves[wanted], grad)[0], expected[wanted])
+
+
+@pytest.mark.parametrize(
+    "change, launches",
+    [
+        (lambda tensors: ["gain", "bias", "last_gain", "last_bias"], [1, 1]),  # nothing before the first norm
+        (lambda tensors: ["x", "gain", "bias"], [1, 1]),  # a frozen last norm
+        (lambda tensors: tensors.update(last_gain=tensors["last_gain"].half()) or tensors, [1, 1]),
+        (lambda tensors: tensors.update(last_bias=tensors["last_bias"].half()) or tensors, [1, 1]),
+        (lambda tensors: tensors.update(last_bias=None) or [n for n in tensors if n != "last_bias"], [1, 1]),
+        (lambda tensors: ["x", "last_bias"], [2]),
+    ],
+)
+def test_two_norms_that_are_finished_together_or_not(change, launches, monkeypatch):
+    made = count_finishing(monkeypatch)
+    tensors, others = make_two("rms", "bias")
+    wanted = change(tensors)
+    results = gradients_of_two(tensors, others, wanted)
+    assert made == launches and all(results[name].isfinite().all() for name in wanted)
+    assert [run_two(tensors, others, {}).grad_fn, made] == [None, launches]
+
+
+def test_two_norms_of_which_the_last_runs_another_backend():
+    """Its gradients are its own, to which the first adds nothing."""
+    tensors, others = make_two("rms", "bias")
+    expected = gradients_of_two(tensors, others, tensors)
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    last = (leaves["last_gain"], None, leaves["last_bias"])
+    with use_backend("triton"):
+        rows = (leaves["x"], leaves["gain"], None, leaves["bias"], None, None, None)
+        h, sums = first_norm_silu(*rows, last, groups=0, eps=0.0, dropout_p=0.0)
+    with use_backend("reference"):
+        out = last_norm_silu(h.sin(), *last, leaves["residual"], sums, groups=0, eps=0.0)
+    assert sums is not None
+    out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape))
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_norms_compiled_have_backwards_of_their_own(monkeypatch):
+    launches = count_finishing(monkeypatch)
+    tensors, others = make_two("rms", "all")
+    expected = gradients_of_two(tensors, others, tensors)
+    compiled = torch.compile(partial(run_two, tensors, others), backend="aot_eager", fullgraph=True)
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    out = compiled(leaves)
+    out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape))
+    assert torch.equal(out, expected["out"]) and launches == [2, 1, 1]
+    assert all(torch.equal(leaf.grad, expected[name]) for name, leaf in leaves.items())
+
+
+@both_norms
+def test_opcheck_of_two_norms(norm):
+    tensors, others = make(norm, (2, 8, 3, 4, 2), "all", "nhwc", DEVICE)
+    rows = [tensors.get(name) for name in ("gain", "offset", "bias", "scale", "shift")]
+    groups, seed, dropout_p = others.get("groups", 0), others["seed"], others["dropout_p"]
+    operators, x = torch.ops.ddpm_fast, tensors["x"]
+    out, statistics = operators.norm_silu(x, *rows, None, seed, groups, 1e-5, True, dropout_p)
+    of_last = (out, x, statistics, *rows[:3], groups)
+    torch.library.opcheck(operators.norm_silu_backward_of_last.default, of_last)
+    _, sums = operators.norm_silu_backward_of_last(*of_last)
+    of_both = (out, x, statistics, *rows, seed, sums, groups, dropout_p)
+    torch.library.opcheck(operators.norm_silu_backward_of_both.default, of_both)
 
 
 @pytest.mark.arithmetic
@@ -351,6 +532,15 @@ def test_unet_compiles_whole():
         model.eval()
         torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x, t), model(x, t))
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_second_derivative_of_two_norms_is_refused_and_not_wrong():
+    tensors, others = make_two("rms", "bias")
+    x = tensors["x"].requires_grad_()
+    out = run_two(tensors, others, {"last_gain": tensors["last_gain"].requires_grad_()})
+    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        dx.sum().backward()
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():
