@@ -1,7 +1,7 @@
 """Conditions: what a network is told besides x and its time, and which networks are told what.
 
-classes (B,) are numbers of classes, cond (B, D) vectors, cond_image (B, C', H, W) images. keep_mask (B,) says whose classes
-and vectors are kept; the others have the null condition (Ho & Salimans 2022). All reach a network by keyword.
+classes (B,) are numbers of classes, cond (B, D) vectors, cond_image (B, C', H, W) images. keep_mask (B,) says whose
+classes and vectors are kept; the others have the null condition (Ho & Salimans 2022). All reach a network by keyword.
 """
 
 from __future__ import annotations
