@@ -134,11 +134,6 @@ class Conditions:
         """B; None without conditions."""
         return next((tensor.shape[0] for tensor in self._named().values() if tensor is not None), None)
 
-    def part(self, of_images: slice) -> Conditions:
-        """Those of some images of the batch."""
-        tensors = (self.classes, self.cond, self.cond_image, self.keep_mask)
-        return Conditions(*(None if tensor is None else tensor[of_images] for tensor in tensors))
-
     def doubled(self) -> Conditions:
         """Those of the batch, kept, and then again, classes and vectors null."""
         twice = {name: None if t is None else torch.cat((t, t)) for name, t in self._named().items()}
