@@ -39,6 +39,8 @@ def capture_training_step(
 ) -> TrainingStep:
     """A function `step(images) -> loss` that trains `diffusion` on one batch, as a CUDA graph where there is CUDA.
 
+    With conditions a batch is `(images, flips, conditions)`: `step((images, None, {"classes": classes}))`.
+
     Timesteps, noise and dropout are drawn on the device from torch's generator, so that `torch.manual_seed` fixes a
     run, and they are those of the same step run without a graph. The graph is recorded by the first call, and again
     when weights, optimizer state or settings are replaced. A learning rate may change at any time.
@@ -143,8 +145,8 @@ class TrainingStep:
         self._recorder_class, self.any_module = recorder, any_module
         device = diffusion.device
         self.batch_shape = tuple(batch_shape)
-        # Images and flips where a graph reads them, for each kind of batch.
-        self._inputs: dict[tuple, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        # Images, flips and conditions where a graph reads them, for each kind of batch.
+        self._inputs: dict[tuple, tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]] = {}
         self._loss = torch.zeros((), device=device)
         self.grad_norm = torch.full((), float("nan"), device=device)
         self.ema: Any = ema
@@ -172,13 +174,14 @@ class TrainingStep:
         self._parameters = list(self.diffusion.parameters())
         self.recorder = self._recorder_class(self.diffusion.device)
 
-    def __call__(self, *batches: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+    def __call__(self, *batches: torch.Tensor | tuple) -> torch.Tensor:
         """Train on `accumulate` batches.
 
         Args:
             batches: images of `batch_shape`, floating point in [0, 1] with `auto_normalize`, or uint8, which stand for
-                themselves / 255; or pairs of images and flips, (B,) bool or None, the images to be mirrored. All on the
-                device, or in memory of the host, best pinned.
+                themselves / 255; or pairs of images and flips, (B,) bool or None, the images to be mirrored; or triples
+                with conditions, a dictionary of tensors (B, ...) by the process's keywords: classes, cond, cond_image,
+                cond_keep_mask. All on the device, or in memory of the host, best pinned.
 
         Returns:
             The loss, a scalar on the device; nothing waits for it.
@@ -187,8 +190,9 @@ class TrainingStep:
             raise ValueError(
                 f"a step takes {self.accumulate} batches, accumulate={self.accumulate}; got {len(batches)}"
             )
-        pairs = [(batch, None) if isinstance(batch, torch.Tensor) else batch for batch in batches]
-        for images, _ in pairs:
+        triples = [(batch, None, {}) if isinstance(batch, torch.Tensor) else (*batch, {})[:3] for batch in batches]
+        for images, _, conditions in triples:
+            _check_lengths(conditions, len(images))
             if images.shape != self.batch_shape:
                 raise ValueError(f"images must have shape {self.batch_shape}, got {tuple(images.shape)}")
             if not images.is_floating_point() and images.dtype != torch.uint8:
@@ -202,9 +206,9 @@ class TrainingStep:
         if not is_whole and not self._gradients:
             trained = [parameter for parameter in self._parameters if parameter.requires_grad]
             self.flat_gradients, self._gradients = _flat_like(trained)
-        for index, (images, flips) in enumerate(pairs):
-            kind = (images.dtype if images.dtype == torch.uint8 else torch.float32, flips is not None)
-            self._take_in(kind, images, flips)
+        for index, (images, flips, conditions) in enumerate(triples):
+            kind = _kind_of(images, flips, conditions)
+            self._take_in(kind, images, flips, conditions)
             # The coin is the host's, so that each side has a recording of its own.
             coin = self.diffusion.draw_self_condition() if self.recorder.freezes_decisions else None
             if is_whole:
@@ -269,15 +273,23 @@ class TrainingStep:
             if self._kept.why_not_written() is not None:
                 self._kept = None
 
-    def _take_in(self, kind: tuple, images: torch.Tensor, flips: torch.Tensor | None) -> None:
+    def _take_in(
+        self, kind: tuple, images: torch.Tensor, flips: torch.Tensor | None, conditions: Mapping[str, torch.Tensor]
+    ) -> None:
         """Copy a batch to where the recordings of its kind read it."""
         device = self._loss.device
         if kind not in self._inputs:
-            room = torch.zeros(self.batch_shape, dtype=kind[0], device=device)
-            self._inputs[kind] = room, None if flips is None else torch.zeros_like(flips, device=device)
-        for to, given in zip(self._inputs[kind], (images, flips), strict=True):
-            if to is not None and given is not None:
-                to.copy_(_pinned(given, device), non_blocking=True)
+            self._inputs[kind] = (
+                torch.zeros(self.batch_shape, dtype=kind[0], device=device),
+                None if flips is None else torch.zeros_like(flips, device=device),
+                {name: torch.zeros_like(values, device=device) for name, values in conditions.items()},
+            )
+        images_read, flips_read, conditions_read = self._inputs[kind]
+        pairs = [(images_read, images), *((conditions_read[name], values) for name, values in conditions.items())]
+        if flips is not None and flips_read is not None:
+            pairs.append((flips_read, flips))
+        for to, given in pairs:
+            to.copy_(_pinned(given, device), non_blocking=True)
 
     def _see_changes(self) -> None:
         """Drop recordings that something has made invalid, and refuse what cannot be recorded any more."""
@@ -364,8 +376,9 @@ class TrainingStep:
 
     def _backward(self, kind: tuple, self_conditioned: bool | None) -> torch.Tensor:
         """The loss of a batch, a share of the step's, after its backward."""
-        images, flips = self._inputs[kind]
+        images, flips, conditions = self._inputs[kind]
         options: dict[str, Any] = {} if self_conditioned is None else {"self_conditioned": self_conditioned}
+        options |= conditions
         options |= {} if flips is None else {"flip": flips}
         autocast = torch.autocast(
             images.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
@@ -485,6 +498,19 @@ def _average_of(ema: Any, diffusion: Any, recorder: Any) -> Average | None:
     if reason is not None:
         raise ValueError(f"ema must be an average of diffusion that each step moves alone, and {reason}")
     return Average(ema, diffusion.device, recorder)
+
+
+def _kind_of(images: torch.Tensor, flips: torch.Tensor | None, conditions: Mapping[str, torch.Tensor]) -> tuple:
+    """What a recording depends on in a batch."""
+    of_conditions = ((name, tuple(values.shape), values.dtype) for name, values in sorted(conditions.items()))
+    return images.dtype if images.dtype == torch.uint8 else torch.float32, flips is not None, *of_conditions
+
+
+def _check_lengths(conditions: Mapping[str, Any], count: int) -> None:
+    for name, values in conditions.items():
+        if not isinstance(values, torch.Tensor) or values.ndim == 0 or len(values) != count:
+            found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+            raise ValueError(f"{name} must be a tensor with one entry per image, {count}, got {found}")
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -129,6 +129,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Rebuild network, diffusion and EMA from a checkpoint of ours or of upstream's `Trainer`; returns a `Checkpoint`.
 
+    `class_names` of its `diffusion` and of the average are the names of the classes that it was trained with, or None.
+
     State dicts of a process, a `Unet` or an EMA load too, alone or as `model` or `state_dict` of a dictionary, with the
     prefixes of DistributedDataParallel, `torch.compile`, ema-pytorch, XMWrapper and Lightning; one warning says what
     was stripped (step 0 without a step, EMA equal to the weights without an EMA).
@@ -166,6 +168,8 @@ def load_checkpoint(
     load_average(ema, states, diffusion, path, step)
     if is_size_unknown:
         _forget_image_size(path, diffusion, ema.ema_model)
+    for one in (diffusion, ema.ema_model):
+        one.class_names = recorded_class_names(contents)
     ema.to(map_location)
     warn_of_names(states, path)
     return Checkpoint(model, diffusion, ema, step)
@@ -309,6 +313,13 @@ def recorded_config(contents: Mapping) -> dict[str, Any]:
     return {name: dict(part) if isinstance(part, Mapping) else None for name, part in parts.items()}
 
 
+def recorded_class_names(contents: Any) -> tuple[str, ...] | None:
+    """The names of the classes 0, 1, ... that a file of ours records; None where it does not."""
+    config = contents.get("config") if isinstance(contents, Mapping) else None
+    names = config.get("class_names") if isinstance(config, Mapping) else None
+    return None if names is None else tuple(names)
+
+
 def recorded_process(contents: Mapping, states: FoundStates) -> str | None:
     """The name of a file's process, as it records it or as names and shapes of its tensors tell; None: they do not."""
     return _process_in_config(contents) or infer_process(states)
@@ -380,7 +391,7 @@ def step_of(contents: Mapping, path: _Path) -> int:
 
 def read_settings(path: _Path) -> dict[str, Any]:
     """What a trainer's file says of its run: `unet`, `diffusion`, `xm` and `ema` (arguments), `process` (its name),
-    `training`, `adam`.
+    `training`, `adam`, `class_names`.
 
     Of upstream's file the first two and the process are read off its tensors; what a file does not tell is left out.
     Raises what `load_file` raises, and CheckpointError for another architecture.
@@ -398,6 +409,7 @@ def read_settings(path: _Path) -> dict[str, Any]:
         "xm": config["xm"] or {},
         "ema": config["ema"] or {},
         "training": dict(training) if isinstance(training, Mapping) else {},
+        "class_names": recorded_class_names(contents),
         "adam": plain("opt", {name: groups[0][name] for name in ("lr", "betas") if name in groups[0]})
         if groups
         else {},

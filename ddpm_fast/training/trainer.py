@@ -36,8 +36,6 @@ from ddpm_fast.training.batches import (
     Batch,
     BatchOrder,
     BatchStream,
-    check_images,
-    collate,
     derive_seed,
 )
 from ddpm_fast.training.captured_step import (
@@ -63,14 +61,16 @@ from ddpm_fast.training.checkpoint import (
     warn_of_names,
     with_buffers,
 )
-from ddpm_fast.training.data import IMAGE_ENDINGS, Dataset, DigitsDataset
+from ddpm_fast.training.conditioning import ConditionsOfSamples, check_agreement, plan_grid, spread
+from ddpm_fast.training.data import Dataset, DigitsDataset
 from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError
 from ddpm_fast.training.history import LossHistory
 from ddpm_fast.training.images_out import save_image_grid
+from ddpm_fast.training.items import check_items, collate
 from ddpm_fast.training.optimizer_step import OptimizerStep
 from ddpm_fast.training.pixels import Color
 from ddpm_fast.training.prepared import PreparedDataset, is_a_function_of_the_index, is_prepared
-from ddpm_fast.training.resuming import changes, check_process, describe_network
+from ddpm_fast.training.resuming import changes, check_class_names, check_process, describe_network
 from ddpm_fast.training.state_names import FoundStates, bare_name
 
 with needed_for("Trainer"):
@@ -94,6 +94,8 @@ _ATTRIBUTES = ("channels", "image_size", "sample")
 # And of one in timesteps, before the first step instead of at its first sample.
 _ATTRIBUTES_OF_TIMESTEPS = ("objective", "num_timesteps", "is_ddim_sampling")
 _PRECISIONS = ("no", "fp16", "bf16")
+# What images of so many channels are converted to.
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class DivergenceError(ValueError):
@@ -106,7 +108,8 @@ class Trainer:
     diffusion_model: any process of this package, such as `GaussianDiffusion` or `ElucidatedDiffusion`, or an
         `XMWrapper` around one; files and the average hold the process.
     folder: a folder of images, a file of `ddpm-fast prepare`, or any map-style torch dataset of images (C, h, w),
-        floats in [0, 1] or uint8.
+        floats in [0, 1] or uint8. Its items may be dictionaries of "image" and conditions, "classes", "cond" and
+        "cond_image", or pairs (image, label).
     train_batch_size: images per step and accumulation, over all processes (`split_batches=True`) or in each.
     num_samples: any number; the grid has ceil(sqrt(num_samples)) columns.
     seed: fixes order, flips and noise. None draws it from torch's generator, so that `torch.manual_seed` fixes a run;
@@ -120,13 +123,16 @@ class Trainer:
         with the reason on CUDA where it cannot (`explain_graphs` says it, too), True raises there, False never does.
         What makes the update of the weights, `explain_optimizer` says.
     exts, value_range, background: of a folder, as of `Dataset`; None chooses. A checkpoint records the value range.
+    labels, label_column, cond_columns, cond_folder: of a folder, as of `Dataset`: conditions, which the network takes
+        by `num_classes`, `cond_dim` and `cond_channels`. A checkpoint records the names of the classes.
 
     The randomness of a step is a function of (seed, rank, step), and its images are one of (seed, step): a run that
     loads a checkpoint of step k computes what it would have computed without stopping, bit for bit on the CPU.
     Datasets with random transforms of their own share that only with `num_workers=0`.
 
     Writes to results_folder: model-{milestone}.pt, sample-{milestone}.png, loss.csv and loss.png every
-    `save_and_sample_every` steps, and model-last.pt at the end or after Ctrl-C or SIGTERM.
+    `save_and_sample_every` steps, and model-last.pt at the end or after Ctrl-C or SIGTERM. With classes the picture has
+    a row for each, the first ones if there are many, with the process's own `guidance`.
 
     Numbers may be numpy's, a float without a fraction (1e5), or tensors of one; files hold plain ones.
 
@@ -169,6 +175,10 @@ class Trainer:
         value_range: Sequence[float] | None = None,
         background: Color = "white",
         graph: bool | None = None,
+        labels: str | os.PathLike | None = None,
+        label_column: str | None = None,
+        cond_columns: Sequence[str] | None = None,
+        cond_folder: str | os.PathLike | None = None,
     ):
         train_batch_size = as_int("train_batch_size", train_batch_size, 1)
         gradient_accumulate_every = as_int("gradient_accumulate_every", gradient_accumulate_every, 1)
@@ -216,15 +226,29 @@ class Trainer:
         self.step = 0
 
         if convert_image_to is None:
-            convert_image_to = {1: "L", 3: "RGB", 4: "RGBA"}.get(self.channels)
+            convert_image_to = _MODES.get(self.channels)
+        network = _network_of(diffusion_model)
+        of_folder = {
+            "exts": exts,
+            "value_range": value_range,
+            "labels": labels,
+            "label_column": label_column,
+            "cond_columns": cond_columns,
+            "cond_folder": cond_folder,
+        }
+        of_folder = {name: value for name, value in of_folder.items() if value is not None}
         with warnings.catch_warnings():
             if not self.accelerator.is_main_process:
                 warnings.simplefilter("ignore")  # the main process says the same
-            self.ds = _as_dataset(folder, self.image_size, convert_image_to, exts, value_range, background)
+            cond_mode = _MODES.get(getattr(network, "cond_channels", None) or 0)
+            self.ds = _as_dataset(folder, self.image_size, convert_image_to, cond_mode, background, of_folder)
             is_normalized = getattr(diffusion_model, "normalize", None) is not identity
             expected = (0, 1) if is_normalized else (-1, 1)
             shape = (self.channels, *self.image_size)
-            check_images(self.ds, shape, None if isinstance(self.ds, Dataset) else expected)
+            self._given = check_items(self.ds, shape, None if isinstance(self.ds, Dataset) else expected)
+        check_agreement(
+            self._given, network, getattr(_averaged_module(diffusion_model), "super_resolution", None) is not None
+        )
         self._warn_if_small()
 
         self._is_seed_given = seed is not None
@@ -238,6 +262,7 @@ class Trainer:
             num_workers=num_workers,
             as_bytes=getattr(diffusion_model, "takes_bytes", False),
             reads_ahead=num_workers > 0 or is_a_function_of_the_index(self.ds),
+            num_classes=getattr(network, "num_classes", None),
         )
 
         # Adam in one pass: at 35.7 million parameters a quarter of the time of its default on the CPU. On CUDA it is
@@ -601,19 +626,27 @@ class Trainer:
             self.save("latest")
 
     def _save_samples(self, path: Path) -> None:
-        """A grid from the EMA weights, from the same noise at every milestone."""
-        self.ema.ema_model.eval()
-        starts = range(0, self.num_samples, self.batch_size)
-        images = [
-            self.ema.ema_model.sample(
-                batch_size=min(self.batch_size, self.num_samples - start),
-                seed=derive_seed(self.seed, "samples"),
-                start_index=start,
-                progress=False,
-            )
-            for start in starts
-        ]
-        save_image_grid(torch.cat(images), path, nrow=math.ceil(math.sqrt(self.num_samples)))
+        """A grid from the EMA weights, from the same noise and conditions at every milestone."""
+        sampler = self.ema.ema_model.eval()
+        seed = derive_seed(self.seed, "samples")
+        factor = getattr(sampler, "super_resolution", None)
+        grid = plan_grid(self.ds, self._given, getattr(_network_of(sampler), "num_classes", None), self.num_samples)
+        images = []
+        for start in range(0, grid.count, self.batch_size):
+            end = min(start + self.batch_size, grid.count)
+            options: dict[str, Any] = {"seed": seed, "start_index": start, "progress": False}
+            options |= {name: values[start:end].to(self.device) for name, values in grid.conditions.items()}
+            if factor is not None:
+                images.append(sampler.upscale(self._shrunk(range(start, end), grid.count, factor), **options))
+            else:
+                images.append(sampler.sample(batch_size=end - start, **options))
+        save_image_grid(torch.cat(images), path, nrow=grid.columns)
+
+    def _shrunk(self, numbers: Sequence[int], count: int, factor: int) -> torch.Tensor:
+        """Of `count` images that are evenly spaced in the dataset these, at low resolution: (B, C, h, w) in its range."""
+        indices = spread(len(self.ds), count)
+        images = collate([self.ds[indices[number]] for number in numbers])
+        return shrunk(as_floats(images), factor).to(self.device)
 
     def _stop(self, number: int) -> NoReturn:
         self._bar.close()
@@ -686,6 +719,7 @@ class Trainer:
                 device=self.device,
                 num_fid_samples=num_fid_samples,
                 inception_block_idx=inception_block_idx,
+                conditions=ConditionsOfSamples(self.ds, self._given, num_fid_samples, self.device),
             )
         except FIDUnavailableError as error:
             if self.save_best_and_latest_only:
@@ -744,12 +778,11 @@ class Trainer:
             "xm": self._wrapper_config(),
         }
         ema = {"beta": self.ema.beta, "update_every": self.ema.update_every}
-        return plain("config", {**config, "ema": ema})
+        names = self._given.class_names
+        return plain("config", {**config, "ema": ema, "class_names": None if names is None else list(names)})
 
     def _network_config(self) -> dict[str, Any] | None:
-        process = self._process()
-        network = getattr(self._diffusion, "model", None) if process is None else process.network
-        network = getattr(network, "_orig_mod", network)
+        network = _network_of(getattr(self._diffusion, "_orig_mod", self._diffusion))
         return network.config if isinstance(network, Unet) else None
 
     def _process(self) -> DiffusionProcess | None:
@@ -800,6 +833,7 @@ class Trainer:
         ]
         if any(causes):
             raise CheckpointError(f"checkpoint {path} is of another architecture: {'; '.join(filter(None, causes))}")
+        check_class_names(path, data, self._given.class_names)
         return model
 
     def _optimizer_state(self, data: dict[str, Any], path: Path) -> dict[str, Any] | None:
@@ -892,27 +926,27 @@ def _as_dataset(
     folder: Any,
     image_size: tuple[int, int],
     convert_image_to: str | None,
-    exts: Sequence[str] | None,
-    value_range: Sequence[float] | None,
+    convert_cond_image_to: str | None,
     background: Color,
+    of_folder: dict[str, Any],
 ) -> Any:
+    """The dataset of a path; `of_folder` are arguments of `Dataset` that were given."""
     if is_prepared(folder):
         folder = PreparedDataset(folder)
     if isinstance(folder, (str, os.PathLike)):
         return Dataset(
             folder,
             image_size,
-            exts=IMAGE_ENDINGS if exts is None else exts,
             convert_image_to=convert_image_to,
-            value_range=value_range,
+            convert_cond_image_to=convert_cond_image_to,
             background=background,
             dtype=None,
+            **of_folder,
         )
     if not hasattr(folder, "__len__") or not hasattr(folder, "__getitem__"):
         raise TypeError(f"folder must be a path or a map-style dataset of images; got {type(folder).__name__}")
-    for name, value in (("exts", exts), ("value_range", value_range)):
-        if value is not None:
-            raise ValueError(f"{name} is for a folder of images, and folder is a dataset; got {name}={value!r}")
+    for name, value in of_folder.items():
+        raise ValueError(f"{name} is for a folder of images, and folder is a dataset; got {name}={value!r}")
     return folder
 
 
@@ -932,6 +966,13 @@ def _choose_workers(num_workers: int | None, dataset: object, world_size: int) -
         return 0 if isinstance(dataset, DigitsDataset) else 1
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return max(1, min(8, count_processors() // local_processes))
+
+
+def _network_of(module: nn.Module) -> Any:
+    """The network of a process, or of another module that calls it `model`."""
+    process = process_of(module)
+    network = getattr(module, "model", None) if process is None else process.network
+    return getattr(network, "_orig_mod", network)
 
 
 def _averaged_module(module: nn.Module) -> nn.Module:

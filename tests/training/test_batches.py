@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ddpm_fast.training import batches
-from ddpm_fast.training.batches import BatchOrder, BatchStream, Unbound, collate
+from ddpm_fast.training.batches import BatchOrder, BatchStream
+from ddpm_fast.training.items import Unbound, collate
 
 INDEX = torch.arange(40, dtype=torch.uint8)
 

@@ -1,0 +1,86 @@
+"""A trainer's conditions: whether dataset and network agree on them, and what its samples are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ddpm_fast.training.items import Given, read_conditions
+
+
+class Grid(NamedTuple):
+    """The images of a milestone: conditions (N, ...) by name, and columns of the picture."""
+
+    conditions: dict[str, torch.Tensor]
+    count: int
+    columns: int
+
+
+def check_agreement(given: Given, network: Any, makes_condition: bool) -> None:
+    """Raise ValueError where a dataset gives other conditions than a network takes, as far as the network says it.
+
+    makes_condition: the process itself makes `cond` and `cond_image`, as super-resolution does.
+    """
+    count = getattr(network, "num_classes", given)  # a network that does not say it checks for itself
+    if count is not given:
+        if given.has_classes and not count:
+            raise ValueError(
+                "the dataset gives classes, and the network takes none: make it with num_classes=K, or train on the "
+                "images alone"
+            )
+        if count and not given.has_classes:
+            raise ValueError(
+                f"the network has num_classes={count}, and the dataset gives no classes: labels= says those of a folder"
+            )
+        if given.class_names is not None and len(given.class_names) > count:
+            raise ValueError(
+                f"the dataset has {len(given.class_names)} classes, and the network has num_classes={count}"
+            )
+    for name, what, found in (
+        ("cond_dim", "vectors of {} numbers", given.cond_dim),
+        ("cond_channels", "condition images of {} channels", given.cond_channels),
+    ):
+        taken = getattr(network, name, given)
+        taken = 0 if taken is None else taken
+        if makes_condition and found:
+            raise ValueError(f"super_resolution makes its condition from the images, and the dataset gives {what}")
+        if makes_condition or taken is given or taken == found:
+            continue
+        gives = what.format(found) if found else f"no {what.split(' of')[0]}"
+        raise ValueError(f"the dataset gives {gives}, and the network has {name}={taken}")
+
+
+def plan_grid(dataset: Any, given: Given, num_classes: int | None, count: int) -> Grid:
+    """Up to `count` samples: a row for each class, the first ones if there are many, or conditions of the dataset.
+
+    With vectors or images as conditions they are those of images that are evenly spaced in the dataset.
+    """
+    if given.has_classes and not (given.cond_dim or given.cond_channels):
+        known = len(given.class_names) if given.class_names is not None else num_classes
+        if known:
+            columns = count // known if 2 * known <= count else math.ceil(math.sqrt(count))
+            rows = min(known, max(1, count // columns))
+            return Grid({"classes": torch.arange(rows).repeat_interleave(columns)}, rows * columns, columns)
+    conditions = read_conditions(dataset, spread(len(dataset), count), given)
+    return Grid(conditions, count, math.ceil(math.sqrt(count)))
+
+
+def spread(size: int, count: int) -> list[int]:
+    """`count` indices below `size`, evenly spaced: their classes are as frequent as the dataset's."""
+    return [index * size // count for index in range(count)]
+
+
+class ConditionsOfSamples:
+    """The conditions of `count` samples that stand for a whole dataset, in its frequencies; a batch at a time."""
+
+    def __init__(self, dataset: Any, given: Given, count: int, device: torch.device):
+        self._dataset, self._given, self._device = dataset, given, device
+        self._indices: Sequence[int] = spread(len(dataset), count)
+
+    def __call__(self, start: int, end: int) -> dict[str, torch.Tensor]:
+        """Keyword arguments of `sample` for the samples from `start` to `end`."""
+        found = read_conditions(self._dataset, self._indices[start:end], self._given)
+        return {name: values.to(self._device) for name, values in found.items()}
