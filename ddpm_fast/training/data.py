@@ -17,7 +17,7 @@ from ddpm_fast.training.image_folder import find_images
 from ddpm_fast.training.images_in import DamagedImageError, read_image
 from ddpm_fast.training.images_out import save_image_grid, save_trajectory_strip
 from ddpm_fast.training.items import Unbound, conditions_at
-from ddpm_fast.training.labels import find_partners, read_labels, tables_of
+from ddpm_fast.training.labels import METADATA_NAMES, find_partners, read_labels, tables_of
 from ddpm_fast.training.pixels import (
     Color,
     Pixels,
@@ -121,7 +121,9 @@ class Dataset(torch.utils.data.Dataset):
         self.cond = None if cond is None else torch.from_numpy(cond)  # (N, D)
         self.cond_folder = cond_folder
         self.convert_cond_image_to = check_mode(convert_cond_image_to)
-        self._partners = None if cond_folder is None else find_partners(paths, find_images(cond_folder, exts))
+        self._partners = (
+            None if cond_folder is None else find_partners(paths, find_images(cond_folder, exts, METADATA_NAMES))
+        )
         self._partners_range = None if self._partners is None else find_value_range(self._partners)
         if not self.is_value_range_given:
             self.value_range = find_value_range(self.paths)

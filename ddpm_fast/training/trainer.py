@@ -22,8 +22,9 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from ddpm_fast._version import __version__
-from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, identity
+from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, as_floats, identity
 from ddpm_fast.diffusion.discrete_process import DiscreteProcess
+from ddpm_fast.diffusion.super_resolution import shrunk
 from ddpm_fast.diffusion.xm import XMWrapper, process_of
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime import recording
@@ -246,9 +247,8 @@ class Trainer:
             expected = (0, 1) if is_normalized else (-1, 1)
             shape = (self.channels, *self.image_size)
             self._given = check_items(self.ds, shape, None if isinstance(self.ds, Dataset) else expected)
-        check_agreement(
-            self._given, network, getattr(_averaged_module(diffusion_model), "super_resolution", None) is not None
-        )
+        factor = getattr(_averaged_module(diffusion_model), "super_resolution", None)
+        check_agreement(self._given, network, makes_condition=factor is not None)
         self._warn_if_small()
 
         self._is_seed_given = seed is not None
@@ -643,7 +643,7 @@ class Trainer:
         save_image_grid(torch.cat(images), path, nrow=grid.columns)
 
     def _shrunk(self, numbers: Sequence[int], count: int, factor: int) -> torch.Tensor:
-        """Of `count` images that are evenly spaced in the dataset these, at low resolution: (B, C, h, w) in its range."""
+        """Of `count` images that are evenly spaced in the dataset these, at low resolution: (B, C, h, w)."""
         indices = spread(len(self.ds), count)
         images = collate([self.ds[indices[number]] for number in numbers])
         return shrunk(as_floats(images), factor).to(self.device)

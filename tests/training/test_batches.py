@@ -69,7 +69,7 @@ class TestOnTheCpu:
     def test_bytes_and_flips_go_as_they_are(self):
         stream = make_stream(Bytes())
         for step in range(12):
-            images, flips = stream.next_batch()
+            images, flips, _ = stream.next_batch()
             assert images.dtype == torch.uint8 and flips.dtype == torch.bool
             assert torch.equal(images, expected(8 * step)[0]) and torch.equal(flips, expected(8 * step)[1])
 
@@ -154,7 +154,7 @@ class TestOnCuda:
         cuda = PretendedStreams(monkeypatch)
         stream = make_stream(Bytes(), "cuda", reads_ahead=reads_ahead)
         for step in range(12):
-            images, flips = stream.next_batch()
+            images, flips, _ = stream.next_batch()
             assert torch.equal(images, expected(8 * step)[0]) and torch.equal(flips, expected(8 * step)[1])
             assert cuda.recorded[id(images)] == cuda.recorded[id(flips)] == [cuda.default]
         assert {name for name, _ in cuda.log} == {"copying"}
@@ -188,7 +188,7 @@ class TestOnCuda:
             stream.next_batch()
         stream.seek(8, seed=3)
         for position in (8, 16, 24):
-            images, flips = stream.next_batch()
+            images, flips, _ = stream.next_batch()
             assert torch.equal(images, expected(position)[0]) and torch.equal(flips, expected(position)[1])
 
     def test_floats_are_mirrored_on_the_computing_stream(self, monkeypatch):
