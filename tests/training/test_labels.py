@@ -111,7 +111,9 @@ class TestMetadata:
     def test_text_with_leading_zeros_is_text(self, tmp_path):
         make_folder(tmp_path)
         write_csv(
-            tmp_path / "metadata.csv", "file_name,label", *(f"{n},{c}" for n, c in zip(NAMES, "9 010 10 9".split()))
+            tmp_path / "metadata.csv",
+            "file_name,label",
+            *(f"{n},{c}" for n, c in zip(NAMES, "9 010 10 9".split(), strict=True)),
         )
         assert open_strictly(tmp_path, labels="metadata").class_names == ("010", "10", "9")
 
