@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from ddpm_fast.diffusion.diffusion_process import as_floats
+from ddpm_fast.diffusion.images import as_floats
 from ddpm_fast.training.captured_step import send
 from ddpm_fast.training.items import Items, collate_items
 

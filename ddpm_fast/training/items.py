@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import default_collate
 
-from ddpm_fast.diffusion.diffusion_process import as_floats
+from ddpm_fast.diffusion.images import as_floats
 
 # The conditions of an image, by the names under which a process takes them.
 CONDITIONS = ("classes", "cond", "cond_image")

@@ -22,9 +22,9 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from ddpm_fast._version import __version__
-from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, as_floats, identity
+from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.discrete_process import DiscreteProcess
-from ddpm_fast.diffusion.super_resolution import shrunk
+from ddpm_fast.diffusion.images import as_floats, identity
 from ddpm_fast.diffusion.xm import XMWrapper, process_of
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime import recording
@@ -646,7 +646,7 @@ class Trainer:
         """Of `count` images that are evenly spaced in the dataset these, at low resolution: (B, C, h, w)."""
         indices = spread(len(self.ds), count)
         images = collate([self.ds[indices[number]] for number in numbers])
-        return shrunk(as_floats(images), factor).to(self.device)
+        return nn.functional.avg_pool2d(as_floats(images), factor).to(self.device)
 
     def _stop(self, number: int) -> NoReturn:
         self._bar.close()
