@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 
 
+# What images of so many channels are converted to.
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
 class Loaded(NamedTuple):
     """A process with the weights that were asked for, its step, and the file that it came from."""
 
@@ -60,8 +64,7 @@ class Images:
         elif is_prepared(data):
             self._dataset = PreparedDataset(data)
         else:
-            mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
-            self._dataset = Dataset(data, size, convert_image_to=mode, dtype=None)
+            self._dataset = Dataset(data, size, convert_image_to=_MODES.get(channels), dtype=None)
         total = len(self._dataset)
         if count is not None and count > total:
             raise UserError(f"--num-images {count}: {data} has {total} images")
@@ -80,6 +83,37 @@ class Images:
 
         images = [self._dataset[index] for index in self._indices[chosen]]
         return torch.stack([i if i.dtype == torch.uint8 else (i * 255).round().to(torch.uint8) for i in images])
+
+
+def read_pictures(option: str, path: Path, channels: int, size: tuple[int, int]) -> torch.Tensor:
+    """The picture in a file, or those of a folder, as (N, C, h, w) uint8, resized to cover `size` and cropped.
+
+    Raises UserError for a file without a picture, and for one of other channels that cannot be converted.
+    """
+    import torch
+
+    from ddpm_fast.training.data import Dataset
+    from ddpm_fast.training.images_in import DamagedImageError, read_image
+    from ddpm_fast.training.pixels import convert, crop_centre, resize_to_cover, to_tensor
+
+    mode = _MODES.get(channels)
+    if not path.exists():
+        raise UserError(f"{option}: {path} does not exist")
+    if path.is_dir():
+        dataset = Dataset(path, size, convert_image_to=mode, dtype=torch.uint8)
+        images = [image for index in range(len(dataset)) if (image := dataset.read(index)) is not None]
+    else:
+        try:
+            pixels = resize_to_cover(convert(read_image(path, size), mode, (255, 255, 255)), size)
+        except DamagedImageError as error:
+            raise UserError(f"{option}: {path} holds no picture ({error})") from error
+        images = [to_tensor(crop_centre(pixels, size))]
+    for image in images:
+        if image.dtype != torch.uint8 or image.shape[0] != channels:
+            raise UserError(f"{option}: {path} must hold images of {channels} channels and 8 bits")
+    if not images:
+        raise UserError(f"{option}: none of the images in {path} could be read")
+    return torch.stack(images)
 
 
 class _JustTrying(Exception):

@@ -115,7 +115,10 @@ class Dataset(torch.utils.data.Dataset):
         wants_labels = labels is not None or len(cond_columns) > 0
         paths = find_images(folder, exts, tables_of(labels) if wants_labels else ())
         self.paths = paths
-        self.labels = labels
+        arguments: dict[str, Any] = {"labels": labels, "label_column": label_column, "cond_folder": cond_folder}
+        arguments["cond_columns"] = cond_columns or None
+        # What a checkpoint records, so that a run is continued with the same conditions.
+        self.label_arguments = {name: value for name, value in arguments.items() if value is not None}
         self.class_names, classes, cond = read_labels(paths, labels, label_column, cond_columns)
         self.classes = None if classes is None else torch.from_numpy(classes)  # (N,) int64
         self.cond = None if cond is None else torch.from_numpy(cond)  # (N, D)
@@ -329,6 +332,7 @@ class DigitsDataset(torch.utils.data.Dataset):
         self.labels = torch.from_numpy(digits.target).long()
         self.classes = self.labels if has_classes else None
         self.class_names = tuple(map(str, range(10))) if has_classes else None
+        self.label_arguments = {"labels": "digits"} if has_classes else {}
 
     def __len__(self) -> int:
         return len(self.images)

@@ -352,6 +352,7 @@ class Trainer:
                     "world_size": self.world_size,
                     "best_fid": self.best_fid,
                     "value_range": _recorded_value_range(self.ds),
+                    "conditions": getattr(self.ds, "label_arguments", {}),
                 },
             ),
         }
