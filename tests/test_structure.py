@@ -57,7 +57,7 @@ ROWS = [
     ["diffusion/discrete_process"],
     ["diffusion/diffusion_process"],
     ["diffusion/likelihood"],
-    ["diffusion/sampling"],
+    ["diffusion/sampling", "diffusion/inpainting", "diffusion/super_resolution"],
     ["diffusion/samplers"],
     ["diffusion/spacings", "diffusion/schedules"],
     ["diffusion/weightings", "diffusion/timestep_history"],

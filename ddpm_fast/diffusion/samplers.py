@@ -33,6 +33,10 @@ from ddpm_fast.runtime.plain import as_number, plain
 # The default where few network calls are wanted: see the table of docs/samplers.md.
 FEW_STEPS = "dpmpp_2m"
 
+# What every column of the sampler step's op is where it does nothing; the first six are always given.
+NEUTRAL = (*[0.0] * 14, 1.0, 0.0, 1.0, *[0.0] * 8)
+KNOWN = slice(12, 14)  # columns A and B
+
 
 @dataclass(frozen=True, eq=False)
 class Walk:
@@ -82,6 +86,7 @@ class Rows(NamedTuple):
         first_scale: what the first state is multiplied with, besides the process's own `first_scale`.
         log_spread: (N,) log of the largest σ that a learned variance may choose over the σ here; None: it chooses none.
         kept: (N, 2), e and f of e·x + f·x0: later rows read this by u2 and u3 where it is not 0, in place of an x0.
+        known: (N, 2), a and b of the level that a row arrives at, for inpainting.
     """
 
     levels: Levels
@@ -92,6 +97,7 @@ class Rows(NamedTuple):
     first_scale: float = 1.0
     log_spread: torch.Tensor | None = None
     kept: torch.Tensor | None = None
+    known: torch.Tensor | None = None
 
 
 MakeRows = Callable[..., Rows]
@@ -179,6 +185,7 @@ def sampler_table(
     spacing: str | Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
     learned_variance: bool = False,
+    resampling: Callable[[Walk, Rows], Rows] | None = None,
 ) -> SamplerTable:
     """The table of a sampler over `steps` of a process's times.
 
@@ -191,6 +198,7 @@ def sampler_table(
             least; None is the sampler's own.
         options: of the sampler, such as `eta` of DDIM.
         learned_variance: the network gives a variance, too; samplers that know none leave it out.
+        resampling: makes other rows of the sampler's, such as `inpainting.Resampling`.
 
     Raises:
         TypeError, ValueError: an unknown name or option, a number of steps or times outside the process.
@@ -200,6 +208,8 @@ def sampler_table(
     check_options(sampler, given)
     walk = walk_along(scale, _times(scale, SAMPLERS[sampler].spacing if spacing is None else spacing, steps))
     rows = SAMPLERS[sampler].make_rows(walk, **given)
+    if resampling is not None:
+        rows = resampling(walk, rows)
     times: tuple[float, ...] = tuple(rows.levels.times.tolist())
     if scale.is_discrete and all(time == int(time) for time in times):
         times = tuple(int(time) for time in times)
@@ -217,6 +227,9 @@ def sampler_table(
         columns += [*F.pad(history, (0, 3 - history.shape[1])).unbind(1)[1:], nothing, spread]
     if rows.kept is not None:
         columns += rows.kept.unbind(1)
+    if rows.known is not None:
+        columns += [torch.full_like(rows.r, value) for value in NEUTRAL[len(columns) :]]
+        columns[KNOWN] = rows.known.unbind(1)
     num_previous = max((i + 1 for i in range(history.shape[1]) if bool((history[:, i] != 0).any())), default=0)
     first_scale = scale.first_scale(walk.now) * rows.first_scale
     num_timesteps = int(scale.first) + 1 if scale.is_discrete else None
