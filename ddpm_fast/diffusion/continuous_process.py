@@ -46,8 +46,6 @@ class ContinuousProcess(DiffusionProcess):
         spacing: str | Sequence[float] | None = None,
         sampler_options: Mapping[str, float] | None = None,
         loss_weighting_options: Mapping[str, float] | None = None,
-        super_resolution: int | None = None,
-        noise_augmentation: float | None = None,
     ):
         weighting = find_weighting(loss_weighting, loss_weighting_options)
         common = dict(
@@ -73,8 +71,6 @@ class ContinuousProcess(DiffusionProcess):
             sampling_timesteps=as_int("sampling_timesteps", sampling_timesteps, 1),
             clip_x_start=bool(clip_x_start),
             config=recorded,
-            super_resolution=super_resolution,
-            noise_augmentation=noise_augmentation,
         )
         self._weighting = weighting
         self.register_buffer("constant_row", None, persistent=False)

@@ -31,7 +31,6 @@ from ddpm_fast.runtime.plain import as_int, as_number, as_size
 from ddpm_fast.runtime.recording import GraphCache
 
 if TYPE_CHECKING:
-    from ddpm_fast.diffusion.inpainting import Resampling
     from ddpm_fast.diffusion.likelihood import BitsPerDim, Chain, LikelihoodRun, ProgressiveCoding
 
 _Process = TypeVar("_Process", bound="DiffusionProcess")
@@ -145,9 +144,6 @@ class DiffusionProcess(nn.Module):
         sampling_timesteps: steps of that walk.
         clip_x_start: estimates of x0 are clipped to [−1, 1] in every step of sampling.
         config: the arguments of the process, plain values, for checkpoints.
-        super_resolution: factor by which `upscale` enlarges; training makes the low-resolution condition itself, for a
-            network with `cond_channels` and `cond_dim` as `super_resolution.unet_arguments` has them.
-        noise_augmentation: largest level of the noise on that condition, 0.5 if None (Ho et al. 2021, CDM).
     """
 
     # Where the network is, for state dicts as upstream's.
@@ -182,8 +178,6 @@ class DiffusionProcess(nn.Module):
         sampling_timesteps: int,
         clip_x_start: bool,
         config: dict[str, Any],
-        super_resolution: int | None = None,
-        noise_augmentation: float | None = None,
     ):
         super().__init__()
         setattr(self, self.network_name, model)
@@ -209,15 +203,6 @@ class DiffusionProcess(nn.Module):
         if isinstance(spacing, str):
             spacings.check_spacing(spacing)
         self.config = {**config, "image_size": list(self.image_size)}
-        self.super_resolution: int | None = None
-        self.noise_augmentation: float | None = None
-        if super_resolution is not None or noise_augmentation is not None:
-            from ddpm_fast.diffusion.super_resolution import check_network, checked_options
-
-            options = checked_options(super_resolution, noise_augmentation, self.image_size)
-            self.super_resolution, self.noise_augmentation = options
-            check_network(model, self.channels)
-            self.config |= {"super_resolution": options[0], "noise_augmentation": options[1]}
         self.uncertainty = UncertaintyWeight() if uncertainty_weighting else None
         self._plans: dict[tuple, SamplerTable] = {}
         self.graphs = GraphCache()
@@ -501,7 +486,6 @@ class DiffusionProcess(nn.Module):
         sampling_timesteps: int | None = None,
         spacing: str | Sequence[float] | None = None,
         options: Mapping[str, float] | None = None,
-        resampling: Resampling | None = None,
     ) -> SamplerTable:
         """The sampler's table; what is None is the attribute of now, which users change."""
         if options is None:
@@ -512,9 +496,9 @@ class DiffusionProcess(nn.Module):
         steps = self.sampling_timesteps if sampling_timesteps is None else sampling_timesteps
         spacing = next((given for given in (spacing, self.spacing, self.default_spacing) if given is not None), None)
         spacing = spacing if spacing is None or isinstance(spacing, str) else tuple(spacing)
-        key = (sampler, steps, spacing, tuple(sorted(options.items())), resampling, *self._plan_key())
+        key = (sampler, steps, spacing, tuple(sorted(options.items())), *self._plan_key())
         if key not in self._plans:
-            self._plans[key] = self._make_plan(sampler, steps, spacing, options, resampling=resampling)
+            self._plans[key] = self._make_plan(sampler, steps, spacing, options)
         return self._plans[key]
 
     def network_calls(
@@ -536,16 +520,9 @@ class DiffusionProcess(nn.Module):
         return ()
 
     def _make_plan(
-        self,
-        sampler: str,
-        steps: int,
-        spacing: str | Sequence[float] | None,
-        options: Mapping[str, float],
-        **others: Any,
+        self, sampler: str, steps: int, spacing: str | Sequence[float] | None, options: Mapping[str, float]
     ) -> SamplerTable:
-        """A table by `samplers.sampler_table`, which takes `others` as well."""
-        others = {"spacing": spacing, "options": options, "learned_variance": self.learned_variance, **others}
-        return samplers.sampler_table(self.noise_scale, self.target, sampler, steps, **others)
+        return samplers.sampler_table(self.noise_scale, self.target, sampler, steps, spacing=spacing, options=options)
 
     def explain_graphs(self, batch_size: int = 16) -> str:
         """Whether `sample(batch_size)` replays a recorded step now, and if not, why; one sentence."""
@@ -630,95 +607,6 @@ class DiffusionProcess(nn.Module):
         if seed is None:
             return noise_function.draw_seed(self.device)
         return noise_function.seed_tensor(seed, self.device)
-
-    def inpaint(
-        self,
-        image: torch.Tensor,
-        mask: torch.Tensor,
-        *,
-        num_resamples: int = 10,
-        jump_length: int = 10,
-        sampler: str = "ddpm",
-        sampling_timesteps: int | None = None,
-        spacing: str | Sequence[float] | None = None,
-        sampler_options: Mapping[str, float] | None = None,
-        clip_x_start: bool | None = None,
-        seed: int | torch.Tensor | None = None,
-        start_index: int = 0,
-        progress: bool = True,
-        graph: bool | None = None,
-    ) -> torch.Tensor:
-        """Images whose known pixels are those of `image`, by RePaint (Lugmayr et al. 2022).
-
-        The walk jumps back again and again, so that the unknown pixels come to fit the known ones; each stretch of
-        `jump_length` steps is taken `num_resamples` times.
-
-        Args:
-            image: (B, C, H, W), as training takes images; what is unknown in it is not read, but must be finite.
-            mask: (B or 1, C or 1, H, W) bool or floating point, 1 where the pixel is known. Values between blend.
-            num_resamples, jump_length: how often, and by how many steps it jumps; num_resamples=1 does not.
-            sampler: one whose steps read their own x0 alone: ddpm, ddim, euler, euler_ancestral.
-            sampling_timesteps: steps without those that are repeated; None is the attribute, and 250 at most.
-            others: as in `sample`.
-
-        Returns:
-            (B, C, H, W) float32 images in the range of `image`; where the mask is 1 they are `image`, bit for bit.
-
-        Raises:
-            TypeError, ValueError: an argument does not fit, named in one sentence.
-        """
-        from ddpm_fast.diffusion import inpainting
-
-        self._check_images("image", image, bytes_too=True)
-        mask = inpainting.as_mask(mask, image)
-        resampling = inpainting.Resampling(num_resamples, jump_length)
-        steps = min(self.sampling_timesteps, 250) if sampling_timesteps is None else sampling_timesteps
-        plan = self._plan(sampler, steps, spacing, sampler_options, resampling)
-        known = as_floats(image).float().contiguous()
-        run: dict[str, Any] = {"start_index": start_index, "progress": progress, "graph": graph}
-        run |= {"known": self.normalize(known), "mask": mask, "desc": "inpainting time step"}
-        run["clip_x_start"] = self.clip_x_start if clip_x_start is None else clip_x_start
-        images = self._sample(plan, known.shape, seed=seed, **run)
-        return torch.where(mask == 1, known, images)  # normalising and back rounds
-
-    def upscale(
-        self,
-        low: torch.Tensor,
-        *,
-        noise_augmentation: float = 0.0,
-        seed: int | torch.Tensor | None = None,
-        start_index: int = 0,
-        **options: Any,
-    ) -> torch.Tensor:
-        """Images of which `low` are the small ones, for a process made with `super_resolution`.
-
-        Args:
-            low: (B, C, H/factor, W/factor), as training takes images.
-            noise_augmentation: standard deviation of the noise that is put on `low`, up to the constructor's; 0.1 to
-                0.3 hides the faults of images that another model made (Ho et al. 2021, CDM, section 4.2).
-            seed, start_index: as in `sample`; they fix this noise, too.
-            options: of `sample`, such as `classes` and `guidance`.
-
-        Returns:
-            (B, C, H, W) images in the range of `low`.
-
-        Raises:
-            TypeError, ValueError: an argument does not fit, named in one sentence.
-        """
-        from ddpm_fast.diffusion.super_resolution import sampling_condition
-
-        factor, largest = self.super_resolution, self.noise_augmentation
-        if factor is None or largest is None:
-            raise ValueError("super_resolution must be given to the process for upscale, got None")
-        level = as_number("noise_augmentation", noise_augmentation, 0, largest)
-        self._check_images("low", low, sized=False, bytes_too=True)
-        _, *size = self._shape(len(low))
-        expected = (size[0], *(length // factor for length in size[1:]))
-        if tuple(low.shape[1:]) != expected:
-            raise ValueError(f"low must have shape (B, {', '.join(map(str, expected))}), got {tuple(low.shape)}")
-        seed = self._seed(seed)
-        condition = sampling_condition(self.normalize(as_floats(low)), factor, level, seed, start_index)
-        return self.sample(batch_size=len(low), seed=seed, start_index=start_index, **condition, **options)
 
     def interpolate(
         self,

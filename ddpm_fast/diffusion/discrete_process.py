@@ -84,8 +84,6 @@ class DiscreteProcess(DiffusionProcess):
         uncertainty_weighting: bool = False,
         zero_terminal_snr: bool = False,
         timestep_sampler: str = "uniform",
-        super_resolution: int | None = None,
-        noise_augmentation: float | None = None,
     ):
         timesteps = as_int("timesteps", timesteps)
         sampling_timesteps = None if sampling_timesteps is None else as_int("sampling_timesteps", sampling_timesteps)
@@ -148,8 +146,6 @@ class DiscreteProcess(DiffusionProcess):
             sampler_options=later["sampler_options"],
             sampling_timesteps=schedule.num_timesteps if sampling_timesteps is None else sampling_timesteps,
             clip_x_start=True,
-            super_resolution=super_resolution,
-            noise_augmentation=noise_augmentation,
             # Only what was asked for: files that need nothing new are read by earlier releases.
             config=config | {name: value for name, value in later.items() if value},
         )

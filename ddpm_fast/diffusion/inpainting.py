@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
+from ddpm_fast.diffusion.guidance import column, widened
 from ddpm_fast.diffusion.levels import Levels
-from ddpm_fast.diffusion.samplers import Rows, Walk
+from ddpm_fast.diffusion.samplers import Rows, SamplerTable, Walk
 from ddpm_fast.runtime.plain import as_int
 
 
@@ -86,7 +87,7 @@ class Resampling:
         return visits
 
     def __call__(self, walk: Walk, rows: Rows) -> Rows:
-        """A sampler's rows, in the order of the visits and with their jumps, and the columns A and B.
+        """A sampler's rows, in the order of the visits and with their jumps.
 
         Raises:
             ValueError: the sampler's rows do not go from level to level, each by its own estimate of x0 alone.
@@ -122,5 +123,13 @@ class Resampling:
             u=torch.zeros_like(r),
             sigma=with_jump,
             log_spread=spread,
-            known=torch.stack([a_next, b_next], dim=1),
         )
+
+
+def with_known(plan: SamplerTable) -> SamplerTable:
+    """A table whose rows insert known pixels, A·known + B·ε: at the level of the next row, at last the data's."""
+    assert plan.levels is not None
+    table = widened(plan.table)
+    table[:, column("A")] = F.pad(plan.levels.a[1:], (0, 1), value=1.0)
+    table[:, column("B")] = F.pad(plan.levels.b[1:], (0, 1))
+    return replace(plan, table=table)

@@ -33,10 +33,6 @@ from ddpm_fast.runtime.plain import as_number, plain
 # The default where few network calls are wanted: see the table of docs/samplers.md.
 FEW_STEPS = "dpmpp_2m"
 
-# What every column of the sampler step's op is where it does nothing; the first six are always given.
-NEUTRAL = (*[0.0] * 14, 1.0, 0.0, 1.0, *[0.0] * 8)
-KNOWN = slice(12, 14)  # columns A and B
-
 
 @dataclass(frozen=True, eq=False)
 class Walk:
@@ -86,7 +82,6 @@ class Rows(NamedTuple):
         first_scale: what the first state is multiplied with, besides the process's own `first_scale`.
         log_spread: (N,) log of the largest σ that a learned variance may choose over the σ here; None: it chooses none.
         kept: (N, 2), e and f of e·x + f·x0: later rows read this by u2 and u3 where it is not 0, in place of an x0.
-        known: (N, 2), a and b of the level that a row arrives at, for inpainting.
     """
 
     levels: Levels
@@ -97,7 +92,6 @@ class Rows(NamedTuple):
     first_scale: float = 1.0
     log_spread: torch.Tensor | None = None
     kept: torch.Tensor | None = None
-    known: torch.Tensor | None = None
 
 
 MakeRows = Callable[..., Rows]
@@ -227,9 +221,6 @@ def sampler_table(
         columns += [*F.pad(history, (0, 3 - history.shape[1])).unbind(1)[1:], nothing, spread]
     if rows.kept is not None:
         columns += rows.kept.unbind(1)
-    if rows.known is not None:
-        columns += [torch.full_like(rows.r, value) for value in NEUTRAL[len(columns) :]]
-        columns[KNOWN] = rows.known.unbind(1)
     num_previous = max((i + 1 for i in range(history.shape[1]) if bool((history[:, i] != 0).any())), default=0)
     first_scale = scale.first_scale(walk.now) * rows.first_scale
     num_timesteps = int(scale.first) + 1 if scale.is_discrete else None

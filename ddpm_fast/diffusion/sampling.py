@@ -105,8 +105,6 @@ class SamplingRun:
         progress, desc: show a progress bar, and the text before it.
         graph: record a step and replay it; None where it can be, True raises where it cannot, False never.
         clip_x_start: clip estimates of x0 to [−1, 1].
-        known: (B, C, H, W) float32, the image whose pixels are kept.
-        mask: (B or 1, C or 1, H, W) float32, 1 where they are kept; None keeps none.
     """
 
     plan: SamplerTable
@@ -119,8 +117,6 @@ class SamplingRun:
     desc: str = "sampling loop time step"
     graph: bool | None = None
     clip_x_start: bool = True
-    known: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
 
     @property
     def rows(self) -> range:
@@ -154,7 +150,6 @@ class SamplingState:
         clip_x_start: clip estimates of x0 to [−1, 1].
         times_by_row: the model is told the row instead of the time, and looks the time up.
         integer_times: the times are int64, else float32.
-        mask_shape: of the mask of pixels that are kept; None keeps none.
     """
 
     def __init__(
@@ -170,7 +165,6 @@ class SamplingState:
         clip_x_start: bool = True,
         times_by_row: bool = False,
         integer_times: bool = True,
-        mask_shape: tuple[int, ...] | None = None,
     ):
         self.model, self.x, self.start_index, self.clip_x_start = model, x, start_index, clip_x_start
         self.times_by_row = times_by_row
@@ -183,25 +177,16 @@ class SamplingState:
         self.times = torch.zeros(num_steps, dtype=torch.int64 if integer_times else torch.float32, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
-        self.kept: dict[str, torch.Tensor] = {}  # the image whose pixels are kept, and where
-        if mask_shape is not None:
-            self.kept = {"known": torch.zeros_like(x), "mask": x.new_zeros(mask_shape)}
         self._plan: SamplerTable | None = None
 
-    def load(self, plan: SamplerTable, seed: torch.Tensor, first_step: int, **kept: torch.Tensor | None) -> None:
-        """Be ready for a walk along the plan; x is the caller's to set. Waits for nothing where the plan stays.
-
-        Args:
-            kept: `known` and `mask` of the run.
-        """
+    def load(self, plan: SamplerTable, seed: torch.Tensor, first_step: int) -> None:
+        """Be ready for a walk along the plan; x is the caller's to set. Waits for nothing where the plan stays."""
         if plan is not self._plan:
             self.table.copy_(plan.table)
             self.times.copy_(torch.tensor(plan.times, dtype=self.times.dtype))
             self._plan = plan
         self.seed.copy_(seed)
         self.step.fill_(first_step)
-        for name, tensor in self.kept.items():
-            tensor.copy_(kept[name])
         for x_start in self.history:
             x_start.zero_()
 
@@ -223,7 +208,6 @@ class SamplingState:
             self.step,
             self.seed,
             **history,
-            **self.kept,
             noise=noise,
             clip_x_start=self.clip_x_start,
             start_index=self.start_index,
@@ -311,7 +295,6 @@ def sample_loop(
             "clip_x_start": run.clip_x_start,
             "times_by_row": not is_discrete and getattr(model, "has_table_of_times", False),
             "integer_times": is_discrete,
-            "mask_shape": None if run.mask is None else tuple(run.mask.shape),
         }
         if cache is None:
             state = SamplingState(model, x, num_steps, **options)
@@ -319,7 +302,7 @@ def sample_loop(
             steps = _recorded(cache, model, x, num_steps, options, run.plan)
             state = steps.state
             state.x.copy_(x)
-        state.load(run.plan, run.seed, run.first_step, known=run.known, mask=run.mask)
+        state.load(run.plan, run.seed, run.first_step)
         for row in run.rows:
             if cache is not None:
                 steps.replay()
