@@ -19,6 +19,7 @@ from ddpm_fast.runtime.extension import empty_cache
 _LAZY = {
     "ContinuousTimeGaussianDiffusion": "ddpm_fast.diffusion.continuous_time",
     "ElucidatedDiffusion": "ddpm_fast.diffusion.elucidated_diffusion",
+    "Guidance": "ddpm_fast.diffusion.guidance",
     "LearnedGaussianDiffusion": "ddpm_fast.diffusion.learned_gaussian_diffusion",
     "RectifiedFlow": "ddpm_fast.diffusion.rectified_flow",
     "VParamContinuousTimeGaussianDiffusion": "ddpm_fast.diffusion.continuous_time",

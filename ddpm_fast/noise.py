@@ -24,6 +24,7 @@ STREAM_FLIP = 4  # horizontal flips of training images
 STREAM_INTERPOLATE = 5  # the second image's noise in interpolate; the first has STREAM_TRAINING
 STREAM_DROPOUT = 6  # which elements dropout keeps: its words are compared, not made normal
 STREAM_LIKELIHOOD = 7  # the ε of bits_per_dim, at every level of its chain
+STREAM_CONDITION = 8  # which images of a training batch keep their condition, one number per image
 
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, TrainingRows
+from ddpm_fast.diffusion.guidance import Guidance
 from ddpm_fast.diffusion.levels import Levels, Target, prediction
 from ddpm_fast.diffusion.weightings import Weighting, find_weighting, recorded_weighting, uniform, weight_of_output
 from ddpm_fast.ops.forward_diffusion.op import q_sample
@@ -46,6 +47,7 @@ class ContinuousProcess(DiffusionProcess):
         spacing: str | Sequence[float] | None = None,
         sampler_options: Mapping[str, float] | None = None,
         loss_weighting_options: Mapping[str, float] | None = None,
+        guidance: float | Mapping[str, Any] | Guidance | None = None,
     ):
         weighting = find_weighting(loss_weighting, loss_weighting_options)
         common = dict(
@@ -71,6 +73,7 @@ class ContinuousProcess(DiffusionProcess):
             sampling_timesteps=as_int("sampling_timesteps", sampling_timesteps, 1),
             clip_x_start=bool(clip_x_start),
             config=recorded,
+            guidance=guidance,
         )
         self._weighting = weighting
         self.register_buffer("constant_row", None, persistent=False)
@@ -121,12 +124,12 @@ class ContinuousProcess(DiffusionProcess):
         of_images = torch.arange(t.shape[0], device=t.device)
         return TrainingRows(of_images, torch.stack((levels.a, levels.b), dim=1), loss_table, levels.times)
 
-    def _estimate(self, x: torch.Tensor, t: torch.Tensor, rows: TrainingRows) -> torch.Tensor:
+    def _estimate(self, x: torch.Tensor, t: torch.Tensor, rows: TrainingRows, **conditions: Any) -> torch.Tensor:
         a, b = rows.forward_table.unbind(1)
         c, d, _ = rows.loss_table.unbind(1)
         estimate = prediction(Levels(rows.times, a, b), lambda levels: (c, d))
         p, q = (factor.reshape(-1, 1, 1, 1).to(x) for factor in estimate)
-        return p * x + q * call_model(self.network, x, rows.times, None)
+        return p * x + q * call_model(self.network, x, rows.times, None, **conditions)
 
     def q_sample(self, x_start: torch.Tensor, times: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """x_t = a·x0 + b·ε.

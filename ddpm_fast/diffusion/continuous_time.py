@@ -17,7 +17,7 @@ from ddpm_fast.diffusion.continuous_process import ContinuousProcess
 from ddpm_fast.diffusion.diffusion_process import TrainingRows, process
 from ddpm_fast.diffusion.levels import TARGETS, Levels, NoiseScale, Target, prediction
 from ddpm_fast.diffusion.samplers import SamplerTable
-from ddpm_fast.diffusion.sampling import SamplingRun
+from ddpm_fast.diffusion.sampling import Conditioning, SamplingRun
 from ddpm_fast.diffusion.weightings import Weighting
 from ddpm_fast.noise import Noise
 from ddpm_fast.runtime.autocast import call_model
@@ -250,27 +250,28 @@ class ContinuousTimeGaussianDiffusion(ContinuousProcess):
     # upstream's methods
 
     def p_mean_variance(
-        self, x: torch.Tensor, time: torch.Tensor, time_next: torch.Tensor
+        self, x: torch.Tensor, time: torch.Tensor, time_next: torch.Tensor, **conditions: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (B, C, H, W) and variance () of the step from time to time_next (Kingma et al. 2021, eq. 32 to 34).
 
         Args:
             x: (B, C, H, W) at `time`.
             time, time_next: scalars in [0, 1].
+            conditions: the model's keywords.
         """
         log_snr, log_snr_next = self.log_snr(time), self.log_snr(time_next)
         c = -torch.expm1(log_snr - log_snr_next)
         alpha, alpha_next = (value.sigmoid().sqrt() for value in (log_snr, log_snr_next))
         p, q = prediction(Levels(log_snr, alpha, (-log_snr).sigmoid().sqrt()), self.target)
-        x_start = p * x + q * call_model(self.model, x, log_snr.expand(x.shape[0]))
+        x_start = p * x + q * call_model(self.model, x, log_snr.expand(x.shape[0]), **conditions)
         if self.clip_x_start:
             x_start = x_start.clamp(-1.0, 1.0)
         return alpha_next * (x * (1 - c) / alpha + c * x_start), (-log_snr_next).sigmoid() * c
 
     @torch.no_grad()
-    def p_sample(self, x: torch.Tensor, time: torch.Tensor, time_next: torch.Tensor) -> torch.Tensor:
+    def p_sample(self, x: torch.Tensor, time: torch.Tensor, time_next: torch.Tensor, **conditions: Any) -> torch.Tensor:
         """A step of ancestral sampling with fresh noise; arguments as of `p_mean_variance`."""
-        mean, variance = self.p_mean_variance(x=x, time=time, time_next=time_next)
+        mean, variance = self.p_mean_variance(x=x, time=time, time_next=time_next, **conditions)
         return mean if time_next == 0 else mean + variance.sqrt() * torch.randn_like(x)
 
     def p_sample_loop(self, shape: Sequence[int], **options: Any) -> torch.Tensor:
@@ -286,10 +287,12 @@ class ContinuousTimeGaussianDiffusion(ContinuousProcess):
     def _own_methods(self) -> list[str]:
         return [name for name in ("p_sample", "p_mean_variance") if self._has_own(name)]
 
-    def _why_not_recorded(self, sampler: str, x: torch.Tensor, any_module: bool) -> str | None:
+    def _why_not_recorded(
+        self, sampler: str, x: torch.Tensor, any_module: bool, given: Conditioning | None = None
+    ) -> str | None:
         if self._own_methods():
             return f"{type(self).__name__} has its own {', '.join(self._own_methods())}"
-        return super()._why_not_recorded(sampler, x, any_module)
+        return super()._why_not_recorded(sampler, x, any_module, given)
 
     def _denoise(self, x: torch.Tensor, run: SamplingRun) -> torch.Tensor:
         """Walk along the run's table; through the public methods where a subclass has its own."""
@@ -297,6 +300,7 @@ class ContinuousTimeGaussianDiffusion(ContinuousProcess):
         if not own:
             return super()._denoise(x, run)
         self._check_recording(x, run)
+        run.conditioning.check_unguided(f"{type(self).__name__} has its own {', '.join(own)}")
         if run.on_x_start is not None:
             raise ValueError(f"{type(self).__name__} has its own {', '.join(own)}, which give no estimate of x0")
         if run.plan.ends_on_x_start or run.plan.sampler != "ddpm":
@@ -307,7 +311,7 @@ class ContinuousTimeGaussianDiffusion(ContinuousProcess):
         times = torch.linspace(1.0, 0.0, len(run.plan.times) + 1, device=x.device)
         with run.progress_bar(x.device) as bar:
             for row in run.rows:
-                x = self.p_sample(x, times[row], times[row + 1])
+                x = self.p_sample(x, times[row], times[row + 1], **run.conditioning.arguments)
                 run.step_done(x, bar, None)
         return x
 

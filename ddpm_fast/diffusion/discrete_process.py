@@ -11,6 +11,7 @@ from torch import nn
 
 from ddpm_fast.diffusion import samplers, schedules
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, TrainingRows
+from ddpm_fast.diffusion.guidance import Guidance
 from ddpm_fast.diffusion.levels import TARGETS, Target
 from ddpm_fast.diffusion.schedules import Schedule
 from ddpm_fast.diffusion.weightings import Weighting, recorded_weighting
@@ -84,6 +85,7 @@ class DiscreteProcess(DiffusionProcess):
         uncertainty_weighting: bool = False,
         zero_terminal_snr: bool = False,
         timestep_sampler: str = "uniform",
+        guidance: float | Mapping[str, Any] | Guidance | None = None,
     ):
         timesteps = as_int("timesteps", timesteps)
         sampling_timesteps = None if sampling_timesteps is None else as_int("sampling_timesteps", sampling_timesteps)
@@ -148,6 +150,7 @@ class DiscreteProcess(DiffusionProcess):
             clip_x_start=True,
             # Only what was asked for: files that need nothing new are read by earlier releases.
             config=config | {name: value for name, value in later.items() if value},
+            guidance=guidance,
         )
         self.objective, self._weighting = objective, weighting
         self.num_timesteps = schedule.num_timesteps
@@ -326,12 +329,13 @@ class DiscreteProcess(DiffusionProcess):
         x_self_cond: torch.Tensor | None = None,
         clip_x_start: bool = False,
         rederive_pred_noise: bool = False,
+        **conditions: Any,
     ) -> ModelPrediction:
-        """The model's output as (pred_noise, pred_x_start), each (B, C, H, W).
+        """The model's output as (pred_noise, pred_x_start), each (B, C, H, W); `conditions` are the model's keywords.
 
         `rederive_pred_noise` makes the noise agree with a clipped x0; pred_x0 and pred_v always do.
         """
-        output = call_model(self.model, x, t, x_self_cond)
+        output = call_model(self.model, x, t, x_self_cond, **conditions)
         return self._as_prediction(x, t, output, clip_x_start, rederive_pred_noise)
 
     def _as_prediction(
@@ -356,9 +360,10 @@ class DiscreteProcess(DiffusionProcess):
         t: torch.Tensor,
         x_self_cond: torch.Tensor | None = None,
         clip_denoised: bool = True,
+        **conditions: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean, variance, clipped log variance of p(x_{t−1} | x_t) and the x0 behind them."""
-        x_start = self.model_predictions(x, t, x_self_cond).pred_x_start
+        x_start = self.model_predictions(x, t, x_self_cond, **conditions).pred_x_start
         if clip_denoised:
             x_start = x_start.clamp(-1.0, 1.0)
         return (*self.q_posterior(x_start=x_start, x_t=x, t=t), x_start)
@@ -392,8 +397,8 @@ class DiscreteProcess(DiffusionProcess):
     def _rows(self, t: torch.Tensor) -> TrainingRows:
         return TrainingRows(t, self.forward_table, self._current_loss_table(), t)
 
-    def _estimate(self, x: torch.Tensor, t: torch.Tensor, rows: TrainingRows) -> torch.Tensor:
-        return self.model_predictions(x, t).pred_x_start
+    def _estimate(self, x: torch.Tensor, t: torch.Tensor, rows: TrainingRows, **conditions: Any) -> torch.Tensor:
+        return self.model_predictions(x, t, **conditions).pred_x_start
 
     # checks
 

@@ -18,6 +18,7 @@ from ddpm_fast.diffusion.continuous_process import ContinuousProcess
 from ddpm_fast.diffusion.diffusion_process import process
 from ddpm_fast.diffusion.levels import Levels, NoiseScale, Target
 from ddpm_fast.diffusion.weightings import Weighting
+from ddpm_fast.runtime.autocast import call_model
 from ddpm_fast.runtime.plain import as_int, as_number
 
 
@@ -193,17 +194,21 @@ class ElucidatedDiffusion(ContinuousProcess):
         sigma: torch.Tensor | float,
         self_cond: torch.Tensor | None = None,
         clamp: bool = False,
+        **conditions: Any,
     ) -> torch.Tensor:
         """D(x; σ), the estimate of x0 (Karras et al. 2022, eq. 7).
 
         Args:
             noised_images: (B, C, H, W), x = x0 + σ·ε.
             sigma: (B,), or one number for all.
+            conditions: the network's keywords.
         """
         if not isinstance(sigma, torch.Tensor):
             sigma = torch.full((noised_images.shape[0],), float(sigma), device=noised_images.device)
         padded = sigma.reshape(-1, 1, 1, 1)
-        output = self.net(self.c_in(padded) * noised_images, self.c_noise(sigma), self_cond)  # type: ignore[operator]
+        output = call_model(
+            self.network, self.c_in(padded) * noised_images, self.c_noise(sigma), self_cond, **conditions
+        )
         out = self.c_skip(padded) * noised_images + self.c_out(padded) * output
         return out.clamp(-1.0, 1.0) if clamp else out
 
@@ -239,7 +244,7 @@ class ElucidatedDiffusion(ContinuousProcess):
 
     def sample(  # type: ignore[override]
         self,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         num_sample_steps: int | bool | None = None,
         clamp: bool | None = None,
         **options: Any,
@@ -259,7 +264,7 @@ class ElucidatedDiffusion(ContinuousProcess):
         return super().sample(batch_size, **options)
 
     def sample_using_dpmpp(
-        self, batch_size: int = 16, num_sample_steps: int | None = None, **options: Any
+        self, batch_size: int | None = None, num_sample_steps: int | None = None, **options: Any
     ) -> torch.Tensor:
         """DPM-Solver++(2M) over the process's own levels, without clipping, as upstream."""
         options = {"sampler": "dpmpp_2m", "spacing": "own", **options}

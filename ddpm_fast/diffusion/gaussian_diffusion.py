@@ -15,7 +15,7 @@ from ddpm_fast.diffusion.diffusion_process import TrainingRows, process
 from ddpm_fast.diffusion.discrete_process import DiscreteProcess, extract
 from ddpm_fast.diffusion.discrete_process import ModelPrediction as ModelPrediction
 from ddpm_fast.diffusion.samplers import SamplerTable
-from ddpm_fast.diffusion.sampling import SamplingRun
+from ddpm_fast.diffusion.sampling import Conditioning, SamplingRun
 from ddpm_fast.models.derived_weights import inference_weights, may_derive
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops.forward_diffusion.op import q_sample
@@ -84,6 +84,7 @@ class GaussianDiffusion(DiscreteProcess):
         seed: int | torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         start_index: int = 0,
+        **conditions: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One ancestral step from t to t − 1 (Ho et al. 2020, algorithm 2).
 
@@ -92,6 +93,7 @@ class GaussianDiffusion(DiscreteProcess):
             t: the timestep, an int in [0, T).
             seed, start_index: the noise function's; a fresh seed if None.
             noise: exactly this ε instead, shape of x. At t = 0 there is none.
+            conditions: the model's keywords.
 
         Returns:
             x at t − 1, and the predicted x0.
@@ -103,14 +105,14 @@ class GaussianDiffusion(DiscreteProcess):
         row = self.num_timesteps - 1 - t
         if self._overrides(*_STEP_METHODS[1:]):
             mean, _, log_variance, x_start = self.p_mean_variance(
-                x=x, t=batched_times, x_self_cond=x_self_cond, clip_denoised=True
+                x=x, t=batched_times, x_self_cond=x_self_cond, clip_denoised=True, **conditions
             )
             if noise is None:
                 noise = self._step_noise(x, seed, row, start_index)
             return mean + (0.5 * log_variance).exp() * noise * (t > 0), x_start
         table = self._plan("ddpm", self.num_timesteps, "own").table.to(device=x.device, dtype=torch.float32)
         step = torch.full((1,), row, dtype=torch.int64, device=x.device)
-        output = call_model(self.model, x, batched_times, x_self_cond)
+        output = call_model(self.model, x, batched_times, x_self_cond, **conditions)
         return sampler_step(x, output, table, step, seed, noise=noise, start_index=start_index)
 
     def p_sample_loop(
@@ -122,9 +124,10 @@ class GaussianDiffusion(DiscreteProcess):
         start_index: int = 0,
         progress: bool = True,
         graph: bool | None = None,
+        **conditioning: Any,
     ) -> torch.Tensor:
         """Ancestral sampling over all T timesteps (Ho et al. 2020, algorithm 2); arguments as in `sample`."""
-        options = {"start_index": start_index, "progress": progress, "graph": graph}
+        options: dict[str, Any] = {"start_index": start_index, "progress": progress, "graph": graph, **conditioning}
         return self._sample(self._plan("ddpm", self.num_timesteps, "own"), shape, return_all_timesteps, seed, **options)
 
     def ddim_sample(
@@ -136,14 +139,15 @@ class GaussianDiffusion(DiscreteProcess):
         start_index: int = 0,
         progress: bool = True,
         graph: bool | None = None,
+        **conditioning: Any,
     ) -> torch.Tensor:
         """DDIM over `sampling_timesteps` (Song et al. 2021, eq. 12); arguments as in `sample`."""
-        options = {"start_index": start_index, "progress": progress, "graph": graph}
+        options: dict[str, Any] = {"start_index": start_index, "progress": progress, "graph": graph, **conditioning}
         return self._sample(self._plan("ddim"), shape, return_all_timesteps, seed, **options)
 
     def sample(
         self,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         return_all_timesteps: bool = False,
         *,
         sampler: str | None = None,
@@ -155,14 +159,16 @@ class GaussianDiffusion(DiscreteProcess):
         start_index: int = 0,
         progress: bool = True,
         graph: bool | None = None,
+        **conditioning: Any,
     ) -> torch.Tensor:
         """Images from noise; arguments as in `DiffusionProcess.sample`.
 
         Without a sampler it is upstream's: DDIM where there are fewer steps than timesteps, else ancestral sampling.
         """
-        shape = self._shape(batch_size)
+        shape = self._shape(batch_size, **conditioning)
         asked = (sampler, sampling_timesteps, spacing, sampler_options, clip_x_start)
         given = {"seed": seed, "start_index": start_index, "progress": progress, "graph": graph}
+        given |= {name: value for name, value in conditioning.items() if value is not None}
         is_asked_for = any(value is not None for value in (*asked, self.spacing))
         if is_asked_for or self.sampler_options or not self.clip_x_start:
             clip = self.clip_x_start if clip_x_start is None else clip_x_start
@@ -171,7 +177,7 @@ class GaussianDiffusion(DiscreteProcess):
         own_sampler = self.sampler or self.default_sampler
         # Only what differs from the defaults: a subclass may have these methods with upstream's arguments.
         defaults = {"seed": None, "start_index": 0, "progress": True, "graph": None}
-        kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not defaults[name]}
+        kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not defaults.get(name)}
         if own_sampler == "ddim":
             return self.ddim_sample(shape, return_all_timesteps, **kwargs)
         if own_sampler == "ddpm" and self.sampling_timesteps == self.num_timesteps:
@@ -189,16 +195,20 @@ class GaussianDiffusion(DiscreteProcess):
             return self._composed_loop(x, run)
         return super()._denoise(x, run)
 
-    def _why_not_recorded(self, sampler: str, x: torch.Tensor, any_module: bool) -> str | None:
+    def _why_not_recorded(
+        self, sampler: str, x: torch.Tensor, any_module: bool, given: Conditioning | None = None
+    ) -> str | None:
         overridden = sorted(self._overridden().intersection(_relevant_methods(sampler)))
         if overridden:
             return f"{type(self).__name__} has its own {', '.join(overridden)}"
-        return super()._why_not_recorded(sampler, x, any_module)
+        return super()._why_not_recorded(sampler, x, any_module, given)
 
     @torch.inference_mode()
     def _composed_loop(self, x: torch.Tensor, run: SamplingRun) -> torch.Tensor:
         """The same walk with the overridable methods, for subclasses such as guided or learned-variance sampling."""
         x_start, plan = None, run.plan
+        run.conditioning.check_unguided(f"{type(self).__name__} has its own {', '.join(sorted(self._overridden()))}")
+        told: dict[str, Any] = run.conditioning.arguments
         if not run.clip_x_start:
             raise ValueError(f"clip_x_start must be True where {type(self).__name__} has its own steps, which clip")
         if not plan.has_integer_times:
@@ -214,10 +224,10 @@ class GaussianDiffusion(DiscreteProcess):
             for row in run.rows:
                 x_self_cond = x_start if self.self_condition else None
                 if full_ddpm and "p_sample" in self._overridden():
-                    x, x_start = self.p_sample(x, int(plan.times[row]), x_self_cond)
+                    x, x_start = self.p_sample(x, int(plan.times[row]), x_self_cond, **told)
                 elif full_ddpm:
                     options: dict[str, Any] = {"seed": run.seed, "start_index": run.start_index}
-                    x, x_start = self.p_sample(x, int(plan.times[row]), x_self_cond, **options)
+                    x, x_start = self.p_sample(x, int(plan.times[row]), x_self_cond, **options, **told)
                 else:
                     x, x_start = self._step_from_predictions(run, row, x, kept, x_self_cond)
                 run.step_done(x, bar, x_start)
@@ -239,7 +249,8 @@ class GaussianDiffusion(DiscreteProcess):
         wide += [0.0] * (6 - len(wide))
         u2, u3, _, _, e, f = wide
         t = torch.full((x.shape[0],), timestep, device=x.device, dtype=torch.long)
-        pred_noise, x_start = self.model_predictions(x, t, x_self_cond, clip_x_start=True, rederive_pred_noise=True)[:2]
+        options: dict[str, Any] = {"clip_x_start": True, "rederive_pred_noise": True, **run.conditioning.arguments}
+        pred_noise, x_start = self.model_predictions(x, t, x_self_cond, **options)[:2]
         # s·x = s·√ᾱ·x0 + s·√(1 − ᾱ)·ε, with the ε that was predicted.
         x_next = (r + s * now**0.5) * x_start + s * (1 - now) ** 0.5 * pred_noise
         for factor, earlier in zip((u, u2, u3), kept, strict=False):

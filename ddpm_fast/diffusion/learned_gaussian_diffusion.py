@@ -92,9 +92,10 @@ class LearnedGaussianDiffusion(GaussianDiffusion):
         x_self_cond: torch.Tensor | None = None,
         clip_x_start: bool = False,
         rederive_pred_noise: bool = False,
+        **conditions: Any,
     ) -> LearnedPrediction:
         """The model's output as (pred_noise, pred_x_start, pred_variance), each (B, C, H, W); the variance as it is."""
-        output, variance = call_model(self.model, x, t).chunk(2, dim=1)
+        output, variance = call_model(self.model, x, t, **conditions).chunk(2, dim=1)
         prediction = self._as_prediction(x, t, output, clip_x_start, rederive_pred_noise)
         return LearnedPrediction(*prediction, variance)
 
@@ -105,10 +106,11 @@ class LearnedGaussianDiffusion(GaussianDiffusion):
         x_self_cond: torch.Tensor | None = None,
         clip_denoised: bool = True,
         model_output: torch.Tensor | None = None,
+        **conditions: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean, variance and log variance of p(x_{t−1} | x_t), and the x0 behind them; the variance is the model's."""
         if model_output is None:
-            model_output = call_model(self.model, x, t)
+            model_output = call_model(self.model, x, t, **conditions)
         output, variance = model_output.chunk(2, dim=1)
         low = extract(self.posterior_log_variance_clipped, t, x.shape)
         high = extract(torch.log(self.betas), t, x.shape)

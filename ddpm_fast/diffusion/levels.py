@@ -89,3 +89,19 @@ class NoiseScale:
     def first_scale(self, levels: Levels) -> float:
         """The standard deviation of the first state of a walk along these levels."""
         return 1.0
+
+
+class TrainingRows(NamedTuple):
+    """What a training step reads of a process.
+
+    Args:
+        of_images: (B,) int64, the rows of the images in the tables.
+        forward_table: (N, 2), columns a, b of x_t = a·x0 + b·ε.
+        loss_table: (N, 3), columns c, d, w of w · mean((out − (c·ε + d·x0))²).
+        times: (B,), what the network is told.
+    """
+
+    of_images: torch.Tensor
+    forward_table: torch.Tensor
+    loss_table: torch.Tensor
+    times: torch.Tensor

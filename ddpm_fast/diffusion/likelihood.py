@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ddpm_fast.diffusion import sampling
+from ddpm_fast.diffusion.conditions import Conditions
 from ddpm_fast.diffusion.levels import Levels, NoiseScale, Target, prediction
 from ddpm_fast.models.derived_weights import inference_weights, may_derive
 from ddpm_fast.noise import STREAM_LIKELIHOOD
@@ -268,8 +269,17 @@ def as_bytes(images: torch.Tensor, is_signed: bool) -> torch.Tensor:
 class _Step:
     """One level of the chain, from the most noise to the least: what it reads and writes, on the device, and itself."""
 
-    def __init__(self, network: Any, shape: tuple[int, ...], num_rows: int, options: _Options, device: torch.device):
+    def __init__(
+        self,
+        network: Any,
+        shape: tuple[int, ...],
+        num_rows: int,
+        options: _Options,
+        device: torch.device,
+        told: dict[str, torch.Tensor],
+    ):
         self.network, self.shape, self.options = network, shape, options
+        self.told = {name: torch.zeros_like(tensor) for name, tensor in told.items()}
         self.forward_table = torch.zeros(num_rows, 2, device=device)
         self.table, self.error_table = (torch.zeros(num_rows, 14, device=device) for _ in range(2))
         times_dtype = torch.int64 if options.num_timesteps is not None else torch.float32
@@ -279,8 +289,10 @@ class _Step:
         self.found = torch.zeros(shape[0], num_rows, 2, device=device)
         self.row, self.seed = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
 
-    def load(self, x_start: torch.Tensor, chain: Chain, seed: torch.Tensor) -> None:
-        """Be ready for a walk."""
+    def load(self, x_start: torch.Tensor, chain: Chain, seed: torch.Tensor, told: dict[str, torch.Tensor]) -> None:
+        """Be ready for a walk; `told` are the network's keywords, of the layout of the constructor's."""
+        for name, tensor in told.items():
+            self.told[name].copy_(tensor)
         self.x_start.copy_(x_start)
         self.forward_table.copy_(chain.table[:, :2])
         self.table.copy_(chain.table)
@@ -296,9 +308,9 @@ class _Step:
         noise = normal(self.shape, seed=self.seed, device=self.x_start.device, **where)
         x = q_sample(self.x_start, rows, self.forward_table, noise)
         t = rows if self.options.times is not None else self.times.index_select(0, rows)
-        output = call_model(self.network, x, t)
+        output = call_model(self.network, x, t, **self.told)
         if self.options.self_condition:
-            output = call_model(self.network, x, t, self._estimated(x, rows, output))
+            output = call_model(self.network, x, t, self._estimated(x, rows, output), **self.told)
         given = {"clip_x_start": self.options.clip_x_start, "min_probability": self.options.min_probability}
         found = [
             variational_bound(output, self.x_start, rows, table, noise, terms=True, **given)[:, 1]  # type: ignore[arg-type]
@@ -356,6 +368,7 @@ class LikelihoodRun:
         progress: show a progress bar.
         on_step: called after every row.
         cache: where steps may be recorded; None runs step by step.
+        conditions: of all images.
     """
 
     seed: torch.Tensor
@@ -366,6 +379,11 @@ class LikelihoodRun:
     progress: bool = False
     on_step: OnStep | None = None
     cache: recording.GraphCache | None = None
+    conditions: Conditions = field(default_factory=Conditions)
+
+    def told(self, network: Any, start: int) -> dict[str, torch.Tensor]:
+        """What the network is told by keyword of the batch that begins at an image."""
+        return self.conditions.part(slice(start, start + self.batch_size)).arguments(network)
 
 
 @torch.inference_mode()
@@ -394,7 +412,7 @@ def bits_per_dim(
         for start in starts:
             x_start = normalize(images[start : start + run.batch_size].to(device).float() / 255)
             priors.append(chain.prior(x_start))
-            found.append(_walk(network, x_start, chain, run, run.start_index + start, bar).double().cpu())
+            found.append(_walk(network, x_start, chain, run, start, bar).double().cpu())
     terms, errors = (torch.cat(found) if found else torch.zeros(0, rows, 2, dtype=torch.float64)).unbind(2)
     x_start_mse = errors * math.log(2)
     return BitsPerDim(
@@ -407,12 +425,13 @@ def bits_per_dim(
 
 
 def _walk(
-    network: Any, x_start: torch.Tensor, chain: Chain, run: LikelihoodRun, start_index: int, bar: sampling.Progress
+    network: Any, x_start: torch.Tensor, chain: Chain, run: LikelihoodRun, start: int, bar: sampling.Progress
 ) -> torch.Tensor:
     """(B, S, 2): the bound without its constant, and the error, both in bits."""
     by_row = chain.num_timesteps is None and getattr(network, "has_table_of_times", False)
+    told = run.told(network, start)
     options = _Options(
-        start_index,
+        run.start_index + start,
         run.self_condition,
         run.clip_x_start,
         run.on_step is not None,
@@ -423,11 +442,11 @@ def _walk(
     device, shape, num_rows = x_start.device, tuple(x_start.shape), len(chain.table)
     with _try_lock(network, x_start, run) as locked:
         if locked and run.cache is not None:
-            step, advance = _recorded(run.cache, network, shape, num_rows, options, device)
+            step, advance = _recorded(run.cache, network, shape, num_rows, options, device, told)
         else:
-            step = _Step(network, shape, num_rows, options, device)
+            step = _Step(network, shape, num_rows, options, device, told)
             advance = step.advance
-        step.load(x_start, chain, run.seed)
+        step.load(x_start, chain, run.seed, told)
         for row in range(num_rows - 1, -1, -1):
             advance()
             if run.on_step is not None:
@@ -440,7 +459,7 @@ def _try_lock(network: Any, x: torch.Tensor, run: LikelihoodRun) -> AbstractCont
     """True inside if the steps may be recorded, and this thread has the recordings."""
     if run.cache is None:
         return nullcontext(False)
-    given = {"self_condition": run.self_condition, "any_module": False}
+    given: dict[str, Any] = {"self_condition": run.self_condition, "any_module": False}
     reason = sampling.why_not_recorded(network, x, run.cache, **given)
     return run.cache.try_lock(x.device) if reason is None else nullcontext(False)
 
@@ -452,13 +471,15 @@ def _recorded(
     num_rows: int,
     options: _Options,
     device: torch.device,
+    told: dict[str, torch.Tensor],
 ) -> tuple[_Step, Callable[[], None]]:
     autocast = autocast_dtype(device.type)
-    key = ("likelihood", shape, device, num_rows, options, autocast, recording.settings())
+    layout = tuple((name, tensor.shape, tensor.dtype) for name, tensor in told.items())
+    key = ("likelihood", shape, device, num_rows, options, autocast, recording.settings(), layout)
 
     def make(recorder: Any) -> tuple[_Step, Callable[[], None]]:
         with torch.inference_mode(False), torch.no_grad():
-            step = _Step(network, shape, num_rows, options, device)
+            step = _Step(network, shape, num_rows, options, device, told)
 
             def body() -> None:
                 with uncached_autocast(device, autocast):

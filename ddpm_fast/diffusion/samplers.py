@@ -141,11 +141,13 @@ class SamplerTable:
         times: what the network is told at each of the N rows; integers where the process is discrete, unless the
             sampler calls the network between two timesteps.
         table: (N, 6) float64, columns p, q, r, s, u, σ, one row per network call; (N, 10), and u2, u3, lo, hi, for
-            samplers of higher order or a learned variance; (N, 12), and e, f, for those that keep noise.
+            samplers of higher order or a learned variance; (N, 12), and e, f, for those that keep noise; (N, 25) with
+            the columns of `guidance`.
         sampler: the name of the sampler.
         first_scale: standard deviation of the state at the beginning.
         num_timesteps: T, where the process is discrete.
         num_previous: how many x0 of earlier steps the rows read, 0 to 3.
+        levels: of noise, where each row calls the network; None where nobody needs them.
     """
 
     times: tuple[float, ...]
@@ -154,6 +156,7 @@ class SamplerTable:
     first_scale: float = 1.0
     num_timesteps: int | None = None
     num_previous: int = 0
+    levels: Levels | None = None
 
     @property
     def uses_x_start_previous(self) -> bool:
@@ -224,7 +227,8 @@ def sampler_table(
     num_previous = max((i + 1 for i in range(history.shape[1]) if bool((history[:, i] != 0).any())), default=0)
     first_scale = scale.first_scale(walk.now) * rows.first_scale
     num_timesteps = int(scale.first) + 1 if scale.is_discrete else None
-    return SamplerTable(times, torch.stack(columns, dim=1), sampler, first_scale, num_timesteps, num_previous)
+    table = torch.stack(columns, dim=1)
+    return SamplerTable(times, table, sampler, first_scale, num_timesteps, num_previous, rows.levels)
 
 
 def _as_options(sampler: str, options: Mapping[str, Any]) -> dict[str, Any]:

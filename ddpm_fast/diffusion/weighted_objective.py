@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +22,19 @@ from ddpm_fast.runtime.plain import as_number
 class WeighedEstimate(nn.Module):
     """The network of a process as one that gives x0, the weighted mean of both of its estimates; for sampling."""
 
-    def __init__(self, diffusion: WeightedObjectiveGaussianDiffusion):
+    def __init__(self, diffusion: WeightedObjectiveGaussianDiffusion, network: nn.Module):
         super().__init__()
-        self.estimate = diffusion.estimate
-        self.network = diffusion.model
+        self.estimate = partial(diffusion._estimate_of, network)
+        self.network = network
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None = None) -> torch.Tensor:
-        return self.estimate(x, t)
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        x_self_cond: torch.Tensor | None = None,
+        **conditions: Any,
+    ) -> torch.Tensor:
+        return self.estimate(x, t, **conditions)
 
 
 @process("weighted")
@@ -88,9 +95,12 @@ class WeightedObjectiveGaussianDiffusion(GaussianDiffusion):
         share = weights.softmax(dim=1)
         return noise, x_start, share[:, :1] * by_noise + share[:, 1:] * x_start
 
-    def estimate(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def estimate(self, x: torch.Tensor, t: torch.Tensor, **conditions: Any) -> torch.Tensor:
         """x0 as the network weighs its two estimates, (B, C, H, W)."""
-        return self._weighed(x, t, call_model(self.model, x, t), None)[2]
+        return self._estimate_of(self.model, x, t, **conditions)
+
+    def _estimate_of(self, network: nn.Module, x: torch.Tensor, t: torch.Tensor, **conditions: Any) -> torch.Tensor:
+        return self._weighed(x, t, call_model(network, x, t, **conditions), None)[2]
 
     def model_predictions(
         self,
@@ -99,9 +109,10 @@ class WeightedObjectiveGaussianDiffusion(GaussianDiffusion):
         x_self_cond: torch.Tensor | None = None,
         clip_x_start: bool = False,
         rederive_pred_noise: bool = False,
+        **conditions: Any,
     ) -> ModelPrediction:
         """The weighted estimate as (pred_noise, pred_x_start), each (B, C, H, W)."""
-        x_start = self.estimate(x, t)
+        x_start = self.estimate(x, t, **conditions)
         if clip_x_start:
             x_start = x_start.clamp(-1.0, 1.0)
         return ModelPrediction(self.predict_noise_from_start(x, t, x_start), x_start)
@@ -111,8 +122,8 @@ class WeightedObjectiveGaussianDiffusion(GaussianDiffusion):
         """What a sampler sees of the network: x0."""
         return TARGETS["pred_x0"]
 
-    def _sampled_network(self) -> nn.Module:
-        return WeighedEstimate(self)
+    def _sampled(self, network: Any) -> nn.Module:
+        return WeighedEstimate(self, network)
 
     def _reads_x_t(self) -> bool:
         return True

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, as_floats
+from ddpm_fast.diffusion.conditions import CONDITIONS
+from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
+from ddpm_fast.diffusion.images import as_floats
 from ddpm_fast.runtime.plain import as_int
 
 
@@ -103,11 +105,22 @@ class XMWrapper(nn.Module):
         strength = process.offset_noise_strength if strength is None else strength
         options = {"loss_reduction": "none", "offset_noise_strength": 0.0, **kwargs}
         at_once = batch if at_once is None else at_once
+        # Which images keep their conditions is the same for all candidates, as upstream.
+        told = {name: kwargs.pop(name) for name in CONDITIONS if kwargs.get(name) is not None}
+        told |= process.draw_keep_mask(told, img.device)
+        options = {name: value for name, value in options.items() if name not in CONDITIONS}
 
         def losses(noise: torch.Tensor) -> torch.Tensor:
             chunks = [slice(start, start + at_once) for start in range(0, batch, at_once)]
             parts = [
-                process(img[c], times=times[c], flip=None if flip is None else flip[c], noise=noise[c], **options)
+                process(
+                    img[c],
+                    times=times[c],
+                    flip=None if flip is None else flip[c],
+                    noise=noise[c],
+                    **options,
+                    **{name: tensor[c] for name, tensor in told.items()},
+                )
                 for c in chunks
             ]
             return torch.cat(parts) if len(parts) > 1 else parts[0]

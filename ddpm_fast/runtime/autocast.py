@@ -63,10 +63,20 @@ def _weights_dtype(model: Callable) -> torch.dtype | None:
 
 
 def call_model(
-    model: Callable, x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None = None
+    model: Callable,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    x_self_cond: torch.Tensor | None = None,
+    **conditions: torch.Tensor,
 ) -> torch.Tensor:
-    """model(x, t, x_self_cond), with x and x_self_cond in the dtype of weights that are not float32."""
+    """model(x, t, x_self_cond, **conditions), with floating point inputs in the dtype of weights that are not float32.
+
+    With conditions an x_self_cond of None is left out: the model's third argument may be one of them.
+    """
     dtype = _weights_dtype(model)
     if dtype not in (None, torch.float32):
         x, x_self_cond = x.to(dtype), None if x_self_cond is None else x_self_cond.to(dtype)
-    return model(x, t, x_self_cond)
+        conditions = {k: v.to(dtype) if v.is_floating_point() else v for k, v in conditions.items()}
+    if conditions and x_self_cond is None:
+        return model(x, t, **conditions)
+    return model(x, t, x_self_cond, **conditions)

@@ -92,7 +92,7 @@ def exact_moments(plan: SamplerTable, scale: NoiseScale, mean: float, std: float
     covariance = torch.zeros(4, 4, dtype=torch.float64)
     covariance[0, 0] = plan.first_scale**2
     for i, (a, b) in enumerate(zip(levels.a.tolist(), levels.b.tolist(), strict=True)):
-        _, _, r, s, u, sigma, u2, u3, _, _, e, f = reference.table_row(plan.table, torch.tensor(i)).tolist()
+        _, _, r, s, u, sigma, u2, u3, _, _, e, f, *_ = reference.table_row(plan.table, torch.tensor(i)).tolist()
         gain = std**2 * a / (a**2 * std**2 + b**2)
         offset = mean * (1 - gain * a)
         keeps = e != 0 or f != 0

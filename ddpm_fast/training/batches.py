@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from ddpm_fast.diffusion.diffusion_process import as_floats
+from ddpm_fast.diffusion.images import as_floats
 from ddpm_fast.training.captured_step import send
 
 # Items of a user's dataset that are read ahead, and how far resizing and rounding may lead out of a range.

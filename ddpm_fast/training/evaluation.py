@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.diffusion.diffusion_process import as_floats
+from ddpm_fast.diffusion.images import as_floats
 from ddpm_fast.runtime.extras import MissingExtraError, needed_for
 from ddpm_fast.training.atomic_files import write_atomically
 

@@ -22,8 +22,9 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from ddpm_fast._version import __version__
-from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, identity
+from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.discrete_process import DiscreteProcess
+from ddpm_fast.diffusion.images import identity
 from ddpm_fast.diffusion.xm import XMWrapper, process_of
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime import recording

@@ -9,7 +9,18 @@ DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). With 10 columns it has u2, u3 fo
 (Zhao et al. 2023), and lo, hi for a learned variance v in the second half of the model's output (Nichol & Dhariwal
 2021, eq. 15): σ is then σ·exp(lo + (hi − lo)·(v + 1)/2). With 12 columns it has e and f: where they are not 0, later
 steps find e·x + f·x0 of this step (its ε, for e = 1/b and f = −a/b) in place of an earlier x0, as DEIS (Zhang & Chen
-2023) needs.
+2023) needs. With 25 columns it guides with a second output out' (Ho & Salimans 2022), and with a gradient (Dhariwal &
+Nichol 2021), and keeps the known region of an image (Lugmayr et al. 2022). Per sample, with the momentum u of `update`:
+
+    y = out, or p·x + q·out where space = 1; y' the same of out'
+    u ← (y − y') + mu·u;  v = t·u with t = min(1, rho/‖u‖) where rho > 0, else 1
+    g = y + (w − 1)·(v − (1 − eta)·⟨v, y⟩/⟨y, y⟩·y);  g ← (phi·std(y)/std(g) + 1 − phi)·g
+    x0_g = p·x + q·g, or g where space = 1;  x0' = p·x + q·out';  x0 = clip(x0_g + h·gradient)
+    x ← (the sum above) + kg·x0_g + kn·x0' + kc·clip(x0') + j·gradient
+    x ← mask·(A·known + B·ε) + (1 − mask)·x
+
+w is the guidance scale, whose rows are a schedule or an interval (Kynkäänniemi et al. 2024); phi rescales (Lin et al.
+2023, section 3.4); eta, rho and mu are projection, threshold and momentum (Sadat et al. 2024, algorithm 1).
 """
 
 from __future__ import annotations
@@ -25,8 +36,17 @@ from ddpm_fast.ops.sampler_step import reference
 from ddpm_fast.runtime import extension
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
-_COLUMNS = ("p", "q", "r", "s", "u", "sigma", "u2", "u3", "lo", "hi", "e", "f")
-_WIDTHS = (6, 10, 12)
+_COLUMNS = (
+    *("p", "q", "r", "s", "u", "sigma", "u2", "u3", "lo", "hi", "e", "f"),
+    *("A", "B", "w", "phi", "eta", "rho", "mu", "space", "kg", "kn", "kc", "h", "j"),
+)
+_WIDTHS = (6, 10, 12, 25)
+_GUIDANCE = ("second_output", "gradient", "known", "mask", "update")
+# The columns that make a row read a tensor, and its place among three earlier states and those of _GUIDANCE.
+_READS = (
+    *(("u", 0), ("u2", 1), ("u3", 2), ("w", 3), ("mu", 3), ("kn", 3), ("kc", 3), ("h", 4), ("j", 4), ("A", 5)),
+    ("mu", 7),
+)
 _PREVIOUS = ("x_start_previous", "x_start_previous2", "x_start_previous3")
 _STATES = ("x_start", "x_start2", "x_start3")
 _STATE_DTYPES = (torch.float32, torch.float64)
@@ -98,6 +118,12 @@ def sampler_step(
     clip_x_start: bool = True,
     start_index: int = 0,
     stream: int = STREAM_STEP,
+    second_output: torch.Tensor | None = None,
+    gradient: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    update: torch.Tensor | None = None,
+    reduces: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of any sampler.
 
@@ -105,17 +131,26 @@ def sampler_step(
         x: (B, ...) float32 (float64: reference only), the state before the step.
         model_output: shape of x, or twice its channels, the second half being the learned variance; float32, float16,
             bfloat16 or float64. Contiguous or channels-last is read in place.
-        table: (S, 6), columns p, q, r, s, u, σ; (S, 10), and u2, u3, lo, hi; (S, 12), and e, f; dtype float32 (float64
-            with a float64 x).
+        table: (S, 6), columns p, q, r, s, u, σ; (S, 10), and u2, u3, lo, hi; (S, 12), and e, f; (S, 25), and A, B, w,
+            phi, eta, rho, mu, space, kg, kn, kc, h, j, all 0 but w and eta, which are 1, where they change nothing;
+            dtype float32 (float64 with a float64 x).
         step: one int64 element, the row, read on the device. Outside [0, S): an error on the CPU, NaN elsewhere.
         seed: one int64 element, read on the device.
         x_start_previous: shape and dtype of x, the x0 of the step before; read only where u ≠ 0.
         x_start_previous2, x_start_previous3: of the steps before that one; read only where u2 ≠ 0 and u3 ≠ 0.
-        noise: shape and dtype of x, the ε to use; read only where σ ≠ 0. None generates it: the noise function of
-            (seed, stream, sample = start_index + batch index, step).
+        noise: shape and dtype of x, the ε to use; read only where σ ≠ 0 or a mask is given and B ≠ 0. None generates
+            it: the noise function of (seed, stream, sample = start_index + batch index, step).
         clip_x_start: clip x0 to [−1, 1]; NaN stays NaN.
         start_index: index of the first sample of the batch, in [0, 2^32 − B].
         stream: the noise stream, in [0, 2^32).
+        second_output: the output without condition, or of a weaker network; shape of x, or twice its channels, of which
+            the first half is used; dtype of model_output. Read only where w ≠ 1, mu ≠ 0, kn ≠ 0 or kc ≠ 0.
+        gradient: shape and dtype of x, of the logarithm of a classifier's probability; read only where h or j ≠ 0.
+        known: shape and dtype of x, the image of the known region; read only where A ≠ 0.
+        mask: shape of x, or (B or 1, 1 or C, ...), dtype of x: 1 where x is known, 0 where it is not.
+        update: shape and dtype of x, the momentum u; written where second_output is read for w or mu, in place, and
+            read only where mu ≠ 0.
+        reduces: whether a row with w ≠ 1 has phi, rho or eta other than 0, 0 and 1, which need sums over a sample.
 
     Returns:
         (x_next, x_start), both of the shape and dtype of x.
@@ -124,7 +159,8 @@ def sampler_step(
         TypeError, ValueError: an argument does not match its description.
     """
     history = (x_start_previous, x_start_previous2, x_start_previous3)
-    _check(x, model_output, table, step, seed, _PREVIOUS, history, noise, start_index, stream)
+    guidance = (second_output, gradient, known, mask, update)
+    _check(x, model_output, table, step, seed, _PREVIOUS, history, noise, start_index, stream, guidance, reduces)
     return _sampler_step_op(
         x,
         model_output,
@@ -138,6 +174,12 @@ def sampler_step(
         clip_x_start=clip_x_start,
         start_index=start_index,
         stream=stream,
+        second_output=second_output,
+        gradient=gradient,
+        known=known,
+        mask=mask,
+        update=update,
+        reduces=reduces,
     )
 
 
@@ -155,6 +197,12 @@ def sampler_step_(
     clip_x_start: bool = True,
     start_index: int = 0,
     stream: int = STREAM_STEP,
+    second_output: torch.Tensor | None = None,
+    gradient: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    update: torch.Tensor | None = None,
+    reduces: bool = False,
 ) -> torch.Tensor:
     """`sampler_step` in place: x becomes x_next.
 
@@ -172,11 +220,13 @@ def sampler_step_(
         TypeError, ValueError: an argument does not match its description.
     """
     history = (x_start, x_start2, x_start3)
-    _check(x, model_output, table, step, seed, _STATES, history, noise, start_index, stream)
-    given = [x, *(tensor for tensor in history if tensor is not None)]
-    for i, tensor in enumerate(given[1:], 1):
-        if any(tensor is other for other in given[:i]):
-            raise ValueError(f"{_STATES[i - 1]} must be another tensor than x and the other states, got the same")
+    guidance = (second_output, gradient, known, mask, update)
+    _check(x, model_output, table, step, seed, _STATES, history, noise, start_index, stream, guidance, reduces)
+    states = {"x": x, **dict(zip(_STATES, history, strict=True)), "update": update}
+    given = [(name, tensor) for name, tensor in states.items() if tensor is not None]
+    for i, (name, tensor) in enumerate(given):
+        if any(tensor is other for _, other in given[:i]):
+            raise ValueError(f"{name} must be another tensor than x and the other states, got the same")
     return _sampler_step_inplace_op(
         x,
         model_output,
@@ -190,6 +240,12 @@ def sampler_step_(
         clip_x_start=clip_x_start,
         start_index=start_index,
         stream=stream,
+        second_output=second_output,
+        gradient=gradient,
+        known=known,
+        mask=mask,
+        update=update,
+        reduces=reduces,
     )
 
 
@@ -204,11 +260,21 @@ def _check(
     noise: torch.Tensor | None,
     start_index: int,
     stream: int,
+    guidance: tuple[torch.Tensor | None, ...],
+    reduces: bool,
 ) -> None:
-    """The checks of every implementation: shapes, dtypes and devices always, values where that costs no waiting."""
-    optional = [*zip(names, history, strict=True), ("noise", noise)]
+    """The checks of every implementation: shapes, dtypes and devices always, values where that costs no waiting.
+
+    Args:
+        names: of the tensors in `history`.
+        guidance: the tensors of `_GUIDANCE`.
+    """
+    second_output, gradient, known, mask, update = guidance
+    like_x = [*zip(names, history, strict=True), ("noise", noise), ("gradient", gradient), ("known", known)]
+    like_x = [(name, tensor) for name, tensor in (*like_x, ("update", update)) if tensor is not None]
     required = [("x", x), ("model_output", model_output), ("table", table), ("step", step), ("seed", seed)]
-    given = required + [(name, tensor) for name, tensor in optional if tensor is not None]
+    others = [("second_output", second_output), ("mask", mask)]
+    given = required + like_x + [(name, tensor) for name, tensor in others if tensor is not None]
     for name, tensor in given:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -218,7 +284,7 @@ def _check(
     for name, tensor in given:
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
-    for name, tensor in given[5:]:
+    for name, tensor in like_x:
         if tensor.dtype != x.dtype:
             raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
         if tensor.shape != x.shape:
@@ -235,13 +301,18 @@ def _check(
         raise TypeError(f"table must be {' or '.join(sorted({'torch.float32', str(x.dtype)}))}, got {table.dtype}")
     if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] not in _WIDTHS:
         raise ValueError(
-            f"table must have shape (S, 6), (S, 10) or (S, 12), columns {', '.join(_COLUMNS)}, got {tuple(table.shape)}"
+            f"table must have shape (S, 6), (S, 10), (S, 12) or (S, 25), columns {', '.join(_COLUMNS)}, got "
+            f"{tuple(table.shape)}"
         )
     if learned and table.shape[1] == _WIDTHS[0]:
         raise ValueError(
             f"table must have the columns lo and hi for the variance in model_output, of shape "
             f"{tuple(model_output.shape)}, got {tuple(table.shape)}"
         )
+    if any(tensor is not None for tensor in guidance):
+        _check_guidance(x, model_output, table, guidance)
+    if reduces and second_output is None:
+        raise ValueError("second_output must be given where reduces is True, got None")
     for name, newer, older in zip(names[1:], history, history[1:], strict=False):
         if older is not None and newer is None:
             raise ValueError(f"{names[names.index(name) - 1]} must be given where {name} is, got None")
@@ -253,7 +324,38 @@ def _check(
     # Not in a recording (runtime/recording.py): a replay looks at no value, and native code checks them itself.
     watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
     if x.device.type == "cpu" and not watched:
-        _check_values(table, step, names, history)
+        _check_values(table, step, dict(zip((*names, *_GUIDANCE), (*history, *guidance), strict=True)), reduces)
+
+
+def _check_guidance(
+    x: torch.Tensor, model_output: torch.Tensor, table: torch.Tensor, guidance: tuple[torch.Tensor | None, ...]
+) -> None:
+    second_output, _, known, mask, _ = guidance
+    if table.shape[1] != _WIDTHS[-1]:
+        name = next(name for name, tensor in zip(_GUIDANCE, guidance, strict=True) if tensor is not None)
+        raise ValueError(f"table must have shape (S, 25) where {name} is given, got {tuple(table.shape)}")
+    if second_output is not None:
+        if second_output.shape != x.shape and not _has_variance(x, second_output):
+            raise ValueError(
+                f"second_output must have the shape of x, {tuple(x.shape)}, or twice its channels, got "
+                f"{tuple(second_output.shape)}"
+            )
+        if second_output.dtype != model_output.dtype:
+            raise TypeError(
+                f"second_output must have the dtype of model_output, {model_output.dtype}, got {second_output.dtype}"
+            )
+    if mask is None:
+        if known is not None:
+            raise ValueError("mask must be given where known is, got None")
+        return
+    if mask.dtype != x.dtype:
+        raise TypeError(f"mask must have the dtype of x, {x.dtype}, got {mask.dtype}")
+    sizes = zip(mask.shape, x.shape, strict=False)
+    if mask.dim() != x.dim() or any(size != of_x and (size != 1 or i > 1) for i, (size, of_x) in enumerate(sizes)):
+        raise ValueError(
+            f"mask must have the shape of x, {tuple(x.shape)}, or 1 instead of its batch size or channels, got "
+            f"{tuple(mask.shape)}"
+        )
 
 
 def _has_variance(x: torch.Tensor, model_output: torch.Tensor) -> bool:
@@ -263,17 +365,37 @@ def _has_variance(x: torch.Tensor, model_output: torch.Tensor) -> bool:
 
 
 def _check_values(
-    table: torch.Tensor, step: torch.Tensor, names: tuple[str, ...], history: tuple[torch.Tensor | None, ...]
+    table: torch.Tensor, step: torch.Tensor, tensors: dict[str, torch.Tensor | None], reduces: bool
 ) -> None:
+    """The row exists, and every tensor is given that it reads.
+
+    Args:
+        tensors: the three earlier states and those of `_GUIDANCE`, in this order.
+    """
     row = int(step.item())
     if not 0 <= row < table.shape[0]:
         raise ValueError(f"step must be in [0, {table.shape[0]}), the rows of table, got {row}")
-    for column, name, tensor in zip((4, 6, 7), names, history, strict=True):
-        if column < table.shape[1] and tensor is None and table[row, column] != 0:
+    values = dict(zip(_COLUMNS, table[row].tolist(), strict=False))
+    names = list(tensors)
+    for column, place in _READS:
+        name, value, neutral = names[place], values.get(column, 0.0), 1.0 if column == "w" else 0.0
+        is_read = column in values and value != neutral and (column != "A" or tensors["mask"] is not None)
+        if is_read and tensors[name] is None:
             raise ValueError(
-                f"{name} must be given where {_COLUMNS[column]} of the table is not 0, got None with "
-                f"{_COLUMNS[column]} = {table[row, column].item():g} in row {row}"
+                f"{name} must be given where {column} of the table is not {neutral:g}, got None with {column} = "
+                f"{value:g} in row {row}"
             )
+    if not reduces and values.get("w", 1.0) != 1:
+        for column, needs_sums in (
+            ("phi", values["phi"] != 0),
+            ("eta", values["eta"] != 1),
+            ("rho", values["rho"] > 0),
+        ):
+            if needs_sums:
+                raise ValueError(
+                    f"reduces must be True where {column} of the table needs sums over a sample, got False with "
+                    f"{column} = {values[column]:g} in row {row}"
+                )
 
 
 def _native(
@@ -290,6 +412,7 @@ def _native(
     clip_x_start: bool,
     start_index: int,
     stream: int,
+    **guidance: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     history = (x_start_previous, x_start_previous2, x_start_previous3)
     return torch.ops.ddpm_fast.sampler_step(
@@ -311,6 +434,7 @@ def _native_inplace(
     clip_x_start: bool,
     start_index: int,
     stream: int,
+    **guidance: object,
 ) -> torch.Tensor:
     history = (x_start, x_start2, x_start3)
     torch.ops.ddpm_fast.sampler_step_(
@@ -330,16 +454,19 @@ def _native_refuses(
     clip_x_start: bool,
     start_index: int,
     stream: int,
-    **history: torch.Tensor | None,
+    reduces: bool,
+    **tensors: torch.Tensor | None,
 ) -> str | None:
     reason = extension.why_not(x.device)
     if reason is not None:
         return reason
+    if table.shape[1] == _WIDTHS[-1]:
+        return "table has the columns of guidance, and native code lacks them"
     if x.dtype != torch.float32:
         return f"x is {x.dtype}, and native code computes in float32"
     if model_output.dtype == torch.float64:
         return "model_output is torch.float64, and native code reads float32, float16 and bfloat16"
-    states = {"x": x, **history, "noise": noise}
+    states = {"x": x, **tensors, "noise": noise}
     for name, tensor in {**states, "table": table}.items():
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} is not contiguous"
@@ -367,8 +494,9 @@ def _example(names: tuple[str, ...]) -> Callable[[torch.device], tuple[tuple, di
     def example(device: torch.device) -> tuple[tuple, dict]:
         image = torch.zeros(2, 3, 8, 8, device=device)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
-        options = {"noise": None, "clip_x_start": True, "start_index": 0, "stream": STREAM_STEP}
-        return (image, image, torch.zeros(1, 6, device=device), zero, zero), {**dict.fromkeys(names), **options}
+        options = {"noise": None, "clip_x_start": True, "start_index": 0, "stream": STREAM_STEP, "reduces": False}
+        tensors = dict.fromkeys((*names, *_GUIDANCE))
+        return (image, image, torch.zeros(1, 6, device=device), zero, zero), {**tensors, **options}
 
     return example
 
