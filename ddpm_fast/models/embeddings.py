@@ -1,9 +1,9 @@
-"""Embeddings of the timestep, and their projections for the residual blocks."""
+"""Embeddings of the timestep and of conditions, and their projections for the residual blocks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,24 @@ class RandomOrLearnedSinusoidalPosEmb(nn.Module):
 
 
 @stock
-class TimeMLP(nn.Sequential):
+class CondMLP(nn.Sequential):
+    """Linear layers and activations, upstream's `classes_mlp`: (B, dim) → (B, 4·dim)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _through(self._modules.values(), x)
+
+    def narrow_groups(self) -> list[Group]:
+        """See `narrow_weights`."""
+        layers = [layer for layer in self._modules.values() if is_instance(layer, nn.Linear)]
+        return [(tensor,) for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+
+    def is_stock(self) -> bool:
+        """True if nobody changed a module, so that the output depends on the input and the weights alone."""
+        return is_unmodified(self, *self._modules.values())
+
+
+@stock
+class TimeMLP(CondMLP):
     """Embedding of the timestep and two linear layers, upstream's `time_mlp`: (B,) → (B, 4·dim)."""
 
     def forward(self, time: torch.Tensor) -> torch.Tensor:
@@ -60,23 +77,19 @@ class TimeMLP(nn.Sequential):
         # Sines of a timestep need float32 whatever the weights are.
         weights = (p for layer in layers for p in layer.parameters() if p.is_floating_point())
         first = next(weights, None)
-        t = t if first is None else t.to(first.dtype)
-        for layer in layers:
-            t = layer(t) if not self._is_narrow(layer) else F.linear(t, narrow(layer, "weight"), narrow(layer, "bias"))
-        return t
+        return _through(layers, t if first is None else t.to(first.dtype))
 
-    def _is_narrow(self, layer: nn.Module) -> bool:
-        """True where the running network has made a copy of the layer's weight for autocast."""
-        return is_instance(layer, nn.Linear) and narrow(layer, "weight") is not parameter(layer, "weight")
 
-    def narrow_groups(self) -> list[Group]:
-        """See `narrow_weights`."""
-        layers = [layer for layer in self._modules.values() if is_instance(layer, nn.Linear)]
-        return [(tensor,) for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+def _through(layers: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """The layers one after another, linear ones with copies of their weights where the running network made some."""
+    for layer in layers:
+        x = layer(x) if not _is_narrow(layer) else F.linear(x, narrow(layer, "weight"), narrow(layer, "bias"))
+    return x
 
-    def is_stock(self) -> bool:
-        """True if nobody changed a module, so that the output depends on the timestep and the weights alone."""
-        return is_unmodified(self, *self._modules.values())
+
+def _is_narrow(layer: nn.Module) -> bool:
+    """True where the running network has made a copy of the layer's weight for autocast."""
+    return is_instance(layer, nn.Linear) and narrow(layer, "weight") is not parameter(layer, "weight")
 
 
 def linears_of_one_input(x: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
@@ -89,3 +102,11 @@ def linears_of_one_input(x: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.
         return linears(x, weights, biases)
     with no_autocast(x.device.type):
         return F.linear(x, weight, bias)
+
+
+def side_by_side(embeddings: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Embeddings of (B or 1, D_i) as one of (B, Σ D_i)."""
+    if len(embeddings) == 1:
+        return embeddings[0]
+    B = max(embedding.shape[0] for embedding in embeddings)
+    return torch.cat([e if e.shape[0] == B else e.expand(B, -1) for e in embeddings], dim=1)

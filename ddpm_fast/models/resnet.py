@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ddpm_fast import noise
+from ddpm_fast.models.embeddings import side_by_side
 from ddpm_fast.models.narrow_weights import Group, narrow
 from ddpm_fast.models.norm import RMSNorm, is_group_norm, is_rms_norm, make_norm
 from ddpm_fast.models.stock import (
@@ -64,7 +65,7 @@ def _is_stock_block(block: nn.Module | None, dropout: bool) -> bool:
 
 @stock
 class ResnetBlock(nn.Module):
-    """Two blocks around a residual; the first is scaled and shifted by the time embedding.
+    """Two blocks around a residual; the first is scaled and shifted by the embeddings of the time and of conditions.
 
     With `low_memory` backward keeps fewer maps and computes them again, see the op `resnet_block`.
     """
@@ -75,6 +76,7 @@ class ResnetBlock(nn.Module):
         dim_out: int,
         *,
         time_emb_dim: int | None = None,
+        conditions_emb_dim: int = 0,
         dropout: float = 0.0,
         norm: str = "rms",
         groups: int = 8,
@@ -85,16 +87,18 @@ class ResnetBlock(nn.Module):
         self.dim_out = dim_out
         self.mlp = None
         if time_emb_dim is not None:
-            self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_emb_dim, dim_out * 2))
+            self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_emb_dim + conditions_emb_dim, dim_out * 2))
         self.block1 = Block(dim, dim_out, dropout=dropout, norm=norm, groups=groups)
         self.block2 = Block(dim_out, dim_out, norm=norm, groups=groups)
         self.res_conv = nn.Conv2d(dim, dim_out, 1) if dim != dim_out else nn.Identity()
 
-    def forward(self, x: torch.Tensor, time_emb: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, dim, H, W) and (B, time_emb_dim) → (B, dim_out, H, W)."""
+    def forward(
+        self, x: torch.Tensor, time_emb: torch.Tensor | None = None, *conditions_emb: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, dim, H, W), (B, time_emb_dim) and as many of conditions as the mlp reads → (B, dim_out, H, W)."""
         scale_shift = None
         if self.mlp is not None and time_emb is not None:
-            scale_shift = self.mlp(time_emb).chunk(2, dim=1)
+            scale_shift = self.mlp(side_by_side((time_emb, *conditions_emb))).chunk(2, dim=1)
         return self.compute(x, scale_shift)
 
     def compute(

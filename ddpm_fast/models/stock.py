@@ -18,8 +18,8 @@ from ddpm_fast.runtime.dispatch import forced_backend
 Stock = TypeVar("Stock", bound=nn.Module)
 
 _CLASSES = (
-    nn.Conv2d, nn.Linear, nn.Identity, nn.SiLU, nn.GELU, nn.Dropout, nn.GroupNorm, nn.Sequential, nn.Upsample,
-    nn.PixelUnshuffle,
+    nn.Conv2d, nn.Linear, nn.Embedding, nn.Identity, nn.SiLU, nn.GELU, nn.Dropout, nn.GroupNorm, nn.Sequential,
+    nn.Upsample, nn.PixelUnshuffle,
 )  # fmt: skip
 # Class → its forward when this module was imported: a class that is patched later is no longer stock.
 _FORWARD: dict[type, Callable] = {cls: cls.forward for cls in _CLASSES}
@@ -111,11 +111,12 @@ def _is_known(package: str) -> bool:
 def renews_no_weight(module: nn.Module) -> bool:
     """True if a call of the module runs code of torch and of this package alone, without hooks.
 
-    A hook such as `torch.nn.utils.weight_norm`'s makes a weight again at every call.
+    A hook such as `torch.nn.utils.weight_norm`'s makes a weight again at every call, and so does an embedding with a
+    `max_norm`.
     """
     own = module.__dict__
     return _is_known(type(module).__module__) and not (
-        "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
+        "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("max_norm") is not None
     )
 
 

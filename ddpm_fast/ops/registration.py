@@ -98,3 +98,8 @@ def _is_watched(values: tuple, places: tuple[int, ...]) -> bool:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg()):
             return True
     return False
+
+
+def may_read(tensor: torch.Tensor) -> bool:
+    """Whether the host may read a tensor's values: on the CPU, where nothing records, traces or transforms the call."""
+    return tensor.device.type == "cpu" and not _is_watched((tensor,), (0,))

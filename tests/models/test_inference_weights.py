@@ -11,7 +11,7 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import Unet
-from ddpm_fast.models import convolution, unet
+from ddpm_fast.models import convolution, unet_base
 from ddpm_fast.models.derived_weights import HasDerivedWeight, inference_weights
 from ddpm_fast.ops.resample import composite
 
@@ -55,8 +55,8 @@ def test_derives_once(model, monkeypatch, without_native):
     monkeypatch.setattr(downsample, "_kernel", lambda make=downsample._kernel: calls.append(0) or make())
     for module in (convolution, composite):  # without kept taps the op of upsampling makes them
         monkeypatch.setattr(module, "upsampling_taps", lambda weight: calls.append(0) or make_taps(weight))
-    make_rows = unet._projections
-    monkeypatch.setattr(unet, "_projections", lambda t, blocks: calls.append(0) or make_rows(t, blocks))
+    make_rows = unet_base._projections
+    monkeypatch.setattr(unet_base, "_projections", lambda t, blocks: calls.append(0) or make_rows(t, blocks))
     with torch.no_grad():  # native code has no use for the taps of upsampling
         with inference_weights(model, T):
             for _ in range(3):

@@ -79,7 +79,7 @@ def test_no_layout_copies_in_backward(memory):
     always = mock.Mock(return_value=torch.channels_last)
     users = ("layout", "resample.composite", "resnet_block.composite")
     with kernels_take_meta_tensors(), FakeTensorMode(), contextlib.ExitStack() as patches:
-        for module in ("models.unet", *(f"ops.{user}" for user in users)):
+        for module in ("models.unet_base", *(f"ops.{user}" for user in users)):
             patches.enter_context(mock.patch(f"ddpm_fast.{module}.weights_format", always))
         run(Unet(16, dim_mults=(1, 2, 4, 8), memory=memory), "cpu", True)
 
