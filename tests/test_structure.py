@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "ddpm_fast"
 
 # A module imports only from rows below its own; modules of one row do not import each other, unless listed here.
 ROWS = [
-    ["__main__"],
+    ["__main__", "classifier_free_guidance"],
     ["cli"],
     ["cli/commands"],
     [
@@ -47,7 +47,11 @@ ROWS = [
     ["training/optimizer_step"],
     ["training/average"],
     ["diffusion/openai", "diffusion/processes"],
-    ["diffusion/learned_gaussian_diffusion", "diffusion/weighted_objective"],
+    [
+        "diffusion/learned_gaussian_diffusion",
+        "diffusion/weighted_objective",
+        "diffusion/classifier_free_diffusion",
+    ],
     [
         "diffusion/gaussian_diffusion",
         "diffusion/elucidated_diffusion",
@@ -58,9 +62,9 @@ ROWS = [
     ["diffusion/continuous_process"],
     ["diffusion/discrete_process"],
     ["diffusion/diffusion_process"],
-    ["diffusion/measured_process"],
+    ["diffusion/measured_process", "diffusion/editing_process"],
     ["diffusion/likelihood", "diffusion/sampled_process"],
-    ["diffusion/sampling"],
+    ["diffusion/sampling", "diffusion/inpainting", "diffusion/super_resolution"],
     ["diffusion/guidance"],
     ["diffusion/samplers"],
     ["diffusion/spacings", "diffusion/schedules"],
