@@ -71,6 +71,7 @@ class SampledProcess(nn.Module):
     sampling_timesteps: int
     clip_x_start: bool
     guidance: Any  # as the constructor takes it
+    class_names: tuple[str, ...] | None = None  # of the classes 0, 1, ..., where a checkpoint records them
     normalize: Callable[[torch.Tensor], torch.Tensor]
     unnormalize: Callable[[torch.Tensor], torch.Tensor]
     graphs: GraphCache
