@@ -51,6 +51,8 @@ _LOADING_ERRORS = (
     struct.error,
 )
 
+# Weights of a network that takes conditions, whose length is an argument of it.
+_CONDITIONS = {"classes_emb.weight": "num_classes", "null_cond": "cond_dim"}
 _SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule, "sigmoid": sigmoid_beta_schedule}
 
 
@@ -486,6 +488,7 @@ def infer_unet_config(state: _State, path: _Path) -> dict[str, Any]:
         "attn_heads": tuple(heads for _, heads, _ in attention),
         "attn_dim_head": tuple(dim_head for _, _, dim_head in attention),
         "norm": "rms" if "mid_block1.block1.norm.g" in state else "group",
+        **{argument: len(state[name]) for name, argument in _CONDITIONS.items() if name in state},
     }
 
 
@@ -529,11 +532,16 @@ def _infer_objective(state: _State) -> dict[str, Any]:
 
 
 def _channel_config(in_channels: int, out_dim: int) -> dict[str, Any]:
-    """channels, self_condition and learned_variance that give these widths of the first and last convolution."""
+    """channels, self_condition, learned_variance and cond_channels that give these widths of the outer convolutions.
+
+    As many condition channels as images have cannot be told from self-conditioning, and are taken for it.
+    """
     if in_channels == 2 * out_dim:
         return {"channels": out_dim, "self_condition": True}
     if out_dim == 2 * in_channels:
         return {"channels": in_channels, "learned_variance": True}
+    if in_channels > out_dim:
+        return {"channels": out_dim, "cond_channels": in_channels - out_dim}
     return {"channels": in_channels}
 
 

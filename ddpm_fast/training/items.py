@@ -193,6 +193,8 @@ def _collated(name: str, values: list[Any]) -> torch.Tensor:
         return _stacked(values)
     if name == "cond":
         return torch.stack([torch.as_tensor(value, dtype=torch.float32).reshape(-1) for value in values])
+    if isinstance(values[0], str):
+        raise TypeError(f"folder must give classes as integers, one for each image; got {values[0]!r}")
     classes = torch.stack([torch.as_tensor(value) for value in values])
     if classes.ndim != 1 or classes.is_floating_point() or classes.dtype == torch.bool:
         raise TypeError(f"folder must give classes as integers, one for each image; got {values[0]!r}")
