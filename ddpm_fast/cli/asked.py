@@ -78,10 +78,11 @@ class Drawing:
             inputs["batch_size"] = end - start
         return self.method(**inputs, **self.options, start_index=start, **options)
 
-    def rows(self, count: int) -> list[int]:
-        """Numbers of `count` images: the first of each row with classes, else the first ones."""
-        step = self.columns if "classes" in self.inputs else 1
-        return list(range(0, self.count, step))[:count]
+    def first(self, count: int) -> list[tuple[int, int]]:
+        """Where `count` images begin and end: the first of each row with classes, else the first ones together."""
+        if "classes" not in self.inputs:
+            return [(0, count)]
+        return [(start, start + 1) for start in range(0, self.count, self.columns)][:count]
 
 
 def drawing_of(diffusion: DiffusionProcess, options: AskedOptions, num_samples: int | None) -> Drawing:
@@ -90,6 +91,9 @@ def drawing_of(diffusion: DiffusionProcess, options: AskedOptions, num_samples: 
     Raises UserError for options that do not fit each other or the checkpoint.
     """
     _check_together(options)
+    if not _takes_classes(diffusion) and (options.classes is not None or options.columns_per_class is not None):
+        option = "class" if options.classes is not None else "columns-per-class"
+        raise UserError(f"--{option}: the checkpoint's network takes no classes")
     guidance = _guidance_of(diffusion, options)
     given: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
     if options.upscale is not None:
@@ -118,9 +122,9 @@ def strip_of(diffusion: DiffusionProcess, options: AskedOptions) -> list[Drawing
         return []
     if options.upscale is not None or options.inpaint is not None:
         raise UserError("--guidance-strip draws samples; it cannot be given with --upscale or --inpaint")
-    one = drawing_of(diffusion, dataclasses.replace(options, columns_per_class=1), None)
-    if "classes" not in one.inputs and "cond" not in one.inputs:
+    if not _takes_classes(diffusion) and not getattr(diffusion.network, "cond_dim", None):
         raise UserError("--guidance-strip: the checkpoint's network takes no classes and no vectors")
+    one = drawing_of(diffusion, dataclasses.replace(options, columns_per_class=1 if _takes_classes(diffusion) else None), None)
     if "classes" not in one.inputs:
         one = dataclasses.replace(one, count=1, inputs={name: values[:1] for name, values in one.inputs.items()})
     base = one.options.get("guidance") or Guidance()
@@ -170,10 +174,10 @@ def _check_together(options: AskedOptions) -> None:
         check_positive(columns_per_class=options.columns_per_class)
 
 
-def _asked_classes(diffusion: DiffusionProcess, options: AskedOptions) -> list[int]:
-    """Those that were named; else all, or the first ones if there are many."""
-    if options.classes is not None:
-        return classes_of(options.classes, diffusion)
+def asked_classes(diffusion: DiffusionProcess, asked: Sequence[str] | None) -> list[int]:
+    """Those that were named; else all, or the first ones if there are many; none where the network takes none."""
+    if asked is not None:
+        return classes_of(asked, diffusion)
     if not _takes_classes(diffusion):
         return []
     known = _num_classes(diffusion) if diffusion.class_names is None else len(diffusion.class_names)
@@ -188,7 +192,7 @@ def _rows_of_classes(
 
     if num_samples is not None and options.columns_per_class is not None:
         raise UserError("--num-samples cannot be given with --columns-per-class")
-    classes = _asked_classes(diffusion, options)
+    classes = asked_classes(diffusion, options.classes)
     if num_samples is None:
         columns = options.columns_per_class or _COLUMNS_PER_CLASS
     else:

@@ -46,7 +46,7 @@ class Prepare:
 def run(options: Prepare) -> None:
     """`ddpm-fast prepare`."""
     from ddpm_fast.training.data import IMAGE_ENDINGS
-    from ddpm_fast.training.prepared import prepare
+    from ddpm_fast.training.prepared import PreparedDataset, prepare
 
     check_positive(channels=options.channels)
     if options.workers is not None and options.workers < 0:
@@ -65,4 +65,7 @@ def run(options: Prepare) -> None:
         cond_columns=options.cond_columns or (),
     )
     left_out = f", without {len(broken)} broken files" if broken else ""
-    print(f"{options.out} holds {shape[0]} images of {shape[1]} x {shape[2]} x {shape[3]} bytes{left_out}")
+    names = PreparedDataset(options.out).class_names
+    of_classes = "" if names is None else f" of {len(names)} classes"
+    size = " x ".join(map(str, shape[1:]))
+    print(f"{options.out} holds {shape[0]} images{of_classes} of {size} bytes{left_out}")

@@ -131,14 +131,10 @@ def run(options: Sample) -> None:
     shown = images if drawing.shown is None else torch.stack((drawing.shown, images), dim=1).flatten(0, 1)
     save_image_grid(shown, options.out, nrow=columns, scale=options.scale)
     if has_strip:
-        trajectories = torch.cat(
-            [
-                drawing.draw(
-                    row, row + 1, diffusion.device, return_all_timesteps=True, seed=seed, progress=False, **walk
-                )
-                for row in drawing.rows(_strip_rows(diffusion, drawing.count, calls))
-            ]
-        )
+        whole = {"return_all_timesteps": True, "seed": seed, "progress": False, **walk}
+        count = _strip_rows(diffusion, drawing.count, calls)
+        parts = [drawing.draw(start, end, diffusion.device, **whole) for start, end in drawing.first(count)]
+        trajectories = torch.cat(parts)
         save_trajectory_strip(trajectories.clamp(0, 1), strip, scale=options.scale)
     if strip_drawings:
         scales = [_draw(diffusion, one, options.batch_size, seed, walk) for one in strip_drawings]
@@ -186,7 +182,7 @@ def _walk(diffusion: "DiffusionProcess", options: Sample) -> dict[str, Any]:
     if options.eta is not None:
         of_sampler["eta"] = options.eta
     sampler = options.sampler
-    if sampler is None and diffusion.sampler is None:
+    if sampler is None and diffusion.sampler is None and options.asked.inpaint is None:
         if options.eta is not None:
             sampler = "ddim"
         elif options.steps is not None and options.steps < _many_steps(diffusion):
