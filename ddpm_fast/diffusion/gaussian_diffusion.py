@@ -167,7 +167,7 @@ class GaussianDiffusion(DiscreteProcess):
         """
         shape = self._shape(batch_size, **conditioning)
         asked = (sampler, sampling_timesteps, spacing, sampler_options, clip_x_start)
-        given = {"seed": seed, "start_index": start_index, "progress": progress, "graph": graph}
+        given: dict[str, Any] = {"seed": seed, "start_index": start_index, "progress": progress, "graph": graph}
         given |= {name: value for name, value in conditioning.items() if value is not None}
         is_asked_for = any(value is not None for value in (*asked, self.spacing))
         if is_asked_for or self.sampler_options or not self.clip_x_start:

@@ -67,7 +67,7 @@ class SampledProcess(nn.Module):
     # Arguments of base classes that a class sets itself, or has no use for.
     fixed_arguments: frozenset[str] = frozenset({"config"})
 
-    image_size: tuple[int, int] | None
+    image_size: tuple[int, int]  # None of a checkpoint that does not record it
     sampler: str | None
     spacing: str | Sequence[float] | None
     sampler_options: dict[str, float]
@@ -153,8 +153,8 @@ class SampledProcess(nn.Module):
                 cond: (B, D), vectors.
                 cond_image: (B, C', H, W), in [0, 1] with `auto_normalize`.
                 guidance: a scale or a `Guidance`; None is the attribute. It needs a network with a null condition.
-                cond_fn: (x, t, classes) -> ∇ log p(classes | x), shape of x, as OpenAI's guided-diffusion calls it. x is
-                    a copy of the state, of which autograd may be asked, and t what the network is told. The ancestral
+                cond_fn: (x, t, classes) -> ∇ log p(classes | x), shape of x, as OpenAI's guided-diffusion calls it. x
+                    is a copy of the state, which autograd may watch, and t what the network is told. The ancestral
                     sampler adds it to a step's mean (Dhariwal & Nichol 2021, algorithm 1), others to its noise (2).
 
         Returns:
@@ -224,7 +224,6 @@ class SampledProcess(nn.Module):
             batch_size = without if batch_size is None else batch_size
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
             raise ValueError(f"batch_size must be an int of at least 0, got {batch_size!r}")
-        assert self.image_size is not None
         return (batch_size, self.channels, *self.image_size)
 
     # conditions and guidance
