@@ -1,7 +1,7 @@
 """Conditions: what a network is told besides x and its time, and which networks are told what.
 
-classes (B,) are numbers of classes, cond (B, D) vectors, cond_image (B, C', H, W) images. keep_mask (B,) says whose classes
-and vectors are kept; the others have the null condition (Ho & Salimans 2022). All reach a network by keyword.
+classes (B,) are numbers of classes, cond (B, D) vectors, cond_image (B, C', H, W) images. keep_mask (B,) says whose
+classes and vectors are kept; the others have the null condition (Ho & Salimans 2022). All reach a network by keyword.
 """
 
 from __future__ import annotations
@@ -133,11 +133,6 @@ class Conditions:
     def batch_size(self) -> int | None:
         """B; None without conditions."""
         return next((tensor.shape[0] for tensor in self._named().values() if tensor is not None), None)
-
-    def part(self, of_images: slice) -> Conditions:
-        """Those of some images of the batch."""
-        tensors = (self.classes, self.cond, self.cond_image, self.keep_mask)
-        return Conditions(*(None if tensor is None else tensor[of_images] for tensor in tensors))
 
     def doubled(self) -> Conditions:
         """Those of the batch, kept, and then again, classes and vectors null."""

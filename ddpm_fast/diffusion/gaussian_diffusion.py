@@ -167,7 +167,7 @@ class GaussianDiffusion(DiscreteProcess):
         """
         shape = self._shape(batch_size, **conditioning)
         asked = (sampler, sampling_timesteps, spacing, sampler_options, clip_x_start)
-        given = {"seed": seed, "start_index": start_index, "progress": progress, "graph": graph}
+        given: dict[str, Any] = {"seed": seed, "start_index": start_index, "progress": progress, "graph": graph}
         given |= {name: value for name, value in conditioning.items() if value is not None}
         is_asked_for = any(value is not None for value in (*asked, self.spacing))
         if is_asked_for or self.sampler_options or not self.clip_x_start:
@@ -216,7 +216,10 @@ class GaussianDiffusion(DiscreteProcess):
                 f"sampler {plan.sampler!r} calls the network between timesteps, which {type(self).__name__}'s own "
                 f"{', '.join(sorted(self._overridden()))} cannot do"
             )
-        full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps
+        inserts = run.conditioning.mask is not None
+        if inserts and self._has_own("p_sample"):
+            raise ValueError(f"{type(self).__name__} has its own p_sample, which inpainting would leave out")
+        full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps and not inserts
         # No table over timesteps: an override may call the network with other times.
         derived = inference_weights(self.model) if may_derive(self.model) else nullcontext()
         kept: list[torch.Tensor] = []  # of the rows before, the newest first
@@ -247,7 +250,7 @@ class GaussianDiffusion(DiscreteProcess):
         now = self._schedule.alphas_cumprod[timestep].item()
         _, _, r, s, u, sigma, *wide = plan.table[row].tolist()
         wide += [0.0] * (6 - len(wide))
-        u2, u3, _, _, e, f = wide
+        u2, u3, _, _, e, f = wide[:6]
         t = torch.full((x.shape[0],), timestep, device=x.device, dtype=torch.long)
         options: dict[str, Any] = {"clip_x_start": True, "rederive_pred_noise": True, **run.conditioning.arguments}
         pred_noise, x_start = self.model_predictions(x, t, x_self_cond, **options)[:2]
@@ -258,8 +261,13 @@ class GaussianDiffusion(DiscreteProcess):
                 x_next = x_next + factor * earlier
         second = [e * x + f * x_start] if e or f else kept[:1]
         kept[:] = [x_start, *second, *kept[1:2]][: plan.num_previous]
+        mask, known = run.conditioning.mask, run.conditioning.known
+        noise = self._step_noise(x, run.seed, row, run.start_index) if sigma != 0 or mask is not None else None
         if sigma != 0:
-            x_next = x_next + sigma * self._step_noise(x, run.seed, row, run.start_index)
+            x_next = x_next + sigma * noise
+        if mask is not None:
+            of_known, of_noise = plan.table[row, 12:14].tolist()
+            x_next = mask * (of_known * known + of_noise * noise) + (1 - mask) * x_next
         return x_next, x_start
 
     def _step_noise(self, x: torch.Tensor, seed: torch.Tensor, row: int, start_index: int) -> torch.Tensor:

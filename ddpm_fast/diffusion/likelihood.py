@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.diffusion import sampling
-from ddpm_fast.diffusion.conditions import Conditions
 from ddpm_fast.diffusion.levels import Levels, NoiseScale, Target, prediction
 from ddpm_fast.models.derived_weights import inference_weights, may_derive
 from ddpm_fast.noise import STREAM_LIKELIHOOD
@@ -368,7 +367,7 @@ class LikelihoodRun:
         progress: show a progress bar.
         on_step: called after every row.
         cache: where steps may be recorded; None runs step by step.
-        conditions: of all images.
+        told: of all images, what the network is told by keyword, (N, ...) each.
     """
 
     seed: torch.Tensor
@@ -379,11 +378,7 @@ class LikelihoodRun:
     progress: bool = False
     on_step: OnStep | None = None
     cache: recording.GraphCache | None = None
-    conditions: Conditions = field(default_factory=Conditions)
-
-    def told(self, network: Any, start: int) -> dict[str, torch.Tensor]:
-        """What the network is told by keyword of the batch that begins at an image."""
-        return self.conditions.part(slice(start, start + self.batch_size)).arguments(network)
+    told: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -429,7 +424,7 @@ def _walk(
 ) -> torch.Tensor:
     """(B, S, 2): the bound without its constant, and the error, both in bits."""
     by_row = chain.num_timesteps is None and getattr(network, "has_table_of_times", False)
-    told = run.told(network, start)
+    told = {name: tensor[start : start + run.batch_size] for name, tensor in run.told.items()}
     options = _Options(
         run.start_index + start,
         run.self_condition,

@@ -73,7 +73,7 @@ class MeasuredProcess(SampledProcess):
 
         run = likelihood.LikelihoodRun(self._seed(seed), start_index, progress=progress)
         run.batch_size = likelihood.BATCH_SIZE if batch_size is None else as_int("batch_size", batch_size, 1)
-        run.conditions = self._conditions(len(images), classes, cond, cond_image)
+        run.told = self._conditions(len(images), classes, cond, cond_image).arguments(self.network)
         chain = self._chain(timesteps, variance)
         return likelihood.bits_per_dim(*self._bound_arguments(images, chain, run, clip_x_start, graph))
 
@@ -108,7 +108,7 @@ class MeasuredProcess(SampledProcess):
         num_columns = as_int("num_columns", num_columns, 1)
         chain = self._chain(timesteps, variance)
         run = likelihood.LikelihoodRun(self._seed(seed), start_index, max(1, len(images)), progress=progress)
-        run.conditions = self._conditions(len(images), classes, cond, cond_image)
+        run.told = self._conditions(len(images), classes, cond, cond_image).arguments(self.network)
         arguments = self._bound_arguments(images, chain, run, clip_x_start, graph)
         coding = likelihood.progressive_coding(*arguments, num_columns=num_columns)
         with torch.inference_mode():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from ddpm_fast.ops.forward_diffusion.op import q_sample
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.runtime.plain import as_int, as_number
 from ddpm_fast.runtime.recording import GraphCache
+
+if TYPE_CHECKING:
+    from ddpm_fast.diffusion.inpainting import Resampling
 
 # Arguments of `sample` that say what images are of.
 _CONDITIONING = ("classes", "cond", "cond_image", "guidance", "cond_fn")
@@ -64,7 +67,7 @@ class SampledProcess(nn.Module):
     # Arguments of base classes that a class sets itself, or has no use for.
     fixed_arguments: frozenset[str] = frozenset({"config"})
 
-    image_size: tuple[int, int] | None
+    image_size: tuple[int, int]  # None of a checkpoint that does not record it
     sampler: str | None
     spacing: str | Sequence[float] | None
     sampler_options: dict[str, float]
@@ -151,8 +154,8 @@ class SampledProcess(nn.Module):
                 cond: (B, D), vectors.
                 cond_image: (B, C', H, W), in [0, 1] with `auto_normalize`.
                 guidance: a scale or a `Guidance`; None is the attribute. It needs a network with a null condition.
-                cond_fn: (x, t, classes) -> ∇ log p(classes | x), shape of x, as OpenAI's guided-diffusion calls it. x is
-                    a copy of the state, of which autograd may be asked, and t what the network is told. The ancestral
+                cond_fn: (x, t, classes) -> ∇ log p(classes | x), shape of x, as OpenAI's guided-diffusion calls it. x
+                    is a copy of the state, which autograd may watch, and t what the network is told. The ancestral
                     sampler adds it to a step's mean (Dhariwal & Nichol 2021, algorithm 1), others to its noise (2).
 
         Returns:
@@ -222,7 +225,6 @@ class SampledProcess(nn.Module):
             batch_size = without if batch_size is None else batch_size
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
             raise ValueError(f"batch_size must be an int of at least 0, got {batch_size!r}")
-        assert self.image_size is not None
         return (batch_size, self.channels, *self.image_size)
 
     # conditions and guidance
@@ -317,6 +319,7 @@ class SampledProcess(nn.Module):
         sampling_timesteps: int | None = None,
         spacing: str | Sequence[float] | None = None,
         options: Mapping[str, float] | None = None,
+        resampling: Resampling | None = None,
     ) -> SamplerTable:
         """The sampler's table; what is None is the attribute of now, which users change."""
         if options is None:
@@ -327,9 +330,9 @@ class SampledProcess(nn.Module):
         steps = self.sampling_timesteps if sampling_timesteps is None else sampling_timesteps
         spacing = next((given for given in (spacing, self.spacing, self.default_spacing) if given is not None), None)
         spacing = spacing if spacing is None or isinstance(spacing, str) else tuple(spacing)
-        key = (sampler, steps, spacing, tuple(sorted(options.items())), *self._plan_key())
+        key = (sampler, steps, spacing, tuple(sorted(options.items())), resampling, *self._plan_key())
         if key not in self._plans:
-            self._plans[key] = self._make_plan(sampler, steps, spacing, options)
+            self._plans[key] = self._make_plan(sampler, steps, spacing, options, resampling=resampling)
         return self._plans[key]
 
     def network_calls(
@@ -351,9 +354,16 @@ class SampledProcess(nn.Module):
         return ()
 
     def _make_plan(
-        self, sampler: str, steps: int, spacing: str | Sequence[float] | None, options: Mapping[str, float]
+        self,
+        sampler: str,
+        steps: int,
+        spacing: str | Sequence[float] | None,
+        options: Mapping[str, float],
+        **others: Any,
     ) -> SamplerTable:
-        return samplers.sampler_table(self.noise_scale, self.target, sampler, steps, spacing=spacing, options=options)
+        """A table by `samplers.sampler_table`, which takes `others` as well."""
+        others = {"spacing": spacing, "options": options, "learned_variance": self.learned_variance, **others}
+        return samplers.sampler_table(self.noise_scale, self.target, sampler, steps, **others)
 
     def explain_graphs(self, batch_size: int = 16, *, guidance: Any = None, cond_fn: CondFn | None = None) -> str:
         """Whether `sample(batch_size)` replays a recorded step now, and if not, why; one sentence.

@@ -40,7 +40,9 @@ def unet_arguments(channels: int = 3, **others: Any) -> dict[str, Any]:
     return {"channels": channels, "cond_channels": channels, "cond_dim": 1, **drop, **others}
 
 
-def checked_options(factor: Any, noise_augmentation: Any, image_size: Sequence[int]) -> tuple[int | None, float | None]:
+def super_resolution_options(
+    factor: Any, noise_augmentation: Any, image_size: Sequence[int]
+) -> tuple[int | None, float | None]:
     """`super_resolution` and `noise_augmentation` of a process as plain numbers.
 
     Raises:

@@ -40,35 +40,48 @@ class LinearAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.compute(x)
 
-    def compute(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention of x plus `residual`; a network calls it where the module itself is unmodified."""
-        if not self._is_fused():
-            out = self._by_modules(x)
-            return out if residual is None else out + residual
+    def compute(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: nn.Module | None = None
+    ) -> torch.Tensor:
+        """Attention of x plus `residual`; a network calls it where the module itself is unmodified.
+
+        Args:
+            norm: the norm of x where the module has none of its own; the caller has asked `is_fused`.
+        """
         modules: dict[str, Any] = self._modules  # see `parameter`
+        if norm is None:
+            norm = modules["norm"]
+            if not self.is_fused():
+                out = self._by_modules(x)
+                return out if residual is None else out + residual
         conv, norm_out = modules["to_out"]._modules.values()
         return unchecked_linear_attention_block(
-            *to_autocast_dtype(x), parameter(modules["norm"], "g"), parameter(modules["to_qkv"], "weight"),
+            *to_autocast_dtype(x), parameter(norm, "g"), parameter(modules["to_qkv"], "weight"),
             parameter(self, "mem_kv"), parameter(conv, "weight"), parameter(conv, "bias"), parameter(norm_out, "g"),
             heads=self.heads, residual=residual, recompute=self.low_memory,
         )  # fmt: skip
 
-    def _is_fused(self) -> bool:
-        """True if the modules may be computed from their weights as one op."""
-        if calls_every_module():
+    def is_fused(self, norm: nn.Module | None = None) -> bool:
+        """True if norm and modules may be computed from their weights as one op; None is the module's own norm."""
+        if calls_every_module() or not is_rms_norm(self._modules["norm"] if norm is None else norm):
             return False
+        return self._fits_the_op()
+
+    def _fits_the_op(self) -> bool:
         modules: dict[str, Any] = self._modules
         to_out = modules["to_out"]
         if not is_instance(to_out, nn.Sequential) or len(to_out) != 2:
             return False
         conv, norm_out = to_out._modules.values()
         return (
-            is_rms_norm(modules["norm"])
-            and is_convolution(modules["to_qkv"], 1, bias=False)
+            is_convolution(modules["to_qkv"], 1, bias=False)
             and is_convolution(conv, 1)
             and is_rms_norm(norm_out)
             and self.scale == parameter(self, "mem_kv").shape[2] ** -0.5
         )
+
+    def _qkv(self, x: torch.Tensor) -> torch.Tensor:
+        return self.to_qkv(self.norm(x))
 
     def _by_modules(self, x: torch.Tensor) -> torch.Tensor:
         if self.low_memory and torch.is_grad_enabled():
@@ -77,7 +90,7 @@ class LinearAttention(nn.Module):
 
     def _steps(self, x: torch.Tensor) -> torch.Tensor:
         B, _, H, W = x.shape
-        q, k, v = self.to_qkv(self.norm(x)).reshape(B, 3, self.heads, -1, H * W).unbind(1)  # (B, heads, D, N)
+        q, k, v = self._qkv(x).reshape(B, 3, self.heads, -1, H * W).unbind(1)  # (B, heads, D, N)
         mem_k, mem_v = self.mem_kv.to(k.dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, D, M)
         k, v = torch.cat((mem_k, k), dim=-1).softmax(dim=-1), torch.cat((mem_v, v), dim=-1)
         context = (k @ v.transpose(-1, -2)) * self.scale  # (B, heads, D, E)
@@ -85,7 +98,7 @@ class LinearAttention(nn.Module):
 
     def why_by_modules(self) -> str | None:
         """Why the module calls its modules one after another, in one clause; None where it is one op."""
-        return None if self._is_fused() else why_by_modules(self)
+        return None if self.is_fused() else why_by_modules(self)
 
 
 @stock
@@ -135,15 +148,19 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.compute(x)
 
-    def compute(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention of x plus `residual`; a network calls it where the module itself is unmodified."""
-        if not self._is_fused():
-            out = self._by_modules(x)
-            return out if residual is None else out + residual
+    def compute(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: nn.Module | None = None
+    ) -> torch.Tensor:
+        """See `LinearAttention.compute`."""
         modules: dict[str, Any] = self._modules  # see `parameter`
+        if norm is None:
+            norm = modules["norm"]
+            if not self.is_fused():
+                out = self._by_modules(x)
+                return out if residual is None else out + residual
         to_out = modules["to_out"]
         return unchecked_attention_block(
-            *to_autocast_dtype(x), parameter(modules["norm"], "g"), parameter(modules["to_qkv"], "weight"),
+            *to_autocast_dtype(x), parameter(norm, "g"), parameter(modules["to_qkv"], "weight"),
             parameter(self, "mem_kv"), narrow(to_out, "weight"), narrow(to_out, "bias"),
             heads=self.heads, residual=residual,
         )  # fmt: skip
@@ -151,19 +168,24 @@ class Attention(nn.Module):
     def narrow_groups(self) -> list[Group]:
         """See `narrow_weights`; the other weights' products read float32 and round it once, with the gain."""
         to_out: Any = self._modules["to_out"]
-        return [(parameter(to_out, "weight"),), (parameter(to_out, "bias"),)] if self._is_fused() else []
+        return [(parameter(to_out, "weight"),), (parameter(to_out, "bias"),)] if self._fits_the_op() else []
 
-    def _is_fused(self) -> bool:
-        """True if the modules may be computed from their weights as one op."""
-        if calls_every_module():
+    def is_fused(self, norm: nn.Module | None = None) -> bool:
+        """See `LinearAttention.is_fused`."""
+        if calls_every_module() or not is_rms_norm(self._modules["norm"] if norm is None else norm):
             return False
+        return self._fits_the_op()
+
+    def _fits_the_op(self) -> bool:
         modules: dict[str, Any] = self._modules
         return (
-            is_rms_norm(modules["norm"])
-            and is_convolution(modules["to_qkv"], 1, bias=False)
+            is_convolution(modules["to_qkv"], 1, bias=False)
             and is_convolution(modules["to_out"], 1)
             and self._attends_as_the_op()
         )
+
+    def _qkv(self, x: torch.Tensor) -> torch.Tensor:
+        return self.to_qkv(self.norm(x))
 
     def _attends_as_the_op(self) -> bool:
         attend: Any = self._modules["attend"]
@@ -173,15 +195,18 @@ class Attention(nn.Module):
         return is_instance(dropout, nn.Dropout) and not _is_active(dropout)
 
     def _by_modules(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.to_qkv(self.norm(x))
+        qkv = self._qkv(x)
         if self._attends_as_the_op() and not calls_every_module():
             return self.to_out(attention(qkv, self.mem_kv, heads=self.heads))
         B, _, H, W = x.shape
         q, k, v = qkv.reshape(B, 3, self.heads, -1, H * W).transpose(-1, -2).unbind(1)  # (B, heads, N, D)
         mem_k, mem_v = self.mem_kv.to(k.dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, M, D)
-        out = self.attend(q, torch.cat((mem_k, k), dim=-2), torch.cat((mem_v, v), dim=-2))
+        out = self._attend(q, torch.cat((mem_k, k), dim=-2), torch.cat((mem_v, v), dim=-2))
         return self.to_out(out.transpose(-1, -2).reshape(B, -1, H, W))
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.attend(q, k, v)
 
     def why_by_modules(self) -> str | None:
         """Why the module calls its modules one after another, in one clause; None where it is one op."""
-        return None if self._is_fused() else why_by_modules(self)
+        return None if self.is_fused() else why_by_modules(self)

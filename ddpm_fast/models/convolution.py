@@ -42,6 +42,13 @@ class Conv3x3(nn.Conv2d):
         return _weight_and_bias(self) if self.bias is not None and keeps_size(self, 3) else []
 
 
+class Conv4x4(nn.Conv2d):
+    """A 4×4 convolution of stride 2 with padding 1: (B, C, H, W) → (B, K, H/2, W/2)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 4, stride=2, padding=1)
+
+
 class StemConv(nn.Conv2d):
     """The network's first convolution, of odd side: (B, C, H, W) → (B, K, H, W)."""
 

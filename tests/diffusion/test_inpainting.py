@@ -94,7 +94,7 @@ def test_after_a_jump_the_state_has_the_noise_that_the_network_is_told(ours):
     # Four standard deviations of the estimate.
     wrong = [t for t, std in diffusion.model.seen if abs(std / deviations[t] - 1) > 4 / math.sqrt(2 * size**2)]
     times = [t for t, _ in diffusion.model.seen]
-    assert any(later > earlier for earlier, later in zip(times, times[1:], strict=False)) == ours
+    assert any(later > earlier for earlier, later in zip(times, times[1:], strict=False))
     assert (len(wrong) <= 1) == ours, "upstream has been fixed"
 
 

@@ -615,7 +615,7 @@ def test_a_subclass_with_its_own_steps_in_continuous_time(monkeypatch):
     given_noise(monkeypatch, [first, *rest])
     expected = theirs.sample(B)
     monkeypatch.undo()
-    monkeypatch.setattr("ddpm_fast.diffusion.diffusion_process.normal", lambda *args, **kwargs: first.clone())
+    monkeypatch.setattr("ddpm_fast.diffusion.sampled_process.normal", lambda *args, **kwargs: first.clone())
     given_noise(monkeypatch, rest)
     torch.testing.assert_close(ours.sample(B, seed=1, progress=False), expected, rtol=0, atol=5e-5)
     with pytest.raises(ValueError, match="sampler must be 'ddpm' with the spacing 'own' where Mine has its own"):
