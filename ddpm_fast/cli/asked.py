@@ -124,7 +124,9 @@ def strip_of(diffusion: DiffusionProcess, options: AskedOptions) -> list[Drawing
         raise UserError("--guidance-strip draws samples; it cannot be given with --upscale or --inpaint")
     if not _takes_classes(diffusion) and not getattr(diffusion.network, "cond_dim", None):
         raise UserError("--guidance-strip: the checkpoint's network takes no classes and no vectors")
-    one = drawing_of(diffusion, dataclasses.replace(options, columns_per_class=1 if _takes_classes(diffusion) else None), None)
+    one = drawing_of(
+        diffusion, dataclasses.replace(options, columns_per_class=1 if _takes_classes(diffusion) else None), None
+    )
     if "classes" not in one.inputs:
         one = dataclasses.replace(one, count=1, inputs={name: values[:1] for name, values in one.inputs.items()})
     base = one.options.get("guidance") or Guidance()

@@ -25,6 +25,7 @@ from ddpm_fast._version import __version__
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.discrete_process import DiscreteProcess
 from ddpm_fast.diffusion.images import as_floats, identity
+from ddpm_fast.diffusion.super_resolution import shrunk
 from ddpm_fast.diffusion.xm import XMWrapper, process_of
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime import recording
@@ -647,7 +648,7 @@ class Trainer:
         """Of `count` images that are evenly spaced in the dataset these, at low resolution: (B, C, h, w)."""
         indices = spread(len(self.ds), count)
         images = collate([self.ds[indices[number]] for number in numbers])
-        return nn.functional.avg_pool2d(as_floats(images), factor).to(self.device)
+        return shrunk(as_floats(images), factor).to(self.device)
 
     def _stop(self, number: int) -> NoReturn:
         self._bar.close()
