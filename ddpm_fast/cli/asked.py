@@ -230,7 +230,7 @@ def _guidance_of(diffusion: DiffusionProcess, options: AskedOptions) -> Any:
     from ddpm_fast.diffusion.guidance import Guidance, as_guidance
 
     named = {"scale": options.guidance, "interval": options.guidance_interval, "rescale": options.guidance_rescale}
-    given = {name: value for name, value in named.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     own = as_guidance(diffusion.guidance)
     if not given:
         return None

@@ -79,7 +79,7 @@ class Images:
             self._dataset = PreparedDataset(data)
         else:
             cond_mode = _MODES.get(getattr(network, "cond_channels", 0))
-            modes = {"convert_image_to": _MODES.get(channels), "convert_cond_image_to": cond_mode}
+            modes: dict[str, Any] = {"convert_image_to": _MODES.get(channels), "convert_cond_image_to": cond_mode}
             self._dataset = Dataset(data, size, dtype=None, **modes, **labels)
         total = len(self._dataset)
         if count is not None and count > total:
@@ -112,7 +112,7 @@ class Images:
         images = [split_item(self._dataset[index])[0] for index in self._indices[chosen]]
         return torch.stack([i if i.dtype == torch.uint8 else (i * 255).round().to(torch.uint8) for i in images])
 
-    def conditions(self, chosen: slice, device: torch.device) -> dict[str, torch.Tensor]:
+    def conditions(self, chosen: slice, device: torch.device) -> dict[str, Any]:
         """What the network takes with these images: (n, ...) by name."""
         from ddpm_fast.training.items import collate_items
 

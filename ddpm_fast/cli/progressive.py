@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -112,7 +112,7 @@ def _sampled(diffusion: "DiffusionProcess", options: Progressive, seed: int) -> 
 
     classes = asked_classes(diffusion, options.classes)
     count = options.num_samples
-    given = {"classes": [classes[index % len(classes)] for index in range(count)]} if classes else {}
+    given: dict[str, Any] = {"classes": [classes[index % len(classes)] for index in range(count)]} if classes else {}
     found = diffusion.progressive(count, options.columns, seed=seed, **given)
     print(f"times: {', '.join(f'{time:.4g}' for time in found.times.tolist())}, and the end")
     return torch.cat((found.estimates, found.images[:, None]), dim=1).cpu()

@@ -98,7 +98,8 @@ def read_labels(
     if label_column is not None:
         classes = _classes_of(cells)
     cond = np.array([found.numbers for found in cells], np.float32) if columns else None
-    return Labels(*(classes or (None, None)), cond)
+    names, numbers = classes or (None, None)
+    return Labels(names, numbers, cond)
 
 
 def find_partners(paths: PathSequence, others: PathSequence) -> PathSequence:
@@ -152,7 +153,7 @@ def _classes_by_folder(paths: PathSequence) -> tuple[tuple[str, ...], np.ndarray
 def _tables(paths: PathSequence, labels: _LabelsFrom) -> list[tuple[Path, str]]:
     """The tables, and the folders relative to the images' that their names are relative to."""
     if labels not in (None, "folders", "metadata"):
-        return [(Path(labels), "")]  # type: ignore[arg-type]
+        return [(Path(labels), "")]
     found = [name for name in paths.beside if os.path.basename(name) in METADATA_NAMES]
     folders = [os.path.dirname(name) for name in found]
     for folder in folders:

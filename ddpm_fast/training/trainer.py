@@ -632,14 +632,15 @@ class Trainer:
         sampler = self.ema.ema_model.eval()
         seed = derive_seed(self.seed, "samples")
         factor = getattr(sampler, "super_resolution", None)
-        grid = plan_grid(self.ds, self._given, getattr(_network_of(sampler), "num_classes", None), self.num_samples)
+        num_classes = getattr(_network_of(sampler), "num_classes", None)
+        grid = plan_grid(self.ds, self._given, num_classes, self.num_samples, of_images=factor is not None)
         images = []
-        for start in range(0, grid.count, self.batch_size):
-            end = min(start + self.batch_size, grid.count)
+        for start in range(0, grid.size, self.batch_size):
+            end = min(start + self.batch_size, grid.size)
             options: dict[str, Any] = {"seed": seed, "start_index": start, "progress": False}
             options |= {name: values[start:end].to(self.device) for name, values in grid.conditions.items()}
             if factor is not None:
-                images.append(sampler.upscale(self._shrunk(range(start, end), grid.count, factor), **options))
+                images.append(sampler.upscale(self._shrunk(range(start, end), grid.size, factor), **options))
             else:
                 images.append(sampler.sample(batch_size=end - start, **options))
         save_image_grid(torch.cat(images), path, nrow=grid.columns)

@@ -248,7 +248,7 @@ class TestSamples:
     )
     def test_a_row_for_each_class_and_the_first_ones_of_many(self, known, count, rows, columns):
         grid = plan_grid(None, Given(has_classes=True), known, count)
-        assert (grid.count, grid.columns) == (rows * columns, columns)
+        assert (grid.size, grid.columns) == (rows * columns, columns)
         assert grid.conditions["classes"].tolist() == [row for row in range(rows) for _ in range(columns)]
 
     def test_the_grid_of_a_milestone(self, tmp_path):
