@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Adam, AdamW
 
+from ddpm_fast.diffusion.conditions import CONDITIONS
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.xm import XMWrapper, process_of
 from ddpm_fast.models.narrow_weights import KeptCopies
@@ -38,8 +39,6 @@ def capture_training_step(
     keep_copies: bool = False,
 ) -> TrainingStep:
     """A function `step(images) -> loss` that trains `diffusion` on one batch, as a CUDA graph where there is CUDA.
-
-    With conditions a batch is `(images, flips, conditions)`: `step((images, None, {"classes": classes}))`.
 
     Timesteps, noise and dropout are drawn on the device from torch's generator, so that `torch.manual_seed` fixes a
     run, and they are those of the same step run without a graph. The graph is recorded by the first call, and again
@@ -179,9 +178,9 @@ class TrainingStep:
 
         Args:
             batches: images of `batch_shape`, floating point in [0, 1] with `auto_normalize`, or uint8, which stand for
-                themselves / 255; or pairs of images and flips, (B,) bool or None, the images to be mirrored; or triples
-                with conditions, a dictionary of tensors (B, ...) by the process's keywords: classes, cond, cond_image,
-                cond_keep_mask. All on the device, or in memory of the host, best pinned.
+                themselves / 255; or tuples of images, flips, (B,) bool or None, the images to be mirrored, and
+                conditions, a dictionary of what the process takes by keyword: `classes`, `cond`, `cond_image` or
+                `cond_keep_mask`, (B, ...) each. All on the device, or in memory of the host, best pinned.
 
         Returns:
             The loss, a scalar on the device; nothing waits for it.
@@ -190,13 +189,13 @@ class TrainingStep:
             raise ValueError(
                 f"a step takes {self.accumulate} batches, accumulate={self.accumulate}; got {len(batches)}"
             )
-        triples = [(batch, None, {}) if isinstance(batch, torch.Tensor) else (*batch, {})[:3] for batch in batches]
-        for images, _, conditions in triples:
-            _check_lengths(conditions, len(images))
+        given = [_as_batch(batch) for batch in batches]
+        for images, _, conditions in given:
             if images.shape != self.batch_shape:
                 raise ValueError(f"images must have shape {self.batch_shape}, got {tuple(images.shape)}")
             if not images.is_floating_point() and images.dtype != torch.uint8:
                 raise TypeError(f"images must be floating point in [0, 1] or uint8, got {images.dtype}")
+            _check_conditions(conditions, len(images))
         self._see_changes()
         if self._average is not None:
             self._average.begin()
@@ -206,8 +205,9 @@ class TrainingStep:
         if not is_whole and not self._gradients:
             trained = [parameter for parameter in self._parameters if parameter.requires_grad]
             self.flat_gradients, self._gradients = _flat_like(trained)
-        for index, (images, flips, conditions) in enumerate(triples):
-            kind = _kind_of(images, flips, conditions)
+        for index, (images, flips, conditions) in enumerate(given):
+            told = tuple((name, tensor.shape, tensor.dtype) for name, tensor in conditions.items())
+            kind = (images.dtype if images.dtype == torch.uint8 else torch.float32, flips is not None, told)
             self._take_in(kind, images, flips, conditions)
             # The coin is the host's, so that each side has a recording of its own.
             coin = self.diffusion.draw_self_condition() if self.recorder.freezes_decisions else None
@@ -274,22 +274,24 @@ class TrainingStep:
                 self._kept = None
 
     def _take_in(
-        self, kind: tuple, images: torch.Tensor, flips: torch.Tensor | None, conditions: Mapping[str, torch.Tensor]
+        self,
+        kind: tuple,
+        images: torch.Tensor,
+        flips: torch.Tensor | None,
+        conditions: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Copy a batch to where the recordings of its kind read it."""
-        device = self._loss.device
+        device, conditions = self._loss.device, conditions or {}
         if kind not in self._inputs:
-            self._inputs[kind] = (
-                torch.zeros(self.batch_shape, dtype=kind[0], device=device),
-                None if flips is None else torch.zeros_like(flips, device=device),
-                {name: torch.zeros_like(values, device=device) for name, values in conditions.items()},
-            )
-        images_read, flips_read, conditions_read = self._inputs[kind]
-        pairs = [(images_read, images), *((conditions_read[name], values) for name, values in conditions.items())]
-        if flips is not None and flips_read is not None:
-            pairs.append((flips_read, flips))
+            room = torch.zeros(self.batch_shape, dtype=kind[0], device=device)
+            told = {name: torch.zeros_like(tensor, device=device) for name, tensor in conditions.items()}
+            self._inputs[kind] = room, None if flips is None else torch.zeros_like(flips, device=device), told
+        own_images, own_flips, own_conditions = self._inputs[kind]
+        pairs = [(own_images, images), (own_flips, flips)]
+        pairs += [(own_conditions[name], tensor) for name, tensor in conditions.items()]
         for to, given in pairs:
-            to.copy_(_pinned(given, device), non_blocking=True)
+            if to is not None and given is not None:
+                to.copy_(_pinned(given, device), non_blocking=True)
 
     def _see_changes(self) -> None:
         """Drop recordings that something has made invalid, and refuse what cannot be recorded any more."""
@@ -471,6 +473,23 @@ class TrainingStep:
         self._snapshot, self._captured_options = Snapshot(self.diffusion, dicts, lists, tensors), self._options()
 
 
+def _as_batch(batch: torch.Tensor | tuple) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Images, flips and conditions of what a step is given."""
+    images, flips, conditions = (batch, None, None) if isinstance(batch, torch.Tensor) else (*batch, None, None)[:3]
+    return images, flips, dict(conditions or {})
+
+
+def _check_conditions(conditions: Mapping[str, Any], batch_size: int) -> None:
+    """Raise unless conditions are tensors of the batch; the process checks the rest."""
+    for name, tensor in conditions.items():
+        if name not in CONDITIONS:
+            raise TypeError(f"conditions must be of {', '.join(CONDITIONS)}, got {name!r}")
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim == 0 or tensor.shape[0] != batch_size:
+            raise ValueError(f"{name} must have one entry per image, {batch_size}, got shape {tuple(tensor.shape)}")
+
+
 def _averaged(ema: Any, diffusion: nn.Module) -> nn.Module:
     """The module that an EMA has to be of: what is trained, or the process in it."""
     return process_of(diffusion) or diffusion if ema.model is not diffusion else diffusion
@@ -498,19 +517,6 @@ def _average_of(ema: Any, diffusion: Any, recorder: Any) -> Average | None:
     if reason is not None:
         raise ValueError(f"ema must be an average of diffusion that each step moves alone, and {reason}")
     return Average(ema, diffusion.device, recorder)
-
-
-def _kind_of(images: torch.Tensor, flips: torch.Tensor | None, conditions: Mapping[str, torch.Tensor]) -> tuple:
-    """What a recording depends on in a batch."""
-    of_conditions = ((name, tuple(values.shape), values.dtype) for name, values in sorted(conditions.items()))
-    return images.dtype if images.dtype == torch.uint8 else torch.float32, flips is not None, *of_conditions
-
-
-def _check_lengths(conditions: Mapping[str, Any], count: int) -> None:
-    for name, values in conditions.items():
-        if not isinstance(values, torch.Tensor) or values.ndim == 0 or len(values) != count:
-            found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-            raise ValueError(f"{name} must be a tensor with one entry per image, {count}, got {found}")
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -244,7 +244,7 @@ def test_conditions_are_read_anew_by_every_replay(recorder):
         assert torch.equal(found, loss.detach())
     for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    with pytest.raises(ValueError, match=r"classes must be a tensor with one entry per image, \d+, got \(1,\)$"):
+    with pytest.raises(ValueError, match=r"classes must have one entry per image, \d+, got shape \(1,\)$"):
         step((batch, None, {"classes": torch.zeros(1, dtype=torch.int64)}))
 
 
