@@ -207,7 +207,9 @@ class GaussianDiffusion(DiscreteProcess):
     def _composed_loop(self, x: torch.Tensor, run: SamplingRun) -> torch.Tensor:
         """The same walk with the overridable methods, for subclasses such as guided or learned-variance sampling."""
         x_start, plan = None, run.plan
-        run.conditioning.check_unguided(f"{type(self).__name__} has its own {', '.join(sorted(self._overridden()))}")
+        own = f"{type(self).__name__} has its own {', '.join(sorted(self._overridden()))}"
+        inserts = run.conditioning.mask is not None
+        run.conditioning.check_unguided(own, inserts=not self._has_own("p_sample"))
         told: dict[str, Any] = run.conditioning.arguments
         if not run.clip_x_start:
             raise ValueError(f"clip_x_start must be True where {type(self).__name__} has its own steps, which clip")
@@ -216,9 +218,6 @@ class GaussianDiffusion(DiscreteProcess):
                 f"sampler {plan.sampler!r} calls the network between timesteps, which {type(self).__name__}'s own "
                 f"{', '.join(sorted(self._overridden()))} cannot do"
             )
-        inserts = run.conditioning.mask is not None
-        if inserts and self._has_own("p_sample"):
-            raise ValueError(f"{type(self).__name__} has its own p_sample, which inpainting would leave out")
         full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps and not inserts
         # No table over timesteps: an override may call the network with other times.
         derived = inference_weights(self.model) if may_derive(self.model) else nullcontext()
