@@ -188,8 +188,8 @@ class ClassifierFreeDiffusion(GaussianDiffusion):
 
     def _as_guidance(self, cond_scale: float, rescaled_phi: float) -> Guidance:
         """Upstream's two numbers; the update's part along the output is left out."""
-        options = {"eta": 0.0, "space": "output", "cfg_plus_plus": self.use_cfg_plus_plus}
-        return Guidance(cond_scale, rescale=rescaled_phi, **options)  # type: ignore[arg-type]
+        projected: dict[str, Any] = {"eta": 0.0, "space": "output"}
+        return Guidance(cond_scale, rescale=rescaled_phi, cfg_plus_plus=self.use_cfg_plus_plus, **projected)
 
     def _guided_plan(self, plan: SamplerTable, found: Guidance, has_gradient: bool) -> SamplerTable:
         """A sampler's table with upstream's guidance: its DDIM takes the noise of other estimates of x0."""
@@ -241,7 +241,7 @@ class ClassifierFreeDiffusion(GaussianDiffusion):
         seed = self._seed(seed)
         row = self.num_timesteps - 1 - t
         if self._overrides(*_STEP_METHODS[1:]):
-            given = {"classes": classes, "cond_scale": cond_scale, "rescaled_phi": rescaled_phi}
+            given: dict[str, Any] = {"classes": classes, "cond_scale": cond_scale, "rescaled_phi": rescaled_phi}
             mean, _, log_variance, x_start = self.p_mean_variance(x=x, t=times, clip_denoised=clip_denoised, **given)
             noise = self._step_noise(x, seed, row, start_index) if noise is None else noise
             return mean + (0.5 * log_variance).exp() * noise * (t > 0), x_start
