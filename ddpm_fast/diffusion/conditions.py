@@ -18,6 +18,7 @@ from torch import nn
 
 from ddpm_fast import noise as noise_function
 from ddpm_fast.ops.noise.op import normal
+from ddpm_fast.ops.registration import may_read
 from ddpm_fast.runtime.plain import shown
 
 # Keywords of a training step's conditions.
@@ -277,18 +278,13 @@ def _check_classes(classes: torch.Tensor, takes: Takes) -> None:
     if classes.ndim != 1:
         raise ValueError(f"classes must have shape (B,), one per image, got {tuple(classes.shape)}")
     count = takes.num_classes
-    if count is None or takes.classes is None or not _may_look(classes):
+    if count is None or takes.classes is None or not classes.numel() or not may_read(classes):
         return
     low, high = (bound.item() for bound in classes.aminmax())
     last = count if takes.keep_mask or takes.null_class == count else count - 1
     if low < 0 or high > last:
         null = f", {count} being no class" if last == count else ""
         raise ValueError(f"classes must be in [0, {last}]{null}, got values from {low} to {high}")
-
-
-def _may_look(tensor: torch.Tensor) -> bool:
-    """True where reading a value waits for nothing and is not traced."""
-    return tensor.device.type == "cpu" and bool(tensor.numel()) and not torch.compiler.is_compiling()
 
 
 def _check_vectors(cond: torch.Tensor, width: int | None) -> None:

@@ -185,6 +185,12 @@ def widened(table: torch.Tensor) -> torch.Tensor:
     return torch.cat((table, table.new_zeros(rows, max(0, _FIRST - columns)), beyond), dim=1)
 
 
+def empty_table(rows: int, columns: int) -> torch.Tensor:
+    """(rows, columns) float64 zeros, and in the columns of guidance what guides nothing."""
+    table = torch.zeros(rows, min(columns, _FIRST), dtype=torch.float64, device="cpu")
+    return widened(table) if columns == WIDTH else table
+
+
 def column(name: str) -> int:
     """The place of one of `COLUMNS` in a table."""
     return _FIRST + list(COLUMNS).index(name)

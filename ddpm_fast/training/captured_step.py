@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Adam, AdamW
 
+from ddpm_fast.diffusion.conditions import CONDITIONS
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.xm import XMWrapper, process_of
 from ddpm_fast.models.narrow_weights import KeptCopies
@@ -143,8 +144,8 @@ class TrainingStep:
         self._recorder_class, self.any_module = recorder, any_module
         device = diffusion.device
         self.batch_shape = tuple(batch_shape)
-        # Images and flips where a graph reads them, for each kind of batch.
-        self._inputs: dict[tuple, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        # Images, flips and conditions where a graph reads them, for each kind of batch.
+        self._inputs: dict[tuple, tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]] = {}
         self._loss = torch.zeros((), device=device)
         self.grad_norm = torch.full((), float("nan"), device=device)
         self.ema: Any = ema
@@ -172,13 +173,14 @@ class TrainingStep:
         self._parameters = list(self.diffusion.parameters())
         self.recorder = self._recorder_class(self.diffusion.device)
 
-    def __call__(self, *batches: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+    def __call__(self, *batches: torch.Tensor | tuple) -> torch.Tensor:
         """Train on `accumulate` batches.
 
         Args:
             batches: images of `batch_shape`, floating point in [0, 1] with `auto_normalize`, or uint8, which stand for
-                themselves / 255; or pairs of images and flips, (B,) bool or None, the images to be mirrored. All on the
-                device, or in memory of the host, best pinned.
+                themselves / 255; or tuples of images, flips, (B,) bool or None, the images to be mirrored, and
+                conditions, a dictionary of what the process takes by keyword: `classes`, `cond`, `cond_image` or
+                `cond_keep_mask`, (B, ...) each. All on the device, or in memory of the host, best pinned.
 
         Returns:
             The loss, a scalar on the device; nothing waits for it.
@@ -187,12 +189,13 @@ class TrainingStep:
             raise ValueError(
                 f"a step takes {self.accumulate} batches, accumulate={self.accumulate}; got {len(batches)}"
             )
-        pairs = [(batch, None) if isinstance(batch, torch.Tensor) else batch for batch in batches]
-        for images, _ in pairs:
+        given = [_as_batch(batch) for batch in batches]
+        for images, _, conditions in given:
             if images.shape != self.batch_shape:
                 raise ValueError(f"images must have shape {self.batch_shape}, got {tuple(images.shape)}")
             if not images.is_floating_point() and images.dtype != torch.uint8:
                 raise TypeError(f"images must be floating point in [0, 1] or uint8, got {images.dtype}")
+            _check_conditions(conditions, len(images))
         self._see_changes()
         if self._average is not None:
             self._average.begin()
@@ -202,9 +205,10 @@ class TrainingStep:
         if not is_whole and not self._gradients:
             trained = [parameter for parameter in self._parameters if parameter.requires_grad]
             self.flat_gradients, self._gradients = _flat_like(trained)
-        for index, (images, flips) in enumerate(pairs):
-            kind = (images.dtype if images.dtype == torch.uint8 else torch.float32, flips is not None)
-            self._take_in(kind, images, flips)
+        for index, (images, flips, conditions) in enumerate(given):
+            told = tuple((name, tensor.shape, tensor.dtype) for name, tensor in conditions.items())
+            kind = (images.dtype if images.dtype == torch.uint8 else torch.float32, flips is not None, told)
+            self._take_in(kind, images, flips, conditions)
             # The coin is the host's, so that each side has a recording of its own.
             coin = self.diffusion.draw_self_condition() if self.recorder.freezes_decisions else None
             if is_whole:
@@ -269,13 +273,23 @@ class TrainingStep:
             if self._kept.why_not_written() is not None:
                 self._kept = None
 
-    def _take_in(self, kind: tuple, images: torch.Tensor, flips: torch.Tensor | None) -> None:
+    def _take_in(
+        self,
+        kind: tuple,
+        images: torch.Tensor,
+        flips: torch.Tensor | None,
+        conditions: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Copy a batch to where the recordings of its kind read it."""
-        device = self._loss.device
+        device, conditions = self._loss.device, conditions or {}
         if kind not in self._inputs:
             room = torch.zeros(self.batch_shape, dtype=kind[0], device=device)
-            self._inputs[kind] = room, None if flips is None else torch.zeros_like(flips, device=device)
-        for to, given in zip(self._inputs[kind], (images, flips), strict=True):
+            told = {name: torch.zeros_like(tensor, device=device) for name, tensor in conditions.items()}
+            self._inputs[kind] = room, None if flips is None else torch.zeros_like(flips, device=device), told
+        own_images, own_flips, own_conditions = self._inputs[kind]
+        pairs = [(own_images, images), (own_flips, flips)]
+        pairs += [(own_conditions[name], tensor) for name, tensor in conditions.items()]
+        for to, given in pairs:
             if to is not None and given is not None:
                 to.copy_(_pinned(given, device), non_blocking=True)
 
@@ -364,8 +378,9 @@ class TrainingStep:
 
     def _backward(self, kind: tuple, self_conditioned: bool | None) -> torch.Tensor:
         """The loss of a batch, a share of the step's, after its backward."""
-        images, flips = self._inputs[kind]
+        images, flips, conditions = self._inputs[kind]
         options: dict[str, Any] = {} if self_conditioned is None else {"self_conditioned": self_conditioned}
+        options |= conditions
         options |= {} if flips is None else {"flip": flips}
         autocast = torch.autocast(
             images.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
@@ -456,6 +471,23 @@ class TrainingStep:
             dicts += optimizer.param_groups
         tensors = [*_state_tensors(optimizer), *_state_of_scaler(self.scaler)]
         self._snapshot, self._captured_options = Snapshot(self.diffusion, dicts, lists, tensors), self._options()
+
+
+def _as_batch(batch: torch.Tensor | tuple) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Images, flips and conditions of what a step is given."""
+    images, flips, conditions = (batch, None, None) if isinstance(batch, torch.Tensor) else (*batch, None, None)[:3]
+    return images, flips, dict(conditions or {})
+
+
+def _check_conditions(conditions: Mapping[str, Any], batch_size: int) -> None:
+    """Raise unless conditions are tensors of the batch; the process checks the rest."""
+    for name, tensor in conditions.items():
+        if name not in CONDITIONS:
+            raise TypeError(f"conditions must be of {', '.join(CONDITIONS)}, got {name!r}")
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim == 0 or tensor.shape[0] != batch_size:
+            raise ValueError(f"{name} must have one entry per image, {batch_size}, got shape {tuple(tensor.shape)}")
 
 
 def _averaged(ema: Any, diffusion: nn.Module) -> nn.Module:
