@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,34 +12,18 @@ from torch import nn
 from ddpm_fast import noise as noise_function
 from ddpm_fast.diffusion.conditions import Conditions, taken_by
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, TrainingRows, process
-from ddpm_fast.diffusion.discrete_process import ModelPrediction, extract
+from ddpm_fast.diffusion.discrete_process import ModelPrediction
 from ddpm_fast.diffusion.gaussian_diffusion import _STEP_METHODS, GaussianDiffusion
 from ddpm_fast.diffusion.guidance import Guidance, column, split_noise, widened
 from ddpm_fast.diffusion.samplers import SamplerTable
 from ddpm_fast.diffusion.sampling import Conditioning, SamplingRun
-from ddpm_fast.models.derived_weights import inference_weights, may_derive
+from ddpm_fast.models.classifier_free_unet import guided_output
 from ddpm_fast.ops.sampler_step.op import sampler_step
 from ddpm_fast.runtime.autocast import call_model
 from ddpm_fast.runtime.plain import plain
 
 # Upstream's defaults of sampling.
 COND_SCALE, RESCALED_PHI = 6.0, 0.7
-
-
-def guided_output(output: torch.Tensor, null: torch.Tensor, cond_scale: float, rescaled_phi: float) -> torch.Tensor:
-    """Upstream's guidance of the output: y + (w − 1)·u, u being the part of y − y' across y, rescaled by φ.
-
-    Ho & Salimans 2022; Sadat et al. 2024, section 4 (the part along y is left out); Lin et al. 2023, section 3.4.
-    """
-    if cond_scale == 1:
-        return output
-    update, along = (output - null).double(), nn.functional.normalize(output.double().flatten(1), dim=1)
-    parallel = (update.flatten(1) * along).sum(1, keepdim=True) * along
-    guided = output + (cond_scale - 1) * (update - parallel.reshape(output.shape)).to(output.dtype)
-    if rescaled_phi == 0:
-        return guided
-    std, std_guided = (tensor.std(dim=(1, 2, 3), keepdim=True) for tensor in (output, guided))
-    return guided * (std / std_guided) * rescaled_phi + guided * (1 - rescaled_phi)
 
 
 @process("classifier_free")
@@ -205,8 +188,8 @@ class ClassifierFreeDiffusion(GaussianDiffusion):
 
     def _as_guidance(self, cond_scale: float, rescaled_phi: float) -> Guidance:
         """Upstream's two numbers; the update's part along the output is left out."""
-        options = {"eta": 0.0, "space": "output", "cfg_plus_plus": self.use_cfg_plus_plus}
-        return Guidance(cond_scale, rescale=rescaled_phi, **options)  # type: ignore[arg-type]
+        projected: dict[str, Any] = {"eta": 0.0, "space": "output"}
+        return Guidance(cond_scale, rescale=rescaled_phi, cfg_plus_plus=self.use_cfg_plus_plus, **projected)
 
     def _guided_plan(self, plan: SamplerTable, found: Guidance, has_gradient: bool) -> SamplerTable:
         """A sampler's table with upstream's guidance: its DDIM takes the noise of other estimates of x0."""
@@ -258,7 +241,7 @@ class ClassifierFreeDiffusion(GaussianDiffusion):
         seed = self._seed(seed)
         row = self.num_timesteps - 1 - t
         if self._overrides(*_STEP_METHODS[1:]):
-            given = {"classes": classes, "cond_scale": cond_scale, "rescaled_phi": rescaled_phi}
+            given: dict[str, Any] = {"classes": classes, "cond_scale": cond_scale, "rescaled_phi": rescaled_phi}
             mean, _, log_variance, x_start = self.p_mean_variance(x=x, t=times, clip_denoised=clip_denoised, **given)
             noise = self._step_noise(x, seed, row, start_index) if noise is None else noise
             return mean + (0.5 * log_variance).exp() * noise * (t > 0), x_start
@@ -382,52 +365,28 @@ class ClassifierFreeDiffusion(GaussianDiffusion):
             return f"{type(self.model).__name__} has its own forward_with_cond_scale"
         return super()._why_not_recorded(sampler, x, any_module, given)
 
-    @torch.inference_mode()
-    def _composed_loop(self, x: torch.Tensor, run: SamplingRun) -> torch.Tensor:
-        """The walk with the overridable methods, which get classes, scale and φ as upstream's do."""
-        plan = run.plan
-        self._check_composed(run)
-        full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps
-        given = run.conditioning.arguments
-        classes = given["classes"][: x.shape[0]]
-        table = widened(plan.table)
-        scale_and_phi = table[:, [column("w"), column("phi")]].tolist()
-        options: dict[str, Any] = {}
-        if "p_sample" not in self._overridden():
-            options = {"seed": run.seed, "start_index": run.start_index}
-        derived = inference_weights(self.model) if may_derive(self.model) else nullcontext()
-        kept: list[torch.Tensor] = []  # x0 of the rows before, the newest first
-        with derived, run.progress_bar(x.device) as bar:
-            for row in run.rows:
-                if full_ddpm:
-                    x, x_start = self.p_sample(x, int(plan.times[row]), classes, *scale_and_phi[row], **options)
-                else:
-                    x, x_start = self._composed_step(run, table[row], row, x, kept, classes)
-                run.step_done(x, bar, x_start)
-        return x
+    def _check_composed(self, run: SamplingRun) -> None:
+        super()._check_composed(replace(run, conditioning=replace(run.conditioning, is_doubled=False)))
+        table = widened(run.plan.table)
+        guided = table[table[:, column("w")] != 1]
+        if bool((guided[:, [column(name) for name in ("eta", "rho", "mu", "space")]] != 0).any()):
+            raise ValueError(
+                f"guidance must be cond_scale and rescaled_phi where {type(self).__name__} has its own "
+                f"{', '.join(sorted(self._overridden()))}, which takes these two"
+            )
 
-    def _composed_step(
-        self,
-        run: SamplingRun,
-        columns: torch.Tensor,
-        row: int,
-        x: torch.Tensor,
-        kept: list[torch.Tensor],
-        classes: torch.Tensor,
+    def _told(self, run: SamplingRun, row: int) -> tuple[torch.Tensor, float, float]:
+        """The classes, the scale and φ of a row, as upstream's methods take them."""
+        w, phi = widened(run.plan.table[row : row + 1])[0, [column("w"), column("phi")]].tolist()
+        classes = run.conditioning.arguments["classes"]
+        return classes[: len(classes) // 2] if run.conditioning.is_doubled else classes, w, phi
+
+    def _own_p_sample(
+        self, run: SamplingRun, row: int, x: torch.Tensor, x_self_cond: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One row of the table from an overridden `model_predictions`, with the noise that it predicts."""
-        _, _, r, s, u, sigma, u2, u3, _, _, e, f, *_ = columns.tolist()
-        w, phi, *others = (columns[column(name)].item() for name in ("w", "phi", "kg", "kn", "kc"))
-        t = torch.full((x.shape[0],), int(run.plan.times[row]), device=x.device, dtype=torch.long)
-        pred_noise, x_start = self.model_predictions(x, t, classes, w, phi, clip_x_start=True)[:2]
-        a, b = extract(self.sqrt_alphas_cumprod, t, x.shape), extract(self.sqrt_one_minus_alphas_cumprod, t, x.shape)
-        # The factors of other estimates of x0 are those of the noise, which is given here.
-        x_next = (r + sum(others) + s * a) * x_start + s * b * pred_noise
-        for factor, earlier in zip((u, u2, u3), kept, strict=False):
-            if factor != 0:
-                x_next = x_next + factor * earlier
-        second = [e * x + f * x_start] if e or f else kept[:1]
-        kept[:] = [x_start, *second, *kept[1:2]][: run.plan.num_previous]
-        if sigma != 0:
-            x_next = x_next + sigma * self._step_noise(x, run.seed, row, run.start_index)
-        return x_next, x_start
+        return self.p_sample(x, int(run.plan.times[row]), *self._told(run, row), **self._noise_options(run))
+
+    def _own_predictions(
+        self, run: SamplingRun, row: int, x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model_predictions(x, t, *self._told(run, row), clip_x_start=True)[:2]

@@ -64,7 +64,7 @@ class EditingProcess(SampledProcess):
         mask = inpainting.as_mask(mask, image)
         resampling = inpainting.Resampling(num_resamples, jump_length)
         steps = min(self.sampling_timesteps, _STEPS) if sampling_timesteps is None else sampling_timesteps
-        plan = self._inpainting_plan((sampler, steps, spacing, sampler_options), resampling)
+        plan = self._inpainting_plan(self._plan(sampler, steps, spacing, sampler_options, resampling))
         image = as_floats(image).float().contiguous()
         run: dict[str, Any] = {"start_index": start_index, "progress": progress, "graph": graph, **conditioning}
         run |= {"known": self.normalize(image), "mask": mask, "desc": "inpainting time step"}
@@ -72,9 +72,8 @@ class EditingProcess(SampledProcess):
         images = self._sample(plan, image.shape, seed=seed, **run)
         return torch.where(mask == 1, image, images)  # normalising and back rounds
 
-    def _inpainting_plan(self, walk: tuple, resampling: inpainting.Resampling) -> SamplerTable:
-        """The table of a walk with its jumps, kept as the tables of samplers are."""
-        plan = self._plan(*walk, resampling=resampling)
+    def _inpainting_plan(self, plan: SamplerTable) -> SamplerTable:
+        """The table with known pixels in it, kept as the tables of samplers are."""
         key = (plan, "known")
         if key not in self._plans:
             self._plans[key] = inpainting.with_known(plan)
@@ -114,8 +113,7 @@ class EditingProcess(SampledProcess):
         if tuple(low.shape[1:]) != expected:
             raise ValueError(f"low must have shape (B, {', '.join(map(str, expected))}), got {tuple(low.shape)}")
         seed = self._seed(seed)
-        condition = super_resolution.sampling_condition(
-            self.normalize(as_floats(low)), factor, level, seed, start_index
-        )
+        low = self.normalize(as_floats(low))
+        condition: dict[str, Any] = super_resolution.sampling_condition(low, factor, level, seed, start_index)
         condition["cond_image"] = self.unnormalize(condition["cond_image"])  # `sample` takes images as training does
         return self.sample(batch_size=batch, seed=seed, start_index=start_index, **condition, **options)

@@ -86,8 +86,8 @@ def augmented(low: torch.Tensor, levels: torch.Tensor, seed: torch.Tensor, start
         low: (B, C, h, w), in [−1, 1].
         levels: (B,) s, in [0, 1].
     """
-    options = {"seed": seed, "stream": STREAM_AUGMENTATION, "start_index": start_index, "device": low.device}
-    noise = normal(low.shape, step=_OF_PIXELS, **options)
+    options: dict[str, Any] = {"seed": seed, "start_index": start_index, "device": low.device}
+    noise = normal(low.shape, stream=STREAM_AUGMENTATION, step=_OF_PIXELS, **options)
     s = levels[:, None, None, None]
     return (1 - s**2).sqrt() * low + s * noise
 

@@ -13,8 +13,8 @@ from ddpm_fast import Unet as NativeUnet
 from ddpm_fast import XMWrapper, noise
 from ddpm_fast.classifier_free_guidance import GaussianDiffusion, Unet
 from ddpm_fast.diffusion import schedules
-from ddpm_fast.diffusion.classifier_free_diffusion import guided_output
 from ddpm_fast.diffusion.processes import PROCESSES
+from ddpm_fast.models.classifier_free_unet import guided_output
 from ddpm_fast.testing.networks import randomise
 from ddpm_fast.testing.truth import assert_close_to_truth
 
