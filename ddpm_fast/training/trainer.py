@@ -204,6 +204,9 @@ class Trainer:
             raise ValueError("save_best_and_latest_only=True chooses by FID, so calculate_fid must be True")
 
         self._mixed_precision = mixed_precision
+        network = _network_of(diffusion_model)
+        # Without dropped conditions the null condition has no gradient, for which all processes would wait.
+        has_unused = hasattr(network, "cond_drop_prob") and not network.cond_drop_prob
         with self._own_precision():
             self.accelerator = Accelerator(
                 # Without this, torchrun on a machine without accelerators would start unrelated single runs.
@@ -212,7 +215,7 @@ class Trainer:
                 dataloader_config=DataLoaderConfiguration(split_batches=bool(split_batches)),
                 mixed_precision=mixed_precision,
                 kwargs_handlers=[
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=has_unused),
                     InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
                 ],
             )
@@ -229,7 +232,6 @@ class Trainer:
 
         if convert_image_to is None:
             convert_image_to = _MODES.get(self.channels)
-        network = _network_of(diffusion_model)
         of_folder = {
             "exts": exts,
             "value_range": value_range,
