@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,16 +72,3 @@ def plan_grid(dataset: Any, given: Given, num_classes: int | None, count: int, o
 def spread(size: int, count: int) -> list[int]:
     """`count` indices below `size`, evenly spaced: their classes are as frequent as the dataset's."""
     return [index * size // count for index in range(count)]
-
-
-class ConditionsOfSamples:
-    """The conditions of `count` samples that stand for a whole dataset, in its frequencies; a batch at a time."""
-
-    def __init__(self, dataset: Any, given: Given, count: int, device: torch.device):
-        self._dataset, self._given, self._device = dataset, given, device
-        self._indices: Sequence[int] = spread(len(dataset), count)
-
-    def __call__(self, start: int, end: int) -> dict[str, torch.Tensor]:
-        """Keyword arguments of `sample` for the samples from `start` to `end`."""
-        found = read_conditions(self._dataset, self._indices[start:end], self._given)
-        return {name: values.to(self._device) for name, values in found.items()}

@@ -63,12 +63,12 @@ from ddpm_fast.training.checkpoint import (
     warn_of_names,
     with_buffers,
 )
-from ddpm_fast.training.conditioning import ConditionsOfSamples, check_agreement, plan_grid, spread
+from ddpm_fast.training.conditioning import check_agreement, plan_grid, spread
 from ddpm_fast.training.data import Dataset, DigitsDataset
 from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError
 from ddpm_fast.training.history import LossHistory
 from ddpm_fast.training.images_out import save_image_grid
-from ddpm_fast.training.items import check_items, collate
+from ddpm_fast.training.items import check_items, collate, read_conditions
 from ddpm_fast.training.optimizer_step import OptimizerStep
 from ddpm_fast.training.pixels import Color
 from ddpm_fast.training.prepared import PreparedDataset, is_a_function_of_the_index, is_prepared
@@ -250,8 +250,8 @@ class Trainer:
             expected = (0, 1) if is_normalized else (-1, 1)
             shape = (self.channels, *self.image_size)
             self._given = check_items(self.ds, shape, None if isinstance(self.ds, Dataset) else expected)
-        factor = getattr(_averaged_module(diffusion_model), "super_resolution", None)
-        check_agreement(self._given, network, makes_condition=factor is not None)
+        has_own = _factor_of(_averaged_module(diffusion_model)) is not None
+        check_agreement(self._given, network, makes_condition=has_own)
         self._warn_if_small()
 
         self._is_seed_given = seed is not None
@@ -631,27 +631,30 @@ class Trainer:
 
     def _save_samples(self, path: Path) -> None:
         """A grid from the EMA weights, from the same noise and conditions at every milestone."""
-        sampler = self.ema.ema_model.eval()
-        seed = derive_seed(self.seed, "samples")
-        factor = getattr(sampler, "super_resolution", None)
+        sampler, seed = self.ema.ema_model.eval(), derive_seed(self.seed, "samples")
         num_classes = getattr(_network_of(sampler), "num_classes", None)
-        grid = plan_grid(self.ds, self._given, num_classes, self.num_samples, of_images=factor is not None)
+        grid = plan_grid(self.ds, self._given, num_classes, self.num_samples, of_images=_factor_of(sampler) is not None)
+        indices = spread(len(self.ds), grid.size)
         images = []
         for start in range(0, grid.size, self.batch_size):
-            end = min(start + self.batch_size, grid.size)
-            options: dict[str, Any] = {"seed": seed, "start_index": start, "progress": False}
-            options |= {name: values[start:end].to(self.device) for name, values in grid.conditions.items()}
-            if factor is not None:
-                images.append(sampler.upscale(self._shrunk(range(start, end), grid.size, factor), **options))
-            else:
-                images.append(sampler.sample(batch_size=end - start, **options))
+            part = slice(start, min(start + self.batch_size, grid.size))
+            conditions = {name: values[part] for name, values in grid.conditions.items()}
+            images.append(self._draw(indices[part], conditions, seed=seed, start_index=start))
         save_image_grid(torch.cat(images), path, nrow=grid.columns)
 
-    def _shrunk(self, numbers: Sequence[int], count: int, factor: int) -> torch.Tensor:
-        """Of `count` images that are evenly spaced in the dataset these, at low resolution: (B, C, h, w)."""
-        indices = spread(len(self.ds), count)
-        images = collate([self.ds[indices[number]] for number in numbers])
-        return shrunk(as_floats(images), factor).to(self.device)
+    def _draw_as_in_data(self, start: int, end: int) -> torch.Tensor:
+        """Of FID's samples those from `start` to `end`, whose conditions are as frequent as the dataset's."""
+        indices = spread(len(self.ds), self.fid_scorer.n_samples)[start:end]
+        return self._draw(indices, read_conditions(self.ds, indices, self._given))
+
+    def _draw(self, indices: Sequence[int], conditions: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        """Samples with these conditions; of super-resolution, those of these images at low resolution."""
+        sampler, factor = self.ema.ema_model, _factor_of(self.ema.ema_model)
+        options |= {name: values.to(self.device) for name, values in conditions.items()} | {"progress": False}
+        if factor is None:
+            return sampler.sample(batch_size=len(indices), **options)
+        images = as_floats(collate([self.ds[index] for index in indices]))
+        return sampler.upscale(shrunk(images, factor).to(self.device), **options)
 
     def _stop(self, number: int) -> NoReturn:
         self._bar.close()
@@ -724,7 +727,7 @@ class Trainer:
                 device=self.device,
                 num_fid_samples=num_fid_samples,
                 inception_block_idx=inception_block_idx,
-                conditions=ConditionsOfSamples(self.ds, self._given, num_fid_samples, self.device),
+                draw=self._draw_as_in_data,
             )
         except FIDUnavailableError as error:
             if self.save_best_and_latest_only:
@@ -978,6 +981,11 @@ def _network_of(module: nn.Module) -> Any:
     process = process_of(module)
     network = getattr(module, "model", None) if process is None else process.network
     return getattr(network, "_orig_mod", network)
+
+
+def _factor_of(process: Any) -> int | None:
+    """By how much a process enlarges images; None for the others."""
+    return getattr(process, "super_resolution", None)
 
 
 def _averaged_module(module: nn.Module) -> nn.Module:

@@ -9,8 +9,9 @@ from PIL import Image
 
 from ddpm_fast import GaussianDiffusion, PreparedDataset, Trainer, Unet
 from ddpm_fast.training.checkpoint import CheckpointError, load_checkpoint, load_file, read_settings
-from ddpm_fast.training.conditioning import ConditionsOfSamples, plan_grid, spread
+from ddpm_fast.training.conditioning import plan_grid, spread
 from ddpm_fast.training.data import Dataset
+from ddpm_fast.training.evaluation import FIDEvaluation
 from ddpm_fast.training.items import Given, check_items
 from ddpm_fast.training.prepared import prepare
 
@@ -265,15 +266,36 @@ class TestSamples:
 
     def test_samples_for_fid_have_the_data_s_frequencies(self, tmp_path):
         folder = make_folder(tmp_path / "a", NAMES[:2], each=9)
-        for index in range(9):
-            (folder / "bee" / f"{index}.png").rename(folder / "bee" / f"x{index}.png") if index < 6 else (
-                folder / "bee" / f"{index}.png"
-            ).unlink()
-        dataset = Dataset(folder, 8, labels="folders")
-        draw = ConditionsOfSamples(dataset, Given(has_classes=True), 500, torch.device("cpu"))
-        classes = torch.cat([draw(start, min(start + 64, 500))["classes"] for start in range(0, 500, 64)])
-        assert torch.bincount(classes).tolist() == [300, 200]  # 9 and 6 of 15 images
+        for index in (1, 4, 7):
+            (folder / "bee" / f"{index}.png").unlink()
+        made = trainer(tmp_path / "run", folder, {"num_classes": 2}, labels="folders", train_batch_size=64)
+        asked = []
+        made.ema.ema_model.sample = lambda classes, batch_size, **options: (
+            asked.append(classes) or torch.zeros(batch_size, 3, 8, 8)
+        )
+        made.fid_scorer = FIDEvaluation(
+            64, [torch.zeros(15, 3, 8, 8)], made.ema.ema_model, stats_dir=tmp_path, device="cpu", num_fid_samples=500,
+            feature_extractor=lambda images: images[:, :, 0, 0], draw=made._draw_as_in_data,
+        )  # fmt: skip
+        assert made.fid_scorer.fid_score() == 0
+        assert torch.bincount(torch.cat(asked)).tolist() == [300, 200]  # 9 and 6 of 15 images
         assert spread(3, 7) == [0, 0, 0, 1, 1, 2, 2]
+
+    def test_super_resolution_is_shown_on_the_data_s_images(self, tmp_path):
+        torch.manual_seed(0)
+        model = Unet(8, dim_mults=(1,), attn_heads=1, attn_dim_head=4, cond_channels=3, cond_dim=1, num_classes=3)
+        diffusion = GaussianDiffusion(model, image_size=8, timesteps=10, sampling_timesteps=2, super_resolution=2)
+        options = {"train_batch_size": 4, "calculate_fid": False, "progress": False, "num_samples": 6, "num_workers": 0}
+        made = Trainer(diffusion, Items(labelled), results_folder=tmp_path, **options)
+        asked = []
+        made.ema.ema_model.upscale = lambda low, classes, **options: (
+            asked.append((low, classes)) or torch.zeros(len(low), 3, 8, 8)
+        )
+        made._save_samples(tmp_path / "a.png")
+        low, classes = (torch.cat(parts) for parts in zip(*asked, strict=True))
+        images = torch.stack([Items(labelled)[index]["image"] for index in range(0, 24, 4)])
+        assert torch.allclose(low, torch.nn.functional.avg_pool2d(images, 2))
+        assert classes.tolist() == [index % 3 for index in range(0, 24, 4)]
 
 
 def test_a_prepared_file_keeps_labels_vectors_and_names(tmp_path):
