@@ -83,7 +83,7 @@ class Sample:
     """Such as cpu or cuda:0; by default the first accelerator."""
     debug: bool = False
     """Show the traceback of an error."""
-    asked: tyro.conf.OmitArgPrefixes[AskedOptions] = dataclasses.field(default_factory=AskedOptions)
+    conditions: tyro.conf.OmitArgPrefixes[AskedOptions] = dataclasses.field(default_factory=AskedOptions)
 
 
 def run(options: Sample) -> None:
@@ -112,8 +112,8 @@ def run(options: Sample) -> None:
         raise UserError(f"{path} does not record image_size; give --image-size")
     walk = _walk(diffusion, options)
     drawing, strip_drawings = (
-        drawing_of(diffusion, options.asked, options.num_samples),
-        strip_of(diffusion, options.asked),
+        drawing_of(diffusion, options.conditions, options.num_samples),
+        strip_of(diffusion, options.conditions),
     )
     calls = diffusion.network_calls(**walk)  # an option that does not fit ends the command here
     shape = (drawing.count, diffusion.channels, *diffusion.image_size)
@@ -182,7 +182,7 @@ def _walk(diffusion: "DiffusionProcess", options: Sample) -> dict[str, Any]:
     if options.eta is not None:
         of_sampler["eta"] = options.eta
     sampler = options.sampler
-    if sampler is None and diffusion.sampler is None and options.asked.inpaint is None:
+    if sampler is None and diffusion.sampler is None and options.conditions.inpaint is None:
         if options.eta is not None:
             sampler = "ddim"
         elif options.steps is not None and options.steps < _many_steps(diffusion):

@@ -193,6 +193,8 @@ def _arguments(options: Train, record: dict[str, Any] | None) -> _Plan:
 
     record: of `read_settings`; None for a new run.
     """
+    from ddpm_fast.diffusion.processes import PROCESSES
+
     given = {name: getattr(options, name) for name in (*_NETWORK, *_TRAINER, "amp", "image_size")}
     given |= {field.name: getattr(options.process, field.name) for field in dataclasses.fields(options.process)}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
@@ -229,7 +231,9 @@ def _arguments(options: Train, record: dict[str, Any] | None) -> _Plan:
     labels = _labels_of(options, record)
     if record is None:
         network.update(processes.network_of(name, network["channels"]))
-        _add_conditions(options, labels, network, diffusion)
+        is_guided = _add_conditions(options, labels, network, diffusion)
+        if is_guided and "guidance" in PROCESSES[name].arguments():
+            diffusion.setdefault("guidance", _GUIDANCE)
     if not options.flash:
         network["flash_attn"] = False
     training["mixed_precision"] = given.get("amp", training["mixed_precision"])
@@ -255,8 +259,8 @@ def _labels_of(options: Train, record: dict[str, Any] | None) -> dict[str, Any]:
     return {**recorded, **given}
 
 
-def _add_conditions(options: Train, labels: dict[str, Any], network: dict[str, Any], diffusion: dict[str, Any]) -> None:
-    """Give a new network the sizes that the data's conditions ask for, and its grids guidance."""
+def _add_conditions(options: Train, labels: dict[str, Any], network: dict[str, Any], diffusion: dict[str, Any]) -> bool:
+    """Give a new network the sizes that the data's conditions ask for; True if it learns what guidance needs."""
     channels = 3 if options.cond_channels is None else options.cond_channels
     sizes = sizes_of(options.data, options.exts, labels, channels)
     found = {name: getattr(sizes, name) for name in ("num_classes", "cond_dim", "cond_channels")}
@@ -272,8 +276,7 @@ def _add_conditions(options: Train, labels: dict[str, Any], network: dict[str, A
     ):
         if getattr(options, option) is not None and not is_useful:
             raise UserError(f"--{option.replace('_', '-')} is for {what}")
-    if can_guide and network.get("cond_drop_prob") != 0:
-        diffusion.setdefault("guidance", _GUIDANCE)
+    return can_guide and network.get("cond_drop_prob") != 0
 
 
 def _defaults_of(options: Train) -> dict[str, Any]:

@@ -27,7 +27,9 @@ from torch import nn
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
+from ddpm_fast.models import classifier_free_unet
 from ddpm_fast.models.unet import Unet
+from ddpm_fast.models.unet_base import UnetBase
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.plain import as_int, plain
 from ddpm_fast.training.atomic_files import write_atomically
@@ -51,6 +53,8 @@ _LOADING_ERRORS = (
     struct.error,
 )
 
+# Networks that a file's `unet` holds the arguments of, by the name that its `network` gives; without one the first.
+NETWORKS: dict[str, type[UnetBase]] = {"unet": Unet, "classifier_free": classifier_free_unet.Unet}
 # Weights of a network that takes conditions, whose length is an argument of it.
 _CONDITIONS = {"classes_emb.weight": "num_classes", "null_cond": "cond_dim"}
 _SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule, "sigmoid": sigmoid_beta_schedule}
@@ -63,7 +67,7 @@ class CheckpointError(ValueError):
 class Checkpoint(NamedTuple):
     """What `load_checkpoint` returns; `ema` is an `ema_pytorch.EMA` around `diffusion`, whose network is `model`."""
 
-    model: Unet
+    model: UnetBase
     diffusion: DiffusionProcess
     ema: Any
     step: int
@@ -152,14 +156,15 @@ def load_checkpoint(
     config = recorded_config(contents)
     name = process_name(contents, states, path, process)
     cls = PROCESSES[name]
-    unet_options, diffusion_options = _split_overrides(overrides, cls)
+    network = recorded_network(contents)
+    unet_options, diffusion_options = _split_overrides(overrides, network, cls)
     unet_config = config["unet"] or infer_unet_config(network_state(states.model), path)
     diffusion_config = dict(config["diffusion"] or infer_diffusion_config(states.model, name))
     if image_size is not None:
         diffusion_config["image_size"] = image_size
     is_size_unknown = diffusion_config.get("image_size") is None
 
-    model = Unet(**{**unet_config, **unet_options})
+    model: Any = network(**{**unet_config, **unet_options})
     if is_size_unknown:
         diffusion_config["image_size"] = model.downsample_factor
     diffusion = cls(model, **{**diffusion_config, **diffusion_options})
@@ -313,6 +318,20 @@ def recorded_config(contents: Mapping) -> dict[str, Any]:
     record = config if isinstance(config, Mapping) else {}
     parts = {name: record.get(name) for name in ("unet", "diffusion", "xm", "ema")}
     return {name: dict(part) if isinstance(part, Mapping) else None for name, part in parts.items()}
+
+
+def network_name(network: Any) -> str | None:
+    """The name of a network's class among `NETWORKS`; None for others, whose arguments a file does not hold."""
+    return next((name for name, cls in NETWORKS.items() if isinstance(network, cls)), None)
+
+
+def recorded_network(contents: Any) -> type[UnetBase]:
+    """The class of the network whose arguments a file records."""
+    config = contents.get("config") if isinstance(contents, Mapping) else None
+    name = (config.get("network") if isinstance(config, Mapping) else None) or "unet"
+    if name not in NETWORKS:
+        raise CheckpointError(f"the checkpoint's network is a {name!r}, which is none of {', '.join(NETWORKS)}")
+    return NETWORKS[name]
 
 
 def recorded_class_names(contents: Any) -> tuple[str, ...] | None:
@@ -630,10 +649,10 @@ def with_buffers(state: _State, diffusion: nn.Module) -> _State:
 
 
 def _split_overrides(
-    overrides: dict[str, Any], process: type[DiffusionProcess]
+    overrides: dict[str, Any], network: type[UnetBase], process: type[DiffusionProcess]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keyword arguments split into those of `Unet` and those of the process."""
-    unet_names, diffusion_names = set(inspect.signature(Unet).parameters), process.arguments()
+    """Keyword arguments split into those of the network and those of the process."""
+    unet_names, diffusion_names = set(inspect.signature(network).parameters), process.arguments()
     if "num_sample_steps" in diffusion_names and "sampling_timesteps" in overrides:
         renamed = {"num_sample_steps": overrides["sampling_timesteps"], **overrides}
         overrides = {name: value for name, value in renamed.items() if name != "sampling_timesteps"}

@@ -27,7 +27,6 @@ from ddpm_fast.diffusion.discrete_process import DiscreteProcess
 from ddpm_fast.diffusion.images import as_floats, identity
 from ddpm_fast.diffusion.super_resolution import shrunk
 from ddpm_fast.diffusion.xm import XMWrapper, process_of
-from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.compile_ahead import count_processors
 from ddpm_fast.runtime.extras import needed_for
@@ -57,6 +56,7 @@ from ddpm_fast.training.checkpoint import (
     first_difference,
     load_average,
     load_file,
+    network_name,
     recorded_config,
     save_atomically,
     step_of,
@@ -781,6 +781,7 @@ class Trainer:
         """Constructor arguments that rebuild network, diffusion and average, as far as they are this package's."""
         config = {
             "unet": self._network_config(),
+            "network": network_name(_network_of(getattr(self._diffusion, "_orig_mod", self._diffusion))),
             "process": self._process_name(),
             "diffusion": self._process_config(),
             "xm": self._wrapper_config(),
@@ -791,7 +792,7 @@ class Trainer:
 
     def _network_config(self) -> dict[str, Any] | None:
         network = _network_of(getattr(self._diffusion, "_orig_mod", self._diffusion))
-        return network.config if isinstance(network, Unet) else None
+        return None if network_name(network) is None else network.config
 
     def _process(self) -> DiffusionProcess | None:
         """The process, compiled or not; None for another module of the user's."""

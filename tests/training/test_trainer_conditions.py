@@ -228,6 +228,25 @@ class TestResuming:
         with pytest.raises(CheckpointError, match="the file has num_classes=3, this trainer has num_classes=4"):
             trainer(tmp_path, Items(labelled), {"num_classes": 4}).load(1)
 
+    def test_upstream_s_class_conditional_network_is_rebuilt(self, tmp_path):
+        from ddpm_fast import classifier_free_guidance
+
+        def make_upstream_s():
+            model = classifier_free_guidance.Unet(8, num_classes=3, dim_mults=(1,), attn_heads=1, attn_dim_head=4)
+            return classifier_free_guidance.GaussianDiffusion(model, image_size=8, timesteps=10, sampling_timesteps=2)
+
+        options = {"train_batch_size": 4, "calculate_fid": False, "progress": False, "num_samples": 6, "num_workers": 0}
+        options |= {"results_folder": tmp_path, "save_and_sample_every": 2, "ema_update_every": 1}
+        Trainer(make_upstream_s(), Items(labelled, NAMES), train_num_steps=2, **options).train()
+        loaded = load_checkpoint(tmp_path / "model-1.pt")
+        assert type(loaded.model) is classifier_free_guidance.Unet and loaded.diffusion.class_names == NAMES
+        assert Image.open(tmp_path / "sample-1.png").size == (2 * 10 + 2, 3 * 10 + 2)
+        again = Trainer(make_upstream_s(), Items(labelled, NAMES), train_num_steps=4, **options)
+        again.load(1)
+        assert all(
+            map(torch.equal, again.ema.ema_model.state_dict().values(), loaded.ema.ema_model.state_dict().values())
+        )
+
     def test_the_network_is_read_off_its_tensors(self, tmp_path):
         conditions = {"num_classes": 3, "cond_dim": 2, "cond_channels": 1}
 
