@@ -142,10 +142,10 @@ class ScriptedNoise:
 
 
 SAMPLERS = {
-    "ddpm": dict(),
-    "ddim-0": dict(sampling_timesteps=7, ddim_sampling_eta=0.0),
-    "ddim-0.5": dict(sampling_timesteps=11, ddim_sampling_eta=0.5),
-    "ddim-1": dict(sampling_timesteps=29),
+    "ddpm": dict(timesteps=14),
+    "ddim-0": dict(timesteps=14, sampling_timesteps=5, ddim_sampling_eta=0.0),
+    "ddim-0.5": dict(sampling_timesteps=8, ddim_sampling_eta=0.5),
+    "ddim-1": dict(timesteps=14, sampling_timesteps=13),
 }
 
 
