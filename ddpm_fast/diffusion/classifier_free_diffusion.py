@@ -14,7 +14,7 @@ from ddpm_fast.diffusion.conditions import Conditions, taken_by
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, TrainingRows, process
 from ddpm_fast.diffusion.discrete_process import ModelPrediction
 from ddpm_fast.diffusion.gaussian_diffusion import _STEP_METHODS, GaussianDiffusion
-from ddpm_fast.diffusion.guidance import Guidance, column, split_noise, widened
+from ddpm_fast.diffusion.guidance import Guidance, column, reduces, split_noise, widened
 from ddpm_fast.diffusion.samplers import SamplerTable
 from ddpm_fast.diffusion.sampling import Conditioning, SamplingRun
 from ddpm_fast.models.classifier_free_unet import guided_output
@@ -191,6 +191,9 @@ class ClassifierFreeDiffusion(GaussianDiffusion):
         projected: dict[str, Any] = {"eta": 0.0, "space": "output"}
         return Guidance(cond_scale, rescale=rescaled_phi, cfg_plus_plus=self.use_cfg_plus_plus, **projected)
 
+    def _guidance(self, guidance: Any, conditions: Conditions) -> Guidance:
+        return super()._guidance(self._chosen_guidance(COND_SCALE, RESCALED_PHI, guidance), conditions)
+
     def _guided_plan(self, plan: SamplerTable, found: Guidance, has_gradient: bool) -> SamplerTable:
         """A sampler's table with upstream's guidance: its DDIM takes the noise of other estimates of x0."""
         if plan.sampler not in ("ddpm", "ddim"):
@@ -252,14 +255,14 @@ class ClassifierFreeDiffusion(GaussianDiffusion):
         return sampler_step(
             x,
             output.contiguous(),
-            guided.table.to(device=x.device, dtype=torch.float32),
+            widened(guided.table).to(device=x.device, dtype=torch.float32),
             step,
             seed,
             noise=noise,
             clip_x_start=clip_denoised,
             start_index=start_index,
             second_output=null.contiguous(),
-            reduces=guided.table.shape[1] > 12,
+            reduces=reduces(guided.table),
         )
 
     def p_sample_loop(  # type: ignore[override]  # upstream's arguments

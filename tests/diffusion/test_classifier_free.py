@@ -142,10 +142,10 @@ class ScriptedNoise:
 
 
 SAMPLERS = {
-    "ddpm": dict(),
-    "ddim-0": dict(sampling_timesteps=7, ddim_sampling_eta=0.0),
-    "ddim-0.5": dict(sampling_timesteps=11, ddim_sampling_eta=0.5),
-    "ddim-1": dict(sampling_timesteps=29),
+    "ddpm": dict(timesteps=14),
+    "ddim-0": dict(timesteps=14, sampling_timesteps=5, ddim_sampling_eta=0.0),
+    "ddim-0.5": dict(sampling_timesteps=8, ddim_sampling_eta=0.5),
+    "ddim-1": dict(timesteps=14, sampling_timesteps=13),
 }
 
 
@@ -208,9 +208,10 @@ class TestUpstreamsFaults:
         keep = torch.ones(batch, dtype=torch.bool)
         with torch.no_grad():
             expected = theirs.model(x, t, classes, cond_keep_mask=keep)
-            torch.testing.assert_close(
-                ours.model_predictions(x, t, classes, 1.0).pred_x_start, expected, rtol=1e-4, atol=1e-5
-            )
+            found = ours.model_predictions(x, t, classes, 1.0).pred_x_start
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            x_start = ours.p_sample(x, 7, classes, 1.0, clip_denoised=False)[1]
+            torch.testing.assert_close(x_start, expected, rtol=1e-4, atol=1e-5)
             if batch == 2:
                 wrong = theirs.model_predictions(x, t, classes, 1.0).pred_x_start
                 assert wrong.shape != expected.shape, "upstream has been fixed"
@@ -377,6 +378,18 @@ def test_a_recording_changes_nothing(config):
     assert diffusion.explain_graphs(2).startswith("sampling replays")
     recorded = diffusion.sample(classes_of(2), graph=True, **options)
     assert torch.equal(recorded, diffusion.sample(classes_of(2), graph=False, **options))
+
+
+def test_what_else_samples_is_guided_alike():
+    """`progressive`, with the same arguments, ends at the images of `sample`; inpainting keeps what is known."""
+    diffusion = GaussianDiffusion(Unet(**SMALL), image_size=SIZE, timesteps=12, sampling_timesteps=5)
+    options = dict(classes=classes_of(2), seed=1, progress=False)
+    torch.testing.assert_close(diffusion.progressive(num_columns=3, **options).images, diffusion.sample(**options))
+    mask = torch.zeros(1, 1, SIZE, SIZE, dtype=torch.bool)
+    mask[..., :4] = True
+    short = dict(num_resamples=2, jump_length=2, sampling_timesteps=5)
+    made, unguided = (diffusion.inpaint(images(2), mask, guidance=g, **short, **options) for g in (None, 1.0))
+    assert torch.equal(made[..., :4], images(2)[..., :4]) and not torch.equal(made, unguided)
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral", "heun"])
