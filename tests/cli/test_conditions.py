@@ -118,6 +118,18 @@ class TestTrain:
             "--labels is for a folder of images; a prepared file keeps what `ddpm-fast prepare --la"
         )
 
+    @pytest.mark.parametrize(
+        "process", ["edm", "continuous", "v-continuous", "learned", "weighted", "flow", "classifier_free"]
+    )
+    def test_every_process_takes_classes(self, process, tmp_path):
+        sizes = (
+            "--dim 8 --dim-mults 1 --steps 2 --save-every 2 --sampling-timesteps 2 --num-samples 20 --seed 1".split()
+        )
+        run("train", "digits", "--labels", "digits", "--process", process, *sizes, "--results-folder", tmp_path)
+        out = tmp_path / "a.png"
+        run("sample", tmp_path, "--class", 3, 5, "--guidance", 3, "--columns-per-class", 2, "--out", out, *QUICK)
+        assert Image.open(out).size == (2 * 10 + 2, 2 * 10 + 2)
+
     def test_digits(self, tmp_path, capsys):
         run("train", "digits", "--labels", "digits", "--results-folder", tmp_path, *TINY)
         assert load_checkpoint(tmp_path / "model-1.pt").diffusion.class_names == tuple("0123456789")
