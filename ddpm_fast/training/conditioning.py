@@ -69,6 +69,6 @@ def plan_grid(dataset: Any, given: Given, num_classes: int | None, count: int, o
     return Grid(count, math.ceil(math.sqrt(count)), conditions)
 
 
-def spread(size: int, count: int) -> list[int]:
-    """`count` indices below `size`, evenly spaced: their classes are as frequent as the dataset's."""
-    return [index * size // count for index in range(count)]
+def spread(size: int, count: int, start: int = 0, end: int | None = None) -> list[int]:
+    """Of `count` indices below `size` those from `start` to `end`; all are evenly spaced, as their classes are."""
+    return [number * size // count for number in range(start, count if end is None else end)]

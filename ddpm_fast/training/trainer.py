@@ -644,7 +644,7 @@ class Trainer:
 
     def _draw_as_in_data(self, start: int, end: int) -> torch.Tensor:
         """Of FID's samples those from `start` to `end`, whose conditions are as frequent as the dataset's."""
-        indices = spread(len(self.ds), self.fid_scorer.n_samples)[start:end]
+        indices = spread(len(self.ds), self.fid_scorer.n_samples, start, end)
         return self._draw(indices, read_conditions(self.ds, indices, self._given))
 
     def _draw(self, indices: Sequence[int], conditions: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
