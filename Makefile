@@ -1,4 +1,4 @@
-# make demo   train on handwritten digits on the CPU and draw some: demo/grid.png, demo/strip.png, demo/loss.png
+# make demo   train on handwritten digits on the CPU and draw each by name: grid.png, guidance.png, strip.png, loss.png in demo
 # make test   set up an environment and run the tests, two at a time (WORKERS=8: eight), in at most 18 minutes on 2 cores
 # make check  lint, types, structure and the quick tests: before every commit, under 4 minutes on 2 cores
 # make lint   ruff, ruff format, clang-format and mypy, each at its pinned version
@@ -59,11 +59,14 @@ EXTRA = $$($(BIN)/python -c 'from setuptools.config.pyprojecttoml import read_co
 
 demo: $(VENV)/.demo-ready
 	rm -rf demo/run
-	$(ONE_THREAD) $(BIN)/ddpm-fast train digits --seed 0 --results-folder demo/run
-	$(ONE_THREAD) $(BIN)/ddpm-fast sample demo/run --seed 0 --steps 12 --num-samples 100 --scale 4 --out demo/grid.png
+	$(ONE_THREAD) $(BIN)/ddpm-fast train digits --labels digits --seed 0 --results-folder demo/run
+	$(ONE_THREAD) $(BIN)/ddpm-fast sample demo/run --seed 0 --steps 12 --class 0 1 2 3 4 5 6 7 8 9 --columns-per-class 10 \
+		--guidance-strip 0 1 2 4 8 --scale 4 --out demo/grid.png
 	mv demo/grid-strip.png demo/strip.png
+	mv demo/grid-guidance.png demo/guidance.png
 	cp demo/run/loss.png demo/loss.png
-	@echo "The digits are in $(CURDIR)/demo/grid.png, their way out of the noise in strip.png, the loss in loss.png."
+	@echo "A row for each digit is in $(CURDIR)/demo/grid.png, what guidance does in guidance.png, the way out of the" \
+		"noise in strip.png, the loss in loss.png."
 
 test: $(VENV)/.test-ready
 	@failed=0; TRITON_INTERPRET=1 $(PYTEST) tests/ops || failed=1; $(PYTEST) && exit $$failed

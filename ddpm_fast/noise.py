@@ -25,6 +25,7 @@ STREAM_INTERPOLATE = 5  # the second image's noise in interpolate; the first has
 STREAM_DROPOUT = 6  # which elements dropout keeps: its words are compared, not made normal
 STREAM_LIKELIHOOD = 7  # the ε of bits_per_dim, at every level of its chain
 STREAM_CONDITION = 8  # which images of a training batch keep their condition, one number per image
+STREAM_AUGMENTATION = 9  # the noise of low-resolution conditions, and at step 1 its level
 
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "ddpm_fast"
 
 # A module imports only from rows below its own; modules of one row do not import each other, unless listed here.
 ROWS = [
-    ["__main__"],
+    ["__main__", "classifier_free_guidance"],
     ["cli"],
     ["cli/commands"],
     [
@@ -27,7 +27,9 @@ ROWS = [
         "cli/bench",
         "cli/doctor",
     ],
+    ["cli/asked"],
     ["cli/inputs", "cli/processes"],
+    ["cli/labels"],
     ["cli/options"],
     ["measure/command"],
     ["measure/profile"],
@@ -35,9 +37,10 @@ ROWS = [
     ["measure/baselines", "measure/machine"],
     ["measure/timing", "measure/charts", "measure/traffic", "measure/rate_distortion"],
     ["training/trainer"],
-    ["training/resuming", "training/prepared"],
+    ["training/resuming", "training/prepared", "training/conditioning"],
     ["training/data"],
     ["training/checkpoint", "training/evaluation", "training/batches", "training/history", "training/value_range"],
+    ["training/labels", "training/items"],
     ["training/image_folder", "training/images_in", "training/images_out"],
     ["training/pixels"],
     ["training/atomic_files", "training/numpy_pickles", "training/state_names"],
@@ -45,7 +48,11 @@ ROWS = [
     ["training/optimizer_step"],
     ["training/average"],
     ["diffusion/openai", "diffusion/processes"],
-    ["diffusion/learned_gaussian_diffusion", "diffusion/weighted_objective"],
+    [
+        "diffusion/learned_gaussian_diffusion",
+        "diffusion/weighted_objective",
+        "diffusion/classifier_free_diffusion",
+    ],
     [
         "diffusion/gaussian_diffusion",
         "diffusion/elucidated_diffusion",
@@ -56,10 +63,10 @@ ROWS = [
     ["diffusion/continuous_process"],
     ["diffusion/discrete_process"],
     ["diffusion/diffusion_process"],
-    ["diffusion/measured_process"],
+    ["diffusion/measured_process", "diffusion/editing_process"],
     ["diffusion/sampled_process"],
     ["diffusion/likelihood"],
-    ["diffusion/sampling"],
+    ["diffusion/sampling", "diffusion/inpainting", "diffusion/super_resolution"],
     ["diffusion/guidance"],
     ["diffusion/samplers"],
     ["diffusion/spacings", "diffusion/schedules"],

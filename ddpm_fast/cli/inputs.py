@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ddpm_fast.cli.labels import check_labels
 from ddpm_fast.cli.options import UserError, checkpoint_file, device_of, image_size_of
 
 if TYPE_CHECKING:
     import torch
 
     from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
+
+
+# What images of so many channels are converted to.
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Conditions, and the attributes of a network that say that it takes them.
+_SIZES = {"cond": "cond_dim", "cond_image": "cond_channels"}
 
 
 class Loaded(NamedTuple):
@@ -46,28 +53,50 @@ def load_process(
 class Images:
     """Images of a folder, of a prepared file, or the digits, evenly spaced: `count` of them, or all.
 
-    Raises UserError for images of other channels or another size than the process has, and what the datasets raise.
+    labels: arguments of `Dataset` that say their conditions. A network that takes classes gets those of the same names
+        as the ones that it was trained with; the digits and prepared files have their own.
+
+    Raises UserError for images of other channels or another size than the process has, for conditions that the network
+    takes and the data lack, and what the datasets raise.
     """
 
-    def __init__(self, data: str, diffusion: DiffusionProcess, count: int | None):
+    def __init__(self, data: str, diffusion: DiffusionProcess, count: int | None, labels: dict[str, Any] | None = None):
+        import torch
+
         from ddpm_fast.training.data import Dataset, DigitsDataset
+        from ddpm_fast.training.items import names_of_classes, split_item
         from ddpm_fast.training.prepared import PreparedDataset, is_prepared
 
         (height, width), channels = diffusion.image_size, diffusion.channels
         size = (height, width)
+        labels = dict(labels or {})
+        check_labels(data, labels)
+        network = diffusion.network
+        takes_classes = bool(getattr(network, "num_classes", None))
         if data == "digits":
-            self._dataset: Any = DigitsDataset(size)
+            self._dataset: Any = DigitsDataset(size, has_classes=takes_classes)
         elif is_prepared(data):
             self._dataset = PreparedDataset(data)
         else:
-            mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
-            self._dataset = Dataset(data, size, convert_image_to=mode, dtype=None)
+            cond_mode = _MODES.get(getattr(network, "cond_channels", 0))
+            modes: dict[str, Any] = {"convert_image_to": _MODES.get(channels), "convert_cond_image_to": cond_mode}
+            self._dataset = Dataset(data, size, dtype=None, **modes, **labels)
         total = len(self._dataset)
         if count is not None and count > total:
             raise UserError(f"--num-images {count}: {data} has {total} images")
         chosen = total if count is None else count
         self._indices = [index * total // chosen for index in range(chosen)]
-        shape = tuple(self._dataset[self._indices[0]].shape)
+        image, conditions = split_item(self._dataset[self._indices[0]])
+        self._taken = {"classes": takes_classes}
+        self._taken |= {name: bool(getattr(network, size, None)) for name, size in _SIZES.items()}
+        for name, option in (("classes", "--labels"), ("cond", "--cond-columns"), ("cond_image", "--cond-folder")):
+            if self._taken[name] and name not in conditions:
+                raise UserError(f"the checkpoint's network takes {name}, and {data} has none; give {option}")
+        own, names = names_of_classes(self._dataset), diffusion.class_names
+        self._classes: torch.Tensor | None = None  # of the dataset's classes those of the network
+        if takes_classes and own is not None and names is not None:
+            self._classes = torch.tensor(classes_among(own, names))
+        shape = tuple(image.shape)
         if shape != (channels, *size):
             raise UserError(f"images of {data} have shape {shape}, and the checkpoint's {(channels, *size)}")
 
@@ -78,8 +107,60 @@ class Images:
         """(n, C, h, w) uint8."""
         import torch
 
-        images = [self._dataset[index] for index in self._indices[chosen]]
+        from ddpm_fast.training.items import split_item
+
+        images = [split_item(self._dataset[index])[0] for index in self._indices[chosen]]
         return torch.stack([i if i.dtype == torch.uint8 else (i * 255).round().to(torch.uint8) for i in images])
+
+    def conditions(self, chosen: slice, device: torch.device) -> dict[str, Any]:
+        """What the network takes with these images: (n, ...) by name."""
+        from ddpm_fast.training.items import collate_items
+
+        if not any(self._taken.values()):
+            return {}
+        found = collate_items([self._dataset[index] for index in self._indices[chosen]]).conditions
+        if self._classes is not None:
+            found["classes"] = self._classes[found["classes"]]
+        return {name: values.to(device) for name, values in found.items() if self._taken[name]}
+
+
+def classes_among(own: Sequence[str], names: Sequence[str]) -> list[int]:
+    """The numbers that the classes of some data have among those of a checkpoint; UserError for an unknown name."""
+    unknown = [name for name in own if name not in names]
+    if unknown:
+        raise UserError(f"the data's class {unknown[0]!r} is none of the checkpoint's: {', '.join(names[:50])}")
+    return [list(names).index(name) for name in own]
+
+
+def read_pictures(option: str, path: Path, channels: int, size: tuple[int, int]) -> torch.Tensor:
+    """The picture in a file, or those of a folder, as (N, C, h, w) uint8, resized to cover `size` and cropped.
+
+    Raises UserError for a file without a picture, and for one of other channels that cannot be converted.
+    """
+    import torch
+
+    from ddpm_fast.training.data import Dataset
+    from ddpm_fast.training.images_in import DamagedImageError, read_image
+    from ddpm_fast.training.pixels import convert, crop_centre, resize_to_cover, to_tensor
+
+    mode = _MODES.get(channels)
+    if not path.exists():
+        raise UserError(f"{option}: {path} does not exist")
+    if path.is_dir():
+        dataset = Dataset(path, size, convert_image_to=mode, dtype=torch.uint8)
+        images = [image for index in range(len(dataset)) if (image := dataset.read(index)) is not None]
+    else:
+        try:
+            pixels = resize_to_cover(convert(read_image(path, size), mode, (255, 255, 255)), size)
+        except DamagedImageError as error:
+            raise UserError(f"{option}: {path} holds no picture ({error})") from error
+        images = [to_tensor(crop_centre(pixels, size))]
+    for image in images:
+        if image.dtype != torch.uint8 or image.shape[0] != channels:
+            raise UserError(f"{option}: {path} must hold images of {channels} channels and 8 bits")
+    if not images:
+        raise UserError(f"{option}: none of the images in {path} could be read")
+    return torch.stack(images)
 
 
 class _JustTrying(Exception):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddpm_fast.cli.inputs import Images, Loaded, load_process, prepare_places
+from ddpm_fast.cli.labels import LabelOptions
 from ddpm_fast.cli.options import Int, Integer, Integers, Text, UserError, check_positive
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Likelihood:
 
     The number is the variational bound: a code of at most so many bits per channel of a pixel holds the image without
     loss. Writes the curves of rate and distortion (their figure 5) as a picture and a table, and a table of the images.
-    A run that was stopped goes on where it was.
+    A run that was stopped goes on where it was. Of a network with classes each image is coded with its own.
     """
 
     checkpoint: File
@@ -55,6 +56,7 @@ class Likelihood:
     """Such as cpu or cuda:0; by default the first accelerator."""
     debug: bool = False
     """Show the traceback of an error."""
+    conditions: tyro.conf.OmitArgPrefixes[LabelOptions] = dataclasses.field(default_factory=LabelOptions)
 
 
 def run(options: Likelihood) -> None:
@@ -70,13 +72,14 @@ def run(options: Likelihood) -> None:
     check_ending(options.out)
     of_images = options.csv.with_name(f"{options.csv.stem}-images.csv")
     loaded = load_process(options.checkpoint, options.weights, options.image_size, options.device)
-    images = Images(options.data, loaded.diffusion, options.num_images)
+    images = Images(options.data, loaded.diffusion, options.num_images, options.conditions.given())
     sums = Sums(options, loaded, len(images))
     prepare_places([options.out, options.csv, of_images, sums.path])
 
     sums.resume()
     while sums.count < len(images):
-        batch = images[slice(sums.count, min(sums.count + options.batch_size, len(images)))]
+        chosen = slice(sums.count, min(sums.count + options.batch_size, len(images)))
+        batch = images[chosen]
         print(f"images {sums.count + 1} to {sums.count + len(batch)} of {len(images)}", flush=True)
         sums.add(
             loaded.diffusion.bits_per_dim(
@@ -86,6 +89,7 @@ def run(options: Likelihood) -> None:
                 timesteps=options.timesteps,
                 variance=options.variance,
                 start_index=sums.count,
+                **images.conditions(chosen, loaded.diffusion.device),
             )
         )
     bits = sums.mean()
@@ -113,6 +117,7 @@ class Sums:
             "checkpoint": [str(loaded.path.resolve()), state.st_size, state.st_mtime_ns],
             **{name: getattr(options, name) for name in ("data", "timesteps", "variance", "seed", "weights")},
             "images": num_images,
+            "conditions": {name: str(value) for name, value in options.conditions.given().items()},
         }
         self.count = 0
         self.total: list[float] = []

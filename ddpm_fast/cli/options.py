@@ -38,12 +38,14 @@ Int = Annotated[
 
 # Options that may be left out, without the word None in the help.
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Integer = Annotated[Int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 Integers = Annotated[tuple[Int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 YesNo = Annotated[bool | None, tyro.conf.arg(metavar="True|False", help_behavior_hint="")]
 Words = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
+Numbers = Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="FLOAT ...", help_behavior_hint="")]
 Range = Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH", help_behavior_hint="")]
 Schedule = Annotated[
     Literal["linear", "cosine", "sigmoid"] | None,

@@ -14,7 +14,8 @@ class Prepare:
     """Decode a folder of images once, into one file of bytes that `ddpm-fast train` maps into memory.
 
     The file is numpy's: uint8 (N, C, height, width), in the order of the sorted paths. It appears when it is whole;
-    after a kill the command begins anew. Broken images are named and left out.
+    after a kill the command begins anew. Broken images are named and left out. With --labels or --cond-columns the file
+    keeps classes, their names, and vectors, and `train` uses them.
     """
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
@@ -29,6 +30,13 @@ class Prepare:
     """Endings of the files that are images (jpg jpeg png tiff tif bmp webp jfif avif npy)."""
     background: Text = None
     """Colour behind transparent images where --channels has no transparency (white)."""
+    labels: Text = None
+    """Where the classes are: "folders" (the first level of subfolders), "metadata" (metadata.csv or metadata.jsonl as
+    of Hugging Face's imagefolder), or a .csv or .jsonl file with the column file_name."""
+    label_column: Text = None
+    """The column of the labels (label)."""
+    cond_columns: Words = None
+    """Columns of numbers that are an image's vector, as they are."""
     workers: Integer = None
     """Processes that read images (as many as this process has processors)."""
     debug: bool = False
@@ -38,7 +46,7 @@ class Prepare:
 def run(options: Prepare) -> None:
     """`ddpm-fast prepare`."""
     from ddpm_fast.training.data import IMAGE_ENDINGS
-    from ddpm_fast.training.prepared import prepare
+    from ddpm_fast.training.prepared import PreparedDataset, prepare
 
     check_positive(channels=options.channels)
     if options.workers is not None and options.workers < 0:
@@ -52,6 +60,12 @@ def run(options: Prepare) -> None:
         exts=IMAGE_ENDINGS if options.exts is None else options.exts,
         background="white" if options.background is None else options.background,
         num_workers=options.workers,
+        labels=options.labels,
+        label_column=options.label_column,
+        cond_columns=options.cond_columns or (),
     )
     left_out = f", without {len(broken)} broken files" if broken else ""
-    print(f"{options.out} holds {shape[0]} images of {shape[1]} x {shape[2]} x {shape[3]} bytes{left_out}")
+    names = PreparedDataset(options.out).class_names
+    of_classes = "" if names is None else f" of {len(names)} classes"
+    size = " x ".join(map(str, shape[1:]))
+    print(f"{options.out} holds {shape[0]} images{of_classes} of {size} bytes{left_out}")

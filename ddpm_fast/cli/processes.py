@@ -56,6 +56,12 @@ class ProcessOptions:
     """Weight of x0's squared error as a function of the signal-to-noise ratio; by default each process's own."""
     min_snr: bool = False
     """Clip the loss weight at a signal-to-noise ratio of 5."""
+    super_resolution: Integer = None
+    """Train to enlarge images by this factor; `ddpm-fast sample --upscale` then does."""
+    noise_augmentation: Number = None
+    """Largest standard deviation of the noise on the small images of --super-resolution (0.5)."""
+    guidance: Number = None
+    """Guidance scale of the grids, which the checkpoint keeps for `sample` (2 with classes or vectors)."""
     uncertainty_weighting: bool = False
     """Learn a weight for each level of noise beside the network."""
     sampler: Sampler = None

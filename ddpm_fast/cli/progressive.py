@@ -2,12 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from ddpm_fast.cli.asked import asked_classes
 from ddpm_fast.cli.inputs import Images, load_process, prepare_places
-from ddpm_fast.cli.options import Int, Integer, Integers, Sampler, Text, UserError, check_positive
+from ddpm_fast.cli.labels import LabelOptions
+from ddpm_fast.cli.options import Int, Integer, Integers, Sampler, Text, UserError, Words, check_positive
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +55,11 @@ class Progressive:
     """Draw each pixel as a square of this many."""
     device: Text = None
     """Such as cpu or cuda:0; by default the first accelerator."""
+    classes: Annotated[Words, tyro.conf.arg(name="class")] = None
+    """Classes of the samples by name or number, one after another; by default all. Images have those of --labels."""
     debug: bool = False
     """Show the traceback of an error."""
+    conditions: tyro.conf.OmitArgPrefixes[LabelOptions] = dataclasses.field(default_factory=LabelOptions)
 
 
 def run(options: Progressive) -> None:
@@ -91,18 +96,24 @@ def run(options: Progressive) -> None:
 
 def _check_together(options: Progressive) -> None:
     """Raise UserError for options of the other picture."""
-    names = ("sampler", "sampling_timesteps") if options.images is not None else ("timesteps",)
+    names = ("sampler", "sampling_timesteps", "classes") if options.images is not None else ("timesteps",)
     for name in names:
         if getattr(options, name) is not None:
             which = "cannot be given with" if options.images is not None else "needs"
-            raise UserError(f"--{name.replace('_', '-')} {which} --images")
+            option = "class" if name == "classes" else name.replace("_", "-")
+            raise UserError(f"--{option} {which} --images")
+    if options.images is None and options.conditions.given():
+        raise UserError(f"--{next(iter(options.conditions.given())).replace('_', '-')} needs --images")
 
 
 def _sampled(diffusion: "DiffusionProcess", options: Progressive, seed: int) -> "torch.Tensor":
     """(B, K + 1, C, h, w), the estimates and the image of each sample."""
     import torch
 
-    found = diffusion.progressive(options.num_samples, options.columns, seed=seed)
+    classes = asked_classes(diffusion, options.classes)
+    count = options.num_samples
+    given: dict[str, Any] = {"classes": [classes[index % len(classes)] for index in range(count)]} if classes else {}
+    found = diffusion.progressive(count, options.columns, seed=seed, **given)
     print(f"times: {', '.join(f'{time:.4g}' for time in found.times.tolist())}, and the end")
     return torch.cat((found.estimates, found.images[:, None]), dim=1).cpu()
 
@@ -112,8 +123,9 @@ def _coded(diffusion: "DiffusionProcess", options: Progressive, seed: int) -> "t
     import torch
 
     assert options.images is not None
-    images = Images(options.images, diffusion, options.num_samples)[:]
-    found = diffusion.progressive_coding(images, options.columns, seed=seed, timesteps=options.timesteps)
+    chosen = Images(options.images, diffusion, options.num_samples, options.conditions.given())
+    images, conditions = chosen[:], chosen.conditions(slice(None), diffusion.device)
+    found = diffusion.progressive_coding(images, options.columns, seed=seed, timesteps=options.timesteps, **conditions)
     print(f"{'time':>8}  {'bits/dim':>9}  RMSE of 0 to 255")
     for time, rate, distortion in zip(
         found.times.tolist(),

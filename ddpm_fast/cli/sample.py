@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from ddpm_fast.cli.asked import AskedOptions, Drawing, drawing_of, strip_of
 from ddpm_fast.cli.options import (
     Folder,
     Int,
@@ -41,7 +42,8 @@ class Sample:
     """Draw images from a checkpoint.
 
     Takes checkpoints of ddpm-fast and of denoising-diffusion-pytorch's Trainer (give --image-size for those). Writes a
-    grid, and a strip that shows how the first few images come out of the noise.
+    grid, and a strip that shows how the first few images come out of the noise. Of a checkpoint with classes the grid
+    has a row for each class that is asked for.
     """
 
     checkpoint: File
@@ -51,8 +53,8 @@ class Sample:
     """The grid, a PNG, JPEG, ... by its ending; the strip is written next to it as NAME-strip.png.
 
     Of other than 1, 3 or 4 channels each is a grey tile, and NAME.npy has the values."""
-    num_samples: Int = 64
-    """Number of images."""
+    num_samples: Integer = None
+    """Number of images (64); with classes as many as fill their rows; at most as many as --upscale has."""
     batch_size: Int = 64
     """Images drawn at once; does not change them."""
     seed: Integer = None
@@ -81,6 +83,7 @@ class Sample:
     """Such as cpu or cuda:0; by default the first accelerator."""
     debug: bool = False
     """Show the traceback of an error."""
+    conditions: tyro.conf.OmitArgPrefixes[AskedOptions] = dataclasses.field(default_factory=AskedOptions)
 
 
 def run(options: Sample) -> None:
@@ -90,7 +93,9 @@ def run(options: Sample) -> None:
     from ddpm_fast.training.checkpoint import load_checkpoint
     from ddpm_fast.training.images_out import check_ending, check_grid, save_image_grid, save_trajectory_strip
 
-    check_positive(num_samples=options.num_samples, batch_size=options.batch_size, scale=options.scale)
+    check_positive(batch_size=options.batch_size, scale=options.scale)
+    if options.num_samples is not None:
+        check_positive(num_samples=options.num_samples)
     _check_places(options)
     check_ending(options.out)
     if options.steps is not None:
@@ -106,22 +111,37 @@ def run(options: Sample) -> None:
     if diffusion.image_size is None:
         raise UserError(f"{path} does not record image_size; give --image-size")
     walk = _walk(diffusion, options)
+    drawing, strip_drawings = (
+        drawing_of(diffusion, options.conditions, options.num_samples),
+        strip_of(diffusion, options.conditions),
+    )
     calls = diffusion.network_calls(**walk)  # an option that does not fit ends the command here
-    shape = (options.num_samples, diffusion.channels, *diffusion.image_size)
-    check_grid(options.out, shape, _columns(options.num_samples), scale=options.scale)
-    strip = options.out.with_name(f"{options.out.stem}-strip.png")
-    _prepare_places(options, [options.out, strip])
+    shape = (drawing.count, diffusion.channels, *diffusion.image_size)
+    columns = drawing.columns * (1 if drawing.shown is None else 2)
+    check_grid(options.out, shape, columns, scale=options.scale)
+    has_strip = drawing.method.__name__ != "inpaint"
+    strip, guidance_strip = (options.out.with_name(f"{options.out.stem}-{name}.png") for name in ("strip", "guidance"))
+    pictures = [options.out, *([strip] if has_strip else []), *([guidance_strip] if strip_drawings else [])]
+    _prepare_places(options, pictures)
     seed = torch.seed() if options.seed is None else options.seed
 
-    images = _draw(diffusion, options.num_samples, options.batch_size, seed, walk)
+    images = _draw(diffusion, drawing, options.batch_size, seed, walk)
     if not images.isfinite().all():
         raise UserError(f"the samples of {path} are not finite (NaN or infinity); nothing was written")
-    save_image_grid(images, options.out, nrow=_columns(options.num_samples), scale=options.scale)
-    trajectories = diffusion.sample(
-        _strip_rows(diffusion, options, calls), return_all_timesteps=True, seed=seed, progress=False, **walk
-    )
-    save_trajectory_strip(trajectories.clamp(0, 1), strip, scale=options.scale)
-    print(f"{options.num_samples} samples (seed {seed}) of step {loaded.step}: {options.out}, {strip}")
+    shown = images if drawing.shown is None else torch.stack((drawing.shown, images), dim=1).flatten(0, 1)
+    save_image_grid(shown, options.out, nrow=columns, scale=options.scale)
+    if has_strip:
+        whole = {"return_all_timesteps": True, "seed": seed, "progress": False, **walk}
+        count = _strip_rows(diffusion, drawing.count, calls)
+        parts = [drawing.draw(start, end, diffusion.device, **whole) for start, end in drawing.first(count)]
+        trajectories = torch.cat(parts)
+        save_trajectory_strip(trajectories.clamp(0, 1), strip, scale=options.scale)
+    if strip_drawings:
+        scales = [_draw(diffusion, one, options.batch_size, seed, walk) for one in strip_drawings]
+        rows = torch.stack(scales, dim=1)  # (classes, scales, C, h, w)
+        save_image_grid(rows.flatten(0, 1), guidance_strip, nrow=len(scales), scale=options.scale)
+    written = ", ".join(map(str, pictures))
+    print(f"{drawing.count} samples (seed {seed}) of step {loaded.step}: {written}")
     if options.raw is not None:
         for index, image in enumerate(images):
             save_image_grid(image[None], options.raw / f"{index:05}.png", scale=options.scale)
@@ -162,7 +182,7 @@ def _walk(diffusion: "DiffusionProcess", options: Sample) -> dict[str, Any]:
     if options.eta is not None:
         of_sampler["eta"] = options.eta
     sampler = options.sampler
-    if sampler is None and diffusion.sampler is None:
+    if sampler is None and diffusion.sampler is None and options.conditions.inpaint is None:
         if options.eta is not None:
             sampler = "ddim"
         elif options.steps is not None and options.steps < _many_steps(diffusion):
@@ -199,25 +219,22 @@ def _many_steps(diffusion: "DiffusionProcess") -> int:
 
 
 def _draw(
-    diffusion: "DiffusionProcess", count: int, batch_size: int, seed: int, walk: dict[str, Any]
+    diffusion: "DiffusionProcess", drawing: Drawing, batch_size: int, seed: int, walk: dict[str, Any]
 ) -> "torch.Tensor":
-    """`count` images (N, C, h, w) on the CPU; the batch size does not change them."""
+    """The images (N, C, h, w) on the CPU; the batch size does not change them."""
     import torch
 
-    starts = range(0, count, batch_size)
+    ends = [min(start + batch_size, drawing.count) for start in range(0, drawing.count, batch_size)]
+    starts = [0, *ends[:-1]]
     batches = [
-        diffusion.sample(min(batch_size, count - start), seed=seed, start_index=start, **walk).cpu() for start in starts
+        drawing.draw(start, end, diffusion.device, seed=seed, **walk).cpu()
+        for start, end in zip(starts, ends, strict=True)
     ]
     return torch.cat(batches)
 
 
-def _strip_rows(diffusion: "DiffusionProcess", options: Sample, calls: int) -> int:
+def _strip_rows(diffusion: "DiffusionProcess", count: int, calls: int) -> int:
     """How many trajectories to show: four, or fewer where holding all their steps would take too much memory."""
     height, width = diffusion.image_size
     bytes_each = 4 * diffusion.channels * height * width * (calls + 1)
-    return max(1, min(_STRIP_ROWS, options.num_samples, _MAX_TRAJECTORY_BYTES // bytes_each))
-
-
-def _columns(count: int) -> int:
-    """Columns of a grid that is about square."""
-    return max(1, round(count**0.5 + 0.49))
+    return max(1, min(_STRIP_ROWS, count, _MAX_TRAJECTORY_BYTES // bytes_each))

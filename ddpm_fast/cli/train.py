@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from ddpm_fast.cli import processes
+from ddpm_fast.cli.labels import LabelOptions, check_labels, sizes_of
 from ddpm_fast.cli.options import (
     Integer,
     Integers,
@@ -37,10 +38,14 @@ _DIGITS_DEFAULTS = dict(
     image_size=8, channels=1, dim=32, dim_mults=(1, 2), sampling_timesteps=50, beta_schedule="cosine",
     steps=1200, batch_size=64, lr=1e-3, ema_decay=0.95, save_every=300, flip=False,
 )  # fmt: skip
+# Six of each digit.
+_LABELLED_DIGITS_DEFAULTS = dict(num_samples=60)
+# Of the grids of a network with classes or vectors: strong enough to show what was asked for.
+_GUIDANCE = 2.0
 _DEFAULTS = dict(timesteps=1000, memory="fast", grad_accumulate=1, amp=None, num_samples=25)
 
 # Option → argument of Unet and Trainer. A flag that is not given is False and says nothing.
-_NETWORK = {name: name for name in ("dim", "dim_mults", "channels", "self_condition", "memory")}
+_NETWORK = {name: name for name in ("dim", "dim_mults", "channels", "self_condition", "memory", "cond_drop_prob")}
 _TRAINER = {
     "batch_size": "train_batch_size",
     "grad_accumulate": "gradient_accumulate_every",
@@ -61,6 +66,7 @@ class Train:
     Writes to the results folder: model-N.pt and sample-N.png every --save-every steps, model-last.pt at the end or
     after Ctrl-C, loss.csv and loss.png. Options marked (data) default to what suits DATA: a folder, a prepared
     file, or the digits.
+    With classes or vectors the network is trained for guidance, too: --cond-drop-prob of the images have none.
     With --resume an option that is not given keeps the checkpoint's value. One that is given holds from there on, or is
     refused where the weights belong to another: those of the network, the schedule, the objective and the size.
 
@@ -117,13 +123,18 @@ class Train:
     save_every: Integer = None
     """Steps between checkpoints and sample grids (data: 1000, digits 300)."""
     num_samples: Integer = None
-    """Images in each grid (25)."""
+    """Images in each grid, with classes at most: a row for each class, the first ones if there are many (25)."""
+    cond_channels: Integer = None
+    """Channels of the images in --cond-folder (3)."""
+    cond_drop_prob: Number = None
+    """Share of images whose classes and vectors are left out in training, which guidance needs (0.1)."""
     workers: Integer = None
     """Processes that read images, per device."""
     fid: bool = False
     """Measure the Frechet inception distance at every checkpoint (needs pytorch-fid)."""
     debug: bool = False
     """Show the traceback of an error."""
+    conditions: tyro.conf.OmitArgPrefixes[LabelOptions] = dataclasses.field(default_factory=LabelOptions)
     process: tyro.conf.OmitArgPrefixes[ProcessOptions] = dataclasses.field(default_factory=ProcessOptions)
 
 
@@ -167,13 +178,14 @@ def _checkpoint_to_resume(options: Train) -> tuple[Path, int] | None:
 
 
 class _Plan(NamedTuple):
-    """A run: the name of its process, and arguments of Unet, of the process, of XMWrapper and of Trainer."""
+    """A run: the name of its process, and arguments of Unet, the process, XMWrapper, Trainer and Dataset."""
 
     process: str
     network: dict[str, Any]
     diffusion: dict[str, Any]
     wrapper: dict[str, Any]
     training: dict[str, Any]
+    labels: dict[str, Any]
 
 
 def _arguments(options: Train, record: dict[str, Any] | None) -> _Plan:
@@ -181,6 +193,8 @@ def _arguments(options: Train, record: dict[str, Any] | None) -> _Plan:
 
     record: of `read_settings`; None for a new run.
     """
+    from ddpm_fast.diffusion.processes import PROCESSES
+
     given = {name: getattr(options, name) for name in (*_NETWORK, *_TRAINER, "amp", "image_size")}
     given |= {field.name: getattr(options.process, field.name) for field in dataclasses.fields(options.process)}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
@@ -193,13 +207,15 @@ def _arguments(options: Train, record: dict[str, Any] | None) -> _Plan:
     if recorded not in (None, name):
         raise UserError(f"--process {name}: the checkpoint is of {recorded}, and its weights belong to that")
     of_process = processes.arguments_of(name, {o: value for o, value in given.items() if o in processes.ARGUMENTS})
-    data = _defaults_of(options.data)
-    off = {"self_condition": False, "seed": None}
+    data = _defaults_of(options)
+    off = {"self_condition": False, "seed": None, "cond_drop_prob": None}
     values: dict[str, Any] = {**_DEFAULTS, **data, **off}
     network, training = (
         {argument: values[option] for option, argument in names.items()} for names in (_NETWORK, _TRAINER)
     )
     diffusion = processes.arguments_of(name, processes.defaults_of(name, values))
+    if network["cond_drop_prob"] is None:
+        del network["cond_drop_prob"]
     network["flash_attn"] = True
     training["mixed_precision"] = values["amp"]
     if record is not None:
@@ -212,8 +228,12 @@ def _arguments(options: Train, record: dict[str, Any] | None) -> _Plan:
     for names, arguments in ((_NETWORK, network), (_TRAINER, training)):
         arguments.update({names[option]: value for option, value in given.items() if option in names})
     diffusion.update(of_process)
+    labels = _labels_of(options, record)
     if record is None:
         network.update(processes.network_of(name, network["channels"]))
+        is_guided = _add_conditions(options, labels, network, diffusion)
+        if is_guided and "guidance" in PROCESSES[name].arguments():
+            diffusion.setdefault("guidance", _GUIDANCE)
     if not options.flash:
         network["flash_attn"] = False
     training["mixed_precision"] = given.get("amp", training["mixed_precision"])
@@ -223,15 +243,49 @@ def _arguments(options: Train, record: dict[str, Any] | None) -> _Plan:
     wrapper = {} if record is None else dict(record["xm"])
     if "candidates" in given:
         wrapper["candidates"] = given["candidates"]
-    return _Plan(name, network, diffusion, wrapper, training)
+    return _Plan(name, network, diffusion, wrapper, training, labels)
 
 
-def _defaults_of(data: str) -> dict[str, Any]:
+def _labels_of(options: Train, record: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments of `Dataset` for its conditions: those given, else those that the file records for such data."""
+    from ddpm_fast.training.prepared import is_prepared
+
+    given = options.conditions.given()
+    check_labels(options.data, given)
+    recorded = {} if record is None else record["training"].get("conditions") or {}
+    is_of_digits = recorded.get("labels") == "digits"
+    if is_prepared(options.data) or is_of_digits != (options.data == "digits"):
+        recorded = {}
+    return {**recorded, **given}
+
+
+def _add_conditions(options: Train, labels: dict[str, Any], network: dict[str, Any], diffusion: dict[str, Any]) -> bool:
+    """Give a new network the sizes that the data's conditions ask for; True if it learns what guidance needs."""
+    channels = 3 if options.cond_channels is None else options.cond_channels
+    sizes = sizes_of(options.data, options.exts, labels, channels)
+    found = {name: getattr(sizes, name) for name in ("num_classes", "cond_dim", "cond_channels")}
+    network.update({name: value for name, value in found.items() if value})
+    if diffusion.get("super_resolution") is not None:
+        from ddpm_fast.diffusion.super_resolution import unet_arguments
+
+        network.update(unet_arguments(**network))
+    can_guide = bool(sizes.num_classes or sizes.cond_dim)
+    for option, is_useful, what in (
+        ("cond_drop_prob", can_guide, "classes or vectors: --labels or --cond-columns"),
+        ("cond_channels", sizes.cond_channels, "condition images: --cond-folder"),
+    ):
+        if getattr(options, option) is not None and not is_useful:
+            raise UserError(f"--{option.replace('_', '-')} is for {what}")
+    return can_guide and network.get("cond_drop_prob") != 0
+
+
+def _defaults_of(options: Train) -> dict[str, Any]:
     """The defaults that depend on the data."""
     from ddpm_fast.training.prepared import PreparedDataset, is_prepared
 
+    data = options.data
     if data == "digits":
-        return _DIGITS_DEFAULTS
+        return {**_DIGITS_DEFAULTS, **(_LABELLED_DIGITS_DEFAULTS if options.conditions.labels else {})}
     if not is_prepared(data):
         return _FOLDER_DEFAULTS
     _, channels, height, width = PreparedDataset(data).images.shape
@@ -271,10 +325,15 @@ def _make_trainer(options: Train, plan: _Plan) -> "Trainer":
         torch.manual_seed(options.seed)
     diffusion = PROCESSES[plan.process](Unet(**plan.network), **plan.diffusion)
     training = dict(plan.training)
+    dataset: Any = options.data
+    if options.data == "digits":
+        dataset = DigitsDataset(diffusion.image_size, has_classes=bool(plan.labels))
+    else:
+        of_folder |= plan.labels
     precision = training.pop("mixed_precision")
     return Trainer(
         XMWrapper(diffusion, **plan.wrapper) if plan.wrapper.get("candidates", 1) != 1 else diffusion,
-        DigitsDataset(diffusion.image_size) if options.data == "digits" else options.data,
+        dataset,
         **training,
         results_folder=options.results_folder,
         amp=None if precision is None else precision != "no",

@@ -48,6 +48,8 @@ class ContinuousProcess(DiffusionProcess):
         sampler_options: Mapping[str, float] | None = None,
         loss_weighting_options: Mapping[str, float] | None = None,
         guidance: float | Mapping[str, Any] | Guidance | None = None,
+        super_resolution: int | None = None,
+        noise_augmentation: float | None = None,
     ):
         weighting = find_weighting(loss_weighting, loss_weighting_options)
         common = dict(
@@ -74,6 +76,8 @@ class ContinuousProcess(DiffusionProcess):
             clip_x_start=bool(clip_x_start),
             config=recorded,
             guidance=guidance,
+            super_resolution=super_resolution,
+            noise_augmentation=noise_augmentation,
         )
         self._weighting = weighting
         self.register_buffer("constant_row", None, persistent=False)

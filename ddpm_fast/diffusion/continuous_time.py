@@ -220,9 +220,14 @@ class ContinuousTimeGaussianDiffusion(ContinuousProcess):
         return ()
 
     def _make_plan(
-        self, sampler: str, steps: int, spacing: str | Sequence[float] | None, options: Mapping[str, float]
+        self,
+        sampler: str,
+        steps: int,
+        spacing: str | Sequence[float] | None,
+        options: Mapping[str, float],
+        **others: Any,
     ) -> SamplerTable:
-        plan = super()._make_plan(sampler, steps, spacing, options)
+        plan = super()._make_plan(sampler, steps, spacing, options, **others)
         if sampler == "ddpm" and spacing in (None, "own"):
             # Upstream's last step ends at time 0, which has noise left, on the mean of the posterior.
             now, end = (self.noise_scale.at(torch.tensor([t], dtype=torch.float64)) for t in (1 / steps, 0.0))

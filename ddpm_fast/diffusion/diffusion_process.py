@@ -1,8 +1,8 @@
 """What every diffusion process shares: a network, levels of noise, the training loss, sampling, and checks.
 
 A process says its levels (`noise_scale`), what its network gives (`target`), the times of a training step
-(`random_times`) and the rows of the ops' tables for them (`_rows`). The rest is here, in `sampled_process` and in
-`measured_process`.
+(`random_times`) and the rows of the ops' tables for them (`_rows`). The rest is here, in `sampled_process`, in
+`editing_process` and in `measured_process`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from ddpm_fast import noise as noise_function
 from ddpm_fast.diffusion import samplers, spacings
 from ddpm_fast.diffusion.conditions import as_conditions
+from ddpm_fast.diffusion.editing_process import EditingProcess
 from ddpm_fast.diffusion.guidance import Guidance, as_guidance
 from ddpm_fast.diffusion.images import (
     as_floats,
@@ -31,6 +32,7 @@ from ddpm_fast.diffusion.registry import PROCESSES as PROCESSES
 from ddpm_fast.diffusion.registry import has_own
 from ddpm_fast.diffusion.registry import process as process
 from ddpm_fast.diffusion.samplers import SamplerTable
+from ddpm_fast.diffusion.super_resolution import check_network, super_resolution_options, training_condition
 from ddpm_fast.diffusion.weightings import UncertaintyWeight
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops.common.tables import lookup
@@ -41,7 +43,7 @@ from ddpm_fast.runtime.plain import as_number, as_size
 from ddpm_fast.runtime.recording import GraphCache
 
 
-class DiffusionProcess(MeasuredProcess):
+class DiffusionProcess(MeasuredProcess, EditingProcess):
     """A network and a process around it; the base of them all.
 
     Args:
@@ -57,6 +59,9 @@ class DiffusionProcess(MeasuredProcess):
         clip_x_start: estimates of x0 are clipped to [−1, 1] in every step of sampling.
         config: the arguments of the process, plain values, for checkpoints.
         guidance: of `sample`, where it is not told otherwise: a scale or a `Guidance`.
+        super_resolution: factor by which `upscale` enlarges; training makes the low-resolution condition itself, for a
+            network with `cond_channels` and `cond_dim` as `super_resolution.unet_arguments` has them.
+        noise_augmentation: largest level of the noise on that condition, 0.5 if None (Ho et al. 2021, CDM).
     """
 
     # Arguments of base classes that a class sets itself, or has no use for.
@@ -79,6 +84,8 @@ class DiffusionProcess(MeasuredProcess):
         clip_x_start: bool,
         config: dict[str, Any],
         guidance: float | Mapping[str, Any] | Guidance | None = None,
+        super_resolution: int | None = None,
+        noise_augmentation: float | None = None,
     ):
         super().__init__()
         setattr(self, self.network_name, model)
@@ -107,6 +114,11 @@ class DiffusionProcess(MeasuredProcess):
         self.guidance = guidance
         if guidance is not None:
             self.config["guidance"] = _recorded_guidance(guidance)
+        options = super_resolution_options(super_resolution, noise_augmentation, self.image_size)
+        self.super_resolution, self.noise_augmentation = options
+        if self.super_resolution is not None:
+            check_network(model, self.channels)
+            self.config |= {"super_resolution": self.super_resolution, "noise_augmentation": self.noise_augmentation}
         self.uncertainty = UncertaintyWeight() if uncertainty_weighting else None
         self._plans: dict[tuple, SamplerTable] = {}
         self.graphs = GraphCache()
@@ -260,10 +272,28 @@ class DiffusionProcess(MeasuredProcess):
             x_start: the images as `_losses` takes them.
             options: of `q_sample`, what is still to be done to them.
         """
+        if self.super_resolution is not None and cond_image is None and cond is None:
+            images = as_floats(x_start, options["flip"])
+            made = self._low_resolution(self.normalize(images) if options["normalize"] else images)
+            cond, cond_image = made["cond"], made["cond_image"]
         given = as_conditions(classes, cond, cond_image, cond_keep_mask, device=x_start.device)
         size = tuple(x_start.shape[2:])
         given = given.check(self.network, batch_size=x_start.shape[0], device=x_start.device, size=size)
         return given.with_drawn_mask(self.network, x_start.device).arguments(self.network)
+
+    def _low_resolution(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A fresh condition of super-resolution for normalised images: `cond_image` and `cond`."""
+        assert self.super_resolution is not None and self.noise_augmentation is not None
+        seed = noise_function.draw_seed(images.device)
+        return training_condition(images, self.super_resolution, self.noise_augmentation, seed)
+
+    def draw_conditions(self, img: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What a training step draws beside the given conditions, as `forward` takes it, for calls that share it."""
+        if self.super_resolution is None or "cond_image" in conditions or "cond" in conditions:
+            return self.draw_keep_mask(conditions, img.device)
+        made = self._low_resolution(self.normalize(as_floats(img)))
+        made["cond_image"] = self.unnormalize(made["cond_image"])
+        return {**made, **self.draw_keep_mask({**conditions, **made}, img.device)}
 
     def draw_keep_mask(self, conditions: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
         """{"cond_keep_mask": (B,)} as a training step draws it for these conditions; {} where it draws none."""

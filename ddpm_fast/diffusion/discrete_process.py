@@ -86,6 +86,8 @@ class DiscreteProcess(DiffusionProcess):
         zero_terminal_snr: bool = False,
         timestep_sampler: str = "uniform",
         guidance: float | Mapping[str, Any] | Guidance | None = None,
+        super_resolution: int | None = None,
+        noise_augmentation: float | None = None,
     ):
         timesteps = as_int("timesteps", timesteps)
         sampling_timesteps = None if sampling_timesteps is None else as_int("sampling_timesteps", sampling_timesteps)
@@ -151,6 +153,8 @@ class DiscreteProcess(DiffusionProcess):
             # Only what was asked for: files that need nothing new are read by earlier releases.
             config=config | {name: value for name, value in later.items() if value},
             guidance=guidance,
+            super_resolution=super_resolution,
+            noise_augmentation=noise_augmentation,
         )
         self.objective, self._weighting = objective, weighting
         self.num_timesteps = schedule.num_timesteps

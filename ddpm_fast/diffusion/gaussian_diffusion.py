@@ -14,6 +14,7 @@ from ddpm_fast import noise as noise_function
 from ddpm_fast.diffusion.diffusion_process import TrainingRows, process
 from ddpm_fast.diffusion.discrete_process import DiscreteProcess, extract
 from ddpm_fast.diffusion.discrete_process import ModelPrediction as ModelPrediction
+from ddpm_fast.diffusion.guidance import column, widened
 from ddpm_fast.diffusion.samplers import SamplerTable
 from ddpm_fast.diffusion.sampling import Conditioning, SamplingRun
 from ddpm_fast.models.derived_weights import inference_weights, may_derive
@@ -208,31 +209,51 @@ class GaussianDiffusion(DiscreteProcess):
     def _composed_loop(self, x: torch.Tensor, run: SamplingRun) -> torch.Tensor:
         """The same walk with the overridable methods, for subclasses such as guided or learned-variance sampling."""
         x_start, plan = None, run.plan
-        run.conditioning.check_unguided(f"{type(self).__name__} has its own {', '.join(sorted(self._overridden()))}")
-        told: dict[str, Any] = run.conditioning.arguments
-        if not run.clip_x_start:
-            raise ValueError(f"clip_x_start must be True where {type(self).__name__} has its own steps, which clip")
-        if not plan.has_integer_times:
-            raise ValueError(
-                f"sampler {plan.sampler!r} calls the network between timesteps, which {type(self).__name__}'s own "
-                f"{', '.join(sorted(self._overridden()))} cannot do"
-            )
-        full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps
+        self._check_composed(run)
+        inserts = run.conditioning.mask is not None
+        full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps and not inserts
         # No table over timesteps: an override may call the network with other times.
         derived = inference_weights(self.model) if may_derive(self.model) else nullcontext()
         kept: list[torch.Tensor] = []  # of the rows before, the newest first
         with derived, run.progress_bar(x.device) as bar:
             for row in run.rows:
                 x_self_cond = x_start if self.self_condition else None
-                if full_ddpm and "p_sample" in self._overridden():
-                    x, x_start = self.p_sample(x, int(plan.times[row]), x_self_cond, **told)
-                elif full_ddpm:
-                    options: dict[str, Any] = {"seed": run.seed, "start_index": run.start_index}
-                    x, x_start = self.p_sample(x, int(plan.times[row]), x_self_cond, **options, **told)
+                if full_ddpm:
+                    x, x_start = self._own_p_sample(run, row, x, x_self_cond)
                 else:
                     x, x_start = self._step_from_predictions(run, row, x, kept, x_self_cond)
                 run.step_done(x, bar, x_start)
         return x
+
+    def _check_composed(self, run: SamplingRun) -> None:
+        """Raise where overridable methods cannot do what a run asks for."""
+        own = f"{type(self).__name__} has its own {', '.join(sorted(self._overridden()))}"
+        run.conditioning.check_unguided(own, inserts=not self._has_own("p_sample"))
+        if not run.clip_x_start:
+            raise ValueError(f"clip_x_start must be True where {type(self).__name__} has its own steps, which clip")
+        if not run.plan.has_integer_times:
+            raise ValueError(
+                f"sampler {run.plan.sampler!r} calls the network between timesteps, which {type(self).__name__}'s own "
+                f"{', '.join(sorted(self._overridden()))} cannot do"
+            )
+
+    def _noise_options(self, run: SamplingRun) -> dict[str, Any]:
+        """What `p_sample` is told of the noise, unless it is a user's own."""
+        return {} if self._has_own("p_sample") else {"seed": run.seed, "start_index": run.start_index}
+
+    def _own_p_sample(
+        self, run: SamplingRun, row: int, x: torch.Tensor, x_self_cond: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`p_sample` of a row."""
+        told: dict[str, Any] = {**self._noise_options(run), **run.conditioning.arguments}
+        return self.p_sample(x, int(run.plan.times[row]), x_self_cond, **told)
+
+    def _own_predictions(
+        self, run: SamplingRun, row: int, x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noise and x0 of `model_predictions` at a row."""
+        options: dict[str, Any] = {"clip_x_start": True, "rederive_pred_noise": True, **run.conditioning.arguments}
+        return self.model_predictions(x, t, x_self_cond, **options)[:2]
 
     def _step_from_predictions(
         self,
@@ -246,12 +267,12 @@ class GaussianDiffusion(DiscreteProcess):
         plan = run.plan
         timestep = int(plan.times[row])
         now = self._schedule.alphas_cumprod[timestep].item()
-        _, _, r, s, u, sigma, *wide = plan.table[row].tolist()
-        wide += [0.0] * (6 - len(wide))
-        u2, u3, _, _, e, f = wide
+        columns = widened(plan.table[row : row + 1])[0]
+        _, _, r, s, u, sigma, u2, u3, _, _, e, f, of_known, of_noise, *_ = columns.tolist()
+        # The noise of other estimates of x0 is that which is predicted.
+        r += sum(columns[column(name)].item() for name in ("kg", "kn", "kc"))
         t = torch.full((x.shape[0],), timestep, device=x.device, dtype=torch.long)
-        options: dict[str, Any] = {"clip_x_start": True, "rederive_pred_noise": True, **run.conditioning.arguments}
-        pred_noise, x_start = self.model_predictions(x, t, x_self_cond, **options)[:2]
+        pred_noise, x_start = self._own_predictions(run, row, x, t, x_self_cond)
         # s·x = s·√ᾱ·x0 + s·√(1 − ᾱ)·ε, with the ε that was predicted.
         x_next = (r + s * now**0.5) * x_start + s * (1 - now) ** 0.5 * pred_noise
         for factor, earlier in zip((u, u2, u3), kept, strict=False):
@@ -259,8 +280,12 @@ class GaussianDiffusion(DiscreteProcess):
                 x_next = x_next + factor * earlier
         second = [e * x + f * x_start] if e or f else kept[:1]
         kept[:] = [x_start, *second, *kept[1:2]][: plan.num_previous]
+        mask, known = run.conditioning.mask, run.conditioning.known
+        noise = self._step_noise(x, run.seed, row, run.start_index) if sigma != 0 or mask is not None else None
         if sigma != 0:
-            x_next = x_next + sigma * self._step_noise(x, run.seed, row, run.start_index)
+            x_next = x_next + sigma * noise
+        if mask is not None:
+            x_next = mask * (of_known * known + of_noise * noise) + (1 - mask) * x_next
         return x_next, x_start
 
     def _step_noise(self, x: torch.Tensor, seed: torch.Tensor, row: int, start_index: int) -> torch.Tensor:

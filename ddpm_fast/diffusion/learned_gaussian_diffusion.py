@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ddpm_fast.diffusion import samplers, schedules
+from ddpm_fast.diffusion import schedules
 from ddpm_fast.diffusion.diffusion_process import TrainingRows, process
 from ddpm_fast.diffusion.discrete_process import extract
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
-from ddpm_fast.diffusion.samplers import SamplerTable
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops.variational_bound.op import variational_bound
 from ddpm_fast.runtime.autocast import call_model
@@ -86,13 +84,6 @@ class LearnedGaussianDiffusion(GaussianDiffusion):
             schedule, self.objective, weight, self.vb_loss_weight, self._variance_at_zero
         )
         self.register_buffer("bound_table", table.to(device=self.betas.device, dtype=torch.float32), persistent=False)
-
-    def _make_plan(
-        self, sampler: str, steps: int, spacing: str | Sequence[float] | None, options: Mapping[str, float]
-    ) -> SamplerTable:
-        return samplers.sampler_table(
-            self.noise_scale, self.target, sampler, steps, spacing=spacing, options=options, learned_variance=True
-        )
 
     def model_predictions(  # type: ignore[override]
         self,

@@ -1,6 +1,7 @@
 """Every process of this package, by its name."""
 
 from ddpm_fast.diffusion import (
+    classifier_free_diffusion,
     continuous_time,
     elucidated_diffusion,
     gaussian_diffusion,
@@ -17,6 +18,7 @@ _MODULES = (
     gaussian_diffusion,
     learned_gaussian_diffusion,
     weighted_objective,
+    classifier_free_diffusion,
     elucidated_diffusion,
     continuous_time,
     rectified_flow,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from ddpm_fast.ops.forward_diffusion.op import q_sample
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.runtime.plain import as_int, as_number
 from ddpm_fast.runtime.recording import GraphCache
+
+if TYPE_CHECKING:
+    from ddpm_fast.diffusion.inpainting import Resampling
 
 # Arguments of `sample` that say what images are of.
 _CONDITIONING = ("classes", "cond", "cond_image", "guidance", "cond_fn")
@@ -71,6 +74,7 @@ class SampledProcess(nn.Module):
     sampling_timesteps: int
     clip_x_start: bool
     guidance: Any  # as the constructor takes it
+    class_names: tuple[str, ...] | None = None  # of the classes 0, 1, ..., where a checkpoint records them
     normalize: Callable[[torch.Tensor], torch.Tensor]
     unnormalize: Callable[[torch.Tensor], torch.Tensor]
     graphs: GraphCache
@@ -318,6 +322,7 @@ class SampledProcess(nn.Module):
         sampling_timesteps: int | None = None,
         spacing: str | Sequence[float] | None = None,
         options: Mapping[str, float] | None = None,
+        resampling: Resampling | None = None,
     ) -> SamplerTable:
         """The sampler's table; what is None is the attribute of now, which users change."""
         if options is None:
@@ -328,9 +333,9 @@ class SampledProcess(nn.Module):
         steps = self.sampling_timesteps if sampling_timesteps is None else sampling_timesteps
         spacing = next((given for given in (spacing, self.spacing, self.default_spacing) if given is not None), None)
         spacing = spacing if spacing is None or isinstance(spacing, str) else tuple(spacing)
-        key = (sampler, steps, spacing, tuple(sorted(options.items())), *self._plan_key())
+        key = (sampler, steps, spacing, tuple(sorted(options.items())), resampling, *self._plan_key())
         if key not in self._plans:
-            self._plans[key] = self._make_plan(sampler, steps, spacing, options)
+            self._plans[key] = self._make_plan(sampler, steps, spacing, options, resampling=resampling)
         return self._plans[key]
 
     def network_calls(
@@ -352,9 +357,16 @@ class SampledProcess(nn.Module):
         return ()
 
     def _make_plan(
-        self, sampler: str, steps: int, spacing: str | Sequence[float] | None, options: Mapping[str, float]
+        self,
+        sampler: str,
+        steps: int,
+        spacing: str | Sequence[float] | None,
+        options: Mapping[str, float],
+        **others: Any,
     ) -> SamplerTable:
-        return samplers.sampler_table(self.noise_scale, self.target, sampler, steps, spacing=spacing, options=options)
+        """A table by `samplers.sampler_table`, which takes `others` as well."""
+        others = {"spacing": spacing, "options": options, "learned_variance": self.learned_variance, **others}
+        return samplers.sampler_table(self.noise_scale, self.target, sampler, steps, **others)
 
     def explain_graphs(self, batch_size: int = 16, *, guidance: Any = None, cond_fn: CondFn | None = None) -> str:
         """Whether `sample(batch_size)` replays a recorded step now, and if not, why; one sentence.

@@ -182,6 +182,7 @@ def sampler_table(
     spacing: str | Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
     learned_variance: bool = False,
+    resampling: Callable[[Walk, Rows], Rows] | None = None,
 ) -> SamplerTable:
     """The table of a sampler over `steps` of a process's times.
 
@@ -194,6 +195,7 @@ def sampler_table(
             least; None is the sampler's own.
         options: of the sampler, such as `eta` of DDIM.
         learned_variance: the network gives a variance, too; samplers that know none leave it out.
+        resampling: makes other rows of the sampler's, such as `inpainting.Resampling`.
 
     Raises:
         TypeError, ValueError: an unknown name or option, a number of steps or times outside the process.
@@ -203,6 +205,8 @@ def sampler_table(
     check_options(sampler, given)
     walk = walk_along(scale, _times(scale, SAMPLERS[sampler].spacing if spacing is None else spacing, steps))
     rows = SAMPLERS[sampler].make_rows(walk, **given)
+    if resampling is not None:
+        rows = resampling(walk, rows)
     times: tuple[float, ...] = tuple(rows.levels.times.tolist())
     if scale.is_discrete and all(time == int(time) for time in times):
         times = tuple(int(time) for time in times)

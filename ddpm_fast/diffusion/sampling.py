@@ -131,10 +131,14 @@ class Conditioning:
         layout = tuple((name, tuple(t.shape), t.dtype) for name, t in self.tensors())
         return layout, self.is_doubled, id(self.guide), id(self.cond_fn)
 
-    def check_unguided(self, where: str) -> None:
-        """Raise where steps of the user's own methods, as `where` says, would leave something out."""
+    def check_unguided(self, where: str, *, inserts: bool = False) -> None:
+        """Raise where steps of the user's own methods, as `where` says, would leave something out.
+
+        Args:
+            inserts: they do insert what is known.
+        """
         guides = {"guidance": self.is_doubled or self.guide is not None, "cond_fn": self.cond_fn is not None}
-        guides["mask"] = self.mask is not None
+        guides["mask"] = self.mask is not None and not inserts
         for name, is_given in guides.items():
             if is_given:
                 raise ValueError(f"{name} must be None where {where}, which would leave it out")

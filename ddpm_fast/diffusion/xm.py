@@ -107,7 +107,7 @@ class XMWrapper(nn.Module):
         at_once = batch if at_once is None else at_once
         # Which images keep their conditions is the same for all candidates, as upstream.
         told = {name: kwargs.pop(name) for name in CONDITIONS if kwargs.get(name) is not None}
-        told |= process.draw_keep_mask(told, img.device)
+        told |= process.draw_conditions(img, told)
         options = {name: value for name, value in options.items() if name not in CONDITIONS}
 
         def losses(noise: torch.Tensor) -> torch.Tensor:

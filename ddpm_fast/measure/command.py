@@ -30,6 +30,8 @@ def configuration_from(checkpoint: Path | None, given: dict, device: torch.devic
     fields: dict[str, Any] = dict(_SIZE.get(device.type, _SIZE["cpu"]))
     if checkpoint is not None:
         loaded = load_checkpoint(checkpoint, image_size=given.get("image_size"))
+        if not isinstance(loaded.model, Unet):
+            raise ValueError(f"bench compares networks that {checkpoint} has none of: it is upstream's of classes")
         fields |= _of_network(loaded.model)
         fields["image_size"] = tuple(loaded.diffusion.image_size)
     fields |= {name: value for name, value in given.items() if value is not None}
@@ -39,7 +41,8 @@ def configuration_from(checkpoint: Path | None, given: dict, device: torch.devic
 def _of_network(network: Unet) -> dict:
     """Fields of `Configuration` for a network: its width, and every argument that is not the default."""
     defaults = {name: p.default for name, p in inspect.signature(Unet.__init__).parameters.items()}
-    config = dict(network.config)
+    # Upstream's network, with which it is compared, takes no conditions; they are a row of one product.
+    config = {name: value for name, value in network.config.items() if not name.startswith(("cond_", "num_classes"))}
     named = {name: config.pop(name) for name in ("dim", "channels")}
     named["dim_mults"] = tuple(config.pop("dim_mults"))
     return named | {

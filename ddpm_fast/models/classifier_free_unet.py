@@ -270,17 +270,25 @@ class Unet(UnetBase):
             cond_keep_mask=torch.cat((keep, torch.zeros_like(keep))),
         )
         out, null = both.chunk(2)
-        if cond_scale == 1:
-            return out, null
-        update = out - null
-        if remove_parallel_component:
-            parallel = _along(update, out)
-            update = (update - parallel) + parallel * keep_parallel_frac
-        guided = out + update * (cond_scale - 1)
-        if rescaled_phi == 0:
-            return guided, null
-        rescaled = guided * (_std(out) / _std(guided))
-        return rescaled * rescaled_phi + guided * (1 - rescaled_phi), null
+        kept = keep_parallel_frac if remove_parallel_component else 1.0
+        return guided_output(out, null, cond_scale, rescaled_phi, kept), null
+
+
+def guided_output(
+    out: torch.Tensor, null: torch.Tensor, cond_scale: float, rescaled_phi: float, keep_parallel_frac: float = 0.0
+) -> torch.Tensor:
+    """The guided output of those with and without classes; see `Unet.forward_with_cond_scale`."""
+    if cond_scale == 1:
+        return out
+    update = out - null
+    if keep_parallel_frac != 1:
+        parallel = _along(update, out)
+        update = (update - parallel) + parallel * keep_parallel_frac
+    guided = out + update * (cond_scale - 1)
+    if rescaled_phi == 0:
+        return guided
+    rescaled = guided * (_std(out) / _std(guided))
+    return rescaled * rescaled_phi + guided * (1 - rescaled_phi)
 
 
 def _random_mask(batch_size: int, rate: float, device: torch.device) -> torch.Tensor:

@@ -29,6 +29,19 @@ UNETS = {
     "uneven_widths": dict(dim=24, dim_mults=(1, 3), attn_heads=3, attn_dim_head=10),
 }
 
+CLASSIFIER_FREE_UNETS = {
+    "plain": dict(dim=16, num_classes=5, dim_mults=(1, 2)),
+    "four_stages": dict(dim=16, num_classes=10, dim_mults=(1, 2, 4, 8)),
+    "one_stage": dict(dim=8, num_classes=1, dim_mults=(1,)),
+    "init_and_out_dim": dict(dim=8, num_classes=3, init_dim=12, out_dim=5, dim_mults=(1, 3), channels=1),
+    "learned_variance": dict(dim=8, num_classes=3, dim_mults=(1, 2), learned_variance=True),
+    "learned_sinusoidal": dict(
+        dim=8, num_classes=3, dim_mults=(1, 2), learned_sinusoidal_cond=True, learned_sinusoidal_dim=6
+    ),
+    "random_fourier": dict(dim=8, num_classes=3, dim_mults=(1, 2), random_fourier_features=True),
+    "attention": dict(dim=24, num_classes=3, dim_mults=(1, 3), attn_heads=3, attn_dim_head=10),
+}
+
 
 def drawn_unet(seed: int) -> dict:
     """A random small UNet configuration."""
@@ -89,29 +102,30 @@ def inputs(config: dict, size: tuple[int, int], batch: int = 3):
     return x, t, x_self_cond
 
 
-def run(model, x, t, x_self_cond):
+def run(model, x, t, x_self_cond=None, **conditions):
     """Output, and the gradient with respect to the input and every parameter."""
     dtype = next(model.parameters()).dtype
     x = x.detach().clone().to(dtype).requires_grad_()
-    x_self_cond = None if x_self_cond is None else x_self_cond.to(dtype)
-    out = model(x, t, x_self_cond)
+    conditions = {k: v.to(dtype) if v.is_floating_point() else v for k, v in conditions.items()}
+    out = model(x, t, *(() if x_self_cond is None else (x_self_cond.to(dtype),)), **conditions)
     weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).reshape(out.shape)
     (out * weight).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return out.detach(), {"x": x.grad, **grads}
 
 
-def assert_equal_networks(theirs, ours, config, size):
+def assert_equal_networks(theirs, ours, config, size, **conditions):
+    """Ours as accurate as theirs in the same dtype, in output and gradients, by modules and by block ops."""
     truth_model = copy.deepcopy(theirs).double()
     args = inputs(config, size)
-    truth, truth_grads = run(truth_model, args[0], args[1].double(), args[2])
-    expected, expected_grads = run(theirs, *args)
+    truth, truth_grads = run(truth_model, args[0], args[1].double(), args[2], **conditions)
+    expected, expected_grads = run(theirs, *args, **conditions)
     # A whole network rounds in other places than upstream, and more where native code convolves by Winograd's method;
     # a wrong formula is off by far more than this many ulp.
     for backend, floor in (("reference", 128), (None, 256)):
         ours.zero_grad()
         with use_backend(backend):
-            actual, actual_grads = run(ours, *args)
+            actual, actual_grads = run(ours, *args, **conditions)
         assert_close_to_truth(actual, expected, truth, name="output")
         assert actual_grads.keys() == expected_grads.keys()
         for name in expected_grads:

@@ -8,76 +8,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import signal
-import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from ddpm_fast.diffusion.images import as_floats
 from ddpm_fast.training.captured_step import send
-
-# Items of a user's dataset that are read ahead, and how far resizing and rounding may lead out of a range.
-_CHECKED_IMAGES = 8
-_OVERSHOOT = 0.05
+from ddpm_fast.training.items import Items, collate_items
 
 
 def derive_seed(*parts: object) -> int:
     """A seed in [0, 2⁶³) that is a hash of the parts: unlike sums, it does not repeat for neighbouring parts."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def check_images(dataset: Any, shape: tuple[int, ...], value_range: tuple[float, float] | None) -> None:
-    """Read a few items of a dataset; each must be a tensor of `shape` (C, h, w), floating point or uint8.
-
-    Floats plainly outside of `value_range` get one warning that names those found; None looks at the first item only.
-    Raises ValueError or TypeError for a dataset without images or with other items.
-    """
-    if len(dataset) == 0:
-        raise ValueError("folder is a dataset without images")
-    count = 1 if value_range is None else min(_CHECKED_IMAGES, len(dataset))
-    images = [dataset[index * (len(dataset) - 1) // max(count - 1, 1)] for index in range(count)]
-    for which, image in zip(["first item", *["item"] * count], images, strict=False):
-        if not isinstance(image, torch.Tensor):
-            raise TypeError(f"folder must give image tensors; its {which} is a {type(image).__name__}")
-        is_number = image.is_floating_point() or image.dtype == torch.uint8
-        if not is_number or tuple(image.shape) != shape:
-            raise ValueError(
-                f"folder must give images of shape {shape}, floats in [0, 1] or uint8 in 0..255; its "
-                f"{which.removesuffix(' item')} is {image.dtype} {tuple(image.shape)}"
-            )
-    images = [image for image in images if image.is_floating_point()]
-    if value_range is None or not images:
-        return
-    least, largest = min(image.min().item() for image in images), max(image.max().item() for image in images)
-    low, high = value_range
-    if least < low - _OVERSHOOT or largest > high + _OVERSHOOT:
-        warnings.warn(
-            f"folder gives images with values from {least:.4g} to {largest:.4g}, and the diffusion expects them in "
-            f"[{low}, {high}]: scale them in the dataset",
-            stacklevel=3,
-        )
-
-
-class Unbound(list[torch.Tensor]):
-    """The images of one tensor `batch` (B, C, h, w), which `collate` takes as it is."""
-
-    def __init__(self, batch: torch.Tensor):
-        super().__init__(batch.unbind())
-        self.batch = batch
-
-
-def collate(images: list[torch.Tensor]) -> torch.Tensor:
-    """Images (C, h, w) as one batch (B, C, h, w): uint8 if all are, else float32, to which bytes are 1/255."""
-    if isinstance(images, Unbound):
-        batch = images.batch
-    elif len({image.dtype for image in images}) == 1:
-        batch = default_collate(images)
-    else:
-        batch = default_collate([as_floats(image).float() for image in images])
-    return batch if batch.dtype == torch.uint8 else batch.to(torch.float32)
 
 
 class BatchOrder(torch.utils.data.Sampler):
@@ -126,20 +71,35 @@ class Batch(NamedTuple):
     """What a step trains on.
 
     images: (B, C, h, w), uint8 or float32.
-    flips: (B,) bool, the images that the diffusion is to mirror; None if they are mirrored already.
+    flips: (B,) bool, the images that the diffusion is to mirror, with `cond_image`; None if they are mirrored already.
+    conditions: by the names of a process's arguments.
     """
 
     images: torch.Tensor
     flips: torch.Tensor | None
+    conditions: dict[str, torch.Tensor] = {}
 
     @property
     def options(self) -> dict[str, torch.Tensor]:
         """Keyword arguments of a process's `forward`, besides the images."""
-        return {} if self.flips is None else {"flip": self.flips}
+        return self.conditions if self.flips is None else {"flip": self.flips, **self.conditions}
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that there are."""
+        return [self.images, *([] if self.flips is None else [self.flips]), *self.conditions.values()]
 
     def on(self, device: torch.device) -> Batch:
         """This batch on a device, without waiting for the device."""
-        return Batch(send(self.images, device), None if self.flips is None else send(self.flips, device))
+        conditions = {name: send(values, device) for name, values in self.conditions.items()}
+        return Batch(send(self.images, device), None if self.flips is None else send(self.flips, device), conditions)
+
+    def mirrored(self) -> Batch:
+        """With images and condition images as floats, and mirrored."""
+        conditions = dict(self.conditions)
+        if "cond_image" in conditions:
+            conditions["cond_image"] = as_floats(conditions["cond_image"], self.flips)
+        return Batch(as_floats(self.images, self.flips), None, conditions)
 
 
 class BatchStream:
@@ -150,6 +110,8 @@ class BatchStream:
 
     On CUDA batches are copied on a stream of their own. With `reads_ahead`, which needs worker processes or a dataset
     without randomness of its own, the copy of a batch begins while the step before it is still to come.
+
+    num_classes: of the network; an image of another class ends the run with a ValueError that names it.
     """
 
     def __init__(
@@ -162,8 +124,10 @@ class BatchStream:
         num_workers: int,
         as_bytes: bool = False,
         reads_ahead: bool = False,
+        num_classes: int | None = None,
     ):
         self.order = order
+        self.num_classes = num_classes
         self.device = device
         self.augment_horizontal_flip = augment_horizontal_flip
         self.as_bytes = as_bytes
@@ -177,10 +141,10 @@ class BatchStream:
             pin_memory=device.type == "cuda",
             # Its own generator: the loader draws a seed for its workers, and not from the global one.
             generator=torch.Generator().manual_seed(derive_seed(order.seed, "workers")),
-            collate_fn=collate,
+            collate_fn=collate_items,
             worker_init_fn=ignore_interrupts,
         )
-        self._batches: Iterator[torch.Tensor] | None = None
+        self._batches: Iterator[Items] | None = None
         self._copies = CopyStream(device) if device.type == "cuda" else None
         self.reads_ahead = reads_ahead and self._copies is not None
         self._ahead: Copy | None = None
@@ -189,7 +153,8 @@ class BatchStream:
         return self
 
     def __next__(self) -> torch.Tensor:
-        return as_floats(*self.next_batch())
+        batch = self.next_batch()
+        return as_floats(batch.images, batch.flips)
 
     def next_batch(self) -> Batch:
         """The batch at `position`."""
@@ -200,16 +165,30 @@ class BatchStream:
             self._ahead = self._copies.start(self._read(1)) if self.reads_ahead else None
             batch = copy.result()
         self.position += self.order.global_batch_size
-        return batch if self.as_bytes else Batch(as_floats(batch.images, batch.flips), None)
+        return batch if self.as_bytes else batch.mirrored()
 
     def _read(self, ahead: int) -> Batch:
         """The batch at `position`, or as many further on, in memory of the host."""
         if self._batches is None:
             self._batches = iter(self._loader)
-        images = next(self._batches)
-        if not self.augment_horizontal_flip:
-            return Batch(images, None)
-        return Batch(images, self._flip_order.batch_at(self.position + ahead * self.order.global_batch_size)[1])
+        images, conditions = next(self._batches)
+        position = self.position + ahead * self.order.global_batch_size
+        self._check_classes(conditions.get("classes"), position)
+        flips = self._flip_order.batch_at(position)[1] if self.augment_horizontal_flip else None
+        return Batch(images, flips, conditions)
+
+    def _check_classes(self, classes: torch.Tensor | None, position: int) -> None:
+        """Raise ValueError for a class that the network has not, before a device looks it up."""
+        if classes is None or self.num_classes is None:
+            return
+        is_wrong = (classes < 0) | (classes >= self.num_classes)
+        if is_wrong.any():
+            which = int(is_wrong.nonzero()[0])
+            index = int(self._flip_order.batch_at(position)[0][which])
+            raise ValueError(
+                f"image {index} of the dataset has the class {int(classes[which])}, and the network's "
+                f"num_classes={self.num_classes} means 0 to {self.num_classes - 1}"
+            )
 
     def seek(self, position: int, seed: int) -> None:
         """Go on from `position` in the order of `seed`."""
@@ -246,10 +225,9 @@ class Copy(NamedTuple):
         """The batch, for the current stream, which waits for the copy; the host does not."""
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(self.done)
-        for tensor in self.batch:
-            if tensor is not None:
-                # Its memory is the copying stream's: it must not be given away while this stream reads it.
-                tensor.record_stream(stream)
+        for tensor in self.batch.tensors:
+            # Its memory is the copying stream's: it must not be given away while this stream reads it.
+            tensor.record_stream(stream)
         return self.batch
 
 

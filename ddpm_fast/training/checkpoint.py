@@ -27,7 +27,9 @@ from torch import nn
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
+from ddpm_fast.models import classifier_free_unet
 from ddpm_fast.models.unet import Unet
+from ddpm_fast.models.unet_base import UnetBase
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.plain import as_int, plain
 from ddpm_fast.training.atomic_files import write_atomically
@@ -51,6 +53,10 @@ _LOADING_ERRORS = (
     struct.error,
 )
 
+# Networks that a file's `unet` holds the arguments of, by the name that its `network` gives; without one the first.
+NETWORKS: dict[str, type[UnetBase]] = {"unet": Unet, "classifier_free": classifier_free_unet.Unet}
+# Weights of a network that takes conditions, whose length is an argument of it.
+_CONDITIONS = {"classes_emb.weight": "num_classes", "null_cond": "cond_dim"}
 _SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule, "sigmoid": sigmoid_beta_schedule}
 
 
@@ -61,7 +67,7 @@ class CheckpointError(ValueError):
 class Checkpoint(NamedTuple):
     """What `load_checkpoint` returns; `ema` is an `ema_pytorch.EMA` around `diffusion`, whose network is `model`."""
 
-    model: Unet
+    model: UnetBase
     diffusion: DiffusionProcess
     ema: Any
     step: int
@@ -129,6 +135,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Rebuild network, diffusion and EMA from a checkpoint of ours or of upstream's `Trainer`; returns a `Checkpoint`.
 
+    `class_names` of its `diffusion` and of the average are the names of the classes that it was trained with, or None.
+
     State dicts of a process, a `Unet` or an EMA load too, alone or as `model` or `state_dict` of a dictionary, with the
     prefixes of DistributedDataParallel, `torch.compile`, ema-pytorch, XMWrapper and Lightning; one warning says what
     was stripped (step 0 without a step, EMA equal to the weights without an EMA).
@@ -148,14 +156,15 @@ def load_checkpoint(
     config = recorded_config(contents)
     name = process_name(contents, states, path, process)
     cls = PROCESSES[name]
-    unet_options, diffusion_options = _split_overrides(overrides, cls)
+    network = recorded_network(contents)
+    unet_options, diffusion_options = _split_overrides(overrides, network, cls)
     unet_config = config["unet"] or infer_unet_config(network_state(states.model), path)
     diffusion_config = dict(config["diffusion"] or infer_diffusion_config(states.model, name))
     if image_size is not None:
         diffusion_config["image_size"] = image_size
     is_size_unknown = diffusion_config.get("image_size") is None
 
-    model = Unet(**{**unet_config, **unet_options})
+    model: Any = network(**{**unet_config, **unet_options})
     if is_size_unknown:
         diffusion_config["image_size"] = model.downsample_factor
     diffusion = cls(model, **{**diffusion_config, **diffusion_options})
@@ -166,6 +175,8 @@ def load_checkpoint(
     load_average(ema, states, diffusion, path, step)
     if is_size_unknown:
         _forget_image_size(path, diffusion, ema.ema_model)
+    for one in (diffusion, ema.ema_model):
+        one.class_names = recorded_class_names(contents)
     ema.to(map_location)
     warn_of_names(states, path)
     return Checkpoint(model, diffusion, ema, step)
@@ -309,6 +320,27 @@ def recorded_config(contents: Mapping) -> dict[str, Any]:
     return {name: dict(part) if isinstance(part, Mapping) else None for name, part in parts.items()}
 
 
+def network_name(network: Any) -> str | None:
+    """The name of a network's class among `NETWORKS`; None for others, whose arguments a file does not hold."""
+    return next((name for name, cls in NETWORKS.items() if isinstance(network, cls)), None)
+
+
+def recorded_network(contents: Any) -> type[UnetBase]:
+    """The class of the network whose arguments a file records."""
+    config = contents.get("config") if isinstance(contents, Mapping) else None
+    name = (config.get("network") if isinstance(config, Mapping) else None) or "unet"
+    if name not in NETWORKS:
+        raise CheckpointError(f"the checkpoint's network is a {name!r}, which is none of {', '.join(NETWORKS)}")
+    return NETWORKS[name]
+
+
+def recorded_class_names(contents: Any) -> tuple[str, ...] | None:
+    """The names of the classes 0, 1, ... that a file of ours records; None where it does not."""
+    config = contents.get("config") if isinstance(contents, Mapping) else None
+    names = config.get("class_names") if isinstance(config, Mapping) else None
+    return None if names is None else tuple(names)
+
+
 def recorded_process(contents: Mapping, states: FoundStates) -> str | None:
     """The name of a file's process, as it records it or as names and shapes of its tensors tell; None: they do not."""
     return _process_in_config(contents) or infer_process(states)
@@ -380,7 +412,7 @@ def step_of(contents: Mapping, path: _Path) -> int:
 
 def read_settings(path: _Path) -> dict[str, Any]:
     """What a trainer's file says of its run: `unet`, `diffusion`, `xm` and `ema` (arguments), `process` (its name),
-    `training`, `adam`.
+    `training`, `adam`, `class_names`.
 
     Of upstream's file the first two and the process are read off its tensors; what a file does not tell is left out.
     Raises what `load_file` raises, and CheckpointError for another architecture.
@@ -398,6 +430,7 @@ def read_settings(path: _Path) -> dict[str, Any]:
         "xm": config["xm"] or {},
         "ema": config["ema"] or {},
         "training": dict(training) if isinstance(training, Mapping) else {},
+        "class_names": recorded_class_names(contents),
         "adam": plain("opt", {name: groups[0][name] for name in ("lr", "betas") if name in groups[0]})
         if groups
         else {},
@@ -474,6 +507,7 @@ def infer_unet_config(state: _State, path: _Path) -> dict[str, Any]:
         "attn_heads": tuple(heads for _, heads, _ in attention),
         "attn_dim_head": tuple(dim_head for _, _, dim_head in attention),
         "norm": "rms" if "mid_block1.block1.norm.g" in state else "group",
+        **{argument: len(state[name]) for name, argument in _CONDITIONS.items() if name in state},
     }
 
 
@@ -517,11 +551,16 @@ def _infer_objective(state: _State) -> dict[str, Any]:
 
 
 def _channel_config(in_channels: int, out_dim: int) -> dict[str, Any]:
-    """channels, self_condition and learned_variance that give these widths of the first and last convolution."""
+    """channels, self_condition, learned_variance and cond_channels that give these widths of the outer convolutions.
+
+    As many condition channels as images have cannot be told from self-conditioning, and are taken for it.
+    """
     if in_channels == 2 * out_dim:
         return {"channels": out_dim, "self_condition": True}
     if out_dim == 2 * in_channels:
         return {"channels": in_channels, "learned_variance": True}
+    if in_channels > out_dim:
+        return {"channels": out_dim, "cond_channels": in_channels - out_dim}
     return {"channels": in_channels}
 
 
@@ -610,10 +649,10 @@ def with_buffers(state: _State, diffusion: nn.Module) -> _State:
 
 
 def _split_overrides(
-    overrides: dict[str, Any], process: type[DiffusionProcess]
+    overrides: dict[str, Any], network: type[UnetBase], process: type[DiffusionProcess]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keyword arguments split into those of `Unet` and those of the process."""
-    unet_names, diffusion_names = set(inspect.signature(Unet).parameters), process.arguments()
+    """Keyword arguments split into those of the network and those of the process."""
+    unet_names, diffusion_names = set(inspect.signature(network).parameters), process.arguments()
     if "num_sample_steps" in diffusion_names and "sampling_timesteps" in overrides:
         renamed = {"num_sample_steps": overrides["sampling_timesteps"], **overrides}
         overrides = {name: value for name, value in renamed.items() if name != "sampling_timesteps"}

@@ -27,6 +27,7 @@ class FIDEvaluation:
 
     dl: iterable of image batches (B, C, h, w), floats in [0, 1] or uint8, read once; the statistics stay in
     stats_dir/dataset_stats.npz.
+    draw: the samples from number `start` up to `end`; by default `sampler.sample` draws them.
     feature_extractor: maps float32 (B, 3, h, w) in [0, 1] to features (B, D); by default pytorch_fid's InceptionV3,
     which raises FIDUnavailableError where the package or its weights are missing, or where C is not 1 or 3.
     """
@@ -43,6 +44,7 @@ class FIDEvaluation:
         num_fid_samples: int = 50000,
         inception_block_idx: int = 2048,
         feature_extractor: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        draw: Callable[[int, int], torch.Tensor] | None = None,
     ):
         if feature_extractor is None and channels not in (1, 3):
             raise FIDUnavailableError(f"InceptionV3 takes grey or RGB images, and these have {channels} channels")
@@ -52,6 +54,7 @@ class FIDEvaluation:
         self.channels = channels
         self.dl = dl
         self.sampler = sampler
+        self.draw = draw
         self.stats_path = Path(stats_dir) / "dataset_stats.npz"
         self.print_fn = print if accelerator is None else accelerator.print
         self.feature_extractor = feature_extractor or load_inception(inception_block_idx, device)
@@ -64,11 +67,15 @@ class FIDEvaluation:
             self._dataset_statistics = self._load_or_compute_statistics()
         self.sampler.eval()
         self.print_fn(f"computing features of {self.n_samples} samples")
-        batches = (
-            self.sampler.sample(batch_size=min(self.batch_size, self.n_samples - start), progress=False)
-            for start in range(0, self.n_samples, self.batch_size)
-        )
+        batches = map(self._draw, range(0, self.n_samples, self.batch_size))
         return frechet_distance(*mean_and_covariance(self._features(batches)), *self._dataset_statistics)
+
+    def _draw(self, start: int) -> torch.Tensor:
+        """A batch of samples (B, C, h, w) from number `start` on."""
+        count = min(self.batch_size, self.n_samples - start)
+        if self.draw is not None:
+            return self.draw(start, start + count)
+        return self.sampler.sample(batch_size=count, progress=False)
 
     def _load_or_compute_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean (D,) and covariance (D, D) of the data's features, from the file of an earlier run if there is one."""

@@ -19,10 +19,12 @@ class PathSequence(Sequence[Path]):
     """Paths below `root` as an immutable sequence of `Path`, in about 45 bytes each.
 
     names: their names relative to `root`, each ended by a NUL byte, which no name holds.
+    beside: names of other files that were asked for.
     """
 
-    def __init__(self, root: Path, names: bytes | bytearray):
+    def __init__(self, root: Path, names: bytes | bytearray, beside: Sequence[str] = ()):
         self.root = root
+        self.beside = list(beside)
         self._names = names
         self._ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)  # (N,) int64
 
@@ -40,6 +42,10 @@ class PathSequence(Sequence[Path]):
         start = self._ends[index - 1] + 1 if index else 0
         return self.root / os.fsdecode(bytes(self._names[start : self._ends[index]]))
 
+    def names(self) -> Iterator[str]:
+        """The paths relative to `root`."""
+        return map(os.fsdecode, bytes(self._names).split(b"\0")[:-1])
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
             return NotImplemented
@@ -51,19 +57,22 @@ class PathSequence(Sequence[Path]):
         return f"<{len(self)} paths below {self.root}>"
 
 
-def find_images(folder: str | os.PathLike, exts: Sequence[str]) -> PathSequence:
+def find_images(folder: str | os.PathLike, exts: Sequence[str], beside: Sequence[str] = ()) -> PathSequence:
     """Sorted paths under `folder` whose names end in one of `exts`, upper or lower case.
 
-    Linked folders are followed, each real folder once. What has another ending is counted in one warning.
+    Linked folders are followed, each real folder once. What has another ending is counted in one warning. Files whose
+    names without folders are among `beside` are no images, and are the result's `beside`.
 
     Raises FileNotFoundError, NotADirectoryError, PermissionError or ValueError for a folder without images, and
     TypeError or ValueError for `exts` that are no endings.
     """
     endings = _endings(exts)
     root = _check_folder(folder)
-    names, left_out = bytearray(), Counter[str]()
+    names, left_out, found = bytearray(), Counter[str](), []
     for name in _files_below(root):
-        if name.lower().endswith(endings):
+        if os.path.basename(name) in beside:
+            found.append(name)
+        elif name.lower().endswith(endings):
             names += os.fsencode(name) + b"\0"
         else:
             left_out[os.path.splitext(name)[1].lower() or "no ending"] += 1
@@ -75,7 +84,7 @@ def find_images(folder: str | os.PathLike, exts: Sequence[str]) -> PathSequence:
             f"folder {folder}: left out {_counted(left_out)}; images are files that end in {', '.join(endings)} (exts)",
             stacklevel=3,
         )
-    return PathSequence(root, names)
+    return PathSequence(root, names, found)
 
 
 def _endings(exts: Sequence[str]) -> tuple[str, ...]:

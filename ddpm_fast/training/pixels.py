@@ -49,9 +49,14 @@ def covering_size(size: tuple[int, int], target_size: tuple[int, int]) -> tuple[
 
 def resize_to_cover(pixels: Pixels, target_size: tuple[int, int]) -> Pixels:
     """Smallest size with the image's aspect ratio that covers (h, w), bilinear with antialiasing."""
-    size = covering_size(_size_of(pixels), target_size)[::-1]  # (width, height)
-    if size == _size_of(pixels)[::-1]:
+    return resize(pixels, covering_size(size_of(pixels), target_size))
+
+
+def resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Pixels of size (h, w), bilinear with antialiasing."""
+    if size == size_of(pixels):
         return pixels
+    size = size[::-1]  # (width, height)
     if isinstance(pixels, Image.Image):
         return pixels.resize(size, Image.Resampling.BILINEAR)
     channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(pixels, 2, 0)]
@@ -60,7 +65,7 @@ def resize_to_cover(pixels: Pixels, target_size: tuple[int, int]) -> Pixels:
 
 def crop_centre(pixels: Pixels, target_size: tuple[int, int]) -> Pixels:
     """The middle (h, w) of pixels that cover it."""
-    (height, width), (target_height, target_width) = _size_of(pixels), target_size
+    (height, width), (target_height, target_width) = size_of(pixels), target_size
     top, left = round((height - target_height) / 2), round((width - target_width) / 2)
     if isinstance(pixels, Image.Image):
         return pixels.crop((left, top, left + target_width, top + target_height))
@@ -147,6 +152,6 @@ def _convert_array(values: np.ndarray, mode: str, background: tuple[int, int, in
     return np.concatenate([color, alpha] if has_alpha else [color], axis=2).astype(values.dtype)
 
 
-def _size_of(pixels: Pixels) -> tuple[int, int]:
+def size_of(pixels: Pixels) -> tuple[int, int]:
     """(height, width)."""
     return (pixels.height, pixels.width) if isinstance(pixels, Image.Image) else (pixels.shape[0], pixels.shape[1])

@@ -1,16 +1,20 @@
 """A folder of images decoded once into one file of bytes, which training maps into memory.
 
-The file is numpy's: uint8 (N, C, h, w). A batch then is a copy of N rows, and one core feeds a GPU.
+The file is numpy's: uint8 (N, C, h, w). A batch then is a copy of N rows, and one core feeds a GPU. Where images have
+labels or vectors, a zip archive of arrays follows, which numpy does not look at.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import tokenize
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.utils.data
@@ -19,21 +23,26 @@ from torch.utils.data import DataLoader
 from ddpm_fast.runtime.compile_ahead import count_processors
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.training.atomic_files import open_atomically
-from ddpm_fast.training.batches import Unbound, ignore_interrupts
+from ddpm_fast.training.batches import ignore_interrupts
 from ddpm_fast.training.data import IMAGE_ENDINGS, Dataset, DigitsDataset
+from ddpm_fast.training.items import Unbound, conditions_at
 from ddpm_fast.training.pixels import Color
 
 with needed_for("prepared files of images"):
     import numpy as np
-    from numpy.lib.format import open_memmap, write_array_header_1_0
+    from numpy.lib.format import open_memmap, read_array, write_array, write_array_header_1_0
     from tqdm.auto import tqdm
 
 _IMAGES_AT_ONCE = 64
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_MEMBERS = ("class_names.json", "classes.npy", "cond.npy")
 
 
 class PreparedDataset(torch.utils.data.Dataset):
     """The images of a prepared file as uint8 tensors (C, h, w); `images` is the array (N, C, h, w) in the file.
+
+    Where the file has labels or vectors, an item is a dictionary of "image", "classes" and "cond", as of `Dataset`;
+    `class_names`, `classes` and `cond` hold them for all images, or are None.
 
     Raises FileNotFoundError, or ValueError for a file that holds no such array.
     """
@@ -42,16 +51,25 @@ class PreparedDataset(torch.utils.data.Dataset):
         super().__init__()
         self.path = Path(path)
         self.images = _map(self.path)
+        self.class_names, self.classes, self.cond = _read_conditions(self.path, len(self.images))
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(self.images[index].copy())
+    def __getitem__(self, index: int) -> torch.Tensor | dict[str, Any]:
+        image = torch.from_numpy(self.images[index].copy())
+        item: dict[str, Any] = {} if self.classes is None else {"classes": int(self.classes[index])}
+        if self.cond is not None:
+            item["cond"] = self.cond[index]
+        return {"image": image, **item} if item else image
 
     def __getitems__(self, indices: Sequence[int]) -> Unbound:
         """A whole batch at once: the DataLoader prefers this to one call per image."""
-        return Unbound(torch.from_numpy(self.images[np.asarray(indices)]))
+        return Unbound(torch.from_numpy(self.images[np.asarray(indices)]), self.conditions_at(indices))
+
+    def conditions_at(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Classes (n,) and vectors (n, D) of images, which are not read."""
+        return conditions_at(indices, self.classes, self.cond)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the array: a worker process maps the file itself."""
@@ -90,8 +108,13 @@ def prepare(
     background: Color = "white",
     num_workers: int | None = None,
     progress: bool = True,
+    labels: str | os.PathLike | None = None,
+    label_column: str | None = None,
+    cond_columns: Sequence[str] = (),
 ) -> Prepared:
     """Write the images of a folder, as `Dataset` reads them and in its order, to the `.npy` file `out`.
+
+    labels, label_column, cond_columns: as of `Dataset`; the file keeps classes, their names, and vectors.
 
     The file appears when it is whole. A broken image is named in a warning and left out. Images become grey for 1
     channel, RGB for 3 and RGBA for 4; other numbers take images that have as many. `num_workers` processes read, None
@@ -106,13 +129,23 @@ def prepare(
     if out.resolve().is_relative_to(Path(folder).resolve()):
         raise ValueError(f"the prepared file must not be inside the folder, where it would be an image; got {out}")
     mode = _MODES.get(channels)
-    dataset = Dataset(folder, image_size, exts, convert_image_to=mode, background=background, dtype=torch.uint8)
+    dataset = Dataset(
+        folder,
+        image_size,
+        exts,
+        convert_image_to=mode,
+        background=background,
+        dtype=torch.uint8,
+        labels=labels,
+        label_column=label_column,
+        cond_columns=cond_columns,
+    )
     shape = (channels, *dataset.target_size)
     num_workers = count_processors() if num_workers is None else num_workers
     loader = DataLoader(
         _Reader(dataset), _IMAGES_AT_ONCE, num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_interrupts
     )
-    count = 0
+    kept: list[int] = []
     bar = tqdm(total=len(dataset), unit="image", disable=not progress)
     with open_atomically(out) as file, bar:
         file.write(_header((len(dataset), *shape)))
@@ -125,13 +158,14 @@ def prepare(
             if item.shape != shape:
                 raise ValueError(f"{dataset.paths[index]} has {item.shape[0]} channels, and channels is {channels}")
             file.write(item.data)
-            count += 1
-        if count == 0:
+            kept.append(index)
+        if not kept:
             raise ValueError(f"folder {folder} holds {len(dataset)} image files, and none of them could be read")
+        _write_conditions(file, dataset, kept)
         # Numpy pads every header of this kind to 128 bytes, so that one with fewer images fits into the place.
         file.seek(0)
-        file.write(_header((count, *shape)))
-    return Prepared((count, *shape), dataset.broken_files)
+        file.write(_header((len(kept), *shape)))
+    return Prepared((len(kept), *shape), dataset.broken_files)
 
 
 class _Reader(torch.utils.data.Dataset):
@@ -153,6 +187,48 @@ class _Reader(torch.utils.data.Dataset):
         except ValueError as error:
             return error
         return None if image is None else image.numpy()
+
+
+def _write_conditions(file: BinaryIO, dataset: Dataset, kept: Sequence[int]) -> None:
+    """Append the conditions of the images that were kept, if there are any, as an archive."""
+    arrays = dataset.conditions_at(kept)
+    if not arrays:
+        return
+    names = None if dataset.class_names is None else list(dataset.class_names)
+    contents = {_MEMBERS[0]: json.dumps(names).encode()}
+    for name, values in arrays.items():
+        array = io.BytesIO()
+        write_array(array, values.numpy())
+        contents[f"{name}.npy"] = array.getvalue()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, data in contents.items():
+            archive.writestr(zipfile.ZipInfo(name), data)  # of a fixed date, so that equal folders give equal files
+    file.write(packed.getvalue())
+
+
+def _read_conditions(path: Path, count: int) -> tuple[tuple[str, ...] | None, torch.Tensor | None, torch.Tensor | None]:
+    """Class names, classes (N,) and vectors (N, D) after the N images, or None of what is not there."""
+    images = open_memmap(path, mode="r")
+    with open(path, "rb") as file:
+        file.seek(images.offset + images.nbytes)
+        packed = file.read()
+    if not packed:
+        return None, None, None
+    try:
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            contents = {name: archive.read(name) for name in _MEMBERS if name in archive.namelist()}
+        names = json.loads(contents[_MEMBERS[0]])
+        classes, cond = (
+            torch.from_numpy(read_array(io.BytesIO(contents[name]), allow_pickle=False)) if name in contents else None
+            for name in _MEMBERS[1:]
+        )
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} has something after its images that are no labels: {error}") from error
+    for values in (classes, cond):
+        if values is not None and len(values) != count:
+            raise ValueError(f"{path} has {count} images and labels of {len(values)}")
+    return None if names is None else tuple(names), classes, cond
 
 
 def _header(shape: tuple[int, ...]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from ddpm_fast.training.checkpoint import (
     infer_diffusion_config,
     infer_unet_config,
     network_state,
+    recorded_class_names,
     recorded_config,
     recorded_process,
 )
@@ -25,7 +27,7 @@ from ddpm_fast.training.state_names import FoundStates
 _State = Mapping[str, torch.Tensor]
 
 # Arguments of a network that choose an implementation or act in training only; all others make it another function.
-_FREE_OF_NETWORKS = {"memory", "flash_attn", "dropout"}
+_FREE_OF_NETWORKS = {"memory", "flash_attn", "dropout", "cond_drop_prob"}
 # Arguments of processes that say what the network learns; all others act in sampling, or choose what it sees of it.
 _FIXED_OF_PROCESSES = (
     "image_size",
@@ -44,6 +46,7 @@ _FIXED_OF_PROCESSES = (
     "loss",
     "pred_noise_loss_weight",
     "pred_x_start_loss_weight",
+    "super_resolution",
 )
 # Of those, what a file does not record unless it was asked for.
 _UNASKED = {
@@ -51,6 +54,7 @@ _UNASKED = {
     "loss_weighting": None,
     "loss_weighting_options": None,
     "zero_terminal_snr": False,
+    "super_resolution": None,
 }
 _SCHEDULE = ("beta_schedule", "schedule_fn_kwargs")
 _LOSS_WEIGHT = ("min_snr_loss_weight", "min_snr_gamma")
@@ -82,6 +86,19 @@ def check_process(
     if not (recorded.get("min_snr_loss_weight") and own_config.get("min_snr_loss_weight")):
         names.remove("min_snr_gamma")
     _refuse(path, _changed(recorded, own_config, names))
+
+
+def check_class_names(path: Path, contents: Mapping, own: tuple[str, ...] | None) -> None:
+    """Raise CheckpointError if a file's classes have other names than the dataset's; either may have none."""
+    recorded = recorded_class_names(contents)
+    if recorded is None or own is None or recorded == own:
+        return
+    pairs = enumerate(itertools.zip_longest(recorded, own))
+    number, (old, new) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+    raise CheckpointError(
+        f"checkpoint {path} was trained with {len(recorded)} classes and the dataset has {len(own)}: class {number} "
+        f"was {shown(old)} and is {shown(new)}; a run cannot change that"
+    )
 
 
 def describe_network(path: Path, contents: Mapping, state: _State, own_config: Mapping | None) -> str:

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 from ddpm_fast._version import __version__
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.discrete_process import DiscreteProcess
-from ddpm_fast.diffusion.images import identity
+from ddpm_fast.diffusion.images import as_floats, identity
+from ddpm_fast.diffusion.super_resolution import shrunk
 from ddpm_fast.diffusion.xm import XMWrapper, process_of
-from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.compile_ahead import count_processors
 from ddpm_fast.runtime.extras import needed_for
@@ -37,8 +37,6 @@ from ddpm_fast.training.batches import (
     Batch,
     BatchOrder,
     BatchStream,
-    check_images,
-    collate,
     derive_seed,
 )
 from ddpm_fast.training.captured_step import (
@@ -58,20 +56,23 @@ from ddpm_fast.training.checkpoint import (
     first_difference,
     load_average,
     load_file,
+    network_name,
     recorded_config,
     save_atomically,
     step_of,
     warn_of_names,
     with_buffers,
 )
-from ddpm_fast.training.data import IMAGE_ENDINGS, Dataset, DigitsDataset
+from ddpm_fast.training.conditioning import check_agreement, plan_grid, spread
+from ddpm_fast.training.data import Dataset, DigitsDataset
 from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError
 from ddpm_fast.training.history import LossHistory
 from ddpm_fast.training.images_out import save_image_grid
+from ddpm_fast.training.items import check_items, collate, read_conditions
 from ddpm_fast.training.optimizer_step import OptimizerStep
 from ddpm_fast.training.pixels import Color
 from ddpm_fast.training.prepared import PreparedDataset, is_a_function_of_the_index, is_prepared
-from ddpm_fast.training.resuming import changes, check_process, describe_network
+from ddpm_fast.training.resuming import changes, check_class_names, check_process, describe_network
 from ddpm_fast.training.state_names import FoundStates, bare_name
 
 with needed_for("Trainer"):
@@ -95,6 +96,8 @@ _ATTRIBUTES = ("channels", "image_size", "sample")
 # And of one in timesteps, before the first step instead of at its first sample.
 _ATTRIBUTES_OF_TIMESTEPS = ("objective", "num_timesteps", "is_ddim_sampling")
 _PRECISIONS = ("no", "fp16", "bf16")
+# What images of so many channels are converted to.
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class DivergenceError(ValueError):
@@ -107,7 +110,8 @@ class Trainer:
     diffusion_model: any process of this package, such as `GaussianDiffusion` or `ElucidatedDiffusion`, or an
         `XMWrapper` around one; files and the average hold the process.
     folder: a folder of images, a file of `ddpm-fast prepare`, or any map-style torch dataset of images (C, h, w),
-        floats in [0, 1] or uint8.
+        floats in [0, 1] or uint8. Its items may be dictionaries of "image" and conditions, "classes", "cond" and
+        "cond_image", or pairs (image, label).
     train_batch_size: images per step and accumulation, over all processes (`split_batches=True`) or in each.
     num_samples: any number; the grid has ceil(sqrt(num_samples)) columns.
     seed: fixes order, flips and noise. None draws it from torch's generator, so that `torch.manual_seed` fixes a run;
@@ -121,13 +125,16 @@ class Trainer:
         with the reason on CUDA where it cannot (`explain_graphs` says it, too), True raises there, False never does.
         What makes the update of the weights, `explain_optimizer` says.
     exts, value_range, background: of a folder, as of `Dataset`; None chooses. A checkpoint records the value range.
+    labels, label_column, cond_columns, cond_folder: of a folder, as of `Dataset`: conditions, which the network takes
+        by `num_classes`, `cond_dim` and `cond_channels`. A checkpoint records the names of the classes.
 
     The randomness of a step is a function of (seed, rank, step), and its images are one of (seed, step): a run that
     loads a checkpoint of step k computes what it would have computed without stopping, bit for bit on the CPU.
     Datasets with random transforms of their own share that only with `num_workers=0`.
 
     Writes to results_folder: model-{milestone}.pt, sample-{milestone}.png, loss.csv and loss.png every
-    `save_and_sample_every` steps, and model-last.pt at the end or after Ctrl-C or SIGTERM.
+    `save_and_sample_every` steps, and model-last.pt at the end or after Ctrl-C or SIGTERM. With classes the picture has
+    a row for each, the first ones if there are many, with the process's own `guidance`.
 
     Numbers may be numpy's, a float without a fraction (1e5), or tensors of one; files hold plain ones.
 
@@ -170,6 +177,10 @@ class Trainer:
         value_range: Sequence[float] | None = None,
         background: Color = "white",
         graph: bool | None = None,
+        labels: str | os.PathLike | None = None,
+        label_column: str | None = None,
+        cond_columns: Sequence[str] | None = None,
+        cond_folder: str | os.PathLike | None = None,
     ):
         train_batch_size = as_int("train_batch_size", train_batch_size, 1)
         gradient_accumulate_every = as_int("gradient_accumulate_every", gradient_accumulate_every, 1)
@@ -193,6 +204,9 @@ class Trainer:
             raise ValueError("save_best_and_latest_only=True chooses by FID, so calculate_fid must be True")
 
         self._mixed_precision = mixed_precision
+        network = _network_of(diffusion_model)
+        # Without dropped conditions the null condition has no gradient, for which all processes would wait.
+        has_unused = hasattr(network, "cond_drop_prob") and not network.cond_drop_prob
         with self._own_precision():
             self.accelerator = Accelerator(
                 # Without this, torchrun on a machine without accelerators would start unrelated single runs.
@@ -201,7 +215,7 @@ class Trainer:
                 dataloader_config=DataLoaderConfiguration(split_batches=bool(split_batches)),
                 mixed_precision=mixed_precision,
                 kwargs_handlers=[
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=has_unused),
                     InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
                 ],
             )
@@ -217,15 +231,27 @@ class Trainer:
         self.step = 0
 
         if convert_image_to is None:
-            convert_image_to = {1: "L", 3: "RGB", 4: "RGBA"}.get(self.channels)
+            convert_image_to = _MODES.get(self.channels)
+        of_folder = {
+            "exts": exts,
+            "value_range": value_range,
+            "labels": labels,
+            "label_column": label_column,
+            "cond_columns": cond_columns,
+            "cond_folder": cond_folder,
+        }
+        of_folder = {name: value for name, value in of_folder.items() if value is not None}
         with warnings.catch_warnings():
             if not self.accelerator.is_main_process:
                 warnings.simplefilter("ignore")  # the main process says the same
-            self.ds = _as_dataset(folder, self.image_size, convert_image_to, exts, value_range, background)
+            cond_mode = _MODES.get(getattr(network, "cond_channels", None) or 0)
+            self.ds = _as_dataset(folder, self.image_size, convert_image_to, cond_mode, background, of_folder)
             is_normalized = getattr(diffusion_model, "normalize", None) is not identity
             expected = (0, 1) if is_normalized else (-1, 1)
             shape = (self.channels, *self.image_size)
-            check_images(self.ds, shape, None if isinstance(self.ds, Dataset) else expected)
+            self._given = check_items(self.ds, shape, None if isinstance(self.ds, Dataset) else expected)
+        has_own = _factor_of(_averaged_module(diffusion_model)) is not None
+        check_agreement(self._given, network, makes_condition=has_own)
         self._warn_if_small()
 
         self._is_seed_given = seed is not None
@@ -239,6 +265,7 @@ class Trainer:
             num_workers=num_workers,
             as_bytes=getattr(diffusion_model, "takes_bytes", False),
             reads_ahead=num_workers > 0 or is_a_function_of_the_index(self.ds),
+            num_classes=getattr(network, "num_classes", None),
         )
 
         # Adam in one pass: at 35.7 million parameters a quarter of the time of its default on the CPU. On CUDA it is
@@ -328,6 +355,7 @@ class Trainer:
                     "world_size": self.world_size,
                     "best_fid": self.best_fid,
                     "value_range": _recorded_value_range(self.ds),
+                    "conditions": getattr(self.ds, "label_arguments", {}),
                 },
             ),
         }
@@ -602,19 +630,31 @@ class Trainer:
             self.save("latest")
 
     def _save_samples(self, path: Path) -> None:
-        """A grid from the EMA weights, from the same noise at every milestone."""
-        self.ema.ema_model.eval()
-        starts = range(0, self.num_samples, self.batch_size)
-        images = [
-            self.ema.ema_model.sample(
-                batch_size=min(self.batch_size, self.num_samples - start),
-                seed=derive_seed(self.seed, "samples"),
-                start_index=start,
-                progress=False,
-            )
-            for start in starts
-        ]
-        save_image_grid(torch.cat(images), path, nrow=math.ceil(math.sqrt(self.num_samples)))
+        """A grid from the EMA weights, from the same noise and conditions at every milestone."""
+        sampler, seed = self.ema.ema_model.eval(), derive_seed(self.seed, "samples")
+        num_classes = getattr(_network_of(sampler), "num_classes", None)
+        grid = plan_grid(self.ds, self._given, num_classes, self.num_samples, of_images=_factor_of(sampler) is not None)
+        indices = spread(len(self.ds), grid.size)
+        images = []
+        for start in range(0, grid.size, self.batch_size):
+            part = slice(start, min(start + self.batch_size, grid.size))
+            conditions = {name: values[part] for name, values in grid.conditions.items()}
+            images.append(self._draw(indices[part], conditions, seed=seed, start_index=start))
+        save_image_grid(torch.cat(images), path, nrow=grid.columns)
+
+    def _draw_as_in_data(self, start: int, end: int) -> torch.Tensor:
+        """Of FID's samples those from `start` to `end`, whose conditions are as frequent as the dataset's."""
+        indices = spread(len(self.ds), self.fid_scorer.n_samples, start, end)
+        return self._draw(indices, read_conditions(self.ds, indices, self._given))
+
+    def _draw(self, indices: Sequence[int], conditions: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        """Samples with these conditions; of super-resolution, those of these images at low resolution."""
+        sampler, factor = self.ema.ema_model, _factor_of(self.ema.ema_model)
+        options |= {name: values.to(self.device) for name, values in conditions.items()} | {"progress": False}
+        if factor is None:
+            return sampler.sample(batch_size=len(indices), **options)
+        images = as_floats(collate([self.ds[index] for index in indices]))
+        return sampler.upscale(shrunk(images, factor).to(self.device), **options)
 
     def _stop(self, number: int) -> NoReturn:
         self._bar.close()
@@ -687,6 +727,7 @@ class Trainer:
                 device=self.device,
                 num_fid_samples=num_fid_samples,
                 inception_block_idx=inception_block_idx,
+                draw=self._draw_as_in_data,
             )
         except FIDUnavailableError as error:
             if self.save_best_and_latest_only:
@@ -740,18 +781,18 @@ class Trainer:
         """Constructor arguments that rebuild network, diffusion and average, as far as they are this package's."""
         config = {
             "unet": self._network_config(),
+            "network": network_name(_network_of(getattr(self._diffusion, "_orig_mod", self._diffusion))),
             "process": self._process_name(),
             "diffusion": self._process_config(),
             "xm": self._wrapper_config(),
         }
         ema = {"beta": self.ema.beta, "update_every": self.ema.update_every}
-        return plain("config", {**config, "ema": ema})
+        names = self._given.class_names
+        return plain("config", {**config, "ema": ema, "class_names": None if names is None else list(names)})
 
     def _network_config(self) -> dict[str, Any] | None:
-        process = self._process()
-        network = getattr(self._diffusion, "model", None) if process is None else process.network
-        network = getattr(network, "_orig_mod", network)
-        return network.config if isinstance(network, Unet) else None
+        network = _network_of(getattr(self._diffusion, "_orig_mod", self._diffusion))
+        return None if network_name(network) is None else network.config
 
     def _process(self) -> DiffusionProcess | None:
         """The process, compiled or not; None for another module of the user's."""
@@ -801,6 +842,7 @@ class Trainer:
         ]
         if any(causes):
             raise CheckpointError(f"checkpoint {path} is of another architecture: {'; '.join(filter(None, causes))}")
+        check_class_names(path, data, self._given.class_names)
         return model
 
     def _optimizer_state(self, data: dict[str, Any], path: Path) -> dict[str, Any] | None:
@@ -893,27 +935,27 @@ def _as_dataset(
     folder: Any,
     image_size: tuple[int, int],
     convert_image_to: str | None,
-    exts: Sequence[str] | None,
-    value_range: Sequence[float] | None,
+    convert_cond_image_to: str | None,
     background: Color,
+    of_folder: dict[str, Any],
 ) -> Any:
+    """The dataset of a path; `of_folder` are arguments of `Dataset` that were given."""
     if is_prepared(folder):
         folder = PreparedDataset(folder)
     if isinstance(folder, (str, os.PathLike)):
         return Dataset(
             folder,
             image_size,
-            exts=IMAGE_ENDINGS if exts is None else exts,
             convert_image_to=convert_image_to,
-            value_range=value_range,
+            convert_cond_image_to=convert_cond_image_to,
             background=background,
             dtype=None,
+            **of_folder,
         )
     if not hasattr(folder, "__len__") or not hasattr(folder, "__getitem__"):
         raise TypeError(f"folder must be a path or a map-style dataset of images; got {type(folder).__name__}")
-    for name, value in (("exts", exts), ("value_range", value_range)):
-        if value is not None:
-            raise ValueError(f"{name} is for a folder of images, and folder is a dataset; got {name}={value!r}")
+    for name, value in of_folder.items():
+        raise ValueError(f"{name} is for a folder of images, and folder is a dataset; got {name}={value!r}")
     return folder
 
 
@@ -933,6 +975,18 @@ def _choose_workers(num_workers: int | None, dataset: object, world_size: int) -
         return 0 if isinstance(dataset, DigitsDataset) else 1
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return max(1, min(8, count_processors() // local_processes))
+
+
+def _network_of(module: nn.Module) -> Any:
+    """The network of a process, or of another module that calls it `model`."""
+    process = process_of(module)
+    network = getattr(module, "model", None) if process is None else process.network
+    return getattr(network, "_orig_mod", network)
+
+
+def _factor_of(process: Any) -> int | None:
+    """By how much a process enlarges images; None for the others."""
+    return getattr(process, "super_resolution", None)
 
 
 def _averaged_module(module: nn.Module) -> nn.Module:

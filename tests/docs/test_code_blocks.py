@@ -33,6 +33,8 @@ COMMANDS = {
     "bench": bench.Bench,
     "doctor": doctor.Doctor,
 }
+# Options whose names are no names of attributes.
+RENAMED = {"classes": "class"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -57,7 +59,11 @@ def options_of(command: type) -> set[str]:
     found = set()
     for field in dataclasses.fields(command):
         group = get_args(field.type)[0] if get_args(field.type) else field.type
-        found |= options_of(group) if dataclasses.is_dataclass(group) else {f"--{field.name.replace('_', '-')}"}
+        found |= (
+            options_of(group)
+            if dataclasses.is_dataclass(group)
+            else {f"--{RENAMED.get(field.name, field.name).replace('_', '-')}"}
+        )
     return found | ({"--sampling-timesteps"} if command is sample.Sample else set())
 
 

@@ -30,6 +30,8 @@ from ddpm_fast import (
     use_backend,
 )
 from ddpm_fast.diffusion.conditions import Conditions
+from ddpm_fast.diffusion import super_resolution
+from ddpm_fast.diffusion.inpainting import Resampling
 from ddpm_fast.diffusion.sampling import Conditioning, SamplingState
 from ddpm_fast.measure import baselines
 from ddpm_fast.runtime.recording import EagerRecorder
@@ -247,6 +249,36 @@ def test_a_loss_of_every_process(process):
             with Contacts() as contacts:
                 loss = diffusion(images, flip=flips, self_conditioned=self_conditioned)
             assert loss.device.type == "cuda" and contacts.found == [] and contacts.operators > 100
+
+
+def test_a_loss_of_super_resolution():
+    """The level of the condition and its noise are made on the device."""
+    network = Unet(8, dim_mults=(1, 2), **super_resolution.unet_arguments(3, num_classes=5))
+    diffusion = GaussianDiffusion(network, image_size=8, timesteps=6, super_resolution=2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pretend(diffusion)
+        images = torch.zeros(2, 3, 8, 8, device="cuda", dtype=torch.uint8)
+        told = {"flip": torch.zeros(2, device="cuda", dtype=torch.bool)}
+        told["classes"] = torch.zeros(2, device="cuda", dtype=torch.int64)
+        with Contacts() as contacts:
+            loss = diffusion(images, **told)
+        assert loss.device.type == "cuda" and contacts.found == [] and contacts.operators > 100
+
+
+def test_a_step_of_inpainting():
+    diffusion = make()
+    plan = diffusion._inpainting_plan(diffusion._plan("ddpm", 6, resampling=Resampling(2, 2)))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        pretend(diffusion)
+        x = torch.zeros(2, 3, 8, 8, device="cuda")
+        given = Conditioning(known=torch.zeros_like(x), mask=torch.zeros(1, 1, 8, 8, device="cuda"))
+        options = {"columns": plan.table.shape[1], "num_previous": 1, "self_condition": True, "start_index": 0}
+        state = SamplingState(diffusion.model, x, len(plan.times), conditioning=given, **options)
+        state.load(plan, noise.draw_seed(x.device), 0, given)
+        with Contacts() as contacts:
+            state.load(plan, noise.draw_seed(x.device), 2, given)
+            state.advance(state.x_start)
+        assert contacts.found == [] and contacts.operators > 100
 
 
 @pytest.mark.parametrize("memory", ["fast", "low"])

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ddpm_fast.training import batches
-from ddpm_fast.training.batches import BatchOrder, BatchStream, Unbound, collate
+from ddpm_fast.training.batches import BatchOrder, BatchStream
+from ddpm_fast.training.items import Unbound, collate, collate_items
 
 INDEX = torch.arange(40, dtype=torch.uint8)
 
@@ -64,11 +65,79 @@ class TestCollate:
         assert torch.equal(torch.utils.data.default_collate(Unbound(whole)), whole)
 
 
+class Conditioned(Bytes):
+    """With the class i % 7, the vector (i, -i), and the image itself as its condition."""
+
+    def __getitem__(self, index):
+        image = super().__getitem__(index)
+        return {"image": image, "classes": index % 7, "cond": [index, -index], "cond_image": image}
+
+
+class TestConditions:
+    def test_they_are_those_of_their_images(self):
+        stream = make_stream(Conditioned(), reads_ahead=True)
+        for step in range(12):
+            images, flips, conditions = stream.next_batch()
+            indices = images[:, 0, 0, 1].long()
+            assert torch.equal(images, expected(8 * step)[0]) and torch.equal(flips, expected(8 * step)[1])
+            assert torch.equal(conditions["classes"], indices % 7) and conditions["classes"].dtype == torch.int64
+            assert torch.equal(conditions["cond"], torch.stack((indices, -indices), 1).float())
+            assert torch.equal(conditions["cond_image"], images)  # whoever mirrors the images mirrors it
+
+    def test_floats_are_mirrored_with_their_images(self):
+        stream = make_stream(Conditioned(), as_bytes=False)
+        for step in range(4):
+            images, flips = expected(8 * step)
+            batch = stream.next_batch()
+            assert batch.flips is None and torch.equal(batch.conditions["cond_image"], batch.images)
+            assert (batch.images[:, 0, 0, 0] != 0).equal(flips & (images[:, 0, 0, 1] != 0))
+            assert batch.options.keys() == {"classes", "cond", "cond_image"}
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_ranks_have_their_shares_and_any_position_can_be_sought(self, num_workers):
+        def batches_of(rank, world_size, position):
+            order = BatchOrder(40, 8, 3, rank, world_size)
+            options = {"augment_horizontal_flip": True, "num_workers": num_workers, "as_bytes": True}
+            stream = BatchStream(Conditioned(), order, device=torch.device("cpu"), **options)
+            stream.seek(position, seed=3)
+            return [stream.next_batch() for _ in range(3)]
+
+        for together, *parts in zip(*(batches_of(*of, 16) for of in ((0, 1), (0, 2), (1, 2))), strict=True):
+            for name, values in together.conditions.items():
+                assert torch.equal(values, torch.cat([part.conditions[name] for part in parts])), name
+        assert torch.equal(batches_of(0, 1, 24)[0].conditions["cond"], batches_of(0, 1, 16)[1].conditions["cond"])
+
+    def test_a_class_beyond_the_network_s_is_named_with_its_image(self):
+        stream = make_stream(Conditioned(), num_classes=6)
+        with pytest.raises(
+            ValueError, match=r"image (6|13|20|27|34) of the dataset has the class 6, and .* means 0 to 5"
+        ):
+            for _ in range(5):
+                stream.next_batch()
+
+    @pytest.mark.parametrize("reads_ahead", [True, False])
+    def test_they_arrive_with_their_images(self, monkeypatch, reads_ahead):
+        cuda = PretendedStreams(monkeypatch)
+        stream = make_stream(Conditioned(), "cuda", reads_ahead=reads_ahead)
+        for step in range(5):
+            images, flips, conditions = stream.next_batch()
+            assert torch.equal(images, expected(8 * step)[0])
+            assert torch.equal(conditions["classes"], images[:, 0, 0, 1].long() % 7)
+            for tensor in (images, flips, *conditions.values()):
+                assert cuda.recorded[id(tensor)] == [cuda.default]
+
+    def test_a_whole_batch_is_not_copied(self):
+        whole, classes = torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.arange(3)
+        images, conditions = collate_items(Unbound(whole, {"classes": classes}))
+        assert images is whole and conditions["classes"] is classes
+        assert torch.equal(torch.utils.data.default_collate(Unbound(whole, {"classes": classes}))["classes"], classes)
+
+
 class TestOnTheCpu:
     def test_bytes_and_flips_go_as_they_are(self):
         stream = make_stream(Bytes())
         for step in range(12):
-            images, flips = stream.next_batch()
+            images, flips, _ = stream.next_batch()
             assert images.dtype == torch.uint8 and flips.dtype == torch.bool
             assert torch.equal(images, expected(8 * step)[0]) and torch.equal(flips, expected(8 * step)[1])
 
@@ -153,7 +222,7 @@ class TestOnCuda:
         cuda = PretendedStreams(monkeypatch)
         stream = make_stream(Bytes(), "cuda", reads_ahead=reads_ahead)
         for step in range(12):
-            images, flips = stream.next_batch()
+            images, flips, _ = stream.next_batch()
             assert torch.equal(images, expected(8 * step)[0]) and torch.equal(flips, expected(8 * step)[1])
             assert cuda.recorded[id(images)] == cuda.recorded[id(flips)] == [cuda.default]
         assert {name for name, _ in cuda.log} == {"copying"}
@@ -187,7 +256,7 @@ class TestOnCuda:
             stream.next_batch()
         stream.seek(8, seed=3)
         for position in (8, 16, 24):
-            images, flips = stream.next_batch()
+            images, flips, _ = stream.next_batch()
             assert torch.equal(images, expected(position)[0]) and torch.equal(flips, expected(position)[1])
 
     def test_floats_are_mirrored_on_the_computing_stream(self, monkeypatch):

@@ -211,6 +211,43 @@ class OwnLoss(GaussianDiffusion):
         return super().p_losses(x_start, t, *args, **kwargs)
 
 
+@pytest.mark.parametrize("recorder", [recording.EagerRecorder, FrozenRecorder])
+def test_conditions_are_read_anew_by_every_replay(recorder):
+    """As a plain loop with the same seeds, for two kinds of batches: with a mask, and without."""
+    network = {"num_classes": 4, "cond_dim": 2, "cond_channels": 1, "cond_drop_prob": 0.5}
+
+    def process():
+        torch.manual_seed(1)
+        model = Unet(8, dim_mults=(1,), channels=SHAPE[1], attn_heads=1, attn_dim_head=4, **network)
+        return GaussianDiffusion(model, image_size=SHAPE[2:], timesteps=20)
+
+    ours, plain = process(), process()
+    step = step_of(recorder, ours, adam(ours))
+    optimizer = adam(plain)
+    for number, batch in enumerate(images(6)):
+        generator = torch.Generator().manual_seed(number)
+        conditions = {
+            "classes": torch.randint(0, 5, SHAPE[:1], generator=generator),
+            "cond": torch.randn(SHAPE[0], 2, generator=generator),
+            "cond_image": torch.rand(SHAPE[0], 1, *SHAPE[2:], generator=generator),
+        }
+        if number % 2:
+            conditions["cond_keep_mask"] = torch.rand(SHAPE[0], generator=generator) < 0.5
+        torch.manual_seed(number)
+        found = step((batch, None, conditions))
+        torch.manual_seed(number)
+        optimizer.zero_grad()
+        loss = plain(batch, **conditions)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        assert torch.equal(found, loss.detach())
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match=r"classes must have one entry per image, \d+, got shape \(1,\)$"):
+        step((batch, None, {"classes": torch.zeros(1, dtype=torch.int64)}))
+
+
 def test_refusals():
     def check(error, sentence, diffusion=None, optimizer=None, recorder=FrozenRecorder, **kwargs):
         diffusion = diffusion or make()

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from ddpm_fast import GaussianDiffusion, PreparedDataset, Trainer, Unet
 from ddpm_fast.training import prepared
-from ddpm_fast.training.batches import collate
 from ddpm_fast.training.data import Dataset
+from ddpm_fast.training.items import collate
 from ddpm_fast.training.prepared import prepare
 
 

@@ -108,6 +108,8 @@ def make_runs(folder, processes):
     if processes > 1:
         runs += [
             ("reductions", {"train_num_steps": 2, "gradient_accumulate_every": 4}, "reductions"),
+            ("classes", {"train_num_steps": 2, "cond_drop_prob": 0.5}, "reductions"),
+            ("undropped", {"train_num_steps": 2, "cond_drop_prob": 0.0}, "reductions"),
             ("plain", {"train_num_steps": 3, "graph": False}, "recorded"),
             ("recorded", {"train_num_steps": 3}, "recorded"),
             ("refused", {"train_batch_size": 15}, "refused"),
@@ -272,6 +274,10 @@ class TestManyProcesses:
     def test_gradients_are_reduced_once_per_step_and_ranks_stay_equal(self, runs):
         """Upstream reduces in each of the accumulation's backwards."""
         assert said(runs(2) / "reductions") == ["reductions 2\nranks equal\nnoise differs\n", "reductions 2\n"]
+
+    @pytest.mark.parametrize("run", ["classes", "undropped"])
+    def test_with_classes_too_also_where_no_gradient_reaches_the_null_class(self, runs, run):
+        assert said(runs(2) / run) == ["reductions 2\nranks equal\nnoise differs\n", "reductions 2\n"]
 
     def test_recorded_steps_have_the_same_bits(self, runs):
         """Gradients are averaged between two recordings, in flat memory, as DistributedDataParallel does in buckets."""

@@ -29,9 +29,31 @@ class Images(torch.utils.data.Dataset):
         return torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(index))
 
 
+class ConditionedImages(Images):
+    """With what a network takes, and vectors and condition images that differ from image to image."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __getitem__(self, index):
+        item = {"image": super().__getitem__(index)}
+        generator = torch.Generator().manual_seed(index + 100)
+        if self.network.num_classes:
+            item["classes"] = index % self.network.num_classes
+        if self.network.cond_dim:
+            item["cond"] = torch.randn(self.network.cond_dim, generator=generator)
+        if self.network.cond_channels:
+            shape = (self.network.cond_channels, 4, 4)
+            item["cond_image"] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return item if len(item) > 1 else item["image"]
+
+
+_OF_NETWORK = ("self_condition", "dropout", "num_classes", "cond_dim", "cond_channels", "cond_drop_prob")
+
+
 def make(**options) -> GaussianDiffusion:
     torch.manual_seed(1)
-    network = {name: options.pop(name) for name in ("self_condition", "dropout") if name in options}
+    network = {name: options.pop(name) for name in _OF_NETWORK if name in options}
     model = Unet(8, dim_mults=(1,), attn_heads=1, attn_dim_head=4, **network)
     return GaussianDiffusion(model, image_size=4, timesteps=20, **options)
 
@@ -41,7 +63,7 @@ def trainer(cls: type[Trainer], diffusion: GaussianDiffusion, folder, **options)
         "train_batch_size": 4, "train_num_steps": 7, "train_lr": 1e-2, "ema_update_every": 2, "num_workers": 0,
         "save_and_sample_every": 1000, "calculate_fid": False, "progress": False, "seed": 3, "log_every": 2,
     }  # fmt: skip
-    made = cls(diffusion, Images(), results_folder=folder, **{**defaults, **options})
+    made = cls(diffusion, ConditionedImages(diffusion.model), results_folder=folder, **{**defaults, **options})
     made.ema.update_after_step = 2
     # Of float32 as in a recording, where a number would be float64.
     made.opt.param_groups[0]["lr"] = torch.tensor(made.opt.param_groups[0]["lr"])
@@ -69,6 +91,13 @@ OPTIONS = {
     "bf16, accumulated": ({}, {"amp": True, "gradient_accumulate_every": 2}),
     "clipped": ({}, {"max_grad_norm": 1e-3, "adam_betas": (0.5, 0.9)}),
     "self-conditioned": ({"self_condition": True}, {"gradient_accumulate_every": 2}),
+    "classes": ({"num_classes": 5, "cond_drop_prob": 0.5}, {}),
+    "classes, accumulated": ({"num_classes": 5, "cond_drop_prob": 0.5}, {"gradient_accumulate_every": 2}),
+    "all conditions": (
+        {"num_classes": 5, "cond_dim": 3, "cond_channels": 2, "cond_drop_prob": 0.5, "self_condition": True},
+        {"augment_horizontal_flip": True},
+    ),
+    "classes in bf16": ({"num_classes": 5}, {"amp": True, "mixed_precision_type": "bf16"}),
     "dropout and offset": ({"dropout": 0.3, "offset_noise_strength": 0.2, "min_snr_loss_weight": True}, {}),
 }
 

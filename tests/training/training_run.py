@@ -29,7 +29,10 @@ def main():
 
 def make_trainer(folder: Path, options: dict) -> Trainer:
     torch.manual_seed(0)
-    model = ddpm_fast.Unet(8, dim_mults=(1, 2), channels=1, self_condition=True, dropout=0.1)
+    options = dict(options)
+    drop = options.pop("cond_drop_prob", None)  # where it is given, each image has its digit as its class
+    classes = {} if drop is None else {"num_classes": 10, "cond_drop_prob": drop}
+    model = ddpm_fast.Unet(8, dim_mults=(1, 2), channels=1, self_condition=True, dropout=0.1, **classes)
     diffusion = ddpm_fast.GaussianDiffusion(model, image_size=8, timesteps=20)
     defaults = dict(
         train_batch_size=16,
@@ -43,7 +46,9 @@ def make_trainer(folder: Path, options: dict) -> Trainer:
         num_workers=1,
         train_lr=1e-3,
     )
-    return Trainer(diffusion, DigitsDataset(), results_folder=folder, **{**defaults, **options})
+    return Trainer(
+        diffusion, DigitsDataset(has_classes=drop is not None), results_folder=folder, **{**defaults, **options}
+    )
 
 
 def run(folder: Path, options: dict, what: str) -> Trainer:
