@@ -8,7 +8,15 @@ import math
 import pytest
 import torch
 
-from ddpm_fast import ElucidatedDiffusion, GaussianDiffusion, LearnedGaussianDiffusion, RectifiedFlow, Unet
+from ddpm_fast import (
+    ContinuousTimeGaussianDiffusion,
+    ElucidatedDiffusion,
+    GaussianDiffusion,
+    LearnedGaussianDiffusion,
+    RectifiedFlow,
+    Unet,
+    WeightedObjectiveGaussianDiffusion,
+)
 from ddpm_fast.diffusion import samplers
 from ddpm_fast.diffusion.guidance import column
 from ddpm_fast.diffusion.inpainting import Resampling, with_known
@@ -185,6 +193,8 @@ def processes() -> dict:
         "unnormalised": lambda: GaussianDiffusion(Unet(**SMALL), timesteps=30, auto_normalize=False, **config),
         "flow": lambda: RectifiedFlow(Unet(**SMALL), **config),
         "edm": lambda: ElucidatedDiffusion(Unet(**SMALL, learned_sinusoidal_cond=True), **config),
+        "continuous": lambda: ContinuousTimeGaussianDiffusion(Unet(**SMALL, learned_sinusoidal_cond=True), **config),
+        "weighted": lambda: WeightedObjectiveGaussianDiffusion(Unet(**SMALL, out_dim=8), timesteps=30, **config),
     }
 
 
