@@ -29,8 +29,8 @@ from ddpm_fast import (
     noise,
     use_backend,
 )
-from ddpm_fast.diffusion.conditions import Conditions
 from ddpm_fast.diffusion import super_resolution
+from ddpm_fast.diffusion.conditions import Conditions
 from ddpm_fast.diffusion.inpainting import Resampling
 from ddpm_fast.diffusion.sampling import Conditioning, SamplingState
 from ddpm_fast.measure import baselines
