@@ -42,13 +42,13 @@ inline float* state_or_null(const std::optional<at::Tensor>& tensor, const char*
 }
 
 // Dimensions from the third on must be evenly spaced, as in contiguous and channels-last tensors and their slices.
-inline OutputLayout output_layout(const at::Tensor& output) {
+inline OutputLayout output_layout(const at::Tensor& output, const char* name = "model_output") {
   OutputLayout layout{.pixels = 1, .batch_stride = output.stride(0), .dense = true};
   for (int64_t dim = output.dim() - 1; dim >= 2; --dim) {
     if (output.size(dim) == 1) continue;
     if (layout.pixels == 1) layout.pixel_stride = output.stride(dim);
-    TORCH_CHECK_VALUE(output.stride(dim) == layout.pixels * layout.pixel_stride,
-                      "model_output must be contiguous or channels-last, got strides ", output.strides());
+    TORCH_CHECK_VALUE(output.stride(dim) == layout.pixels * layout.pixel_stride, name,
+                      " must be contiguous or channels-last, got strides ", output.strides());
     layout.pixels *= output.size(dim);
   }
   const bool has_channels = output.dim() >= 2 && output.size(1) != 1;
@@ -68,12 +68,11 @@ inline bool has_variance(const at::Tensor& x, const at::Tensor& output) {
   return x.dim() >= 2 && output.dim() == x.dim() && x.size(1) > 0 && output.size(1) == 2 * x.size(1);
 }
 
-inline void check_model_output(const at::Tensor& x, const at::Tensor& output) {
+inline void check_model_output(const at::Tensor& x, const at::Tensor& output, const char* name = "model_output") {
   const bool learned = has_variance(x, output);
   const at::Tensor mean = learned ? output.narrow(1, 0, x.size(1)) : output;
-  TORCH_CHECK_VALUE(mean.sizes() == x.sizes() && output.device() == x.device(), "model_output must have shape ",
-                    x.sizes(), " or twice its channels on ", x.device(), ", got ", output.sizes(), " on ",
-                    output.device());
+  TORCH_CHECK_VALUE(mean.sizes() == x.sizes() && output.device() == x.device(), name, " must have shape ", x.sizes(),
+                    " or twice its channels on ", x.device(), ", got ", output.sizes(), " on ", output.device());
 }
 
 inline SamplerStepParams check_sampler_step(const at::Tensor& x, const at::Tensor& model_output,
@@ -89,8 +88,8 @@ inline SamplerStepParams check_sampler_step(const at::Tensor& x, const at::Tenso
   TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, "table must be float32, got ", table.scalar_type());
   const int64_t columns = table.dim() == 2 ? table.size(1) : 0;
   TORCH_CHECK_VALUE(table.is_contiguous() && (columns == kTableColumns || columns == kWideTableColumns ||
-                                              columns == kWidestTableColumns),
-                    "table must be contiguous, of shape (S, 6), (S, 10) or (S, 12), got ", table.sizes());
+                                              columns == kWidestTableColumns || columns == kGuidedTableColumns),
+                    "table must be contiguous, of shape (S, 6), (S, 10), (S, 12) or (S, 25), got ", table.sizes());
   TORCH_CHECK_VALUE(table.device() == x.device(), "table must be on ", x.device(), ", got ", table.device());
   check_model_output(x, model_output);
   const bool learned = has_variance(x, model_output);
@@ -118,6 +117,46 @@ inline SamplerStepParams check_sampler_step(const at::Tensor& x, const at::Tenso
           .previous2 = state_or_null(history.second, "x_start_previous2", x),
           .previous3 = state_or_null(history.third, "x_start_previous3", x),
           .variance_offset = learned ? x.size(1) * model_output.stride(1) : 0};
+}
+
+// The tensors of guidance and of a known region.
+struct Guidance {
+  const std::optional<at::Tensor>&second_output, &gradient, &known, &mask, &update;
+  bool reduces;
+};
+
+inline GuidanceParams check_guidance(const at::Tensor& x, const at::Tensor& model_output, const at::Tensor& table,
+                                     const Guidance& guidance) {
+  GuidanceParams params{.gradient = state_or_null(guidance.gradient, "gradient", x),
+                        .known = state_or_null(guidance.known, "known", x),
+                        .update = state_or_null(guidance.update, "update", x),
+                        .reduces = guidance.reduces};
+  const bool any = guidance.second_output.has_value() || guidance.gradient.has_value() || guidance.known.has_value() ||
+                   guidance.mask.has_value() || guidance.update.has_value() || guidance.reduces;
+  TORCH_CHECK_VALUE(!any || table.size(1) == kGuidedTableColumns,
+                    "table must have 25 columns where a step is guided or masked, got ", table.sizes());
+  if (guidance.second_output.has_value()) {
+    const at::Tensor& second = *guidance.second_output;
+    check_model_output(x, second, "second_output");
+    TORCH_CHECK_TYPE(second.scalar_type() == model_output.scalar_type(), "second_output must be ",
+                     model_output.scalar_type(), ", got ", second.scalar_type());
+    params.second = second.data_ptr();
+    if (x.numel() != 0) params.second_layout = output_layout(second, "second_output");
+  }
+  if (guidance.mask.has_value()) {
+    const at::Tensor& mask = *guidance.mask;
+    TORCH_CHECK_TYPE(mask.scalar_type() == at::kFloat, "mask must be float32, got ", mask.scalar_type());
+    TORCH_CHECK_VALUE(mask.device() == x.device(), "mask must be on ", x.device(), ", got ", mask.device());
+    bool fits = mask.dim() == x.dim();
+    for (int64_t i = 0; fits && i < x.dim(); ++i) {
+      fits = mask.size(i) == x.size(i) || (i < 2 && mask.size(i) == 1);
+    }
+    TORCH_CHECK_VALUE(fits, "mask must have shape ", x.sizes(), ", or 1 instead of its batch or channels, got ",
+                      mask.sizes());
+    params.mask = mask.data_ptr<float>();
+    if (x.numel() != 0) params.mask_layout = output_layout(mask.expand(x.sizes()), "mask");
+  }
+  return params;
 }
 
 // The parameters of a step in place, which writes what it keeps over what it has read.

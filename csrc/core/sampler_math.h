@@ -10,10 +10,12 @@
 
 namespace ddpm_fast {
 
-// A table has the first 6 columns of a row, the first 10 (more history, learned variance) or all 12 (kept noise).
+// A table has the first 6 columns of a row, the first 10 (more history, learned variance), 12 (kept noise) or all 25
+// (guidance, known region).
 constexpr int kTableColumns = 6;
 constexpr int kWideTableColumns = 10;
 constexpr int kWidestTableColumns = 12;
+constexpr int kGuidedTableColumns = 25;
 
 struct SamplerRow {
   float p, q, r, s, u, sigma;
@@ -87,6 +89,121 @@ DDPM_FAST_INLINE float learned_scale(const SamplerRow& row, float v) {
   return exp_bounded(row.lo + (row.hi - row.lo) * (0.5f * v + 0.5f));
 }
 
+// The columns of a row from the 13th on, see ddpm_fast/ops/sampler_step/op.py.
+struct GuidanceRow {
+  float A = 0.0f, B = 0.0f;
+  float w = 1.0f, phi = 0.0f, eta = 1.0f, rho = 0.0f, mu = 0.0f, space = 0.0f;
+  float kg = 0.0f, kn = 0.0f, kc = 0.0f, h = 0.0f, j = 0.0f;
+};
+
+// Those of row `step` of a table of 25 columns; NaN, and no read, where the table has no such row.
+DDPM_FAST_INLINE GuidanceRow guidance_row(const float* table, int64_t rows, int64_t step) {
+  GuidanceRow result;
+  if (step < 0 || step >= rows) {
+    result.A = result.w = NAN;
+    return result;
+  }
+  const float* row = table + step * kGuidedTableColumns + kWidestTableColumns;
+  result.A = row[0];
+  result.B = row[1];
+  result.w = row[2];
+  result.phi = row[3];
+  result.eta = row[4];
+  result.rho = row[5];
+  result.mu = row[6];
+  result.space = row[7];
+  result.kg = row[8];
+  result.kn = row[9];
+  result.kc = row[10];
+  result.h = row[11];
+  result.j = row[12];
+  return result;
+}
+
+// Whether u guides; whether it is made, be it to move the momentum; whether x0' is added; whether the second output is
+// read at all, the gradient is, and sums over a sample are needed.
+DDPM_FAST_INLINE bool guides(const GuidanceRow& row) { return row.w != 1.0f; }
+DDPM_FAST_INLINE bool makes_update(const GuidanceRow& row) { return guides(row) || row.mu != 0.0f; }
+DDPM_FAST_INLINE bool adds_second(const GuidanceRow& row) { return row.kn != 0.0f || row.kc != 0.0f; }
+DDPM_FAST_INLINE bool reads_second(const GuidanceRow& row) { return makes_update(row) || adds_second(row); }
+DDPM_FAST_INLINE bool reads_gradient(const GuidanceRow& row) { return row.h != 0.0f || row.j != 0.0f; }
+DDPM_FAST_INLINE bool needs_sums(const GuidanceRow& row) {
+  return guides(row) && (row.phi != 0.0f || row.eta != 1.0f || row.rho > 0.0f);
+}
+
+// Guidance of the output (space = 0) or of x0 (space = 1), as coefficients: y = y_x·x + y_out·out, and x0 of the guided
+// g is g_x·x + g_g·g.
+struct GuidanceSpace {
+  float y_x, y_out, g_x, g_g;
+};
+DDPM_FAST_INLINE GuidanceSpace guidance_space(const SamplerRow& row, const GuidanceRow& guidance) {
+  if (guidance.space == 1.0f) return {row.p, row.q, 0.0f, 1.0f};
+  return {0.0f, 1.0f, row.p, row.q};
+}
+
+// y, and u = y − y' + mu·update; the x of y and y' cancel.
+DDPM_FAST_INLINE float guidance_output(const GuidanceSpace& space, float x, float output) {
+  return space.y_x * x + space.y_out * output;
+}
+DDPM_FAST_INLINE float guidance_update(const GuidanceSpace& space, float mu, float output, float second, float update) {
+  return space.y_out * (output - second) + mu * update;
+}
+
+// Over one sample.
+struct GuidanceSums {
+  double y, u, yy, yu, uu;
+};
+
+// g = output·y + update·u.
+struct GuidanceScales {
+  float output, update;
+};
+
+// Without sums: g = y + (w − 1)·u (Ho & Salimans 2022, eq. 6). NaN where the row needs sums.
+DDPM_FAST_INLINE GuidanceScales guidance_scales(const GuidanceRow& row) {
+  if (needs_sums(row)) return {NAN, NAN};
+  return {1.0f, row.w - 1.0f};
+}
+
+// Threshold and projection (Sadat et al. 2024, algorithm 1), then rescaling (Lin et al. 2023, eq. 15 and 16). Moments
+// of g follow from those of y and u, so that one pass over a sample is enough. A constant g is not rescaled.
+DDPM_FAST_INLINE GuidanceScales guidance_scales(const GuidanceRow& row, const GuidanceSums& sums, int64_t elements) {
+  const double n = static_cast<double>(elements), strength = static_cast<double>(row.w) - 1.0;
+  const double limit = row.rho > 0.0f ? row.rho / sqrt(sums.uu) : 1.0;
+  const double shrink = limit > 1.0 ? 1.0 : limit;
+  const double parallel = sums.yy == 0.0 ? 0.0 : shrink * sums.yu / sums.yy;
+  double of_y = 1.0 - strength * (1.0 - row.eta) * parallel, of_u = strength * shrink;
+  if (row.phi != 0.0f) {
+    const double mean_y = sums.y / n, mean_g = of_y * mean_y + of_u * sums.u / n;
+    const double terms = (of_y * of_y * sums.yy + of_u * of_u * sums.uu) / n;
+    const double variance_g = terms + 2.0 * of_y * of_u * sums.yu / n - mean_g * mean_g;
+    const double variance_y = sums.yy / n - mean_y * mean_y;
+    const double ratio = variance_y < 0.0 ? 0.0 : variance_y / variance_g;
+    const double scale = variance_g <= 1e-12 * terms ? 1.0 : sqrt(ratio);  // below is rounding of what cancels
+    const double factor = row.phi * scale + 1.0 - row.phi;
+    of_y *= factor;
+    of_u *= factor;
+  }
+  return {static_cast<float>(of_y), static_cast<float>(of_u)};
+}
+
+// g of a pixel.
+DDPM_FAST_INLINE float guided_output(const GuidanceScales& scales, float y, float u) {
+  return scales.output * y + scales.update * u;
+}
+
+// x0 within ±limit: gcc vectorises this, and no choice by a flag. NaN passes through.
+DDPM_FAST_INLINE float clip_limit(bool clip) { return clip ? 1.0f : INFINITY; }
+DDPM_FAST_INLINE float clipped_x_start(float x_start, float limit) {
+  return x_start < -limit ? -limit : (x_start > limit ? limit : x_start);
+}
+
+// A known region over the next state; a mask of 0 or 1 lets the other one hold anything.
+DDPM_FAST_INLINE float masked_state(float mask, float known, float x_next) {
+  const float mixed = mask * known + (1.0f - mask) * x_next;
+  return mask == 0.0f ? x_next : (mask == 1.0f ? known : mixed);
+}
+
 // Where element e of sample b of the model's output is, C, H, W being its order in the state:
 // b·batch_stride + (e / pixels)·channel_stride + (e % pixels)·pixel_stride.
 struct OutputLayout {
@@ -119,6 +236,16 @@ struct SamplerStepParams {
 
   // Whether a step may need more than one x0 of earlier steps, or a learned variance.
   bool is_extended() const { return table_columns != kTableColumns || previous2 != nullptr; }
+};
+
+// What a step with a table of 25 columns takes besides.
+struct GuidanceParams {
+  const void* second = nullptr;                       // (B, ...) by `second_layout`, of the output's type, or null
+  const float *gradient = nullptr, *known = nullptr;  // (B, ...) contiguous, or null
+  const float* mask = nullptr;                        // (B, ...) by `mask_layout`, or null
+  float* update = nullptr;                            // (B, ...) contiguous, or null
+  OutputLayout second_layout{.pixels = 1, .dense = true}, mask_layout{.pixels = 1, .dense = true};
+  bool reduces = false;  // whether sums over samples may be made
 };
 
 }  // namespace ddpm_fast

@@ -16,20 +16,23 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 
 # 16-byte loads and stores of one thread of each kernel. In the wide ones x, the previous x0, the given noise and both
 # results move as 2 × 16 bytes, the model's output as 2 (float32) or 1; in the strided ones the state moves as 1 × 16,
-# and in their extended form two more earlier states.
+# and in their extended form two more earlier states. A guided step has momentum, a gradient and a known image, too.
 WIDE = {
     "fill_normal_kernelIfLb1": (0, 2),
     "fill_normal_kernelI6__halfLb1": (0, 1),
     "fill_normal_kernelI13__nv_bfloat16Lb1": (0, 1),
-    "sampler_step_kernelIfLNS0_6AccessE0ELb0": (8, 4),
-    "sampler_step_kernelI6__halfLNS0_6AccessE0ELb0": (7, 4),
-    "sampler_step_kernelI13__nv_bfloat16LNS0_6AccessE0ELb0": (7, 4),
-    "sampler_step_kernelIfLNS0_6AccessE1ELb0": (3, 2),
-    "sampler_step_kernelI6__halfLNS0_6AccessE1ELb0": (3, 2),
-    "sampler_step_kernelI13__nv_bfloat16LNS0_6AccessE1ELb0": (3, 2),
-    "sampler_step_kernelIfLNS0_6AccessE1ELb1": (5, 4),
-    "sampler_step_kernelI6__halfLNS0_6AccessE1ELb1": (5, 4),
-    "sampler_step_kernelI13__nv_bfloat16LNS0_6AccessE1ELb1": (5, 4),
+    "sampler_step_kernelIfLNS_6AccessE0ELb0": (8, 4),
+    "sampler_step_kernelI6__halfLNS_6AccessE0ELb0": (7, 4),
+    "sampler_step_kernelI13__nv_bfloat16LNS_6AccessE0ELb0": (7, 4),
+    "sampler_step_kernelIfLNS_6AccessE1ELb0": (3, 2),
+    "sampler_step_kernelI6__halfLNS_6AccessE1ELb0": (3, 2),
+    "sampler_step_kernelI13__nv_bfloat16LNS_6AccessE1ELb0": (3, 2),
+    "sampler_step_kernelIfLNS_6AccessE1ELb1": (5, 4),
+    "sampler_step_kernelI6__halfLNS_6AccessE1ELb1": (5, 4),
+    "sampler_step_kernelI13__nv_bfloat16LNS_6AccessE1ELb1": (5, 4),
+    "guided_step_kernelIfLNS_6AccessE1E": (8, 5),
+    "guided_step_kernelI6__halfLNS_6AccessE1E": (8, 5),
+    "guided_step_kernelI13__nv_bfloat16LNS_6AccessE1E": (8, 5),
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")]
@@ -66,8 +69,9 @@ def run(*command: str) -> str:
 
 def test_every_kernel_is_compiled(compiled):
     kernels = [len(re.findall("Compiling entry function", report)) for report, _ in compiled[1]]
-    assert [source.stem for source in SOURCES] == ["noise", "sampler_step"]
-    assert kernels == [3 * 2, 3 * (3 + 2)]  # dtypes × accesses, and those of the extended form
+    assert [source.stem for source in SOURCES] == ["guided_step", "noise", "sampler_step"]
+    # dtypes × accesses, of sums and step; and those of the extended form
+    assert kernels == [3 * 2 * 2, 3 * 2, 3 * (3 + 2)]
 
 
 def test_no_spills_and_few_registers(compiled, gate):

@@ -10,6 +10,7 @@ from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.ops.sampler_step import reference
 from ddpm_fast.ops.sampler_step.op import sampler_step, sampler_step_
 from ddpm_fast.runtime import extension
+from ddpm_fast.testing.guided_step_cases import MASKS, ROWS, SUMS, GuidedStep, guided_table, make_guided
 from ddpm_fast.testing.truth import assert_close_to_truth
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -83,6 +84,55 @@ def test_cpu_and_gpu_give_the_same_noise(shape, dtype):
     arguments = {"seed": -5, "stream": 2, "step": 9, "start_index": 4, "dtype": dtype}
     ours = normal(shape, device="cuda", **arguments).cpu()
     torch.testing.assert_close(ours, noise.normal(shape, **arguments), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_guided_row_equals_the_reference(row, dtype):
+    for i, shape in enumerate([(5, 3, 7, 9), (2, 3, 8, 8), (1, 3, 6, 6), (3, 4, 40, 64), (2, 3, 200, 300), (3, 10)]):
+        for layout in ("halves", "misaligned"):
+            case = make_guided(row, shape, dtype, layout=layout, mask=MASKS[i % 4], only_read=bool(i % 2)).to("cuda")
+            for run, step, theirs in (
+                (GuidedStep.run, sampler_step, reference.sampler_step),
+                (GuidedStep.run_in_place, sampler_step_, reference.sampler_step_),
+            ):
+                actual, expected, truth = run(case, step), run(case, theirs), run(case.doubled(), theirs)
+                for name, tensor in actual.items():
+                    assert_close_to_truth(tensor, expected[name], truth[name], name=f"{shape} {layout} {name}")
+
+
+@pytest.mark.parametrize("row", [*SUMS, "w"])
+def test_a_guided_sample_does_not_depend_on_its_batch(row):
+    case = make_guided(row, (5, 3, 91, 76), torch.bfloat16, layout="halves").to("cuda")
+    whole = case.run(sampler_step)
+    x, output, *rest = case.arguments
+    options = {k: v[2:3] if isinstance(v, torch.Tensor) else v for k, v in case.options.items()}
+    options["start_index"] += 2
+    one = GuidedStep((x[2:3], output[2:3], *rest), tuple(t[2:3] for t in case.history), options)
+    for name, tensor in one.run(sampler_step).items():
+        assert torch.equal(tensor, whole[name][2:3]), name
+
+
+def test_a_graph_replays_guided_and_neutral_rows():
+    case = make_guided("everything with sums", (2, 3, 16, 16)).to("cuda")
+    x, output, table, step, seed = case.arguments
+    table = torch.stack([table[1], guided_table()[1].cuda()])
+    update = case.options["update"]
+    start, momentum = x.clone(), update.clone()
+    options = {name: value for name, value in case.options.items() if name not in ("known", "mask", "noise")}
+    step.fill_(0)
+    sampler_step_(x, output, table, step, seed, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampler_step_(x, output, table, step, seed, **options)
+    for row in (0, 1, 0):
+        x.copy_(start)
+        update.copy_(momentum)
+        step.fill_(row)
+        graph.replay()
+        expected_update = momentum.clone()
+        expected = reference.sampler_step(start, output, table, step, seed, **{**options, "update": expected_update})[0]
+        torch.testing.assert_close((x, update), (expected, expected_update), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("step", [-1, 3, 2**40])

@@ -46,6 +46,8 @@ constexpr Kernels make_kernels(const char* name) {
                             .scale = forward_diffusion::scale},
       .sampler_step = {.step = sampler_step::step,
                        .step_extended = sampler_step::step_extended,
+                       .guidance_sums = sampler_step::guidance_sums,
+                       .step_guided = sampler_step::step_guided,
                        .scale_noise = sampler_step::scale_noise},
       .variational_bound = {.forward = variational_bound::forward},
   };

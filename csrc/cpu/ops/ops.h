@@ -22,10 +22,15 @@ std::tuple<Tensor, Tensor> sampler_step(const Tensor& x, const Tensor& model_out
                                         const Tensor& step, const Tensor& seed, const OptionalTensor& x_start_previous,
                                         const OptionalTensor& x_start_previous2,
                                         const OptionalTensor& x_start_previous3, const OptionalTensor& noise,
-                                        bool clip_x_start, int64_t start_index, int64_t stream);
+                                        bool clip_x_start, int64_t start_index, int64_t stream,
+                                        const OptionalTensor& second_output, const OptionalTensor& gradient,
+                                        const OptionalTensor& known, const OptionalTensor& mask,
+                                        const OptionalTensor& update, bool reduces);
 void sampler_step_(Tensor& x, const Tensor& model_output, const Tensor& table, const Tensor& step, const Tensor& seed,
                    const OptionalTensor& x_start, const OptionalTensor& x_start2, const OptionalTensor& x_start3,
-                   const OptionalTensor& noise, bool clip_x_start, int64_t start_index, int64_t stream);
+                   const OptionalTensor& noise, bool clip_x_start, int64_t start_index, int64_t stream,
+                   const OptionalTensor& second_output, const OptionalTensor& gradient, const OptionalTensor& known,
+                   const OptionalTensor& mask, const OptionalTensor& update, bool reduces);
 
 // forward_diffusion.cpp
 Tensor q_sample(const Tensor& x_start, const Tensor& t, const Tensor& table, const OptionalTensor& noise,

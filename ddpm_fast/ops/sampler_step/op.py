@@ -36,7 +36,7 @@ from ddpm_fast.ops.sampler_step import reference
 from ddpm_fast.runtime import extension
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
-_COLUMNS = (
+COLUMNS = (
     *("p", "q", "r", "s", "u", "sigma", "u2", "u3", "lo", "hi", "e", "f"),
     *("A", "B", "w", "phi", "eta", "rho", "mu", "space", "kg", "kn", "kc", "h", "j"),
 )
@@ -54,16 +54,20 @@ _OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _ARGUMENTS = "Tensor model_output, Tensor table, Tensor step, Tensor seed"
 _OPTIONS = "Tensor? noise, bool clip_x_start, int start_index, int stream"
+_GUIDANCE_ARGUMENTS = (
+    "Tensor? second_output=None, Tensor? gradient=None, Tensor? known=None, Tensor? mask=None, "
+    "Tensor(e!)? update=None, bool reduces=False"
+)
 
 _library = torch.library.Library("ddpm_fast", "FRAGMENT")
 _library.define(
     f"sampler_step(Tensor x, {_ARGUMENTS}, Tensor? x_start_previous, Tensor? x_start_previous2, "
-    f"Tensor? x_start_previous3, {_OPTIONS}) -> (Tensor x_next, Tensor x_start)",
+    f"Tensor? x_start_previous3, {_OPTIONS}, {_GUIDANCE_ARGUMENTS}) -> (Tensor x_next, Tensor x_start)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     f"sampler_step_(Tensor(a!) x, {_ARGUMENTS}, Tensor(b!)? x_start, Tensor(c!)? x_start2, Tensor(d!)? x_start3, "
-    f"{_OPTIONS}) -> ()",
+    f"{_OPTIONS}, {_GUIDANCE_ARGUMENTS}) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -82,6 +86,12 @@ def _sampler_step_fake(
     clip_x_start: bool,
     start_index: int,
     stream: int,
+    second_output: torch.Tensor | None = None,
+    gradient: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    update: torch.Tensor | None = None,
+    reduces: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
@@ -100,6 +110,12 @@ def _sampler_step_inplace_fake(
     clip_x_start: bool,
     start_index: int,
     stream: int,
+    second_output: torch.Tensor | None = None,
+    gradient: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    update: torch.Tensor | None = None,
+    reduces: bool = False,
 ) -> None:
     return None
 
@@ -270,8 +286,8 @@ def _check(
         guidance: the tensors of `_GUIDANCE`.
     """
     second_output, gradient, known, mask, update = guidance
-    like_x = [*zip(names, history, strict=True), ("noise", noise), ("gradient", gradient), ("known", known)]
-    like_x = [(name, tensor) for name, tensor in (*like_x, ("update", update)) if tensor is not None]
+    optional = [*zip(names, history, strict=True), ("noise", noise), ("gradient", gradient), ("known", known)]
+    like_x = [(name, tensor) for name, tensor in (*optional, ("update", update)) if tensor is not None]
     required = [("x", x), ("model_output", model_output), ("table", table), ("step", step), ("seed", seed)]
     others = [("second_output", second_output), ("mask", mask)]
     given = required + like_x + [(name, tensor) for name, tensor in others if tensor is not None]
@@ -301,7 +317,7 @@ def _check(
         raise TypeError(f"table must be {' or '.join(sorted({'torch.float32', str(x.dtype)}))}, got {table.dtype}")
     if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] not in _WIDTHS:
         raise ValueError(
-            f"table must have shape (S, 6), (S, 10), (S, 12) or (S, 25), columns {', '.join(_COLUMNS)}, got "
+            f"table must have shape (S, 6), (S, 10), (S, 12) or (S, 25), columns {', '.join(COLUMNS)}, got "
             f"{tuple(table.shape)}"
         )
     if learned and table.shape[1] == _WIDTHS[0]:
@@ -375,7 +391,7 @@ def _check_values(
     row = int(step.item())
     if not 0 <= row < table.shape[0]:
         raise ValueError(f"step must be in [0, {table.shape[0]}), the rows of table, got {row}")
-    values = dict(zip(_COLUMNS, table[row].tolist(), strict=False))
+    values = dict(zip(COLUMNS, table[row].tolist(), strict=False))
     names = list(tensors)
     for column, place in _READS:
         name, value, neutral = names[place], values.get(column, 0.0), 1.0 if column == "w" else 0.0
@@ -412,12 +428,17 @@ def _native(
     clip_x_start: bool,
     start_index: int,
     stream: int,
-    **guidance: object,
+    second_output: torch.Tensor | None,
+    gradient: torch.Tensor | None,
+    known: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    update: torch.Tensor | None,
+    reduces: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     history = (x_start_previous, x_start_previous2, x_start_previous3)
-    return torch.ops.ddpm_fast.sampler_step(
-        x, model_output, table, step, seed, *history, noise, clip_x_start, start_index, stream
-    )
+    options = (noise, clip_x_start, start_index, stream)
+    guidance = (second_output, gradient, known, mask, update, reduces)
+    return torch.ops.ddpm_fast.sampler_step(x, model_output, table, step, seed, *history, *options, *guidance)
 
 
 def _native_inplace(
@@ -434,12 +455,17 @@ def _native_inplace(
     clip_x_start: bool,
     start_index: int,
     stream: int,
-    **guidance: object,
+    second_output: torch.Tensor | None,
+    gradient: torch.Tensor | None,
+    known: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    update: torch.Tensor | None,
+    reduces: bool,
 ) -> torch.Tensor:
     history = (x_start, x_start2, x_start3)
-    torch.ops.ddpm_fast.sampler_step_(
-        x, model_output, table, step, seed, *history, noise, clip_x_start, start_index, stream
-    )
+    options = (noise, clip_x_start, start_index, stream)
+    guidance = (second_output, gradient, known, mask, update, reduces)
+    torch.ops.ddpm_fast.sampler_step_(x, model_output, table, step, seed, *history, *options, *guidance)
     return x
 
 
@@ -460,19 +486,20 @@ def _native_refuses(
     reason = extension.why_not(x.device)
     if reason is not None:
         return reason
-    if table.shape[1] == _WIDTHS[-1]:
-        return "table has the columns of guidance, and native code lacks them"
     if x.dtype != torch.float32:
         return f"x is {x.dtype}, and native code computes in float32"
     if model_output.dtype == torch.float64:
         return "model_output is torch.float64, and native code reads float32, float16 and bfloat16"
+    outputs = {"model_output": model_output, "second_output": tensors.pop("second_output")}
     states = {"x": x, **tensors, "noise": noise}
     for name, tensor in {**states, "table": table}.items():
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} is not contiguous"
-    if not _is_evenly_spaced(model_output):
-        return f"model_output is neither contiguous nor channels-last, its strides are {model_output.stride()}"
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*states.values(), model_output)):
+    for name, tensor in outputs.items():
+        if tensor is not None and not _is_evenly_spaced(tensor):
+            return f"{name} is neither contiguous nor channels-last, its strides are {tensor.stride()}"
+    given = (*states.values(), *outputs.values())
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
         return "a gradient is wanted, and native code has none"
     return None
 
