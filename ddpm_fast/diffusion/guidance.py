@@ -185,9 +185,9 @@ def widened(table: torch.Tensor) -> torch.Tensor:
     return torch.cat((table, table.new_zeros(rows, max(0, _FIRST - columns)), beyond), dim=1)
 
 
-def empty_table(rows: int, columns: int) -> torch.Tensor:
-    """(rows, columns) float64 zeros, and in the columns of guidance what guides nothing."""
-    table = torch.zeros(rows, min(columns, _FIRST), dtype=torch.float64, device="cpu")
+def empty_table(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """(rows, columns) float32 zeros, and in the columns of guidance what guides nothing."""
+    table = torch.zeros(rows, min(columns, _FIRST), dtype=torch.float32, device=device)
     return widened(table) if columns == WIDTH else table
 
 

@@ -267,7 +267,7 @@ class SamplingState:
         self.x_start = self.history[0] if self.history else None
         self.self_condition = self_condition
         # A recording is made before a table is there: its warm-ups take steps of a table that guides nothing.
-        self.table = guidance.empty_table(num_steps, columns).to(device=device, dtype=torch.float32)
+        self.table = guidance.empty_table(num_steps, columns, device)
         self.times = torch.zeros(num_steps, dtype=torch.int64 if integer_times else torch.float32, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
