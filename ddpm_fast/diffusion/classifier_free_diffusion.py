@@ -254,14 +254,14 @@ class ClassifierFreeDiffusion(GaussianDiffusion):
         step = torch.full((1,), row, dtype=torch.int64, device=x.device)
         return sampler_step(
             x,
-            output.contiguous(),
+            output,
             widened(guided.table).to(device=x.device, dtype=torch.float32),
             step,
             seed,
             noise=noise,
             clip_x_start=clip_denoised,
             start_index=start_index,
-            second_output=null.contiguous(),
+            second_output=null,
             reduces=reduces(guided.table),
         )
 

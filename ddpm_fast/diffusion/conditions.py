@@ -181,8 +181,12 @@ class Conditions:
         return self if self.classes is None else replace(self, classes=self.classes.long())
 
     def check_others(self, guide: Any, network: Any) -> Conditions:
-        """These for a network that guides; raises where it needs what `network` does not have."""
+        """These for a network that guides `network`; raises where it needs another condition, or is elsewhere."""
         names = [name for name in taken_by(guide).required if self._named()[name] is None]
+        device = next((parameter.device for parameter in guide.parameters()), None)
+        own = next((parameter.device for parameter in network.parameters()), None)
+        if None not in (device, own) and device != own:
+            raise ValueError(f"guidance's network must be on the diffusion's device {own}, got {device}")
         if names:
             raise ValueError(
                 f"{names[0]} must be given, since guidance's network, a {type(guide).__name__}, takes "

@@ -60,6 +60,7 @@ class GaussianDiffusion(DiscreteProcess):
         zero_terminal_snr: no signal is left at T − 1 (Lin et al. 2023); the loss is then "uniform" if not told
             otherwise.
         timestep_sampler: "uniform", or "loss-second-moment" (Nichol & Dhariwal 2021, section 3.3).
+        guidance: of `sample`, where it is not told otherwise: a scale or a `Guidance`.
 
     Raises:
         ValueError: an argument does not fit, named in one sentence.

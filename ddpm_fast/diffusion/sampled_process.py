@@ -220,6 +220,9 @@ class SampledProcess(nn.Module):
     def _shape(self, batch_size: int | None, *, without: int = 16, **conditioning: Any) -> tuple[int, ...]:
         """(B, C, H, W) of a batch: as given, or that of the conditions, or `without` any."""
         check_size_known(self.image_size)
+        for name in conditioning:
+            if name not in _CONDITIONING:
+                raise TypeError(f"sampling has no argument {name!r}; of conditions it has {', '.join(_CONDITIONING)}")
         if batch_size is None:
             batch_size = self._given_conditions(**conditioning).batch_size
             batch_size = without if batch_size is None else batch_size
@@ -230,9 +233,9 @@ class SampledProcess(nn.Module):
     # conditions and guidance
 
     def _given_conditions(
-        self, classes: Any = None, cond: Any = None, cond_image: Any = None, **others: Any
+        self, classes: Any = None, cond: Any = None, cond_image: Any = None, **guides: Any
     ) -> Conditions:
-        """Conditions as they were given; sequences of numbers become tensors."""
+        """Conditions as they were given; sequences of numbers become tensors. `guides` are no conditions."""
         return as_conditions(classes, cond, cond_image, device=self.device)
 
     def _conditions(

@@ -147,6 +147,8 @@ class XMWrapper(nn.Module):
         if not tensors:
             raise ValueError("arguments must have a tensor whose first size is the batch's")
         batch = tensors[0].shape[0]
+        if hasattr(self.flow_model, "xm_shared_random_kwargs"):  # such as upstream's mask of conditions
+            kwargs = {**self.flow_model.xm_shared_random_kwargs(batch), **kwargs}  # type: ignore[operator]
         if self.random_time_kwarg not in kwargs:
             draw = getattr(self.flow_model, self.random_time_method, None)
             if draw is None:

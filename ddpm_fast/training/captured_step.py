@@ -40,6 +40,8 @@ def capture_training_step(
 ) -> TrainingStep:
     """A function `step(images) -> loss` that trains `diffusion` on one batch, as a CUDA graph where there is CUDA.
 
+    A batch of a conditional network is `step((images, None, {"classes": classes}))`, see `TrainingStep.__call__`.
+
     Timesteps, noise and dropout are drawn on the device from torch's generator, so that `torch.manual_seed` fixes a
     run, and they are those of the same step run without a graph. The graph is recorded by the first call, and again
     when weights, optimizer state or settings are replaced. A learning rate may change at any time.

@@ -283,6 +283,16 @@ def test_signatures_begin_with_upstreams(upstream):
                     assert found[parameter].default == value.default, (name, parameter)
 
 
+def test_the_modules_names_are_upstreams(upstream):
+    ours = importlib.import_module("ddpm_fast.classifier_free_guidance")
+    assert set(ours.__all__) <= set(dir(upstream)) and set(ours.__all__) <= set(dir(ours))
+    for name in ("cosine_beta_schedule", "linear_beta_schedule"):
+        torch.testing.assert_close(getattr(ours, name)(50), getattr(upstream, name)(50))
+    assert ours.ModelPrediction._fields == upstream.ModelPrediction._fields
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        _ = ours.Trainer
+
+
 def test_it_is_registered():
     assert PROCESSES["classifier_free"] is GaussianDiffusion
     ours = GaussianDiffusion(Unet(**SMALL), image_size=SIZE, use_cfg_plus_plus=True, min_snr_loss_weight=True)

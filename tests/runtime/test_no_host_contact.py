@@ -22,6 +22,7 @@ from ddpm_fast import (
     ContinuousTimeGaussianDiffusion,
     ElucidatedDiffusion,
     GaussianDiffusion,
+    Guidance,
     RectifiedFlow,
     Unet,
     VParamContinuousTimeGaussianDiffusion,
@@ -29,6 +30,7 @@ from ddpm_fast import (
     use_backend,
 )
 from ddpm_fast.diffusion import super_resolution
+from ddpm_fast.diffusion.conditions import Conditions
 from ddpm_fast.diffusion.inpainting import Resampling
 from ddpm_fast.diffusion.sampling import Conditioning, SamplingState
 from ddpm_fast.measure import baselines
@@ -185,6 +187,55 @@ def test_a_sampling_step_of_every_process(process, sampler):
             state.load(plan, noise.draw_seed(x.device), 1)
             state.advance(None)
         assert contacts.found == [] and contacts.operators > 50
+
+
+GUIDANCES = {
+    "scale": Guidance(3.0),
+    "interval": Guidance(3.0, interval=(0.5, 5.0)),
+    "projection": Guidance(3.0, eta=0.2, norm_threshold=2.0, momentum=-0.5, rescale=0.3),
+    "cfg++": Guidance(0.6, cfg_plus_plus=True),
+}
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("name", GUIDANCES)
+@pytest.mark.parametrize("process", ["flow", "ddpm"])
+def test_a_guided_sampling_step(process, name, guided):
+    diffusion = {**OTHERS, "ddpm": OTHERS["uncertain"]}[process](Unet(8, dim_mults=(1, 2), num_classes=4))
+    plan = diffusion._guided_plan(diffusion._plan("ddim", 4), GUIDANCES[name], True)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        pretend(diffusion)
+        x = torch.zeros(2, 3, 8, 8, device="cuda")
+        conditions = Conditions(torch.zeros(2, dtype=torch.int64, device="cuda")).doubled()
+        given = Conditioning(
+            conditions.arguments(diffusion.network),
+            is_doubled=True,
+            cond_fn=lambda x, t, y: -x,
+            classes=conditions.classes[:2],
+        )
+        options = {"columns": 25, "num_previous": plan.num_previous, "self_condition": False}
+        options |= {"has_update": name == "projection", "reduces": name == "projection", "conditioning": given}
+        options["integer_times"] = plan.has_integer_times
+        state = SamplingState(diffusion.network, x, len(plan.times), start_index=0, **options)
+        state.load(plan, noise.draw_seed(x.device), 0, given)
+        with Contacts() as contacts:
+            state.load(plan, noise.draw_seed(x.device), 1, given)
+            state.advance(None, is_guided=guided)
+        assert contacts.found == [] and contacts.operators > 50
+
+
+@pytest.mark.parametrize("process", OTHERS)
+def test_a_conditional_loss_of_every_process(process):
+    conditions = {"num_classes": 4, "cond_dim": 3, "cond_channels": 1, "cond_drop_prob": 0.3}
+    diffusion = OTHERS[process](Unet(8, dim_mults=(1, 2), **conditions))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pretend(diffusion)
+        images = torch.zeros(2, 3, 8, 8, device="cuda", dtype=torch.uint8)
+        given = {"classes": torch.zeros(2, device="cuda", dtype=torch.int64), "cond": torch.zeros(2, 3, device="cuda")}
+        given |= {"cond_image": torch.zeros(2, 1, 8, 8, device="cuda", dtype=torch.uint8)}
+        with Contacts() as contacts:
+            loss = diffusion(images, flip=torch.zeros(2, device="cuda", dtype=torch.bool), **given)
+        assert loss.device.type == "cuda" and contacts.found == [] and contacts.operators > 100
 
 
 @pytest.mark.parametrize("process", OTHERS)
