@@ -70,7 +70,7 @@ def main() -> None:
     }
     timings = Interleaved(calls, torch.device("cpu")).run(options.seconds)
     machine = name_of(describe(torch.device("cpu")))
-    print(f"{machine}, {torch.get_num_threads()} threads, batch {options.batch_size}, {options.size}x{options.size}\n")
+    print(f"{machine}, batch {options.batch_size}, {options.size}x{options.size}\n")
     print("| | s | of ours, s | ratio | median of the rounds' ratios |\n| --- | --: | --: | --: | --: |")
     rows = (
         ("training, upstream / ours", "training upstream", "training ours"),
