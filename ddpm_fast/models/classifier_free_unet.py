@@ -234,7 +234,7 @@ class Unet(UnetBase):
             cond_keep_mask = None if rate == 0 else _random_mask(x.shape[0], 1 - rate, x.device)
         given = Conditions(classes, keep_mask=cond_keep_mask)
         self._check_inputs(x, time, given)
-        return self._call(x, time, given)
+        return self._call([x], time, given)
 
     def forward_with_cond_scale(
         self,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ddpm_fast.models.derived_weights import HasDerivedWeight
@@ -13,6 +15,7 @@ from ddpm_fast.models.stock import (
     calls_every_module,
     is_convolution,
     is_instance,
+    is_unmodified,
     keeps_size,
     parameter,
     stock,
@@ -21,8 +24,8 @@ from ddpm_fast.models.stock import (
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.resample.composite import upsampling_taps
 from ddpm_fast.ops.resample.op import unchecked_downsample_conv, unchecked_upsample_conv
-from ddpm_fast.ops.stem_conv.op import stem_conv
-from ddpm_fast.runtime.autocast import to_autocast_dtype
+from ddpm_fast.ops.stem_conv.op import reads_in_place, stem_conv
+from ddpm_fast.runtime.autocast import no_autocast, to_autocast_dtype
 
 
 class Conv3x3(nn.Conv2d):
@@ -48,7 +51,30 @@ class Conv4x4(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 4, stride=2, padding=1)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._is_as_made():
+            return super().forward(x)
+        (x,) = to_autocast_dtype(x)
+        weight, bias = narrow(self, "weight"), narrow(self, "bias")
+        with no_autocast(x.device.type):
+            return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride=2, padding=1)
 
+    def _is_as_made(self) -> bool:
+        """False where a user has changed the settings."""
+        own = self.__dict__
+        return (
+            self.bias is not None
+            and "_conv_forward" not in own
+            and (own["kernel_size"], own["stride"], own["padding"]) == ((4, 4), (2, 2), (1, 1))
+            and (own["dilation"], own["groups"], own["padding_mode"]) == ((1, 1), 1, "zeros")
+        )
+
+    def narrow_groups(self) -> list[Group]:
+        """See `narrow_weights`."""
+        return _weight_and_bias(self) if self._is_as_made() else []
+
+
+@stock
 class StemConv(nn.Conv2d):
     """The network's first convolution, of odd side: (B, C, H, W) → (B, K, H, W)."""
 
@@ -56,15 +82,40 @@ class StemConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, side, padding=side // 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.bias is None or not keeps_size(self, self.weight.shape[-1]):  # a user has changed the settings
+        if not self._is_as_made():
             return super().forward(x)
         (x,) = to_autocast_dtype(x)
         return stem_conv(x, narrow(self, "weight"), narrow(self, "bias"))
 
+    def compute(self, maps: Sequence[torch.Tensor], layout: torch.memory_format) -> torch.Tensor:
+        """The convolution of maps (B, C_i, H, W) side by side, in the layout that the network's maps have.
+
+        Native code reads the maps where they are. Otherwise they become one tensor of that layout, since torch's
+        convolution takes one; and so where a user has changed the module, which is then called.
+        """
+        if is_unmodified(self) and self._is_as_made():
+            first, *beside = to_autocast_dtype(*maps)
+            weight, bias = narrow(self, "weight"), narrow(self, "bias")
+            if reads_in_place(first, weight, bias, beside=beside):
+                return stem_conv(first, weight, bias, beside=beside)
+        x = one_map(maps, layout)
+        out = self(x)
+        # Of one channel a map is of both layouts, and torch's convolution chooses one.
+        return out.contiguous(memory_format=layout) if x.shape[1] == 1 else out
+
+    def _is_as_made(self) -> bool:
+        """False where a user has changed the settings."""
+        return self.bias is not None and keeps_size(self, self.weight.shape[-1])
+
     def narrow_groups(self) -> list[Group]:
         """See `narrow_weights`."""
-        fits = self.bias is not None and keeps_size(self, self.weight.shape[-1])
-        return _weight_and_bias(self) if fits else []
+        return _weight_and_bias(self) if self._is_as_made() else []
+
+
+def one_map(maps: Sequence[torch.Tensor], layout: torch.memory_format) -> torch.Tensor:
+    """Maps (B, C_i, H, W) side by side as one, (B, Σ C_i, H, W)."""
+    x = maps[0] if len(maps) == 1 else torch.cat(list(maps), dim=1)
+    return x.contiguous(memory_format=layout)
 
 
 @stock

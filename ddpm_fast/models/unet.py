@@ -242,7 +242,7 @@ class Unet(UnetBase):
             self._check_self_condition(x, x_self_cond)
         if cond_image is not None:
             maps.append(cond_image.to(x.dtype))
-        return self._call(x if len(maps) == 1 else torch.cat(maps, dim=1), time, given)
+        return self._call(maps, time, given)
 
     def _check_self_condition(self, x: torch.Tensor, x_self_cond: torch.Tensor) -> None:
         device = self._weight.device

@@ -19,6 +19,7 @@ from ddpm_fast.models.conditions import (
     embed_classes,
     embed_vectors,
 )
+from ddpm_fast.models.convolution import StemConv, one_map
 from ddpm_fast.models.derived_weights import Derived, HasDerivedWeight, Times
 from ddpm_fast.models.embeddings import (
     CondMLP,
@@ -55,7 +56,7 @@ class UnetBase(HasDerivedWeight):
     takes_zeros_for_no_estimate = True
 
     # Made by the constructors.
-    init_conv: nn.Conv2d
+    init_conv: nn.Module
     time_mlp: nn.Module
     classes_mlp: nn.Module
     downs: nn.ModuleList
@@ -113,20 +114,21 @@ class UnetBase(HasDerivedWeight):
         # The replicas of DataParallel have none.
         return next(w for module in self.modules() for w in getattr(module, "_former_parameters", {}).values())
 
-    def _call(self, x: torch.Tensor, time: torch.Tensor, given: Conditions) -> torch.Tensor:
-        """The network of inputs that fit."""
+    def _call(self, maps: Sequence[torch.Tensor], time: torch.Tensor, given: Conditions) -> torch.Tensor:
+        """The network of inputs that fit; its first convolution reads the maps side by side."""
         if torch.compiler.is_compiling():
-            return self._run(x, time, given)
-        with reading(self._copies(x.device)):
-            return self._run(x, time, given)
+            return self._run(maps, time, given)
+        with reading(self._copies(maps[0].device)):
+            return self._run(maps, time, given)
 
-    def _run(self, x: torch.Tensor, time: torch.Tensor, given: Conditions) -> torch.Tensor:
+    def _run(self, maps: Sequence[torch.Tensor], time: torch.Tensor, given: Conditions) -> torch.Tensor:
         # Every convolution and op keeps this layout.
-        pixels = x.shape[0] * x.shape[2] * x.shape[3] // self.downsample_factor**2
-        layout, has_both_layouts = self._maps_format(few=pixels < _FEW_PIXELS), x.shape[1] == 1
-        x = self.init_conv(x.contiguous(memory_format=layout))
-        if has_both_layouts:  # then torch's convolution has chosen one
-            x = x.contiguous(memory_format=layout)
+        B, _, H, W = maps[0].shape
+        layout = self._maps_format(few=B * H * W // self.downsample_factor**2 < _FEW_PIXELS)
+        if isinstance(self.init_conv, StemConv):
+            x = self.init_conv.compute(maps, layout)
+        else:
+            x = self.init_conv(one_map(maps, layout)).contiguous(memory_format=layout)
         residual = x
         t, scales_and_shifts = self._rows(time, given)
         rows = iter(scales_and_shifts)

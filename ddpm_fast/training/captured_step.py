@@ -16,7 +16,7 @@ from ddpm_fast.diffusion.conditions import CONDITIONS
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.xm import XMWrapper, process_of
 from ddpm_fast.models.narrow_weights import KeptCopies
-from ddpm_fast.models.unet import Unet
+from ddpm_fast.models.unet_base import UnetBase
 from ddpm_fast.runtime import recording, triton_launch
 from ddpm_fast.runtime.plain import as_int
 from ddpm_fast.runtime.snapshot import Snapshot
@@ -256,7 +256,7 @@ class TrainingStep:
             return "keep_copies=False"
         if self.autocast is None:
             return "there is no autocast"
-        if not isinstance(self._network, Unet):
+        if not isinstance(self._network, UnetBase):
             return f"the model is a {type(self._network).__name__}"
         reason = triton_launch.why_not_triton(self.diffusion.device)
         if reason is None and self.ema is not None and self._average is None:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import Unet, use_backend
-from ddpm_fast.models import narrow_weights
+from ddpm_fast.models import classifier_free_unet, narrow_weights
 from ddpm_fast.models.derived_weights import inference_weights
 from ddpm_fast.testing.networks import randomise
 
@@ -54,6 +54,18 @@ def batch(model, size=8):
     return x, torch.tensor([4, 19]), *condition
 
 
+def told(model):
+    """The conditions of a batch, by name."""
+    given = {}
+    if model.num_classes is not None:
+        given |= {"classes": torch.tensor([0, 1]), "cond_keep_mask": torch.tensor([True, False])}
+    if model.cond_dim is not None:
+        given["cond"] = torch.linspace(-1, 1, 2 * model.cond_dim).reshape(2, -1)
+    if model.cond_channels:
+        given["cond_image"] = torch.linspace(-1, 1, 128 * model.cond_channels).reshape(2, -1, 8, 8)
+    return given
+
+
 def train(model, at_once=True, call=None, dtype=BF16):
     """Output and gradients; with `at_once` False every module casts its own weights."""
     model.zero_grad()
@@ -61,7 +73,7 @@ def train(model, at_once=True, call=None, dtype=BF16):
         if not at_once:
             patch.setattr(narrow_weights, "groups_of", lambda network, device: [])
         torch.manual_seed(1)
-        out = (call or model)(*batch(model))
+        out = (call or model)(*batch(model), **told(model))
         out.float().square().sum().backward()
     return out.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -82,6 +94,7 @@ CONFIGS = {
     "self-conditioned": dict(self_condition=True),
     "Fourier features": dict(learned_sinusoidal_cond=True, learned_sinusoidal_dim=6),
     "softmax attention": dict(full_attn=True),
+    "conditions": dict(num_classes=3, cond_dim=4, cond_channels=2),
 }
 
 
@@ -104,6 +117,30 @@ def test_every_weight_that_autocast_casts_is_in_the_pass():
     in_attention = {name for name in left if any(part in name for part in ("to_qkv", "to_out", "mem_kv"))}
     read_by_norms = {name for name in left if name.endswith((".g", "proj.bias"))}
     assert left == in_attention | read_by_norms and len(seen) > 40
+
+
+def test_conditions_weights_are_in_the_pass_and_in_the_tables(passes):
+    """But for the embeddings, which are looked up in float32."""
+    model = network(num_classes=3, cond_dim=4)
+    seen = {id(w) for part in narrow_weights.groups_of(model, torch.device("cpu")) for group in part for w in group}
+    left = {name for name, p in model.named_parameters() if id(p) not in seen and ("class" in name or "cond" in name)}
+    assert left == {"classes_emb.weight", "null_classes_emb", "null_cond"}
+    expected, _ = train(model, at_once=False)
+    out = sample(model, 3)
+    assert len(passes) == 1
+    torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)
+
+
+def test_the_class_conditional_network(passes):
+    model = classifier_free_unet.Unet(8, 3, dim_mults=(1, 2))
+    randomise(model)
+    expected = train(model, at_once=False)
+    assert passes == []
+    results = train(model)
+    assert len(passes) == 1 and passes[0] > 40
+    assert_same(results, expected)
+    seen = {id(w) for part in narrow_weights.groups_of(model, torch.device("cpu")) for group in part for w in group}
+    assert id(model.mid_attn.fn.fn.to_out.weight) in seen and id(model.downs[0][3].weight) in seen
 
 
 def test_gradients_lie_as_their_weights():
@@ -294,7 +331,7 @@ def test_compiles_whole(passes):
 def sample(model, calls=1, num_timesteps=T):
     with torch.autocast("cpu", dtype=BF16, cache_enabled=False), inference_weights(model, num_timesteps):
         with torch.inference_mode():
-            return [model(*batch(model)) for _ in range(calls)][-1]
+            return [model(*batch(model), **told(model)) for _ in range(calls)][-1]
 
 
 @pytest.mark.parametrize("num_timesteps", [T, None])

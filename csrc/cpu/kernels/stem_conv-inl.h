@@ -20,7 +20,19 @@ struct PaddedMap {
   DDPM_FAST_INLINE const float* at(int64_t b, int64_t y) const { return data + b * image + y * row; }
 };
 
-inline PaddedMap pad_map(const StemConvSizes& in, const float* x) {
+// The channels of a map's line y among the C channels of each pixel of `to`.
+inline void copy_line(const StemConvMap& map, int64_t b, int64_t y, int64_t W, int64_t C, float* to) {
+  const float* from = map.data + b * map.image + y * map.line;
+  if (map.C == C && map.channel == 1 && map.pixel == C) {
+    __builtin_memcpy(to, from, static_cast<unsigned long>(W * C) * 4);
+    return;
+  }
+  for (int64_t c = 0; c < map.C; ++c) {
+    for (int64_t x = 0; x < W; ++x) to[x * C + c] = from[c * map.channel + x * map.pixel];
+  }
+}
+
+inline PaddedMap pad_map(const StemConvSizes& in, const StemConvMaps& maps) {
   const int64_t margin = in.side / 2, rows = in.H + 2 * margin, row = (in.W + 2 * margin) * in.C;
   PaddedMap map{thread_scratch(kScratchShared, in.B * rows * row), row, rows * row, in.side * in.C};
   parallel(in.B * rows, max<int64_t>(1, 32768 / row), [&](int64_t begin, int64_t end) {
@@ -32,7 +44,11 @@ inline PaddedMap pad_map(const StemConvSizes& in, const float* x) {
         continue;
       }
       __builtin_memset(to, 0, static_cast<unsigned long>(left) * 4);
-      __builtin_memcpy(to + left, x + (b * in.H + y) * inner, static_cast<unsigned long>(inner) * 4);
+      int64_t channel = 0;
+      for (const StemConvMap& part : maps.map) {
+        if (part.C > 0) copy_line(part, b, y, in.W, in.C, to + left + channel);
+        channel += part.C;
+      }
       __builtin_memset(to + left + inner, 0, static_cast<unsigned long>(left) * 4);
     }
   });

@@ -10,10 +10,21 @@ struct StemConvSizes {
   int64_t B, H, W, C, K, side;  // side: of the kernel, odd
 };
 
+// A map in any layout: float strides of an image, a channel, a line and a pixel. Without data it has no channels.
+struct StemConvMap {
+  const float* data;
+  int64_t C, image, channel, line, pixel;
+};
+
+// The input: the channels of these maps, one after another.
+struct StemConvMaps {
+  StemConvMap map[3];
+};
+
 // out = conv(x, weight) + bias.
 struct StemConvForward {
   StemConvSizes in;
-  const float* x;       // (B, H, W, C)
+  StemConvMaps x;
   const float* weight;  // (K, C, side, side)
   const float* bias;    // (K) or null
   float* out;           // (B, H, W, K)
@@ -21,7 +32,7 @@ struct StemConvForward {
 
 struct StemConvWeightGradient {
   StemConvSizes in;
-  const float* x;
+  StemConvMaps x;
   const float* grad;  // (B, H, W, K)
   float* dweight;     // (K, C, side, side)
   float* dbias;       // (K) or null

@@ -81,9 +81,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv3x3_backward(const Tensor& grad, 
                                                             bool upsampled, std::array<bool, 3> needs);
 
 // stem_conv.cpp
-Tensor stem_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
-std::tuple<Tensor, Tensor> stem_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                              bool needs_bias);
+Tensor stem_conv(const Tensor& x, const OptionalTensor& x2, const OptionalTensor& x3, const Tensor& weight,
+                 const OptionalTensor& bias);
+std::tuple<Tensor, Tensor> stem_conv_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& x2,
+                                              const OptionalTensor& x3, const Tensor& weight, bool needs_bias);
 
 // attention.cpp
 Tensor attention(const Tensor& qkv, const Tensor& mem_kv, int64_t heads);

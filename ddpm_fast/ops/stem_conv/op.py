@@ -16,6 +16,7 @@ from ddpm_fast.ops.operator import Operator
 from ddpm_fast.ops.stem_conv import reference
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
+_MOST_MAPS = 3  # that native code reads side by side: the estimate of x0, x, and a condition's image
 _MOST_CHANNELS = 16  # with more, a direct convolution's own blocks of channels are filled
 
 
@@ -24,36 +25,53 @@ def _native_fake(x: torch.Tensor, weight: torch.Tensor, **_: object) -> torch.Te
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _image_gradient(
-    needs: Sequence[bool], grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor]:
-    """Of x by torch: training needs no gradient of an image."""
-    dx = conv2d_input(x.shape, weight.to(grad.dtype), grad, padding=weight.shape[2] // 2)
-    return (dx.to(x.dtype),)
+def _image_gradients(
+    needs: Sequence[bool],
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    x2: torch.Tensor | None,
+    x3: torch.Tensor | None,
+    weight: torch.Tensor,
+) -> list[torch.Tensor | None]:
+    """Of the maps by torch, where they are wanted: training needs no gradient of an image."""
+    gradients: list[torch.Tensor | None] = []
+    first = 0
+    for needed, map in zip(needs, (x, x2, x3), strict=True):
+        gradient = None
+        if map is not None:
+            part, first = weight[:, first : first + map.shape[1]], first + map.shape[1]
+            if needed:
+                gradient = conv2d_input(map.shape, part.to(grad.dtype), grad, padding=weight.shape[2] // 2)
+                gradient = gradient.to(map.dtype)
+        gradients.append(gradient)
+    return gradients
 
 
 _stem_conv = Operator(
     "stem_conv",
-    "Tensor x, Tensor weight, Tensor? bias",
+    "Tensor x, Tensor? x2, Tensor? x3, Tensor weight, Tensor? bias",
     returns="out",
     fake=_native_fake,
-    backward="grad, x, weight, want_bias",
+    backward="grad, x, x2, x3, weight, want_bias",
     gradients="weight, bias",
-    by_torch=("x", _image_gradient),
+    by_torch=("x, x2, x3", _image_gradients),
     rows={"bias": "weight"},
     wanted={"want_bias": "bias"},
     native=True,
 )
 
 
-def stem_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def stem_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, beside: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
     """A convolution of stride 1 whose output is as large as its input.
 
     Args:
-        x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). On the CPU half types are computed in
-            float32 and rounded once.
-        weight: (K, C, side, side), side odd.
+        x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only), in any layout. On the CPU half types are
+            computed in float32 and rounded once.
+        weight: (K, C, side, side), side odd; its channels are those of x and then those of `beside`.
         bias: (K,).
+        beside: up to two maps (B, C', H, W), as if concatenated after x; native code reads them where they are.
 
     Returns:
         (B, K, H, W) of the dtype of x, natively channels-last. Gradients flow to every tensor, once.
@@ -61,40 +79,64 @@ def stem_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     Raises:
         TypeError, ValueError: an argument does not match its description.
     """
-    _check(x, weight, bias)
-    return _stem_conv_op(x, weight, bias)
+    _check(x, weight, bias, beside)
+    return _stem_conv_op(x, weight, bias, tuple(beside))
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def reads_in_place(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, beside: Sequence[torch.Tensor] = ()
+) -> bool:
+    """True if the implementation that would run takes maps in any layout and side by side without a copy."""
+    return _stem_conv_op.choose(x, weight, bias, tuple(beside)).name == "native"
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, beside: Sequence[torch.Tensor]) -> None:
     """The checks of every implementation."""
     check_tensors({"x": x, "weight": weight, "bias": bias}, optional=("bias",))
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
-    shape, C = tuple(weight.shape), x.shape[1]
+    if len(beside) > _MOST_MAPS - 1:
+        raise ValueError(f"beside must have at most {_MOST_MAPS - 1} maps, got {len(beside)}")
+    C = x.shape[1]
+    for i, other in enumerate(beside):
+        check_tensors({"x": x, f"beside[{i}]": other})
+        if other.dim() != 4 or (other.shape[0], *other.shape[2:]) != (x.shape[0], *x.shape[2:]):
+            raise ValueError(
+                f"beside[{i}] must have x's batch, height and width {tuple(x.shape)}, got {tuple(other.shape)}"
+            )
+        if other.dtype != x.dtype:
+            raise TypeError(f"beside[{i}] must have x's dtype {x.dtype}, got {other.dtype}")
+        C += other.shape[1]
+    shape = tuple(weight.shape)
     if len(shape) != 4 or shape[1] != C or shape[2] != shape[3] or shape[2] % 2 == 0:
         raise ValueError(f"weight must have shape (K, {C}, side, side) with an odd side, got {shape}")
     if bias is not None and bias.shape != shape[:1]:
         raise ValueError(f"bias must have shape ({shape[0]},), got {tuple(bias.shape)}")
 
 
-def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return _stem_conv.native(x, weight, bias)
+_Maps = tuple[torch.Tensor, ...]
 
 
-def _native_refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    return why_not_on_cpu({"x": x, "weight": weight, "bias": bias})
+def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, beside: _Maps) -> torch.Tensor:
+    x2, x3 = (*beside, None, None)[:2]
+    return _stem_conv.native(x, x2, x3, weight, bias)
 
 
-def _native_yields(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    if x.shape[1] > _MOST_CHANNELS:
-        return f"x has {x.shape[1]} channels, more than {_MOST_CHANNELS}: torch's convolution has blocks of them"
+def _native_refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, beside: _Maps) -> str | None:
+    given = {"x": x, "weight": weight, "bias": bias}
+    return why_not_on_cpu(given | {f"beside[{i}]": other for i, other in enumerate(beside)} if beside else given)
+
+
+def _native_yields(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, beside: _Maps) -> str | None:
+    if weight.shape[1] > _MOST_CHANNELS:
+        return f"x has {weight.shape[1]} channels, more than {_MOST_CHANNELS}: torch's convolution has blocks of them"
     return None
 
 
 def _example(channels: int) -> Callable[[torch.device], tuple[tuple, dict]]:
     def example(device: torch.device) -> tuple[tuple, dict]:
         x = torch.zeros(1, channels, 8, 8, device=device)
-        return (x, torch.zeros(8, channels, 7, 7, device=device), None), {}
+        return (x, torch.zeros(8, channels, 7, 7, device=device), None, ()), {}
 
     return example
 

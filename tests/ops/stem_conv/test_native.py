@@ -64,6 +64,53 @@ def test_contiguous_maps_and_no_bias():
     check(tensors)
 
 
+def side_by_side(x, weight, bias=None, x2=None, x3=None):
+    """The convolution of up to three maps, as a function of named tensors."""
+    return stem_conv(x, weight, bias, beside=[map for map in (x2, x3) if map is not None])
+
+
+def in_parts(tensors, *channels, layout=torch.channels_last):
+    """The maps of these numbers of channels instead of one."""
+    parts = [part.contiguous(memory_format=layout) for part in tensors["x"].split(channels, dim=1)]
+    return tensors | dict(zip(("x", "x2", "x3"), parts, strict=False))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("channels", [(3, 3), (1, 2, 3), (4, 1, 1), (6,)], ids=str)
+def test_maps_side_by_side(channels, layout):
+    tensors = make(*SHAPES[2])
+    parts = in_parts(tensors, *channels, layout=layout)
+    assert_as_accurate_as_the_reference(side_by_side, parts, {}, floor=16)
+    whole, actual = run(stem_conv, "native", tensors, {}), run(side_by_side, "native", parts, {})
+    assert torch.equal(actual["out"], whole["out"]), "the same bits as of one map"
+    for name in ("dweight", "dbias"):
+        assert torch.equal(actual[name], whole[name])
+    torch.testing.assert_close(torch.cat([actual[f"d{name}"] for name in parts if name[0] == "x"], 1), whole["dx"])
+
+
+def test_maps_in_any_layout_are_read_where_they_are():
+    tensors = make(2, 5, 9, 8, 12, 5)
+    a = torch.randn(9, 2, 11, 3)[:, :, 2:10]  # (H, B, W, C) with a gap
+    a.copy_(tensors["x"][:, :3].permute(2, 0, 3, 1))
+    b = tensors["x"][:, 3:4].expand(2, 2, 9, 8)  # one channel twice, of stride 0
+    twice = torch.cat((tensors["x"][:, :4], tensors["x"][:, 3:4]), dim=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        actual = stem_conv(a.permute(1, 3, 0, 2), tensors["weight"], tensors["bias"], beside=[b])
+    assert torch.equal(actual, stem_conv(twice, tensors["weight"], tensors["bias"]))
+    assert not {"aten::copy_", "aten::cat"} & {event.key for event in profile.key_averages()}
+
+
+def test_only_maps_that_want_a_gradient_get_one():
+    parts = in_parts(make(*SHAPES[2]), 1, 2, 3)
+    parts["x2"].requires_grad_()
+    out = side_by_side(**parts)
+    (grad,) = torch.autograd.grad(out.sum(), parts["x2"])
+    whole = parts | {"x2": parts["x2"].detach()}
+    x = torch.cat([whole[name] for name in ("x", "x2", "x3")], dim=1).requires_grad_()
+    expected = torch.autograd.grad(stem_conv(x, parts["weight"], parts["bias"]).sum(), x)[0][:, 1:3]
+    torch.testing.assert_close(grad, expected)
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(*(st.integers(1, high) for high in (3, 16, 12, 20, 70)), st.sampled_from([1, 3, 5, 7, 9]), st.booleans())
 def test_random_shapes(B, C, H, W, K, side, bias):
@@ -104,7 +151,12 @@ def test_nan_stays_visible():
 
 def test_operator_keeps_torchs_rules():
     leaves = {name: tensor.requires_grad_() for name, tensor in make(*SHAPES[2]).items()}
-    torch.library.opcheck(torch.ops.ddpm_fast.native_stem_conv.default, tuple(leaves.values()))
+    x, weight, bias = leaves.values()
+    operator = torch.ops.ddpm_fast.native_stem_conv.default
+    torch.library.opcheck(operator, (x, None, None, weight, bias))
+    parts = [part.detach().requires_grad_() for part in x.split((1, 2, 3), dim=1)]
+    torch.library.opcheck(operator, (*parts, weight, None))
+    torch.library.opcheck(operator, (parts[0], None, parts[2], weight[:, :4].detach().requires_grad_(), bias))
 
 
 def test_refusals_and_what_is_left_to_torch():
@@ -113,8 +165,11 @@ def test_refusals_and_what_is_left_to_torch():
         with use_backend("native"), pytest.raises(BackendRefused, match=reason):
             stem_conv(**tensors | {"x": change(tensors["x"])})
     wide = make(1, 17, 4, 4, 8, 3)
-    assert op._stem_conv_op.choose(*wide.values()).name == "reference"
-    assert "17 channels" in op._stem_conv_op.implementations[0].why_not(*wide.values())
+    assert op._stem_conv_op.choose(*wide.values(), ()).name == "reference"
+    assert "17 channels" in op._stem_conv_op.implementations[0].why_not(*wide.values(), ())
+    parts = in_parts(tensors, 1, 2)
+    assert op.reads_in_place(parts["x"], parts["weight"], beside=[parts["x2"]])
+    assert not op.reads_in_place(parts["x"], parts["weight"], beside=[parts["x2"].double()])
 
 
 def test_second_derivatives_are_refused():
@@ -134,6 +189,10 @@ def test_second_derivatives_are_refused():
         ({"bias": torch.zeros(5)}, "bias must have shape"),
         ({"x": torch.zeros(1, 3, 4, 4, dtype=torch.int32)}, "x must be float32"),
         ({"weight": None}, "weight must be a tensor"),
+        ({"beside": [torch.zeros(2, 1, 8, 8)]}, r"weight must have shape \(K, 4, side, side\)"),
+        ({"beside": [torch.zeros(2, 1, 8, 7)]}, r"beside\[0\] must have x's batch, height and width"),
+        ({"beside": [torch.zeros(2, 1, 8, 8).double()]}, r"beside\[0\] must have x's dtype"),
+        ({"beside": [torch.zeros(2, 1, 8, 8)] * 3}, "beside must have at most 2 maps, got 3"),
     ],
 )
 def test_wrong_arguments(changes, message):
@@ -146,21 +205,31 @@ def test_operator_checks_shapes_itself():
     x, weight, grad = torch.zeros(1, 3, 8, 8), torch.zeros(6, 3, 7, 7), torch.zeros(1, 6, 8, 8)
     forward, backward = torch.ops.ddpm_fast.native_stem_conv, torch.ops.ddpm_fast.native_stem_conv_backward
     for arguments in (
-        (x[0], weight, None),
-        (x, weight[..., :6, :6], None),
-        (x, weight, torch.zeros(5)),
-        (x[:0], weight, None),
+        (x[0], None, None, weight, None),
+        (x, None, None, weight[..., :6, :6], None),
+        (x, None, None, weight, torch.zeros(5)),
+        (x[:0], None, None, weight, None),
+        (x[:, :2], x[:, :1, :7], None, weight, None),
+        (x[:, :2], None, x[:0, :1], weight, None),
+        (x, x[:, :1], None, weight, None),
     ):
         with pytest.raises(ValueError):
             forward(*arguments)
-    for arguments in ((grad[:, :5], x, weight, True), (grad, x[..., :7], weight, True), (grad, x, weight[:, :2], True)):
+    for arguments in (
+        (grad[:, :5], x, None, None, weight, True),
+        (grad, x[..., :7], None, None, weight, True),
+        (grad, x, None, None, weight[:, :2], True),
+        (grad, x, x, None, weight, True),
+    ):
         with pytest.raises(ValueError):
             backward(*arguments)
 
 
 def test_a_networks_first_convolution_runs_it():
-    unet = Unet(8, dim_mults=(1, 2))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        unet(torch.randn(1, 3, 8, 8), torch.tensor([3]))
-    names = {event.key for event in profile.key_averages()}
-    assert "ddpm_fast::native_stem_conv" in names and "aten::mkldnn_convolution" not in names
+    unet = Unet(8, dim_mults=(1, 2), self_condition=True, cond_channels=2)
+    x, image = torch.randn(1, 3, 8, 8), torch.randn(1, 2, 8, 8)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        unet(x, torch.tensor([3]), x, cond_image=image)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["ddpm_fast::native_stem_conv"] == 1 and "aten::mkldnn_convolution" not in counts
+    assert counts["aten::cat"] == 1, "of the time's sines and cosines: maps are read side by side where they are"
