@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/bench_conditions.py --seconds 120
 
-Upstream is `denoising_diffusion_pytorch.classifier_free_guidance`; the same weights, DDIM, cond_scale 6. A guided step of
-ours stands beside an unguided one at the same number of images: it runs the network on twice as many.
+Upstream is `denoising_diffusion_pytorch.classifier_free_guidance`; the same weights, DDIM, cond_scale 6. A guided step
+of ours stands beside an unguided one at the same number of images: it runs the network on twice as many.
 """
 
 from __future__ import annotations

@@ -103,6 +103,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_stays_compiled():
+    """dynamo keeps 8 versions of a function, and tests of one process compile the networks' forward more often."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def upstream():
     """Upstream's main module, 2.3."""

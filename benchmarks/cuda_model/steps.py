@@ -49,7 +49,7 @@ def make_training_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> 
     options = {"ema": None, "max_grad_norm": 1.0, "autocast": AUTOCAST[dtype], "keep_copies": True}
     step = TrainingStep(diffusion, optimizer, shape, recorder=EagerRecorder, **options)
     step(torch.zeros(shape, device=diffusion.device))
-    return lambda: step._whole_step((torch.float32, False), None), step
+    return lambda: step._whole_step((torch.float32, False, ()), None), step
 
 
 def record_training(

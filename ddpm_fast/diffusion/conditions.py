@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
@@ -239,6 +238,8 @@ _TEXTS = {"classes": "classes", "cond": "condition vectors", "cond_image": "cond
 
 def _quantile(rate: float) -> float:
     """Φ⁻¹(rate): a standard normal number is below it with that probability."""
+    from statistics import NormalDist  # with decimal and fractions, which nothing else here imports
+
     return NormalDist().inv_cdf(rate) if rate < 1 else float("inf")
 
 

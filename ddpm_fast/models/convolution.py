@@ -94,7 +94,8 @@ class StemConv(nn.Conv2d):
         convolution takes one; and so where a user has changed the module, which is then called.
         """
         if is_unmodified(self) and self._is_as_made():
-            first, *beside = to_autocast_dtype(*maps)
+            maps = to_autocast_dtype(*maps)
+            first, *beside = maps
             weight, bias = narrow(self, "weight"), narrow(self, "bias")
             if reads_in_place(first, weight, bias, beside=beside):
                 return stem_conv(first, weight, bias, beside=beside)

@@ -6,6 +6,7 @@ A wait would break a CUDA capture, whichever implementation of an op runs.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -16,7 +17,7 @@ from ema_pytorch import EMA
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ddpm_fast import (
     ContinuousTimeGaussianDiffusion,
@@ -292,7 +293,7 @@ def test_a_training_step_but_for_its_backward(backend, memory):
         options = {"ema": None, "max_grad_norm": 1.0, "autocast": None, "any_module": False}
         step = TrainingStep(diffusion, optimizer, (2, 3, 8, 8), recorder=FrozenRecorder, **options)
         step._hold_rates()
-        kind = (torch.float32, False)
+        kind = (torch.float32, False, ())
         step._take_in(kind, torch.zeros(2, 3, 8, 8, device="cuda"), None)
         with Contacts() as contacts, mock.patch.object(torch.Tensor, "backward", gradients_of(diffusion)):
             step._whole_step(kind, True)
@@ -364,7 +365,8 @@ def test_a_step_of_the_trainer(cuda, precision, dtype, is_recorded, tmp_path, mo
     assert (trainer.accelerator.scaler is not None) == (precision == "fp16")
     trainer.accelerator.state.device = trainer.device  # autocast's
     assert trainer.dl._loader.pin_memory
-    trainer.dl._batches = map(pin, trainer.dl._loader)  # what the loader does where there is a device
+    # What the loader does where there is a device.
+    trainer.dl._batches = map(partial(tree_map, pin), trainer.dl._loader)
     with Contacts(reads_host=True) as contacts:
         for _ in range(4):  # the average begins, rests and moves
             trainer._train_step()
