@@ -142,11 +142,12 @@ def check_items(dataset: Any, shape: tuple[int, ...], value_range: tuple[float, 
     if len(dataset) == 0:
         raise ValueError("folder is a dataset without images")
     count = 1 if value_range is None else min(_CHECKED_IMAGES, len(dataset))
-    items = [split_item(dataset[index * (len(dataset) - 1) // max(count - 1, 1)]) for index in range(count)]
+    given_items = [dataset[index * (len(dataset) - 1) // max(count - 1, 1)] for index in range(count)]
+    items = [split_item(item) for item in given_items]
     images = [image for image, _ in items]
-    for which, image in zip(["first item", *["item"] * count], images, strict=False):
+    for which, image, item in zip(["first item", *["item"] * count], images, given_items, strict=False):
         if not isinstance(image, torch.Tensor):
-            raise TypeError(f"folder must give image tensors; its {which} is a {type(image).__name__}")
+            raise TypeError(f"folder must give image tensors; its {which} is a {type(item).__name__}")
         is_number = image.is_floating_point() or image.dtype == torch.uint8
         if not is_number or tuple(image.shape) != shape:
             raise ValueError(
