@@ -483,7 +483,7 @@ class TestFailures:
             (dict(dataset=Images(torch.rand(200, 3, 8, 8))), ValueError, r"shape \(1, 8, 8\).*first is.*\(3, 8, 8\)"),
             (dict(dataset=Images(torch.zeros(200, 1, 8, 8).int())), ValueError, "or uint8 .* is torch.int32"),
             (dict(dataset=Images(torch.rand(0, 1, 8, 8))), ValueError, "without images"),
-            (dict(dataset=[(0, 1)] * 200), TypeError, "its first item is a int"),
+            (dict(dataset=[(0, 1)] * 200), TypeError, "its first item is a tuple"),
             (dict(dataset=3), TypeError, "folder must be a path or a map-style dataset of images; got int"),
             (dict(dataset="/nowhere/at/all"), FileNotFoundError, "folder /nowhere/at/all does not exist"),
         ],
