@@ -98,8 +98,9 @@ class DiscreteProcess(DiffusionProcess):
         schedules.check_objective(objective)
         is_chosen = loss_weighting is not None or min_snr_loss_weight
         weighting = schedules.choose_weighting(
-            # The SNR itself, the default, would leave T − 1 untrained.
-            loss_weighting if is_chosen or not zero_terminal_snr else "uniform",
+            # The SNR itself, the default, would leave T − 1 untrained without a signal there; and with a low-resolution
+            # condition it hardly trains the most noise, where the condition alone says what the image is.
+            loss_weighting if is_chosen or not (zero_terminal_snr or super_resolution) else "uniform",
             loss_weighting_options,
             min_snr_gamma if min_snr_loss_weight else None,
         )

@@ -57,8 +57,8 @@ class GaussianDiffusion(DiscreteProcess):
         loss_weighting, loss_weighting_options: the weight of x0's squared error as a function of the SNR, a name of
             `weightings.WEIGHTINGS` or a function (N,) → (N,); None is "snr", upstream's.
         uncertainty_weighting: learn a weight per level of noise beside the network (Karras et al. 2024, EDM2).
-        zero_terminal_snr: no signal is left at T − 1 (Lin et al. 2023); the loss is then "uniform" if not told
-            otherwise.
+        zero_terminal_snr: no signal is left at T − 1 (Lin et al. 2023); the loss is then "uniform", as with
+            super_resolution, if not told otherwise.
         timestep_sampler: "uniform", or "loss-second-moment" (Nichol & Dhariwal 2021, section 3.3).
         guidance: of `sample`, where it is not told otherwise: a scale or a `Guidance`.
 

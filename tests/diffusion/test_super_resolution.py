@@ -248,7 +248,6 @@ def test_a_trained_model_is_closer_than_bicubic():
     stripes[0, :, :, ::2], stripes[1, :, ::2] = 1.0, 0.4
     network = Unet(16, dim_mults=(1, 2), **super_resolution.unet_arguments(1))
     config = dict(image_size=8, timesteps=50, objective="pred_x0", super_resolution=4, noise_augmentation=0.05)
-    config["loss_weighting"] = "uniform"  # the default, the SNR, hardly trains the most noise
     diffusion = GaussianDiffusion(network, beta_schedule="cosine", **config)
     optimizer = torch.optim.Adam(diffusion.parameters(), 3e-3)
     for _ in range(60):
