@@ -149,6 +149,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.release(but=lambda sampler, **_: sampler in ("ddpm", "ddim-0.5"))
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("objective", schedules.OBJECTIVES)
 @pytest.mark.parametrize("cfg_plus_plus", [False, True])

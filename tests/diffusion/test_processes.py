@@ -546,6 +546,7 @@ ALL = {
 }
 
 
+@pytest.mark.release(but=lambda process: process in ("edm", "learned"))
 @pytest.mark.parametrize("process", ALL)
 def test_what_users_do_to_a_process(process):
     """Other dtypes, autocast, copies, pickles, the meta device, torch.compile."""
