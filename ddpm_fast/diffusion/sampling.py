@@ -312,7 +312,8 @@ class SamplingState:
         else:
             model_output = call_model(self.model, self.x, t, x_self_cond, **self._once)
             if is_guided:
-                options["second_output"] = self._of_guide(rows, x_self_cond)
+                # Its weights may be of another dtype, and the step reads both outputs in one.
+                options["second_output"] = self._of_guide(rows, x_self_cond).to(model_output.dtype)
         options |= {"update": self.update} if self.update is not None else {}
         options |= {"reduces": True} if self.reduces and is_guided else {}
         if self.given.known is not None:

@@ -200,6 +200,16 @@ def test_a_network_without_conditions_guides_one_without():
     assert torch.equal(guided, diffusion.sample(2, guidance=Guidance(2.0, network=networks[1]), graph=False, **options))
 
 
+def test_a_network_of_narrow_weights_guides():
+    diffusion, guide = PROCESSES["ddpm"](), unet(seed=7)
+    options = {"classes": CLASSES, "seed": 1, "progress": False, "sampler": "ddim", "sampling_timesteps": 4}
+    expected = diffusion.sample(guidance=Guidance(2.0, network=guide), **options)
+    narrow = Guidance(2.0, network=unet(seed=7).bfloat16())
+    found = diffusion.sample(guidance=narrow, **options)
+    assert found.dtype is torch.float32 and 0 < (found - expected).abs().max() < 0.1
+    assert torch.equal(found, diffusion.sample(guidance=narrow, graph=False, **options))
+
+
 def gradient(x, t, classes):
     """Of log p = −|x − c|²/8, by autograd."""
     centre = (classes.to(x.dtype) / 3 - 0.5)[:, None, None, None]
