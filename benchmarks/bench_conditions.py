@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from bench_processes import silent
 from denoising_diffusion_pytorch import classifier_free_guidance as upstream
 from torch import nn
 from tqdm import std as tqdm_std
@@ -61,7 +62,7 @@ def main() -> None:
     torch.manual_seed(0)
     images = torch.rand(options.batch_size, 3, options.size, options.size)
     classes = torch.randint(10, (options.batch_size,))
-    tqdm_std.tqdm.__init__ = _silent(tqdm_std.tqdm.__init__)  # upstream has no way to say so
+    tqdm_std.tqdm.__init__ = silent(tqdm_std.tqdm.__init__)  # upstream has no way to say so
 
     theirs, ours = pair(options.size)
     calls: dict[str, Callable[[], object]] = {
@@ -93,13 +94,6 @@ def main() -> None:
 def _by_rounds(a: Timing, b: Timing) -> float:
     """The median of the rounds' ratios, out of which a shared machine's drift falls."""
     return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
-
-
-def _silent(original: Callable) -> Callable:
-    def init(self: object, *args: object, **kwargs: object) -> None:
-        original(self, *args, **{**kwargs, "disable": True})
-
-    return init
 
 
 if __name__ == "__main__":

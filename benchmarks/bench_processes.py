@@ -61,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     images = torch.rand(options.batch_size, 3, options.size, options.size)
-    tqdm_std.tqdm.__init__ = _silent(tqdm_std.tqdm.__init__)  # upstream has no way to say so
+    tqdm_std.tqdm.__init__ = silent(tqdm_std.tqdm.__init__)  # upstream has no way to say so
 
     calls: dict[str, Callable[[], object]] = {}
     for name in CLASSES:
@@ -98,7 +98,9 @@ def main() -> None:
             json.dump({name: timing.as_dict() for name, timing in timings.items()}, file, indent=1)
 
 
-def _silent(original: Callable) -> Callable:
+def silent(original: Callable) -> Callable:
+    """The constructor of a progress bar that is not shown."""
+
     def init(self: object, *args: object, **kwargs: object) -> None:
         original(self, *args, **{**kwargs, "disable": True})
 
