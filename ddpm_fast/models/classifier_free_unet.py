@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.models import attention
-from ddpm_fast.models.conditions import Conditions
+from ddpm_fast.models.conditions import GivenConditions
 from ddpm_fast.models.convolution import Conv3x3, Conv4x4, StemConv, Upsample
 from ddpm_fast.models.norm import RMSNorm
 from ddpm_fast.models.resnet import ResnetBlock
@@ -232,7 +232,7 @@ class Unet(UnetBase):
         if cond_keep_mask is None:
             rate = self.cond_drop_prob if cond_drop_prob is None else cond_drop_prob
             cond_keep_mask = None if rate == 0 else _random_mask(x.shape[0], 1 - rate, x.device)
-        given = Conditions(classes, keep_mask=cond_keep_mask)
+        given = GivenConditions(classes, keep_mask=cond_keep_mask)
         self._check_inputs(x, time, given)
         return self._call([x], time, given)
 

@@ -10,7 +10,7 @@ from torch import nn
 from ddpm_fast.ops.registration import may_read
 
 
-class Conditions(NamedTuple):
+class GivenConditions(NamedTuple):
     """Conditions of a batch, as `Unet.forward` takes them; None where the network has no such condition."""
 
     classes: torch.Tensor | None = None
@@ -19,7 +19,7 @@ class Conditions(NamedTuple):
     keep_mask: torch.Tensor | None = None
 
 
-def check_conditions(network: Any, x: torch.Tensor, given: Conditions) -> None:
+def check_conditions(network: Any, x: torch.Tensor, given: GivenConditions) -> None:
     """One sentence for what does not fit a network with `num_classes`, `cond_dim` and `cond_channels`."""
     classes: Any
     classes, cond, cond_image, keep_mask = given
@@ -79,7 +79,7 @@ def _check_floating(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
-def class_rows(given: Conditions, num_classes: int) -> torch.Tensor:
+def class_rows(given: GivenConditions, num_classes: int) -> torch.Tensor:
     """Rows of a table with num_classes + 2 rows: one per class, one for no class, one of NaN for what is no class.
 
     −1 is the last row, as anywhere in Python; no value is outside the table.
@@ -89,7 +89,7 @@ def class_rows(given: Conditions, num_classes: int) -> torch.Tensor:
     return rows if given.keep_mask is None else torch.where(given.keep_mask, rows, num_classes)
 
 
-def embed_classes(embedding: nn.Module, null: torch.Tensor, given: Conditions, num_classes: int) -> torch.Tensor:
+def embed_classes(embedding: nn.Module, null: torch.Tensor, given: GivenConditions, num_classes: int) -> torch.Tensor:
     """(B,) → (B, dim): the embedding of each class, `null` for no class, NaN for what is no class."""
     rows = class_rows(given, num_classes)
     embedded = embedding(rows.clamp(0, num_classes - 1))
@@ -97,7 +97,7 @@ def embed_classes(embedding: nn.Module, null: torch.Tensor, given: Conditions, n
     return embedded.masked_fill((rows != rows.clamp(0, num_classes))[:, None], float("nan"))
 
 
-def embed_vectors(null: torch.Tensor, given: Conditions) -> torch.Tensor:
+def embed_vectors(null: torch.Tensor, given: GivenConditions) -> torch.Tensor:
     """(B, cond_dim): the vectors, in the dtype of `null`, which replaces those that are not kept."""
     assert given.cond is not None
     vectors = given.cond.to(null.dtype)

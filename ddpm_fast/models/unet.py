@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.models.attention import Attention, LinearAttention
-from ddpm_fast.models.conditions import Conditions
+from ddpm_fast.models.conditions import GivenConditions
 from ddpm_fast.models.convolution import Conv3x3, Downsample, StemConv, Upsample
 from ddpm_fast.models.resnet import ResnetBlock
 from ddpm_fast.models.unet_base import UnetBase
@@ -233,7 +233,7 @@ class Unet(UnetBase):
             TypeError, ValueError: an input does not fit, named in one sentence.
         """
         time = self._timesteps(time)
-        given = Conditions(classes, cond, cond_image, cond_keep_mask)
+        given = GivenConditions(classes, cond, cond_image, cond_keep_mask)
         self._check_inputs(x, time, given)
         maps = [x]
         if self.self_condition:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ddpm_fast.models.attention import Attention, LinearAttention
 from ddpm_fast.models.conditions import (
-    Conditions,
+    GivenConditions,
     check_conditions,
     class_rows,
     embed_classes,
@@ -114,14 +114,14 @@ class UnetBase(HasDerivedWeight):
         # The replicas of DataParallel have none.
         return next(w for module in self.modules() for w in getattr(module, "_former_parameters", {}).values())
 
-    def _call(self, maps: Sequence[torch.Tensor], time: torch.Tensor, given: Conditions) -> torch.Tensor:
+    def _call(self, maps: Sequence[torch.Tensor], time: torch.Tensor, given: GivenConditions) -> torch.Tensor:
         """The network of inputs that fit; its first convolution reads the maps side by side."""
         if torch.compiler.is_compiling():
             return self._run(maps, time, given)
         with reading(self._copies(maps[0].device)):
             return self._run(maps, time, given)
 
-    def _run(self, maps: Sequence[torch.Tensor], time: torch.Tensor, given: Conditions) -> torch.Tensor:
+    def _run(self, maps: Sequence[torch.Tensor], time: torch.Tensor, given: GivenConditions) -> torch.Tensor:
         # Every convolution and op keeps this layout.
         B, _, H, W = maps[0].shape
         layout = self._maps_format(few=B * H * W // self.downsample_factor**2 < _FEW_PIXELS)
@@ -190,7 +190,9 @@ class UnetBase(HasDerivedWeight):
             return attn.compute(x, residual=x)
         return attn(x) + x
 
-    def _rows(self, time: torch.Tensor, given: Conditions) -> tuple[tuple[torch.Tensor, ...], list[ScaleShift | None]]:
+    def _rows(
+        self, time: torch.Tensor, given: GivenConditions
+    ) -> tuple[tuple[torch.Tensor, ...], list[ScaleShift | None]]:
         """The embeddings, (B or 1, 4·dim) each, and for each of `_blocks` two of (B or 1, dim_out): scale and shift.
 
         A block that has to be called as upstream calls it, with the embeddings, has None. There are no embeddings
@@ -212,7 +214,7 @@ class UnetBase(HasDerivedWeight):
         parts = iter(rows.split(widths, dim=1))
         return embeddings, [(next(parts), next(parts)) if taken else None for taken in takes]
 
-    def _rows_of_tables(self, tables: Any, time: torch.Tensor, given: Conditions) -> torch.Tensor:
+    def _rows_of_tables(self, tables: Any, time: torch.Tensor, given: GivenConditions) -> torch.Tensor:
         """The projections, which are a sum over embeddings: looked up, or computed for those without a table."""
         rows = tables[_TIMES][time]
         if _CLASSES in tables:
@@ -225,11 +227,11 @@ class UnetBase(HasDerivedWeight):
         with no_autocast(rows.device.type):
             return rows + nn.functional.linear(nn.functional.silu(computed).to(weight.dtype), weight)
 
-    def _embeddings(self, time: torch.Tensor, given: Conditions) -> tuple[torch.Tensor, ...]:
+    def _embeddings(self, time: torch.Tensor, given: GivenConditions) -> tuple[torch.Tensor, ...]:
         """Of the time and of each condition, (B or 1, 4·dim), in the order of the projections' columns."""
         return (self.time_mlp(time), *self._condition_embeddings(given))
 
-    def _condition_embeddings(self, given: Conditions, but_classes: bool = False) -> tuple[torch.Tensor, ...]:
+    def _condition_embeddings(self, given: GivenConditions, but_classes: bool = False) -> tuple[torch.Tensor, ...]:
         embeddings: list[torch.Tensor] = []
         if self.num_classes is not None and not but_classes:
             embeddings.append(self._class_embedding(given))
@@ -237,7 +239,7 @@ class UnetBase(HasDerivedWeight):
             embeddings.append(self.cond_mlp(embed_vectors(self.null_cond, given)))
         return tuple(embeddings)
 
-    def _class_embedding(self, given: Conditions) -> torch.Tensor:
+    def _class_embedding(self, given: GivenConditions) -> torch.Tensor:
         assert self.num_classes is not None
         return self.classes_mlp(embed_classes(self.classes_emb, self.null_classes_emb, given, self.num_classes))
 
@@ -285,7 +287,7 @@ class UnetBase(HasDerivedWeight):
         tables: dict[Hashable, torch.Tensor] = {}
         tables[_TIMES] = nn.functional.linear(nn.functional.silu(t), weight[:, :width], bias)
         if self.num_classes is not None and self.num_classes <= _MOST_CLASSES:
-            c = self._class_embedding(Conditions(torch.arange(self.num_classes + 2, device=device)))
+            c = self._class_embedding(GivenConditions(torch.arange(self.num_classes + 2, device=device)))
             tables[_CLASSES] = nn.functional.linear(nn.functional.silu(c), weight[:, width : 2 * width])
             width *= 2
         if width < weight.shape[1]:
@@ -329,7 +331,7 @@ class UnetBase(HasDerivedWeight):
             raise TypeError(f"time must be a tensor or a number, got {type(time).__name__}")
         return torch.full((1,), time, device=self._weight.device)
 
-    def _check_inputs(self, x: torch.Tensor, time: torch.Tensor, given: Conditions) -> None:
+    def _check_inputs(self, x: torch.Tensor, time: torch.Tensor, given: GivenConditions) -> None:
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
         if not x.is_floating_point():
