@@ -329,7 +329,7 @@ def _check(
         _check_guidance(x, model_output, table, guidance)
     if reduces and second_output is None:
         raise ValueError("second_output must be given where reduces is True, got None")
-    for name, newer, older in zip(names[1:], history, history[1:], strict=False):
+    for name, newer, older in zip(names[1:], history[:-1], history[1:], strict=True):
         if older is not None and newer is None:
             raise ValueError(f"{names[names.index(name) - 1]} must be given where {name} is, got None")
     for name, tensor in (("step", step), ("seed", seed)):
