@@ -12,27 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from torch import nn
 
 from ddpm_fast.integrations import rules
-from ddpm_fast.integrations.family import handlers_around, loaded, made_class, options_for, why_own_forward
+from ddpm_fast.integrations.family import handlers_around, load_families, made_class, options_for, why_own_forward, why_refused
 from ddpm_fast.models.derived_weights import free_inference_weights
 from ddpm_fast.models.stock import own_class
 from ddpm_fast.runtime import dispatch
-
-# File of a family → the package that has to be loaded for it.
-FAMILIES = {
-    "torch_modules": "torch",
-    "upstream": "denoising_diffusion_pytorch",
-    "rectified_flow": "rectified_flow_pytorch",
-    "diffusers": "diffusers",
-    "openai": "torchcfm",
-    "edm": "physicsnemo",
-}
 
 Thing = TypeVar("Thing")
 
@@ -52,13 +40,6 @@ class Line:
     cls: str
     runs: str | None
     reason: str | None
-
-
-def load_families() -> None:
-    """Import the families of the packages that are loaded."""
-    for name, package in FAMILIES.items():
-        if loaded(package) and find_spec(f"ddpm_fast.integrations.{name}") is not None:
-            import_module(f"ddpm_fast.integrations.{name}")
 
 
 def accelerate(model: Thing) -> Thing:
@@ -82,7 +63,7 @@ def accelerate(model: Thing) -> Thing:
         if is_accelerated(module):
             continue
         for option in options_for(module):
-            if own_class(module) is type(module) and option.refuses(module) is None:
+            if own_class(module) is type(module) and why_refused(module, option) is None:
                 module.__class__ = made_class(type(module), option)
                 break
     return model
@@ -130,7 +111,8 @@ def table(model: nn.Module) -> list[Line]:
             if reason is None and _is_whole(module):
                 inside.append(f"{path}." if path else "")
         elif options_for(module):
-            reason = next((r for r in (o.refuses(module) for o in options_for(module)) if r is not None), None)
+            reasons = [why_refused(module, option) for option in options_for(module)]
+            reason = None if None in reasons else reasons[0]
             lines.append(Line(path, cls.__name__, None, reason or "the model is not accelerated"))
         elif module._parameters:
             lines.append(Line(path, cls.__name__, None, "no family knows its class"))

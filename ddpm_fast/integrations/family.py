@@ -25,7 +25,7 @@ inside torch.func's transforms, with hooks on every module, where the class's fo
 `rules.py` says that it is faster, and where a module's class was changed after `accelerate` (torch's parametrizations).
 Hooks on the module itself are called around either forward, and `module.forward = ...` replaces both.
 
-A family's file is listed in `accelerate.FAMILIES` with the package that has to be loaded for it. For classes of which
+A family's file is listed in `FAMILIES` with the package that has to be loaded for it. For classes of which
 `is_instance` knows nothing there is `is_unchanged(module, "package.blocks.Norm")`. An object around a network, such as
 a pipeline, is declared with `around`.
 """
@@ -36,6 +36,8 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -69,12 +71,29 @@ class Fast:
     order: int = 0
 
 
+# File of a family → the package that has to be loaded for it.
+FAMILIES = {
+    "torch_modules": "torch",
+    "upstream": "denoising_diffusion_pytorch",
+    "rectified_flow": "rectified_flow_pytorch",
+    "diffusers": "diffusers",
+    "openai": "torchcfm",
+    "edm": "physicsnemo",
+}
+
 # Path of a class → what may replace its forward; the first that does not refuse a module does.
 _FAST: dict[str, list[Fast]] = {}
 # Path of a class of objects around networks → (accelerate it, restore it).
 _AROUND: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {}
 # (Class, replacement) → the accelerated class.
 _MADE: dict[tuple[type, Fast], type] = {}
+
+
+def load_families() -> None:
+    """Import the families of the packages that are loaded."""
+    for name, package in FAMILIES.items():
+        if package in sys.modules and find_spec(f"ddpm_fast.integrations.{name}") is not None:
+            import_module(f"ddpm_fast.integrations.{name}")
 
 
 def declare(declared: Fast) -> None:
@@ -181,6 +200,14 @@ def why_not(module: nn.Module, name: str) -> str:
     return f"{name}: {why_modified(inner) or 'it has other settings than the op'}"
 
 
+def why_refused(module: nn.Module, option: Fast) -> str | None:
+    """Why `accelerate` leaves a module as it is, in one clause; None where it replaces its forward."""
+    cls = own_class(module)
+    if cls is type(module) and not _is_as_written(cls):
+        return f"the forward of {cls.__name__} was replaced"
+    return option.refuses(module)
+
+
 def why_own_forward(module: nn.Module, args: Sequence[Any] = ()) -> str | None:
     """Why an accelerated module runs its own forward, in one clause; None where it runs the fast one.
 
@@ -222,7 +249,7 @@ def made_class(own: type, declared: Fast) -> type:
         }
         metaclass: Any = type(own)
         made = metaclass(own.__name__, bases, body)
-        made._ddpm_fast_made = made  # type: ignore[attr-defined]
+        made._ddpm_fast_made = made
         stands_for(made, declared.stands_for or own, own)
         _MADE[own, declared] = made
     return made
@@ -251,14 +278,7 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
 
 
 def _rebuild(own: type, runs: str) -> Any:
-    from ddpm_fast.integrations import accelerate  # in a process that loads a pickle it need not be imported yet
-
-    accelerate.load_families()
+    load_families()
     options = [option for option in _FAST.get(path_of(own), []) if option.runs == runs]
     cls = made_class(own, options[0]) if options else own
     return cls.__new__(cls)  # type: ignore[call-overload]
-
-
-def loaded(package: str) -> bool:
-    """True if a package is imported; nothing here imports one."""
-    return package in sys.modules
