@@ -72,6 +72,7 @@ ROWS = [
     ["diffusion/spacings", "diffusion/schedules"],
     ["diffusion/weightings", "diffusion/timestep_history", "diffusion/conditions"],
     ["diffusion/levels", "diffusion/images", "diffusion/registry"],
+    ["models/networks"],
     ["models/unet", "models/classifier_free_unet", "runtime/snapshot"],
     ["models/unet_base"],
     ["models/resnet", "models/attention", "models/convolution", "runtime/recording"],
@@ -87,7 +88,7 @@ ROWS = [
     ["ops/layout"],
     ["ops/arguments", "ops/images", "ops/operator", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
     ["ops/common/tables", "ops/registration"],
-    ["runtime/compile_ahead"],
+    ["runtime/compile_ahead", "runtime/pretrained"],
     ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
     ["runtime/extension", "runtime/autocast", "runtime/extras", "runtime/plain"],
 ]
