@@ -47,6 +47,17 @@ ROWS = [
     ["training/captured_step"],
     ["training/optimizer_step"],
     ["training/average"],
+    ["integrations/accelerate"],
+    [
+        "integrations/torch_modules",
+        "integrations/upstream",
+        "integrations/rectified_flow",
+        "integrations/diffusers",
+        "integrations/openai",
+        "integrations/edm",
+    ],
+    ["integrations/family"],
+    ["integrations/rules"],
     ["diffusion/openai", "diffusion/processes"],
     [
         "diffusion/learned_gaussian_diffusion",
