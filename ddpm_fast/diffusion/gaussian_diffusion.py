@@ -216,7 +216,7 @@ class GaussianDiffusion(DiscreteProcess):
         inserts = run.conditioning.mask is not None
         full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps and not inserts
         # No table over timesteps: an override may call the network with other times.
-        derived = inference_weights(self.model) if may_derive(self.model) else nullcontext()
+        derived = inference_weights(self.model, record=False) if may_derive(self.model) else nullcontext()
         kept: list[torch.Tensor] = []  # of the rows before, the newest first
         with derived, run.progress_bar(x.device) as bar:
             for row in run.rows:

@@ -136,6 +136,23 @@ class UnetBase(Pretrained, HasDerivedWeight):
         """The network of inputs that fit; its first convolution reads the maps side by side."""
         if torch.compiler.is_compiling():
             return self._run(maps, time, given)
+        kept = None if torch.is_grad_enabled() else self.kept_for_block()
+        if kept is None:
+            return self._run_with_copies(maps, time, given)
+
+        def run(tensors: Sequence[Any]) -> torch.Tensor:
+            number = len(maps)
+            return self._run_with_copies(tensors[:number], tensors[number], GivenConditions(*tensors[number + 1 :]))
+
+        if "calls" not in kept:
+            from ddpm_fast.models.recorded_calls import RecordedCalls  # not before it is needed
+
+            kept["calls"] = RecordedCalls(self)
+        return kept["calls"].call(run, (*maps, time, *given))
+
+    def _run_with_copies(
+        self, maps: Sequence[torch.Tensor], time: torch.Tensor, given: GivenConditions
+    ) -> torch.Tensor:
         with reading(self._copies(maps[0].device)):
             return self._run(maps, time, given)
 
