@@ -83,6 +83,7 @@ ROWS = [
     ["diffusion/spacings", "diffusion/schedules"],
     ["diffusion/weightings", "diffusion/timestep_history", "diffusion/conditions"],
     ["diffusion/levels", "diffusion/images", "diffusion/registry"],
+    ["models/networks"],
     ["models/unet", "models/classifier_free_unet"],
     ["models/unet_base"],
     ["models/resnet", "models/attention", "models/convolution", "models/recorded_calls"],
@@ -100,7 +101,7 @@ ROWS = [
     ["ops/layout"],
     ["ops/arguments", "ops/images", "ops/operator", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
     ["ops/common/tables", "ops/registration"],
-    ["runtime/compile_ahead"],
+    ["runtime/compile_ahead", "runtime/pretrained"],
     ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
     ["runtime/extension", "runtime/autocast", "runtime/extras", "runtime/plain"],
 ]

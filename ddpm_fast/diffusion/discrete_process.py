@@ -88,6 +88,7 @@ class DiscreteProcess(DiffusionProcess):
         guidance: float | Mapping[str, Any] | Guidance | None = None,
         super_resolution: int | None = None,
         noise_augmentation: float | None = None,
+        clip_x_start: bool = True,
     ):
         timesteps = as_int("timesteps", timesteps)
         sampling_timesteps = None if sampling_timesteps is None else as_int("sampling_timesteps", sampling_timesteps)
@@ -150,7 +151,7 @@ class DiscreteProcess(DiffusionProcess):
             spacing=later["spacing"],
             sampler_options=later["sampler_options"],
             sampling_timesteps=schedule.num_timesteps if sampling_timesteps is None else sampling_timesteps,
-            clip_x_start=True,
+            clip_x_start=bool(clip_x_start),
             # Only what was asked for: files that need nothing new are read by earlier releases.
             config=config | {name: value for name, value in later.items() if value},
             guidance=guidance,
@@ -189,7 +190,8 @@ class DiscreteProcess(DiffusionProcess):
         config = super().current_config()
         if self.config["sampling_timesteps"] is None and self.sampling_timesteps == self.num_timesteps:
             config["sampling_timesteps"] = None
-        return config
+        # Only what was asked for, as in the constructor.
+        return config if self.clip_x_start else {**config, "clip_x_start": False}
 
     @property
     def noise_scale(self) -> Schedule:
