@@ -373,6 +373,11 @@ def test_bounds_of_the_hosts_time(gate):
             gate("host time", f"{name}, {direction}", ratio)
 
 
+def test_an_eager_step_takes_the_host_no_longer_than_upstreams():
+    seconds = host.against_upstream(TARGET, rounds=9)
+    assert 0 < seconds["ours"] <= seconds["upstream"], seconds
+
+
 def test_the_hosts_time_of_a_step():
     """The tiny network that is timed launches nearly as much as the one that is meant."""
     network = steps.make_diffusion(image_size=host.TINY_SIZE, dim=host.TINY["dim"])
@@ -410,6 +415,7 @@ def test_the_table_has_every_launch(production, name):
 def test_the_report(tiny, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(steps, "make_diffusion", lambda: tiny)
     monkeypatch.setattr(host, "measure_steps", lambda target, dtype: {"training": 0.5, "sampling": 0.25})
+    monkeypatch.setattr(host, "against_upstream", lambda target: {"upstream": 0.2, "ours": 0.1})
     monkeypatch.setattr(sys, "argv", ["roofline.py", "--keep", str(tmp_path / "model.md")])
     roofline_command.main()
     printed = capsys.readouterr().out
