@@ -90,7 +90,7 @@ def run_foreign(
     print(f"{title}, on {where}")
     print(foreign.table(result))
     print("\naccelerated equals eager: " + ", ".join(f"{k} to {v:.0e}" for k, v in result["errors"].items()))
-    print("\nWhich modules run our ops\n" + result["table"])
+    print("\nWho computes the blocks\n" + foreign.modules_table(result))
     _draw(result["phases"], out, f"{title}\n{where}", reference=foreign.EAGER)
     print(f"\nchart: {out}")
     _write(result, json_file)
