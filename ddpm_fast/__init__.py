@@ -25,6 +25,7 @@ _LAZY = {
     "VParamContinuousTimeGaussianDiffusion": "ddpm_fast.diffusion.continuous_time",
     "WeightedObjectiveGaussianDiffusion": "ddpm_fast.diffusion.weighted_objective",
     "XMWrapper": "ddpm_fast.diffusion.xm",
+    "accelerate": "ddpm_fast.integrations.accelerate",
     "from_openai_options": "ddpm_fast.diffusion.openai",
     "Checkpoint": "ddpm_fast.training.checkpoint",
     "Dataset": "ddpm_fast.training.data",
@@ -32,6 +33,7 @@ _LAZY = {
     "Trainer": "ddpm_fast.training.trainer",
     "capture_training_step": "ddpm_fast.training.captured_step",
     "load_checkpoint": "ddpm_fast.training.checkpoint",
+    "restore": "ddpm_fast.integrations.accelerate",
 }
 
 _OTHER_NETWORK = "its fast networks are 2D with time alone"

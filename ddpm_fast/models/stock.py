@@ -23,12 +23,36 @@ _CLASSES = (
 )  # fmt: skip
 # Class → its forward when this module was imported: a class that is patched later is no longer stock.
 _FORWARD: dict[type, Callable] = {cls: cls.forward for cls in _CLASSES}
+# Class made by `accelerate` → the class that its modules stand for, the class it is made from, and that one's forward.
+_STANDS_FOR: dict[type, tuple[type, type, Callable]] = {}
 
 
 def stock(cls: type[Stock]) -> type[Stock]:
     """A decorator: modules of this class, and of no subclass, are stock."""
     _FORWARD[cls] = cls.forward
     return cls
+
+
+def stands_for(made: type, cls: type, own: type) -> None:
+    """Modules of the class `made`, a subclass of `own` by `accelerate`, are stock and count as those of `cls`."""
+    _FORWARD[made] = made.forward  # type: ignore[attr-defined]  # a subclass of Module
+    _STANDS_FOR[made] = (cls, own, own.forward)  # type: ignore[attr-defined]
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of a module, which is that before `accelerate`."""
+    cls = type(module)
+    return _STANDS_FOR[cls][1] if cls in _STANDS_FOR else cls
+
+
+def has_own_forward(cls: type) -> bool:
+    """False if the forward of a stock class, or of the class that `accelerate` made it from, was replaced."""
+    if _FORWARD[cls] is not cls.forward:  # type: ignore[attr-defined]
+        return False
+    if cls not in _STANDS_FOR:
+        return True
+    _, own, forward = _STANDS_FOR[cls]
+    return own.forward is forward  # type: ignore[attr-defined]
 
 
 def has_global_hooks() -> bool:
@@ -60,6 +84,8 @@ def is_unmodified(*modules: nn.Module | None) -> bool:
         own, cls = module.__dict__, type(module)
         if cls not in _FORWARD or _FORWARD[cls] is not cls.forward or "forward" in own:
             return False
+        if cls in _STANDS_FOR and not has_own_forward(cls):
+            return False
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return False
     return True
@@ -70,7 +96,12 @@ def is_instance(module: object, cls: type[Stock]) -> TypeGuard[Stock]:
 
     The caller asks `calls_every_module`, once for all modules of a block.
     """
-    if type(module) is not cls or _FORWARD[cls] is not cls.forward:
+    made = type(module)
+    if made is not cls:
+        stands = _STANDS_FOR.get(made)
+        if stands is None or stands[0] is not cls or not has_own_forward(made):
+            return False
+    elif _FORWARD[cls] is not cls.forward:
         return False
     own = module.__dict__
     return not (
@@ -131,7 +162,7 @@ def why_modified(module: nn.Module) -> str | None:
         return f"it is a {cls.__name__}"
     if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
         return "it has a forward of its own"
-    if _FORWARD[cls] is not cls.forward:
+    if not has_own_forward(cls):
         return f"the forward of {cls.__name__} was replaced"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return "it has hooks" if any(hooks) else None

@@ -12,7 +12,7 @@ forced backend that the block does not have is forced on these.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NoReturn
@@ -29,6 +29,8 @@ BACKENDS = ("triton", "native", "sdpa", "reference")
 _forced: str | None = None
 _ops: dict[str, Op] = {}
 _watched: dict[tuple[str, str, str], int] | None = None
+# What else `explain` says of a model, one function for each kind of model.
+accounts: list[Callable[[torch.nn.Module], Iterable[str]]] = []
 
 
 class BackendRefused(RuntimeError):
@@ -255,7 +257,8 @@ def explain(devices: list[torch.device] | None = None, *, model: torch.nn.Module
 
     Args:
         model: a network. Each of its blocks that calls its modules one after another instead of running as one op,
-            because a module was changed, has a line with the reason.
+            because a module was changed, has a line with the reason. Of a network that `accelerate` was given, every
+            block has a line: the op that computes it, or why its own forward does.
 
     Returns:
         Text, one line each; the implementation that runs is marked with `*`. At the end, the forced backend and
@@ -283,4 +286,7 @@ def explain(devices: list[torch.device] | None = None, *, model: torch.nn.Module
         reason = module.why_by_modules() if hasattr(module, "why_by_modules") else None
         if reason is not None:
             lines.append(f"{name} calls its modules one after another: {reason}")
+    if model is not None:
+        for account in accounts:
+            lines += account(model)
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 // The table of all native CPU kernels (kernels.h), compiled for one instruction set.
 #pragma once
 
+#include "adam_step-inl.h"
 #include "attention_block-inl.h"
 #include "conv3x3_forward-inl.h"
 #include "conv3x3_gradient-inl.h"
@@ -50,6 +51,7 @@ constexpr Kernels make_kernels(const char* name) {
                        .step_guided = sampler_step::step_guided,
                        .scale_noise = sampler_step::scale_noise},
       .variational_bound = {.forward = variational_bound::forward},
+      .adam_step = {.squares = adam_step::squares, .update = adam_step::update, .move = adam_step::move},
   };
 }
 

@@ -1,6 +1,7 @@
 // `Kernels`, the table of this folder's functions; each instruction set has one. Free of torch.
 #pragma once
 
+#include "adam_step.h"
 #include "attention.h"
 #include "conv3x3.h"
 #include "convert.h"
@@ -31,6 +32,7 @@ struct Kernels {
   ForwardDiffusionKernels forward_diffusion;
   SamplerStepKernels sampler_step;
   VariationalBoundKernels variational_bound;
+  AdamStepKernels adam_step;
 };
 
 // The table of the widest instruction set that this processor has, or of the one chosen by `use_instruction_set`.

@@ -49,6 +49,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> variational_bound(
     double offset_noise_strength, bool clip_x_start, bool detach_mean, double min_probability, bool with_gradient);
 Tensor variational_bound_backward(const Tensor& gradient, const Tensor& factor, const Tensor& dloss);
 
+// adam_step.cpp
+std::tuple<Tensor, Tensor> adam_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+                                     at::TensorList exp_avg_sqs, at::TensorList steps, at::TensorList averages,
+                                     at::IntArrayRef averaged, at::TensorList copies, at::IntArrayRef copied,
+                                     at::TensorList rates, at::IntArrayRef rated, at::IntArrayRef counts,
+                                     at::ArrayRef<double> numbers, std::optional<double> max_grad_norm,
+                                     const OptionalTensor& grad_scale, const OptionalTensor& average_weight);
+
 // norm_silu.cpp
 std::tuple<Tensor, Tensor> norm_silu(const Tensor& x, const Tensor& gain, const OptionalTensor& offset,
                                      const OptionalTensor& bias, const OptionalTensor& scale,

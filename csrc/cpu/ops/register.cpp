@@ -15,6 +15,7 @@ TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("native_diffusion_loss_backward", &diffusion_loss_backward);
   m.impl("native_variational_bound", &variational_bound);
   m.impl("native_variational_bound_backward", &variational_bound_backward);
+  m.impl("native_adam_step", &adam_step);
   m.impl("native_norm_silu", &norm_silu);
   m.impl("native_norm_silu_backward", &norm_silu_backward);
   m.impl("native_norm_linear", &norm_linear);

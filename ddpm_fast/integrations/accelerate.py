@@ -1,0 +1,147 @@
+"""`accelerate(model)`: the blocks of a network run fused ops, and everything else about it stays.
+
+    model = ddpm_fast.accelerate(model)
+    print(ddpm_fast.explain(model=model))
+    ddpm_fast.restore(model)
+
+A module of a known class gets, as `__class__`, a subclass of its own class with another forward. Its parameters,
+buffers, names, hooks and state dict are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ddpm_fast.integrations import rules
+from ddpm_fast.integrations.family import handlers_around, load_families, made_class, options_for, why_own_forward, why_refused
+from ddpm_fast.models.derived_weights import free_inference_weights
+from ddpm_fast.models.stock import own_class
+from ddpm_fast.runtime import dispatch
+
+Thing = TypeVar("Thing")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table of `explain`.
+
+    Args:
+        path: name of the module in the network.
+        cls: name of its class.
+        runs: the op that computes it; None where its own forward does.
+        reason: why its own forward does; None where the op does.
+    """
+
+    path: str
+    cls: str
+    runs: str | None
+    reason: str | None
+
+
+def accelerate(model: Thing) -> Thing:
+    """Let the known blocks of a network run fused ops, in place.
+
+    Args:
+        model: a module, or a pipeline whose family knows it.
+
+    Returns:
+        The same object. Modules that no family knows, or that a family refuses, stay as they are; `explain(model=...)`
+        says which, and why.
+
+    Raises:
+        TypeError: `model` is neither.
+    """
+    load_families()
+    if not isinstance(model, nn.Module):
+        _handlers(model)[0](model)
+        return model
+    for module in model.modules():
+        if is_accelerated(module):
+            continue
+        for option in options_for(module):
+            if own_class(module) is type(module) and why_refused(module, option) is None:
+                module.__class__ = made_class(type(module), option)
+                break
+    return model
+
+
+def restore(model: Thing) -> Thing:
+    """Give the modules of an accelerated network their own classes again, in place; returns the same object.
+
+    Raises:
+        TypeError: `model` is neither a module nor a pipeline whose family knows it.
+    """
+    load_families()
+    if not isinstance(model, nn.Module):
+        _handlers(model)[1](model)
+        return model
+    for module in model.modules():
+        cls: Any = type(module)
+        if not is_accelerated(module):
+            continue
+        free_inference_weights(module)
+        if cls.__dict__.get("_ddpm_fast_own") is not None:
+            module.__class__ = cls._ddpm_fast_own
+        else:  # a class that torch's parametrizations made for this module alone
+            cls.__bases__ = tuple([getattr(base, "_ddpm_fast_own", base) for base in cls.__bases__])
+    return model
+
+
+def is_accelerated(module: nn.Module) -> bool:
+    """True for a module that `accelerate` gave another forward."""
+    return hasattr(type(module), "_ddpm_fast")
+
+
+def table(model: nn.Module) -> list[Line]:
+    """What every block of a network runs: those of known classes, and others that have weights of their own."""
+    load_families()
+    lines = []
+    inside: list[str] = []  # an op computes what lies below these paths
+    for path, module in model.named_modules():
+        if any(path.startswith(outer) for outer in inside):
+            continue
+        cls: Any = type(module)
+        if is_accelerated(module):
+            reason = why_own_forward(module)
+            lines.append(Line(path, cls.__name__, None if reason else cls._ddpm_fast.runs, reason))
+            if reason is None and _is_whole(module):
+                inside.append(f"{path}." if path else "")
+        elif options_for(module):
+            reasons = [why_refused(module, option) for option in options_for(module)]
+            reason = None if None in reasons else reasons[0]
+            lines.append(Line(path, cls.__name__, None, reason or "the model is not accelerated"))
+        elif module._parameters:
+            lines.append(Line(path, cls.__name__, None, "no family knows its class"))
+    return lines
+
+
+def _is_whole(module: Any) -> bool:
+    """True where one op computes a module with all that is inside."""
+    return type(module)._ddpm_fast.mixin is None
+
+
+def _lines_of_explain(model: nn.Module) -> Iterator[str]:
+    if not any(is_accelerated(module) for module in model.modules()):
+        return
+    lines = table(model)
+    widths = [max(len(line.path) for line in lines), max(len(line.cls) for line in lines)]
+    for line in lines:
+        runs = line.runs or f"its own forward: {line.reason}"
+        yield f"{line.path.ljust(widths[0])}  {line.cls.ljust(widths[1])}  {runs}"
+    kinds = sorted({line.runs for line in lines if line.runs})
+    for rule in dict.fromkeys(rule for kind in kinds for rule in rules.rules_for(kind)):
+        yield f"{rule.runs or 'every block'} keeps its own forward where {rule.clause}"
+
+
+def _handlers(thing: object) -> Any:
+    found = handlers_around(thing)
+    if found is None:
+        raise TypeError(f"model must be a torch.nn.Module or a known pipeline, got {type(thing).__name__}")
+    return found
+
+
+dispatch.accounts.append(_lines_of_explain)
