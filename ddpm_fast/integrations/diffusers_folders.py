@@ -51,7 +51,9 @@ class DiffusersNetwork(nn.Module):
         if config is None or not hasattr(config, "in_channels"):
             raise TypeError(f"unet must be a UNet2DModel of diffusers, got {type(unet).__name__}")
         if getattr(config, "class_embed_type", None) is not None:
-            raise ValueError(f"class_embed_type must be None, since classes are numbers, got {config.class_embed_type!r}")
+            raise ValueError(
+                f"class_embed_type must be None, since classes are numbers, got {config.class_embed_type!r}"
+            )
         if getattr(config, "time_embedding_type", "positional") == "fourier":
             raise ValueError(
                 "time_embedding_type must be positional or learned: a network with 'fourier' is told levels of noise "
@@ -111,7 +113,9 @@ def from_diffusers(folder: Any, *, accelerate: bool = True, **options: Any) -> G
     if unet is None or scheduler is None:
         raise TypeError(f"folder must be of a pipeline with unet and scheduler, got {type(pipeline).__name__}")
     network = unet._modules.get("net")  # of a `FastUnet2D`
-    model = network if isinstance(network, UnetBase) else DiffusersNetwork(accelerate_model(unet) if accelerate else unet)
+    model = (
+        network if isinstance(network, UnetBase) else DiffusersNetwork(accelerate_model(unet) if accelerate else unet)
+    )
     arguments = process_options(scheduler) | {"image_size": unet.config.sample_size} | options
     if arguments["image_size"] is None:
         raise ValueError("image_size must be given where the network's config has no sample_size")
@@ -211,11 +215,15 @@ def _component(model: Any, sample_size: int | tuple[int, int]) -> Any:
             unet.register_to_config(sample_size=sample_size)
         return unet
     if not isinstance(model, UnetBase):
-        raise TypeError(f"model must be a UNet2DModel of diffusers or a Unet of this package, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a UNet2DModel of diffusers or a Unet of this package, got {type(model).__name__}"
+        )
     refused = {"self_condition": model.self_condition, "cond_dim": model.cond_dim, "cond_channels": model.cond_channels}
     for name, value in refused.items():
         if value:
-            raise ValueError(f"{name} must not be set, since a pipeline tells its network the timestep alone, got {value}")
+            raise ValueError(
+                f"{name} must not be set, since a pipeline tells its network the timestep alone, got {value}"
+            )
     from ddpm_fast.integrations.diffusers_network import FastUnet2D
 
     return FastUnet2D.around(model, sample_size)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock
+
+# Where the Makefile puts packages without what they need.
+REFERENCE_PACKAGES = Path(sys.prefix) / "reference-packages"
 
 # What physicsnemo imports at its start and its UNets do not use: kernels for meshes, access to S3, annotations.
 _UNUSED_BY_EDM = (
@@ -20,6 +24,8 @@ def import_edm() -> ModuleType:
     name = "physicsnemo.models.diffusion_unets"
     if name in sys.modules:
         return sys.modules[name]
+    if importlib.util.find_spec("physicsnemo") is None:
+        sys.path.append(str(REFERENCE_PACKAGES))
     tops = {module.partition(".")[0] for module in _UNUSED_BY_EDM}
     absent = {top for top in tops if top not in sys.modules and importlib.util.find_spec(top) is None}
     replaced = [module for module in _UNUSED_BY_EDM if module.partition(".")[0] in absent]

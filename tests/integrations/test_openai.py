@@ -100,9 +100,8 @@ def test_the_cifar10_network():
         attention_resolutions="16", dropout=0.1,
     )  # fmt: skip
     ddpm_fast.accelerate(randomise_all(network))
-    assert {line.cls: line.runs for line in table(network) if line.runs}.keys() == {
-        "UNetModelWrapper", "ResBlock", "AttentionBlock", "Upsample",
-    }  # fmt: skip
+    fused = {line.cls for line in table(network) if line.runs}
+    assert fused >= {"UNetModelWrapper", "ResBlock", "AttentionBlock", "Upsample"}
     network.train()
     x = torch.randn(1, 3, 32, 32)
     with mock.patch.object(family, "own_forward", side_effect=AssertionError):
