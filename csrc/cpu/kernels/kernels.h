@@ -6,6 +6,7 @@
 #include "conv3x3.h"
 #include "convert.h"
 #include "forward_diffusion.h"
+#include "joined_norm.h"
 #include "linear.h"
 #include "linear_attention.h"
 #include "noise.h"
@@ -22,6 +23,7 @@ struct Kernels {
   int lanes;  // floats of a vector
   Conv3x3Kernels conv3x3;
   NormSiluKernels norm_silu;
+  JoinedNormKernels joined_norm;
   LinearKernels linear;
   NormLinearKernels norm_linear;
   AttentionKernels attention;

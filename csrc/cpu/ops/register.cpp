@@ -37,6 +37,8 @@ TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("native_linear_attention_block_backward", &linear_attention_block_backward);
   m.impl("native_resnet_block", &resnet_block);
   m.impl("native_resnet_block_backward", &resnet_block_backward);
+  m.impl("native_preactivation_block", &preactivation_block);
+  m.impl("native_preactivation_block_backward", &preactivation_block_backward);
 }
 
 }  // namespace ddpm_fast::cpu
