@@ -34,7 +34,8 @@ ROWS = [
     ["measure/command"],
     ["measure/profile"],
     ["measure/compare"],
-    ["measure/baselines", "measure/machine"],
+    ["measure/baselines", "measure/foreign"],
+    ["measure/machine"],
     ["measure/timing", "measure/charts", "measure/traffic", "measure/rate_distortion"],
     ["training/trainer"],
     ["training/resuming", "training/prepared", "training/conditioning"],
@@ -47,6 +48,8 @@ ROWS = [
     ["training/captured_step"],
     ["training/optimizer_step"],
     ["training/average"],
+    ["integrations/diffusers_folders"],
+    ["integrations/diffusers_network"],
     ["integrations/accelerate"],
     [
         "integrations/torch_modules",

@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ddpm_fast.integrations import rules
-from ddpm_fast.integrations.family import handlers_around, load_families, made_class, options_for, why_own_forward, why_refused
+from ddpm_fast.integrations.family import (
+    handlers_around,
+    load_families,
+    made_class,
+    options_for,
+    why_own_forward,
+    why_refused,
+)
 from ddpm_fast.models.derived_weights import free_inference_weights
 from ddpm_fast.models.stock import own_class
 from ddpm_fast.runtime import dispatch

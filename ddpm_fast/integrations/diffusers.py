@@ -134,9 +134,7 @@ def _fits(module: Any, x: torch.Tensor, temb: torch.Tensor | None) -> bool:
     return temb is None or (temb.dim() == 2 and temb.shape[0] in (1, x.shape[0]))
 
 
-def _resnet(
-    module: Any, x: torch.Tensor, temb: torch.Tensor | None, skip: torch.Tensor | None = None
-) -> torch.Tensor:
+def _resnet(module: Any, x: torch.Tensor, temb: torch.Tensor | None, skip: torch.Tensor | None = None) -> torch.Tensor:
     """A block that `_why_not_resnet` does not refuse, of what `_fits`; `skip` is concatenated to x."""
     modules = module._modules
     options: dict[str, Any] = {}
@@ -221,7 +219,11 @@ def attention(
     if not is_itself or hidden_states.dim() != 4:
         return own_forward(module, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
     modules = module._modules
-    layers, norm, out = [modules[name] for name in ("to_q", "to_k", "to_v")], modules["group_norm"], modules["to_out"][0]
+    layers, norm, out = (
+        [modules[name] for name in ("to_q", "to_k", "to_v")],
+        modules["group_norm"],
+        modules["to_out"][0],
+    )
     (x,) = to_autocast_dtype(channels_last(hidden_states))
     weight = torch.cat([narrow(layer, "weight") for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([narrow(layer, "bias") for layer in layers])
@@ -353,7 +355,8 @@ def _projecting_blocks(network: nn.Module) -> list[Any]:
     None where a module may run again in backward, which then has to keep the same tensors.
     """
     found: list[Any] = []
-    for block in network.modules():
+    modules: Iterator[Any] = network.modules()
+    for block in modules:
         own = block.__dict__
         if "forward" in own or own.get("gradient_checkpointing"):
             return []
@@ -406,9 +409,7 @@ class Unet2D:
                 skips = skips[:-count]
         norm = self.conv_norm_out
         (x,) = to_autocast_dtype(channels_last(x))
-        x = group_norm_silu(
-            x, parameter(norm, "weight"), parameter(norm, "bias"), groups=norm.num_groups, eps=norm.eps
-        )
+        x = group_norm_silu(x, parameter(norm, "weight"), parameter(norm, "bias"), groups=norm.num_groups, eps=norm.eps)
         out = self.conv_out(x)
         out = out if skip_sample is None else out + skip_sample
         return _output_class(self)(sample=out) if return_dict else (out,)

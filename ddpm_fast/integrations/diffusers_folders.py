@@ -51,7 +51,9 @@ class DiffusersNetwork(nn.Module):
         if config is None or not hasattr(config, "in_channels"):
             raise TypeError(f"unet must be a UNet2DModel of diffusers, got {type(unet).__name__}")
         if getattr(config, "class_embed_type", None) is not None:
-            raise ValueError(f"class_embed_type must be None, since classes are numbers, got {config.class_embed_type!r}")
+            raise ValueError(
+                f"class_embed_type must be None, since classes are numbers, got {config.class_embed_type!r}"
+            )
         if getattr(config, "time_embedding_type", "positional") == "fourier":
             raise ValueError(
                 "time_embedding_type must be positional or learned: a network with 'fourier' is told levels of noise "
@@ -104,14 +106,18 @@ def from_diffusers(folder: Any, *, accelerate: bool = True, **options: Any) -> G
     with needed_for("from_diffusers"):
         import diffusers
     is_path = isinstance(folder, (str, os.PathLike))
-    if is_path:
-        from ddpm_fast.integrations import diffusers_network  # noqa: F401  # so that diffusers finds its class
+    from ddpm_fast.integrations.diffusers_network import in_own_memory  # diffusers finds its class where it is imported
+
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(os.fspath(folder)) if is_path else folder
     unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
     if unet is None or scheduler is None:
         raise TypeError(f"folder must be of a pipeline with unet and scheduler, got {type(pipeline).__name__}")
+    if is_path:
+        in_own_memory(unet)
     network = unet._modules.get("net")  # of a `FastUnet2D`
-    model = network if isinstance(network, UnetBase) else DiffusersNetwork(accelerate_model(unet) if accelerate else unet)
+    model = (
+        network if isinstance(network, UnetBase) else DiffusersNetwork(accelerate_model(unet) if accelerate else unet)
+    )
     arguments = process_options(scheduler) | {"image_size": unet.config.sample_size} | options
     if arguments["image_size"] is None:
         raise ValueError("image_size must be given where the network's config has no sample_size")
@@ -195,11 +201,11 @@ def to_diffusers(diffusion: GaussianDiffusion, folder: str | os.PathLike) -> Non
         )
     if diffusion.normalize(torch.zeros(1)).item() != -1:
         raise ValueError("auto_normalize must be True, since a pipeline gives images in [0, 1] for [−1, 1]")
-    model, size = diffusion.model, list(diffusion.image_size)
-    sample_size = size[0] if size[0] == size[1] else tuple(size)
+    height, width = diffusion.image_size
+    sample_size = height if height == width else (height, width)
     scheduler, is_ddim = _scheduler(diffusion, diffusers)
     pipeline = diffusers.DDIMPipeline if is_ddim else diffusers.DDPMPipeline
-    component = _component(model, sample_size)
+    component = _component(diffusion.model, sample_size)
     pipeline(unet=component, scheduler=scheduler).save_pretrained(os.fspath(folder))
 
 
@@ -211,11 +217,15 @@ def _component(model: Any, sample_size: int | tuple[int, int]) -> Any:
             unet.register_to_config(sample_size=sample_size)
         return unet
     if not isinstance(model, UnetBase):
-        raise TypeError(f"model must be a UNet2DModel of diffusers or a Unet of this package, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a UNet2DModel of diffusers or a Unet of this package, got {type(model).__name__}"
+        )
     refused = {"self_condition": model.self_condition, "cond_dim": model.cond_dim, "cond_channels": model.cond_channels}
     for name, value in refused.items():
         if value:
-            raise ValueError(f"{name} must not be set, since a pipeline tells its network the timestep alone, got {value}")
+            raise ValueError(
+                f"{name} must not be set, since a pipeline tells its network the timestep alone, got {value}"
+            )
     from ddpm_fast.integrations.diffusers_network import FastUnet2D
 
     return FastUnet2D.around(model, sample_size)
