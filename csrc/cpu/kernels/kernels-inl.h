@@ -1,10 +1,10 @@
 // The table of all native CPU kernels (kernels.h), compiled for one instruction set.
 #pragma once
 
-#include "attention_block-inl.h"
 #include "conv3x3_forward-inl.h"
 #include "conv3x3_gradient-inl.h"
 #include "convert-inl.h"
+#include "folded_attention_block-inl.h"
 #include "forward_diffusion-inl.h"
 #include "kernels.h"
 #include "linear-inl.h"
@@ -32,7 +32,9 @@ constexpr Kernels make_kernels(const char* name) {
       .attention = {.forward = attention::forward,
                     .backward = attention::backward,
                     .block_forward = attention::block_forward,
-                    .block_backward = attention::block_backward},
+                    .block_backward = attention::block_backward,
+                    .group_block_forward = attention::group_block_forward,
+                    .group_block_backward = attention::group_block_backward},
       .linear_attention = {.forward = linear_attention::forward, .backward = linear_attention::backward},
       .stem_conv = {.forward = stem_conv_forward, .weight_gradient = stem_conv_weight_gradient},
       .noise = {.normal = noise::normal},
