@@ -22,6 +22,9 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 UPSTREAM_1X ?= denoising-diffusion-pytorch==1.11.1
 # The origin of several samplers, without what the rest of it needs: the tests load one file.
 K_DIFFUSION ?= k-diffusion==0.1.1.post1
+# The networks that most research trains: OpenAI's and EDM's, without what the rest of these packages needs.
+OPENAI_UNET ?= torchcfm==1.0.7
+EDM_UNETS ?= nvidia-physicsnemo==2.2.2
 
 # Processes that share the tests; each takes one processor and up to a gigabyte.
 WORKERS ?= 2
@@ -132,7 +135,8 @@ $(VENV)/.demo-ready: $(VENV)/.package-ready
 $(VENV)/.test-ready: $(VENV)/.package-ready
 	$(BIN)/python -m pip install --quiet "ddpm_fast[test]"
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/upstream-1x $(UPSTREAM_1X)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/reference-packages $(K_DIFFUSION)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/reference-packages $(K_DIFFUSION) $(EDM_UNETS)
+	$(BIN)/python -m pip install --quiet --no-deps $(OPENAI_UNET)
 	touch $@
 
 # mypy reads the types of what the tests install.

@@ -40,9 +40,14 @@ def report() -> str:
         f"Cold start: a first training step compiles {len(training)} kernels, a first sampling step {len(sampling)}, "
         f"both together {both}; benchmarks/precompile.py compiles them ahead."
     )
+    eager = host.against_upstream(H100.target)
+    hosts = (
+        f"The host's time of an eager training step, bf16, foreach Adam: {1e3 * eager['ours']:.1f} ms, upstream "
+        f"{1e3 * eager['upstream']:.1f} ms."
+    )
     versions = f"torch {torch.__version__}, Triton {triton.__version__}; the time of a step on a GPU is estimated."
     tables = (roofline.table(one) for one in named)
-    return "\n\n".join(["# A CUDA step without a GPU", versions, *tables, cold, roofline.assumptions()])
+    return "\n\n".join(["# A CUDA step without a GPU", versions, *tables, hosts, cold, roofline.assumptions()])
 
 
 def main() -> None:

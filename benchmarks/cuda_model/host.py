@@ -12,12 +12,15 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from unittest import mock
 
+import denoising_diffusion_pytorch
 import torch
 from network_cases import SEED
 from triton.backends.compiler import GPUTarget
 
+import ddpm_fast
 from cuda_model import driver, steps
 from ddpm_fast import GaussianDiffusion, Unet
 from ddpm_fast.diffusion import schedules
@@ -108,6 +111,43 @@ def measure_steps(target: GPUTarget, dtype: str = "bf16", least: float = 1.0) ->
         with steps.sampling_mode(diffusion, dtype):
             found["sampling"] = seconds_of_step(sample, least)
     return found
+
+
+def against_upstream(target: GPUTarget, rounds: int = 15) -> dict[str, float]:
+    """The processor's seconds of an eager training step of "upstream" and of "ours": medians of interleaved rounds.
+
+    Both compute the loss under bf16 autocast, backward, the clipped norm and torch's foreach Adam, on one image.
+    """
+    runs = {"upstream": _eager_step(denoising_diffusion_pytorch), "ours": _eager_step(ddpm_fast)}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    with _no_convolutions():
+        for _ in range(rounds):
+            for name, run in runs.items():
+                with launching_nothing(target) if name == "ours" else contextlib.nullcontext():
+                    run()
+                    gc.collect()
+                    with _no_collections():
+                        began = time.process_time()
+                        run()
+                        seconds[name].append(time.process_time() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _eager_step(package: ModuleType) -> Callable[[], None]:
+    diffusion = package.GaussianDiffusion(package.Unet(**TINY, flash_attn=True), image_size=TINY_SIZE)
+    parameters = list(diffusion.parameters())
+    optimizer = torch.optim.Adam(parameters, 1e-4, foreach=True)
+    images = torch.rand(1, 3, TINY_SIZE, TINY_SIZE)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = diffusion(images)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def _cases() -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ddpm_fast import noise as noise_function
 from ddpm_fast.diffusion import samplers, spacings
-from ddpm_fast.diffusion.conditions import as_conditions
+from ddpm_fast.diffusion.conditions import as_conditions, check_classes
 from ddpm_fast.diffusion.editing_process import EditingProcess
 from ddpm_fast.diffusion.guidance import Guidance, as_guidance
 from ddpm_fast.diffusion.images import (
@@ -39,8 +39,11 @@ from ddpm_fast.ops.common.tables import lookup
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.runtime.autocast import autocast_dtype, call_model, narrow_dtype, uncached_autocast
-from ddpm_fast.runtime.plain import as_number, as_size
+from ddpm_fast.runtime.plain import as_number, as_size, plain
 from ddpm_fast.runtime.recording import GraphCache
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class DiffusionProcess(MeasuredProcess, EditingProcess):
@@ -150,6 +153,42 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
         if "guidance" in config or self.guidance is not None:
             config["guidance"] = _recorded_guidance(self.guidance)
         return {**config, "image_size": None if self.image_size is None else list(self.image_size)}
+
+    def pretrained_config(self) -> dict[str, Any]:
+        """The constructor's arguments, and its network's, as a checkpoint records them."""
+        from ddpm_fast.models.networks import network_name
+
+        name = network_name(self.network)
+        if name is None:
+            raise TypeError(
+                f"save_pretrained writes processes of this package's networks, and this network is a "
+                f"{type(self.network).__name__}"
+            )
+        config = {
+            "process": self.process_name,
+            "diffusion": self.current_config(),
+            "network": name,
+            "unet": self.network.config,
+            "class_names": None if self.class_names is None else list(self.class_names),
+        }
+        return plain("config", config)
+
+    @classmethod
+    def from_pretrained_config(cls, config: dict[str, Any], **arguments: Any) -> Self:
+        """A process and its network; the arguments are the process's. A base class builds any process below it."""
+        from ddpm_fast.models.networks import NETWORKS
+
+        name = config.get("process")
+        if name is None:
+            raise ValueError(f"the folder holds a network alone, and no {cls.__name__}")
+        own = PROCESSES.get(name)
+        if own is None or not (issubclass(own, cls) or issubclass(cls, own)):
+            raise ValueError(f"the folder holds the process {name!r}, not a {cls.__name__}")
+        made = own if issubclass(own, cls) else cls
+        process = made(NETWORKS[config["network"]](**config["unet"]), **{**config["diffusion"], **arguments})
+        names = config.get("class_names")
+        process.class_names = None if names is None else tuple(names)
+        return process
 
     def recording_key(self) -> tuple:
         """What a recorded step depends on besides tensors and plain attributes: functions put on the process."""
@@ -356,6 +395,12 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
         options: dict[str, Any] = {"flip": flip, "normalize": is_bytes and self.normalize is not identity}
         x_start = img if is_bytes else self.normalize(img)
         return self._losses(x_start, times, *args, loss_reduction=loss_reduction, **options, **kwargs)  # type: ignore[misc]
+
+    def check_values(self, img: torch.Tensor, *, classes: torch.Tensor | None = None, **others: torch.Tensor) -> None:
+        """The checks of `forward` that read values, which a recording of it does not repeat."""
+        self._check_images("img", img, bytes_too=True)
+        if classes is not None:
+            check_classes(classes, self.network)
 
     def _shows_images(self) -> bool:
         """True if a method of the user's, or the assignment of noise, looks at the images of a training step."""

@@ -16,6 +16,7 @@ from ddpm_fast.diffusion.levels import TARGETS, Target
 from ddpm_fast.diffusion.schedules import Schedule
 from ddpm_fast.diffusion.weightings import Weighting, recorded_weighting
 from ddpm_fast.ops.common.tables import lookup
+from ddpm_fast.ops.registration import may_read
 from ddpm_fast.runtime.autocast import call_model
 from ddpm_fast.runtime.plain import as_int, as_number, plain
 
@@ -88,6 +89,7 @@ class DiscreteProcess(DiffusionProcess):
         guidance: float | Mapping[str, Any] | Guidance | None = None,
         super_resolution: int | None = None,
         noise_augmentation: float | None = None,
+        clip_x_start: bool = True,
     ):
         timesteps = as_int("timesteps", timesteps)
         sampling_timesteps = None if sampling_timesteps is None else as_int("sampling_timesteps", sampling_timesteps)
@@ -150,7 +152,7 @@ class DiscreteProcess(DiffusionProcess):
             spacing=later["spacing"],
             sampler_options=later["sampler_options"],
             sampling_timesteps=schedule.num_timesteps if sampling_timesteps is None else sampling_timesteps,
-            clip_x_start=True,
+            clip_x_start=bool(clip_x_start),
             # Only what was asked for: files that need nothing new are read by earlier releases.
             config=config | {name: value for name, value in later.items() if value},
             guidance=guidance,
@@ -189,7 +191,8 @@ class DiscreteProcess(DiffusionProcess):
         config = super().current_config()
         if self.config["sampling_timesteps"] is None and self.sampling_timesteps == self.num_timesteps:
             config["sampling_timesteps"] = None
-        return config
+        # Only what was asked for, as in the constructor.
+        return config if self.clip_x_start else {**config, "clip_x_start": False}
 
     @property
     def noise_scale(self) -> Schedule:
@@ -423,7 +426,7 @@ class DiscreteProcess(DiffusionProcess):
         for name, tensor in (("t", t), ("x_start", x)):
             if tensor.device != self.device:
                 raise ValueError(f"{name} must be on the diffusion's device {self.device}, got {tensor.device}")
-        if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+        if t.numel() and may_read(t):
             low, high = (bound.item() for bound in t.aminmax())
             if low < 0 or high >= self.num_timesteps:
                 raise ValueError(f"t must be in [0, {self.num_timesteps}), got values from {low} to {high}")

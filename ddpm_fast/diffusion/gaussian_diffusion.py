@@ -46,7 +46,8 @@ class GaussianDiffusion(DiscreteProcess):
         timesteps: T.
         sampling_timesteps: steps of sampling, T if None.
         objective: "pred_noise", "pred_x0" or "pred_v": what the model's output means.
-        beta_schedule, schedule_fn_kwargs: "linear", "cosine" or "sigmoid", and arguments of that function.
+        beta_schedule, schedule_fn_kwargs: "linear", "cosine" or "sigmoid", and arguments of that function; or "given",
+            and T numbers as `betas`.
         ddim_sampling_eta: DDIM's noise, 0 is deterministic.
         auto_normalize: images are in [0, 1] outside and [−1, 1] inside; without it they are taken as they are.
         offset_noise_strength: adds one normal number per channel to the noise, 0.1 is usual.
@@ -61,6 +62,7 @@ class GaussianDiffusion(DiscreteProcess):
             super_resolution, if not told otherwise.
         timestep_sampler: "uniform", or "loss-second-moment" (Nichol & Dhariwal 2021, section 3.3).
         guidance: of `sample`, where it is not told otherwise: a scale or a `Guidance`.
+        clip_x_start: sampling clips estimates of x0 to [−1, 1].
 
     Raises:
         ValueError: an argument does not fit, named in one sentence.
@@ -107,7 +109,7 @@ class GaussianDiffusion(DiscreteProcess):
         row = self.num_timesteps - 1 - t
         if self._overrides(*_STEP_METHODS[1:]):
             mean, _, log_variance, x_start = self.p_mean_variance(
-                x=x, t=batched_times, x_self_cond=x_self_cond, clip_denoised=True, **conditions
+                x=x, t=batched_times, x_self_cond=x_self_cond, clip_denoised=self.clip_x_start, **conditions
             )
             if noise is None:
                 noise = self._step_noise(x, seed, row, start_index)
@@ -115,7 +117,8 @@ class GaussianDiffusion(DiscreteProcess):
         table = self._plan("ddpm", self.num_timesteps, "own").table.to(device=x.device, dtype=torch.float32)
         step = torch.full((1,), row, dtype=torch.int64, device=x.device)
         output = call_model(self.model, x, batched_times, x_self_cond, **conditions)
-        return sampler_step(x, output, table, step, seed, noise=noise, start_index=start_index)
+        options: dict[str, Any] = {"clip_x_start": self.clip_x_start, "start_index": start_index}
+        return sampler_step(x, output, table, step, seed, noise=noise, **options)
 
     def p_sample_loop(
         self,
@@ -213,7 +216,7 @@ class GaussianDiffusion(DiscreteProcess):
         inserts = run.conditioning.mask is not None
         full_ddpm = plan.sampler == "ddpm" and len(plan.times) == self.num_timesteps and not inserts
         # No table over timesteps: an override may call the network with other times.
-        derived = inference_weights(self.model) if may_derive(self.model) else nullcontext()
+        derived = inference_weights(self.model, record=False) if may_derive(self.model) else nullcontext()
         kept: list[torch.Tensor] = []  # of the rows before, the newest first
         with derived, run.progress_bar(x.device) as bar:
             for row in run.rows:

@@ -400,7 +400,7 @@ def bits_per_dim(
     starts = range(0, len(images), run.batch_size)
     told = chain.levels.times.tolist()
     known = {"times": told} if chain.num_timesteps is None else {"num_timesteps": chain.num_timesteps}
-    derived = inference_weights(network, **known) if may_derive(network) else nullcontext()
+    derived = inference_weights(network, **known, record=False) if may_derive(network) else nullcontext()
     priors, found = [], []
     bar = sampling.progress_on(device, rows * len(starts), desc="likelihood time step", enabled=run.progress)
     with derived, bar:

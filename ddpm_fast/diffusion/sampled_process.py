@@ -25,6 +25,7 @@ from ddpm_fast.models.derived_weights import free_inference_weights
 from ddpm_fast.ops.forward_diffusion.op import q_sample
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.runtime.plain import as_int, as_number
+from ddpm_fast.runtime.pretrained import Pretrained
 from ddpm_fast.runtime.recording import GraphCache
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Progressive(NamedTuple):
     images: torch.Tensor
 
 
-class SampledProcess(nn.Module):
+class SampledProcess(Pretrained, nn.Module):
     """A network and the levels of noise around it, which samplers walk along."""
 
     # Where the network is, for state dicts as upstream's.

@@ -486,7 +486,7 @@ def sample_loop(
 def _inference_weights(network: Model, plan: SamplerTable) -> AbstractContextManager:
     """What is derived from a network's weights for a walk."""
     known: dict[str, Any] = {"num_timesteps": plan.num_timesteps} if plan.has_integer_times else {"times": plan.times}
-    return inference_weights(network, **known) if may_derive(network) else nullcontext()
+    return inference_weights(network, **known, record=False) if may_derive(network) else nullcontext()
 
 
 def _recorded(

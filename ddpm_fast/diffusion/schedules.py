@@ -11,7 +11,7 @@ tables made here and in samplers.py, and know no schedule, objective or sampler 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -65,6 +65,21 @@ def sigmoid_beta_schedule(
     return _betas_from_alphas_cumprod((-((t * (end - start) + start) / tau).sigmoid() + v_end) / (v_end - v_start))
 
 
+def given_betas(timesteps: int, betas: Sequence[float]) -> torch.Tensor:
+    """Betas as they are given.
+
+    Returns:
+        (T,) float64.
+
+    Raises:
+        ValueError: there are not T of them.
+    """
+    given = torch.tensor([float(beta) for beta in betas], dtype=torch.float64, device="cpu")
+    if given.shape != (timesteps,):
+        raise ValueError(f"betas must be timesteps = {timesteps} numbers, got {len(given)}")
+    return given
+
+
 def _betas_from_alphas_cumprod(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """(T + 1,) values proportional to ᾱ from t = −1 on → (T,) betas."""
     alphas_cumprod = alphas_cumprod / alphas_cumprod[0]
@@ -72,19 +87,21 @@ def _betas_from_alphas_cumprod(alphas_cumprod: torch.Tensor) -> torch.Tensor:
 
 
 BETA_SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule, "sigmoid": sigmoid_beta_schedule}
+GIVEN = "given"  # the schedule whose betas are an argument
 
 
 def make_betas(beta_schedule: str, timesteps: int, **kwargs: Any) -> torch.Tensor:
-    """Betas of a named schedule, checked.
+    """Betas of a named schedule, or of "given" the keyword `betas`, checked.
 
     Raises:
         ValueError: unknown schedule, or fewer than one timestep.
     """
-    if beta_schedule not in BETA_SCHEDULES:
-        raise ValueError(f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)}, got {beta_schedule!r}")
+    functions: dict[str, Any] = {**BETA_SCHEDULES, GIVEN: given_betas}
+    if beta_schedule not in functions:
+        raise ValueError(f"beta_schedule must be one of {', '.join(functions)}, got {beta_schedule!r}")
     if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
         raise ValueError(f"timesteps must be a positive int, got {timesteps!r}")
-    return BETA_SCHEDULES[beta_schedule](timesteps, **kwargs)
+    return functions[beta_schedule](timesteps, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from ddpm_fast.runtime.autocast import autocast_dtype
 # What a network is told: range(T), or times in the order of a sampler's rows.
 Times = range | tuple[float, ...] | None
 # Attributes of a module that has derived weights: neither copied nor pickled.
-_LEFT_OUT = ("_tensors", "_inside", "_latest", "_last_use", "_slots")
+_LEFT_OUT = ("_tensors", "_inside", "_besides", "_latest", "_last_use", "_slots")
 # A tensor, or several by name.
 Derived = torch.Tensor | dict[Hashable, torch.Tensor]
 
@@ -45,6 +45,8 @@ class HasDerivedWeight(nn.Module):
     _tensors: dict[Hashable, Derived]
     # Thread → keys of the blocks that it is inside, the innermost last.
     _inside: dict[int, list[Hashable]]
+    # Thread → for each of those blocks what a network keeps for it besides, or None where it shall keep nothing.
+    _besides: dict[int, list[dict[str, Any] | None]]
     # For torch.compile, which traces no thread: the tensor that was built last, and None outside all blocks.
     _latest: Derived | None = None
     # Of the last thread that left, on CUDA: work that may still read the tensors.
@@ -72,7 +74,13 @@ class HasDerivedWeight(nn.Module):
         inside = self.__dict__.get("_inside")
         return bool(inside) and (torch.compiler.is_compiling() or threading.get_ident() in self._inside)
 
-    def enter(self, times: Times) -> None:
+    def kept_for_block(self) -> dict[str, Any] | None:
+        """What a network keeps until this thread's block ends; None outside, and in a block that records no calls."""
+        besides = self.__dict__.get("_besides")
+        blocks = besides.get(threading.get_ident()) if besides else None
+        return blocks[-1] if blocks else None
+
+    def enter(self, times: Times, record: bool = False) -> None:
         """Make the tensor, unless a thread is inside with the same key: the weights have not changed since."""
         key = (self.key(times), autocast_dtype("cpu"), autocast_dtype("cuda"))
         tensors = self.__dict__.setdefault("_tensors", {})
@@ -83,6 +91,8 @@ class HasDerivedWeight(nn.Module):
                 if made is not None:
                     tensors[key] = self._latest = self._keep(made, self.key(times))
         self.__dict__.setdefault("_inside", {}).setdefault(threading.get_ident(), []).append(key)
+        besides = self.__dict__.setdefault("_besides", {})
+        besides.setdefault(threading.get_ident(), []).append({} if record else None)
 
     def _make(self, times: Times) -> Derived | None:
         return self.derive()
@@ -111,8 +121,9 @@ class HasDerivedWeight(nn.Module):
         """The end of a block; the tensor goes with the last thread that uses it. Its memory stays, see the class."""
         keys = self._inside[threading.get_ident()]
         key = keys.pop()
+        self._besides[threading.get_ident()].pop()
         if not keys:
-            del self._inside[threading.get_ident()]
+            del self._inside[threading.get_ident()], self._besides[threading.get_ident()]
         if any(key in others for others in self._inside.values()):
             return
         derived = self._tensors.pop(key, None)
@@ -131,7 +142,11 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def inference_weights(
-    network: object, num_timesteps: int | None = None, *, times: Sequence[float] | None = None
+    network: object,
+    num_timesteps: int | None = None,
+    *,
+    times: Sequence[float] | None = None,
+    record: bool = True,
 ) -> Iterator[None]:
     """Inside, tensors derived from the network's weights are made once, and the weights must not change.
 
@@ -143,6 +158,8 @@ def inference_weights(
             projections of the time embedding in a table.
         times: what the network will be told instead, in the order of a sampler's rows: inside, an integer i means
             times[i] to a network that has `has_table_of_times`.
+        record: a Unet on the CPU replays calls without gradients from a tape, from the third of equal shapes on, with
+            the same bits and without Python. A changed module or setting is seen, and recorded anew.
     """
     given: Times = None
     if times is not None or num_timesteps is not None:
@@ -153,7 +170,7 @@ def inference_weights(
         with _lock:
             for module in modules:
                 if isinstance(module, HasDerivedWeight):
-                    module.enter(given)
+                    module.enter(given, record)
                     entered.append(module)
         yield
     finally:

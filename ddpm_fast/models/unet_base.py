@@ -6,7 +6,7 @@ A network is a subclass whose constructor makes the modules, with upstream's nam
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -34,6 +34,10 @@ from ddpm_fast.models.resnet import ResnetBlock, ScaleShift
 from ddpm_fast.models.stock import is_convolution, is_instance, is_unmodified, parameter
 from ddpm_fast.ops.layout import maps_format, weights_format
 from ddpm_fast.runtime.autocast import no_autocast
+from ddpm_fast.runtime.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Without native kernels, channels-last is slower on the CPU when the smallest maps have fewer than 64 pixels per batch
 # and 256 channels or more (Unet(64) at 32×32: 1.4 times the time with 32 pixels, 0.99 with 128; Unet(32, (1, 2, 4))
@@ -47,8 +51,10 @@ _TABLES = (_TIMES, _CLASSES, _COMPUTED)
 _MOST_CLASSES = 4096  # with more, a table of all takes longer to make than the rows of a run's batch
 
 
-class UnetBase(HasDerivedWeight):
+class UnetBase(Pretrained, HasDerivedWeight):
     """A UNet of residual blocks that are scaled and shifted by embeddings of the time and of conditions."""
+
+    config: dict[str, Any]  # the constructor's arguments
 
     # What a diffusion process may do with this network: write its input in the dtype and layout of convolutions, and
     # give it zeros where there is no estimate of x0 yet, as a recorded step has to.
@@ -72,6 +78,18 @@ class UnetBase(HasDerivedWeight):
     cond_dim: int | None = None
     cond_channels = 0
     cond_drop_prob = 0.0
+
+    def pretrained_config(self) -> dict[str, Any]:
+        return dict(self.config)
+
+    @classmethod
+    def from_pretrained_config(cls, config: dict[str, Any], **arguments: Any) -> Self:
+        if "process" in config:
+            raise ValueError(
+                f"the folder holds the process {config['process']!r}, not a network alone: load it as its process and "
+                "take its model"
+            )
+        return cls(**{**config, **arguments})
 
     def _make_time_mlp(self, dim: int, learned: bool, random: bool, fourier_dim: int, theta: float) -> None:
         """`time_mlp`, in upstream's order of random numbers."""
@@ -118,6 +136,23 @@ class UnetBase(HasDerivedWeight):
         """The network of inputs that fit; its first convolution reads the maps side by side."""
         if torch.compiler.is_compiling():
             return self._run(maps, time, given)
+        kept = None if torch.is_grad_enabled() else self.kept_for_block()
+        if kept is None:
+            return self._run_with_copies(maps, time, given)
+
+        def run(tensors: Sequence[Any]) -> torch.Tensor:
+            number = len(maps)
+            return self._run_with_copies(tensors[:number], tensors[number], GivenConditions(*tensors[number + 1 :]))
+
+        if "calls" not in kept:
+            from ddpm_fast.models.recorded_calls import RecordedCalls  # not before it is needed
+
+            kept["calls"] = RecordedCalls(self)
+        return kept["calls"].call(run, (*maps, time, *given))
+
+    def _run_with_copies(
+        self, maps: Sequence[torch.Tensor], time: torch.Tensor, given: GivenConditions
+    ) -> torch.Tensor:
         with reading(self._copies(maps[0].device)):
             return self._run(maps, time, given)
 

@@ -18,6 +18,9 @@ EXTRAS = {
     "pytorch_fid": "fid",
     "sklearn": "demo",
     "tyro": "cli",
+    "huggingface_hub": "hub",
+    "safetensors": "hub",
+    "diffusers": "diffusers",
 }
 
 

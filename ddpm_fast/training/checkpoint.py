@@ -27,8 +27,8 @@ from torch import nn
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
-from ddpm_fast.models import classifier_free_unet
-from ddpm_fast.models.unet import Unet
+from ddpm_fast.models.networks import NETWORKS
+from ddpm_fast.models.networks import network_name as network_name
 from ddpm_fast.models.unet_base import UnetBase
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.plain import as_int, plain
@@ -53,8 +53,6 @@ _LOADING_ERRORS = (
     struct.error,
 )
 
-# Networks that a file's `unet` holds the arguments of, by the name that its `network` gives; without one the first.
-NETWORKS: dict[str, type[UnetBase]] = {"unet": Unet, "classifier_free": classifier_free_unet.Unet}
 # Weights of a network that takes conditions, whose length is an argument of it.
 _CONDITIONS = {"classes_emb.weight": "num_classes", "null_cond": "cond_dim"}
 _SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule, "sigmoid": sigmoid_beta_schedule}
@@ -318,11 +316,6 @@ def recorded_config(contents: Mapping) -> dict[str, Any]:
     record = config if isinstance(config, Mapping) else {}
     parts = {name: record.get(name) for name in ("unet", "diffusion", "xm", "ema")}
     return {name: dict(part) if isinstance(part, Mapping) else None for name, part in parts.items()}
-
-
-def network_name(network: Any) -> str | None:
-    """The name of a network's class among `NETWORKS`; None for others, whose arguments a file does not hold."""
-    return next((name for name, cls in NETWORKS.items() if isinstance(network, cls)), None)
 
 
 def recorded_network(contents: Any) -> type[UnetBase]:

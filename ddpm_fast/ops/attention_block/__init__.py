@@ -1,1 +1,1 @@
-"""Softmax attention as a whole block: RMSNorm, qkv product, attention, 1×1 convolution and residual."""
+"""Softmax attention as a whole block: a norm, the qkv product, attention, 1×1 convolution and residual."""

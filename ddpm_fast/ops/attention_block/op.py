@@ -1,6 +1,7 @@
-"""Softmax attention as a whole block: public function, registration, eligibility.
+"""Softmax attention as a whole block: public functions, registration, eligibility.
 
-    out = weight·attention(weight_qkv·RMSNorm(x)) + bias + residual
+    out = weight·attention(weight_qkv·RMSNorm(x)) + bias + residual   (upstream's, with memory), or
+    out = (weight·attention(weight_qkv·GroupNorm(x) + bias_qkv) + bias + x)·output_scale   (Ho et al. 2020)
 
 The native block keeps x alone for backward and computes qkv and the softmax again.
 """
@@ -9,11 +10,13 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast.ops.arguments import why_not_on_cpu, why_steps_come_first
+from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu, why_steps_come_first
 from ddpm_fast.ops.attention.op import check_kinds
 from ddpm_fast.ops.attention_block import composite
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
+
+ORDERS = ("3hd", "h3d", "hd3")  # of the rows of a qkv product
 
 
 def _fake(x: torch.Tensor, **_: object) -> torch.Tensor:
@@ -88,6 +91,94 @@ def _check(given: dict[str, torch.Tensor], heads: int, residual: torch.Tensor | 
         raise ValueError(f"residual must have shape {tuple(x.shape)}, got {tuple(residual.shape)}")
 
 
+def group_norm_attention_block(
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    weight_qkv: torch.Tensor,
+    bias_qkv: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    groups: int,
+    heads: int,
+    eps: float = 1e-5,
+    order: str = "3hd",
+    residual: bool = True,
+    output_scale: float = 1.0,
+) -> torch.Tensor:
+    """GroupNorm, the qkv product, `attention` without memory, a 1×1 convolution and the residual.
+
+    Args:
+        x: (B, C, h, w) float32, float16, bfloat16 (float64: not native). The native code takes channels-last.
+        gain, offset: (C,), the norm's own affine map; None where groups is 0.
+        weight_qkv: (3·heads·D, C), or with one or two dimensions of 1 more: a linear layer's or a convolution's.
+        bias_qkv: (3·heads·D,).
+        weight: (C, heads·D), or with dimensions of 1 more, the layer after attention.
+        bias: (C,), that layer's.
+        groups: of the norm; 0 is none.
+        heads: number of heads.
+        eps: added to the variance.
+        order: of the rows of weight_qkv and bias_qkv: "3hd", "h3d" or "hd3" for (3, heads, D), (heads, 3, D) and
+            (heads, D, 3).
+        residual: whether x is added last.
+        output_scale: of the sum.
+
+    Returns:
+        (B, C, h, w) in the dtype and memory format of x. Gradients flow to every tensor, once.
+
+    Raises:
+        TypeError, ValueError: an argument does not match its description.
+    """
+    _check_group_norm_block(x, gain, offset, weight_qkv, bias_qkv, weight, bias, groups, heads, order)
+    return unchecked_group_norm_attention_block(
+        x, gain, offset, weight_qkv, bias_qkv, weight, bias, groups=groups, heads=heads, eps=eps, order=order,
+        residual=residual, output_scale=output_scale,
+    )  # fmt: skip
+
+
+def _check_group_norm_block(
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    weight_qkv: torch.Tensor,
+    bias_qkv: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    groups: int,
+    heads: int,
+    order: str,
+) -> None:
+    """The checks of the block's implementations."""
+    given = {"x": x, "gain": gain, "offset": offset, "weight_qkv": weight_qkv, "bias_qkv": bias_qkv, "weight": weight}
+    check_tensors(given | {"bias": bias}, optional=("gain", "offset", "bias_qkv", "bias"))
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"heads must be a positive integer, got {heads!r}")
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (B, C, h, w), got {tuple(x.shape)}")
+    C = x.shape[1]
+    if not isinstance(groups, int) or groups < 0 or (groups > 0 and C % groups):
+        raise ValueError(f"groups must divide the {C} channels of x, or be 0, got {groups!r}")
+    for name, row in (("gain", gain), ("offset", offset)):
+        if (row is None) != (groups == 0):
+            raise ValueError(f"{name} must be None where groups is 0, and only there, got groups = {groups}")
+    hidden = weight.shape[1] if weight.dim() > 1 else 0
+    if hidden == 0 or hidden % heads or not _is_matrix(weight, C, hidden):
+        raise ValueError(f"weight must have shape ({C}, {heads}·D), 1s may follow, got {tuple(weight.shape)}")
+    if not _is_matrix(weight_qkv, 3 * hidden, C):
+        raise ValueError(f"weight_qkv must have shape {(3 * hidden, C)}, 1s may follow, got {tuple(weight_qkv.shape)}")
+    rows = (("gain", gain, C), ("offset", offset, C), ("bias_qkv", bias_qkv, 3 * hidden), ("bias", bias, C))
+    for name, row, size in rows:
+        if row is not None and row.shape != (size,):
+            raise ValueError(f"{name} must have shape ({size},), got {tuple(row.shape)}")
+
+
+def _is_matrix(weight: torch.Tensor, rows: int, columns: int) -> bool:
+    return 2 <= weight.dim() <= 4 and weight.shape == (rows, columns, *(1,) * (weight.dim() - 2))
+
+
 def _native(
     x: torch.Tensor,
     gain_in: torch.Tensor,
@@ -134,4 +225,21 @@ unchecked_attention_block = Op(
         Implementation(COMPOSITE, composite.attention_block),
     ],
     _example,
+)
+
+
+def _group_norm_example(device: torch.device) -> tuple[tuple, dict]:
+    x, row = torch.zeros(1, 4, 4, 8, device=device).permute(0, 3, 1, 2), torch.zeros(8, device=device)
+    weight = torch.zeros(8, 32, device=device)
+    tensors = (x, row, row, torch.zeros(96, 8, device=device), torch.zeros(96, device=device), weight, row)
+    options = {"eps": 1e-5, "order": "3hd", "residual": True, "output_scale": 1.0}
+    return tensors, {"groups": 2, "heads": 2, **options}
+
+
+unchecked_group_norm_attention_block = Op(
+    "group_norm_attention_block",
+    [
+        Implementation(COMPOSITE, composite.group_norm_attention_block),
+    ],
+    _group_norm_example,
 )

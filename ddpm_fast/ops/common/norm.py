@@ -76,7 +76,7 @@ def _with_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 
 def _per_channel(vector: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return vector.to(v.dtype).reshape(1, -1, 1, 1)
+    return vector.to(v.dtype).reshape(-1, v.shape[1], 1, 1)
 
 
 def _after_norm(

@@ -1,0 +1,1 @@
+"""The residual block that has its norms before its convolutions (diffusers, OpenAI, EDM)."""

@@ -1,0 +1,67 @@
+"""A pre-activation block made of the ops of its steps, each with its own backend; it runs if no native block does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ddpm_fast.ops.common.reference import resampled
+from ddpm_fast.ops.conv3x3.op import conv3x3
+from ddpm_fast.ops.norm_linear.op import linear
+from ddpm_fast.ops.norm_silu.op import group_norm_silu
+from ddpm_fast.ops.resample.op import upsample_conv
+from ddpm_fast.runtime.autocast import no_autocast
+
+
+def preactivation_block(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor | None,
+    gain1: torch.Tensor,
+    offset1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor | None,
+    gain2: torch.Tensor,
+    offset2: torch.Tensor,
+    *,
+    groups1: int,
+    groups2: int,
+    eps1: float = 1e-5,
+    eps2: float = 1e-5,
+    skip: torch.Tensor | None = None,
+    embedding: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    res_weight: torch.Tensor | None = None,
+    res_bias: torch.Tensor | None = None,
+    resample: str | None = None,
+    output_scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `ddpm_fast.ops.preactivation_block.op.preactivation_block`."""
+    with no_autocast(x.device.type):
+        x = x if skip is None else torch.cat((x, skip.to(x.dtype)), dim=1)
+        h = group_norm_silu(x, gain1, offset1, groups=groups1, eps=eps1)
+        y = upsample_conv(h, weight1) if resample == "up" else conv3x3(resampled(h, resample), weight1)
+        if embedding is not None:
+            y = y + embedding.to(y.dtype)[:, :, None, None]
+        options: dict[str, Any] = {"bias": bias1, "scale": scale, "shift": shift, "dropout_p": dropout_p, "seed": seed}
+        h = group_norm_silu(y, gain2, offset2, groups=groups2, eps=eps2, **options)
+        residual = _residual(x, res_weight, res_bias, resample)
+        out = conv3x3(h, weight2, bias2, residual=residual)
+        return out if output_scale == 1.0 else out * output_scale
+
+
+def _residual(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, resample: str | None
+) -> torch.Tensor:
+    """A 1×1 convolution is the same before nearest upsampling as after it, and cheaper."""
+    if weight is None:
+        return resampled(x, resample)
+    if weight.shape[2] == 1:
+        if resample == "up":
+            return resampled(linear(x, weight, bias), resample)
+        return linear(resampled(x, resample), weight, bias)
+    return upsample_conv(x, weight, bias) if resample == "up" else conv3x3(resampled(x, resample), weight, bias)

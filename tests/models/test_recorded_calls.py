@@ -1,0 +1,198 @@
+"""Calls of a network inside inference_weights, replayed from tapes: same bits, and no change is missed."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm_fast import GaussianDiffusion, Unet, use_backend
+from ddpm_fast.models import unet_base
+from ddpm_fast.models.derived_weights import inference_weights
+from ddpm_fast.runtime import extension
+
+T = 20
+
+pytestmark = pytest.mark.skipif(
+    extension.why_not(torch.device("cpu")) is not None, reason="tapes are the extension's, which is not here"
+)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The calls of the network's Python, each as the number of images."""
+    counted = []
+    run = unet_base.UnetBase._run
+
+    def counting(self, maps, time, given):
+        counted.append(maps[0].shape[0])
+        return run(self, maps, time, given)
+
+    monkeypatch.setattr(unet_base.UnetBase, "_run", counting)
+    return counted
+
+
+def make(**options) -> Unet:
+    torch.manual_seed(3)
+    return Unet(8, dim_mults=(1, 2), **options).eval()
+
+
+def batch(seed: int, size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 3, 8, 8, generator=generator), torch.randint(T, (size,), generator=generator)
+
+
+def outputs(model: Unet, record: bool, num_timesteps: int | None = T, **conditions) -> list[torch.Tensor]:
+    with torch.no_grad(), inference_weights(model, num_timesteps, record=record):
+        return [model(*batch(seed), **conditions) for seed in range(5)]
+
+
+@pytest.mark.parametrize("num_timesteps", [T, None])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_replays_give_the_same_bits(runs, num_timesteps, autocast):
+    model = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        expected = outputs(model, False, num_timesteps)
+        runs.clear()
+        found = outputs(model, True, num_timesteps)
+    assert runs == [2, 2], "one call as always, one that is recorded"
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+def test_outputs_are_the_callers(runs):
+    model = make()
+    with torch.inference_mode(), inference_weights(model, T):
+        first = [model(*batch(1)) for _ in range(4)]
+        kept = first[-1].clone()
+        first[-1].zero_()
+        assert torch.equal(model(*batch(1)), kept) and first[-1].is_inference()
+
+
+def test_conditions_are_read_by_every_replay(runs):
+    model = make(num_classes=4, cond_dim=3, cond_channels=2)
+
+    def asked(record):
+        found = []
+        with torch.no_grad(), inference_weights(model, T, record=record):
+            for seed in range(5):
+                torch.manual_seed(seed)
+                conditions = {
+                    "classes": torch.randint(5, (2,)), "cond": torch.randn(2, 3), "cond_image": torch.randn(2, 2, 8, 8),
+                    "cond_keep_mask": torch.rand(2) > 0.5,
+                }  # fmt: skip
+                found.append(model(*batch(seed), **conditions))
+            with pytest.raises(ValueError, match="classes must be in"):
+                model(*batch(0), **{**conditions, "classes": torch.tensor([0, 5])})
+        return found
+
+    expected = asked(False)
+    runs.clear()
+    for a, b in zip(asked(True), expected, strict=True):
+        assert torch.equal(a, b)
+    assert runs == [2, 2]
+
+
+def test_a_kind_of_call_has_its_own_tape(runs):
+    model = make()
+    with torch.no_grad(), inference_weights(model, T):
+        for _ in range(3):
+            for size in (1, 2, 3):
+                expected = copy.deepcopy(model)(*batch(size, size))
+                torch.testing.assert_close(model(*batch(size, size)), expected, rtol=1e-4, atol=1e-5)
+            model(batch(2)[0].contiguous(memory_format=torch.channels_last), batch(2)[1])
+        runs.clear()
+        for size in (1, 2, 3):
+            model(*batch(size, size))
+        assert runs == []
+        for size in (4, 5):  # more than are kept: the oldest goes
+            model(*batch(size, size))
+        model(*batch(1, 1))
+        assert runs == [4, 5, 1]
+
+
+def test_a_hook_a_module_and_a_setting_are_seen(runs):
+    model = make()
+    with torch.no_grad(), inference_weights(model, T):
+        before = [model(*batch(0)) for _ in range(4)][-1]
+        called = []
+        handle = model.mid_block1.register_forward_hook(lambda *_: called.append(0))
+        for _ in range(3):
+            model(*batch(0))
+        assert len(called) == 3
+        handle.remove()
+        model.final_conv = torch.nn.Conv2d(8, 3, 1)
+        changed = [model(*batch(0)) for _ in range(4)]
+        assert all(torch.equal(changed[0], other) for other in changed) and not torch.equal(changed[0], before)
+        with use_backend("reference"):
+            runs.clear()
+            plain = model(*batch(0))
+            assert runs == [2]
+        torch.testing.assert_close(plain, changed[0], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_draws_anew(runs):
+    model = make(dropout=0.5).train()
+    found = []
+    for record in (False, True):
+        torch.manual_seed(0)
+        found.append(outputs(model, record))
+    for plain, replayed in zip(*found, strict=True):
+        assert torch.equal(plain, replayed)
+    assert not torch.equal(*(model(*batch(0)) for _ in range(2)))
+
+
+def test_what_watches_operators_sees_them(runs):
+    model = make()
+    x, t = batch(0)
+    with torch.no_grad(), inference_weights(model, T):
+        for _ in range(3):
+            model(x, t)
+        runs.clear()
+        with FlopCounterMode(display=False) as counter:
+            model(x, t)
+        assert runs == [2] and counter.get_total_flops() > 0
+    with inference_weights(model, T):
+        for _ in range(4):
+            model(x, t).sum().backward()
+    assert runs == [2] * 5 and model.final_conv.weight.grad is not None
+
+
+def test_a_sampler_without_recordings_calls_the_network(runs):
+    diffusion = GaussianDiffusion(make(), image_size=8, timesteps=T, auto_normalize=False)
+    diffusion.sample(2, seed=0, graph=False, progress=False, sampling_timesteps=6, sampler="ddim")
+    assert len(runs) == 6
+
+
+def test_threads_have_tapes_of_their_own():
+    model, found = make(), {}
+    expected = outputs(model, False)
+
+    def work(name):
+        found[name] = outputs(model, True)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in range(3):
+        for a, b in zip(found[name], expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_nothing_is_kept_after_the_block():
+    model = make()
+    with torch.no_grad(), inference_weights(model, T):
+        for _ in range(3):
+            model(*batch(0))
+        assert model.kept_for_block()["calls"]._recorded
+        twin = copy.deepcopy(model)
+        assert twin.kept_for_block() is None
+        with inference_weights(model, T, record=False):
+            assert model.kept_for_block() is None
+        assert model.kept_for_block()
+    assert model.kept_for_block() is None and not model._besides
