@@ -37,7 +37,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -100,7 +99,7 @@ _MADE: dict[tuple[type, Fast], type] = {}
 def load_families() -> None:
     """Import the families of the packages that are loaded."""
     for name, package in FAMILIES.items():
-        if package in sys.modules and find_spec(f"ddpm_fast.integrations.{name}") is not None:
+        if package in sys.modules:
             import_module(f"ddpm_fast.integrations.{name}")
 
 

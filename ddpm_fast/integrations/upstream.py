@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ddpm_fast.integrations.family import Fast, declare, is_unchanged, own_forward
-from ddpm_fast.models import attention, classifier_free_unet, convolution, embeddings, norm, resnet
+from ddpm_fast.models import attention, classifier_free_unet, embeddings, norm, resnet
 from ddpm_fast.models.conditions import GivenConditions
-from ddpm_fast.models.stock import calls_every_module, is_convolution, is_instance, keeps_size
+from ddpm_fast.models.stock import is_instance
 from ddpm_fast.models.unet_base import UnetBase
 from ddpm_fast.ops.registration import may_read
 from ddpm_fast.runtime.autocast import autocast_dtype
@@ -92,36 +92,6 @@ class _AttentionOfClasses(classifier_free_unet.Attention):
         return weight.new_empty(2, self.heads, 0, weight.shape[0] // (3 * self.heads))
 
 
-class _Downsample(convolution.Downsample):
-    """Its pixel-unshuffle is an einops layer."""
-
-    def _is_fused(self) -> bool:
-        modules: dict[str, Any] = self._modules
-        return not calls_every_module() and _is_unshuffle(modules.get("0")) and is_convolution(modules.get("1"), 1)
-
-
-def _is_unshuffle(layer: Any) -> bool:
-    if not is_unchanged(layer, "einops.layers.torch.Rearrange"):
-        return False
-    return layer.pattern == "b c (h p1) (w p2) -> b (c p1 p2) h w" and layer.axes_lengths == {"p1": 2, "p2": 2}
-
-
-def _why_not_downsample(module: Any) -> str | None:
-    layers = list(module._modules.values())
-    if len(layers) == 2 and _is_unshuffle(layers[0]) and is_convolution(layers[1], 1):
-        return None
-    return "it is no pixel-unshuffle and 1×1 convolution"
-
-
-def _why_not_upsample(module: Any) -> str | None:
-    layers = list(module._modules.values())
-    if len(layers) == 2 and is_instance(layers[0], nn.Upsample) and is_convolution(layers[1], 3):
-        resize = layers[0]
-        if (resize.mode, resize.scale_factor, resize.size) == ("nearest", 2.0, None):
-            return None
-    return "it is no nearest upsampling by 2 and 3×3 convolution"
-
-
 class _Network(UnetBase):
     """What both networks share; no weight is moved or laid out."""
 
@@ -191,31 +161,18 @@ class _UnetOfClasses(_Network):
         return self._call([x], time, GivenConditions(classes, keep_mask=keep))
 
 
-def _why_not_stem(conv: Any) -> str | None:
-    keeps = keeps_size(conv, conv.kernel_size[0]) and conv.bias is not None
-    return None if keeps else "it does not keep height and width, or has no bias"
-
-
 _SEQUENTIAL = "torch.nn.modules.container.Sequential"
-_STEM = Fast(
-    "torch.nn.modules.conv.Conv2d",
-    "stem_conv",
-    _why_not_stem,
-    mixin=convolution.StemConv,
-    stands_for=convolution.StemConv,
-)
 _TIME_MLP = Fast(_SEQUENTIAL, "time_mlp", mixin=embeddings.TimeMLP, stands_for=embeddings.TimeMLP)
 _CLASSES_MLP = Fast(_SEQUENTIAL, "classes_mlp", mixin=embeddings.CondMLP, stands_for=embeddings.CondMLP)
 
 
 def _inside(network: Any) -> Iterable[tuple[nn.Module, Fast]]:
-    yield network.init_conv, _STEM
     yield network.time_mlp, _TIME_MLP
     if hasattr(network, "classes_mlp"):
         yield network.classes_mlp, _CLASSES_MLP
 
 
-for _place in (_STEM, _TIME_MLP, _CLASSES_MLP):
+for _place in (_TIME_MLP, _CLASSES_MLP):
     declare(_place, anywhere=False)
 
 _BLOCKS: tuple[tuple[str, str, str, type, type], ...] = (
@@ -238,9 +195,5 @@ _BLOCKS: tuple[tuple[str, str, str, type, type], ...] = (
 )  # fmt: skip
 for _file, _name, _runs, _mixin, _stands_for in _BLOCKS:
     declare(Fast(f"{_file}.{_name}", _runs, mixin=_mixin, stands_for=_stands_for))
-declare(Fast(_SEQUENTIAL, "downsample_conv", _why_not_downsample, mixin=_Downsample, stands_for=convolution.Downsample))
-declare(
-    Fast(_SEQUENTIAL, "upsample_conv", _why_not_upsample, mixin=convolution.Upsample, stands_for=convolution.Upsample)
-)
 for _file, _network in ((_FILE, _Unet), (_FILE_OF_CLASSES, _UnetOfClasses)):
     declare(Fast(f"{_file}.Unet", "Unet", mixin=_network, inside=_inside, is_network=True))
