@@ -131,7 +131,10 @@ def _is_whole(module: Any) -> bool:
     return type(module)._ddpm_fast.mixin is None
 
 
-def _lines_of_explain(model: nn.Module) -> Iterator[str]:
+def lines_of_explain(model: object) -> Iterator[str]:
+    """The lines of `explain` of an accelerated network; none of anything else."""
+    if not isinstance(model, nn.Module):
+        return
     if not any(is_accelerated(module) for module in model.modules()):
         return
     lines = table(model)
@@ -151,4 +154,4 @@ def _handlers(thing: object) -> Any:
     return found
 
 
-dispatch.accounts.append(_lines_of_explain)
+dispatch.accounts.append(lines_of_explain)
