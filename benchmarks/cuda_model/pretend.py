@@ -14,14 +14,16 @@ from ddpm_fast.measure.traffic import kernels_take_meta_tensors
 
 META = torch.device("meta")
 
-# Functions whose tensors autocast casts on CUDA, of those that this package's networks call.
+# Functions whose tensors autocast casts on CUDA, of those that the networks call.
 _CAST = (
+    F.conv1d,
     F.conv2d,
     F.conv_transpose2d,
     F.linear,
     torch.conv2d,
     torch.conv_transpose2d,
     torch.matmul,
+    torch.einsum,
     torch.Tensor.matmul,
 )
 
@@ -57,6 +59,23 @@ class _Autocast(TorchFunctionMode):
 
 
 _real_autocast = torch.autocast
+_real_attention, _real_dropout = F.scaled_dot_product_attention, F.dropout
+
+
+def _dropout(input, p=0.5, training=True, inplace=False):
+    """torch's dropout as its one kernel on CUDA."""
+    if not input.is_meta or not training or not 0 < p < 1 or inplace:
+        return _real_dropout(input, p, training, inplace)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
+    """torch's attention as its one kernel on CUDA; meta tensors would take the products and the softmax one by one."""
+    if not query.is_meta or attn_mask is not None or dropout_p or is_causal or options.get("enable_gqa"):
+        return _real_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, None, needs_grad, scale=scale)[0]
 
 
 @contextlib.contextmanager
@@ -69,6 +88,8 @@ def cuda_on_meta() -> Iterator[None]:
     fused = torch.utils._foreach_utils._get_fused_kernels_supported_devices()
     patches = (
         mock.patch.object(torch, "autocast", autocast.region),
+        mock.patch.object(F, "scaled_dot_product_attention", _attention),
+        mock.patch.object(F, "dropout", _dropout),
         mock.patch.object(torch.amp, "autocast", autocast.region),  # torch's checkpoint
         mock.patch.object(torch.amp, "is_autocast_available", lambda kind: kind == "meta" or is_available(kind)),
         mock.patch.object(

@@ -153,6 +153,8 @@ LAUNCHES: dict[str, Callable[[Call], int]] = {
     "aten::_fused_adam_": _lists(4),
     # Zeros, and a copy into a part of them.
     "aten::slice_backward": lambda call: 2,
+    # Sums of rows of the gradient times the output, and the gradients.
+    "aten::_scaled_dot_product_efficient_attention_backward": lambda call: 2,
     "aten::select_backward": lambda call: 2,
 }
 _ALLOCATE = ("aten::empty", "aten::new_empty")
@@ -255,8 +257,8 @@ def _size(tensor: torch.Tensor) -> int:
 
 def _tiles(x: torch.Tensor) -> int:
     """Tiles of 128 pixels and 128 channels: one per program of a convolution."""
-    B, C, H, W = x.shape
-    return math.ceil(B * H * W / 128) * math.ceil(C / 128)
+    B, C, *sides = x.shape
+    return math.ceil(B * math.prod(sides) / 128) * math.ceil(C / 128)
 
 
 def _cudnn_format(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:

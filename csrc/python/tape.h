@@ -35,7 +35,8 @@ void for_each_tensor(const IValue& value, F f) {
 class Tape {
  public:
   // One call, as a dispatch mode sees it: below autograd and autocast. Tensors that an earlier call returned are taken
-  // from that call in a replay; all others, and every number, are held fast.
+  // from that call in a replay, also under another name, as autograd keeps outputs for backward. All others, and every
+  // number, are held fast.
   void append(const std::string& name, const std::string& overload, const py::tuple& args, const py::dict& kwargs,
               py::handle returned) {
     Call call{c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str())};
@@ -55,20 +56,13 @@ class Tape {
       }
       for_each_tensor(value, [&](const at::Tensor& tensor, int64_t element) {
         given.push_back(tensor.unsafeGetTensorImpl());
-        const auto known = produced_.find(tensor.unsafeGetTensorImpl());
-        if (known != produced_.end()) call.inputs.push_back({static_cast<int64_t>(i), element, known->second.slot});
+        const int64_t slot = find_slot(tensor, schema);
+        if (slot >= 0) call.inputs.push_back({static_cast<int64_t>(i), element, slot});
       });
       call.stack.push_back(std::move(value));
     }
-    for (const TensorRef& input : call.inputs) {  // a map of the recording must not live on in the tape
-      IValue& value = call.stack[input.argument];
-      if (input.element < 0) {
-        value = IValue(at::Tensor());
-      } else {
-        value = copy_of_list(value);
-        value.toList().set(input.element, at::Tensor());
-      }
-    }
+    // A map of the recording must not live on in the tape.
+    set_inputs(call, call.stack, [](int64_t) { return at::Tensor(); });
 
     const auto& returns = schema.returns();
     const auto holds_tensors = [](const c10::Argument& value) {
@@ -91,6 +85,10 @@ class Tape {
         call.results.push_back({static_cast<int64_t>(i), element, num_slots_});
         produced_.emplace(impl,
                           Produced{c10::weak_intrusive_ptr<c10::TensorImpl>(tensor.getIntrusivePtr()), num_slots_});
+        if (tensor.has_storage()) {
+          Memory& memory = memory_of(tensor, false);
+          if (!memory.is_held) memory.views.push_back({tensor, num_slots_});
+        }
         ++num_slots_;
       });
     }
@@ -100,6 +98,7 @@ class Tape {
   // End of recording. Each slot is freed after its last use.
   void finish() {
     produced_.clear();
+    memories_.clear();
     std::vector<size_t> last(num_slots_, 0);
     for (size_t i = 0; i < calls_.size(); ++i) {
       for (const TensorRef& input : calls_[i].inputs) last[input.slot] = i;
@@ -115,15 +114,7 @@ class Tape {
     torch::jit::Stack stack;
     for (const Call& call : calls_) {
       stack = call.stack;
-      for (const TensorRef& input : call.inputs) {
-        IValue& value = stack[input.argument];
-        if (input.element < 0) {
-          value = slots[input.slot];
-        } else {
-          value = copy_of_list(value);
-          value.toList().set(input.element, slots[input.slot]);
-        }
-      }
+      set_inputs(call, stack, [&](int64_t slot) -> const at::Tensor& { return slots[slot]; });
       call.op.callBoxed(stack);
       for (const TensorRef& result : call.results) {
         const IValue& value = stack[result.argument];
@@ -155,6 +146,71 @@ class Tape {
     int64_t slot;
   };
 
+  // Where a tensor is in memory, and how it is laid out.
+  struct View {
+    View(const at::Tensor& tensor, int64_t slot)
+        : sizes(tensor.sizes().vec()),
+          strides(tensor.strides().vec()),
+          offset(tensor.storage_offset()),
+          type(tensor.scalar_type()),
+          is_special(tensor.is_conj() || tensor.is_neg()),
+          slot(slot) {}
+
+    bool is(const View& other) const {
+      return sizes == other.sizes && strides == other.strides && offset == other.offset && type == other.type &&
+             is_special == other.is_special;
+    }
+
+    std::vector<int64_t> sizes, strides;
+    int64_t offset;
+    at::ScalarType type;
+    bool is_special;
+    int64_t slot;
+  };
+  // Of one storage: held fast, or made by a call that returned the first of these views.
+  struct Memory {
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+    bool is_held;
+    std::vector<View> views;
+  };
+
+  Memory& memory_of(const at::Tensor& tensor, bool is_held) {
+    const c10::Storage& storage = tensor.storage();
+    return memories_.try_emplace(storage.unsafeGetStorageImpl(), Memory{storage.getWeakStorageImpl(), is_held, {}})
+        .first->second;
+  }
+
+  // The slot of a tensor, or -1 where it is held fast.
+  int64_t find_slot(const at::Tensor& tensor, const c10::FunctionSchema& schema) {
+    if (!tensor.defined()) return -1;
+    const auto known = produced_.find(tensor.unsafeGetTensorImpl());
+    if (known != produced_.end()) return known->second.slot;
+    if (!tensor.has_storage()) return -1;
+    const Memory& memory = memory_of(tensor, true);
+    if (memory.is_held) return -1;
+    const View wanted(tensor, -1);
+    for (auto view = memory.views.rbegin(); view != memory.views.rend(); ++view) {
+      if (view->is(wanted)) return view->slot;
+    }
+    TORCH_CHECK(false, schema.name(), " was given a view that no operator made, which a replay cannot make again");
+  }
+
+  // Puts value(slot) into the inputs of a call; each list is copied once.
+  template <typename Value>
+  static void set_inputs(const Call& call, torch::jit::Stack& stack, const Value& value) {
+    int64_t copied = -1;  // inputs are sorted by argument
+    for (const TensorRef& input : call.inputs) {
+      IValue& argument = stack[input.argument];
+      if (input.element < 0) {
+        argument = value(input.slot);
+        continue;
+      }
+      if (input.argument != copied) argument = argument.toList().copy();
+      copied = input.argument;
+      argument.toList().set(input.element, value(input.slot));
+    }
+  }
+
   static IValue as_value(py::handle given, const c10::Argument& argument) {
     PyObject* const object = given.ptr();
     const bool is_number = PyLong_Check(object) || PyFloat_Check(object) || PyComplex_Check(object);
@@ -179,10 +235,9 @@ class Tape {
     return number;
   }
 
-  static IValue copy_of_list(const IValue& value) { return value.toList().copy(); }
-
   std::vector<Call> calls_;
   std::unordered_map<const c10::TensorImpl*, Produced> produced_;
+  std::unordered_map<const c10::StorageImpl*, Memory> memories_;
   int64_t num_slots_ = 0;
 };
 

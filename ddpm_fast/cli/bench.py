@@ -36,11 +36,14 @@ class Bench:
 
     Both are timed in interleaved rounds of one process with the same weights, images and precision, after their output,
     loss and gradients were found equal. Prints a table, says which implementation each op took and why, and draws a
-    bar chart.
+    bar chart. With --model, a network of another package is timed as it is and accelerated.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CHECKPOINT]")] = None
     """Take the configuration of this checkpoint or results folder; the options below override it."""
+    model: Annotated[Text, tyro.conf.arg(metavar="NAME")] = None
+    """Time this network of another package, as it is and accelerated: diffusers (the DDPM paper's for CIFAR-10),
+    diffusers:FOLDER (of a saved model or pipeline), torchcfm, edm, edm-adm, upstream, rectified-flow."""
     dim: Integer = None
     """Width of the network's first stage (64)."""
     dim_mults: Integers = None
@@ -75,6 +78,9 @@ def run(options: Bench) -> None:
     """`ddpm-fast bench`."""
     from ddpm_fast.measure import baselines, command
 
+    if options.model is not None:
+        run_foreign(options)
+        return
     check_positive(steps=options.steps, **{"batch-size": options.batch_size or 1})
     if options.channels is not None:
         check_positive(channels=options.channels)
@@ -103,4 +109,31 @@ def run(options: Bench) -> None:
         out=options.out,
         json_file=options.json,
         with_profile=options.profile,
+    )
+
+
+def run_foreign(options: Bench) -> None:
+    """`ddpm-fast bench --model NAME`."""
+    from ddpm_fast.measure import command, foreign
+
+    model = options.model or ""
+    ours = ("checkpoint", "dim", "dim_mults", "channels", "image_size", "profile")
+    given = [name.replace("_", "-") for name in ours if getattr(options, name)]
+    if given:
+        raise UserError(f"--model brings its own network and images; leave out {', '.join(given)}")
+    check_positive(**{"batch-size": options.batch_size or 1})
+    if options.seconds <= 0:
+        raise UserError(f"--seconds must be positive; got {options.seconds}")
+    reason = foreign.why_not(model)
+    if reason is not None:
+        raise UserError(f"--model {model}: {reason}")
+    device = device_of(options.device)
+    command.run_foreign(
+        model,
+        device,
+        batch=options.batch_size or (16 if device.type == "cuda" else 4),
+        dtype="fp32" if options.amp == "no" else options.amp,
+        seconds=options.seconds,
+        out=options.out,
+        json_file=options.json,
     )

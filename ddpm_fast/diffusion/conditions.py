@@ -277,6 +277,11 @@ def _check_tensor(name: str, given: torch.Tensor, batch_size: int, device: torch
         raise ValueError(f"{name} must be on the diffusion's device {device}, got {given.device}")
 
 
+def check_classes(classes: torch.Tensor, network: Any) -> None:
+    """Raise unless these are classes of a network."""
+    _check_classes(classes, taken_by(network))
+
+
 def _check_classes(classes: torch.Tensor, takes: Takes) -> None:
     if classes.dtype not in _INTEGERS:
         raise TypeError(f"classes must be a tensor of integers, got {classes.dtype}")

@@ -16,7 +16,7 @@ from torch import nn
 
 from ddpm_fast import noise as noise_function
 from ddpm_fast.diffusion import samplers, spacings
-from ddpm_fast.diffusion.conditions import as_conditions
+from ddpm_fast.diffusion.conditions import as_conditions, check_classes
 from ddpm_fast.diffusion.editing_process import EditingProcess
 from ddpm_fast.diffusion.guidance import Guidance, as_guidance
 from ddpm_fast.diffusion.images import (
@@ -395,6 +395,12 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
         options: dict[str, Any] = {"flip": flip, "normalize": is_bytes and self.normalize is not identity}
         x_start = img if is_bytes else self.normalize(img)
         return self._losses(x_start, times, *args, loss_reduction=loss_reduction, **options, **kwargs)  # type: ignore[misc]
+
+    def check_values(self, img: torch.Tensor, *, classes: torch.Tensor | None = None, **others: torch.Tensor) -> None:
+        """The checks of `forward` that read values, which a recording of it does not repeat."""
+        self._check_images("img", img, bytes_too=True)
+        if classes is not None:
+            check_classes(classes, self.network)
 
     def _shows_images(self) -> bool:
         """True if a method of the user's, or the assignment of noise, looks at the images of a training step."""

@@ -16,6 +16,7 @@ from ddpm_fast.diffusion.levels import TARGETS, Target
 from ddpm_fast.diffusion.schedules import Schedule
 from ddpm_fast.diffusion.weightings import Weighting, recorded_weighting
 from ddpm_fast.ops.common.tables import lookup
+from ddpm_fast.ops.registration import may_read
 from ddpm_fast.runtime.autocast import call_model
 from ddpm_fast.runtime.plain import as_int, as_number, plain
 
@@ -425,7 +426,7 @@ class DiscreteProcess(DiffusionProcess):
         for name, tensor in (("t", t), ("x_start", x)):
             if tensor.device != self.device:
                 raise ValueError(f"{name} must be on the diffusion's device {self.device}, got {tensor.device}")
-        if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+        if t.numel() and may_read(t):
             low, high = (bound.item() for bound in t.aminmax())
             if low < 0 or high >= self.num_timesteps:
                 raise ValueError(f"t must be in [0, {self.num_timesteps}), got values from {low} to {high}")

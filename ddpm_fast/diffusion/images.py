@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ddpm_fast.ops.registration import may_read
+
 
 def normalize_to_neg_one_to_one(img: torch.Tensor) -> torch.Tensor:
     """[0, 1] → [−1, 1]."""
@@ -72,7 +74,7 @@ def check_images(
     if is_bytes:
         return
     # One pass that stores nothing: a sum is finite only of finite numbers, though it may overflow.
-    if img.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(img.detach().sum()):
+    if may_read(img) and not math.isfinite(img.detach().sum()):
         bad = (~torch.isfinite(img)).flatten(1).any(dim=1).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"{name} must be finite, got NaN or infinity in images {bad[:10]} of the batch")

@@ -230,6 +230,19 @@ def why_own_forward(module: nn.Module, args: Sequence[Any] = ()) -> str | None:
     return rules.why_slower(declared.runs, module, args) if reason is None else reason
 
 
+def computes(module: Any, forward: Callable[..., Any], *args: Any) -> bool:
+    """True if a call of a module with these tensors is a call of this fast forward and of nothing else.
+
+    A network's forward may then compute the module itself.
+    """
+    declared: Fast | None = getattr(type(module), "_ddpm_fast", None)
+    if declared is None or declared.forward is not forward:
+        return False
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return not hooks and "forward" not in own and why_own_forward(module, args) is None
+
+
 def _in_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.measure import baselines, charts, compare, machine, profile
+from ddpm_fast.measure import baselines, charts, compare, foreign, machine, profile
 from ddpm_fast.measure.baselines import Configuration
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.training.atomic_files import write_atomically
@@ -56,16 +56,11 @@ def run(
 ) -> None:  # fmt: skip
     """Compare, print and draw; with `with_profile` also say where our time goes."""
 
-    def say(text: str) -> None:
-        print(f"  {text} ...", file=sys.stderr, flush=True)
-
-    for file in (out, json_file):  # before the time is spent
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
+    _make_folders(out, json_file)
     print(f"{configuration}, on {machine.name(machine.describe(device))}")
     if any("compiled" in name or "autotune" in name for name in against):
-        say("torch.compile takes minutes, which are not counted in the timing")
-    result = compare.compare(configuration, device, against, seconds=seconds, say=say)
+        _say("torch.compile takes minutes, which are not counted in the timing")
+    result = compare.compare(configuration, device, against, seconds=seconds, say=_say)
     print(compare.table(result))
     for name, errors in result["errors"].items():
         if name == "diffusers":
@@ -76,9 +71,43 @@ def run(
     draw(result, out)
     print(f"\nchart: {out}")
     if with_profile:
-        say("profiling")
+        _say("profiling")
         result["profile"] = profile.profile(configuration, device, seconds=seconds / 2)
         print("\n" + profile.report(result["profile"]))
+    _write(result, json_file)
+
+
+def run_foreign(
+    model: str, device: torch.device, *, batch: int, dtype: str, seconds: float, out: Path, json_file: Path | None
+) -> None:
+    """Compare a network of another package with itself accelerated, print and draw."""
+    _make_folders(out, json_file)
+    network = foreign.make(model)
+    result = foreign.compare(network, device, batch=batch, dtype=dtype, seconds=seconds, say=_say)
+    size = "×".join(map(str, network.size))
+    where = machine.name(result["machine"])
+    title = f"{model}, {result['parameters'] / 1e6:.1f} million parameters, {batch} images of {size}, {dtype}"
+    print(f"{title}, on {where}")
+    print(foreign.table(result))
+    print("\naccelerated equals eager: " + ", ".join(f"{k} to {v:.0e}" for k, v in result["errors"].items()))
+    print("\nWho computes the blocks\n" + foreign.modules_table(result))
+    _draw(result["phases"], out, f"{title}\n{where}", reference=foreign.EAGER)
+    print(f"\nchart: {out}")
+    _write(result, json_file)
+
+
+def _say(text: str) -> None:
+    print(f"  {text} ...", file=sys.stderr, flush=True)
+
+
+def _make_folders(*files: Path | None) -> None:
+    """Make the folders of the files before the time is spent."""
+    for file in files:
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _write(result: dict, json_file: Path | None) -> None:
     if json_file is not None:
         with write_atomically(json_file) as target:
             target.write((json.dumps(result, indent=2) + "\n").encode())
@@ -88,6 +117,12 @@ def run(
 def draw(result: dict, out: Path) -> None:
     """The chart of a comparison."""
     phases = result["phases"]
+    reference = "upstream" if all("upstream" in timings for timings in phases.values()) else compare.OURS
+    where = f"{machine.name(result['machine'])}; in brackets: speed over {reference}'s"
+    _draw(phases, out, f"{Configuration(**result['configuration'])}\n{where}", reference)
+
+
+def _draw(phases: dict[str, dict[str, dict]], out: Path, title: str, reference: str) -> None:
     milliseconds = {
         phase: {name: t["median"] * 1e3 for name, t in timings.items()} for phase, timings in phases.items()
     }
@@ -95,9 +130,6 @@ def draw(result: dict, out: Path) -> None:
         phase: {name: (t["low"] * 1e3, t["high"] * 1e3) for name, t in timings.items()}
         for phase, timings in phases.items()
     }
-    reference = "upstream" if all("upstream" in timings for timings in phases.values()) else compare.OURS
-    where = f"{machine.name(result['machine'])}; in brackets: speed over {reference}'s"
-    title = f"{Configuration(**result['configuration'])}\n{where}"
     charts.bars(milliseconds, out, title=title, unit="ms", spread=spread, reference=reference)
 
 

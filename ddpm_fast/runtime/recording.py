@@ -45,6 +45,10 @@ class CudaRecorder:
     is_kept = True
     # The host's decisions while a body runs are made once, for every replay.
     freezes_decisions = True
+    # Whether the first call of a recording runs the body itself and records it.
+    records_calls = False
+    # Whether an optimizer has to count its steps on the device.
+    needs_capturable = True
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -152,6 +156,8 @@ class TapeRecorder:
     what = "a tape of operator calls"
     is_kept = False
     freezes_decisions = True
+    records_calls = True
+    needs_capturable = False
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -167,7 +173,8 @@ class TapeRecorder:
         """See `CudaRecorder.record`; the first call runs the body and records it, so no run is wasted.
 
         Raises (that call):
-            RuntimeError: the body reads a value of a tensor, which a replay would not read again.
+            CaptureError: the body reads a value of a tensor, which a replay would not read again, or makes a tensor
+                without an operator. The body has stopped there.
         """
         tape = None
 
@@ -197,7 +204,10 @@ class _RecordingMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         returned = func(*args, **kwargs)
-        self._tape.append(func._schema.name, func._schema.overload_name, args, kwargs, returned)
+        try:
+            self._tape.append(func._schema.name, func._schema.overload_name, args, kwargs, returned)
+        except RuntimeError as error:  # the tape's own refusal: the operator has returned
+            raise CaptureError(str(error).partition("\n")[0]) from error
         return returned
 
 
@@ -207,6 +217,8 @@ class EagerRecorder:
     what = "the step itself"
     is_kept = True
     freezes_decisions = False
+    records_calls = False
+    needs_capturable = False
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -219,6 +231,11 @@ class EagerRecorder:
     def record(self, body: Body, reset: Body) -> Body:
         """See `CudaRecorder.record`."""
         return body
+
+
+def recorder_on(device: torch.device) -> Any:
+    """The class of the recorder for a device."""
+    return TapeRecorder if device.type == "cpu" else CudaRecorder
 
 
 class GraphCache:
@@ -246,7 +263,7 @@ class GraphCache:
 
     def recorder_on(self, device: torch.device) -> Any:
         """The recorder's class for a device."""
-        return self.recorder or (TapeRecorder if device.type == "cpu" else CudaRecorder)
+        return self.recorder or recorder_on(device)
 
     @contextmanager
     def try_lock(self, device: torch.device) -> Iterator[bool]:

@@ -18,7 +18,7 @@ from ddpm_fast.runtime.recording import CudaRecorder, EagerRecorder, TapeRecorde
 class FrozenRecorder(EagerRecorder):
     """Warm-ups and frozen decisions of the host as in a capture, and a count of recordings."""
 
-    freezes_decisions = True
+    freezes_decisions = needs_capturable = True
     recorded = 0
 
     def record(self, body, reset):

@@ -1,4 +1,7 @@
-"""A whole training step as one CUDA graph: loss, backward, gradient clipping, optimizer, and the average of weights."""
+"""A whole training step recorded: loss, backward, gradient clipping, optimizer, and the average of weights.
+
+On CUDA the recording is a graph; on the CPU it is a tape of operator calls, which a replay makes without Python.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +41,15 @@ def capture_training_step(
     any_module: bool = False,
     keep_copies: bool = False,
 ) -> TrainingStep:
-    """A function `step(images) -> loss` that trains `diffusion` on one batch, as a CUDA graph where there is CUDA.
+    """A function `step(images) -> loss` that trains `diffusion` on one batch by replaying a recording.
+
+    The recording is a CUDA graph, or on the CPU a tape of operator calls, made in the second call.
 
     A batch of a conditional network is `step((images, None, {"classes": classes}))`, see `TrainingStep.__call__`.
 
     Timesteps, noise and dropout are drawn on the device from torch's generator, so that `torch.manual_seed` fixes a
-    run, and they are those of the same step run without a graph. The graph is recorded by the first call, and again
-    when weights, optimizer state or settings are replaced. A learning rate may change at any time.
+    run, and they are those of the same step run without a recording. It is made by the first call, and again when
+    weights, optimizer state or settings are replaced. A learning rate may change at any time.
 
     Let go of the losses of earlier steps that ran without a graph before the first call: they keep autograd's nodes of
     the weights, which are bound to the stream of then, and a capture cannot take that in.
@@ -61,7 +66,8 @@ def capture_training_step(
         autocast: torch.bfloat16, torch.float16 with a scaler, or None for the weights' own dtype.
         scaler: scales the loss for float16 and skips steps whose gradients are not finite; it stays on the device.
         accumulate: batches per step: `step(images, more_images)` with 2. The gradient is that of their mean loss.
-        graph: None records on CUDA and runs step by step elsewhere, True raises elsewhere, False never records.
+        graph: True records, and raises where that cannot be done; False never records. None records, too, but on the CPU
+            runs step by step where it cannot: `TrainingStep.explain_graphs` says why.
         any_module: trust modules that are neither torch's nor this package's to do nothing in Python that matters.
         keep_copies: the weights' copies for autocast are kept, and written by the optimizer's kernel. Between calls
             weights then may be changed by torch's operators alone, and not through `.data`, which leaves no trace;
@@ -72,11 +78,13 @@ def capture_training_step(
     """
     if process_of(diffusion) is None:
         raise TypeError(f"diffusion must be a process or an XMWrapper around one, got {type(diffusion).__name__}")
-    reason = recording.CudaRecorder.why_not(diffusion.device)
+    recorder = recording.recorder_on(diffusion.device)
+    reason = recorder.why_not(diffusion.device)
     if graph and reason is not None:
-        raise ValueError(f"graph=True, and a graph cannot replace the step: {reason}")
-    is_recorded = diffusion.device.type == "cuda" if graph is None else graph
-    recorder = recording.CudaRecorder if is_recorded else recording.EagerRecorder
+        raise ValueError(f"graph=True, and a recording cannot replace the step: {reason}")
+    falls_back = graph is None and recorder is not recording.CudaRecorder
+    if graph is False or (falls_back and reason is not None):
+        recorder = recording.EagerRecorder
     return TrainingStep(
         diffusion,
         optimizer,
@@ -89,11 +97,13 @@ def capture_training_step(
         recorder=recorder,
         any_module=any_module,
         keep_copies=keep_copies,
+        falls_back=falls_back,
+        refusal="graph=False was given" if graph is False else reason,
     )
 
 
 class NotRecordableError(ValueError):
-    """A graph cannot replace a training step."""
+    """A recording cannot replace a training step."""
 
     def __init__(self, reason: str):
         super().__init__(f"a graph cannot replace the step: {reason}; graph=False runs it without one")
@@ -101,7 +111,12 @@ class NotRecordableError(ValueError):
 
 
 class TrainingStep:
-    """What `capture_training_step` returns; its arguments, and the class of the recorder that makes graphs.
+    """What `capture_training_step` returns.
+
+    Args:
+        recorder: the class that makes recordings; the other arguments are those of `capture_training_step`.
+        falls_back: where the step cannot be recorded, it runs without a recording instead of raising.
+        refusal: why `recorder` does not record.
 
     A step on one batch in one process is one recording. Otherwise there are three, or six with self-conditioning: the
     gradients of the first batch, those of a further one, and the update; gradients then stay in memory of their own,
@@ -126,8 +141,10 @@ class TrainingStep:
         accumulate: int = 1,
         any_module: bool = False,
         keep_copies: bool = False,
+        falls_back: bool = False,
+        refusal: str | None = None,
     ):
-        _check_optimizer(optimizer, diffusion, capturable=recorder.freezes_decisions)
+        _check_optimizer(optimizer, diffusion, capturable=recorder.needs_capturable)
         shape = (diffusion.channels, *(diffusion.image_size or ()))
         if len(batch_shape) != 4 or batch_shape[0] < 1 or tuple(batch_shape[1:]) != shape:
             raise ValueError(f"batch_shape must be (B, {', '.join(map(str, shape))}), got {tuple(batch_shape)}")
@@ -137,8 +154,11 @@ class TrainingStep:
             raise ValueError("autocast=torch.float16 needs a gradient scaler, got scaler=None")
         if recorder.freezes_decisions:
             reason = why_not_recorded(diffusion, optimizer, any_module)
-            if reason is not None:
+            if reason is not None and not falls_back:
                 raise NotRecordableError(reason)
+            if reason is not None:
+                recorder, refusal = recording.EagerRecorder, reason
+        self._falls_back, self._refusal = falls_back, refusal
         self.diffusion, self.optimizer = diffusion, optimizer
         self.max_grad_norm, self.autocast, self.scaler = max_grad_norm, autocast, scaler
         self.accumulate = as_int("accumulate", accumulate, 1)
@@ -165,6 +185,8 @@ class TrainingStep:
     def clear(self) -> None:
         """Drop what is recorded; the next call records again."""
         self._recordings: dict[tuple, recording.Body] = {}
+        # Bodies that have run once before a recorder records a call of them.
+        self._ran: set[tuple] = set()
         self._by_kernel_in = {}
         self._captured_key: tuple | None = None
         self._snapshot: Snapshot | None = None
@@ -198,6 +220,8 @@ class TrainingStep:
             if not images.is_floating_point() and images.dtype != torch.uint8:
                 raise TypeError(f"images must be floating point in [0, 1] or uint8, got {images.dtype}")
             _check_conditions(conditions, len(images))
+            if self.recorder.records_calls:
+                process_of(self.diffusion).check_values(images, **conditions)  # type: ignore[union-attr]
         self._see_changes()
         if self._average is not None:
             self._average.begin()
@@ -211,8 +235,9 @@ class TrainingStep:
             told = tuple((name, tensor.shape, tensor.dtype) for name, tensor in conditions.items())
             kind = (images.dtype if images.dtype == torch.uint8 else torch.float32, flips is not None, told)
             self._take_in(kind, images, flips, conditions)
-            # The coin is the host's, so that each side has a recording of its own.
-            coin = self.diffusion.draw_self_condition() if self.recorder.freezes_decisions else None
+            # The coin is the host's, so that each side has a recording of its own. It is drawn before the times,
+            # recorded or not: on the CPU both come from one generator.
+            coin = self.diffusion.draw_self_condition()
             if is_whole:
                 self._replay(("step", kind, coin), partial(self._whole_step, kind, coin))
             else:
@@ -239,6 +264,12 @@ class TrainingStep:
         }
         reasons["their copies for autocast"] = None if self.autocast is None else self._why_not_kept()
         return self._optimizer_step.explain(reasons)
+
+    def explain_graphs(self) -> str:
+        """Whether steps are replayed, and if not, why; one sentence."""
+        if self._refusal is not None:
+            return f"training runs step by step: {self._refusal}"
+        return f"training replays {self.recorder.what}"
 
     @property
     def _network(self) -> Any:
@@ -319,29 +350,69 @@ class TrainingStep:
             return
         reason = why_not_recorded(self.diffusion, self.optimizer, self.any_module)
         if reason is not None:
-            raise NotRecordableError(reason)
-        if self._capture_key() != self._captured_key:
+            if not self._falls_back:
+                raise NotRecordableError(reason)
+            self._stop_recording(reason)
+            self._take_snapshot()
+        elif self._capture_key() != self._captured_key:
             self.clear()
         elif self._recordings:
             self._take_snapshot()
 
     def _replay(self, name: tuple, body: Callable[[], None]) -> None:
         """Run a body; where there is no recording of that name yet, make it."""
-        if name not in self._recordings:
-            reset = self._make_reset()
+        if name in self._recordings:
+            self._recordings[name]()
+        elif self.recorder.records_calls and name not in self._ran:
+            body()
+            # A recording finds what this call has made, such as Adam's moments.
+            self._ran.add(name)
+            self._remember()
+        elif not self._falls_back:
+            self._record(name, body)
+        else:
+            drawn = torch.get_rng_state()
             try:
-                self._recordings[name] = self.recorder.record(body, reset)
-            except BaseException:
-                reset()  # the weights as they were, not as a warm-up left them
-                self._drop_gradients()
-                self.clear()
-                raise
-            self._captured_key = self._capture_key()
-            if self.recorder.freezes_decisions:
-                self._take_snapshot()
-                self._by_kernel_in[name] = self._by_kernel
-        self._recordings[name]()
+                self._record(name, body)
+            except (NotRecordableError, recording.CaptureError) as error:
+                torch.set_rng_state(drawn)
+                self._stop_recording(error.reason if isinstance(error, NotRecordableError) else str(error))
+                body()
         self._by_kernel = self._by_kernel_in.get(name, self._by_kernel)
+
+    def _record(self, name: tuple, body: Callable[[], None]) -> None:
+        """Make a recording, and run it once."""
+        if self.recorder.records_calls and (reason := self._optimizer_step.last_reason) is not None:
+            raise NotRecordableError(f"torch moves the weights: {reason}")
+        reset = self._make_reset()
+        try:
+            recorded = self.recorder.record(body, reset)
+            if self.recorder.records_calls:
+                recorded()
+        except BaseException:
+            reset()  # the weights as they were, not as a warm-up left them
+            self._drop_gradients()
+            if not self._falls_back:
+                self.clear()
+            raise
+        self._recordings[name] = recorded
+        self._remember()
+        if self.recorder.freezes_decisions:
+            self._by_kernel_in[name] = self._by_kernel
+        if not self.recorder.records_calls:
+            recorded()
+
+    def _remember(self) -> None:
+        """What the recordings depend on, as it is now."""
+        self._captured_key = self._capture_key()
+        if self.recorder.freezes_decisions:
+            self._take_snapshot()
+
+    def _stop_recording(self, reason: str) -> None:
+        """Go on step by step."""
+        self._recorder_class, self._refusal = recording.EagerRecorder, reason
+        self.recorder = self._recorder_class(self.diffusion.device)
+        self._recordings, self._captured_key = {}, None
 
     def _whole_step(self, kind: tuple, self_conditioned: bool | None) -> None:
         self._drop_gradients()
@@ -420,8 +491,11 @@ class TrainingStep:
 
     def _make_reset(self) -> Callable[[], None]:
         """A function that puts weights, gradients, scale and the optimizer's state back to what they are now."""
-        held = [*self.diffusion.parameters(), *self.diffusion.buffers(), *self.flat_gradients, self._loss]
-        held += _state_of_scaler(self.scaler)
+        held = [*self.diffusion.buffers(), *self.flat_gradients, self._loss]
+        if self.recorder.records_calls:
+            # A call stops before it moves weights: the native step, which does, can be recorded.
+            return _put_back(held)
+        held += [*self.diffusion.parameters(), *_state_of_scaler(self.scaler)]
         held += [] if self._average is None else self._average.targets.values()
         held += [] if self._kept is None else self._kept.copies
         saved = {t: t.detach().clone() for t in (*held, *_state_tensors(self.optimizer))}
@@ -435,8 +509,10 @@ class TrainingStep:
         return reset
 
     def _hold_rates(self) -> None:
-        groups = self.optimizer.param_groups
-        self._rates += [torch.zeros((), device=self.diffusion.device) for _ in groups[len(self._rates) :]]
+        groups, device = self.optimizer.param_groups, self.diffusion.device
+        # The CPU's step reads a float64, which is the number itself.
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        self._rates += [torch.zeros((), device=device, dtype=dtype) for _ in groups[len(self._rates) :]]
         for group, rate in zip(groups, self._rates, strict=True):
             if group["lr"] is not rate:
                 rate.copy_(group["lr"]) if isinstance(group["lr"], torch.Tensor) else rate.fill_(group["lr"])
@@ -475,6 +551,18 @@ class TrainingStep:
         self._snapshot, self._captured_options = Snapshot(self.diffusion, dicts, lists, tensors), self._options()
 
 
+def _put_back(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """A function that gives tensors the values that they have now."""
+    saved = [tensor.detach().clone() for tensor in tensors]
+
+    @torch.no_grad()
+    def reset() -> None:
+        for tensor, value in zip(tensors, saved, strict=True):
+            tensor.copy_(value)
+
+    return reset
+
+
 def _as_batch(batch: torch.Tensor | tuple) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
     """Images, flips and conditions of what a step is given."""
     images, flips, conditions = (batch, None, None) if isinstance(batch, torch.Tensor) else (*batch, None, None)[:3]
@@ -500,13 +588,14 @@ def _averaged(ema: Any, diffusion: nn.Module) -> nn.Module:
 def plain_groups(optimizer_state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The groups of an optimizer's state dict as a file keeps them: numbers, and nothing of a recording's.
 
-    A rate on the device is the float32 of a number, and the shortest number of that float32 is it again.
+    A rate on a device may be the float32 of a number, and the shortest number of that float32 is it again.
     """
     groups = []
     for group in optimizer_state["param_groups"]:
         group = {**group, "capturable": False}
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"] = float(f"{group['lr'].item():.7g}")
+        rate = group["lr"]
+        if isinstance(rate, torch.Tensor):
+            group["lr"] = rate.item() if rate.dtype is torch.float64 else float(f"{rate.item():.7g}")
         groups.append(group)
     return groups
 

@@ -13,7 +13,7 @@ from ddpm_fast.training.average import Average
 
 
 class OptimizerStep:
-    """What `clip_grad_norm_`, `optimizer.step()` and the move of an average do, on CUDA in three launches.
+    """What `clip_grad_norm_`, `optimizer.step()` and the move of an average do, by kernels or natively.
 
     State stays in the optimizer, where torch keeps it, so that checkpoints are the same. Gradients are read and not
     clipped in place. Keep the object as long as recordings of its calls, and call it once before one is recorded.
@@ -23,13 +23,13 @@ class OptimizerStep:
         self.optimizer = optimizer
         self._tables = Tables()
         # Of the last step.
-        self._reason: str | None = "no step was made"
+        self.last_reason: str | None = "no step was made"
         self._written: list[str] = []
 
     def why_not(self) -> str | None:
         """Why torch's own step has to run, in one clause; None where this one can."""
-        self._reason = self._why_not()
-        return self._reason
+        self.last_reason = self._why_not()
+        return self.last_reason
 
     def _why_not(self) -> str | None:
         optimizer: Any = self.optimizer
@@ -145,8 +145,8 @@ class OptimizerStep:
             reasons: what one pass could have written besides weights, and why it has not; None where it has, or where
                 there is no such thing.
         """
-        if self._reason is not None:
-            return f"torch clips gradients and moves weights: {self._reason}"
+        if self.last_reason is not None:
+            return f"torch clips gradients and moves weights: {self.last_reason}"
         parts = ["one pass clips gradients and moves weights", *self._written]
         done = ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else parts[0]
         return "; ".join([done, *(f"not {name}: {reason}" for name, reason in reasons.items() if reason is not None)])

@@ -121,8 +121,9 @@ class Trainer:
         device.
     amp: whether to use mixed precision; None does so on CUDA cards that have bf16.
     mixed_precision_type: "bf16", "fp16" or "no"; None is fp16 on CUDA cards without bf16, else bf16.
-    graph: a step is recorded as CUDA graphs and replayed, with the same result. None does so where it can and warns
-        with the reason on CUDA where it cannot (`explain_graphs` says it, too), True raises there, False never does.
+    graph: a step is recorded, as CUDA graphs or on the CPU as a tape of operator calls, and replayed with the same
+        result. None does so where it can and warns with the reason on CUDA where it cannot (`explain_graphs` says it,
+        too), True raises there, False never does.
         What makes the update of the weights, `explain_optimizer` says.
     exts, value_range, background: of a folder, as of `Dataset`; None chooses. A checkpoint records the value range.
     labels, label_column, cond_columns, cond_folder: of a folder, as of `Dataset`: conditions, which the network takes
@@ -141,8 +142,8 @@ class Trainer:
     Raises ValueError, TypeError or OSError for unusable arguments or folders.
     """
 
-    # What records a step.
-    _recorder: Any = recording.CudaRecorder
+    # What records a step; None: the recorder of the device.
+    _recorder: Any = None
 
     def __init__(
         self,
@@ -272,7 +273,8 @@ class Trainer:
         # also the one that skips a step of fp16's scaler without asking the device whether to; a recording needs its
         # count of steps there, too.
         self._adam_options = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
-        if self.device.type == "cuda" or self._recorder is not recording.CudaRecorder:
+        self._recorder = self._recorder or recording.recorder_on(self.device)
+        if self._recorder.needs_capturable:
             self._adam_options["capturable"] = True
         self.opt: Any = Adam(diffusion_model.parameters(), lr=train_lr, betas=adam_betas, **self._adam_options)
         if self.accelerator.is_main_process:
@@ -517,12 +519,16 @@ class Trainer:
     def _run_step_by_step(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and gradient norm of a step."""
         total_loss: Any = 0.0
+        process = process_of(self._trained)
+        # As a recording draws it: before the times, which on the CPU come from the same generator.
+        draws = process is not None and process.self_condition and recording.untrusted_module(self._trained) is None
         for micro_step, batch in enumerate(batches):
+            options = {"self_conditioned": process.draw_self_condition()} if draws else {}
             is_last = micro_step == len(batches) - 1
             # Gradients are summed over processes once per step, in the backward of the last micro-step.
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
-                    loss = self.model(batch.images, **batch.options) / self.gradient_accumulate_every
+                    loss = self.model(batch.images, **batch.options, **options) / self.gradient_accumulate_every
                 self.accelerator.backward(loss)
             total_loss = total_loss + loss.detach()
         average, moved = None, frozenset[torch.Tensor]()

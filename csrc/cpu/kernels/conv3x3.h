@@ -25,7 +25,7 @@ struct PixelNorm {
   float* norms;           // (B, H, W) or null
 };
 
-// output = conv3x3(input, weight) + bias + residual. Maps of several parts have their channels side by side.
+// output = (conv3x3(input, weight) + bias + residual)·factor. Maps of several parts have their channels side by side.
 struct Conv3x3Forward {
   int64_t B, H, W;        // of the convolution
   bool upsampled;         // the input has half the height and width, and each of its pixels becomes 2×2
@@ -33,8 +33,10 @@ struct Conv3x3Forward {
   const float* input[2];  // (B, H, W, channels[i])
   int64_t channels[2];    // C in all; channels[1] is 0 where there is one part
   Conv3x3Weight weight;
-  const float* bias;           // (K) or null
+  const float* bias;           // (K), or (B, K) with bias_stride = K; or null
+  int64_t bias_stride;         // of images
   const float* residual[2];    // like output, or null
+  float factor = 1.0f;
   float* output[2];            // (B, H, W, output_channels[i])
   int64_t output_channels[2];  // K in all
   const PixelNorm* norm;       // of the output, or null; for an output of one part that is not pooled

@@ -59,14 +59,14 @@ inline void forward_directly(const Conv3x3Forward& p, int64_t C, int64_t K) {
       pack_taps(p.weight, column, columns, C, packed);
       deep_product(a, row, 1, packed, pixels, depth, kPanel, m, kPanel, false);
       for (int64_t k = column, count; k < column + columns; k += count) {
-        const OutputSlice slice(p, k, column + columns);
+        const OutputSlice slice(p, 0, k, column + columns);
         count = slice.count;
-        const vf bias = slice.bias == nullptr ? vf{} : load_upto(slice.bias, count);
         for (int64_t i = 0; i < pixels; ++i) {
-          const int64_t at = i * slice.channels;
+          const int64_t at = i * slice.channels, image = i / (p.H * p.W);
+          const vf bias = slice.bias == nullptr ? vf{} : load_upto(slice.bias + image * p.bias_stride, count);
           vf value = load_upto(m + i * kPanel + (k - column), count) + bias;
           if (slice.residual != nullptr) value += load_upto(slice.residual + at, count);
-          store_upto(slice.output + at, value, count);
+          store_upto(slice.output + at, value * splat(slice.factor), count);
         }
       }
     }

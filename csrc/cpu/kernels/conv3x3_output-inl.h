@@ -9,20 +9,22 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// Output channels from k on, at most kLanes and below `last`, that belong to one part.
+// Output channels of image b from k on, at most kLanes and below `last`, that belong to one part.
 struct OutputSlice {
   float* output;
   const float* residual;
   const float* bias;
   int64_t channels;  // of the part, its pixels' stride
   int64_t count;
+  float factor;
 
-  DDPM_FAST_INLINE OutputSlice(const Conv3x3Forward& p, int64_t k, int64_t last) {
+  DDPM_FAST_INLINE OutputSlice(const Conv3x3Forward& p, int64_t b, int64_t k, int64_t last) {
     const int part = k < p.output_channels[0] ? 0 : 1;
     const int64_t channel = k - (part == 0 ? 0 : p.output_channels[0]);
     output = p.output[part] + channel;
     residual = p.residual[part] == nullptr ? nullptr : p.residual[part] + channel;
-    bias = p.bias == nullptr ? nullptr : p.bias + k;
+    bias = p.bias == nullptr ? nullptr : p.bias + b * p.bias_stride + k;
+    factor = p.factor;
     channels = p.output_channels[part];
     count = min(min<int64_t>(kLanes, last - k), channels - channel);
   }
@@ -36,15 +38,16 @@ DDPM_FAST_INLINE void transform_output(const float* m, int64_t plane, const Tile
                                        const OutputSlice& slice) {
   const int64_t count = slice.count;
   const vf bias = slice.bias == nullptr ? vf{} : kWhole ? load(slice.bias) : load_upto(slice.bias, count);
+  const vf factor = splat(slice.factor);
   const auto put = [&](int64_t pixel, vf value) DDPM_FAST_LAMBDA {
     const int64_t at = pixel * slice.channels;
     value += bias;
     if constexpr (kWhole) {
       if constexpr (kResidual) value += load(slice.residual + at);
-      store(slice.output + at, value);
+      store(slice.output + at, value * factor);
     } else {
       if constexpr (kResidual) value += load_upto(slice.residual + at, count);
-      store_upto(slice.output + at, value, count);
+      store_upto(slice.output + at, value * factor, count);
     }
   };
   const int64_t height = kWhole ? 4 : tiles.H - tile.y, width = kWhole ? 4 : tiles.W - tile.x;
@@ -95,7 +98,7 @@ inline void finish_columns(const Conv3x3Forward& p, const Tiles& tiles, int64_t 
     const Tile tile(tiles, t);
     const bool inside = tile.y + 4 <= tiles.H && tile.x + 4 <= tiles.W;
     for (int64_t k = first, count; k < last; k += count) {
-      const OutputSlice slice(p, k, last);
+      const OutputSlice slice(p, tile.b, k, last);
       count = slice.count;
       const float* sums = m + (t - begin) * row + (k - first);
       const auto pool = [&](auto residual) {

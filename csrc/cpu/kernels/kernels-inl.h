@@ -1,11 +1,13 @@
 // The table of all native CPU kernels (kernels.h), compiled for one instruction set.
 #pragma once
 
+#include "adam_step-inl.h"
 #include "attention_block-inl.h"
 #include "conv3x3_forward-inl.h"
 #include "conv3x3_gradient-inl.h"
 #include "convert-inl.h"
 #include "forward_diffusion-inl.h"
+#include "joined_norm-inl.h"
 #include "kernels.h"
 #include "linear-inl.h"
 #include "linear_attention_backward-inl.h"
@@ -24,6 +26,7 @@ constexpr Kernels make_kernels(const char* name) {
       .lanes = kLanes,
       .conv3x3 = {.forward = conv3x3_forward, .weight_gradient = conv3x3_weight_gradient},
       .norm_silu = {.forward = norm_silu_forward, .backward = norm_silu_backward},
+      .joined_norm = {.forward = joined_norm_forward, .backward = joined_norm_backward},
       .linear = {.forward = linear_forward,
                  .forward_many = linears_forward,
                  .data_gradient = linear_data_gradient,
@@ -50,6 +53,7 @@ constexpr Kernels make_kernels(const char* name) {
                        .step_guided = sampler_step::step_guided,
                        .scale_noise = sampler_step::scale_noise},
       .variational_bound = {.forward = variational_bound::forward},
+      .adam_step = {.squares = adam_step::squares, .update = adam_step::update, .move = adam_step::move},
   };
 }
 

@@ -1,10 +1,12 @@
 // `Kernels`, the table of this folder's functions; each instruction set has one. Free of torch.
 #pragma once
 
+#include "adam_step.h"
 #include "attention.h"
 #include "conv3x3.h"
 #include "convert.h"
 #include "forward_diffusion.h"
+#include "joined_norm.h"
 #include "linear.h"
 #include "linear_attention.h"
 #include "noise.h"
@@ -21,6 +23,7 @@ struct Kernels {
   int lanes;  // floats of a vector
   Conv3x3Kernels conv3x3;
   NormSiluKernels norm_silu;
+  JoinedNormKernels joined_norm;
   LinearKernels linear;
   NormLinearKernels norm_linear;
   AttentionKernels attention;
@@ -31,6 +34,7 @@ struct Kernels {
   ForwardDiffusionKernels forward_diffusion;
   SamplerStepKernels sampler_step;
   VariationalBoundKernels variational_bound;
+  AdamStepKernels adam_step;
 };
 
 // The table of the widest instruction set that this processor has, or of the one chosen by `use_instruction_set`.

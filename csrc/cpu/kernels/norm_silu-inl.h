@@ -31,6 +31,30 @@ struct NormChunks {
   }
 };
 
+// Dropout's factors of pixels [first, first + rows) of a sample, (rows, C): keep_scale where an element is kept and 0
+// where not. Elements are counted in C, H, W order, four to a Philox block.
+inline const float* fill_keep(const Dropout& dropout, int64_t sample, int64_t first, int64_t rows, int64_t N,
+                              int64_t C) {
+  float* mask = thread_scratch(kNormMaskSlot, rows * C);
+  const NoiseIndex index{.key = philox_key(dropout.seed),
+                         .sample = static_cast<uint32_t>(sample),
+                         .step = 0,
+                         .stream = kStreamDropout};
+  for (int64_t c = 0; c < C; ++c) {
+    const int64_t begin = c * N + first, end = begin + rows;
+    for (int64_t block = begin / 4; 4 * block < end; ++block) {
+      const PhiloxWords four = philox4x32(philox_counter(index, static_cast<uint32_t>(block)), index.key);
+      const uint32_t words[4] = {four.x0, four.x1, four.x2, four.x3};
+      for (int i = 0; i < 4; ++i) {
+        const int64_t element = 4 * block + i;
+        if (element < begin || element >= end) continue;
+        mask[(element - begin) * C + c] = words[i] >= dropout.keep_threshold ? dropout.keep_scale : 0.0f;
+      }
+    }
+  }
+  return mask;
+}
+
 // One chunk of one sample.
 struct NormChunk {
   int64_t sample, first, rows, begin;  // begin: of the chunk's first element within the maps
@@ -46,29 +70,7 @@ struct NormChunk {
               .offset = p.offset,
               .scale = p.scale ? p.scale + sample * p.C : nullptr,
               .shift = p.shift ? p.shift + sample * p.C : nullptr};
-    keep = p.dropout.keep_threshold ? fill_keep(p) : nullptr;
-  }
-
-  // keep_scale where an element is kept and 0 where not. Elements are counted in C, H, W order, four to a Philox block.
-  const float* fill_keep(const NormSiluArgs& p) const {
-    float* mask = thread_scratch(kNormMaskSlot, rows * p.C);
-    const NoiseIndex index{.key = philox_key(p.dropout.seed),
-                           .sample = static_cast<uint32_t>(sample),
-                           .step = 0,
-                           .stream = kStreamDropout};
-    for (int64_t c = 0; c < p.C; ++c) {
-      const int64_t begin = c * p.N + first, end = begin + rows;
-      for (int64_t block = begin / 4; 4 * block < end; ++block) {
-        const PhiloxWords four = philox4x32(philox_counter(index, static_cast<uint32_t>(block)), index.key);
-        const uint32_t words[4] = {four.x0, four.x1, four.x2, four.x3};
-        for (int i = 0; i < 4; ++i) {
-          const int64_t element = 4 * block + i;
-          if (element < begin || element >= end) continue;
-          mask[(element - begin) * p.C + c] = words[i] >= p.dropout.keep_threshold ? p.dropout.keep_scale : 0.0f;
-        }
-      }
-    }
-    return mask;
+    keep = p.dropout.keep_threshold ? fill_keep(p.dropout, sample, first, rows, p.N, p.C) : nullptr;
   }
 
   DDPM_FAST_INLINE const float* keep_row(int64_t row, int64_t C) const { return keep ? keep + row * C : nullptr; }

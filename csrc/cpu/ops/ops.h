@@ -49,6 +49,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> variational_bound(
     double offset_noise_strength, bool clip_x_start, bool detach_mean, double min_probability, bool with_gradient);
 Tensor variational_bound_backward(const Tensor& gradient, const Tensor& factor, const Tensor& dloss);
 
+// adam_step.cpp
+std::tuple<Tensor, Tensor> adam_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+                                     at::TensorList exp_avg_sqs, at::TensorList steps, at::TensorList averages,
+                                     at::IntArrayRef averaged, at::TensorList copies, at::IntArrayRef copied,
+                                     at::TensorList rates, at::IntArrayRef rated, at::IntArrayRef counts,
+                                     at::ArrayRef<double> numbers, std::optional<double> max_grad_norm,
+                                     const OptionalTensor& grad_scale, const OptionalTensor& average_weight);
+
 // norm_silu.cpp
 std::tuple<Tensor, Tensor> norm_silu(const Tensor& x, const Tensor& gain, const OptionalTensor& offset,
                                      const OptionalTensor& bias, const OptionalTensor& scale,
@@ -129,5 +137,20 @@ std::vector<Tensor> resnet_block_backward(const Tensor& grad, const Tensor& x, c
                                           const Tensor& y1, const Tensor& statistics1, const Tensor& y2,
                                           const Tensor& statistics2, int64_t groups, double eps, double dropout_p,
                                           bool needs_dx);
+
+// preactivation_block.cpp
+std::tuple<Tensor, Tensor, Tensor, Tensor> preactivation_block(
+    const Tensor& x, const OptionalTensor& skip, const Tensor& weight1, const OptionalTensor& bias1,
+    const Tensor& gain1, const Tensor& offset1, const OptionalTensor& embedding, const OptionalTensor& scale,
+    const OptionalTensor& shift, const Tensor& weight2, const OptionalTensor& bias2, const Tensor& gain2,
+    const Tensor& offset2, const OptionalTensor& res_weight, const OptionalTensor& res_bias,
+    const OptionalTensor& seed, int64_t groups1, int64_t groups2, double eps1, double eps2, double output_scale,
+    double dropout_p, bool keep);
+std::vector<Tensor> preactivation_block_backward(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& skip, const Tensor& weight1, const Tensor& gain1,
+    const Tensor& offset1, const OptionalTensor& embedding, const OptionalTensor& scale, const OptionalTensor& shift,
+    const Tensor& weight2, const Tensor& gain2, const Tensor& offset2, const OptionalTensor& res_weight,
+    const OptionalTensor& seed, const Tensor& statistics1, const Tensor& y1, const Tensor& statistics2,
+    int64_t groups1, int64_t groups2, double output_scale, double dropout_p, bool needs_dx);
 
 }  // namespace ddpm_fast::cpu

@@ -15,6 +15,7 @@ TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("native_diffusion_loss_backward", &diffusion_loss_backward);
   m.impl("native_variational_bound", &variational_bound);
   m.impl("native_variational_bound_backward", &variational_bound_backward);
+  m.impl("native_adam_step", &adam_step);
   m.impl("native_norm_silu", &norm_silu);
   m.impl("native_norm_silu_backward", &norm_silu_backward);
   m.impl("native_norm_linear", &norm_linear);
@@ -36,6 +37,8 @@ TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("native_linear_attention_block_backward", &linear_attention_block_backward);
   m.impl("native_resnet_block", &resnet_block);
   m.impl("native_resnet_block_backward", &resnet_block_backward);
+  m.impl("native_preactivation_block", &preactivation_block);
+  m.impl("native_preactivation_block_backward", &preactivation_block_backward);
 }
 
 }  // namespace ddpm_fast::cpu

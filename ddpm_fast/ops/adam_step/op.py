@@ -5,7 +5,8 @@
     p ← p − lr · m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ)) + eps)
     average ← average + weight · (p − average),   copy ← p
 
-On CUDA three launches, however many tensors there are. The state is torch.optim.Adam's own, tensor by tensor.
+On CUDA three launches, however many tensors there are; on the CPU two passes over memory, one where nothing is clipped.
+The state is torch.optim.Adam's own, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 
 from ddpm_fast.ops.adam_step import reference
-from ddpm_fast.ops.adam_step.settings import AdamSettings
-from ddpm_fast.runtime import triton_launch
+from ddpm_fast.ops.adam_step.settings import AdamSettings, have_same_layout
+from ddpm_fast.ops.registration import define
+from ddpm_fast.runtime import extension, triton_launch
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
 __all__ = ["AdamSettings", "Tables", "adam_step", "why_not_fused"]
@@ -40,7 +42,7 @@ class Tables:
         self._params: list[Any] = []
         self._facts: tuple[list, ...] = ()
         self._like: tuple[list, ...] = ()
-        # Of the kernels' own.
+        # Of the kernels' own; True once native code has taken the tensors.
         self.held: Any = None
 
     def hold(self, lists: Sequence[Sequence[torch.Tensor | None] | None], settings: Sequence[AdamSettings]) -> bool:
@@ -103,8 +105,8 @@ def adam_step(
         params: float32 (float64: reference only), of one device.
         grads: one for each parameter, of its shape and dtype. They are read only; not those of torch's clipping.
         exp_avgs, exp_avg_sqs: the moments, of the parameters' shape and dtype; overwritten.
-        steps: steps so far, one float32 element each, on the device; counted up.
-        settings: one entry for each group of consecutive parameters.
+        steps: steps so far, one float32 element each, on the device; counted up. Natively, each of its own.
+        settings: one entry for each group of consecutive parameters. On the CPU a tensor lr may be float64.
         max_grad_norm: the norm of all gradients together is clipped to this; None leaves them.
         grad_scale: one float32 element that the loss was multiplied by. Gradients are divided by it, and where one is
             not finite, or their norm overflows, no parameter, moment and step changes.
@@ -203,13 +205,123 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return importlib.import_module("ddpm_fast.ops.adam_step.triton").adam_step(*args, **kwargs)
 
 
+def _fake(params: Sequence[torch.Tensor], *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return params[0].new_empty(()), params[0].new_empty(())
+
+
+# Lists of tensors that not every parameter or group has come with the places of those that have one. `numbers` are
+# those of a group, one group after another: lr, beta1, beta2, eps, weight_decay, decoupled.
+_native_adam_step = define(
+    "native_adam_step",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
+    "Tensor(e!)[] averages, int[] averaged, Tensor(f!)[] copies, int[] copied, Tensor[] rates, int[] rated, "
+    "int[] counts, float[] numbers, float? max_grad_norm, Tensor? grad_scale, Tensor? average_weight) "
+    "-> (Tensor norm, Tensor skipped)",
+    _fake,
+)
+
+
+@torch.no_grad()
+def _native(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor],
+    settings: Sequence[AdamSettings],
+    *,
+    max_grad_norm: float | None,
+    grad_scale: torch.Tensor | None,
+    averages: Sequence[torch.Tensor | None] | None,
+    average_weight: torch.Tensor | None,
+    copies: Sequence[torch.Tensor | None] | None,
+    tables: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lrs = [group.lr if isinstance(group.lr, torch.Tensor) else None for group in settings]
+    result = _native_adam_step(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        *_with_places(averages),
+        *_with_places(copies),
+        *_with_places(lrs),
+        [group.count for group in settings],
+        [number for group in settings for number in _numbers_of(group)],
+        max_grad_norm,
+        grad_scale,
+        average_weight,
+    )
+    if tables is not None:
+        tables.held = True
+    return result
+
+
+def _with_places(tensors: Sequence[torch.Tensor | None] | None) -> tuple[list[torch.Tensor], list[int]]:
+    """The tensors of a list with holes, and where in the list they are."""
+    found = [(tensor, place) for place, tensor in enumerate(tensors or ()) if tensor is not None]
+    return [tensor for tensor, _ in found], [place for _, place in found]
+
+
+def _numbers_of(group: AdamSettings) -> tuple[float, ...]:
+    """A group's row of `numbers`; a learning rate that is a tensor is read by the kernel."""
+    lr = 0.0 if isinstance(group.lr, torch.Tensor) else float(group.lr)
+    return lr, group.beta1, group.beta2, group.eps, group.weight_decay, float(group.decoupled)
+
+
+def _native_refuses(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor],
+    settings: Sequence[AdamSettings],
+    *,
+    averages: Sequence[torch.Tensor | None] | None = None,
+    copies: Sequence[torch.Tensor | None] | None = None,
+    tables: Tables | None = None,
+    **others: Any,
+) -> str | None:
+    if tables is not None and tables.held is True:
+        return extension.why_not(params[0].device)
+    reason = _why_not_native(params, steps, copies)
+    if reason is not None:
+        return reason
+    for tensors in (exp_avgs, exp_avg_sqs, averages or (), copies or ()):
+        for p, tensor in zip(params, tensors, strict=False):
+            if tensor is not None and not have_same_layout(tensor, p):
+                return f"a tensor of strides {tensor.stride()} is of a parameter of strides {p.stride()}"
+    return None
+
+
 def why_not_fused(
     params: Sequence[torch.Tensor], steps: Sequence[torch.Tensor], copies: Sequence[torch.Tensor | None] | None = None
 ) -> str | None:
-    """Why the kernels cannot do a step of these parameters, in one clause; None where they can."""
-    reason = triton_launch.why_not_triton(params[0].device)
-    if reason is not None:
-        return reason
+    """Why neither kernels nor native code can do a step of these parameters, in one clause; None where one can."""
+    if params[0].device.type == "cpu" and triton_launch.why_not_triton(params[0].device) is not None:
+        return _why_not_native(params, steps, copies)
+    return _why_not_triton(params, steps, copies)
+
+
+def _why_not_native(
+    params: Sequence[torch.Tensor], steps: Sequence[torch.Tensor], copies: Sequence[torch.Tensor | None] | None
+) -> str | None:
+    device = params[0].device
+    if device.type != "cpu":
+        return f"tensors are on {device.type}, and native code is for the CPU"
+    return extension.why_not(device) or _why_not_these(params, steps, copies)
+
+
+def _why_not_triton(
+    params: Sequence[torch.Tensor], steps: Sequence[torch.Tensor], copies: Sequence[torch.Tensor | None] | None
+) -> str | None:
+    return triton_launch.why_not_triton(params[0].device) or _why_not_these(params, steps, copies)
+
+
+def _why_not_these(
+    params: Sequence[torch.Tensor], steps: Sequence[torch.Tensor], copies: Sequence[torch.Tensor | None] | None
+) -> str | None:
     for p in params:
         if p.dtype is not torch.float32:
             return f"a parameter is {p.dtype}, and the kernels compute in float32"
@@ -246,9 +358,9 @@ def _triton_refuses(
     tables: Tables | None = None,
     **others: Any,
 ) -> str | None:
-    if tables is not None and tables.held is not None:  # the kernels have taken these tensors before
+    if tables is not None and tables.held not in (None, True):  # the kernels have taken these tensors before
         return triton_launch.why_not_triton(params[0].device)
-    return why_not_fused(params, steps, copies)
+    return _why_not_triton(params, steps, copies)
 
 
 def _example(device: torch.device) -> tuple[tuple, dict]:
@@ -258,6 +370,10 @@ def _example(device: torch.device) -> tuple[tuple, dict]:
 
 _adam_step_op = Op(
     "adam_step",
-    [Implementation("triton", _triton, _triton_refuses), Implementation("reference", reference.adam_step)],
+    [
+        Implementation("triton", _triton, _triton_refuses),
+        Implementation("native", _native, _native_refuses),
+        Implementation("reference", reference.adam_step),
+    ],
     _example,
 )

@@ -1,4 +1,4 @@
-"""What an optimizer's group of parameters is updated with."""
+"""What an optimizer's group of parameters is updated with, and how tensors are laid out."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ class AdamSettings:
     eps: float = 1e-8
     weight_decay: float = 0.0
     decoupled: bool = False
+
+
+def have_same_layout(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same order of memory."""
+    if tensor.stride() == other.stride():
+        return True
+    alike = zip(other.shape, tensor.stride(), other.stride(), strict=True)
+    return all(size == 1 or one == another for size, one, another in alike)

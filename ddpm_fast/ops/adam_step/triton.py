@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ddpm_fast.ops.adam_step.settings import AdamSettings
+from ddpm_fast.ops.adam_step.settings import AdamSettings, have_same_layout
 from ddpm_fast.runtime import triton_launch
 
 CHUNK, BLOCK = 8192, 1024  # elements of a program, and of a pass of its loop
@@ -303,10 +303,7 @@ def _numbers(group: AdamSettings) -> tuple[float, ...]:
 
 def _laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The tensor in the memory order of another; itself where it is so already."""
-    if tensor.stride() == like.stride():
-        return tensor
-    alike = zip(like.shape, tensor.stride(), like.stride(), strict=True)
-    if all(size == 1 or one == other for size, one, other in alike):
+    if have_same_layout(tensor, like):
         return tensor
     return torch.empty_like(like).copy_(tensor)
 
@@ -329,7 +326,7 @@ def adam_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ddpm_fast.ops.adam_step.op.adam_step`."""
     layout = tables.held
-    if layout is None:
+    if not isinstance(layout, Layout):
         for tensors in (exp_avgs, exp_avg_sqs, averages or (), copies or ()):
             for tensor, param in zip(tensors, params, strict=False):
                 if tensor is not None and _laid_out(tensor, param) is not tensor:

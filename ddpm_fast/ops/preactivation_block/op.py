@@ -15,9 +15,46 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.ops.arguments import check_seed, check_tensors
+from ddpm_fast.ops.arguments import check_seed, check_tensors, why_not_on_cpu, why_steps_come_first
+from ddpm_fast.ops.operator import Operator
 from ddpm_fast.ops.preactivation_block import composite
 from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
+
+
+def _fake(
+    x: torch.Tensor, weight1: torch.Tensor, groups1: int, groups2: int, keep: bool, **others: object
+) -> tuple[torch.Tensor, ...]:
+    B, _, H, W = x.shape
+
+    def empty_map(dtype: torch.dtype) -> torch.Tensor:
+        shape = (B, weight1.shape[0], H, W)
+        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+    if not keep:
+        return empty_map(x.dtype), *(x.new_empty(0, dtype=torch.float32) for _ in range(3))
+    statistics = [x.new_empty((B, groups, 2), dtype=torch.float32) for groups in (groups1, groups2)]
+    return empty_map(x.dtype), statistics[0], empty_map(torch.float32), statistics[1]
+
+
+_preactivation_block = Operator(
+    "preactivation_block",
+    # Without `keep` only out is returned, and empty tensors in place of the others.
+    "Tensor x, Tensor? skip, Tensor weight1, Tensor? bias1, Tensor gain1, Tensor offset1, Tensor? embedding, "
+    "Tensor? scale, Tensor? shift, Tensor weight2, Tensor? bias2, Tensor gain2, Tensor offset2, Tensor? res_weight, "
+    "Tensor? res_bias, Tensor? seed, int groups1, int groups2, float eps1, float eps2, float output_scale, "
+    "float dropout_p, bool keep",
+    returns="out, statistics1, y1, statistics2",
+    fake=_fake,
+    backward="grad, x, skip, weight1, gain1, offset1, embedding, scale, shift, weight2, gain2, offset2, res_weight, "
+    "seed, statistics1, y1, statistics2, groups1, groups2, output_scale, dropout_p, wants_dx",
+    gradients="x, skip, weight1, bias1, gain1, offset1, embedding, scale, shift, weight2, bias2, gain2, offset2, "
+    "res_weight, res_bias",
+    maps="x, skip",
+    rows={"bias1": "weight1", "bias2": "weight2", "res_bias": "res_weight"},
+    wanted={"wants_dx": "x, skip"},
+    gradient_list=True,
+    native=True,
+)
 
 _OPTIONAL = ("bias1", "bias2", "skip", "embedding", "scale", "shift", "res_weight", "res_bias")
 
@@ -140,6 +177,54 @@ def _check(
             raise ValueError(f"{name} must divide the {channels} channels that it normalises, got {groups}")
 
 
+def _native(
+    x: torch.Tensor,
+    weight1: torch.Tensor, bias1: torch.Tensor | None, gain1: torch.Tensor, offset1: torch.Tensor,
+    weight2: torch.Tensor, bias2: torch.Tensor | None, gain2: torch.Tensor, offset2: torch.Tensor,
+    *,
+    groups1: int, groups2: int, eps1: float = 1e-5, eps2: float = 1e-5,
+    skip: torch.Tensor | None = None, embedding: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+    res_weight: torch.Tensor | None = None, res_bias: torch.Tensor | None = None,
+    resample: str | None = None, output_scale: float = 1.0,
+    dropout_p: float = 0.0, seed: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    if skip is not None:
+        skip = skip.contiguous(memory_format=torch.channels_last)  # the layout of its gradient
+    return _preactivation_block.native(
+        x, skip, weight1, bias1, gain1, offset1, embedding, scale, shift, weight2, bias2, gain2, offset2, res_weight,
+        res_bias, seed if dropout_p > 0 else None, groups1, groups2, eps1, eps2, output_scale, dropout_p,
+        torch.is_grad_enabled(),
+    )[0]  # fmt: skip
+
+
+def _native_refuses(
+    x: torch.Tensor,
+    weight1: torch.Tensor, bias1: torch.Tensor | None, gain1: torch.Tensor, offset1: torch.Tensor,
+    weight2: torch.Tensor, bias2: torch.Tensor | None, gain2: torch.Tensor, offset2: torch.Tensor,
+    *,
+    groups1: int, groups2: int, eps1: float = 1e-5, eps2: float = 1e-5,
+    skip: torch.Tensor | None = None, embedding: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+    res_weight: torch.Tensor | None = None, res_bias: torch.Tensor | None = None,
+    resample: str | None = None, output_scale: float = 1.0,
+    dropout_p: float = 0.0, seed: torch.Tensor | None = None,
+) -> str | None:  # fmt: skip
+    given = {
+        "x": x, "weight1": weight1, "bias1": bias1, "gain1": gain1, "offset1": offset1, "weight2": weight2,
+        "bias2": bias2, "gain2": gain2, "offset2": offset2, "skip": skip, "embedding": embedding, "scale": scale,
+        "shift": shift, "res_weight": res_weight, "res_bias": res_bias,
+    }  # fmt: skip
+    reason = why_not_on_cpu(given, maps=("x",))
+    if reason is not None:
+        return reason
+    if resample is not None:
+        return f'the native block does not resample, and resample is "{resample}"'
+    if res_weight is not None and res_weight.shape[2] != 1:
+        return "the residual has a 3×3 convolution, and the native block a 1×1 one"
+    return "there is a skip and no res_weight" if skip is not None and res_weight is None else None
+
+
 def _example(device: torch.device) -> tuple[tuple, dict]:
     x = torch.zeros(1, 8, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
     weight, row = torch.zeros(8, 8, 3, 3, device=device), torch.zeros(8, device=device)
@@ -149,6 +234,9 @@ def _example(device: torch.device) -> tuple[tuple, dict]:
 # Without the checks, for callers whose arguments fit by construction: a network's modules.
 unchecked_preactivation_block = Op(
     "preactivation_block",
-    [Implementation(COMPOSITE, composite.preactivation_block)],
+    [
+        Implementation("native", _native, _native_refuses, why_steps_come_first),
+        Implementation(COMPOSITE, composite.preactivation_block),
+    ],
     _example,
 )

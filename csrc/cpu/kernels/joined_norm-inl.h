@@ -1,0 +1,317 @@
+// GroupNorm, affine map, SiLU and dropout of one map or two side by side, and their gradients; norm_silu-inl.h has the
+// formulas. With d = v − mean everything after the mean is one multiplication and one addition,
+//
+//   y = d·a + b     a = rstd·gain·(1 + scale)     b = offset·(1 + scale) + shift
+//   dx = g·a − d·rstd²·mean(z·x̂) − rstd·mean(z)   g: the gradient at y, z = g·gain·(1 + scale)
+//
+// Sums over pixels are sums of chunks, added in the order of chunks and samples, so they do not depend on the threads.
+#pragma once
+
+#include "joined_norm.h"
+#include "norm_silu-inl.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+constexpr int64_t kJoinedChunk = 16384;  // elements of a chunk, about
+constexpr int64_t kJoinedTask = 16384;   // elements that are worth a thread
+constexpr int kJoinedRowsSlot = 7;       // of thread_scratch
+
+struct JoinedChunks {
+  int64_t C, rows, per_sample, total, grain;
+
+  explicit JoinedChunks(const JoinedNormArgs& p) {
+    C = p.channels[0] + p.channels[1];
+    rows = max<int64_t>(1, min(p.N, max(kRowsOfPiece, kJoinedChunk / C / kRowsOfPiece * kRowsOfPiece)));
+    per_sample = ceil_div(p.N, rows);
+    total = p.B * per_sample;
+    grain = max<int64_t>(1, kJoinedTask / (rows * C));
+  }
+};
+
+struct JoinedChunk {
+  int64_t sample, first, rows;
+
+  JoinedChunk(const JoinedNormArgs& p, const JoinedChunks& chunks, int64_t index) {
+    sample = index / chunks.per_sample;
+    first = index % chunks.per_sample * chunks.rows;
+    rows = min(chunks.rows, p.N - first);
+  }
+  int64_t pixel(const JoinedNormArgs& p, int64_t row) const { return sample * p.N + first + row; }
+  const float* keep(const JoinedNormArgs& p, int64_t C) const {
+    return p.dropout.keep_threshold ? fill_keep(p.dropout, sample, first, rows, p.N, C) : nullptr;
+  }
+};
+
+template <typename Body>
+inline void over_joined_chunks(const JoinedNormArgs& p, const JoinedChunks& chunks, const Body& body) {
+  parallel(chunks.total, chunks.grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(JoinedChunk(p, chunks, i), i);
+  });
+}
+
+// body(part, the part's channel, channel of all, lanes) for every vector of both parts.
+template <typename Body>
+DDPM_FAST_INLINE void over_parts(const int64_t* channels, const Body& body) {
+  over_channels(channels[0], [&](int64_t c, auto lanes) { body(0, c, c, lanes); });
+  over_channels(channels[1], [&](int64_t c, auto lanes) { body(1, c, channels[0] + c, lanes); });
+}
+
+// What is added to the sums over a chunk's rows at once; 16 rows are a partial sum of their own.
+constexpr int64_t kRowsAtOnce = 4;
+
+// Mean and sum of squared deviations of every group in a chunk, moments (groups, 2), by sums of v − (v of the chunk's
+// first pixel); buffer: (4, C).
+inline void joined_moments(const JoinedNormArgs& p, const JoinedChunk& chunk, int64_t C, float* buffer,
+                           float* moments) {
+  float *sums = buffer, *squares = buffer + C, *piece = buffer + 2 * C, *piece_squares = buffer + 3 * C;
+  const float* x[2] = {p.x[0] + chunk.pixel(p, 0) * p.channels[0],
+                       p.channels[1] ? p.x[1] + chunk.pixel(p, 0) * p.channels[1] : nullptr};
+  clear(sums, 4 * C);
+  const auto add = [&](int64_t from, int64_t rows) DDPM_FAST_LAMBDA {
+    over_parts(p.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
+      const vf origin = lanes.get(x[part] + c);
+      vf sum = {}, square = {};
+      for (int64_t r = 0; r < rows; ++r) {
+        const vf d = lanes.get(x[part] + (from + r) * p.channels[part] + c) - origin;
+        sum += d;
+        square = d * d + square;
+      }
+      accumulate(piece, k, lanes, sum);
+      accumulate(piece_squares, k, lanes, square);
+    });
+  };
+  for (int64_t r = 0; r < chunk.rows; r += kRowsAtOnce) {
+    if (r + kRowsAtOnce <= chunk.rows) {
+      add(r, kRowsAtOnce);
+    } else {
+      add(r, chunk.rows - r);
+    }
+    if ((r + kRowsAtOnce) % kRowsOfPiece != 0 && r + kRowsAtOnce < chunk.rows) continue;
+    over_channels(2 * C, [&](int64_t c, auto lanes) {
+      accumulate(sums, c, lanes, lanes.get(piece + c));
+      lanes.put(piece + c, vf{});
+    });
+  }
+  const int64_t width = C / p.groups;
+  const float rows = static_cast<float>(chunk.rows);
+  // Each channel's mean and sum of squared deviations, then those of a group from its channels'.
+  over_parts(p.channels, [&](int part, int64_t c, int64_t k, auto lanes) {
+    const vf sum = lanes.get(sums + k), mean = sum / splat(rows);
+    lanes.put(squares + k, vmax(lanes.get(squares + k) - sum * mean, vf{}));
+    lanes.put(sums + k, lanes.get(x[part] + c) + mean);
+  });
+  for (int64_t g = 0; g < p.groups; ++g) {
+    float mean = 0, apart = 0, within = 0;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) mean += sums[c];
+    mean /= static_cast<float>(width);
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      apart += (sums[c] - mean) * (sums[c] - mean);
+      within += squares[c];
+    }
+    moments[2 * g] = mean;
+    moments[2 * g + 1] = within + apart * rows;
+  }
+}
+
+// Moments of chunks put together (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance").
+inline void joined_statistics(const JoinedNormForward& p, const JoinedChunks& chunks) {
+  const int64_t G = p.in.groups, width = chunks.C / G;
+  float* moments = thread_scratch(kNormSumsSlot, chunks.total * G * 2);
+  over_joined_chunks(p.in, chunks, [&](const JoinedChunk& chunk, int64_t i) {
+    joined_moments(p.in, chunk, chunks.C, thread_scratch(kNormPieceSlot, 4 * chunks.C), moments + i * G * 2);
+  });
+  for (int64_t b = 0; b < p.in.B; ++b) {
+    for (int64_t g = 0; g < G; ++g) {
+      double count = 0, mean = 0, squares = 0;
+      for (int64_t k = 0; k < chunks.per_sample; ++k) {
+        const float* of_chunk = moments + ((b * chunks.per_sample + k) * G + g) * 2;
+        const double added = static_cast<double>(width * min(chunks.rows, p.in.N - k * chunks.rows));
+        const double difference = of_chunk[0] - mean, share = added / (count + added);
+        mean += difference * share;
+        squares += of_chunk[1] + difference * difference * (count * share);
+        count += added;
+      }
+      float* to = p.statistics + (b * G + g) * 2;
+      to[0] = static_cast<float>(mean);
+      to[1] = static_cast<float>(1 / __builtin_sqrt(squares / count + static_cast<double>(p.eps)));
+    }
+  }
+}
+
+// Rows of a sample, (kJoinedRows, C): mean, a and b of the formulas above, and rstd, rstd·mean(z), rstd²·mean(z·x̂).
+enum JoinedRow { kRowMean, kRowA, kRowB, kRowRstd, kRowMeanZ, kRowMeanZx, kJoinedRows };
+
+inline void fill_joined_rows(const JoinedNormArgs& p, const float* statistics, int64_t C, float* rows) {
+  const int64_t width = C / p.groups;
+  for (int64_t b = 0; b < p.B; ++b, rows += kJoinedRows * C, statistics += 2 * p.groups) {
+    for (int64_t c = 0; c < C; ++c) {
+      const float factor = p.scale ? 1.0f + p.scale[b * C + c] : 1.0f, rstd = statistics[c / width * 2 + 1];
+      rows[kRowMean * C + c] = statistics[c / width * 2];
+      rows[kRowA * C + c] = rstd * (p.gain[c] * factor);
+      rows[kRowB * C + c] = p.offset[c] * factor + (p.shift ? p.shift[b * C + c] : 0.0f);
+      rows[kRowRstd * C + c] = rstd;
+    }
+  }
+}
+
+inline void joined_norm_forward(const JoinedNormForward& p) {
+  const JoinedChunks chunks(p.in);
+  const int64_t C = chunks.C;
+  if (!p.known) joined_statistics(p, chunks);
+  float* all_rows = thread_scratch(kJoinedRowsSlot, p.in.B * kJoinedRows * C);
+  fill_joined_rows(p.in, p.statistics, C, all_rows);
+  over_joined_chunks(p.in, chunks, [&](const JoinedChunk& chunk, int64_t) {
+    const float *rows = all_rows + chunk.sample * kJoinedRows * C, *keep = chunk.keep(p.in, C);
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      const int64_t pixel = chunk.pixel(p.in, r);
+      over_parts(p.in.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
+        const vf d = lanes.get(p.in.x[part] + pixel * p.in.channels[part] + c) - lanes.get(rows + k);
+        const vf y = d * lanes.get(rows + kRowA * C + k) + lanes.get(rows + kRowB * C + k);
+        lanes.put(p.out + pixel * C + k, after_norm<true>(y, keep ? keep + r * C : nullptr, nullptr, k, lanes));
+      });
+    }
+  });
+}
+
+// Sums over a chunk's rows of `count` quantities per channel: (count, C), in pieces of kRowsOfPiece rows.
+class JoinedSums {
+ public:
+  JoinedSums(float* chunk, int64_t count, int64_t C)
+      : piece(thread_scratch(kNormPieceSlot, count * C)), chunk_(chunk), floats_(count * C) {
+    clear(chunk_, floats_);
+    clear(piece, floats_);
+  }
+  DDPM_FAST_INLINE void end_row(int64_t row) {
+    if (row % kRowsOfPiece == kRowsOfPiece - 1) finish();
+  }
+  void finish() {
+    over_channels(floats_, [&](int64_t c, auto lanes) {
+      accumulate(chunk_, c, lanes, lanes.get(piece + c));
+      lanes.put(piece + c, vf{});
+    });
+  }
+
+  float* piece;  // where the rows of a piece add
+
+ private:
+  float* chunk_;
+  int64_t floats_;
+};
+
+// Sums of samples, (B, floats), from those of chunks.
+inline void sum_chunks(const float* sums, int64_t B, int64_t chunks, int64_t floats, float* totals) {
+  parallel(B, max<int64_t>(1, kJoinedTask / (chunks * floats)), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      over_channels(floats, [&](int64_t c, auto lanes) {
+        KahanSum sum;
+        for (int64_t k = 0; k < chunks; ++k) sum.add(lanes.get(sums + (b * chunks + k) * floats + c));
+        lanes.put(totals + b * floats + c, sum.sum);
+      });
+    }
+  });
+}
+
+// rstd·mean(z) and rstd²·mean(z·x̂) of a sample's groups, from its Σ g and Σ g·d.
+inline void fill_joined_means(const JoinedNormArgs& p, const float* totals, int64_t C, float* rows) {
+  const int64_t width = C / p.groups;
+  const double count = static_cast<double>(width * p.N);
+  for (int64_t b = 0; b < p.B; ++b, totals += 2 * C, rows += kJoinedRows * C) {
+    for (int64_t g = 0; g < p.groups; ++g) {
+      double of_z = 0, of_products = 0;
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+        of_z += static_cast<double>(rows[kRowA * C + c]) * totals[c];
+        of_products += static_cast<double>(rows[kRowA * C + c]) * totals[C + c];
+      }
+      const double rstd = rows[kRowRstd * C + g * width];
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+        rows[kRowMeanZ * C + c] = static_cast<float>(of_z / count);
+        rows[kRowMeanZx * C + c] = static_cast<float>(of_products * rstd * rstd / count);
+      }
+    }
+  }
+}
+
+// The gradients of the parameters from the samples' Σ g and Σ g·d.
+inline void finish_joined(const JoinedNormBackward& p, const float* totals, int64_t C, const float* rows) {
+  over_channels(C, [&](int64_t c, auto lanes) {
+    KahanSum gain, offset;
+    for (int64_t b = 0; b < p.in.B; ++b) {
+      const vf slopes = lanes.get(totals + b * 2 * C + c);
+      const vf products =
+          lanes.get(totals + (b * 2 + 1) * C + c) * lanes.get(rows + (b * kJoinedRows + kRowRstd) * C + c);
+      if (p.dshift) lanes.put(p.dshift + b * C + c, slopes);
+      if (p.dscale) {
+        lanes.put(p.dscale + b * C + c, products * lanes.get(p.in.gain + c) + slopes * lanes.get(p.in.offset + c));
+      }
+      const vf factor = p.in.scale ? splat(1.0f) + lanes.get(p.in.scale + b * C + c) : splat(1.0f);
+      gain.add(products * factor);
+      offset.add(slopes * factor);
+    }
+    lanes.put(p.dgain + c, gain.sum);
+    lanes.put(p.doffset + c, offset.sum);
+  });
+}
+
+inline void joined_norm_backward(const JoinedNormBackward& p) {
+  const JoinedChunks chunks(p.in);
+  const int64_t C = chunks.C, B = p.in.B, of_rows = B * kJoinedRows * C, of_chunks = chunks.total * 2 * C;
+  float* all_rows = thread_scratch(kJoinedRowsSlot, of_rows);
+  float* sums = thread_scratch(kNormSumsSlot, of_chunks + B * 2 * C);
+  float* totals = sums + of_chunks;
+  fill_joined_rows(p.in, p.statistics, C, all_rows);
+  over_joined_chunks(p.in, chunks, [&](const JoinedChunk& chunk, int64_t i) {
+    const float *rows = all_rows + chunk.sample * kJoinedRows * C, *keep = chunk.keep(p.in, C);
+    JoinedSums mine(sums + i * 2 * C, 2, C);
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      const int64_t pixel = chunk.pixel(p.in, r);
+      float* grad = p.grad + pixel * C;
+      over_parts(p.in.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
+        const vf d = lanes.get(p.in.x[part] + pixel * p.in.channels[part] + c) - lanes.get(rows + k);
+        const vf y = d * lanes.get(rows + kRowA * C + k) + lanes.get(rows + kRowB * C + k), gate = silu_gate(y);
+        vf g = lanes.get(grad + k);
+        if (keep) {
+          const vf factor = lanes.get(keep + r * C + k);
+          g = select(factor == vf{}, vf{}, g * factor);
+        }
+        g *= gate * (y * (splat(1.0f) - gate) + splat(1.0f));
+        accumulate(mine.piece, k, lanes, g);
+        accumulate(mine.piece + C, k, lanes, g * d);
+        lanes.put(grad + k, g);
+      });
+      mine.end_row(r);
+    }
+    mine.finish();
+  });
+  sum_chunks(sums, B, chunks.per_sample, 2 * C, totals);
+  fill_joined_means(p.in, totals, C, all_rows);
+  finish_joined(p, totals, C, all_rows);
+  if (p.dx[0] == nullptr && p.dx[1] == nullptr && p.sums == nullptr) return;
+  over_joined_chunks(p.in, chunks, [&](const JoinedChunk& chunk, int64_t i) {
+    const float* rows = all_rows + chunk.sample * kJoinedRows * C;
+    const auto pass = [&](float* of_inputs, const auto& end_row) DDPM_FAST_LAMBDA {
+      for (int64_t r = 0; r < chunk.rows; ++r) {
+        const int64_t pixel = chunk.pixel(p.in, r);
+        over_parts(p.in.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
+          const int64_t at = pixel * p.in.channels[part] + c;
+          const vf d = lanes.get(p.in.x[part] + at) - lanes.get(rows + k);
+          vf dx = lanes.get(p.grad + pixel * C + k) * lanes.get(rows + kRowA * C + k);
+          dx -= lanes.get(rows + kRowMeanZ * C + k) + d * lanes.get(rows + kRowMeanZx * C + k);
+          if (of_inputs) accumulate(of_inputs, k, lanes, dx);
+          if (p.added[part]) dx += lanes.get(p.added[part] + at);
+          if (p.dx[part]) lanes.put(p.dx[part] + at, dx);
+        });
+        end_row(r);
+      }
+    };
+    if (p.sums == nullptr) {
+      pass(nullptr, [](int64_t) {});
+    } else {
+      JoinedSums mine(sums + i * C, 1, C);
+      pass(mine.piece, [&](int64_t r) { mine.end_row(r); });
+      mine.finish();
+    }
+  });
+  if (p.sums) sum_chunks(sums, B, chunks.per_sample, C, p.sums);
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,0 +1,162 @@
+"""EDM's networks (Karras et al. 2022), SongUNet and DhariwalUNet, as physicsnemo has them: their block of a UNet."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ddpm_fast import noise
+from ddpm_fast.integrations.family import channels_last, fast, own_forward, why_changed
+from ddpm_fast.models.stock import parameter
+from ddpm_fast.ops.attention_block.op import unchecked_group_norm_attention_block
+from ddpm_fast.ops.preactivation_block.op import unchecked_preactivation_block
+from ddpm_fast.runtime.autocast import to_autocast_dtype
+
+_LAYERS = "physicsnemo.nn.module"
+_BLOCK = f"{_LAYERS}.unet_layers.UNetBlock"
+_CONV = f"{_LAYERS}.conv_layers.Conv2d"
+_LINEAR = f"{_LAYERS}.fully_connected_layers.Linear"
+_NORM = f"{_LAYERS}.group_norm.GroupNorm"
+_ATTENTION = f"{_LAYERS}.attention_layers.UNetAttention"
+
+
+def _why_not_conv(conv: Any, side: int, resampled: bool = False) -> str | None:
+    """Why a convolution is none of this side, after nearest upsampling or means of 2×2 pixels where that is allowed."""
+    changed = why_changed(conv, _CONV)
+    if changed is not None:
+        return changed
+    weight = parameter(conv, "weight")
+    if (0 if weight is None else weight.shape[-1]) != side:
+        return "it has another size"
+    if not (conv.up or conv.down):
+        return None
+    if not resampled:
+        return "it changes the resolution"
+    if conv.fused_resample:
+        return "its resampling is fused"
+    return None if _has_equal_taps(conv) else "its resampling filter is not of two equal taps"
+
+
+# Convolution → a filter, its version, and whether it has two equal taps: numbers of a device are read once.
+_equal_taps: weakref.WeakKeyDictionary[nn.Module, tuple[torch.Tensor, int, bool]] = weakref.WeakKeyDictionary()
+
+
+def _has_equal_taps(conv: nn.Module) -> bool:
+    taps = conv._buffers["resample_filter"]
+    if taps is None or taps.shape[-2:] != (2, 2):
+        return False
+    if taps.is_meta:
+        return True
+    known = _equal_taps.get(conv)
+    if known is None or known[0] is not taps or known[1] != taps._version:
+        known = (taps, taps._version, bool((taps == 0.25).all()))
+        _equal_taps[conv] = known
+    return known[2]
+
+
+def _why_not_norm(norm: Any, activation: str | None) -> str | None:
+    changed = why_changed(norm, _NORM)
+    if changed is not None:
+        return changed
+    as_named = norm.act == activation and norm.act_fn is (None if activation is None else F.silu)
+    return None if as_named else f"its activation is {norm.act}"
+
+
+def _why_not_attention(attn: Any) -> str | None:
+    reasons = (
+        ("norm", _why_not_norm(attn._modules.get("norm"), None)),
+        ("qkv", _why_not_conv(attn._modules.get("qkv"), 1)),
+        ("proj", _why_not_conv(attn._modules.get("proj"), 1)),
+    )
+    return next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
+
+
+def _why_not_block(block: Any) -> str | None:
+    modules = block._modules
+    reasons = [
+        ("norm0", _why_not_norm(modules.get("norm0"), "silu")),
+        ("conv0", _why_not_conv(modules.get("conv0"), 3, resampled=True)),
+        ("affine", why_changed(modules.get("affine"), _LINEAR)),
+        ("norm1", _why_not_norm(modules.get("norm1"), None if block.adaptive_scale else "silu")),
+        ("conv1", _why_not_conv(modules.get("conv1"), 3)),
+    ]
+    skip = modules.get("skip")
+    if skip is not None:
+        side = 0 if parameter(skip, "weight") is None else 1
+        reasons.append(("skip", _why_not_conv(skip, side, resampled=True)))
+    reason = next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
+    if reason is None and block.profile_mode:
+        return "profile_mode marks its parts"
+    if reason is None and skip is not None and (skip.up, skip.down) != (modules["conv0"].up, modules["conv0"].down):
+        return "skip and conv0 change the resolution differently"
+    return reason
+
+
+@fast(_BLOCK, runs="preactivation_block", refuses=_why_not_block)
+def unet_block(block: Any, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W), (B or 1, D) → (B, K, H, W), or of half or twice the height and width."""
+    if x.dim() != 4 or (not block.amp_mode and torch.is_autocast_enabled(x.device.type)):
+        return own_forward(block, x, emb)  # which refuses autocast
+    modules = block._modules
+    rows = modules["affine"](emb)
+    (x,) = to_autocast_dtype(channels_last(x))
+    if rows.shape[0] != x.shape[0]:
+        rows = rows.expand(x.shape[0], -1)
+    conv0, conv1, skip = modules["conv0"], modules["conv1"], modules.get("skip")
+    options: dict[str, Any] = {"resample": "up" if conv0.up else "down" if conv0.down else None}
+    if block.adaptive_scale:
+        options["scale"], options["shift"] = rows.chunk(2, dim=1)
+    else:
+        options["embedding"] = rows
+    if skip is not None and parameter(skip, "weight") is not None:
+        options |= {"res_weight": parameter(skip, "weight"), "res_bias": parameter(skip, "bias")}
+    if block.training and block.dropout > 0:
+        options |= {"dropout_p": block.dropout, "seed": noise.draw_seed(x.device)}
+    B, C, H, W = x.shape
+    pixels = H * W
+    gain1, eps1 = _norm_of(modules["norm0"], C, pixels)
+    pixels = 4 * pixels if conv0.up else (H // 2) * (W // 2) if conv0.down else pixels
+    gain2, eps2 = _norm_of(modules["norm1"], conv0.out_channels, pixels)
+    x = unchecked_preactivation_block(
+        x, parameter(conv0, "weight"), parameter(conv0, "bias"), gain1, parameter(modules["norm0"], "bias"),
+        parameter(conv1, "weight"), parameter(conv1, "bias"), gain2, parameter(modules["norm1"], "bias"),
+        groups1=modules["norm0"].num_groups, groups2=modules["norm1"].num_groups, eps1=eps1, eps2=eps2,
+        output_scale=float(block.skip_scale), **options,
+    )  # fmt: skip
+    attn = modules.get("attn")
+    if attn is None:
+        return x
+    if why_changed(attn, _ATTENTION) is not None or _why_not_attention(attn) is not None:
+        return attn(x) * block.skip_scale
+    return attention(attn, x, float(block.skip_scale))
+
+
+@fast(_ATTENTION, runs="group_norm_attention_block", refuses=_why_not_attention)
+def attention(attn: Any, x: torch.Tensor, output_scale: float = 1.0) -> torch.Tensor:
+    """(B, C, H, W) → (B, C, H, W), times `output_scale`."""
+    norm, qkv, last = (attn._modules[name] for name in ("norm", "qkv", "proj"))
+    if x.dim() != 4 or (not qkv.amp_mode and torch.is_autocast_enabled(x.device.type)):
+        return own_forward(attn, x) * output_scale
+    (x,) = to_autocast_dtype(channels_last(x))
+    gain, eps = _norm_of(norm, x.shape[1], x.shape[2] * x.shape[3])
+    return unchecked_group_norm_attention_block(
+        x, gain, parameter(norm, "bias"), parameter(qkv, "weight"), parameter(qkv, "bias"), parameter(last, "weight"),
+        parameter(last, "bias"), groups=norm.num_groups, heads=attn.num_heads, eps=eps, order="hd3", residual=True,
+        output_scale=output_scale,
+    )  # fmt: skip
+
+
+def _norm_of(norm: Any, channels: int, pixels: int) -> tuple[torch.Tensor, float]:
+    """Gain and eps of a norm; outside training the package divides by the unbiased variance, of n − 1 numbers.
+
+    g·(x − m)/√(v·n/(n − 1) + eps) is g·√((n − 1)/n)·(x − m)/√(v + eps·(n − 1)/n).
+    """
+    gain = parameter(norm, "weight")
+    if norm.training:
+        return gain, norm.eps
+    n = channels // norm.num_groups * pixels
+    return gain * ((n - 1) / n) ** 0.5, norm.eps * (n - 1) / n

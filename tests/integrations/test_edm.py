@@ -1,0 +1,143 @@
+"""EDM's networks, as physicsnemo has them, accelerated: outputs, every gradient, and what keeps its own forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import ddpm_fast
+from ddpm_fast.integrations.accelerate import table
+from ddpm_fast.testing.accelerated import FLOOR, check_accelerated, outputs_and_gradients, randomise_all
+from ddpm_fast.testing.foreign_packages import import_edm
+from ddpm_fast.testing.truth import assert_close_to_truth
+
+edm = import_edm()
+PRE = {"preactivation_block"}
+ATTENTION = {"attention": True, "num_heads": 2}
+BLOCKS = {
+    "plain": {},
+    "wider, skip scale": {"out_channels": 48, "skip_scale": 0.5**0.5, "eps": 1e-6},
+    "embedding added": {"adaptive_scale": False},
+    "attention": {**ATTENTION, "skip_scale": 0.5**0.5},
+    "up": {"up": True},
+    "up, projected": {"up": True, "resample_proj": True, **ATTENTION},
+    "down": {"down": True, "out_channels": 48},
+    "bias in the convolution": {"fused_conv_bias": True},
+}
+
+
+def block(**options):
+    from physicsnemo.nn.module.unet_layers import UNetBlock
+
+    torch.manual_seed(0)
+    return UNetBlock(**{"in_channels": 32, "out_channels": 32, "emb_channels": 20, **options})
+
+
+def block_inputs(batch=2, side=8):
+    torch.manual_seed(1)
+    return torch.randn(batch, 32, side, side), torch.randn(batch, 20)
+
+
+def network(name, **options):
+    torch.manual_seed(0)
+    small = {"img_resolution": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_blocks": 1}
+    return getattr(edm, name)(**{**small, "channel_mult": [1, 2], "attn_resolutions": [4], "dropout": 0.0, **options})
+
+
+def network_inputs():
+    torch.manual_seed(1)
+    return torch.randn(2, 3, 8, 8), torch.rand(2)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "unbiased variance"])
+def test_blocks(name, training):
+    check_accelerated(block(**BLOCKS[name]).train(training), block_inputs(), runs=PRE)
+
+
+@pytest.mark.parametrize("name", ["SongUNet", "DhariwalUNet"])
+def test_networks(name):
+    options = {"encoder_type": "skip", "decoder_type": "skip"} if name == "SongUNet" else {"model_channels": 64}
+    check_accelerated(network(name, **options), network_inputs(), runs=PRE)
+
+
+def test_dropout_draws_fresh_numbers_in_training():
+    made = ddpm_fast.accelerate(randomise_all(block(dropout=0.5)))
+    args = block_inputs()
+    assert not torch.equal(made(*args), made(*args))
+    made.eval()
+    assert torch.equal(made(*args), made(*args))
+
+
+def test_bfloat16_autocast():
+    made, args = randomise_all(network("SongUNet")), network_inputs()
+    made.amp_mode = True
+    truth = outputs_and_gradients(copy.deepcopy(made).double(), [a.double() for a in args])
+
+    def call(network, *args):
+        with torch.autocast("cpu", torch.bfloat16):
+            return network(*args)
+
+    eager = outputs_and_gradients(made, args, call=call)
+    fused = outputs_and_gradients(ddpm_fast.accelerate(made), args, call=call)
+    for name, value in fused.items():
+        assert_close_to_truth(value, eager[name], truth[name], floor=FLOOR, name=name)
+
+
+def test_autocast_without_amp_mode_is_refused_as_by_the_package():
+    made = ddpm_fast.accelerate(block())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="amp_mode"):
+        made(*block_inputs())
+
+
+def test_a_filter_of_other_taps_keeps_its_own_forward():
+    made, args = randomise_all(network("SongUNet", resample_filter=[1, 3, 3, 1])), network_inputs()
+    eager = copy.deepcopy(made)
+    reasons = {line.reason for line in table(ddpm_fast.accelerate(made)) if line.cls == "UNetBlock"}
+    assert reasons == {None, "conv0: its resampling filter is not of two equal taps"}
+    torch.testing.assert_close(made(*args), eager(*args), rtol=1e-4, atol=1e-4)
+
+
+def test_a_filter_is_read_again_after_it_was_written():
+    made, (x, emb) = ddpm_fast.accelerate(randomise_all(block(up=True))), block_inputs()
+    eager = ddpm_fast.restore(copy.deepcopy(made))
+    made(x, emb)
+    for each in (made, eager):
+        with torch.no_grad():
+            each.conv0.resample_filter.mul_(torch.tensor([0.5, 1.5]))
+    torch.testing.assert_close(made(x, emb), eager(x, emb), rtol=1e-4, atol=1e-4)
+    (line,) = [line for line in table(made) if line.cls == "UNetBlock"]
+    assert line.reason == "conv0: its resampling filter is not of two equal taps"
+
+
+REFUSALS = {
+    "norm0: it has hooks": lambda made: made.norm0.register_forward_hook(lambda module, args, out: 2 * out),
+    "norm1: its activation is silu": lambda made: (setattr(made.norm1, "act", "silu"), None)[1],
+    "conv1: it is a Identity": lambda made: setattr(made, "conv1", torch.nn.Identity()),
+    "profile_mode marks its parts": None,
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_changed_modules_are_called(reason):
+    if REFUSALS[reason] is None:
+        made = block(profile_mode=True)
+        assert type(ddpm_fast.accelerate(made)).__dict__.get("_ddpm_fast") is None
+        return
+    made = randomise_all(block())
+    eager, args = copy.deepcopy(made), block_inputs()
+    ddpm_fast.accelerate(made)
+    for each in (made, eager):
+        REFUSALS[reason](each)
+    (line,) = [line for line in table(made) if line.cls == "UNetBlock"]
+    assert line.runs is None and line.reason == reason
+    torch.testing.assert_close(made(*args), eager(*args), rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_on_the_attention_inside_is_called():
+    made, calls = ddpm_fast.accelerate(block(**ATTENTION)), []
+    made.attn.register_forward_hook(lambda module, args, out: calls.append(1))
+    made(*block_inputs())
+    assert calls == [1]
