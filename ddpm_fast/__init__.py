@@ -27,6 +27,8 @@ _LAZY = {
     "XMWrapper": "ddpm_fast.diffusion.xm",
     "accelerate": "ddpm_fast.integrations.accelerate",
     "from_openai_options": "ddpm_fast.diffusion.openai",
+    "from_diffusers": "ddpm_fast.integrations.diffusers_folders",
+    "to_diffusers": "ddpm_fast.integrations.diffusers_folders",
     "Checkpoint": "ddpm_fast.training.checkpoint",
     "Dataset": "ddpm_fast.training.data",
     "PreparedDataset": "ddpm_fast.training.prepared",

@@ -48,6 +48,8 @@ ROWS = [
     ["training/captured_step"],
     ["training/optimizer_step"],
     ["training/average"],
+    ["integrations/diffusers_folders"],
+    ["integrations/diffusers_network"],
     ["integrations/accelerate"],
     [
         "integrations/torch_modules",

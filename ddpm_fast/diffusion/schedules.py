@@ -96,7 +96,7 @@ def make_betas(beta_schedule: str, timesteps: int, **kwargs: Any) -> torch.Tenso
     Raises:
         ValueError: unknown schedule, or fewer than one timestep.
     """
-    functions = {**BETA_SCHEDULES, GIVEN: given_betas}
+    functions: dict[str, Any] = {**BETA_SCHEDULES, GIVEN: given_betas}
     if beta_schedule not in functions:
         raise ValueError(f"beta_schedule must be one of {', '.join(functions)}, got {beta_schedule!r}")
     if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:

@@ -355,7 +355,8 @@ def _projecting_blocks(network: nn.Module) -> list[Any]:
     None where a module may run again in backward, which then has to keep the same tensors.
     """
     found: list[Any] = []
-    for block in network.modules():
+    modules: Iterator[Any] = network.modules()
+    for block in modules:
         own = block.__dict__
         if "forward" in own or own.get("gradient_checkpointing"):
             return []

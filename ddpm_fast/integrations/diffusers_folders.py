@@ -106,12 +106,14 @@ def from_diffusers(folder: Any, *, accelerate: bool = True, **options: Any) -> G
     with needed_for("from_diffusers"):
         import diffusers
     is_path = isinstance(folder, (str, os.PathLike))
-    if is_path:
-        from ddpm_fast.integrations import diffusers_network  # noqa: F401  # so that diffusers finds its class
+    from ddpm_fast.integrations.diffusers_network import in_own_memory  # diffusers finds its class where it is imported
+
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(os.fspath(folder)) if is_path else folder
     unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
     if unet is None or scheduler is None:
         raise TypeError(f"folder must be of a pipeline with unet and scheduler, got {type(pipeline).__name__}")
+    if is_path:
+        in_own_memory(unet)
     network = unet._modules.get("net")  # of a `FastUnet2D`
     model = (
         network if isinstance(network, UnetBase) else DiffusersNetwork(accelerate_model(unet) if accelerate else unet)
@@ -199,11 +201,11 @@ def to_diffusers(diffusion: GaussianDiffusion, folder: str | os.PathLike) -> Non
         )
     if diffusion.normalize(torch.zeros(1)).item() != -1:
         raise ValueError("auto_normalize must be True, since a pipeline gives images in [0, 1] for [−1, 1]")
-    model, size = diffusion.model, list(diffusion.image_size)
-    sample_size = size[0] if size[0] == size[1] else tuple(size)
+    height, width = diffusion.image_size
+    sample_size = height if height == width else (height, width)
     scheduler, is_ddim = _scheduler(diffusion, diffusers)
     pipeline = diffusers.DDIMPipeline if is_ddim else diffusers.DDPMPipeline
-    component = _component(model, sample_size)
+    component = _component(diffusion.model, sample_size)
     pipeline(unet=component, scheduler=scheduler).save_pretrained(os.fspath(folder))
 
 

@@ -16,7 +16,7 @@ from ddpm_fast.models.networks import NETWORKS, network_name
 from ddpm_fast.models.unet_base import UnetBase
 
 
-class FastUnet2D(ModelMixin, ConfigMixin):
+class FastUnet2D(ModelMixin, ConfigMixin):  # type: ignore[misc]  # mypy sees no types of diffusers
     """A `Unet` of this package, called as diffusers calls its `UNet2DModel`.
 
     Args:
@@ -53,7 +53,7 @@ class FastUnet2D(ModelMixin, ConfigMixin):
         """As diffusers' `ModelMixin` does; the weights are then laid out for their device."""
         loaded = super().from_pretrained(*args, **kwargs)
         component = loaded[0] if isinstance(loaded, tuple) else loaded
-        component.net.to(component.device)
+        in_own_memory(component).net.to(component.device)
         return loaded
 
     def forward(
@@ -63,9 +63,16 @@ class FastUnet2D(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """The network's output: (B, in_channels, H, W), one timestep for all or (B,), (B,) → (B, out_channels, H, W)."""
+        """(B, in_channels, H, W), one timestep for all or (B,), (B,) → (B, out_channels, H, W)."""
         if isinstance(timestep, torch.Tensor):
             timestep = timestep.to(sample.device)
         conditions = {} if class_labels is None else {"classes": class_labels}
         out = self.net(sample, timestep, **conditions)
         return UNet2DOutput(sample=out) if return_dict else (out,)
+
+
+def in_own_memory(module: Any) -> Any:
+    """The module with its weights where torch allocates: in a file that is mapped they are not aligned."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+    return module

@@ -68,6 +68,9 @@ SECOND_READS: dict[str, Callable[[Arguments], list[torch.Tensor]]] = {
     ),
     # One launch owns pixels, the other outputs and channels; tiles read again by neighbours come from L2.
     "ddpm_fast::norm_linear_backward": lambda arguments: [arguments["grad"], arguments["x"]],
+    "ddpm_fast::norm_linear_beside_backward": lambda arguments: [arguments["grad"], arguments["x"]],
+    # One launch makes the maps' gradients, the other the weight's.
+    "ddpm_fast::residual_conv_gradients": lambda arguments: [arguments["grad"]],
 }
 
 # Inputs of which an operator reads as much as it writes, by name.
@@ -199,6 +202,16 @@ def _norm_linear_backward_scratch(arguments: Arguments) -> int:
     return 4 * M * C * 2 * chunks
 
 
+def _residual_conv_gradients_scratch(arguments: Arguments) -> int:
+    """Gradients of the weight and of the bias per chunk of pixels, written and read."""
+    from ddpm_fast.ops.resnet_block import triton as kernel
+
+    (B, C0, H, W), C1, K = arguments["x"].shape, arguments["skip"].shape[1], arguments["weight"].shape[0]
+    tile = kernel.choose_tile(K, min(C0, C1), B * H * W, exact=False, names="KCN")
+    _, chunks = kernel.chunks_of_pixels(B * H * W, K, C0, C1, tile)
+    return 4 * 2 * chunks * K * (C0 + C1 + 1)
+
+
 SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
     "ddpm_fast::norm_silu": _norm_silu_scratch,
     "ddpm_fast::norm_silu_backward": _norm_silu_backward_scratch,
@@ -207,6 +220,8 @@ SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
     "ddpm_fast::diffusion_loss": _diffusion_loss_scratch,
     "ddpm_fast::variational_bound": _variational_bound_scratch,
     "ddpm_fast::norm_linear_backward": _norm_linear_backward_scratch,
+    "ddpm_fast::norm_linear_beside_backward": _norm_linear_backward_scratch,
+    "ddpm_fast::residual_conv_gradients": _residual_conv_gradients_scratch,
     "ddpm_fast::linear_attention": _linear_attention_scratch,
     "ddpm_fast::linear_attention_backward": _linear_attention_backward_scratch,
     "ddpm_fast::linear_attention_block": _linear_attention_block_scratch,

@@ -102,8 +102,7 @@ class Pretrained:
         for file in (config_file, weights_file):
             if not os.path.isfile(file):
                 raise FileNotFoundError(f"folder {folder} has no {os.path.basename(file)}")
-        with open(config_file, encoding="utf-8") as file:
-            config = json.load(file)
+        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
         module: Any = cls.from_pretrained_config(config, **arguments)
         state = load_file(weights_file)
         difference = _first_difference(module.state_dict(), state)

@@ -74,6 +74,13 @@ def register_bound(registers: int | None) -> dict[str, int]:
 
 
 @cache
+def is_triton_before(major: int, minor: int) -> bool:
+    """Whether the installed Triton is older than a release."""
+    version = importlib.import_module("triton").__version__
+    return tuple(map(int, version.split(".")[:2])) < (major, minor)
+
+
+@cache
 def installed() -> bool:
     """Whether there is a Triton to import; looked for once."""
     return importlib.util.find_spec("triton") is not None

@@ -271,7 +271,9 @@ def test_projections_of_the_time_are_one_product(name, monkeypatch):
     args = [torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), *([torch.tensor([1, 4])] if unet.class_embedding else [])]
     products = []
     make = family.linears_of_one_input
-    monkeypatch.setattr(family, "linears_of_one_input", lambda x, layers: products.append(len(layers)) or make(x, layers))
+    monkeypatch.setattr(
+        family, "linears_of_one_input", lambda x, layers: products.append(len(layers)) or make(x, layers)
+    )
     with torch.no_grad():
         expected = unet(*args).sample
         assert products == [sum(isinstance(module, ResnetBlock2D) for module in unet.modules())]

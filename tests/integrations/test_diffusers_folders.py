@@ -55,7 +55,9 @@ def test_a_pipeline_comes_back_as_it_was(name, tmp_path):
     diffusion = from_diffusers(tmp_path / "theirs")
     assert any(is_accelerated(module) for module in diffusion.modules())
     to_diffusers(diffusion, tmp_path / "ours")
-    theirs, ours = (load_file(tmp_path / x / "unet" / "diffusion_pytorch_model.safetensors") for x in ("theirs", "ours"))
+    theirs, ours = (
+        load_file(tmp_path / x / "unet" / "diffusion_pytorch_model.safetensors") for x in ("theirs", "ours")
+    )
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in theirs)
 
     again = type(there).from_pretrained(tmp_path / "ours")
@@ -135,7 +137,14 @@ def test_the_process_samples_and_its_steps_have_the_schedulers_clipping():
 
 OURS = {
     "rms": {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 8},
-    "group": {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 8, "norm": "group", "resnet_block_groups": 4},
+    "group": {
+        "dim": 8,
+        "dim_mults": (1, 2),
+        "attn_heads": 2,
+        "attn_dim_head": 8,
+        "norm": "group",
+        "resnet_block_groups": 4,
+    },
 }
 
 

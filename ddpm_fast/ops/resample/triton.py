@@ -35,7 +35,9 @@ def window_sums_kernel(
         o_x = ((o_a[:, None] * SIDE + in_row) * SIDE + in_column) * B + o_b[None, :]
         b_sum += tl.load(x_ptr + o_x, mask=m_tile & exists, other=0.0).to(tl.float32)
     o_out = ((o_b[:, None] * OUT_SIDE + row) * OUT_SIDE + column) * A + o_a[None, :]
-    tl.store(out_ptr + o_out, tl.trans(cast(b_sum, out_ptr.dtype.element_ty)), mask=tl.trans(m_tile))
+    # Triton 3.5 stores two bytes at a time where a mask was transposed.
+    m_out = (o_b < B)[:, None] & (o_a < A)[None, :]
+    tl.store(out_ptr + o_out, tl.trans(cast(b_sum, out_ptr.dtype.element_ty)), mask=m_out)
 
 
 def window_sums(x: torch.Tensor) -> torch.Tensor:

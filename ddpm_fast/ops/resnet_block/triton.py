@@ -24,6 +24,7 @@ from ddpm_fast.runtime import triton_launch
 # Numbers of tiles, for which nothing is compiled again.
 _ANY_SIZE = ["tiles", "tiles_k", "tiles_c", "tiles_c0", "chunks"]
 MAPS_REGISTERS = 128  # the bound of the kernel of maps, with which none spills
+WEIGHT_REGISTERS = 128 if triton_launch.is_triton_before(3, 6) else None  # with bf16 on sm_100 some spill without it
 _PROGRAMS = 512  # of the sums over pixels, at least where there are as many tiles: some for every multiprocessor
 
 
@@ -206,19 +207,26 @@ def residual_conv_gradients(
         )  # fmt: skip
         tiles_k = triton_launch.ceil_div(K, sums_tile["BLOCK_K"])
         tiles_c0, tiles_c1 = (triton_launch.ceil_div(width, sums_tile["BLOCK_C"]) for width in (C0, C1))
-        tiles_n, of_weight = triton_launch.ceil_div(N, sums_tile["BLOCK_N"]), tiles_k * (tiles_c0 + tiles_c1)
-        tiles = triton_launch.ceil_div(tiles_n, max(1, _PROGRAMS // of_weight))
-        chunks = triton_launch.ceil_div(tiles_n, tiles)
+        tiles, chunks = chunks_of_pixels(N, K, C0, C1, sums_tile)
         sums = x.new_empty((chunks, K * C + K), dtype=torch.float32)
-        residual_conv_bwd_weight_kernel[(chunks * of_weight,)](
+        residual_conv_bwd_weight_kernel[(chunks * tiles_k * (tiles_c0 + tiles_c1),)](
             grad, x, skip, sums, N, K, C0, C1, tiles, tiles_k, tiles_c0, tiles_c0 + tiles_c1, PRECISION=precision,
-            **sums_tile,
+            **sums_tile, **triton_launch.register_bound(WEIGHT_REGISTERS),
         )  # fmt: skip
         blocks = parameters_blocks(triton_launch.interpreted())
         residual_conv_bwd_parameters_kernel[(triton_launch.ceil_div(K * C + K, blocks["BLOCK"]),)](
             sums, dweight, dbias, K, C, chunks, **blocks
         )
     return dx, dskip, dweight, dbias
+
+
+def chunks_of_pixels(N: int, K: int, C0: int, C1: int, sums_tile: dict[str, int]) -> tuple[int, int]:
+    """Tiles of pixels per chunk of the weight's gradient, and chunks."""
+    columns = sum(triton_launch.ceil_div(width, sums_tile["BLOCK_C"]) for width in (C0, C1))
+    of_weight = triton_launch.ceil_div(K, sums_tile["BLOCK_K"]) * columns
+    tiles_n = triton_launch.ceil_div(N, sums_tile["BLOCK_N"])
+    tiles = triton_launch.ceil_div(tiles_n, max(1, _PROGRAMS // of_weight))
+    return tiles, triton_launch.ceil_div(tiles_n, tiles)
 
 
 def parameters_blocks(interpreted: bool = False) -> dict[str, int]:

@@ -22,6 +22,10 @@ KERNELS = {
     "residual_conv_bwd_weight_kernel": ("KCN", ["NK", "NC"], "KC"),
 }
 PRODUCTS = [("bf16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee")]
+REGISTERS = {
+    "residual_conv_bwd_maps_kernel": kernel.MAPS_REGISTERS,
+    "residual_conv_bwd_weight_kernel": kernel.WEIGHT_REGISTERS,
+}
 BITS = {"bf16": 16, "fp32": 32}
 
 
@@ -37,7 +41,7 @@ def compile_stage(name: str, dtype: str, precision: str, capability: int, tmp_pa
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path,
         num_warps=tile["num_warps"], num_stages=tile["num_stages"], unaligned=unaligned,
-        maxnreg=kernel.MAPS_REGISTERS if name == "residual_conv_bwd_maps_kernel" else None,
+        maxnreg=REGISTERS.get(name),
     )  # fmt: skip
     return machine, tile
 
