@@ -139,7 +139,10 @@ def _why_by_modules(module: Any) -> str | None:
     return module.why_by_modules() if hasattr(module, "why_by_modules") else None
 
 
-def _lines_of_explain(model: nn.Module) -> Iterator[str]:
+def lines_of_explain(model: object) -> Iterator[str]:
+    """The lines of `explain` of an accelerated network; none of anything else."""
+    if not isinstance(model, nn.Module):
+        return
     if not any(is_accelerated(module) for module in model.modules()):
         return
     lines = table(model)
@@ -159,4 +162,4 @@ def _handlers(thing: object) -> Any:
     return found
 
 
-dispatch.accounts.append(_lines_of_explain)
+dispatch.accounts.append(lines_of_explain)

@@ -80,6 +80,7 @@ FAMILIES = {
     "upstream": "denoising_diffusion_pytorch",
     "rectified_flow": "rectified_flow_pytorch",
     "diffusers": "diffusers",
+    "diffusers_pipelines": "diffusers",
     "openai": "torchcfm",
     "edm": "physicsnemo",
 }

@@ -103,6 +103,15 @@ Tensor attention_block(const Tensor& x, const Tensor& gain_in, const Tensor& wei
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backward(
     const Tensor& grad, const Tensor& x, const Tensor& gain_in, const Tensor& weight_qkv, const Tensor& mem_kv,
     const Tensor& weight, const Tensor& bias, int64_t heads);
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_attention_block(
+    const Tensor& x, const OptionalTensor& gain, const OptionalTensor& offset, const Tensor& weight_qkv,
+    const OptionalTensor& bias_qkv, const Tensor& weight, const OptionalTensor& bias, int64_t groups, double eps,
+    int64_t heads, bool by_head, bool folded, bool residual, double output_scale, bool keep);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_attention_block_backward(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& gain, const OptionalTensor& offset,
+    const Tensor& weight_qkv, const OptionalTensor& bias_qkv, const Tensor& weight, const Tensor& statistics,
+    const Tensor& qkv, const Tensor& attended, int64_t groups, int64_t heads, bool by_head, bool folded, bool residual,
+    double output_scale, bool wants_weights);
 
 // linear_attention.cpp
 std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& qkv, const Tensor& mem_kv, const Tensor& weight,

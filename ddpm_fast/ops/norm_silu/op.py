@@ -162,6 +162,7 @@ def group_norm_silu(
         gain, offset: (C,), the norm's own affine map.
         groups: divides C.
         eps: added to the variance.
+        bias: (C,), or (B, C), a row for each sample; native code takes the first.
         others: see `rms_norm_silu`.
 
     Returns:
@@ -172,7 +173,7 @@ def group_norm_silu(
     """
     if not isinstance(offset, torch.Tensor):
         raise TypeError(f"offset must be a tensor, got {type(offset).__name__}")
-    _check(x, gain, offset, bias, scale, shift, residual, dropout_p, seed)
+    _check(x, gain, offset, bias, scale, shift, residual, dropout_p, seed, bias_rows=True)
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
     return _group_norm_silu_op(
@@ -358,6 +359,8 @@ def _check(
     residual: torch.Tensor | None,
     dropout_p: float,
     seed: torch.Tensor | None,
+    *,
+    bias_rows: bool = False,
 ) -> None:
     """The checks of every implementation."""
     tensors = (x, gain, offset, bias, scale, shift, residual)
@@ -368,7 +371,8 @@ def _check(
     B, C, _, _ = whole = x.shape
     if gain.numel() != C:
         raise ValueError(f"gain must have {C} elements, one per channel of x, got shape {tuple(gain.shape)}")
-    shapes = ((C,), (C,), (B, C), (B, C), whole)
+    bias_shape = (B, C) if bias_rows and bias is not None and bias.dim() == 2 else (C,)
+    shapes = ((C,), bias_shape, (B, C), (B, C), whole)
     for name, tensor, shape in zip(_OPTIONAL, tensors[2:], shapes, strict=True):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -453,6 +457,8 @@ def _native_refuses(
     x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor | None = None, **options: torch.Tensor | float | None
 ) -> str | None:
     given = {name: option for name, option in options.items() if isinstance(option, torch.Tensor)}
+    if "bias" in given and given["bias"].dim() == 2:
+        return "bias has a row for each sample, and native code takes one row"
     return why_not_on_cpu({"x": x, "gain": gain, "offset": offset, **given}, maps=("x",))
 
 

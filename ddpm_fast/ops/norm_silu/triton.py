@@ -56,6 +56,15 @@ def _bias(bias_ptr, o_c, m_c):
 
 
 @triton.jit
+def _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS: tl.constexpr):
+    """The same of a sample, whose bias is its own row where BIAS_ROWS."""
+    if BIAS_ROWS:
+        return _load(bias_ptr, i_b * C + o_c, m_c)
+    else:
+        return _bias(bias_ptr, o_c, m_c)
+
+
+@triton.jit
 def _load_with_bias(x_ptr, o_tile, m_tile, bias_ptr, b_bias):
     """The norm's input v = x + bias: (BLOCK_N, BLOCK_C), 0 in channels that do not exist."""
     b_v = _load(x_ptr, o_tile, m_tile)
@@ -252,16 +261,16 @@ def rms_norm_silu_bwd_kernel(
 def group_moments_kernel(
     x_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n
     moments_ptr,  # (B, chunks, 2, C) float32: mean of v and Σ (v − mean)² over a chunk's pixels
-    bias_ptr,  # (C,) or None
+    bias_ptr,  # (C,), or (B, C) with BIAS_ROWS, or None
     HW, C, chunks, stride_b, stride_c, stride_n,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr, BIAS_ROWS: tl.constexpr = False,
 ):  # fmt: skip
     """Each tile's moments in two passes over registers, tiles merged by Chan et al. 1983, eq. 2.1."""
     i_b, i_chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     x_ptr += i_b.to(tl.int64) * stride_b
-    b_bias = _bias(bias_ptr, o_c, m_c)
+    b_bias = _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS)
     b_mean, b_m2 = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for i_tile in range(TILES):
         before = i_tile * BLOCK_N
@@ -328,13 +337,14 @@ def group_norm_silu_fwd_kernel(
     statistics_ptr,  # (B, G, 2)
     gain_ptr,  # (C,)
     offset_ptr,  # (C,)
-    bias_ptr,  # (C,) or None
+    bias_ptr,  # (C,), or (B, C) with BIAS_ROWS, or None
     scale_ptr,  # (B, C) or None
     shift_ptr,  # (B, C) or None
     residual_ptr,  # or None
     seed_ptr,  # (1,) int64, or None: no dropout
     HW, C, G, tiles, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
     ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BIAS_ROWS: tl.constexpr = False,
 ):  # fmt: skip
     i_b, i_n = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     o_n, o_c = i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -348,7 +358,8 @@ def group_norm_silu_fwd_kernel(
     )
     b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
 
-    b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, _bias(bias_ptr, o_c, m_c))
+    b_bias = _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS)
+    b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
     _finish_fwd(
         (b_v - b_mean[None, :]) * b_rstd[None, :], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_slope,
         b_intercept, seed_ptr, i_b, i_n * BLOCK_N, o_c, HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
@@ -370,12 +381,13 @@ def group_norm_silu_sums_kernel(
     statistics_ptr,  # (B, G, 2)
     gain_ptr,  # (C,)
     offset_ptr,  # (C,)
-    bias_ptr,  # (C,) or None
+    bias_ptr,  # (C,), or (B, C) with BIAS_ROWS, or None
     scale_ptr,  # (B, C) or None
     shift_ptr,  # (B, C) or None
     seed_ptr,  # (1,) int64, or None: no dropout
     HW, C, G, chunks, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
     ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+    BIAS_ROWS: tl.constexpr = False,
 ):  # fmt: skip
     i_b, i_chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -385,7 +397,7 @@ def group_norm_silu_sums_kernel(
         gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
     b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
-    b_bias = _bias(bias_ptr, o_c, m_c)
+    b_bias = _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS)
     k0, k1 = _key(seed_ptr)
     b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dy_normed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -449,12 +461,13 @@ def group_norm_silu_bwd_kernel(
     means_ptr,  # (B, 2, G) float32: mean over the group of dx̂ and of dx̂·x̂
     gain_ptr,  # (C,)
     offset_ptr,  # (C,)
-    bias_ptr,  # (C,) or None
+    bias_ptr,  # (C,), or (B, C) with BIAS_ROWS, or None
     scale_ptr,  # (B, C) or None
     shift_ptr,  # (B, C) or None
     seed_ptr,  # (1,) int64, or None: no dropout
     HW, C, G, chunks, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
     ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+    BIAS_ROWS: tl.constexpr = False,
 ):  # fmt: skip
     i_b, i_chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -467,7 +480,7 @@ def group_norm_silu_bwd_kernel(
     o_means = i_b * 2 * G + o_c // (C // G)
     b_mean_dnormed = _load(means_ptr, o_means, m_c)
     b_projection = _load(means_ptr, o_means + G, m_c)
-    b_bias = _bias(bias_ptr, o_c, m_c)
+    b_bias = _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS)
     k0, k1 = _key(seed_ptr)
     b_sum_dx = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for i_tile in tl.range(TILES, num_stages=_STAGES):
@@ -498,7 +511,7 @@ def norm_silu_bwd_rows_kernel(
     scale_ptr,  # (B, C), or None; any pointer for samples from `scaled` on, and so are dscale_ptr and dshift_ptr
     dgain_ptr,  # (C,)
     doffset_ptr,  # (C,) or None
-    dbias_ptr,  # (C,) or None
+    dbias_ptr,  # (C,), or (B, C) with BIAS_ROWS, or None
     dscale_ptr,  # (B, C) or None
     dshift_ptr,  # (B, C) or None
     last_sums_ptr,  # (B, last_chunks, 2 or 3, C) float32 of another norm, without scale and shift, or None
@@ -507,6 +520,7 @@ def norm_silu_bwd_rows_kernel(
     last_dbias_ptr,
     B, C, chunks, stride_scale, last_chunks,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, scaled=2**31 - 1,
+    BIAS_ROWS: tl.constexpr = False,
 ):  # fmt: skip
     """The gradients of all arguments per channel, each written once; grid (C / BLOCK_C, norms).
 
@@ -533,6 +547,8 @@ def norm_silu_bwd_rows_kernel(
         o_b = b_start + tl.arange(0, BLOCK_B)
         b_sum_dy = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
         b_sum_dy_normed = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+        if BIAS_ROWS:
+            b_dbias = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
         k_start = 0
         while k_start < chunks:
             o_k = k_start + tl.arange(0, BLOCK_K)
@@ -555,13 +571,16 @@ def norm_silu_bwd_rows_kernel(
             tl.store(dscale_ptr + o_row, cast(b_dscale, dscale_ptr.dtype.element_ty), mask=m_scaled)
         if dshift_ptr is not None:
             tl.store(dshift_ptr + o_row, cast(b_sum_dy, dshift_ptr.dtype.element_ty), mask=m_scaled)
+        if BIAS_ROWS:
+            m_row = (o_b < B)[:, None] & m_c[None, :]
+            tl.store(dbias_ptr + o_row, cast(b_dbias, dbias_ptr.dtype.element_ty), mask=m_row)
         b_dgain += b_sum_dy_normed * b_factor
         b_doffset += b_sum_dy * b_factor
         b_start += BLOCK_B
     tl.store(dgain_ptr + o_c, cast(tl.sum(b_dgain, axis=0), dgain_ptr.dtype.element_ty), mask=m_c)
     if doffset_ptr is not None:
         tl.store(doffset_ptr + o_c, cast(tl.sum(b_doffset, axis=0), doffset_ptr.dtype.element_ty), mask=m_c)
-    if dbias_ptr is not None:
+    if dbias_ptr is not None and not BIAS_ROWS:
         tl.store(dbias_ptr + o_c, cast(tl.sum(b_dbias, axis=0), dbias_ptr.dtype.element_ty), mask=m_c)
 
 
@@ -637,7 +656,7 @@ def norm_silu(
     x: torch.Tensor,  # (B, C, H, W), channels-last or contiguous
     gain: torch.Tensor,  # C elements
     offset: torch.Tensor | None,  # (C,)
-    bias: torch.Tensor | None,  # (C,)
+    bias: torch.Tensor | None,  # (C,), or (B, C) for GroupNorm
     scale: torch.Tensor | None,  # (B, C)
     shift: torch.Tensor | None,  # (B, C)
     residual: torch.Tensor | None,  # (B, C, H, W)
@@ -664,10 +683,10 @@ def norm_silu(
                 C**0.5, *numbers, **constants,
             )  # fmt: skip
             return out, statistics
-        statistics = _group_statistics_of(x, rows.bias, groups, eps)
+        statistics = _group_statistics_of(x, rows, groups, eps)
         group_norm_silu_fwd_kernel[(B * tiles, triton_launch.ceil_div(C, tile.block_c))](
             x, out, statistics, rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, residual, seed, HW, C,
-            groups, tiles, *numbers, **constants,
+            groups, tiles, *numbers, **constants, **rows.constants,
         )  # fmt: skip
         return out, statistics
 
@@ -763,7 +782,8 @@ def _gradient_of_map(
             # A group of one number has no gradient: both kernels must round its dy as the mean between is rounded.
             constants = constants | {"enable_fp_fusion": False}
         bound = triton_launch.register_bound(most_registers(seed is not None, writes_dx=False))
-        group_norm_silu_sums_kernel[grid](grad, x, sums, statistics, *inputs, **{**constants, **bound})
+        constants = constants | rows.constants
+        group_norm_silu_sums_kernel[grid](grad, x, sums, statistics, *inputs, **(constants | bound))
         means = x.new_empty((B, 2, groups), dtype=torch.float32)
         group_means_kernel[(B * groups,)](
             sums, means, rows.gain, rows.bias, rows.scale, HW, C, groups, chunks, rows.strides[0],
@@ -794,7 +814,7 @@ def _finish_rows(
     with torch.cuda.device_of(sums):
         norm_silu_bwd_rows_kernel[(programs, norms)](
             sums, rows.gain, rows.offset, scale, *gradients[:3], *rest, last_sums, *of_last, B, C, chunks,
-            rows.strides[0], last_chunks, scaled=B if rows.scaled else 0, **blocks,
+            rows.strides[0], last_chunks, scaled=B if rows.scaled else 0, **blocks, **rows.constants,
         )  # fmt: skip
 
 
@@ -829,6 +849,7 @@ class _Rows:
         self.gain = gain.contiguous()
         self.offset = None if offset is None else offset.contiguous()
         self.bias = None if bias is None else bias.contiguous()
+        self.constants = {"BIAS_ROWS": True} if bias is not None and bias.dim() == 2 else {}
         self.scale, scale_stride = _side_by_side(scale)
         self.shift, shift_stride = _side_by_side(shift)
         self.strides = (scale_stride, shift_stride)
@@ -850,7 +871,7 @@ def _side_by_side(rows: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
     return (rows, stride) if spacing == 1 else (rows.contiguous(), rows.shape[1])
 
 
-def _group_statistics_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int, eps: float) -> torch.Tensor:
+def _group_statistics_of(x: torch.Tensor, rows: _Rows, groups: int, eps: float) -> torch.Tensor:
     """(B, G, 2): mean and 1/√(variance + eps) of every group."""
     B, C, HW = _sizes(x)
     plan = _plan_of(x, None, False, whole_rows=False, sums=True)
@@ -858,8 +879,8 @@ def _group_statistics_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int
     chunks = triton_launch.ceil_div(HW, tile.chunk)
     moments = x.new_empty(B, chunks, 2, C, dtype=torch.float32)
     group_moments_kernel[(B * chunks, triton_launch.ceil_div(C, tile.block_c))](
-        x, moments, bias, HW, C, chunks, *plan.strides,
-        BLOCK_N=tile.block_n, BLOCK_C=tile.block_c, TILES=tile.tiles, num_warps=tile.num_warps,
+        x, moments, rows.bias, HW, C, chunks, *plan.strides,
+        BLOCK_N=tile.block_n, BLOCK_C=tile.block_c, TILES=tile.tiles, num_warps=tile.num_warps, **rows.constants,
     )  # fmt: skip
     statistics = x.new_empty(B, groups, 2, dtype=torch.float32)
     group_merge_kernel[(B * groups,)](

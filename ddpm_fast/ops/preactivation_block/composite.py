@@ -11,6 +11,7 @@ from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.norm_linear.op import linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu
 from ddpm_fast.ops.resample.op import upsample_conv
+from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.autocast import no_autocast
 
 
@@ -45,13 +46,26 @@ def preactivation_block(
         x = x if skip is None else torch.cat((x, skip.to(x.dtype)), dim=1)
         h = group_norm_silu(x, gain1, offset1, groups=groups1, eps=eps1)
         y = upsample_conv(h, weight1) if resample == "up" else conv3x3(resampled(h, resample), weight1)
-        if embedding is not None:
-            y = y + embedding.to(y.dtype)[:, :, None, None]
-        options: dict[str, Any] = {"bias": bias1, "scale": scale, "shift": shift, "dropout_p": dropout_p, "seed": seed}
+        if embedding is not None and triton_launch.why_not_triton(x.device) is not None:
+            y, embedding = y + embedding.to(y.dtype)[:, :, None, None], None
+        options: dict[str, Any] = {
+            "bias": _added(bias1, embedding),
+            "scale": scale,
+            "shift": shift,
+            "dropout_p": dropout_p,
+            "seed": seed,
+        }
         h = group_norm_silu(y, gain2, offset2, groups=groups2, eps=eps2, **options)
         residual = _residual(x, res_weight, res_bias, resample)
         out = conv3x3(h, weight2, bias2, residual=residual)
         return out if output_scale == 1.0 else out * output_scale
+
+
+def _added(bias: torch.Tensor | None, embedding: torch.Tensor | None) -> torch.Tensor | None:
+    """What the norm adds to the first convolution: (K,), or (B, K) where an embedding is part of it."""
+    if bias is None or embedding is None:
+        return embedding if bias is None else bias
+    return embedding + bias
 
 
 def _residual(

@@ -39,14 +39,14 @@ KERNELS = {
 BOUNDED = ("rms_norm_silu_bwd_kernel", "group_norm_silu_sums_kernel", "group_norm_silu_bwd_kernel")
 
 
-def compile_stage(name: str, dtype: str, C: int, everything: bool, capability: int, tmp_path):
+def compile_stage(name: str, dtype: str, C: int, everything: bool, capability: int, tmp_path, bias_rows: bool = False):
     """A kernel as `forward` and `backward` launch it on channels-last maps; with `everything`, residual and dropout."""
     function = getattr(kernel, name)
     whole_rows, sums, *_ = KERNELS[name]
     tile = kernel.choose_tile(STAGES[C], C, whole_rows=whole_rows, sums=sums, dropout=everything)
     constants = {"stride_c": 1, "ACTIVATION": True, "QUADS": tile.block_n % 4 == 0, "TILES": tile.tiles}
     constants |= {"BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c, "CHUNK": tile.chunk, "seed_ptr": None}
-    constants |= {"residual_ptr": None}
+    constants |= {"residual_ptr": None, "BIAS_ROWS": bias_rows}
     if everything:
         del constants["seed_ptr"], constants["residual_ptr"]
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
@@ -108,6 +108,15 @@ def test_registers_and_accesses_with_dropout_and_residual(name, capability, tmp_
     gate("registers", f"{name} with dropout and residual, sm_{capability}", max(registers))
 
 
+@on_sm_90
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("group")])
+def test_registers_and_accesses_with_a_bias_for_each_sample(name, capability, tmp_path, gate):
+    machine, tile = compile_stage(name, "fp32", 512, False, capability, tmp_path, bias_rows=True)
+    assert_fit(machine, tile, name, "fp32", False)
+    gate("registers", f"{name} with a bias for each sample, sm_{capability}", machine.registers)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_merge_of_group_moments(capability, tmp_path, gate):
     signature = {n: type_of(n, "fp32") for n in kernel.group_merge_kernel.arg_names[:7]}
@@ -139,14 +148,14 @@ def test_means_of_groups(capability, tmp_path, gate):
 
 @on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("norm", ["rms", "group", "two rms", "two group"])
+@pytest.mark.parametrize("norm", ["rms", "group", "two rms", "two group", "group, bias rows"])
 def test_gradients_of_rows(norm, capability, tmp_path, gate):
     """Every thread has its 16-byte loads of three rows of sums on their way at once; of one norm and of two."""
     function, blocks = kernel.norm_silu_bwd_rows_kernel, kernel.rows_blocks(64)
     constants = {name: value for name, value in blocks.items() if name.isupper()}
     absent = [n for n in function.arg_names if "offset" in n] if norm.endswith("rms") else []
     absent += [] if norm.startswith("two") else [n for n in function.arg_names if n.startswith("last_")][:-1]
-    constants |= dict.fromkeys(absent)
+    constants |= dict.fromkeys(absent) | {"BIAS_ROWS": norm.endswith("rows")}
     signature = {n: type_of_row(n) for n in function.arg_names if n not in constants}
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path, num_warps=blocks["num_warps"],
@@ -164,7 +173,7 @@ def test_sizes_of_one_compile(name, tmp_path):
     function = getattr(kernel, name)
     ones = ["HW", "B", "C", "G", "tiles", "chunks", "stride_b", "stride_c", "stride_n", "stride_scale", "stride_shift"]
     ones += ["last_chunks"]
-    constants = {n: 1 for n in ones} | {"ACTIVATION": False, "QUADS": False, "TILES": 1, "CHUNK": 1}
+    constants = {n: 1 for n in ones} | {"BIAS_ROWS": False, "ACTIVATION": False, "QUADS": False, "TILES": 1, "CHUNK": 1}
     constants |= {"BLOCK_N": 1, "BLOCK_B": 1, "BLOCK_C": 1, "BLOCK_K": 1, "BLOCK_D": 1, "BLOCKS_K": 1, "BLOCKS_D": 1}
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, "bf16") for n in function.arg_names if n not in constants}

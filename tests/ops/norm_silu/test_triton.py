@@ -75,6 +75,15 @@ def test_half_types(norm, layout, dtype):
     assert_as_accurate_as_the_reference(norm, {name: tensor.to(dtype) for name, tensor in tensors.items()}, others)
 
 
+@pytest.mark.parametrize("option", ["bias", "all"])
+@pytest.mark.parametrize("shape", [(19, 24, 4, 6, 4), (3, 513, 1, 7, 27)], ids=str)
+def test_a_bias_for_each_sample(shape, option):
+    tensors, others = make("group", shape, option, "nhwc", DEVICE)
+    B, C = shape[:2]
+    tensors["bias"] = torch.randn(B, C, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    assert_as_accurate_as_the_reference("group", tensors, others)
+
+
 @both_norms
 def test_maps_of_other_layouts_and_dtypes(norm):
     """A residual and rows in another layout than x."""
