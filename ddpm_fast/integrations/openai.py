@@ -257,7 +257,7 @@ class _Network:
 
 
 for _name in ("UNetModel", "UNetModelWrapper"):
-    declare(Fast(f"{_UNET}.{_name}", "preactivation_block, group_norm_silu", mixin=_Network))
+    declare(Fast(f"{_UNET}.{_name}", "preactivation_block, group_norm_silu", mixin=_Network, is_network=True))
 
 
 def _rows(network: Any, h: torch.Tensor, emb: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
