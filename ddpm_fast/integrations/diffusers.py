@@ -312,7 +312,7 @@ class UpBlock:
 
 
 for _path in UP_BLOCKS:
-    declare(Fast(_path, "preactivation_block of a map and a skip", _why_not_up_block, mixin=UpBlock))
+    declare(Fast(_path, "preactivation_block of a map and a skip", _why_not_up_block, mixin=UpBlock, is_network=True))
 
 
 # The network
@@ -439,4 +439,4 @@ def _output_class(network: Any) -> Any:
     return sys.modules[type(network).__module__].UNet2DOutput
 
 
-declare(Fast(UNET, "projections of the time, group_norm_silu", _why_not_unet, mixin=Unet2D))
+declare(Fast(UNET, "projections of the time, group_norm_silu", _why_not_unet, mixin=Unet2D, is_network=True))
