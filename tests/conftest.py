@@ -99,6 +99,14 @@ def _arithmetic(request):
 
 
 @pytest.fixture(autouse=True)
+def _loss_is_not_drawn(request, monkeypatch):
+    """Drawing loss.png takes half a second, more than most of these training runs; see the mark `draws`."""
+    history = sys.modules.get("ddpm_fast.training.history")
+    if history and not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(history.LossHistory, "plot", lambda self: None)
+
+
+@pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
 

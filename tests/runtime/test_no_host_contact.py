@@ -396,7 +396,8 @@ def test_a_captured_step_with_its_images_and_its_average(cuda, recorder, is_pinn
     monkeypatch.setattr(torch.Tensor, "backward", gradients_of(diffusion))
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     # Fused Adam with its rate on the device cannot run on fake tensors.
-    optimizer = torch.optim.Adam(diffusion.parameters(), capturable=True, fused=recorder is EagerRecorder)
+    is_fused = recorder is EagerRecorder
+    optimizer = torch.optim.Adam(diffusion.parameters(), capturable=True, fused=is_fused, foreach=not is_fused)
     ema = EMA(diffusion, update_every=2, use_foreach=True)
     options = {"ema": ema, "max_grad_norm": 1.0, "autocast": torch.bfloat16, "any_module": False}
     step = TrainingStep(diffusion, optimizer, (2, 3, 8, 8), recorder=recorder, **options)
