@@ -344,8 +344,8 @@ class Images(torch.utils.data.Dataset):
         pytest.param("no", torch.uint8, True, marks=pytest.mark.release),
         pytest.param("fp16", torch.uint8, False, marks=pytest.mark.release),
         ("fp16", torch.uint8, True),
-        pytest.param("bf16", torch.uint8, False, marks=pytest.mark.release),
-        ("bf16", torch.float32, True),
+        ("bf16", torch.uint8, False),
+        pytest.param("bf16", torch.float32, True, marks=pytest.mark.release),
     ],
 )
 def test_a_step_of_the_trainer(cuda, precision, dtype, is_recorded, tmp_path, monkeypatch):

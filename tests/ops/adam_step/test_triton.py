@@ -272,9 +272,9 @@ def test_a_trainer_goes_on_from_its_file(tmp_path):
         made.opt.param_groups[0]["lr"] = torch.tensor(made.opt.param_groups[0]["lr"], device=DEVICE)
         return made
 
-    runs = [trainer("recorded", 7, graph=True), trainer("eager", 7, graph=False)]
+    runs = [trainer("recorded", 6, graph=True), trainer("eager", 6, graph=False)]
     trainer("parts", 4, graph=True).train()
-    runs.append(trainer("parts", 7, graph=True))
+    runs.append(trainer("parts", 6, graph=True))
     runs[-1].load("last")
     for made in runs:
         made.train()
