@@ -126,7 +126,7 @@ def table(model: nn.Module) -> list[Line]:
             lines.append(Line(path, cls.__name__, None if reason else cls._ddpm_fast.runs, reason))
             if reason is None and not cls._ddpm_fast.is_network:
                 inside.append(f"{path}." if path else "")
-        elif options_for(module):
+        elif options_for(module) and (module._parameters or not cls.__module__.startswith("torch.")):
             reasons = [why_refused(module, option) for option in options_for(module)]
             reason = None if None in reasons else reasons[0]
             lines.append(Line(path, cls.__name__, None, reason or "the model is not accelerated"))
