@@ -54,6 +54,7 @@ SECOND_READS: dict[str, Callable[[Arguments], list[torch.Tensor]]] = {
     # GroupNorm's statistics are a pass of their own, and so are its backward's sums; RMSNorm (groups = 0) has none.
     "ddpm_fast::norm_silu": lambda arguments: [arguments["x"]] if arguments["groups"] else [],
     "ddpm_fast::norm_silu_backward": _image_and_gradient,
+    "ddpm_fast::norm_silu_backward_beside": _image_and_gradient,
     "ddpm_fast::norm_silu_backward_of_last": _image_and_gradient,
     "ddpm_fast::norm_silu_backward_of_both": _image_and_gradient,
     # One launch owns queries, the other keys, and both read grad and qkv; tiles read again by neighbours come from L2.
