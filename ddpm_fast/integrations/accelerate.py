@@ -20,6 +20,7 @@ from ddpm_fast.integrations import rules
 from ddpm_fast.integrations.family import (
     Fast,
     handlers_around,
+    known,
     load_families,
     made_class,
     options_for,
@@ -28,6 +29,7 @@ from ddpm_fast.integrations.family import (
     why_refused,
 )
 from ddpm_fast.models.derived_weights import forget_derived
+from ddpm_fast.models.stock import own_class
 from ddpm_fast.runtime import dispatch
 
 Thing = TypeVar("Thing")
@@ -68,6 +70,7 @@ def accelerate(model: Thing) -> Thing:
         _handlers(model)[0](model)
         return model
     for module in model.modules():
+        known(own_class(module))
         if is_accelerated(module):
             continue
         for option in options_for(module):

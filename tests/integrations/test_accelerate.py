@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import UNet2DModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 from torch.nn.utils import parametrize
 from torchcfm.models.unet.unet import UNetModel
@@ -286,8 +286,9 @@ def test_autocast(name):
 def test_forward_mode_and_transforms_take_the_own_forward(name):
     model, eager = ddpm_fast.accelerate(network(name)), network(name)
     if name == "diffusers":  # torch's fused attention has no forward mode
-        model.set_attn_processor(AttnProcessor())
-        eager.set_attn_processor(AttnProcessor())
+        for module in (*model.modules(), *eager.modules()):
+            if isinstance(module, Attention):
+                module.set_processor(AttnProcessor())
     args = arguments(name)
     place = 1 if name == "torchcfm" else 0
 
