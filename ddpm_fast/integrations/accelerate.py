@@ -20,6 +20,7 @@ from ddpm_fast.integrations import rules
 from ddpm_fast.integrations.family import (
     Fast,
     handlers_around,
+    known,
     load_families,
     made_class,
     options_for,
@@ -28,6 +29,7 @@ from ddpm_fast.integrations.family import (
     why_refused,
 )
 from ddpm_fast.models.derived_weights import forget_derived
+from ddpm_fast.models.stock import own_class
 from ddpm_fast.runtime import dispatch
 
 Thing = TypeVar("Thing")
@@ -68,6 +70,7 @@ def accelerate(model: Thing) -> Thing:
         _handlers(model)[0](model)
         return model
     for module in model.modules():
+        known(own_class(module))
         if is_accelerated(module):
             continue
         for option in options_for(module):
@@ -126,7 +129,7 @@ def table(model: nn.Module) -> list[Line]:
             lines.append(Line(path, cls.__name__, None if reason else cls._ddpm_fast.runs, reason))
             if reason is None and not cls._ddpm_fast.is_network:
                 inside.append(f"{path}." if path else "")
-        elif options_for(module):
+        elif options_for(module) and (module._parameters or not cls.__module__.startswith("torch.")):
             reasons = [why_refused(module, option) for option in options_for(module)]
             reason = None if None in reasons else reasons[0]
             lines.append(Line(path, cls.__name__, None, reason or "the model is not accelerated"))

@@ -91,7 +91,7 @@ _FAST: dict[str, list[Fast]] = {}
 _ALL: dict[str, list[Fast]] = {}
 # Path of a class of objects around networks → (accelerate it, restore it).
 _AROUND: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {}
-# Class → its path and its forward; see `_known`.
+# Class → its path and its forward; see `known`.
 _KNOWN: dict[type, tuple[str, Any]] = {}
 # (Class, replacement) → the accelerated class.
 _MADE: dict[tuple[type, Fast], type] = {}
@@ -183,7 +183,7 @@ def why_changed(module: Any, *paths: str) -> str | None:
         return f"it is a {type(module).__name__}"
     made = type(module)
     cls: Any = own_class(module)
-    path, forward = _known(cls)
+    path, forward = known(cls)
     if path not in paths:
         return f"it is a {cls.__name__}"
     if "forward" in module.__dict__:
@@ -194,8 +194,11 @@ def why_changed(module: Any, *paths: str) -> str | None:
     return "it has hooks" if any(hooks) else None
 
 
-def _known(cls: type) -> tuple[str, Any]:
-    """The path of a class and the forward that it has in its file, None where it has another one when first asked."""
+def known(cls: type) -> tuple[str, Any]:
+    """The path of a class and the forward that it has in its file, None where it has another one when first asked.
+
+    `accelerate` asks for all classes of a network, since dynamo could not trace the first question.
+    """
     if cls not in _KNOWN:
         _KNOWN[cls] = (path_of(cls), _forward_as_written(cls))
     return _KNOWN[cls]
@@ -222,7 +225,7 @@ def why_not(module: nn.Module, name: str) -> str:
 def why_refused(module: nn.Module, option: Fast) -> str | None:
     """Why `accelerate` leaves a module as it is, in one clause; None where it replaces its forward."""
     cls: Any = own_class(module)
-    if _known(cls)[1] is not cls.forward:
+    if known(cls)[1] is not cls.forward:
         return f"the forward of {cls.__name__} was replaced"
     return option.refuses(module)
 

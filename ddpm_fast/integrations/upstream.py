@@ -15,7 +15,7 @@ from torch import nn
 from ddpm_fast.integrations.family import Fast, declare, is_unchanged, own_forward
 from ddpm_fast.models import attention, classifier_free_unet, embeddings, norm, resnet
 from ddpm_fast.models.conditions import GivenConditions
-from ddpm_fast.models.stock import is_instance
+from ddpm_fast.models.stock import is_instance, knows_package
 from ddpm_fast.models.unet_base import UnetBase
 from ddpm_fast.ops.registration import may_read
 from ddpm_fast.runtime.autocast import autocast_dtype
@@ -26,7 +26,7 @@ _ATTEND = "denoising_diffusion_pytorch.attend.Attend"
 
 
 class _RMSNormOfClasses(norm.RMSNorm):
-    scale = property(lambda self: self.g.numel() ** 0.5)  # type: ignore[assignment]
+    scale = property(lambda self: self.g.numel() ** 0.5)
 
 
 class _SinusoidalPosEmb(embeddings.SinusoidalPosEmb):
@@ -77,7 +77,7 @@ class _LinearAttentionOfClasses(classifier_free_unet.LinearAttention):
     _by_modules = _LinearAttention._by_modules
 
     @property
-    def mem_kv(self) -> torch.Tensor:
+    def mem_kv(self) -> Any:  # type: ignore[override]
         weight = self.to_qkv.weight
         return weight.new_empty(2, self.heads, weight.shape[0] // (3 * self.heads), 0)
 
@@ -87,7 +87,7 @@ class _AttentionOfClasses(classifier_free_unet.Attention):
     _by_modules = _Attention._by_modules
 
     @property
-    def mem_kv(self) -> torch.Tensor:
+    def mem_kv(self) -> Any:  # type: ignore[override]
         weight = self.to_qkv.weight
         return weight.new_empty(2, self.heads, 0, weight.shape[0] // (3 * self.heads))
 
@@ -174,6 +174,8 @@ def _inside(network: Any) -> Iterable[tuple[nn.Module, Fast]]:
 
 for _place in (_TIME_MLP, _CLASSES_MLP):
     declare(_place, anywhere=False)
+
+knows_package("denoising_diffusion_pytorch", "einops")
 
 _BLOCKS: tuple[tuple[str, str, str, type, type], ...] = (
     (_FILE, "RMSNorm", "rms_norm_silu", norm.RMSNorm, norm.RMSNorm),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 from torch.nn.utils import parametrize
 from torchcfm.models.unet.unet import UNetModel
@@ -36,7 +37,7 @@ def diffusers_unet():
 
 def openai_unet():
     return UNetModel(
-        image_size=8, in_channels=3, model_channels=32, out_channels=3, num_res_blocks=1, attention_resolutions=(2,),
+        image_size=8, in_channels=3, model_channels=64, out_channels=3, num_res_blocks=1, attention_resolutions=(2,),
         channel_mult=(1, 2), num_heads=2,
     )  # fmt: skip
 
@@ -213,7 +214,7 @@ def test_changed_modules_do_what_they_do_in_the_eager_network(name):
     cases = [
         (CALLS[i % len(CALLS)], path) for i, path in enumerate(places(eager, False)) if is_called(eager, name, path)
     ]
-    cases += [(WEIGHTS[i % len(WEIGHTS)], path) for i, path in enumerate(places(eager, True))]
+    cases += [(WEIGHTS[i % len(WEIGHTS)], path) for i, path in enumerate(places(eager, True)[1:5])]
     assert len(cases) > 8
     plain = results(eager, name)["output"]
     for i, (change, path) in enumerate(cases):
@@ -284,6 +285,10 @@ def test_autocast(name):
 @ALL
 def test_forward_mode_and_transforms_take_the_own_forward(name):
     model, eager = ddpm_fast.accelerate(network(name)), network(name)
+    if name == "diffusers":  # torch's fused attention has no forward mode
+        for module in (*model.modules(), *eager.modules()):
+            if isinstance(module, Attention):
+                module.set_processor(AttnProcessor())
     args = arguments(name)
     place = 1 if name == "torchcfm" else 0
 
@@ -327,7 +332,7 @@ def test_distributed_data_parallel(name, tmp_path):
 
 def test_torch_compile_traces_the_whole_network():
     torch._dynamo.reset()
-    model = ddpm_fast.accelerate(network("upstream"))
+    model = ddpm_fast.accelerate(upstream.Unet(8, dim_mults=(1,), attn_heads=2, attn_dim_head=8))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     found = outputs_and_gradients(model, arguments("upstream"), call=lambda _, *args: compiled(*args))
     assert_equal(found, results(model, "upstream"), 1e-5)
@@ -338,7 +343,7 @@ def test_save_pretrained(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = UNet2DModel.from_pretrained(tmp_path)
     assert type(loaded) is UNet2DModel
-    assert_same_bits(results(loaded, "diffusers"), results(network("diffusers"), "diffusers"))
+    assert_same_bits(dict(loaded.state_dict()), dict(model.state_dict()))
 
 
 def test_restoring_a_parametrized_module():
@@ -364,10 +369,10 @@ def test_float64_and_other_calls_keep_the_own_forward():
 
 def test_explain_has_a_line_for_each_block():
     model = network("upstream")
-    assert "resnet_block" not in ddpm_fast.explain([], model=model)
+    assert "ResnetBlock" not in ddpm_fast.explain(model=model)
     ddpm_fast.accelerate(model)
     model.mid_block1.block1.proj.register_forward_hook(lambda *_: None)
-    text = ddpm_fast.explain([], model=model)
+    text = ddpm_fast.explain(model=model)
     lines = {line.split()[0]: line for line in text.splitlines() if line}
     assert lines["downs.0.0"].split()[1:] == ["ResnetBlock", "resnet_block"]
     assert "its own forward: block1.proj: it has hooks" in lines["mid_block1"]
