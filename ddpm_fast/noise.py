@@ -113,6 +113,12 @@ def draw_seed(device: torch.device | str | None = None) -> torch.Tensor:
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 
 
+def draw_seeds(count: int, device: torch.device | str | None = None) -> tuple[torch.Tensor, ...]:
+    """So many seeds, see `draw_seed`, by one operator; kernels find each at an address of 16 bytes."""
+    drawn = torch.randint(0, 2**62, (count, 2), dtype=torch.int64, device=device)
+    return drawn[:, 0].split(1)
+
+
 def normal(
     shape: Sequence[int],
     *,

@@ -5,51 +5,38 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
-import torch
-from triton.backends.compiler import GPUTarget
-
-from cuda_model.pretend import META
-from cuda_model.recorder import Step, recording
+from cuda_model.pretend import META, cuda_on_meta
+from ddpm_fast.integrations.accelerate import accelerate
 from ddpm_fast.measure import foreign
+from ddpm_fast.measure.traffic import Traffic, counting
 
-BATCH = 128  # of CIFAR-10, as these networks were trained
-
-
-def record_training(network: foreign.ForeignNetwork, target: GPUTarget, dtype: str, batch: int = BATCH) -> Step:
-    """Forward, mean squared error, backward and fused Adam."""
-    module = copy.deepcopy(network.network).to(META)
-    data = tuple(tensor.to(META) for tensor in foreign.inputs(network, batch, torch.device("cpu")))
-    with recording(target) as block:
-        optimizer = torch.optim.Adam(module.parameters(), 1e-4, fused=True, capturable=True)
-        run = foreign.training_step(network, module, data, dtype, optimizer)
-        run()  # the optimizer makes its state
-        with block() as step:
-            run()
-    return step
+BATCH = 16
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Launches of a step and the bytes that they move, of a network as it is and accelerated."""
+    """Operators of a step and the bytes that they move, of a network as it is and accelerated."""
 
-    eager: Step
-    accelerated: Step
+    eager: Traffic
+    accelerated: Traffic
 
     @property
-    def launches(self) -> float:
-        """Launches of the accelerated step over those of the eager one."""
-        return self.accelerated.count / self.eager.count
+    def operators(self) -> float:
+        """Operators of the accelerated step over those of the eager one."""
+        return self.accelerated.operators / self.eager.operators
 
     @property
     def bytes_moved(self) -> float:
         return self.accelerated.bytes_moved / self.eager.bytes_moved
 
 
-def count(name: str, target: GPUTarget, dtype: str, batch: int = BATCH) -> Counts:
-    """Both steps of a network of `foreign.NETWORKS`."""
-    from ddpm_fast.integrations.accelerate import accelerate
-
-    network = foreign.make(name)
-    eager = record_training(network, target, dtype, batch)
-    accelerate(network.network)
-    return Counts(eager, record_training(network, target, dtype, batch))
+def count(name: str, dtype: str = "fp32", batch: int = BATCH) -> Counts:
+    """Forward, loss and backward of a network of `foreign.NETWORKS`, in both forms."""
+    network = foreign.make(name, device=META)
+    data = tuple(tensor.to(META) for tensor in foreign.inputs(network, batch, META))
+    found = []
+    for module in (network.network, accelerate(copy.deepcopy(network.network))):
+        with cuda_on_meta(), counting() as traffic:
+            foreign.loss_of(network, module, data, dtype)[0].backward()
+        found.append(traffic)
+    return Counts(*found)

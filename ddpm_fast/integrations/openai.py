@@ -7,7 +7,7 @@ block the map and its skip connection side by side without putting them together
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -136,10 +136,21 @@ def _resampling_of(module: Any) -> str | None:
 def res_block(block: Any, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W), (B, D) → (B, K, H, W), or of half or twice the height and width."""
 
+    seed = _drawn_seed(block, x)
+
     def run(x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        return _compute(block, x, block._modules["emb_layers"](emb))
+        return _compute(block, x, block._modules["emb_layers"](emb), seed)
 
     return _checkpointed(block, run, x, emb)
+
+
+def _drops(block: Any) -> bool:
+    dropout = block._modules["out_layers"]._modules["2"]
+    return dropout.training and dropout.p > 0
+
+
+def _drawn_seed(block: Any, x: torch.Tensor) -> torch.Tensor | None:
+    return noise.draw_seed(x.device) if _drops(block) else None
 
 
 def _checkpointed(block: Any, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
@@ -150,8 +161,21 @@ def _checkpointed(block: Any, function: Callable[..., torch.Tensor], *inputs: to
     return module.checkpoint(function, inputs, block.parameters(), True)
 
 
-def _compute(block: Any, x: torch.Tensor, rows: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-    """The block for the output of its `emb_layers`; skip: channels that follow those of x."""
+def _compute(
+    block: Any,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    seed: torch.Tensor | None,
+    skip: torch.Tensor | None = None,
+    with_bias: bool = False,
+) -> torch.Tensor:
+    """The block for the output of its `emb_layers`.
+
+    Args:
+        seed: of its dropout.
+        skip: channels that follow those of x.
+        with_bias: the first convolution's bias is in the rows already.
+    """
     modules = block._modules
     norm1, _, conv1 = modules["in_layers"]._modules.values()
     norm2, _, dropout, conv2 = modules["out_layers"]._modules.values()
@@ -171,10 +195,11 @@ def _compute(block: Any, x: torch.Tensor, rows: torch.Tensor, skip: torch.Tensor
         options |= {"res_weight": None, "res_bias": None}
     else:
         options |= {"res_weight": parameter(residual, "weight"), "res_bias": parameter(residual, "bias")}
-    if dropout.training and dropout.p > 0:
-        options |= {"dropout_p": dropout.p, "seed": noise.draw_seed(x.device)}
+    if seed is not None:
+        options |= {"dropout_p": dropout.p, "seed": seed}
+    bias1 = None if with_bias else parameter(conv1, "bias")
     return unchecked_preactivation_block(
-        x, parameter(conv1, "weight"), parameter(conv1, "bias"), parameter(norm1, "weight"), parameter(norm1, "bias"),
+        x, parameter(conv1, "weight"), bias1, parameter(norm1, "weight"), parameter(norm1, "bias"),
         parameter(conv2, "weight"), parameter(conv2, "bias"), parameter(norm2, "weight"), parameter(norm2, "bias"),
         groups1=norm1.num_groups, groups2=norm2.num_groups, eps1=norm1.eps, eps2=norm2.eps, **options,
     )  # fmt: skip
@@ -260,8 +285,15 @@ for _name in ("UNetModel", "UNetModelWrapper"):
     declare(Fast(f"{_UNET}.{_name}", "preactivation_block, group_norm_silu", mixin=_Network, is_network=True))
 
 
-def _rows(network: Any, h: torch.Tensor, emb: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
-    """For each residual block that may be computed without a call of its module, the output of its `emb_layers`."""
+# Of a residual block: the output of its `emb_layers`, its seed, and whether its first bias is in the rows.
+_Row = tuple[torch.Tensor, torch.Tensor | None, bool]
+
+
+def _rows(network: Any, h: torch.Tensor, emb: torch.Tensor) -> dict[nn.Module, _Row]:
+    """For each residual block that may be computed without a call of its module, what `_compute` takes.
+
+    One product makes all rows, one sum adds the biases that would follow, and one call draws all seeds.
+    """
     sequences = (*network.input_blocks, network.middle_block, *network.output_blocks)
     blocks: list[Any] = [
         layer
@@ -274,15 +306,25 @@ def _rows(network: Any, h: torch.Tensor, emb: torch.Tensor) -> dict[nn.Module, t
         return {}
     layers = [block._modules["emb_layers"]._modules["1"] for block in blocks]
     made = linears_of_one_input(nn.functional.silu(emb), layers)
+    with_bias = not any(block.use_scale_shift_norm for block in blocks)
+    if with_bias:
+        biases = [parameter(block._modules["in_layers"]._modules["2"], "bias") for block in blocks]
+        made = made + torch.cat(biases).to(made.dtype)
     widths = [parameter(layer, "weight").shape[0] for layer in layers]
-    return dict(zip(blocks, made.split(widths, dim=1), strict=True))
+    seeds: Iterator[torch.Tensor] = iter(())
+    if any(_drops(block) for block in blocks):
+        seeds = iter(noise.draw_seeds(len(blocks), h.device))
+    return {
+        block: (part, next(seeds) if _drops(block) else None, with_bias)
+        for block, part in zip(blocks, made.split(widths, dim=1), strict=True)
+    }
 
 
 def _run(
     sequence: Any,
     h: torch.Tensor,
     emb: torch.Tensor,
-    rows: dict[nn.Module, torch.Tensor],
+    rows: dict[nn.Module, _Row],
     skip: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A `TimestepEmbedSequential` of h and skip side by side."""
@@ -291,7 +333,8 @@ def _run(
     takes_embeddings = sys.modules[_UNET].TimestepBlock
     for layer in sequence._modules.values():
         if layer in rows:
-            h = _compute(layer, h, rows[layer], skip)
+            row, seed, with_bias = rows[layer]
+            h = _compute(layer, h, row, seed, skip, with_bias)
         else:
             h = h if skip is None else torch.cat((h, skip), dim=1)
             if isinstance(layer, takes_embeddings):

@@ -155,7 +155,7 @@ def why_not(name: str) -> str | None:
     return None
 
 
-def make(name: str, seed: int = 0) -> ForeignNetwork:
+def make(name: str, seed: int = 0, device: torch.device | str = "cpu") -> ForeignNetwork:
     """A network with the random weights of `seed`, or those of its folder, in training mode.
 
     Parameters that are zero at the start (the last layer of each block) are drawn as well: with zeros no output and
@@ -163,10 +163,11 @@ def make(name: str, seed: int = 0) -> ForeignNetwork:
     """
     kind, _, folder = name.partition(":")
     torch.manual_seed(seed)
-    made = NETWORKS[kind][1](folder or None)
+    with torch.device(device):
+        made = NETWORKS[kind][1](folder or None)
     with torch.no_grad():
         for parameter in made.network.parameters():
-            if not parameter.any():
+            if not parameter.is_meta and not parameter.any():
                 parameter.normal_(std=0.02)
     made.network.train()
     return made
@@ -204,11 +205,12 @@ def without_dropout(network: nn.Module) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _loss(foreign: ForeignNetwork, network: nn.Module, batch: tuple, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_of(foreign: ForeignNetwork, network: nn.Module, batch: tuple, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean squared error of the output, and the output."""
     x, t, target = batch
     with autocast(dtype, x.device):
         out = foreign.call(network, x, t)
-        return F.mse_loss(out.float(), target), out
+        return F.mseloss_of(out.float(), target), out
 
 
 def check_equal(foreign: ForeignNetwork, eager: nn.Module, other: nn.Module, batch: tuple, dtype: str) -> dict:
@@ -225,7 +227,7 @@ def check_equal(foreign: ForeignNetwork, eager: nn.Module, other: nn.Module, bat
     for network in (eager, other):
         network.zero_grad(set_to_none=True)
         with without_dropout(network):
-            loss, out = _loss(foreign, network, batch, dtype)
+            loss, out = loss_of(foreign, network, batch, dtype)
             loss.backward()
         outputs.append(out.detach().double())
         gradients.append({name: p.grad.double() for name, p in network.named_parameters() if p.grad is not None})
@@ -262,7 +264,7 @@ def training_step(
     optimizer = optimizer or torch.optim.Adam(network.parameters(), lr=1e-5)
 
     def step() -> torch.Tensor:
-        loss, _ = _loss(foreign, network, batch, dtype)
+        loss, _ = loss_of(foreign, network, batch, dtype)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -41,6 +41,7 @@ KINDS = ("convolution", "matmul", "attention")
 
 # Ops that alias their input although the schema of their result does not say so.
 _FREE = {torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default}
+_ALLOCATE = ("aten::empty", "aten::new_empty")  # no memory is touched
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 Arguments = dict[str, Any]
@@ -55,6 +56,9 @@ SECOND_READS: dict[str, Callable[[Arguments], list[torch.Tensor]]] = {
     "ddpm_fast::norm_silu": lambda arguments: [arguments["x"]] if arguments["groups"] else [],
     "ddpm_fast::norm_silu_backward": _image_and_gradient,
     "ddpm_fast::norm_silu_backward_beside": _image_and_gradient,
+    # torch's kernels make them in passes of their own as well: ATen/native/cuda/group_norm_kernel.cu.
+    "aten::native_group_norm": lambda arguments: [arguments["input"]],
+    "aten::native_group_norm_backward": lambda arguments: [arguments["grad_out"], arguments["input"]],
     "ddpm_fast::norm_silu_backward_of_last": _image_and_gradient,
     "ddpm_fast::norm_silu_backward_of_both": _image_and_gradient,
     # One launch owns queries, the other keys, and both read grad and qkv; tiles read again by neighbours come from L2.
@@ -386,6 +390,14 @@ class _Counter(Observer):
             operator.flops += number
 
 
+@contextlib.contextmanager
+def counting() -> Iterator[Traffic]:
+    """Counts the operators inside."""
+    traffic = Traffic()
+    with _Counter(traffic):
+        yield traffic
+
+
 def _bytes_moved(func, args: tuple, kwargs: dict, result) -> int:
     name, arguments = func._schema.name, _bind(func, args, kwargs)
     tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
@@ -408,7 +420,11 @@ def _only_calls_others(func) -> bool:
 
 def _is_view(func) -> bool:
     returns = [r.alias_info for r in func._schema.returns]
-    return func in _FREE or any(alias is not None and not alias.is_write for alias in returns)
+    return (
+        func in _FREE
+        or func._schema.name.startswith(_ALLOCATE)
+        or any(alias is not None and not alias.is_write for alias in returns)
+    )
 
 
 def _bind(func, args: tuple, kwargs: dict) -> Arguments:
