@@ -9,7 +9,7 @@
 # make cuda-model  what a step launches on a CUDA device, and the time of its parts on an H100 and an A100; no GPU
 # make release-tests  what make test leaves out, the tests marked release: a real wheel, built and measured, a sample under
 #             sanitizers, dry runs of the whole report and of triage, the demo's quality, every kernel on sm_80 and sm_100,
-#             and all combinations of which make test runs some, in Triton's interpreter, too
+#             ranks that torchrun starts, and all combinations of which make test runs some, in Triton's interpreter, too
 # make sanitize  the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer: build/sanitize
 # make wheels packages that a GPU machine without network lacks, for benchmarks/gpu_report.sh: .whl/
 # make clean  remove what these have made, the pictures excepted

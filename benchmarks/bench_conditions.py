@@ -4,7 +4,8 @@
 
 Upstream is `denoising_diffusion_pytorch.classifier_free_guidance`; the same weights, DDIM, cond_scale 6. A guided step
 of ours stands beside an unguided one at the same number of images: it runs the network on twice as many. Upstream
-trains with torch's default Adam, as its users do, and with the fused one that ours has (`ddpm_fast.measure.baselines`).
+trains with torch's default Adam, as its users do, and with the fused one (`ddpm_fast.measure.baselines`); ours in
+upstream's loop with the fused one, and by `capture_training_step`, as the Trainer does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from denoising_diffusion_pytorch import classifier_free_guidance as upstream
 from torch import nn
 from tqdm import std as tqdm_std
 
-from ddpm_fast import classifier_free_guidance
+from ddpm_fast import capture_training_step, classifier_free_guidance
 from ddpm_fast.measure.machine import describe
 from ddpm_fast.measure.machine import name as name_of
 from ddpm_fast.measure.timing import Interleaved, Timing, ratio
@@ -52,6 +53,13 @@ def training(
     return step
 
 
+def recorded(diffusion: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> Callable[[], object]:
+    """A training step of the same work, replayed."""
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-5, fused=True)
+    step = capture_training_step(diffusion, optimizer, images.shape, max_grad_norm=None)
+    return lambda: step((images, None, {"classes": classes}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120, help="rounds for about this long")
@@ -65,10 +73,12 @@ def main() -> None:
     tqdm_std.tqdm.__init__ = silent(tqdm_std.tqdm.__init__)  # upstream has no way to say so
 
     theirs, ours = pair(options.size)
+    recorded_ours = pair(options.size)[1]
     calls: dict[str, Callable[[], object]] = {
         "training upstream": training(theirs, images, classes),
         "training upstream fused": training(theirs, images, classes, fused=True),
         "training ours": training(ours, images, classes, fused=True),
+        "training ours recorded": recorded(recorded_ours, images, classes),
         "guided upstream": lambda: theirs.sample(classes, cond_scale=6.0),
         "guided ours": lambda: ours.sample(classes, cond_scale=6.0, progress=False),
         "unguided ours": lambda: ours.sample(classes, cond_scale=1.0, progress=False),
@@ -78,6 +88,8 @@ def main() -> None:
     print(f"{machine}, batch {options.batch_size}, {options.size}x{options.size}\n")
     print("| | s | of ours, s | ratio | median of the rounds' ratios |\n| --- | --: | --: | --: | --: |")
     rows = (
+        ("training, upstream / ours recorded", "training upstream", "training ours recorded"),
+        ("training, upstream with fused Adam / ours recorded", "training upstream fused", "training ours recorded"),
         ("training, upstream / ours", "training upstream", "training ours"),
         ("training, upstream with fused Adam / ours", "training upstream fused", "training ours"),
         ("guided sampling, upstream / ours", "guided upstream", "guided ours"),

@@ -71,9 +71,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    """What is imported by now stays: collections of garbage, which recordings and the trainer ask for, leave it out."""
+    """What is imported by now stays: collections of garbage, which recordings and the trainer ask for, leave it out.
+
+    Tracing by dynamo and Triton's interpreter make millions of small objects, and spend a tenth of their time looking
+    for cycles among them at Python's threshold of 700.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 def is_left_to_release_tests(item) -> bool:
@@ -96,6 +101,14 @@ def _arithmetic(request):
     name = getattr(request, "param", None) or request.config.getoption("--arithmetic")
     with contextlib.nullcontext() if name is None else gpu_arithmetic.emulated(name):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _loss_is_not_drawn(request, monkeypatch):
+    """Drawing loss.png takes half a second, more than most of these training runs; see the mark `draws`."""
+    history = sys.modules.get("ddpm_fast.training.history")
+    if history and not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(history.LossHistory, "plot", lambda self: None)
 
 
 @pytest.fixture(autouse=True)

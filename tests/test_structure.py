@@ -48,7 +48,7 @@ ROWS = [
     ["training/captured_step"],
     ["training/optimizer_step"],
     ["training/average"],
-    ["integrations/diffusers_folders"],
+    ["integrations/diffusers_folders", "integrations/diffusers_pipelines"],
     ["integrations/diffusers_network"],
     ["integrations/accelerate"],
     [

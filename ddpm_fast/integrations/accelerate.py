@@ -18,14 +18,17 @@ from torch import nn
 
 from ddpm_fast.integrations import rules
 from ddpm_fast.integrations.family import (
+    Fast,
     handlers_around,
+    known,
     load_families,
     made_class,
     options_for,
+    path_of,
     why_own_forward,
     why_refused,
 )
-from ddpm_fast.models.derived_weights import free_inference_weights
+from ddpm_fast.models.derived_weights import forget_derived
 from ddpm_fast.models.stock import own_class
 from ddpm_fast.runtime import dispatch
 
@@ -67,13 +70,22 @@ def accelerate(model: Thing) -> Thing:
         _handlers(model)[0](model)
         return model
     for module in model.modules():
+        known(own_class(module))
         if is_accelerated(module):
             continue
         for option in options_for(module):
-            if own_class(module) is type(module) and why_refused(module, option) is None:
-                module.__class__ = made_class(type(module), option)
+            if why_refused(module, option) is None:
+                _replace(module, option)
                 break
     return model
+
+
+def _replace(module: nn.Module, option: Fast) -> None:
+    module.__class__ = made_class(type(module), option)
+    for inner, its_option in () if option.inside is None else option.inside(module):
+        if not is_accelerated(inner) and path_of(type(inner)) == its_option.path:
+            if why_refused(inner, its_option) is None:
+                _replace(inner, its_option)
 
 
 def restore(model: Thing) -> Thing:
@@ -90,7 +102,7 @@ def restore(model: Thing) -> Thing:
         cls: Any = type(module)
         if not is_accelerated(module):
             continue
-        free_inference_weights(module)
+        forget_derived(module)
         if cls.__dict__.get("_ddpm_fast_own") is not None:
             module.__class__ = cls._ddpm_fast_own
         else:  # a class that torch's parametrizations made for this module alone
@@ -113,11 +125,11 @@ def table(model: nn.Module) -> list[Line]:
             continue
         cls: Any = type(module)
         if is_accelerated(module):
-            reason = why_own_forward(module)
+            reason = why_own_forward(module) or _why_by_modules(module)
             lines.append(Line(path, cls.__name__, None if reason else cls._ddpm_fast.runs, reason))
-            if reason is None and _is_whole(module):
+            if reason is None and not cls._ddpm_fast.is_network:
                 inside.append(f"{path}." if path else "")
-        elif options_for(module):
+        elif options_for(module) and (module._parameters or not cls.__module__.startswith("torch.")):
             reasons = [why_refused(module, option) for option in options_for(module)]
             reason = None if None in reasons else reasons[0]
             lines.append(Line(path, cls.__name__, None, reason or "the model is not accelerated"))
@@ -126,12 +138,14 @@ def table(model: nn.Module) -> list[Line]:
     return lines
 
 
-def _is_whole(module: Any) -> bool:
-    """True where one op computes a module with all that is inside."""
-    return type(module)._ddpm_fast.mixin is None
+def _why_by_modules(module: Any) -> str | None:
+    return module.why_by_modules() if hasattr(module, "why_by_modules") else None
 
 
-def _lines_of_explain(model: nn.Module) -> Iterator[str]:
+def lines_of_explain(model: object) -> Iterator[str]:
+    """The lines of `explain` of an accelerated network; none of anything else."""
+    if not isinstance(model, nn.Module):
+        return
     if not any(is_accelerated(module) for module in model.modules()):
         return
     lines = table(model)
@@ -151,4 +165,4 @@ def _handlers(thing: object) -> Any:
     return found
 
 
-dispatch.accounts.append(_lines_of_explain)
+dispatch.accounts.append(lines_of_explain)

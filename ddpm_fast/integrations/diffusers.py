@@ -312,7 +312,7 @@ class UpBlock:
 
 
 for _path in UP_BLOCKS:
-    declare(Fast(_path, "preactivation_block of a map and a skip", _why_not_up_block, mixin=UpBlock))
+    declare(Fast(_path, "preactivation_block of a map and a skip", _why_not_up_block, mixin=UpBlock, is_network=True))
 
 
 # The network
@@ -324,7 +324,7 @@ _projections: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}
 
 def _projected(block: Any, temb: torch.Tensor) -> torch.Tensor:
     """The projection of an embedding, (B, K) or (B, 2K): that which the network has made, or made now."""
-    if not torch.compiler.is_compiling():
+    if _projections and not torch.compiler.is_compiling():
         embedding, rows = _projections.get(threading.get_ident(), (None, {}))
         if embedding is temb and id(block) in rows:
             return rows[id(block)]
@@ -336,7 +336,7 @@ def _projecting(blocks: list[Any], temb: torch.Tensor) -> Iterator[None]:
     """Inside, this thread's blocks find their projections of the embedding, which are one product."""
     thread = threading.get_ident()
     before = _projections.get(thread)
-    if len(blocks) > 1 and not torch.compiler.is_compiling():
+    if len(blocks) > 1:
         layers = [block.time_emb_proj for block in blocks]
         rows = linears_of_one_input(F.silu(temb), layers)
         parts = rows.split([layer.weight.shape[0] for layer in layers], dim=1)
@@ -383,7 +383,7 @@ class Unet2D:
         return_dict: bool = True,
     ) -> Any:
         """(B, C, H, W), one timestep or (B,), (B,) → (B, K, H, W), as diffusers' class returns it."""
-        if self.config.time_embedding_type == "fourier":
+        if self.config.time_embedding_type == "fourier" or torch.compiler.is_compiling():
             return own_forward(self, sample, timestep, class_labels, return_dict)
         x = 2 * sample - 1.0 if self.config.center_input_sample else sample
         temb = self._embedding(x, timestep, class_labels)
@@ -439,4 +439,4 @@ def _output_class(network: Any) -> Any:
     return sys.modules[type(network).__module__].UNet2DOutput
 
 
-declare(Fast(UNET, "projections of the time, group_norm_silu", _why_not_unet, mixin=Unet2D))
+declare(Fast(UNET, "projections of the time, group_norm_silu", _why_not_unet, mixin=Unet2D, is_network=True))

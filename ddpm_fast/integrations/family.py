@@ -34,10 +34,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -60,6 +59,8 @@ class Fast:
         mixin: a class whose methods the accelerated class has before those of its own.
         stands_for: the class for which `stock.is_instance` takes accelerated modules; their own if None.
         order: of several for one class, those with smaller numbers are asked first.
+        inside: more modules to replace, those inside a module of this class that are known by their place alone.
+        is_network: `explain` has lines for the modules inside, too.
     """
 
     path: str
@@ -69,6 +70,8 @@ class Fast:
     mixin: type | None = None
     stands_for: type | None = None
     order: int = 0
+    inside: Callable[[Any], Iterable[tuple[nn.Module, Fast]]] | None = None
+    is_network: bool = False
 
 
 # File of a family → the package that has to be loaded for it.
@@ -77,14 +80,19 @@ FAMILIES = {
     "upstream": "denoising_diffusion_pytorch",
     "rectified_flow": "rectified_flow_pytorch",
     "diffusers": "diffusers",
+    "diffusers_pipelines": "diffusers",
     "openai": "torchcfm",
     "edm": "physicsnemo",
 }
 
 # Path of a class → what may replace its forward; the first that does not refuse a module does.
 _FAST: dict[str, list[Fast]] = {}
+# The same, with those that are known by their place in a network.
+_ALL: dict[str, list[Fast]] = {}
 # Path of a class of objects around networks → (accelerate it, restore it).
 _AROUND: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {}
+# Class → its path and its forward; see `known`.
+_KNOWN: dict[type, tuple[str, Any]] = {}
 # (Class, replacement) → the accelerated class.
 _MADE: dict[tuple[type, Fast], type] = {}
 
@@ -92,15 +100,18 @@ _MADE: dict[tuple[type, Fast], type] = {}
 def load_families() -> None:
     """Import the families of the packages that are loaded."""
     for name, package in FAMILIES.items():
-        if package in sys.modules and find_spec(f"ddpm_fast.integrations.{name}") is not None:
+        if package in sys.modules:
             import_module(f"ddpm_fast.integrations.{name}")
 
 
-def declare(declared: Fast) -> None:
-    """Add a replacement; see `fast`."""
-    options = _FAST.setdefault(declared.path, [])
-    options.append(declared)
-    options.sort(key=lambda option: option.order)
+def declare(declared: Fast, anywhere: bool = True) -> Fast:
+    """Add a replacement; see `fast`. One that is not for modules anywhere is named by the `inside` of another."""
+    _ALL.setdefault(declared.path, []).append(declared)
+    if anywhere:
+        options = _FAST.setdefault(declared.path, [])
+        options.append(declared)
+        options.sort(key=lambda option: option.order)
+    return declared
 
 
 def fast(
@@ -170,26 +181,37 @@ def why_changed(module: Any, *paths: str) -> str | None:
     """Why not `is_unchanged`, in one clause."""
     if not isinstance(module, nn.Module):
         return f"it is a {type(module).__name__}"
-    cls = own_class(module)
-    if path_of(cls) not in paths:
+    made = type(module)
+    cls: Any = own_class(module)
+    path, forward = known(cls)
+    if path not in paths:
         return f"it is a {cls.__name__}"
     if "forward" in module.__dict__:
         return "it has a forward of its own"
-    if not _is_as_written(cls) or (cls is not type(module) and not has_own_forward(type(module))):
+    if forward is not cls.forward or (made is not cls and not has_own_forward(made)):
         return f"the forward of {cls.__name__} was replaced"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return "it has hooks" if any(hooks) else None
 
 
-def _is_as_written(cls: type) -> bool:
-    """True if a class's forward is a function of its own file, or of the file of a class that it inherits from."""
+def known(cls: type) -> tuple[str, Any]:
+    """The path of a class and the forward that it has in its file, None where it has another one when first asked.
+
+    `accelerate` asks for all classes of a network, since dynamo could not trace the first question.
+    """
+    if cls not in _KNOWN:
+        _KNOWN[cls] = (path_of(cls), _forward_as_written(cls))
+    return _KNOWN[cls]
+
+
+def _forward_as_written(cls: Any) -> Any:
+    """A class's forward if it is a function of the file of its class, or of a class that it inherits from."""
     for base in cls.__mro__:
         forward = base.__dict__.get("forward")
         if forward is not None:
-            return getattr(forward, "__module__", None) == base.__module__ and getattr(
-                forward, "__qualname__", ""
-            ).endswith(f"{base.__name__}.forward")
-    return False
+            name, module = getattr(forward, "__qualname__", ""), getattr(forward, "__module__", None)
+            return forward if module == base.__module__ and name.endswith(f"{base.__name__}.forward") else None
+    return None
 
 
 def why_not(module: nn.Module, name: str) -> str:
@@ -202,8 +224,8 @@ def why_not(module: nn.Module, name: str) -> str:
 
 def why_refused(module: nn.Module, option: Fast) -> str | None:
     """Why `accelerate` leaves a module as it is, in one clause; None where it replaces its forward."""
-    cls = own_class(module)
-    if cls is type(module) and not _is_as_written(cls):
+    cls: Any = own_class(module)
+    if known(cls)[1] is not cls.forward:
         return f"the forward of {cls.__name__} was replaced"
     return option.refuses(module)
 
@@ -292,6 +314,6 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
 
 def _rebuild(own: type, runs: str) -> Any:
     load_families()
-    options = [option for option in _FAST.get(path_of(own), []) if option.runs == runs]
+    options = [option for option in _ALL.get(path_of(own), []) if option.runs == runs]
     cls = made_class(own, options[0]) if options else own
     return cls.__new__(cls)  # type: ignore[call-overload]

@@ -282,7 +282,7 @@ class _Network:
 
 
 for _name in ("UNetModel", "UNetModelWrapper"):
-    declare(Fast(f"{_UNET}.{_name}", "preactivation_block, group_norm_silu", mixin=_Network))
+    declare(Fast(f"{_UNET}.{_name}", "preactivation_block, group_norm_silu", mixin=_Network, is_network=True))
 
 
 # Of a residual block: the output of its `emb_layers`, its seed, and whether its first bias is in the rows.

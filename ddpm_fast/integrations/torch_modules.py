@@ -1,14 +1,16 @@
-"""Modules of torch itself, in any accelerated network."""
+"""Modules of torch itself, in any accelerated network; how several of them are known by what they are made of."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
-from ddpm_fast.integrations.family import channels_last, fast, own_forward
+from ddpm_fast.integrations.family import Fast, channels_last, declare, fast, is_unchanged, own_forward
+from ddpm_fast.models import convolution
 from ddpm_fast.models.narrow_weights import narrow
-from ddpm_fast.models.stock import keeps_size
+from ddpm_fast.models.stock import calls_every_module, is_convolution, is_instance, keeps_size
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.runtime.autocast import to_autocast_dtype
 
@@ -26,3 +28,58 @@ def conv2d(module: Any, input: torch.Tensor) -> torch.Tensor:
         return own_forward(module, input)
     (x,) = to_autocast_dtype(channels_last(input))
     return conv3x3(x, narrow(module, "weight"), narrow(module, "bias"))
+
+
+def _why_not_stem(conv: Any) -> str | None:
+    """For a network's first convolution."""
+    if conv.kernel_size[0] < 5 or conv.in_channels > 16:
+        return "it is no convolution of few channels and a side of 5 or more"
+    keeps = keeps_size(conv, conv.kernel_size[0]) and conv.bias is not None
+    return None if keeps else "it does not keep height and width, or has no bias"
+
+
+class _Downsample(convolution.Downsample):
+    """Its pixel-unshuffle is an einops layer."""
+
+    def _is_fused(self) -> bool:
+        modules: dict[str, Any] = self._modules
+        return not calls_every_module() and _is_unshuffle(modules.get("0")) and is_convolution(modules.get("1"), 1)
+
+
+def _is_unshuffle(layer: Any) -> bool:
+    if not is_unchanged(layer, "einops.layers.torch.Rearrange"):
+        return False
+    return layer.pattern == "b c (h p1) (w p2) -> b (c p1 p2) h w" and layer.axes_lengths == {"p1": 2, "p2": 2}
+
+
+def _why_not_downsample(module: Any) -> str | None:
+    layers = list(module._modules.values())
+    if len(layers) == 2 and _is_unshuffle(layers[0]) and is_convolution(layers[1], 1):
+        return None
+    return "it is no pixel-unshuffle and 1×1 convolution"
+
+
+def _why_not_upsample(module: Any) -> str | None:
+    layers = list(module._modules.values())
+    if len(layers) == 2 and is_instance(layers[0], nn.Upsample) and is_convolution(layers[1], 3):
+        resize = layers[0]
+        if (resize.mode, resize.scale_factor, resize.size) == ("nearest", 2.0, None):
+            return None
+    return "it is no nearest upsampling by 2 and 3×3 convolution"
+
+
+declare(
+    Fast(
+        "torch.nn.modules.conv.Conv2d",
+        "stem_conv",
+        _why_not_stem,
+        mixin=convolution.StemConv,
+        stands_for=convolution.StemConv,
+        order=1,
+    )
+)
+_SEQUENTIAL = "torch.nn.modules.container.Sequential"
+declare(Fast(_SEQUENTIAL, "downsample_conv", _why_not_downsample, mixin=_Downsample, stands_for=convolution.Downsample))
+declare(
+    Fast(_SEQUENTIAL, "upsample_conv", _why_not_upsample, mixin=convolution.Upsample, stands_for=convolution.Upsample)
+)

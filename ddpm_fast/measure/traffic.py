@@ -55,6 +55,7 @@ SECOND_READS: dict[str, Callable[[Arguments], list[torch.Tensor]]] = {
     # GroupNorm's statistics are a pass of their own, and so are its backward's sums; RMSNorm (groups = 0) has none.
     "ddpm_fast::norm_silu": lambda arguments: [arguments["x"]] if arguments["groups"] else [],
     "ddpm_fast::norm_silu_backward": _image_and_gradient,
+    "ddpm_fast::norm_silu_backward_beside": _image_and_gradient,
     # torch's kernels make them in passes of their own as well: ATen/native/cuda/group_norm_kernel.cu.
     "aten::native_group_norm": lambda arguments: [arguments["input"]],
     "aten::native_group_norm_backward": lambda arguments: [arguments["grad_out"], arguments["input"]],

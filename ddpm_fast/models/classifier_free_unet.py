@@ -231,7 +231,7 @@ class Unet(UnetBase):
         time = self._timesteps(time)
         if cond_keep_mask is None:
             rate = self.cond_drop_prob if cond_drop_prob is None else cond_drop_prob
-            cond_keep_mask = None if rate == 0 else _random_mask(x.shape[0], 1 - rate, x.device)
+            cond_keep_mask = None if rate == 0 else random_mask(x.shape[0], 1 - rate, x.device)
         given = GivenConditions(classes, keep_mask=cond_keep_mask)
         self._check_inputs(x, time, given)
         return self._call([x], time, given)
@@ -291,7 +291,7 @@ def guided_output(
     return rescaled * rescaled_phi + guided * (1 - rescaled_phi)
 
 
-def _random_mask(batch_size: int, rate: float, device: torch.device) -> torch.Tensor:
+def random_mask(batch_size: int, rate: float, device: torch.device) -> torch.Tensor:
     """True with probability `rate`, by upstream's random numbers."""
     if rate == 1 or rate == 0:
         return torch.full((batch_size,), rate == 1, device=device)

@@ -26,6 +26,8 @@ from ddpm_fast.runtime.autocast import autocast_dtype
 
 # What a network is told: range(T), or times in the order of a sampler's rows.
 Times = range | tuple[float, ...] | None
+# Attributes of a module that has derived weights: neither copied nor pickled.
+_LEFT_OUT = ("_tensors", "_inside", "_besides", "_latest", "_last_use", "_slots")
 # A tensor, or several by name.
 Derived = torch.Tensor | dict[Hashable, torch.Tensor]
 
@@ -132,8 +134,7 @@ class HasDerivedWeight(nn.Module):
         self._latest = next(iter(self._tensors.values()), None)
 
     def __getstate__(self) -> dict:
-        left_out = ("_tensors", "_inside", "_besides", "_latest", "_last_use", "_slots")
-        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+        return {name: value for name, value in self.__dict__.items() if name not in _LEFT_OUT}
 
 
 _lock = threading.RLock()
@@ -190,3 +191,9 @@ def free_inference_weights(network: object) -> None:
     for module in network.modules() if isinstance(network, nn.Module) else ():
         if isinstance(module, HasDerivedWeight) and not module.__dict__.get("_inside"):
             module.__dict__.pop("_slots", None)
+
+
+def forget_derived(module: nn.Module) -> None:
+    """Remove every trace of derived weights from a module that is outside `inference_weights`."""
+    for name in _LEFT_OUT:
+        module.__dict__.pop(name, None)

@@ -54,12 +54,12 @@ def _is_stock_block(block: nn.Module | None, dropout: bool) -> bool:
         return False
     modules: dict[str, Any] = block._modules  # see `parameter`
     norm, last = modules.get("norm"), modules.get("dropout")
+    if last is not None and not (is_instance(last, nn.Dropout) and (dropout or not (last.training and last.p > 0))):
+        return False
     return (
         is_convolution(modules.get("proj"), 3)
         and (is_rms_norm(norm) or is_group_norm(norm))
         and is_instance(modules.get("act"), nn.SiLU)
-        and is_instance(last, nn.Dropout)
-        and (dropout or not (last.training and last.p > 0))
     )
 
 
@@ -135,8 +135,8 @@ class ResnetBlock(nn.Module):
             options |= {"scale": scale, "shift": shift}
         modules: dict[str, Any] = self._modules  # see `parameter`
         block1, block2, res_conv = modules["block1"]._modules, modules["block2"]._modules, modules["res_conv"]
-        dropout = block1["dropout"]
-        if dropout.training and dropout.p > 0:
+        dropout = block1.get("dropout")  # upstream's class-conditional blocks, accelerated, have none
+        if dropout is not None and dropout.training and dropout.p > 0:
             options |= {"dropout_p": dropout.p, "seed": noise.draw_seed(x.device)}
         norm1, norm2 = block1["norm"], block2["norm"]
         if isinstance(norm1, RMSNorm):

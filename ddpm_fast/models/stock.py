@@ -134,13 +134,23 @@ def is_convolution(module: object, side: int, bias: bool = True) -> TypeGuard[nn
     )
 
 
+# Packages whose modules renew no weight while they run, hooks aside.
+_KNOWN_PACKAGES = {"torch", "ddpm_fast"}
+
+
+def knows_package(*names: str) -> None:
+    """Modules of these packages renew no weight while they run, as those of torch and of this package."""
+    _KNOWN_PACKAGES.update(names)
+    _is_known.cache_clear()
+
+
 @cache
 def _is_known(package: str) -> bool:
-    return package.split(".")[0] in ("torch", "ddpm_fast")
+    return package.split(".")[0] in _KNOWN_PACKAGES
 
 
 def renews_no_weight(module: nn.Module) -> bool:
-    """True if a call of the module runs code of torch and of this package alone, without hooks.
+    """True if a call of the module runs code of known packages alone, without hooks.
 
     A hook such as `torch.nn.utils.weight_norm`'s makes a weight again at every call, and so does an embedding with a
     `max_norm`.

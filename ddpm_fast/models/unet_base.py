@@ -31,7 +31,7 @@ from ddpm_fast.models.embeddings import (
 )
 from ddpm_fast.models.narrow_weights import Copies, Group, copies_of, copy_weights, dtype_of_copies, groups_of, reading
 from ddpm_fast.models.resnet import ResnetBlock, ScaleShift
-from ddpm_fast.models.stock import is_convolution, is_unmodified, parameter
+from ddpm_fast.models.stock import is_convolution, is_instance, is_unmodified, parameter
 from ddpm_fast.ops.layout import maps_format, weights_format
 from ddpm_fast.runtime.autocast import no_autocast
 from ddpm_fast.runtime.pretrained import Pretrained
@@ -221,7 +221,7 @@ class UnetBase(Pretrained, HasDerivedWeight):
 
     def _attend(self, attn: Any, x: torch.Tensor) -> torch.Tensor:
         """Attention of x plus x: one op where nobody changed the module."""
-        if type(attn) in (Attention, LinearAttention) and is_unmodified(attn):
+        if is_unmodified(attn) and (is_instance(attn, LinearAttention) or is_instance(attn, Attention)):
             return attn.compute(x, residual=x)
         return attn(x) + x
 

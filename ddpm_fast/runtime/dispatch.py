@@ -30,7 +30,7 @@ _forced: str | None = None
 _ops: dict[str, Op] = {}
 _watched: dict[tuple[str, str, str], int] | None = None
 # What else `explain` says of a model, one function for each kind of model.
-accounts: list[Callable[[torch.nn.Module], Iterable[str]]] = []
+accounts: list[Callable[[Any], Iterable[str]]] = []
 
 
 class BackendRefused(RuntimeError):
@@ -252,13 +252,13 @@ def present_devices() -> list[torch.device]:
     return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
 
 
-def explain(devices: list[torch.device] | None = None, *, model: torch.nn.Module | None = None) -> str:
+def explain(devices: list[torch.device] | None = None, *, model: Any = None) -> str:
     """A table of op × device × implementation: which runs, which would refuse, and why.
 
     Args:
-        model: a network. Each of its blocks that calls its modules one after another instead of running as one op,
-            because a module was changed, has a line with the reason. Of a network that `accelerate` was given, every
-            block has a line: the op that computes it, or why its own forward does.
+        model: a network, or a pipeline around one. Each of its blocks that calls its modules one after another instead
+            of running as one op, because a module was changed, has a line with the reason. Of a network that
+            `accelerate` was given, every block has a line: the op that computes it, or why its own forward does.
 
     Returns:
         Text, one line each; the implementation that runs is marked with `*`. At the end, the forced backend and
@@ -282,7 +282,7 @@ def explain(devices: list[torch.device] | None = None, *, model: torch.nn.Module
     lines.append(f"* runs; forced by use_backend: {_forced or 'nothing'}")
     if extension.load() is not None:
         lines.append(f"native code on the CPU uses the instruction set {extension.instruction_set()}")
-    for name, module in () if model is None else model.named_modules():
+    for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         reason = module.why_by_modules() if hasattr(module, "why_by_modules") else None
         if reason is not None:
             lines.append(f"{name} calls its modules one after another: {reason}")

@@ -97,7 +97,7 @@ def check_accelerated(
     assert [value.stride() for value in after.values()] == [value.stride() for value in before.values()]
 
     fused = outputs_and_gradients(model, args, call=call)
-    assert fused.keys() == eager.keys() == truth.keys()
+    assert fused.keys() == eager.keys() <= truth.keys()
     for name, value in fused.items():
         assert_close_to_truth(value, eager[name], truth[name], floor=floor, name=name)
     assert any(not torch.equal(fused[name], eager[name]) for name in fused), "no fused forward ran"

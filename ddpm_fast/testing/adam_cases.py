@@ -8,6 +8,7 @@ import torch
 
 from ddpm_fast.ops.adam_step.op import AdamSettings, Tables, adam_step
 from ddpm_fast.runtime import triton_launch
+from ddpm_fast.training.optimizer_step import OptimizerStep
 
 # Of one element, none, less than a block, more than a block and than a chunk; odd and even.
 SHAPES = [(1,), (0, 3), (64, 3, 3, 3), (1025,), (33, 250), (20, 16, 5, 5)]
@@ -168,3 +169,14 @@ def assert_same_as_torch(
                 torch.testing.assert_close(copy.float(), p, rtol=2**-7, atol=1e-30)
             else:
                 assert torch.equal(copy, p.to(copy.dtype))
+
+
+def move_weights(optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> None:
+    """Clipping and a step of Adam in the bits of a `TrainingStep`, which test_optimizer_step.py compares with torch."""
+    step = OptimizerStep(optimizer)
+    if step.why_not() is None:
+        step(max_grad_norm=max_grad_norm)
+        return
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_grad_norm)
+    optimizer.step()

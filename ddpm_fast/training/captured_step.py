@@ -66,8 +66,8 @@ def capture_training_step(
         autocast: torch.bfloat16, torch.float16 with a scaler, or None for the weights' own dtype.
         scaler: scales the loss for float16 and skips steps whose gradients are not finite; it stays on the device.
         accumulate: batches per step: `step(images, more_images)` with 2. The gradient is that of their mean loss.
-        graph: True records, and raises where that cannot be done; False never records. None records, too, but on the CPU
-            runs step by step where it cannot: `TrainingStep.explain_graphs` says why.
+        graph: True records, and raises where that cannot be done; False never records. None records, too, but on the
+            CPU runs step by step where it cannot: `TrainingStep.explain_graphs` says why.
         any_module: trust modules that are neither torch's nor this package's to do nothing in Python that matters.
         keep_copies: the weights' copies for autocast are kept, and written by the optimizer's kernel. Between calls
             weights then may be changed by torch's operators alone, and not through `.data`, which leaves no trace;
@@ -235,9 +235,9 @@ class TrainingStep:
             told = tuple((name, tensor.shape, tensor.dtype) for name, tensor in conditions.items())
             kind = (images.dtype if images.dtype == torch.uint8 else torch.float32, flips is not None, told)
             self._take_in(kind, images, flips, conditions)
-            # The coin is the host's, so that each side has a recording of its own. It is drawn before the times,
-            # recorded or not: on the CPU both come from one generator.
-            coin = self.diffusion.draw_self_condition()
+            # The coin is the host's, so that each side has a recording of its own.
+            is_drawn = self.recorder.freezes_decisions or draws_coin_first(self.diffusion)
+            coin = self.diffusion.draw_self_condition() if is_drawn else None
             if is_whole:
                 self._replay(("step", kind, coin), partial(self._whole_step, kind, coin))
             else:
@@ -382,7 +382,8 @@ class TrainingStep:
 
     def _record(self, name: tuple, body: Callable[[], None]) -> None:
         """Make a recording, and run it once."""
-        if self.recorder.records_calls and (reason := self._optimizer_step.last_reason) is not None:
+        reason = None if name[0] == "gradients" else self._optimizer_step.last_reason
+        if self.recorder.records_calls and reason is not None:
             raise NotRecordableError(f"torch moves the weights: {reason}")
         reset = self._make_reset()
         try:
@@ -682,6 +683,15 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, diffusion: nn.Module, cap
     known = set(diffusion.parameters())
     if not all(p in known for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("optimizer must have parameters of diffusion only")
+
+
+def draws_coin_first(diffusion: nn.Module) -> bool:
+    """True if a step that is not recorded draws the coin of self-conditioning as a recorded one does.
+
+    That is before the times, which on the CPU come from the same generator. A process of the user's draws it itself.
+    """
+    process = process_of(diffusion)
+    return process is not None and process.self_condition and recording.untrusted_module(diffusion) is None
 
 
 def why_not_recorded(diffusion: nn.Module, optimizer: Any, any_module: bool) -> str | None:

@@ -42,6 +42,7 @@ from ddpm_fast.training.batches import (
 from ddpm_fast.training.captured_step import (
     NotRecordableError,
     TrainingStep,
+    draws_coin_first,
     lay_out_state,
     plain_groups,
     why_not_recorded,
@@ -506,6 +507,8 @@ class Trainer:
         reason = self._refusal or self._recorder.why_not(self.device)
         if reason is not None:
             return reason
+        if self._recorder is recording.TapeRecorder and self.world_size > 1:
+            return "several processes train on the CPU, whose gradients are summed while backward runs"
         return why_not_recorded(self._trained, self.opt.optimizer, any_module=bool(self._graph))
 
     def _say_why_not(self, reason: str) -> None:
@@ -519,11 +522,9 @@ class Trainer:
     def _run_step_by_step(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and gradient norm of a step."""
         total_loss: Any = 0.0
-        process = process_of(self._trained)
-        # As a recording draws it: before the times, which on the CPU come from the same generator.
-        draws = process is not None and process.self_condition and recording.untrusted_module(self._trained) is None
+        draws = draws_coin_first(self._trained)
         for micro_step, batch in enumerate(batches):
-            options = {"self_conditioned": process.draw_self_condition()} if draws else {}
+            options = {"self_conditioned": self._trained.draw_self_condition()} if draws else {}
             is_last = micro_step == len(batches) - 1
             # Gradients are summed over processes once per step, in the backward of the last micro-step.
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):

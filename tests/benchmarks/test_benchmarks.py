@@ -41,6 +41,13 @@ def test_op_cases_agree(environment):
     run("bench_ops.py", "--benchmark-disable", "--size", "quick", "--device", "cpu", **environment)
 
 
+def test_blocks_agree_and_are_timed():
+    command = [sys.executable, str(BENCHMARKS / "bench_blocks.py"), "--quick", "--seconds", "0", "--least", "0"]
+    finished = subprocess.run(command, env=alone(), capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished.stdout.count("forward") == finished.stdout.count("step") == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_op_cases_agree_on_cuda():

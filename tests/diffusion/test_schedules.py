@@ -101,3 +101,31 @@ def test_wrong_arguments_are_named(call, message):
 
 def test_smallest_linear_schedule():
     Schedule(schedules.make_betas("linear", 21))
+
+
+def test_betas_that_are_given():
+    given = [0.1, 0.2, 0.5, 1.0]
+    assert schedules.make_betas("given", 4, betas=given).tolist() == given
+    with pytest.raises(ValueError, match="betas must be timesteps = 5 numbers, got 4"):
+        schedules.make_betas("given", 5, betas=given)
+
+
+def test_a_process_of_given_betas_that_does_not_clip():
+    import ddpm_fast
+
+    torch.manual_seed(0)
+    options = {"image_size": 8, "timesteps": 4, "beta_schedule": "given", "objective": "pred_x0"}
+    options["schedule_fn_kwargs"] = {"betas": [0.1, 0.2, 0.5, 0.9]}
+    model = ddpm_fast.Unet(8, dim_mults=(1,))
+    process = ddpm_fast.GaussianDiffusion(model, clip_x_start=False, **options)
+    assert process.betas.tolist() == pytest.approx([0.1, 0.2, 0.5, 0.9])
+    assert process.current_config()["clip_x_start"] is False
+    assert "clip_x_start" not in ddpm_fast.GaussianDiffusion(model, **options).current_config()
+    with torch.no_grad():
+        model.final_conv.bias.fill_(3.0)
+        model.final_conv.weight.zero_()
+    x = torch.randn(1, 3, 8, 8)
+    assert process.p_sample(x, 0)[1].unique().tolist() == [3.0]
+    assert process.sample(1, progress=False).max() == 2.0
+    process.clip_x_start = True
+    assert process.p_sample(x, 0)[1].unique().tolist() == [1.0]

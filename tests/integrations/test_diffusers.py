@@ -330,3 +330,14 @@ def test_networks_with_cross_attention():
     )
     args = (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 16))
     check_accelerated(unet, args, runs=PRE | {"upsample_conv", "preactivation_block of a map and a skip"})
+
+
+def test_compiled_networks():
+    torch.manual_seed(0)
+    unet = network(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(16,))
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor([3])
+    ddpm_fast.accelerate(unet).eval()
+    with torch.no_grad():
+        expected = unet(x, t).sample
+        found = torch.compile(unet, backend="eager")(x, t).sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ import ddpm_fast
 from ddpm_fast.integrations import diffusers_network
 from ddpm_fast.integrations.accelerate import is_accelerated
 from ddpm_fast.integrations.diffusers_folders import DiffusersNetwork, from_diffusers, process_options, to_diffusers
+from ddpm_fast.ops.sampler_step.op import sampler_step
 
 
 def network(**options):
@@ -93,8 +94,6 @@ def test_sampling_takes_the_schedulers_steps(name):
         generator = torch.Generator().manual_seed(row)
         expected = there.scheduler.step(out, time, x, generator=generator, **options).prev_sample
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(row))
-        from ddpm_fast.ops.sampler_step.op import sampler_step
-
         given = {"noise": noise, "clip_x_start": diffusion.clip_x_start}
         ours, _ = sampler_step(x, out, table, torch.tensor([row]), seed, **given)
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)

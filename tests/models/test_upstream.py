@@ -96,8 +96,6 @@ def test_copies_and_pickles():
 def test_compiles_without_graph_breaks():
     model = Unet(8, dim_mults=(1, 2))
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([4])
-    explanation = torch._dynamo.explain(model)(x, t)
-    assert explanation.graph_break_count == 0, explanation.break_reasons
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x, t), model(x, t), atol=1e-6)
 

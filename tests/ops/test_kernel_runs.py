@@ -60,6 +60,7 @@ def test_production_shapes_come_first_and_a_skipped_test_fails(run):
     assert "small" in order and "test_other" not in output, "interpreted tests are alone"
 
 
+@pytest.mark.release
 def test_every_worker_begins_with_a_production_shape(run):
     _, output = run("ops", "-n", "2", "--dist", "worksteal")
     started = re.findall(r"\[gw(\d)\].*PASSED.*::test_(\w+)", output)

@@ -179,6 +179,59 @@ def test_weights_are_read_anew():
     assert out.tolist() == [10, 10, 10]
 
 
+def test_a_backward_reads_what_its_forward_made():
+    """autograd keeps an output, such as that of exp, as another tensor of its memory, for which no operator runs."""
+    w, x = torch.nn.Parameter(torch.tensor([0.5, -1.0, 2.0])), torch.tensor([1.0, 2.0, -0.5])
+    out, loss = torch.zeros(3), torch.zeros(())
+
+    def body():
+        w.grad = None
+        y = (x * w).exp()
+        made = (y * torch.sigmoid(y) + w.tanh()).sum()
+        made.backward()
+        out.copy_(w.grad)
+        loss.copy_(made.detach())
+        w.grad = None
+
+    replay = record(body)
+    for turn in range(4):
+        with torch.no_grad():
+            w.add_(0.25)
+            x.mul_(-1.5)
+        replay()
+        found = out.clone(), loss.clone()
+        body()
+        assert torch.equal(found[0], out) and torch.equal(found[1], loss), turn
+
+
+def test_lists_are_taken_from_the_calls_that_made_them():
+    x, outs = torch.arange(4.0), [torch.zeros(4) for _ in range(3)]
+
+    def body():
+        made = torch._foreach_add([x, x * 2, x + 1], 1.0)
+        torch._foreach_mul_(made, [made[1], x, made[2] * 2])
+        torch._foreach_copy_(outs, made)
+
+    replay = record(body)
+    for _ in range(3):
+        x.add_(1)
+        replay()
+        found = [out.clone() for out in outs]
+        body()
+        assert all(torch.equal(a, b) for a, b in zip(found, outs, strict=True))
+
+
+def test_a_view_without_an_operator_is_refused():
+    """Held fast, it would be memory of the recording."""
+    module = extension.load()
+    tape, x = module.Tape(), torch.ones(4)
+    y = x * 2
+    tape.append("aten::mul", "Tensor", (x, 2), {}, y)
+    tape.append("aten::neg", "", (y.detach(),), {}, -y)
+    with pytest.raises(RuntimeError, match="aten::neg was given a view that no operator made"):
+        tape.append("aten::neg", "", (y[1:],), {}, -y[1:])
+
+
 def test_a_sampling_step_calls_few_operators():
     """About one per module; upstream's step has some 800 for this network."""
     diffusion = GaussianDiffusion(Unet(32, dim_mults=(1, 2, 4)), image_size=16, timesteps=3)

@@ -7,6 +7,7 @@ import torch
 
 from ddpm_fast import GaussianDiffusion, RectifiedFlow, Unet, XMWrapper
 from ddpm_fast.runtime import recording
+from ddpm_fast.testing.adam_cases import move_weights
 from ddpm_fast.testing.recorders import FrozenRecorder
 from ddpm_fast.training.captured_step import TrainingStep
 
@@ -55,7 +56,7 @@ def test_a_step_with_conditions_equals_the_plain_one(kind, process, recorder):
         torch.manual_seed(seed)
         expected = plain(images, flip=flips, **conditions)
         expected.backward()
-        optimizer.step()
+        move_weights(optimizer)
         optimizer.zero_grad()
         torch.manual_seed(seed)
         assert torch.equal(step((images, flips, conditions)), expected.detach())

@@ -10,9 +10,14 @@ from ema_pytorch import EMA
 
 from ddpm_fast import GaussianDiffusion, Unet, capture_training_step
 from ddpm_fast.runtime import recording
+from ddpm_fast.testing.adam_cases import move_weights
 from ddpm_fast.testing.recorders import FrozenRecorder
 from ddpm_fast.training.captured_step import TrainingStep
 
+# Tapes need the extension.
+RECORDERS = [recording.EagerRecorder, FrozenRecorder]
+RECORDERS += [recording.TapeRecorder] if recording.TapeRecorder.why_not(torch.device("cpu")) is None else []
+needs_tapes = pytest.mark.skipif(len(RECORDERS) == 2, reason="tapes need the extension")
 SHAPE = (3, 3, 4, 4)
 RATE = 1e-2
 
@@ -24,10 +29,9 @@ def make(dropout: float = 0.1, self_condition: bool = False, **kwargs) -> Gaussi
 
 
 def adam(diffusion, **kwargs):
-    # A rate that is a tensor, since that is what a recording reads: float32, where a number is float64.
-    return torch.optim.Adam(
-        diffusion.parameters(), **{"lr": torch.tensor(RATE), "fused": True, "capturable": True, **kwargs}
-    )
+    # A rate that is a tensor, since that is what a recording reads.
+    rate = torch.tensor(RATE, dtype=torch.float64)
+    return torch.optim.Adam(diffusion.parameters(), **{"lr": rate, "fused": True, "capturable": True, **kwargs})
 
 
 def average(diffusion, **kwargs):
@@ -48,16 +52,14 @@ def plain_step(diffusion, optimizer, batch, ema=None, max_grad_norm=1.0, autocas
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         loss = diffusion(batch)
     loss.backward()
-    if max_grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), max_grad_norm)
-    optimizer.step()
+    move_weights(optimizer, max_grad_norm)
     optimizer.zero_grad()
     if ema is not None:
         ema.update()
     return loss.detach()
 
 
-@pytest.mark.parametrize("recorder", [recording.EagerRecorder, FrozenRecorder])
+@pytest.mark.parametrize("recorder", RECORDERS)
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.01, "autocast": torch.bfloat16}, {"max_grad_norm": None}])
 def test_every_step_equals_the_plain_loop(recorder, options):
     plain, ours = make(), make()
@@ -82,15 +84,94 @@ def test_every_step_equals_the_plain_loop(recorder, options):
     assert all(moved), "the average is past its beginning"
 
 
-def test_it_runs_step_by_step_on_the_cpu():
+def test_without_a_recording():
     diffusion = make()
-    step = capture_training_step(diffusion, torch.optim.AdamW(diffusion.parameters(), RATE), SHAPE)
+    optimizer = torch.optim.AdamW(diffusion.parameters(), RATE)
+    step = capture_training_step(diffusion, optimizer, SHAPE, graph=False)
     assert not step.recorder.freezes_decisions
+    assert step.explain_graphs() == "training runs step by step: graph=False was given"
     before = [p.detach().clone() for p in diffusion.parameters()]
     step(images(1)[0])
     assert not any(torch.equal(a, b) for a, b in zip(before, diffusion.parameters(), strict=True))
-    with pytest.raises(ValueError, match="graph=True, .* tensors are on cpu, and CUDA graphs need CUDA"):
-        capture_training_step(diffusion, adam(diffusion), SHAPE, graph=True)
+    assert optimizer.param_groups[0]["lr"] == RATE
+
+
+@needs_tapes
+def test_the_cpu_replays_a_tape(monkeypatch):
+    """Python calls the network in the first two steps, whose bits are those of a number for a rate."""
+    plain, ours = make(), make()
+    steps = [
+        capture_training_step(diffusion, torch.optim.AdamW(diffusion.parameters(), RATE), SHAPE, graph=graph)
+        for diffusion, graph in ((plain, False), (ours, None))
+    ]
+    calls, forward = [], type(ours).forward
+    monkeypatch.setattr(type(ours), "forward", lambda self, *a, **k: calls.append(self) or forward(self, *a, **k))
+    for index, batch in enumerate(images(5)):
+        losses = []
+        for step in steps:
+            torch.manual_seed(index)
+            losses.append(step(batch))
+        assert torch.equal(*losses) and torch.equal(steps[0].grad_norm, steps[1].grad_norm)
+    assert sum(diffusion is ours for diffusion in calls) == 2
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
+    assert steps[1].explain_graphs() == "training replays a tape of operator calls"
+    with pytest.raises(ValueError, match="img must be finite, got NaN or infinity in images .1. of the batch"):
+        bad = images(1)[0]
+        bad[1, 0, 0, 0] = float("nan")
+        steps[1](bad)
+
+
+class Reads(torch.nn.Conv2d):
+    """Reads a value, which no tape accepts, once it is told to."""
+
+    reads = False
+
+    def forward(self, x):
+        assert not self.reads or x.sum().item() != 12345
+        return super().forward(x)
+
+
+@needs_tapes
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_cpu_goes_on_step_by_step_where_it_cannot_record(hooked):
+    """With the same numbers, from the step on that could not be recorded."""
+    plain, ours = make(), make()
+    steps = []
+    for diffusion, graph in ((plain, False), (ours, None)):
+        diffusion.model.final_conv.__class__ = Reads
+        optimizer = torch.optim.Adam(diffusion.parameters(), RATE)
+        steps.append(
+            capture_training_step(diffusion, optimizer, SHAPE, graph=graph, any_module=True, ema=average(diffusion))
+        )
+        diffusion.model.final_conv.reads = not hooked
+    seen = []
+    for index, batch in enumerate(images(6)):
+        if hooked and index == 4:
+            ours.model.final_conv.register_forward_hook(lambda *args: seen.append(1))
+        for step in steps:
+            torch.manual_seed(index)
+            step(batch)
+    assert len(seen) == (2 if hooked else 0)
+    reason = "final_conv has forward hooks" if hooked else "_local_scalar_dense hands Python a value"
+    assert steps[1].explain_graphs().startswith("training runs step by step: ") and reason in steps[1].explain_graphs()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
+    for one, other in zip(steps[0].ema.parameters(), steps[1].ema.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises((ValueError, recording.CaptureError), match="hook" if hooked else "hands Python a value"):
+        insists = capture_training_step(ours, adam(ours), SHAPE, graph=True, any_module=True)
+        for batch in images(2):
+            insists(batch)
+
+
+@needs_tapes
+def test_an_optimizer_that_only_torch_can_step_is_not_recorded():
+    """Its steps read values, and a call that stopped there would have moved weights."""
+    ours = make()
+    step = capture_training_step(ours, torch.optim.Adam(ours.parameters(), RATE, amsgrad=True), SHAPE)
+    for batch in images(3):
+        step(batch)
+    reason = "torch moves the weights: the optimizer has amsgrad=True"
+    assert step.explain_graphs() == f"training runs step by step: {reason}"
 
 
 def test_self_conditioning_has_a_recording_for_each_side_of_the_coin():
@@ -108,8 +189,7 @@ def test_self_conditioning_has_a_recording_for_each_side_of_the_coin():
         plain_adam.zero_grad()
         expected = plain(batch, self_conditioned=self_conditioned)
         expected.backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        plain_adam.step()
+        move_weights(plain_adam, 1.0)
         torch.manual_seed(index)
         assert torch.equal(step(batch), expected.detach())
     assert set(sides) == {True, False} and FrozenRecorder.recorded == 2
@@ -158,7 +238,7 @@ def test_what_is_replaced_is_recorded_anew_and_what_changes_in_place_is_not():
     check(6)
 
 
-@pytest.mark.parametrize("recorder", [recording.EagerRecorder, FrozenRecorder])
+@pytest.mark.parametrize("recorder", RECORDERS)
 def test_accumulated_a_parameter_without_gradient_is_left_alone(recorder):
     """Weight decay would change it, if its gradient were zeros instead of none."""
     plain, ours = make(), make()
@@ -173,8 +253,7 @@ def test_accumulated_a_parameter_without_gradient_is_left_alone(recorder):
         torch.manual_seed(index)
         for batch in batches:
             (plain(batch) / 2).backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        optimizers[0].step()
+        move_weights(optimizers[0], 1.0)
         optimizers[0].zero_grad()
         torch.manual_seed(index)
         step(*batches)
@@ -211,7 +290,7 @@ class OwnLoss(GaussianDiffusion):
         return super().p_losses(x_start, t, *args, **kwargs)
 
 
-@pytest.mark.parametrize("recorder", [recording.EagerRecorder, FrozenRecorder])
+@pytest.mark.parametrize("recorder", RECORDERS)
 def test_conditions_are_read_anew_by_every_replay(recorder):
     """As a plain loop with the same seeds, for two kinds of batches: with a mask, and without."""
     network = {"num_classes": 4, "cond_dim": 2, "cond_channels": 1, "cond_drop_prob": 0.5}
@@ -239,8 +318,7 @@ def test_conditions_are_read_anew_by_every_replay(recorder):
         optimizer.zero_grad()
         loss = plain(batch, **conditions)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        optimizer.step()
+        move_weights(optimizer, 1.0)
         assert torch.equal(found, loss.detach())
     for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, theirs)

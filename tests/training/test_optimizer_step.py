@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.ops.adam_step.op import adam_step
+from ddpm_fast.runtime import extension
 from ddpm_fast.training import optimizer_step
 from ddpm_fast.training.optimizer_step import OptimizerStep
 
@@ -99,7 +100,6 @@ def hooked(params):
         (hooked, "hooks"),
         (lambda params: torch.optim.Adam(params, amsgrad=True), "amsgrad"),
         (lambda params: torch.optim.Adam(params, maximize=True), "maximize"),
-        (torch.optim.Adam, "CUDA"),
     ],
 )
 def test_why_not(make, reason):
@@ -108,6 +108,15 @@ def test_why_not(make, reason):
     assert OptimizerStep(optimizer).why_not() == "there is no gradient" or reason in OptimizerStep(optimizer).why_not()
     backward(model, 0)
     assert reason in OptimizerStep(optimizer).why_not()
+
+
+def test_the_cpu_needs_the_extension(monkeypatch):
+    model = network()
+    backward(model, 0)
+    step = OptimizerStep(torch.optim.Adam(model.parameters()))
+    assert step.why_not() == extension.why_not(torch.device("cpu"))
+    monkeypatch.setattr(extension, "why_not", lambda device: "there is none")
+    assert step.why_not() == "there is none"
 
 
 def test_tables_are_kept_between_calls(monkeypatch):

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -65,20 +66,31 @@ def make_trainer(folder, diffusion=None, dataset=None, **options):
     return Trainer(diffusion or make_diffusion(), dataset, results_folder=folder, **{**defaults, **options})
 
 
-def run_training(*runs, processes=1):
-    """Runs of tests/training/training_run.py, all in one new process, or in two under torchrun on gloo."""
+def run_training(*groups, processes=1):
+    """Groups of runs of tests/training/training_run.py, each in a new process, or in new ones on gloo.
+
+    Before a release torchrun starts the ranks; otherwise they are forked, without the imports' 4 s each.
+    """
     command = [sys.executable]
-    if processes > 1:  # standalone: it finds a port by itself, and no other run of the tests can take that
+    by_torchrun = processes > 1 and "DDPM_FAST_RELEASE" in os.environ
+    if by_torchrun:  # standalone: it finds a port by itself, and no other run of the tests can take that
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    finished = subprocess.run(
-        [*command, str(RUN), json.dumps([(str(folder), options, what) for folder, options, what in runs])],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    groups = [[(str(folder), options, what) for folder, options, what in runs] for runs in groups]
+    for some in [[group] for group in groups] if by_torchrun else [groups]:
+        finished = subprocess.run(
+            [*command, str(RUN), str(processes), json.dumps(some)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=600,
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def run_here(folder, options, what):
+    """A run of tests/training/training_run.py in this process."""
+    runpy.run_path(str(RUN))["run"](folder, options, what)
 
 
 def said(folder):
@@ -114,8 +126,8 @@ def make_runs(folder, processes):
             ("recorded", {"train_num_steps": 3}, "recorded"),
             ("refused", {"train_batch_size": 15}, "refused"),
         ]
-    run_training(*((folder / name, options, what) for name, options, what in runs), processes=processes)
-    run_training((folder / "resumed", {"train_num_steps": 6}, "last"), processes=processes)
+    first = [(folder / name, options, what) for name, options, what in runs]
+    run_training(first, [(folder / "resumed", {"train_num_steps": 6}, "last")], processes=processes)
 
 
 @pytest.fixture(scope="module")
@@ -288,10 +300,11 @@ class TestManyProcesses:
         assert all("training replays the step itself" in text for text in ours)
         assert_same_training(runs(2) / "plain", runs(2) / "recorded")
 
-    def test_two_processes_see_the_images_of_one(self, runs):
+    def test_two_processes_see_the_images_of_one(self, runs, tmp_path):
         """With split_batches=True `train_batch_size` is for all ranks; under accelerate 1.x upstream's is per rank."""
+        run_here(tmp_path, {}, "order")
         alone, pair = (
-            [index for text in said(runs(processes) / "order") for index in json.loads(text)] for processes in (1, 2)
+            [index for text in said(folder) for index in json.loads(text)] for folder in (tmp_path, runs(2) / "order")
         )
         assert alone == pair and len(alone) == 16
 
@@ -318,6 +331,7 @@ class CountedReads(torch.Tensor):
 
 
 class TestOutputs:
+    @pytest.mark.draws
     def test_a_milestone_writes_everything(self, tmp_path):
         trainer = make_trainer(tmp_path, save_and_sample_every=2, num_samples=7, train_num_steps=5)
         trainer.train()
@@ -371,13 +385,14 @@ class TestOutputs:
         values = [float(loss) for _, loss in losses(tmp_path)]
         assert values[-1] < 0.7 * values[0]
 
-    def test_bf16_trains_with_float32_weights(self, tmp_path, runs):
+    def test_bf16_trains_with_float32_weights(self, tmp_path):
         """In a process of its own: accelerate fixes the precision once per process."""
         options = {"amp": True, "mixed_precision_type": "bf16", "train_num_steps": 2}
-        run_training((tmp_path / "bf16", options, ""))
+        run_training([(tmp_path / "bf16", options, "")])
+        run_here(tmp_path / "float32", {"train_num_steps": 2}, "")
         data = load_file(tmp_path / "bf16" / "model-last.pt")
         assert all(tensor.dtype == torch.float32 for tensor in data["model"].values())
-        first, second = (float(losses(folder)[0][1]) for folder in (tmp_path / "bf16", runs(1) / "straight"))
+        first, second = (float(losses(folder)[0][1]) for folder in (tmp_path / "bf16", tmp_path / "float32"))
         assert first != second
         assert first == pytest.approx(second, rel=0.02)
 
@@ -444,7 +459,7 @@ class TestFailures:
     def test_kill_9_in_training_leaves_loadable_checkpoints(self, tmp_path):
         options = dict(train_num_steps=10_000, save_and_sample_every=1, num_samples=1, num_workers=0)
         process = subprocess.Popen(
-            [sys.executable, str(RUN), json.dumps([(str(tmp_path), options, "")])],
+            [sys.executable, str(RUN), "0", json.dumps([[(str(tmp_path), options, "")]])],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -540,13 +555,6 @@ class TestFailures:
         assert (tmp_path / "model-last.pt").read_bytes() == before
 
 
-@pytest.fixture
-def _no_plot(monkeypatch):
-    """Drawing loss.png takes longer than these runs."""
-    monkeypatch.setattr(LossHistory, "plot", lambda self: None)
-
-
-@pytest.mark.usefixtures("_no_plot")
 class TestManyTrainersInOneProcess:
     """accelerate keeps one precision for the process; each trainer computes in its own all the same."""
 
@@ -582,7 +590,6 @@ def test_without_sched_getaffinity_the_processors_are_counted(tmp_path, monkeypa
     assert make_trainer(tmp_path, dataset=Images(torch.rand(200, 1, 8, 8))).dl._loader.num_workers == 1
 
 
-@pytest.mark.usefixtures("_no_plot")
 class TestPlainSettings:
     NUMPY = dict(
         train_batch_size=np.int64(16),
@@ -677,7 +684,6 @@ def test_a_process_of_another_package_trains_and_goes_on(tmp_path):
         other.load(1)
 
 
-@pytest.mark.usefixtures("_no_plot")
 class TestChangedSettings:
     """What the trainer was given holds after `load`; what the weights depend on is refused."""
 

@@ -1,20 +1,23 @@
-"""Trainers that record their steps against trainers that run them, on the CPU with a recorder in CUDA's place."""
+"""Trainers that record their steps against trainers that run them: tapes, and on the CPU a recorder in CUDA's place."""
 
 from __future__ import annotations
 
-import random
 import warnings
 
 import pytest
 import torch
 
 from ddpm_fast import GaussianDiffusion, Trainer, Unet
-from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
-from ddpm_fast.testing.recorders import FrozenRecorder
+from ddpm_fast.runtime import recording
+from ddpm_fast.testing.recorders import CountedTape, FrozenRecorder
 from ddpm_fast.training.captured_step import TrainingStep
 
 # Small batches, few images and float32 on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:only .* images:UserWarning", "ignore:the effective batch:UserWarning")
+
+
+WHY_NOT = recording.TapeRecorder.why_not(torch.device("cpu"))
+needs_tapes = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
 class Recorded(Trainer):
@@ -65,15 +68,7 @@ def trainer(cls: type[Trainer], diffusion: GaussianDiffusion, folder, **options)
     }  # fmt: skip
     made = cls(diffusion, ConditionedImages(diffusion.model), results_folder=folder, **{**defaults, **options})
     made.ema.update_after_step = 2
-    # Of float32 as in a recording, where a number would be float64.
-    made.opt.param_groups[0]["lr"] = torch.tensor(made.opt.param_groups[0]["lr"])
     return made
-
-
-@pytest.fixture
-def first_coin(monkeypatch):
-    """A coin of Python's generator: on the CPU, torch's is also that of the times, and a recording draws it first."""
-    monkeypatch.setattr(DiffusionProcess, "draw_self_condition", lambda p: p.self_condition and random.random() < 0.5)
 
 
 def states(trained: Trainer) -> dict[str, torch.Tensor]:
@@ -103,7 +98,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_same_bits(name, tmp_path, first_coin):
+def test_the_same_bits(name, tmp_path):
     of_process, of_trainer = OPTIONS[name]
     plain = trainer(Recorded, make(**of_process), tmp_path / "plain", graph=False, **of_trainer)
     ours = trainer(Recorded, make(**of_process), tmp_path / "ours", **of_trainer)
@@ -125,6 +120,34 @@ def test_the_same_bits(name, tmp_path, first_coin):
         rows = [[row.split(",")[:2] for row in (folder / records).read_text().splitlines()] for folder in
                 (tmp_path / "plain", tmp_path / "ours")]  # fmt: skip
         assert rows[0] == rows[1] and len(rows[0]) > 3
+
+
+class Taped(Trainer):
+    _recorder = CountedTape
+
+
+@needs_tapes
+@pytest.mark.parametrize("name", ["accumulated", "bf16, accumulated", "all conditions", "dropout and offset"])
+def test_tapes_have_the_same_bits(name, tmp_path):
+    """A tape is recorded in the second call of its kind; numbers of rates and torch's own generator as users have."""
+    of_process, of_trainer = OPTIONS[name]
+    plain = trainer(Trainer, make(**of_process), tmp_path / "plain", graph=False, **of_trainer)
+    ours = trainer(Taped, make(**of_process), tmp_path / "ours", **of_trainer)
+    CountedTape.recorded = 0
+    plain.train()
+    ours.train()
+    accumulates = of_trainer.get("gradient_accumulate_every", 1) > 1
+    coins = 2 if of_process.get("self_condition") else 1
+    averages = 2
+    assert CountedTape.recorded == (2 * coins + 1 if accumulates else coins) + averages
+    assert ours.explain_graphs() == "training replays a tape of operator calls"
+    assert ours.explain_optimizer().startswith(plain.explain_optimizer())
+    expected, found = states(plain), states(ours)
+    assert expected.keys() == found.keys()
+    for key in expected:
+        assert torch.equal(expected[key], found[key]), key
+    files = [torch.load(tmp_path / run / "model-last.pt", weights_only=True)["opt"] for run in ("plain", "ours")]
+    assert files[0]["param_groups"] == files[1]["param_groups"]
 
 
 def test_fp16_with_its_scaler(tmp_path):
@@ -156,7 +179,7 @@ def test_rates_may_change_and_files_keep_numbers(tmp_path):
     for index in range(4):
         rate = 1e-2 / (index + 1)
         for trained in (plain, ours):
-            trained.opt.param_groups[0]["lr"] = torch.tensor(rate) if trained is plain else rate
+            trained.opt.param_groups[0]["lr"] = rate
             trained._train_step()
     assert all(torch.equal(a, b) for a, b in zip(states(plain).values(), states(ours).values(), strict=True))
     assert FrozenRecorder.recorded == 2  # a step, and the average's beginning
@@ -200,17 +223,12 @@ def test_what_cannot_be_recorded_runs_step_by_step_and_says_why(tmp_path):
         torch.equal(weight, diffusion.get_parameter(name)) for name, weight in plain._diffusion.named_parameters()
     )
     assert plain.explain_graphs() == "training runs step by step: graph=False was given"
-    cpu = trainer(Trainer, make(), tmp_path / "cpu")
-    assert "CUDA graphs need CUDA" in cpu.explain_graphs()
     with pytest.raises(ValueError, match="graph=True, and a recording cannot replace the step: .*immiscible"):
         trainer(Recorded, make(immiscible=True), tmp_path / "immiscible", graph=True)
-    with pytest.raises(ValueError, match="graph=True.*CUDA graphs need CUDA"):
-        trainer(Trainer, make(), tmp_path / "cpu2", graph=True)
 
 
 def test_a_step_that_cannot_be_captured_is_run(tmp_path, monkeypatch):
     """The images of the step are not lost, and its random numbers are the same."""
-    from ddpm_fast.runtime import recording
 
     class Fails(FrozenRecorder):
         def record(self, body, reset):

@@ -1,13 +1,19 @@
-"""Training runs of a small network on the digits, in a process of their own or under torchrun, one after another.
+"""Training runs of a small network on the digits, in processes of their own, one after another.
 
-Usage: training_run.py RUNS, where RUNS is JSON: a list of [results folder, the trainer's options, what], and what is ""
-(train), the milestone to continue, "order", "reductions", "recorded" or "refused". What a rank has to say is in the
-file rank-RANK.txt of the run's folder.
+Usage: training_run.py PROCESSES GROUPS, where GROUPS is JSON: a list of groups of runs, each group in new processes.
+A run is [results folder, the trainer's options, what], and what is "" (train), the milestone to continue, "order",
+"reductions", "recorded" or "refused". What a rank has to say is in the file rank-RANK.txt of the run's folder.
+
+This process imports torch once and forks the ranks, with torchrun's variables. Under torchrun it is a rank itself, and
+with PROCESSES = 0 it runs all by itself.
 """
 
+import importlib
 import json
+import os
 import random
 import sys
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -18,13 +24,58 @@ import ddpm_fast
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.testing.recorders import FrozenRecorder
 from ddpm_fast.training.data import DigitsDataset
+from ddpm_fast.training.history import LossHistory
 from ddpm_fast.training.trainer import Trainer
 
 
 def main():
-    for folder, options, what in json.loads(sys.argv[1]):
+    processes, groups = int(sys.argv[1]), json.loads(sys.argv[2])
+    LossHistory.plot = lambda history: None  # drawing takes longer than these runs
+    for runs in groups:
+        if "RANK" in os.environ or processes == 0:
+            run_all(runs)
+        else:
+            fork_ranks(processes, runs)
+
+
+def run_all(runs: list) -> None:
+    for folder, options, what in runs:
         trainer = run(Path(folder), options, what)
     trainer.accelerator.end_training()
+
+
+def fork_ranks(processes: int, runs: list) -> None:
+    """Run in forked processes, which find each other through this one's store if they are several."""
+    for name in ("torch._dynamo", "sklearn.datasets"):  # what a training run imports takes longer than the run
+        importlib.import_module(name)
+    variables = {}
+    if processes > 1:
+        store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        variables |= {"TORCHELASTIC_RESTART_COUNT": 0, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    ranks = [fork_rank(rank, variables, runs) for rank in range(processes)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    if any(codes):
+        sys.exit(f"the ranks ended with {codes}")
+
+
+def fork_rank(rank: int, variables: dict, runs: list) -> int:
+    """Returns the process's number; the process itself never returns."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        if variables:
+            os.environ.update({k: str(v) for k, v in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()})
+        run_all(runs)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def make_trainer(folder: Path, options: dict) -> Trainer:

@@ -26,7 +26,8 @@ struct AdamChunk {
 struct AdamStepKernels {
   // Σ grad², in an order that depends on `count` alone.
   double (*squares)(const float* grad, int64_t count);
-  void (*update)(const AdamChunk& chunk, const AdamNumbers& numbers);
+  // Returns Σ grad², too, in an order that depends on `count` alone.
+  double (*update)(const AdamChunk& chunk, const AdamNumbers& numbers);
   // As torch.lerp does: exact at both ends.
   void (*move)(float* average, const float* param, float weight, int64_t count);
 };

@@ -2,10 +2,10 @@
 #pragma once
 
 #include "adam_step-inl.h"
-#include "attention_block-inl.h"
 #include "conv3x3_forward-inl.h"
 #include "conv3x3_gradient-inl.h"
 #include "convert-inl.h"
+#include "folded_attention_block-inl.h"
 #include "forward_diffusion-inl.h"
 #include "joined_norm-inl.h"
 #include "kernels.h"
@@ -35,7 +35,9 @@ constexpr Kernels make_kernels(const char* name) {
       .attention = {.forward = attention::forward,
                     .backward = attention::backward,
                     .block_forward = attention::block_forward,
-                    .block_backward = attention::block_backward},
+                    .block_backward = attention::block_backward,
+                    .group_block_forward = attention::group_block_forward,
+                    .group_block_backward = attention::group_block_backward},
       .linear_attention = {.forward = linear_attention::forward, .backward = linear_attention::backward},
       .stem_conv = {.forward = stem_conv_forward, .weight_gradient = stem_conv_weight_gradient},
       .noise = {.normal = noise::normal},

@@ -7,6 +7,7 @@
 // norm_rows-inl.h has the functions of one row.
 #pragma once
 
+#include "convert-inl.h"
 #include "core/philox.h"
 #include "norm_rows-inl.h"
 #include "norm_silu.h"
@@ -14,7 +15,9 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr int kNormMaskSlot = 4, kNormSumsSlot = 5, kNormPieceSlot = 6;  // of thread_scratch
+// Of thread_scratch; the maps' are for a chunk in float32 of maps that are not.
+constexpr int kNormMaskSlot = 4, kNormSumsSlot = 5, kNormPieceSlot = 6, kNormXSlot = 1, kNormOtherSlot = 2,
+              kNormOutSlot = 3;
 constexpr int64_t kNormChunk = 4096;    // elements of a chunk, about; few, since a chunk's are summed plainly
 constexpr int64_t kNormPiece = 16384;   // elements that are worth a thread
 constexpr uint32_t kStreamDropout = 6;  // STREAM_DROPOUT of ddpm_fast/noise.py
@@ -82,6 +85,28 @@ inline NormSiluArgs without_dropout(NormSiluArgs in) {
   return in;
 }
 
+// A chunk of a map in float32: the map's own memory, or a copy in a slot of the thread.
+inline const float* widened(const NormSiluArgs& p, const void* map, const NormChunk& chunk, int slot) {
+  if (p.type == MapType::kFloat || map == nullptr) {
+    return map == nullptr ? nullptr : static_cast<const float*>(map) + chunk.begin;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(map) + chunk.begin;
+  float* to = thread_scratch(slot, chunk.rows * p.C);
+  (p.type == MapType::kHalf ? convert::from_half : convert::from_bfloat16)(to, from, chunk.rows * p.C);
+  return to;
+}
+
+// Where a chunk of a map is written in float32, before `narrow` rounds it into the map if that is of another type.
+inline float* place_of(const NormSiluArgs& p, void* map, const NormChunk& chunk) {
+  return p.type == MapType::kFloat ? static_cast<float*>(map) + chunk.begin
+                                   : thread_scratch(kNormOutSlot, chunk.rows * p.C);
+}
+inline void narrow(const NormSiluArgs& p, const float* from, void* map, const NormChunk& chunk) {
+  if (p.type == MapType::kFloat) return;
+  uint16_t* to = static_cast<uint16_t*>(map) + chunk.begin;
+  (p.type == MapType::kHalf ? convert::to_half : convert::to_bfloat16)(to, from, chunk.rows * p.C);
+}
+
 template <typename Body>
 inline void over_chunks(const NormSiluArgs& p, const NormChunks& chunks, const Body& body) {
   parallel(chunks.total, chunks.grain, [&](int64_t begin, int64_t end) {
@@ -112,7 +137,7 @@ DDPM_FAST_INLINE vf group_normed(const float* v, const float* bias, const float*
 
 // Mean and sum of squared deviations of every group in a chunk, moments (groups, 2); buffer: (2, C).
 inline void chunk_moments(const NormSiluArgs& p, const NormChunk& chunk, float* buffer, float* moments) {
-  const float* x = p.x + chunk.begin;
+  const float* x = widened(p, p.x, chunk, kNormXSlot);
   const int64_t C = p.C, width = C / p.groups;
   float *means = buffer, *sums = buffer + C;
   clear(sums, C);
@@ -192,8 +217,9 @@ template <bool kActivation>
 void rms_forward(const NormSiluForward& p, const NormChunks& chunks) {
   const int64_t C = p.in.C;
   over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t) {
-    const float *x = p.in.x + chunk.begin, *residual = p.residual ? p.residual + chunk.begin : nullptr;
-    float *out = p.out + chunk.begin, *norms = p.statistics + chunk.sample * p.in.N + chunk.first;
+    const float *x = widened(p.in, p.in.x, chunk, kNormXSlot),
+                *residual = widened(p.in, p.residual, chunk, kNormOtherSlot);
+    float *out = place_of(p.in, p.out, chunk), *norms = p.statistics + chunk.sample * p.in.N + chunk.first;
     // Up to 8 rows at a time: their norms are independent, and the rows stay in the first-level cache.
     const int64_t group = max<int64_t>(1, min<int64_t>(8, 1024 / C));
     for (int64_t first = 0; first < chunk.rows; first += group) {
@@ -204,6 +230,7 @@ void rms_forward(const NormSiluForward& p, const NormChunks& chunks) {
                                out + r * C, C, chunk.keep_row(r, C));
       }
     }
+    narrow(p.in, out, p.out, chunk);
   });
 }
 
@@ -215,15 +242,17 @@ void group_forward(const NormSiluForward& p, const NormChunks& chunks) {
   for (int64_t b = 0; b < p.in.B; ++b)
     spread_statistics(p.statistics + b * p.in.groups * 2, p.in.groups, C, spread + b * 2 * C);
   over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t) {
-    const float* mine = spread + chunk.sample * 2 * C;
+    const float *mine = spread + chunk.sample * 2 * C, *x = widened(p.in, p.in.x, chunk, kNormXSlot),
+                *residual = widened(p.in, p.residual, chunk, kNormOtherSlot);
+    float* out = place_of(p.in, p.out, chunk);
     for (int64_t r = 0; r < chunk.rows; ++r) {
-      const int64_t at = chunk.begin + r * C;
-      const float* residual = p.residual ? p.residual + at : nullptr;
+      const float* added = residual ? residual + r * C : nullptr;
       over_channels(C, [&](int64_t c, auto lanes) {
-        const vf y = chunk.affine(group_normed(p.in.x + at, p.in.bias, mine, C, c, lanes), c, lanes);
-        lanes.put(p.out + at + c, after_norm<kActivation>(y, chunk.keep_row(r, C), residual, c, lanes));
+        const vf y = chunk.affine(group_normed(x + r * C, p.in.bias, mine, C, c, lanes), c, lanes);
+        lanes.put(out + r * C + c, after_norm<kActivation>(y, chunk.keep_row(r, C), added, c, lanes));
       });
     }
+    narrow(p.in, out, p.out, chunk);
   });
 }
 
@@ -265,15 +294,16 @@ void rms_backward(const NormSiluBackward& p, const NormChunks& chunks, float* su
   const int64_t C = p.in.C;
   over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t i) {
     ChunkSums mine(p, sums, i);
-    const float* norms = p.statistics + chunk.sample * p.in.N + chunk.first;
+    const float *norms = p.statistics + chunk.sample * p.in.N + chunk.first,
+                *x = widened(p.in, p.in.x, chunk, kNormXSlot), *grad = widened(p.in, p.grad, chunk, kNormOtherSlot);
+    float* dx = place_of(p.in, p.dx, chunk);
     for (int64_t r = 0; r < chunk.rows; ++r) {
-      const int64_t at = chunk.begin + r * C;
-      rms_row_backward<kActivation>(p.grad + at, p.in.x + at, norms[r], p.in.bias, chunk.affine.gain,
-                                    chunk.affine.scale, chunk.affine.shift, p.dx + at, mine.rows, C,
-                                    chunk.keep_row(r, C));
+      rms_row_backward<kActivation>(grad + r * C, x + r * C, norms[r], p.in.bias, chunk.affine.gain, chunk.affine.scale,
+                                    chunk.affine.shift, dx + r * C, mine.rows, C, chunk.keep_row(r, C));
       mine.end_row(r);
     }
     mine.finish();
+    narrow(p.in, dx, p.dx, chunk);
   });
 }
 
@@ -283,12 +313,13 @@ void group_backward(const NormSiluBackward& p, const NormChunks& chunks, float* 
   float* means = spread + p.in.B * 2 * C;
   for (int64_t b = 0; b < p.in.B; ++b)
     spread_statistics(p.statistics + b * p.in.groups * 2, p.in.groups, C, spread + b * 2 * C);
-  // body(row of the chunk, index of its first element, channel, lanes, x̂) for every vector.
+  float* const all_z = p.in.type == MapType::kFloat ? static_cast<float*>(p.dx) : p.z;
+  // body(row of the chunk, channel, lanes, x̂) for every vector.
   const auto over_rows = [&](const NormChunk& chunk, ChunkSums& mine, const auto& body) {
+    const float* x = widened(p.in, p.in.x, chunk, kNormXSlot);
     for (int64_t r = 0; r < chunk.rows; ++r) {
-      const int64_t at = chunk.begin + r * C;
       over_channels(C, [&](int64_t c, auto lanes) {
-        body(r, at, c, lanes, group_normed(p.in.x + at, p.in.bias, spread + chunk.sample * 2 * C, C, c, lanes));
+        body(r, c, lanes, group_normed(x + r * C, p.in.bias, spread + chunk.sample * 2 * C, C, c, lanes));
       });
       mine.end_row(r);
     }
@@ -296,11 +327,13 @@ void group_backward(const NormSiluBackward& p, const NormChunks& chunks, float* 
   };
   over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t i) {
     ChunkSums mine(p, sums, i);
-    over_rows(chunk, mine, [&](int64_t r, int64_t at, int64_t c, auto lanes, vf normed) {
-      const vf g = before_activation<kActivation>(p.grad + at, chunk.keep_row(r, C), chunk.affine, normed, c, lanes);
+    const float* grad = widened(p.in, p.grad, chunk, kNormOtherSlot);
+    float* z = all_z + chunk.begin;
+    over_rows(chunk, mine, [&](int64_t r, int64_t c, auto lanes, vf normed) {
+      const vf g = before_activation<kActivation>(grad + r * C, chunk.keep_row(r, C), chunk.affine, normed, c, lanes);
       accumulate(mine.rows.products, c, lanes, g * normed);
       accumulate(mine.rows.slopes, c, lanes, g);
-      lanes.put(p.dx + at + c, g * chunk.affine.slope(c, lanes));  // z, which is read again below
+      lanes.put(z + r * C + c, g * chunk.affine.slope(c, lanes));  // which is read again below
     });
   });
   for (int64_t b = 0; b < p.in.B; ++b) {
@@ -310,13 +343,16 @@ void group_backward(const NormSiluBackward& p, const NormChunks& chunks, float* 
   }
   over_chunks(without_dropout(p.in), chunks, [&](const NormChunk& chunk, int64_t i) {
     ChunkSums mine(p, sums, i, true);
-    const float *rstd = spread + (chunk.sample * 2 + 1) * C, *mean = means + chunk.sample * 2 * C;
-    over_rows(chunk, mine, [&](int64_t, int64_t at, int64_t c, auto lanes, vf normed) {
-      const vf z = lanes.get(p.dx + at + c) - lanes.get(mean + c) - normed * lanes.get(mean + C + c);
-      const vf d = z * lanes.get(rstd + c);
+    const float *rstd = spread + (chunk.sample * 2 + 1) * C, *mean = means + chunk.sample * 2 * C,
+                *z = all_z + chunk.begin;
+    float* dx = place_of(p.in, p.dx, chunk);
+    over_rows(chunk, mine, [&](int64_t r, int64_t c, auto lanes, vf normed) {
+      const vf centred = lanes.get(z + r * C + c) - lanes.get(mean + c) - normed * lanes.get(mean + C + c);
+      const vf d = centred * lanes.get(rstd + c);
       if (mine.rows.inputs) accumulate(mine.rows.inputs, c, lanes, d);
-      lanes.put(p.dx + at + c, d);
+      lanes.put(dx + r * C + c, d);
     });
+    narrow(p.in, dx, p.dx, chunk);
   });
 }
 

@@ -13,9 +13,12 @@ struct Dropout {
   int64_t seed;
 };
 
+// What the elements of the maps x, residual, out, grad and dx are. Arithmetic is float32.
+enum class MapType { kFloat, kHalf, kBfloat16 };
+
 // Maps are (B, N, C): N pixels, the channels of one adjacent. Null is an absent argument.
 struct NormSiluArgs {
-  const float* x;       // (B, N, C)
+  const void* x;        // (B, N, C)
   const float* gain;    // (C)
   const float* offset;  // (C), GroupNorm's, added after gain; null: zeros
   const float* bias;    // (C) or null, added to x before the norm
@@ -26,20 +29,22 @@ struct NormSiluArgs {
   float eps;       // GroupNorm's, of forward
   bool activation;
   Dropout dropout;
+  MapType type = MapType::kFloat;
 };
 
 struct NormSiluForward {
   NormSiluArgs in;
-  const float* residual;  // (B, N, C) or null
-  float* out;             // (B, N, C); may be x or residual
-  float* statistics;      // RMSNorm: (B, N), ‖x + bias‖₂. GroupNorm: (B, groups, 2), mean and 1/√(variance + eps)
+  const void* residual;  // (B, N, C) or null
+  void* out;             // (B, N, C); may be x or residual
+  float* statistics;     // RMSNorm: (B, N), ‖x + bias‖₂. GroupNorm: (B, groups, 2), mean and 1/√(variance + eps)
 };
 
 struct NormSiluBackward {
   NormSiluArgs in;
-  const float* grad;        // (B, N, C)
+  const void* grad;         // (B, N, C)
   const float* statistics;  // of forward
-  float* dx;                // (B, N, C); may be grad
+  void* dx;                 // (B, N, C); may be grad
+  float* z;                 // (B, N, C), memory for GroupNorm's of other types than float32
   float* dgain;             // (C) or null, as are the others
   float* doffset;           // (C)
   float* dbias;             // (C)

@@ -13,8 +13,8 @@ namespace ddpm_fast::cpu {
 
 namespace {
 
-constexpr int64_t kChunk = 8192;  // elements
-constexpr int64_t kGrain = kElementsPerTask / kChunk;
+constexpr int64_t kChunk = 32768;  // elements; fewer make the norm's streams too short
+constexpr int64_t kBlock = 8192;   // elements whose average and copy follow while they are in the cache
 // Numbers of a group.
 enum { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kDecoupled, kNumbers };
 
@@ -29,12 +29,11 @@ struct Chunks {
 
   int64_t total() const { return ends.empty() ? 0 : ends.back(); }
 
-  // body(chunk, tensor, first element) on torch's threads; the last chunk first if `backwards`.
+  // body(chunk, tensor, first element) on torch's threads.
   template <typename Body>
-  void for_each(bool backwards, const Body& body) const {
-    at::parallel_for(0, total(), kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t chunk = backwards ? total() - 1 - i : i;
+  void for_each(const Body& body) const {
+    at::parallel_for(0, total(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t tensor = std::upper_bound(ends.begin(), ends.end(), chunk) - ends.begin();
         body(chunk, tensor, kChunk * (chunk - (tensor == 0 ? 0 : ends[tensor - 1])));
       }
@@ -150,13 +149,21 @@ std::tuple<Tensor, Tensor> adam_step(at::TensorList params, at::TensorList grads
 
   const Chunks chunks(params);
   std::vector<double> sums(chunks.total());
-  chunks.for_each(false, [&](int64_t chunk, int64_t tensor, int64_t first) {
-    const AdamChunk& of = tensors[tensor];
-    sums[chunk] = kernels().adam_step.squares(of.grad + first, std::min(kChunk, of.count - first));
-  });
-  double sum = 0;
-  for (const double part : sums) sum += part;
-  const float norm = static_cast<float>(std::sqrt(sum) / scale);
+  const auto norm_of_sums = [&] {
+    double sum = 0;
+    for (const double part : sums) sum += part;
+    return static_cast<float>(std::sqrt(sum) / scale);
+  };
+  // Without a use for the norm before the update, gradients are read once.
+  const bool norm_first = max_grad_norm.has_value() || grad_scale.has_value();
+  float norm = 0;
+  if (norm_first) {
+    chunks.for_each([&](int64_t chunk, int64_t tensor, int64_t first) {
+      const AdamChunk& of = tensors[tensor];
+      sums[chunk] = kernels().adam_step.squares(of.grad + first, std::min(kChunk, of.count - first));
+    });
+    norm = norm_of_sums();
+  }
   const bool skipped = grad_scale.has_value() && !std::isfinite(norm);
   double factor = 1 / scale;
   // NaN stays.
@@ -186,24 +193,31 @@ std::tuple<Tensor, Tensor> adam_step(at::TensorList params, at::TensorList grads
   }
   TORCH_CHECK_VALUE(tensor == count, "counts must be of ", count, " params, got ", tensor);
 
-  // Backwards: the gradients that were read last are still in the cache.
-  chunks.for_each(true, [&](int64_t, int64_t i, int64_t first) {
+  chunks.for_each([&](int64_t chunk, int64_t i, int64_t first) {
     const AdamChunk& whole = tensors[i];
-    const int64_t size = std::min(kChunk, whole.count - first);
-    float* const param = whole.param + first;
-    if (!skipped) {
-      kernels().adam_step.update({.param = param,
-                                  .exp_avg = whole.exp_avg + first,
-                                  .exp_avg_sq = whole.exp_avg_sq + first,
-                                  .grad = whole.grad + first,
-                                  .count = size},
-                                 settings[i]);
+    const int64_t end = std::min(first + kChunk, whole.count);
+    const bool moves = average_of[i] != nullptr && weight != 0;
+    const int64_t block = moves || copy_of[i] != nullptr ? kBlock : kChunk;
+    double squares = 0;
+    for (; first < end; first += block) {
+      const int64_t size = std::min(block, end - first);
+      float* const param = whole.param + first;
+      if (!skipped) {
+        squares += kernels().adam_step.update({.param = param,
+                                               .exp_avg = whole.exp_avg + first,
+                                               .exp_avg_sq = whole.exp_avg_sq + first,
+                                               .grad = whole.grad + first,
+                                               .count = size},
+                                              settings[i]);
+      }
+      if (moves) {
+        kernels().adam_step.move(average_of[i] + first, param, static_cast<float>(weight), size);
+      }
+      if (copy_of[i] != nullptr) copy_to(copy_of[i], copy_type[i], param, first, size);
     }
-    if (average_of[i] != nullptr && weight != 0) {
-      kernels().adam_step.move(average_of[i] + first, param, static_cast<float>(weight), size);
-    }
-    if (copy_of[i] != nullptr) copy_to(copy_of[i], copy_type[i], param, first, size);
+    if (!norm_first) sums[chunk] = squares;
   });
+  if (!norm_first) norm = norm_of_sums();
   return {scalar(norm), scalar(skipped)};
 }
 

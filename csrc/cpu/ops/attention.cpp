@@ -1,6 +1,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
@@ -123,6 +124,129 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backw
   return {
       dx.to(x.scalar_type()),           dgain_in.to(gain_in.scalar_type()), dweight_qkv.to(weight_qkv.scalar_type()),
       dmem_kv.to(mem_kv.scalar_type()), dweight.to(weight.scalar_type()),   dbias.to(bias.scalar_type())};
+}
+
+namespace {
+
+// The float32 arguments of both directions of the block with GroupNorm.
+struct GroupCall {
+  Tensor x, gain, offset, weight_qkv, bias_qkv, weight;
+  GroupAttentionInputs block;
+
+  GroupCall(const Tensor& map, const OptionalTensor& norm_gain, const OptionalTensor& norm_offset,
+            const Tensor& qkv_weight, const OptionalTensor& qkv_bias, const Tensor& output_weight, int64_t groups,
+            int64_t heads, bool by_head, bool folded, bool residual, double output_scale)
+      : x(float_map(map, "x")) {
+    const int64_t B = x.size(0), C = x.size(1), N = x.size(2) * x.size(3);
+    TORCH_CHECK_VALUE(
+        heads > 0 && output_weight.dim() > 1 && output_weight.size(1) > 0 && output_weight.size(1) % heads == 0,
+        "weight must have shape (", C, ", ", heads, "·D), got ", output_weight.sizes());
+    TORCH_CHECK_VALUE(groups >= 0 && (groups == 0 || C % groups == 0), "groups must divide the ", C,
+                      " channels of x, got ", groups);
+    TORCH_CHECK_VALUE(norm_gain.has_value() == (groups > 0) && norm_offset.has_value() == (groups > 0),
+                      "gain and offset must be given with groups > 0, and only then");
+    const int64_t hidden = output_weight.size(1);
+    TORCH_CHECK_VALUE(!folded || (heads == 1 && hidden == C), "weights are folded for one head of ", C,
+                      " channels, got ", heads, " heads of ", hidden / heads);
+    gain = float_vector(norm_gain, "gain", C);
+    offset = float_vector(norm_offset, "offset", C);
+    weight_qkv = float_vector(qkv_weight, "weight_qkv", 3 * hidden * C);
+    bias_qkv = float_vector(qkv_bias, "bias_qkv", 3 * hidden);
+    weight = float_vector(output_weight, "weight", C * hidden);
+    block = {.in = {.B = B, .N = N, .heads = heads, .D = hidden / heads, .M = 0, .mem_kv = nullptr},
+             .C = C,
+             .groups = groups,
+             .by_head = by_head,
+             .folded = folded,
+             .residual = residual,
+             .output_scale = static_cast<float>(output_scale),
+             .x = x.const_data_ptr<float>(),
+             .gain = data_or_null(gain),
+             .offset = data_or_null(offset),
+             .weight_qkv = weight_qkv.const_data_ptr<float>(),
+             .bias_qkv = data_or_null(bias_qkv),
+             .weight = weight.const_data_ptr<float>()};
+  }
+  int64_t hidden() const { return block.in.heads * block.in.D; }
+  // Of what forward keeps in place of attention's output.
+  std::vector<int64_t> attended_sizes() const {
+    if (block.folded) return {2, block.C, block.C};
+    return {block.in.B, block.in.N, kept_row(hidden())};
+  }
+};
+
+// What forward kept.
+Tensor kept_tensor(const Tensor& tensor, const char* name, at::IntArrayRef sizes) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, name, " must be float32, got ", tensor.scalar_type());
+  check_sizes(tensor, name, sizes);
+  return tensor.contiguous();
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_attention_block(
+    const Tensor& x, const OptionalTensor& gain, const OptionalTensor& offset, const Tensor& weight_qkv,
+    const OptionalTensor& bias_qkv, const Tensor& weight, const OptionalTensor& bias, int64_t groups, double eps,
+    int64_t heads, bool by_head, bool folded, bool residual, double output_scale, bool keep) {
+  const GroupCall call(x, gain, offset, weight_qkv, bias_qkv, weight, groups, heads, by_head, folded, residual,
+                       output_scale);
+  const int64_t B = call.block.in.B, N = call.block.in.N, hidden = call.hidden();
+  const Tensor added = float_vector(bias, "bias", call.block.C);
+  const Tensor out = empty_tensor_like(call.x), statistics = unpooled_tensor({B, groups, 2});
+  const Tensor qkv = keep ? empty_tensor({B, N, kept_row(3 * hidden)}) : no_tensor(at::kFloat);
+  const Tensor attended = keep ? empty_tensor(call.attended_sizes()) : no_tensor(at::kFloat);
+  kernels().attention.group_block_forward({.block = call.block,
+                                           .eps = static_cast<float>(eps),
+                                           .bias = data_or_null(added),
+                                           .out = out.data_ptr<float>(),
+                                           .statistics = statistics.data_ptr<float>(),
+                                           .qkv = keep ? qkv.data_ptr<float>() : nullptr,
+                                           .attended = keep ? attended.data_ptr<float>() : nullptr});
+  return {out.to(x.scalar_type()), keep ? statistics : no_tensor(at::kFloat), qkv, attended};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_attention_block_backward(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& gain, const OptionalTensor& offset,
+    const Tensor& weight_qkv, const OptionalTensor& bias_qkv, const Tensor& weight, const Tensor& statistics,
+    const Tensor& qkv, const Tensor& attended, int64_t groups, int64_t heads, bool by_head, bool folded, bool residual,
+    double output_scale, bool wants_weights) {
+  const GroupCall call(x, gain, offset, weight_qkv, bias_qkv, weight, groups, heads, by_head, folded, residual,
+                       output_scale);
+  const int64_t C = call.block.C, hidden = call.hidden();
+  const Tensor dout = float_map_like(grad, "grad", x, C);
+  const int64_t B = call.block.in.B, N = call.block.in.N;
+  const Tensor moments = kept_tensor(statistics, "statistics", {B, groups, 2}),
+               qkv_map = kept_tensor(qkv, "qkv", {B, N, kept_row(3 * hidden)}),
+               attended_map = kept_tensor(attended, "attended", call.attended_sizes());
+  const Tensor dx = empty_tensor_like(call.x), none = no_tensor(at::kFloat);
+  const Tensor dgain = groups ? unpooled_tensor({C}) : none, doffset = groups ? unpooled_tensor({C}) : none;
+  const Tensor dweight_qkv = wants_weights ? empty_tensor_like(call.weight_qkv) : none,
+               dweight = wants_weights ? empty_tensor_like(call.weight) : none,
+               dbias_qkv = wants_weights ? unpooled_tensor({3 * hidden}) : none,
+               dbias = wants_weights ? unpooled_tensor({C}) : none;
+  const auto wanted = [&](const Tensor& tensor) { return wants_weights ? tensor.data_ptr<float>() : nullptr; };
+  kernels().attention.group_block_backward({.block = call.block,
+                                            .grad = dout.const_data_ptr<float>(),
+                                            .statistics = moments.const_data_ptr<float>(),
+                                            .qkv = qkv_map.const_data_ptr<float>(),
+                                            .attended = attended_map.const_data_ptr<float>(),
+                                            .dx = dx.data_ptr<float>(),
+                                            .dgain = groups ? dgain.data_ptr<float>() : nullptr,
+                                            .doffset = groups ? doffset.data_ptr<float>() : nullptr,
+                                            .dweight_qkv = wanted(dweight_qkv),
+                                            .dbias_qkv = wanted(dbias_qkv),
+                                            .dweight = wanted(dweight),
+                                            .dbias = wanted(dbias)});
+  const auto result = [&](const Tensor& made, const OptionalTensor& given) {
+    return given.has_value() ? made.to(given->scalar_type()) : no_tensor(x.scalar_type());
+  };
+  return {dx.to(x.scalar_type()),
+          result(dgain, gain),
+          result(doffset, offset),
+          dweight_qkv.to(weight_qkv.scalar_type()),
+          result(dbias_qkv, bias_qkv),
+          dweight.to(weight.scalar_type()),
+          dbias};
 }
 
 }  // namespace ddpm_fast::cpu

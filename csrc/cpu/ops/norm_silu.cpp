@@ -11,26 +11,36 @@ namespace ddpm_fast::cpu {
 
 namespace {
 
-// The arguments of both directions, and the float32 tensors that they point into.
+// What the kernel reads and writes: half types only where all maps have the same.
+MapType map_type(at::ScalarType of_x, at::ScalarType of_other) {
+  if (of_x != of_other || of_x == at::kFloat) return MapType::kFloat;
+  return of_x == at::kHalf ? MapType::kHalf : MapType::kBfloat16;
+}
+
+Tensor as_map(const Tensor& map, MapType type) {
+  return type == MapType::kFloat ? float_map(map) : map.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// The arguments of both directions, and the tensors that they point into.
 struct Inputs {
   Tensor x, gain, offset, bias, scale, shift;
   NormSiluArgs args;
 
   Inputs(const Tensor& map, const Tensor& given_gain, const OptionalTensor& given_offset,
          const OptionalTensor& given_bias, const OptionalTensor& given_scale, const OptionalTensor& given_shift,
-         const OptionalTensor& seed, int64_t groups, double eps, bool activation, double dropout_p) {
+         const OptionalTensor& seed, int64_t groups, double eps, bool activation, double dropout_p, MapType type) {
     check_map(map, "x");
     const int64_t B = map.size(0), C = map.size(1), N = map.size(2) * map.size(3);
     check_elements(given_gain, "gain", C);
     TORCH_CHECK_VALUE(groups >= 0 && (groups == 0 || C % groups == 0), "groups must divide the ", C,
                       " channels of x, got ", groups);
-    x = float_map(map);
+    x = as_map(map, type);
     gain = float_vector(given_gain);
     offset = vector(given_offset, "offset", {C});
     bias = vector(given_bias, "bias", {C});
     scale = vector(given_scale, "scale", {B, C});
     shift = vector(given_shift, "shift", {B, C});
-    args = {.x = x.const_data_ptr<float>(),
+    args = {.x = x.const_data_ptr(),
             .gain = gain.const_data_ptr<float>(),
             .offset = data_or_null(offset),
             .bias = data_or_null(bias),
@@ -42,7 +52,8 @@ struct Inputs {
             .groups = groups,
             .eps = static_cast<float>(eps),
             .activation = activation,
-            .dropout = check_dropout(seed, dropout_p, C * N)};
+            .dropout = check_dropout(seed, dropout_p, C * N),
+            .type = type};
   }
 
   static Tensor vector(const OptionalTensor& tensor, const char* name, at::IntArrayRef sizes) {
@@ -59,17 +70,18 @@ std::tuple<Tensor, Tensor> norm_silu(const Tensor& x, const Tensor& gain, const 
                                      const OptionalTensor& shift, const OptionalTensor& residual,
                                      const OptionalTensor& seed, int64_t groups, double eps, bool activation,
                                      double dropout_p) {
-  const Inputs inputs(x, gain, offset, bias, scale, shift, seed, groups, eps, activation, dropout_p);
+  const MapType type = map_type(x.scalar_type(), residual.has_value() ? residual->scalar_type() : x.scalar_type());
+  const Inputs inputs(x, gain, offset, bias, scale, shift, seed, groups, eps, activation, dropout_p, type);
   Tensor added;
   if (residual.has_value()) {
     check_sizes(*residual, "residual", x.sizes());
-    added = float_map(*residual);
+    added = as_map(*residual, type);
   }
-  const Tensor out = empty_tensor_like(x, at::kFloat);
+  const Tensor out = empty_tensor_like(x, type == MapType::kFloat ? at::kFloat : x.scalar_type());
   const Tensor statistics = groups ? empty_tensor({x.size(0), groups, 2}) : empty_tensor({x.size(0), inputs.args.N});
   kernels().norm_silu.forward({.in = inputs.args,
-                               .residual = data_or_null(added),
-                               .out = out.data_ptr<float>(),
+                               .residual = added.defined() ? added.const_data_ptr() : nullptr,
+                               .out = out.data_ptr(),
                                .statistics = statistics.data_ptr<float>()});
   return {out.to(x.scalar_type()), statistics};
 }
@@ -78,21 +90,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_silu_backward(
     const Tensor& grad, const Tensor& x, const Tensor& statistics, const Tensor& gain, const OptionalTensor& offset,
     const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& seed,
     int64_t groups, bool activation, double dropout_p) {
-  const Inputs inputs(x, gain, offset, bias, scale, shift, seed, groups, 0, activation, dropout_p);
+  const MapType type = map_type(x.scalar_type(), grad.scalar_type());
+  const Inputs inputs(x, gain, offset, bias, scale, shift, seed, groups, 0, activation, dropout_p, type);
   check_sizes(grad, "grad", x.sizes());
   TORCH_CHECK_TYPE(statistics.scalar_type() == at::kFloat, "statistics must be float32");
   check_elements(statistics, "statistics", x.size(0) * (groups ? 2 * groups : inputs.args.N));
-  const Tensor gradient = float_map(grad), kept = statistics.contiguous();
+  const Tensor gradient = as_map(grad, type), kept = statistics.contiguous();
   const auto like = [&](const Tensor& given) {
     if (!given.defined()) return given;
     return x.numel() ? empty_tensor(given.sizes()) : unpooled_tensor(given.sizes()).zero_();
   };
-  const Tensor dx = empty_tensor_like(x, at::kFloat), dgain = like(inputs.gain), doffset = like(inputs.offset),
-               dbias = like(inputs.bias), dscale = like(inputs.scale), dshift = like(inputs.shift);
+  const Tensor z = groups && type != MapType::kFloat ? empty_tensor({x.numel()}) : Tensor();
+  const Tensor dx = empty_tensor_like(x, type == MapType::kFloat ? at::kFloat : x.scalar_type()),
+               dgain = like(inputs.gain), doffset = like(inputs.offset), dbias = like(inputs.bias),
+               dscale = like(inputs.scale), dshift = like(inputs.shift);
   kernels().norm_silu.backward({.in = inputs.args,
-                                .grad = gradient.const_data_ptr<float>(),
+                                .grad = gradient.const_data_ptr(),
                                 .statistics = kept.const_data_ptr<float>(),
-                                .dx = dx.data_ptr<float>(),
+                                .dx = dx.data_ptr(),
+                                .z = mutable_data_or_null(z),
                                 .dgain = mutable_data_or_null(dgain),
                                 .doffset = mutable_data_or_null(doffset),
                                 .dbias = mutable_data_or_null(dbias),

@@ -103,6 +103,15 @@ Tensor attention_block(const Tensor& x, const Tensor& gain_in, const Tensor& wei
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backward(
     const Tensor& grad, const Tensor& x, const Tensor& gain_in, const Tensor& weight_qkv, const Tensor& mem_kv,
     const Tensor& weight, const Tensor& bias, int64_t heads);
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_attention_block(
+    const Tensor& x, const OptionalTensor& gain, const OptionalTensor& offset, const Tensor& weight_qkv,
+    const OptionalTensor& bias_qkv, const Tensor& weight, const OptionalTensor& bias, int64_t groups, double eps,
+    int64_t heads, bool by_head, bool folded, bool residual, double output_scale, bool keep);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_attention_block_backward(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& gain, const OptionalTensor& offset,
+    const Tensor& weight_qkv, const OptionalTensor& bias_qkv, const Tensor& weight, const Tensor& statistics,
+    const Tensor& qkv, const Tensor& attended, int64_t groups, int64_t heads, bool by_head, bool folded, bool residual,
+    double output_scale, bool wants_weights);
 
 // linear_attention.cpp
 std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& qkv, const Tensor& mem_kv, const Tensor& weight,
@@ -143,14 +152,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preactivation_block(
     const Tensor& x, const OptionalTensor& skip, const Tensor& weight1, const OptionalTensor& bias1,
     const Tensor& gain1, const Tensor& offset1, const OptionalTensor& embedding, const OptionalTensor& scale,
     const OptionalTensor& shift, const Tensor& weight2, const OptionalTensor& bias2, const Tensor& gain2,
-    const Tensor& offset2, const OptionalTensor& res_weight, const OptionalTensor& res_bias,
-    const OptionalTensor& seed, int64_t groups1, int64_t groups2, double eps1, double eps2, double output_scale,
-    double dropout_p, bool keep);
+    const Tensor& offset2, const OptionalTensor& res_weight, const OptionalTensor& res_bias, const OptionalTensor& seed,
+    int64_t groups1, int64_t groups2, double eps1, double eps2, double output_scale, double dropout_p, bool keep);
 std::vector<Tensor> preactivation_block_backward(
     const Tensor& grad, const Tensor& x, const OptionalTensor& skip, const Tensor& weight1, const Tensor& gain1,
     const Tensor& offset1, const OptionalTensor& embedding, const OptionalTensor& scale, const OptionalTensor& shift,
     const Tensor& weight2, const Tensor& gain2, const Tensor& offset2, const OptionalTensor& res_weight,
-    const OptionalTensor& seed, const Tensor& statistics1, const Tensor& y1, const Tensor& statistics2,
-    int64_t groups1, int64_t groups2, double output_scale, double dropout_p, bool needs_dx);
+    const OptionalTensor& seed, const Tensor& statistics1, const Tensor& y1, const Tensor& statistics2, int64_t groups1,
+    int64_t groups2, double output_scale, double dropout_p, bool needs_dx);
 
 }  // namespace ddpm_fast::cpu

@@ -128,9 +128,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preactivation_block(
     const Tensor& x, const OptionalTensor& skip, const Tensor& weight1, const OptionalTensor& bias1,
     const Tensor& gain1, const Tensor& offset1, const OptionalTensor& embedding, const OptionalTensor& scale,
     const OptionalTensor& shift, const Tensor& weight2, const OptionalTensor& bias2, const Tensor& gain2,
-    const Tensor& offset2, const OptionalTensor& res_weight, const OptionalTensor& res_bias,
-    const OptionalTensor& seed, int64_t groups1, int64_t groups2, double eps1, double eps2, double output_scale,
-    double dropout_p, bool keep) {
+    const Tensor& offset2, const OptionalTensor& res_weight, const OptionalTensor& res_bias, const OptionalTensor& seed,
+    int64_t groups1, int64_t groups2, double eps1, double eps2, double output_scale, double dropout_p, bool keep) {
   const PreactivationBlock block(x, skip, weight1, gain1, offset1, scale, shift, weight2, gain2, offset2, res_weight,
                                  seed, groups1, groups2, dropout_p);
   const int64_t B = block.B, C = block.C, K = block.K;
@@ -179,8 +178,8 @@ std::vector<Tensor> preactivation_block_backward(
     const Tensor& grad, const Tensor& x, const OptionalTensor& skip, const Tensor& weight1, const Tensor& gain1,
     const Tensor& offset1, const OptionalTensor& embedding, const OptionalTensor& scale, const OptionalTensor& shift,
     const Tensor& weight2, const Tensor& gain2, const Tensor& offset2, const OptionalTensor& res_weight,
-    const OptionalTensor& seed, const Tensor& statistics1, const Tensor& y1, const Tensor& statistics2,
-    int64_t groups1, int64_t groups2, double output_scale, double dropout_p, bool needs_dx) {
+    const OptionalTensor& seed, const Tensor& statistics1, const Tensor& y1, const Tensor& statistics2, int64_t groups1,
+    int64_t groups2, double output_scale, double dropout_p, bool needs_dx) {
   const PreactivationBlock block(x, skip, weight1, gain1, offset1, scale, shift, weight2, gain2, offset2, res_weight,
                                  seed, groups1, groups2, dropout_p);
   const int64_t B = block.B, C = block.C, K = block.K, pixels = block.pixels();

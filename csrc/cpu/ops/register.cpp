@@ -31,6 +31,8 @@ TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("native_attention_backward", &attention_backward);
   m.impl("native_attention_block", &attention_block);
   m.impl("native_attention_block_backward", &attention_block_backward);
+  m.impl("native_group_norm_attention_block", &group_norm_attention_block);
+  m.impl("native_group_norm_attention_block_backward", &group_norm_attention_block_backward);
   m.impl("native_linear_attention", &linear_attention);
   m.impl("native_linear_attention_backward", &linear_attention_backward);
   m.impl("native_linear_attention_block", &linear_attention_block);

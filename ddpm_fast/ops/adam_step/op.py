@@ -21,7 +21,6 @@ import torch
 
 from ddpm_fast.ops.adam_step import reference
 from ddpm_fast.ops.adam_step.settings import AdamSettings, have_same_layout
-from ddpm_fast.ops.registration import define
 from ddpm_fast.runtime import extension, triton_launch
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
@@ -209,16 +208,17 @@ def _fake(params: Sequence[torch.Tensor], *_: Any) -> tuple[torch.Tensor, torch.
     return params[0].new_empty(()), params[0].new_empty(())
 
 
+_library = torch.library.Library("ddpm_fast", "FRAGMENT")
 # Lists of tensors that not every parameter or group has come with the places of those that have one. `numbers` are
 # those of a group, one group after another: lr, beta1, beta2, eps, weight_decay, decoupled.
-_native_adam_step = define(
-    "native_adam_step",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
-    "Tensor(e!)[] averages, int[] averaged, Tensor(f!)[] copies, int[] copied, Tensor[] rates, int[] rated, "
-    "int[] counts, float[] numbers, float? max_grad_norm, Tensor? grad_scale, Tensor? average_weight) "
+_library.define(
+    "native_adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] steps, Tensor(e!)[] averages, int[] averaged, Tensor(f!)[] copies, int[] copied, Tensor[] rates, "
+    "int[] rated, int[] counts, float[] numbers, float? max_grad_norm, Tensor? grad_scale, Tensor? average_weight) "
     "-> (Tensor norm, Tensor skipped)",
-    _fake,
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
+torch.library.register_fake("ddpm_fast::native_adam_step", _fake, lib=_library)
 
 
 @torch.no_grad()
@@ -238,7 +238,7 @@ def _native(
     tables: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lrs = [group.lr if isinstance(group.lr, torch.Tensor) else None for group in settings]
-    result = _native_adam_step(
+    result = torch.ops.ddpm_fast.native_adam_step.default(
         params,
         grads,
         exp_avgs,

@@ -34,6 +34,8 @@ def _split(qkv: torch.Tensor, mem_kv: torch.Tensor, heads: int) -> tuple[torch.T
     """q (B, heads, N, D), and k and v (B, heads, M + N, D) with the memory in front."""
     B, _, h, w = qkv.shape
     q, k, v = qkv.reshape(B, 3, heads, mem_kv.shape[3], h * w).transpose(-1, -2).unbind(1)
+    if mem_kv.shape[2] == 0 and not mem_kv.requires_grad:
+        return q, k, v
     mem_k, mem_v = mem_kv.to(qkv.dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, M, D)
     return q, torch.cat((mem_k, k), dim=-2), torch.cat((mem_v, v), dim=-2)
 

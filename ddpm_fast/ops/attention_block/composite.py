@@ -55,8 +55,8 @@ def group_norm_attention_block(
         if gain is not None and offset is not None:
             normed = group_norm_silu(x, gain, offset, groups=groups, eps=eps, activation=False)
         D = weight.shape[1] // heads
-        weight_qkv = _as_3hd(weight_qkv, heads, D, order).reshape(*weight_qkv.shape[:2], 1, 1)
-        qkv = linear(normed, weight_qkv, None if bias_qkv is None else _as_3hd(bias_qkv, heads, D, order))
+        weight_qkv = as_3hd(weight_qkv, heads, D, order).reshape(*weight_qkv.shape[:2], 1, 1)
+        qkv = linear(normed, weight_qkv, None if bias_qkv is None else as_3hd(bias_qkv, heads, D, order))
         out = attention(qkv, x.new_empty(2, heads, 0, D), heads=heads)
         weight = weight.reshape(*weight.shape[:2], 1, 1)
         if residual and bias is not None:
@@ -67,7 +67,7 @@ def group_norm_attention_block(
         return out if output_scale == 1 else out * output_scale
 
 
-def _as_3hd(rows: torch.Tensor, heads: int, D: int, order: str) -> torch.Tensor:
+def as_3hd(rows: torch.Tensor, heads: int, D: int, order: str) -> torch.Tensor:
     """Rows of the qkv convolution that are ordered as `order` says, in the order (3, heads, D)."""
     if order == "3hd":
         return rows

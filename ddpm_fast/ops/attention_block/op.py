@@ -36,6 +36,36 @@ _attention_block = Operator(
 )
 
 
+def _kept_row(channels: int) -> int:
+    """The floats between two rows of the maps that native forward keeps, as attention.h has it."""
+    return (channels + 15) // 16 * 16 | 16
+
+
+def _group_norm_fake(
+    x: torch.Tensor, weight: torch.Tensor, groups: int, folded: bool, keep: bool, **_: object
+) -> tuple[torch.Tensor, ...]:
+    (B, C, h, w), hidden = x.shape, weight.shape[1]
+    shapes: list[tuple[int, ...]] = [(B, groups, 2), (B, h * w, _kept_row(3 * hidden))]
+    shapes.append((2, C, C) if folded else (B, h * w, _kept_row(hidden)))
+    return torch.empty_like(x), *(x.new_empty(shape if keep else (0,), dtype=torch.float32) for shape in shapes)
+
+
+_group_norm_attention_block = Operator(
+    "group_norm_attention_block",
+    # Without `keep` only out is returned, and empty tensors in place of the others. `folded`: see `_folds`.
+    "Tensor x, Tensor? gain, Tensor? offset, Tensor weight_qkv, Tensor? bias_qkv, Tensor weight, Tensor? bias, "
+    "int groups, float eps, int heads, bool by_head, bool folded, bool residual, float output_scale, bool keep",
+    returns="out, statistics, qkv, attended",
+    fake=_group_norm_fake,
+    backward="grad, x, gain, offset, weight_qkv, bias_qkv, weight, statistics, qkv, attended, groups, heads, by_head, "
+    "folded, residual, output_scale, wants_weights",
+    gradients="x, gain, offset, weight_qkv, bias_qkv, weight, bias",
+    rows={"bias": "weight"},
+    wanted={"wants_weights": "weight_qkv, bias_qkv, weight, bias"},
+    native=True,
+)
+
+
 def attention_block(
     x: torch.Tensor,
     gain_in: torch.Tensor,
@@ -211,6 +241,54 @@ def _native_refuses(
     return why_not_on_cpu(given, maps=("x",), may_be_empty=("mem_kv",))
 
 
+def _native_group_norm(
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    weight_qkv: torch.Tensor,
+    bias_qkv: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    groups: int,
+    heads: int,
+    eps: float,
+    order: str,
+    residual: bool,
+    output_scale: float,
+) -> torch.Tensor:
+    if order == "hd3":
+        D = weight.shape[1] // heads
+        weight_qkv = composite.as_3hd(weight_qkv, heads, D, order)
+        bias_qkv = None if bias_qkv is None else composite.as_3hd(bias_qkv, heads, D, order)
+    tensors = (x, gain, offset, weight_qkv, bias_qkv, weight, bias)
+    options = (groups, eps, heads, order == "h3d", _folds(x, weight, heads), residual, output_scale)
+    return _group_norm_attention_block.native(*tensors, *options, torch.is_grad_enabled())[0]
+
+
+def _folds(x: torch.Tensor, weight: torch.Tensor, heads: int) -> bool:
+    """Whether the native block multiplies weights beforehand: for one head, and where it saves more than that costs."""
+    B, C, h, w = x.shape
+    return heads == 1 and weight.shape[1] == C and B * h * w >= 2 * C
+
+
+def _native_group_norm_refuses(
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    weight_qkv: torch.Tensor,
+    bias_qkv: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    **_: object,
+) -> str | None:
+    given = {
+        "x": x, "gain": gain, "offset": offset, "weight_qkv": weight_qkv, "bias_qkv": bias_qkv, "weight": weight,
+        "bias": bias,
+    }  # fmt: skip
+    return why_not_on_cpu(given, maps=("x",))
+
+
 def _example(device: torch.device) -> tuple[tuple, dict]:
     x, row = torch.zeros(1, 4, 4, 8, device=device).permute(0, 3, 1, 2), torch.zeros(8, device=device)
     mem_kv, weight = torch.zeros(2, 2, 4, 16, device=device), torch.zeros(8, 32, device=device)
@@ -239,6 +317,7 @@ def _group_norm_example(device: torch.device) -> tuple[tuple, dict]:
 unchecked_group_norm_attention_block = Op(
     "group_norm_attention_block",
     [
+        Implementation("native", _native_group_norm, _native_group_norm_refuses, why_steps_come_first),
         Implementation(COMPOSITE, composite.group_norm_attention_block),
     ],
     _group_norm_example,

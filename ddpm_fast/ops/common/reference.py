@@ -111,10 +111,3 @@ def prepared_images(
     if flip is not None:
         x = torch.where((flip != 0).reshape(-1, *(1,) * (x.ndim - 1)), x.flip(-1), x)
     return x
-
-
-def resampled(x: torch.Tensor, resample: str | None) -> torch.Tensor:
-    """Each pixel as 2×2 ("up"), means of 2×2 ("down", an odd last row or column is left out), or x itself."""
-    if resample is None:
-        return x
-    return F.interpolate(x, scale_factor=2.0, mode="nearest") if resample == "up" else F.avg_pool2d(x, 2)

@@ -92,6 +92,16 @@ _gradients_of_both = Operator(
     fake=_fake_gradients_of_both,
     triton=f"{__package__}.triton",
 )
+# The backward of GroupNorm with SiLU whose input is also read beside it, see `group_norm_silu_beside`.
+_gradients_beside = Operator(
+    "norm_silu_backward_beside",
+    "Tensor grad, Tensor x, Tensor statistics, Tensor gain, Tensor offset, Tensor added, int groups",
+    returns="dx, dgain, doffset",
+    fake=lambda x, gain, offset, **_: tuple(
+        [torch.empty_like(x), *(torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (gain, offset))]
+    ),
+    triton=f"{__package__}.triton",
+)
 
 
 def rms_norm_silu(
@@ -190,6 +200,26 @@ def group_norm_silu(
         dropout_p=dropout_p,
         seed=seed,
     )
+
+
+def group_norm_silu_beside(
+    x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, *, groups: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SiLU(GroupNorm(x)), and x for what else reads it: with Triton its gradient joins the norm's in one pass."""
+    if _is_beside(x, gain, offset, groups, eps):
+        return _NormBeside.apply(x, gain, offset, groups, eps)
+    return group_norm_silu(x, gain, offset, groups=groups, eps=eps), x
+
+
+def _is_beside(x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, groups: int, eps: float) -> bool:
+    """True where the norm runs by Triton and x takes a gradient; torch.compile and tracing see operators alone."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    options: dict[str, Any] = dict.fromkeys(("bias", "scale", "shift", "residual", "seed"))
+    options |= {"groups": groups, "eps": eps, "activation": True, "dropout_p": 0.0}
+    return _group_norm_silu_op.choose(x, gain, offset, **options).name == "triton"
 
 
 def first_norm_silu(
@@ -318,6 +348,30 @@ class _FirstNorm(torch.autograd.Function):
         gradients = [None if row is None else gradient for row, gradient in zip(given, made, strict=True)]
         gradients[5] = made[5].reshape(ctx.last_shape)
         return dx, *gradients[:5], None, *gradients[5:], None, None, None
+
+
+class _NormBeside(torch.autograd.Function):
+    """See `group_norm_silu_beside`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, groups: int, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = (gain, offset, None, None, None)
+        out, statistics = _norm_silu.triton(x, *rows, None, None, groups, eps, True, 0.0)
+        ctx.save_for_backward(x, statistics, gain, offset)
+        ctx.groups = groups
+        ctx.set_materialize_grads(False)
+        return out, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor | None, added: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grad is None:
+            return added, None, None, None, None
+        x, statistics, gain, offset = ctx.saved_tensors
+        added = torch.zeros_like(x) if added is None else added
+        return *_gradients_beside.triton(grad, x, statistics, gain, offset, added, ctx.groups), None, None
 
 
 class _LastNorm(torch.autograd.Function):

@@ -467,7 +467,7 @@ def group_norm_silu_bwd_kernel(
     seed_ptr,  # (1,) int64, or None: no dropout
     HW, C, G, chunks, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
     ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
-    BIAS_ROWS: tl.constexpr = False,
+    BIAS_ROWS: tl.constexpr = False, added_ptr=None,  # like dx: added to it
 ):  # fmt: skip
     i_b, i_chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -495,7 +495,11 @@ def group_norm_silu_bwd_kernel(
         )  # fmt: skip
         b_dx = b_dy * b_slope[None, :] - b_mean_dnormed[None, :] - b_normed * b_projection[None, :]
         b_dx *= b_rstd[None, :]
-        tl.store(dx_ptr + o_sample + o_tile, b_dx.to(dx_ptr.dtype.element_ty), mask=m_tile)
+        if added_ptr is not None:
+            b_stored = b_dx + _load(added_ptr + o_sample, o_tile, m_tile)
+        else:
+            b_stored = b_dx
+        tl.store(dx_ptr + o_sample + o_tile, b_stored.to(dx_ptr.dtype.element_ty), mask=m_tile)
         if bias_ptr is not None:
             b_sum_dx += tl.where(m_tile, b_dx, 0.0)
     if bias_ptr is not None:
@@ -713,6 +717,23 @@ def norm_silu_backward(
     return dx, *gradients
 
 
+def norm_silu_backward_beside(
+    grad: torch.Tensor,  # (B, C, H, W)
+    x: torch.Tensor,
+    statistics: torch.Tensor,
+    gain: torch.Tensor,
+    offset: torch.Tensor,
+    added: torch.Tensor,  # (B, C, H, W)
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of GroupNorm with SiLU: the gradient of x with `added` added to it, and those of gain and offset."""
+    rows = _Rows(gain, offset, None, None, None)
+    dx, sums = _gradient_of_map(grad, x, statistics, rows, None, groups, True, 0.0, added)
+    gradients = [_empty_row(row) for row in (gain, offset, None, None, None)]
+    _finish_rows(x, sums, rows, gradients)
+    return dx, gradients[0], gradients[1]  # type: ignore[return-value]
+
+
 def norm_silu_backward_of_last(
     grad: torch.Tensor,  # (B, C, H, W)
     x: torch.Tensor,
@@ -759,6 +780,7 @@ def _gradient_of_map(
     groups: int,
     activation: bool,
     dropout_p: float,
+    added: torch.Tensor | None = None,  # of GroupNorm alone: added to the gradient of x
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of x, and (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of chunks of pixels."""
     B, C, HW = _sizes(x)
@@ -789,7 +811,10 @@ def _gradient_of_map(
             sums, means, rows.gain, rows.bias, rows.scale, HW, C, groups, chunks, rows.strides[0],
             **_group_blocks(C // groups, chunks),
         )  # fmt: skip
-        group_norm_silu_bwd_kernel[grid](grad, x, dx, sums, statistics, means, *inputs, **constants)
+        added = None if added is None else _laid_out_like(x, added)
+        group_norm_silu_bwd_kernel[grid](
+            grad, x, dx, sums, statistics, means, *inputs, **constants, added_ptr=added
+        )  # fmt: skip
     return dx, sums
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from ddpm_fast.ops.common.reference import resampled
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.norm_linear.op import linear
-from ddpm_fast.ops.norm_silu.op import group_norm_silu
-from ddpm_fast.ops.resample.op import upsample_conv
+from ddpm_fast.ops.norm_silu.op import group_norm_silu, group_norm_silu_beside
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.autocast import no_autocast
 
@@ -44,8 +43,9 @@ def preactivation_block(
     """See `ddpm_fast.ops.preactivation_block.op.preactivation_block`."""
     with no_autocast(x.device.type):
         x = x if skip is None else torch.cat((x, skip.to(x.dtype)), dim=1)
-        h = group_norm_silu(x, gain1, offset1, groups=groups1, eps=eps1)
-        y = upsample_conv(h, weight1) if resample == "up" else conv3x3(resampled(h, resample), weight1)
+        h, x = group_norm_silu_beside(x, gain1, offset1, groups=groups1, eps=eps1)
+        up = resample == "up"
+        y = conv3x3(h if up else _resampled(h, resample), weight1, upsampled=up)
         if embedding is not None and triton_launch.why_not_triton(x.device) is not None:
             y, embedding = y + embedding.to(y.dtype)[:, :, None, None], None
         options: dict[str, Any] = {
@@ -73,9 +73,17 @@ def _residual(
 ) -> torch.Tensor:
     """A 1×1 convolution is the same before nearest upsampling as after it, and cheaper."""
     if weight is None:
-        return resampled(x, resample)
+        return _resampled(x, resample)
     if weight.shape[2] == 1:
         if resample == "up":
-            return resampled(linear(x, weight, bias), resample)
-        return linear(resampled(x, resample), weight, bias)
-    return upsample_conv(x, weight, bias) if resample == "up" else conv3x3(resampled(x, resample), weight, bias)
+            return _resampled(linear(x, weight, bias), resample)
+        return linear(_resampled(x, resample), weight, bias)
+    up = resample == "up"
+    return conv3x3(x if up else _resampled(x, resample), weight, bias, upsampled=up)
+
+
+def _resampled(x: torch.Tensor, resample: str | None) -> torch.Tensor:
+    """The map at the block's output size."""
+    if resample is None:
+        return x
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if resample == "up" else F.avg_pool2d(x, 2)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.ops.common.norm import group_norm_silu
-from ddpm_fast.ops.common.reference import resampled
 from ddpm_fast.runtime.autocast import no_autocast
 
 
@@ -48,11 +47,18 @@ def preactivation_block(
 
         x = x.to(dtype) if skip is None else torch.cat((x.to(dtype), skip.to(dtype)), dim=1)
         h = group_norm_silu(x, gain1, offset1, groups=groups1, eps=eps1)
-        y = conv(resampled(h, resample), weight1, bias1)
+        y = conv(_resampled(h, resample), weight1, bias1)
         if embedding is not None:
             y = y + embedding.to(dtype)[:, :, None, None]
         options: dict[str, Any] = {"scale": scale, "shift": shift, "dropout_p": dropout_p, "seed": seed}
         h = group_norm_silu(y, gain2, offset2, groups=groups2, eps=eps2, **options)
-        residual = resampled(x, resample)
+        residual = _resampled(x, resample)
         residual = residual if res_weight is None else conv(residual, res_weight, res_bias)
         return ((residual + conv(h, weight2, bias2)) * output_scale).to(given)
+
+
+def _resampled(x: torch.Tensor, resample: str | None) -> torch.Tensor:
+    """Each pixel as 2×2 ("up"), means of 2×2 ("down", an odd last row or column is left out), or x itself."""
+    if resample is None:
+        return x
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if resample == "up" else F.avg_pool2d(x, 2)

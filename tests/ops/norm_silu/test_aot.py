@@ -17,7 +17,7 @@ from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 pytestmark = pytest.mark.slow
 on_sm_90 = pytest.mark.release(but=lambda capability, **_: capability == 90)  # the others: `make release-tests`
 
-MAPS = ("x_ptr", "out_ptr", "residual_ptr", "grad_ptr", "dx_ptr")
+MAPS = ("x_ptr", "out_ptr", "residual_ptr", "grad_ptr", "dx_ptr", "added_ptr")
 ROWS = ("scale_ptr", "shift_ptr")  # the time embedding's: of the maps' dtype under autocast
 FLOATS = ("root_c", "kept_scale", "eps")
 BITS = {"bf16": 16, "fp32": 32}
@@ -39,16 +39,27 @@ KERNELS = {
 BOUNDED = ("rms_norm_silu_bwd_kernel", "group_norm_silu_sums_kernel", "group_norm_silu_bwd_kernel")
 
 
-def compile_stage(name: str, dtype: str, C: int, everything: bool, capability: int, tmp_path, bias_rows: bool = False):
+def compile_stage(
+    name: str,
+    dtype: str,
+    C: int,
+    everything: bool,
+    capability: int,
+    tmp_path,
+    bias_rows: bool = False,
+    added: bool = False,
+):
     """A kernel as `forward` and `backward` launch it on channels-last maps; with `everything`, residual and dropout."""
     function = getattr(kernel, name)
     whole_rows, sums, *_ = KERNELS[name]
     tile = kernel.choose_tile(STAGES[C], C, whole_rows=whole_rows, sums=sums, dropout=everything)
     constants = {"stride_c": 1, "ACTIVATION": True, "QUADS": tile.block_n % 4 == 0, "TILES": tile.tiles}
     constants |= {"BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c, "CHUNK": tile.chunk, "seed_ptr": None}
-    constants |= {"residual_ptr": None, "BIAS_ROWS": bias_rows}
+    constants |= {"residual_ptr": None, "added_ptr": None, "BIAS_ROWS": bias_rows}
     if everything:
         del constants["seed_ptr"], constants["residual_ptr"]
+    if added:
+        del constants["added_ptr"]
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
     unaligned = tuple(n for n in ("tiles", "chunks", "G", "threshold", "scaled") if n in signature)
@@ -115,6 +126,22 @@ def test_registers_and_accesses_with_a_bias_for_each_sample(name, capability, tm
     machine, tile = compile_stage(name, "fp32", 512, False, capability, tmp_path, bias_rows=True)
     assert_fit(machine, tile, name, "fp32", False)
     gate("registers", f"{name} with a bias for each sample, sm_{capability}", machine.registers)
+
+
+@on_sm_90
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_registers_and_accesses_with_a_gradient_beside(capability, tmp_path, gate):
+    """The third map is read by 16 bytes a thread, too, in whichever way the compiler brings it."""
+    registers = []
+    for dtype, C in itertools.product(BITS, (64, 512)):
+        name = "group_norm_silu_bwd_kernel"
+        machine, tile = compile_stage(name, dtype, C, False, capability, tmp_path, added=True)
+        assert_fit(machine, tile, name, dtype, False)
+        per_map = tile.block_n * tile.block_c // (32 * tile.num_warps) * BITS[dtype] // 128
+        wide = machine.widths("LDG").get(128, 0) + machine.widths("LDGSTS").get(128, 0)
+        assert wide >= 5 * per_map, machine.accesses  # two maps before the loop and in it, and the third
+        registers.append(machine.registers)
+    gate("registers", f"group_norm_silu_bwd_kernel with a gradient beside, sm_{capability}", max(registers))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

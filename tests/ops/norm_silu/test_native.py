@@ -142,6 +142,24 @@ def test_half_types_round_once(norm, dtype):
         assert_close_to_truth(actual[name], expected[name], truth[name], name=name)
 
 
+@pytest.mark.parametrize("norm, function", [("rms", rms_norm_silu), ("group", group_norm_silu)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_residual", [None, torch.float32])
+def test_half_maps_give_what_their_float32_copies_give_rounded(norm, function, dtype, of_residual):
+    """Maps of several chunks; a residual of another type makes all of them float32."""
+    tensors, others = make(norm, (2, 20, 17, 31, 4), "all", "nhwc")
+    tensors |= {"x": tensors["x"].to(dtype), "residual": tensors["residual"].to(of_residual or dtype)}
+    grad = torch.randn(tensors["x"].shape).to(dtype)
+    results = []
+    for of_leaves in (tensors, {name: tensor.float() for name, tensor in tensors.items()}):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in of_leaves.items()}
+        with use_backend("native"):
+            out = function(**leaves, **others)
+        results.append([out, *torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))])
+    for name, actual, expected in zip(("out", *tensors), *results, strict=True):
+        assert torch.equal(actual, expected.to(actual.dtype)), name
+
+
 @pytest.mark.parametrize("norm", ["rms", "group"])
 @pytest.mark.parametrize("shape", [(3, 100, 16, 17, 4), (1, 64, 64, 64, 8)], ids=str)
 def test_the_number_of_threads_changes_nothing(norm, shape):

@@ -6,7 +6,7 @@ Runs on the CPU in Triton's interpreter, else on CUDA; see conftest.py.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -194,6 +194,7 @@ def count_finishing(monkeypatch) -> list[int]:
     return launches
 
 
+@pytest.mark.release(but=lambda option, dtype, **_: (dtype == torch.bfloat16) == (option == "all"))
 @both_norms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("option", ["plain", "bias", "all"])
@@ -231,10 +232,16 @@ def few_pixels(choose, HW: int, C: int, *, dropout: bool, **others: bool) -> ker
     return replace(tile, block_n=16 if dropout else 4, tiles=2)
 
 
+@cache
+def all_gradients_of_two() -> tuple[dict, dict, dict[str, torch.Tensor]]:
+    """Arguments of two norms, and their output and every gradient."""
+    tensors, others = make_two("group", "all")
+    return tensors, others, gradients_of_two(tensors, others, tensors)
+
+
 @pytest.mark.parametrize("wanted", ["x", "gain", "bias", "last_gain", "last_bias", "last_offset", "residual", "scale"])
 def test_of_two_norms_only_the_gradient_that_is_asked_for(wanted):
-    tensors, others = make_two("group", "all")
-    expected = gradients_of_two(tensors, others, tensors)
+    tensors, others, expected = all_gradients_of_two()
     assert torch.equal(gradients_of_two(tensors, others, [wanted])[wanted], expected[wanted])
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
     out = run_two(tensors, others, leaves)
@@ -497,15 +504,14 @@ def test_triton_is_preferred_where_it_runs():
     assert all(("* triton" in row and "accepts" in row) == ("triton" in row) for row in rows)
 
 
-@pytest.mark.release(but=lambda norm: norm == "rms")
-@both_norms
-def test_unet(norm, monkeypatch):
+@pytest.mark.release(but=lambda norm, dim_mults: (norm, dim_mults) == ("rms", (1,)))
+@pytest.mark.parametrize("norm, dim_mults", [("rms", (1,)), ("rms", (1, 2)), ("group", (1,))])
+def test_unet(norm, dim_mults, monkeypatch):
     """A whole network, output and every gradient: blocks with time embedding, residuals and equal dropout.
 
     The reference would call modules, with torch's dropout: here blocks stay composed of their steps.
     """
     monkeypatch.setattr(stock, "forced_backend", lambda: None)
-    dim_mults = {"rms": (1, 2), "group": (1,)}[norm]
     model = Unet(8, dim_mults=dim_mults, dropout=0.2, norm=norm, resnet_block_groups=4).to(DEVICE)
     x, t = torch.randn(2, 3, 4, 4, device=DEVICE), torch.tensor([3, 500], device=DEVICE)
     results = {}

@@ -29,10 +29,17 @@ def pooled(weight: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(mirrored, 2, stride=1, padding=1, divisor_override=1)
 
 
+# Sums of at most four numbers have nothing of sm_80's but its rounding to bfloat16.
+@pytest.mark.release(
+    but=lambda K, C, layout, dtype, _arithmetic=None: (
+        (_arithmetic is None or (dtype == torch.bfloat16 and C < 64))
+        and (C < 64 or (layout == torch.channels_last) == (dtype == torch.float32))
+    )
+)
 @pytest.mark.arithmetic
 @DTYPES
 @LAYOUTS
-@pytest.mark.parametrize("K, C", [(1, 1), (5, 3), (70, 130)])
+@pytest.mark.parametrize("K, C", [(1, 1), (5, 3), (66, 70)])
 def test_taps_and_their_gradient(K, C, layout, dtype):
     weight = normal(K, C, 3, 3).to(dtype).contiguous(memory_format=layout)
     taps = composite.upsampling_taps(weight)

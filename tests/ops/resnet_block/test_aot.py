@@ -52,6 +52,8 @@ def type_of(name: str, dtype: str) -> str:
     return f"*{dtype}" if name.endswith("_ptr") else "i32"
 
 
+# On sm_80 and sm_100 one of the three products; `make release-tests` compiles the others.
+@pytest.mark.release(but=lambda name, capability: capability == 90 or name == "residual_conv_fwd_kernel")
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_registers_and_accesses(name, capability, tmp_path, gate):

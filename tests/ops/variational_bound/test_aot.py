@@ -16,6 +16,7 @@ from ddpm_fast.runtime import triton_launch
 from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
+on_sm_90 = pytest.mark.release(but=lambda capability, **_: capability == 90)  # the others: `make release-tests`
 
 CHANNELS, PIXELS = 3, 128 * 128
 FORMATS = {False: "contiguous", True: "channels-last"}
@@ -74,6 +75,7 @@ def _not_interpreted():
     assert not triton_launch.interpreted()
 
 
+@on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("channels_last", FORMATS)
 def test_forward(channels_last, capability, tmp_path, gate):
@@ -91,6 +93,7 @@ def test_forward(channels_last, capability, tmp_path, gate):
     gate("registers", f"variational_bound_fwd_kernel, {FORMATS[channels_last]}, sm_{capability}", max(registers))
 
 
+@on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("channels_last", FORMATS)
 def test_backward(channels_last, capability, tmp_path, gate):
@@ -116,6 +119,7 @@ def test_backward(channels_last, capability, tmp_path, gate):
     gate("registers", f"variational_bound_bwd_kernel, {FORMATS[channels_last]}, sm_{capability}", max(registers))
 
 
+@on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_reduce(capability, tmp_path, gate):
     launch = triton_launch.row_sum(32)
