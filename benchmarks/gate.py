@@ -7,7 +7,8 @@
 Tests marked `gate` measure and pass each number to `check`: operators, bytes moved and bytes kept per image
 (test_traffic.py), registers of every kernel (test_aot.py, test_cuda_compile.py; spills are always zero), modules that
 the import loads and its time relative to torch's own (test_gate.py), bytes of a wheel (test_extension_build.py),
-launches of a step on CUDA, kernels of its cold start, the host's time of an op (test_cuda_model.py).
+launches of a step on CUDA, kernels of its cold start, the host's time of an op (test_cuda_model.py), what accelerated
+networks need of what they needed before (test_foreign.py).
 
 A bound is at most 5% above the measured number (times: 50%). A number above its bound fails. A number more than 10%
 below its bound fails, too, until `--write` has lowered the bound. A bound is raised by hand only.
@@ -63,6 +64,8 @@ KINDS = {
     # The hardware gives out registers in eights: a bound in the next eight could cost a program per multiprocessor.
     "registers": Kind("triton", step=8, untabled=255),
     "cuda registers": Kind("nvcc", step=8),
+    # Operators and bytes of an accelerated network over those of the network as it is.
+    "accelerated": Kind("torch"),
     # Counts of cuda_model, exact: one launch or one compiled kernel more is a failure.
     "launches": Kind("torch", slack=1.0),
     "cold start": Kind("triton", slack=1.0),

@@ -6,9 +6,10 @@ import copy
 from dataclasses import dataclass
 
 from cuda_model.pretend import META, cuda_on_meta
+from cuda_model.recorder import laid_out
 from ddpm_fast.integrations.accelerate import accelerate
 from ddpm_fast.measure import foreign
-from ddpm_fast.measure.traffic import Traffic, counting
+from ddpm_fast.measure.traffic import Counter, Traffic
 
 BATCH = 16
 
@@ -30,13 +31,21 @@ class Counts:
         return self.accelerated.bytes_moved / self.eager.bytes_moved
 
 
+class _Counter(Counter):
+    """Counts operators whose convolutions lay out their results as cuDNN does."""
+
+    def run(self, func, args: tuple, kwargs: dict):
+        return laid_out(func._schema.name, args, super().run(func, args, kwargs))
+
+
 def count(name: str, dtype: str = "fp32", batch: int = BATCH) -> Counts:
     """Forward, loss and backward of a network of `foreign.NETWORKS`, in both forms."""
     network = foreign.make(name, device=META)
     data = tuple(tensor.to(META) for tensor in foreign.inputs(network, batch, META))
     found = []
     for module in (network.network, accelerate(copy.deepcopy(network.network))):
-        with cuda_on_meta(), counting() as traffic:
+        traffic = Traffic()
+        with cuda_on_meta(), _Counter(traffic):
             foreign.loss_of(network, module, data, dtype)[0].backward()
         found.append(traffic)
     return Counts(*found)

@@ -179,10 +179,7 @@ class Recorder(Observer):
             self._operators.pop()
             self._begun = begun
             return result
-        result = func(*args, **kwargs)
-        if name in ("aten::convolution", "aten::convolution_backward"):
-            return _laid_out(name, args, result)
-        return result
+        return laid_out(name, args, func(*args, **kwargs))
 
     def see(self, call: Call) -> None:
         if call.name.startswith("ddpm_fast::") and call.name not in NATIVE:
@@ -267,8 +264,10 @@ def _cudnn_format(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if is_last else torch.contiguous_format
 
 
-def _laid_out(name: str, args: tuple, result):
-    """A convolution's results as cuDNN lays them out; meta tensors do not say."""
+def laid_out(name: str, args: tuple, result):
+    """An operator's results; those of a convolution as cuDNN lays them out, which meta tensors do not say."""
+    if name not in ("aten::convolution", "aten::convolution_backward"):
+        return result
     x, weight = args[:2] if name == "aten::convolution" else args[1:3]
     kind = _cudnn_format(x, weight)
     if isinstance(result, torch.Tensor):

@@ -210,7 +210,7 @@ def loss_of(foreign: ForeignNetwork, network: nn.Module, batch: tuple, dtype: st
     x, t, target = batch
     with autocast(dtype, x.device):
         out = foreign.call(network, x, t)
-        return F.mseloss_of(out.float(), target), out
+        return F.mse_loss(out.float(), target), out
 
 
 def check_equal(foreign: ForeignNetwork, eager: nn.Module, other: nn.Module, batch: tuple, dtype: str) -> dict:

@@ -372,7 +372,7 @@ class Observer(TorchDispatchMode):
         raise NotImplementedError
 
 
-class _Counter(Observer):
+class Counter(Observer):
     """Adds every operator to a `Traffic`."""
 
     def __init__(self, traffic: Traffic):
@@ -388,14 +388,6 @@ class _Counter(Observer):
         for kind, number in call.flops.items():
             self.traffic.flops[kind] += number
             operator.flops += number
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[Traffic]:
-    """Counts the operators inside."""
-    traffic = Traffic()
-    with _Counter(traffic):
-        yield traffic
 
 
 def _bytes_moved(func, args: tuple, kwargs: dict, result) -> int:
@@ -492,7 +484,7 @@ def measure_training(diffusion: Any, batch: int = 1) -> Traffic:
     t = torch.zeros(batch, dtype=torch.int64, device="meta")
     constants = [*diffusion.parameters(), *diffusion.buffers(), image]
     traffic = Traffic()
-    with _Counter(traffic):
+    with Counter(traffic):
         with _count_kept(traffic, {c.untyped_storage()._cdata for c in constants}):
             loss = diffusion(image, times=t)
         loss.backward()
@@ -509,7 +501,7 @@ def measure_sampling(diffusion: Any, batch: int = 1) -> Traffic:
         diffusion._plan("ddpm", diffusion.num_timesteps, "own")
     x = torch.zeros(batch, diffusion.channels, *diffusion.image_size, device="meta")
     traffic = Traffic()
-    with inference_weights(diffusion.model, diffusion.num_timesteps), _Counter(traffic), torch.inference_mode():
+    with inference_weights(diffusion.model, diffusion.num_timesteps), Counter(traffic), torch.inference_mode():
         diffusion.p_sample(x, 1)
     return traffic
 

@@ -344,7 +344,7 @@ def test_bytes_of_the_block_are_those_of_the_registry():
     with recorder.recording(TARGET) as block, block() as recorded:
         step()
     counted = traffic.Traffic()
-    with traffic.kernels_take_meta_tensors(), traffic._Counter(counted):
+    with traffic.kernels_take_meta_tensors(), traffic.Counter(counted):
         step()
     for name in ("linear_attention_block", "linear_attention_block_backward"):
         moved = sum(launch.bytes_moved for launch in recorded.launches if launch.operator == f"ddpm_fast::{name}")

@@ -35,7 +35,7 @@ def test_the_command_checks_times_and_draws(a_tiny_network, tmp_path, capsys):
     for timings in result["phases"].values():
         assert timings.keys() == {"eager", "accelerated"}
         assert all(numbers["rounds"] >= 3 and numbers["median"] > 0 for numbers in timings.values())
-    assert ["ResBlock", 4, "preactivation_block"] in result["modules"]
+    assert ["ResBlock", 5, "preactivation_block"] in result["modules"]
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,11 @@ def test_a_saved_model_of_diffusers_is_loaded(tmp_path):
     assert made.call(made.network, x, t).shape == target.shape
 
 
-def test_a_network_that_is_not_equal_is_not_timed():
-    made = tiny()
+def test_a_network_that_is_not_equal_is_not_timed(a_tiny_network):
+    made = foreign.make("tiny")
     foreign_batch = foreign.inputs(made, 2, torch.device("cpu"))
     other = copy.deepcopy(made.network)
-    errors = foreign.check_equal(made, made.network, other, foreign_batch, "fp32")
-    assert errors == {"output": 0.0, "gradients": 0.0, "worst gradient": 0.0} or max(errors.values()) < 1e-6
+    assert max(foreign.check_equal(made, made.network, other, foreign_batch, "fp32").values()) < 1e-6
     with torch.no_grad():
         other.out[2].bias.add_(1.0)
     with pytest.raises(AssertionError, match="output differs"):

@@ -112,7 +112,7 @@ def test_convolutions_are_those_of_the_network(measured):
 
 def count(function) -> traffic.Traffic:
     found = traffic.Traffic()
-    with traffic._Counter(found):
+    with traffic.Counter(found):
         function()
     return found
 
@@ -226,7 +226,7 @@ def test_the_variational_bound_moves_at_most_1_3_times_the_bytes_of_the_plain_lo
         x, table = torch.empty(32, channels, 128, 128, device="meta"), torch.empty(1000, columns, device="meta")
         count = traffic.Traffic()
         leaf = output.clone().requires_grad_()
-        with traffic.kernels_take_meta_tensors(), traffic._Counter(count):
+        with traffic.kernels_take_meta_tensors(), traffic.Counter(count):
             loss = function(leaf, x, t, table, torch.empty_like(x) if given else None, seed=seed)
             loss.backward(torch.empty_like(loss))
         assert set(count.by_operator) >= {f"ddpm_fast::{function.__name__}{end}" for end in ("", "_backward")}
