@@ -90,7 +90,7 @@ def _diffusers(folder: str | None) -> ForeignNetwork:
     side = network.config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
 
-    def call(network: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def call(network: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         width = network.config.get("cross_attention_dim")
         given = {} if width is None else {"encoder_hidden_states": x.new_zeros(x.shape[0], 77, width)}
         return network(x, t, **given).sample
@@ -102,7 +102,8 @@ def _torchcfm(folder: str | None) -> ForeignNetwork:
     from torchcfm.models.unet.unet import UNetModelWrapper
 
     network = UNetModelWrapper(**CFM_CIFAR10)
-    return ForeignNetwork("torchcfm", network, CFM_CIFAR10["dim"], lambda network, x, t: network(t / 1000, x))
+    size: Any = CFM_CIFAR10["dim"]
+    return ForeignNetwork("torchcfm", network, size, lambda network, x, t: network(t / 1000, x))
 
 
 def _edm(class_name: str, arguments: dict) -> Callable[[str | None], ForeignNetwork]:
@@ -323,7 +324,7 @@ def compare(
     }  # fmt: skip
     for phase, make_call in zip(PHASES, (training_step, forward), strict=True):
         say(f"timing the {phase}")
-        calls = {}
+        calls: dict[str, Callable[[], object]] = {}
         for name, network in networks.items():
             network.train(phase == PHASES[0])
             calls[name] = make_call(foreign, network, data, dtype)

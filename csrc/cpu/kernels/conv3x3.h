@@ -33,9 +33,9 @@ struct Conv3x3Forward {
   const float* input[2];  // (B, H, W, channels[i])
   int64_t channels[2];    // C in all; channels[1] is 0 where there is one part
   Conv3x3Weight weight;
-  const float* bias;           // (K), or (B, K) with bias_stride = K; or null
-  int64_t bias_stride;         // of images
-  const float* residual[2];    // like output, or null
+  const float* bias;         // (K), or (B, K) with bias_stride = K; or null
+  int64_t bias_stride;       // of images
+  const float* residual[2];  // like output, or null
   float factor = 1.0f;
   float* output[2];            // (B, H, W, output_channels[i])
   int64_t output_channels[2];  // K in all

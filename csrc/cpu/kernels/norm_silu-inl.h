@@ -39,10 +39,8 @@ struct NormChunks {
 inline const float* fill_keep(const Dropout& dropout, int64_t sample, int64_t first, int64_t rows, int64_t N,
                               int64_t C) {
   float* mask = thread_scratch(kNormMaskSlot, rows * C);
-  const NoiseIndex index{.key = philox_key(dropout.seed),
-                         .sample = static_cast<uint32_t>(sample),
-                         .step = 0,
-                         .stream = kStreamDropout};
+  const NoiseIndex index{
+      .key = philox_key(dropout.seed), .sample = static_cast<uint32_t>(sample), .step = 0, .stream = kStreamDropout};
   for (int64_t c = 0; c < C; ++c) {
     const int64_t begin = c * N + first, end = begin + rows;
     for (int64_t block = begin / 4; 4 * block < end; ++block) {

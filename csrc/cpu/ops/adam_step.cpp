@@ -94,9 +94,8 @@ std::tuple<Tensor, Tensor> adam_step(at::TensorList params, at::TensorList grads
                                      const OptionalTensor& grad_scale, const OptionalTensor& average_weight) {
   const size_t count = params.size();
   TORCH_CHECK_VALUE(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count &&
-                        steps.size() == count && averages.size() == averaged.size() &&
-                        copies.size() == copied.size() && rates.size() == rated.size() &&
-                        numbers.size() == kNumbers * counts.size(),
+                        steps.size() == count && averages.size() == averaged.size() && copies.size() == copied.size() &&
+                        rates.size() == rated.size() && numbers.size() == kNumbers * counts.size(),
                     "lists must have one entry for each of params, got ", count, " params");
   std::vector<AdamChunk> tensors(count);
   std::vector<Tensor> laid_out(count);  // gradients in the order of their parameters
@@ -121,8 +120,7 @@ std::tuple<Tensor, Tensor> adam_step(at::TensorList params, at::TensorList grads
                   .grad = laid_out[i].const_data_ptr<float>(),
                   .count = p.numel()};
     TORCH_CHECK_VALUE(steps[i].numel() == 1 && steps[i].scalar_type() == at::kFloat && steps[i].device().is_cpu(),
-                      "steps must be one float32 element each, got ", steps[i].numel(), " of ",
-                      steps[i].scalar_type());
+                      "steps must be one float32 element each, got ", steps[i].numel(), " of ", steps[i].scalar_type());
     steps_of[i] = steps[i].data_ptr<float>();
   }
   const auto param_at = [&](int64_t place) -> const Tensor& {
