@@ -47,7 +47,7 @@ DDPM_CIFAR10 = {
     "norm_num_groups": 32,
 }
 # The network of torchcfm's examples/images/cifar10: 35.7 million parameters.
-CFM_CIFAR10 = {
+CFM_CIFAR10: dict[str, Any] = {
     "dim": (3, 32, 32),
     "num_res_blocks": 2,
     "num_channels": 128,
@@ -90,7 +90,7 @@ def _diffusers(folder: str | None) -> ForeignNetwork:
     side = network.config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
 
-    def call(network: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def call(network: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         width = network.config.get("cross_attention_dim")
         given = {} if width is None else {"encoder_hidden_states": x.new_zeros(x.shape[0], 77, width)}
         return network(x, t, **given).sample
@@ -323,7 +323,7 @@ def compare(
     }  # fmt: skip
     for phase, make_call in zip(PHASES, (training_step, forward), strict=True):
         say(f"timing the {phase}")
-        calls = {}
+        calls: dict[str, Callable[[], object]] = {}
         for name, network in networks.items():
             network.train(phase == PHASES[0])
             calls[name] = make_call(foreign, network, data, dtype)
