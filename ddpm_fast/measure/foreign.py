@@ -47,7 +47,7 @@ DDPM_CIFAR10 = {
     "norm_num_groups": 32,
 }
 # The network of torchcfm's examples/images/cifar10: 35.7 million parameters.
-CFM_CIFAR10 = {
+CFM_CIFAR10: dict[str, Any] = {
     "dim": (3, 32, 32),
     "num_res_blocks": 2,
     "num_channels": 128,
