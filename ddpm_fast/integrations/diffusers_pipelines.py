@@ -101,7 +101,8 @@ class _Steps:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """A pickle of diffusers' class, accelerated when it is loaded."""
-        _, args, state, *rest = object.__reduce_ex__(self, protocol)
+        reduced: Any = object.__reduce_ex__(self, protocol)
+        _, args, state, *rest = reduced
         own = {key: value for key, value in state.items() if not key.startswith("_ddpm_fast")}
         return (_rebuild, (_own(self), *args[1:]), own, *rest)
 
@@ -115,7 +116,7 @@ def _module_of(scheduler: Any) -> Any:
 
 
 def _rebuild(own: type) -> Any:
-    cls = _made(own)
+    cls: Any = _made(own)
     return cls.__new__(cls)
 
 
