@@ -126,6 +126,5 @@ def test_a_process_of_given_betas_that_does_not_clip():
         model.final_conv.weight.zero_()
     x = torch.randn(1, 3, 8, 8)
     assert process.p_sample(x, 0)[1].unique().tolist() == [3.0]
-    assert process.sample(1, progress=False).max() == 2.0
     process.clip_x_start = True
     assert process.p_sample(x, 0)[1].unique().tolist() == [1.0]
