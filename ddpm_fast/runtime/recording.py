@@ -7,6 +7,7 @@ operators that it calls on the CPU, which a replay calls without Python; `EagerR
 
 from __future__ import annotations
 
+import inspect
 import threading
 import traceback
 from collections import OrderedDict
@@ -377,8 +378,9 @@ def why_not_recorded(model: object) -> str | None:
             return f"{where} is compiled, and torch.compile has its own graphs"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{where} has forward hooks, which a replay does not call"
-        if "forward" in vars(module):
-            return f"{where} has a forward of its own instead of its class's"
+        for method in vars(module):
+            if inspect.isfunction(getattr(type(module), method, None)):
+                return f"{where} has a {method} of its own instead of its class's"
     return None
 
 

@@ -193,10 +193,10 @@ class Plain(TorchDispatchMode):
             self.operators[name] += 1
         if name == "aten::convolution":
             self.operators["bias"] += args[2] is not None
-            return recorder._laid_out(name, args, result)
+            return recorder.laid_out(name, args, result)
         if name == "aten::convolution_backward":
             self.operators["convolution parts"] += sum(args[-1]) - 1
-            return recorder._laid_out(name, args, result)
+            return recorder.laid_out(name, args, result)
         return result
 
 

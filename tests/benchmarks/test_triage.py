@@ -79,7 +79,8 @@ def test_dry_run(only, tmp_path):
     chosen = [name for name in report.PLANS["triage"].seconds if not only or name in (*only.split(","), *PREPARATION)]
     assert status == dict.fromkeys(chosen, "ok") | {"kernels": "skipped"}, printed
     found = {record["bench"]: record for record in results["records"]}
-    assert found["triage training"]["difference"] == 0 and len(found["triage training"]["losses"]["ours"]) == 3
+    # The recorded step moves weights by the package's kernel, the other by torch's Adam.
+    assert 0 <= found["triage training"]["difference"] < 1e-6 and len(found["triage training"]["losses"]["ours"]) == 3
     assert re.fullmatch(r".+: 3 cases by \w+; wrong: none", results["steps"]["native ops"]["summary"])
     assert str(ROOT) not in log and results["machine"]["torch"] in printed
     assert "ours-step-by-step" in found["triage training time"]["timings"]

@@ -221,4 +221,5 @@ def operators_of_a_step(diffusion) -> int:
 )
 def test_a_training_step_has_at_most_15_operators_more_than_discrete_diffusions(process, options):
     discrete = operators_of_a_step(GaussianDiffusion(unet(), image_size=8, timesteps=50))
+    discrete += 1  # aminmax, the check of timesteps, which is left out where a mode watches
     assert operators_of_a_step(process(unet(), image_size=8, **options)) <= discrete + 15

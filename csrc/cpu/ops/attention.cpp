@@ -218,12 +218,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_at
   const Tensor moments = kept_tensor(statistics, "statistics", {B, groups, 2}),
                qkv_map = kept_tensor(qkv, "qkv", {B, N, kept_row(3 * hidden)}),
                attended_map = kept_tensor(attended, "attended", call.attended_sizes());
-  const Tensor dx = empty_tensor_like(call.x), none = no_tensor(at::kFloat);
-  const Tensor dgain = groups ? unpooled_tensor({C}) : none, doffset = groups ? unpooled_tensor({C}) : none;
-  const Tensor dweight_qkv = wants_weights ? empty_tensor_like(call.weight_qkv) : none,
-               dweight = wants_weights ? empty_tensor_like(call.weight) : none,
-               dbias_qkv = wants_weights ? unpooled_tensor({3 * hidden}) : none,
-               dbias = wants_weights ? unpooled_tensor({C}) : none;
+  // An empty tensor is one of its own: outputs of an operator must not share memory.
+  const auto row = [](bool is_wanted, int64_t size) {
+    return is_wanted ? unpooled_tensor({size}) : no_tensor(at::kFloat);
+  };
+  const auto like = [&](const Tensor& given) {
+    return wants_weights ? empty_tensor_like(given) : no_tensor(at::kFloat);
+  };
+  const Tensor dx = empty_tensor_like(call.x), dgain = row(groups > 0, C), doffset = row(groups > 0, C);
+  const Tensor dweight_qkv = like(call.weight_qkv), dweight = like(call.weight);
+  const Tensor dbias_qkv = row(wants_weights, 3 * hidden), dbias = row(wants_weights, C);
   const auto wanted = [&](const Tensor& tensor) { return wants_weights ? tensor.data_ptr<float>() : nullptr; };
   kernels().attention.group_block_backward({.block = call.block,
                                             .grad = dout.const_data_ptr<float>(),

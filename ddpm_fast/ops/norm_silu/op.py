@@ -429,7 +429,8 @@ def _check(
     shapes = ((C,), bias_shape, (B, C), (B, C), whole)
     for name, tensor, shape in zip(_OPTIONAL, tensors[2:], shapes, strict=True):
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+            wanted = f"({C},) or {(B, C)}" if name == "bias" and bias_rows else f"{tuple(shape)}"
+            raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
 
 
 def _rms(operator: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., torch.Tensor]:

@@ -89,7 +89,7 @@ ERRORS = {
     "x type": ({"x": [1]}, TypeError, "x must be a tensor, got list"),
     "integers": ({"x": torch.zeros(2, 8, 3, 4).int()}, TypeError, "x must be float32, .* got torch.int32"),
     "gain": ({"gain": torch.zeros(7)}, ValueError, r"gain must have 8 elements, .* got shape \(7,\)"),
-    "bias": ({"bias": torch.zeros(1, 8)}, ValueError, r"bias must have shape \(8,\), got \(1, 8\)"),
+    "bias": ({"bias": torch.zeros(1, 8)}, ValueError, r"bias must have shape \(8,\)( or \(2, 8\))?, got \(1, 8\)"),
     "scale": ({"scale": torch.zeros(1, 8)}, ValueError, r"scale must have shape \(2, 8\), got \(1, 8\)"),
     "shift": ({"shift": torch.zeros(2, 8, 1, 1)}, ValueError, r"shift must have shape \(2, 8\), got \(2, 8, 1, 1\)"),
     "residual": ({"residual": torch.zeros(1, 8, 3, 4)}, ValueError, r"residual must have shape \(2, 8, 3, 4\)"),
