@@ -17,6 +17,7 @@ from ddpm_fast.testing.truth import exact_convolutions
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize(
     "options",
     [
