@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish(session):
     """What is imported by now stays: collections of garbage, which recordings and the trainer ask for, leave it out.
 
-    Tracing by dynamo and Triton's interpreter make millions of small objects, and spend a tenth of their time looking
+    Tracing by dynamo and Triton's interpreter make millions of small objects, and spend time looking
     for cycles among them at Python's threshold of 700.
     """
     gc.collect()
