@@ -215,7 +215,10 @@ def test_a_step_of_ones_own_takes_every_process():
 
 
 def test_what_a_recording_stands_on(tmp_path):
-    """A change of the process's numbers or functions makes a new recording; a wrapper's number of candidates, too."""
+    """A change of the process's numbers makes a new recording; a wrapper's number of candidates, too.
+
+    A function in place of a method is code that a replay would not call.
+    """
     run = trainer(make("edm", candidates=2), tmp_path, Recorded)
     process = run._diffusion
     run._train_step()
@@ -232,11 +235,12 @@ def test_what_a_recording_stands_on(tmp_path):
     assert FrozenRecorder.recorded == 0
     for change in (
         lambda: setattr(process, "P_mean", -0.3),
-        lambda: setattr(process, "normalize", lambda images: images * 2 - 1),
-        lambda: setattr(process, "random_times", lambda batch: torch.zeros(batch)),
         lambda: setattr(run._trained, "candidates", 3),
     ):
         assert recordings(change) >= 0
+    process.random_times = lambda batch: torch.zeros(batch)
+    run._train_step()
+    assert "has a random_times of its own instead of its class's" in run.explain_graphs()
     with pytest.raises(ValueError, match="optimal_transport=True assigns the noise on the host"):
         trainer(make("flow", optimal_transport=True), tmp_path / "x", Recorded, graph=True)
     run = trainer(make("flow", immiscible=True), tmp_path / "y", Recorded)
