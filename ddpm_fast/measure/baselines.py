@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Baseline → the package that it needs.
 NEEDS = {
-    "ours": None,  # recorded: on CUDA both steps, on the CPU sampling
+    "ours": None,  # both steps recorded, as the Trainer and `sample` do
     "ours-low-memory": None,
     "ours-step-by-step": None,  # the same without a recording
     "upstream": "denoising_diffusion_pytorch",
@@ -132,12 +132,11 @@ def make(name: str, configuration: Configuration, device: torch.device, *, seed:
     images = _images(configuration, device)
     if name == "upstream-channels-last":
         images = images.contiguous(memory_format=torch.channels_last)
-    recorded = name == "ours" and device.type == "cuda"
-    if recorded or name == "ours-step-by-step":
+    if name in ("ours", "ours-step-by-step"):
         optimizer, label = _fused_adam(diffusion, device)
-        training_step = _captured(diffusion, optimizer, images, configuration, graph=recorded)
+        training_step = _captured(diffusion, optimizer, images, configuration, graph=name == "ours")
     else:
-        optimizer, label = (_our_adam if name.startswith("ours") else _adam)(diffusion, device)
+        optimizer, label = (_fused_adam if name.startswith("ours") else _adam)(diffusion, device)
         training_step = _training_step(diffusion, optimizer, images, configuration)
     options = {"graph": False} if name == "ours-step-by-step" else {}
     return Baseline(name, diffusion, training_step, _sample(diffusion, configuration, device, options), label)
@@ -337,14 +336,6 @@ def _fused_adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer,
     return torch.optim.Adam(diffusion.parameters(), lr=1e-5, **options), "torch.optim.Adam(fused=True)"
 
 
-def _our_adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer that our users write: this package's Adam on the CPU if it has one, else torch's fused one."""
-    if device.type != "cpu" or importlib.util.find_spec("ddpm_fast.optim") is None:
-        return _fused_adam(diffusion, device)
-    optim = importlib.import_module("ddpm_fast.optim")
-    return optim.Adam(diffusion.parameters(), lr=1e-5), "ddpm_fast.optim.Adam"
-
-
 def _training_step(diffusion, optimizer, images: torch.Tensor, configuration: Configuration) -> Callable:
     device = images.device
 
@@ -360,7 +351,7 @@ def _training_step(diffusion, optimizer, images: torch.Tensor, configuration: Co
 
 
 def _captured(diffusion, optimizer, images: torch.Tensor, configuration: Configuration, graph: bool) -> Callable:
-    """The training step as one CUDA graph, or without it: the same operators on the same numbers."""
+    """The training step as one recording, or without it: the same operators on the same numbers."""
     from ddpm_fast.training.captured_step import capture_training_step
 
     dtype = None if configuration.dtype == "fp32" else DTYPES[configuration.dtype]
