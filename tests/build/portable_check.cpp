@@ -13,6 +13,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/targets/portable.cpp"
 #include "cpu/runtime/parallel.h"
+#include "portable_ops.h"
 
 namespace ddpm_fast {
 // parallel.cpp without torch: one thread.
@@ -44,7 +45,7 @@ float random_number() { return static_cast<float>(std::rand()) / static_cast<flo
 
 // Both orders of A, products added and stored, odd sizes; columns behind the matrix stay as they are.
 void check_products() {
-  for (int64_t M : {1, 5, 6, 13, 29}) {
+  for (int64_t M : {1, 5, 6, 13, 14, 29}) {
     for (int64_t N : {1, 7, 8, 17}) {
       for (int64_t K : {1, 3, 64}) {
         for (int form = 0; form < 4; ++form) {
@@ -97,6 +98,28 @@ void check_vectors() {
   expect(portable::reduce_max(whole) == kLanes + 1.0f, "reduce_max");
 }
 
+// Sizes for each of a kernel's orders of work, none a multiple of the vectors. The bounds are about twice the errors.
+void check_ops() {
+  const auto random = [](int64_t count) {
+    std::vector<float> values(count);
+    for (float& x : values) x = random_number();
+    return values;
+  };
+  const auto within = [](double error, double bound, const char* what) {
+    if (!(error <= bound)) std::printf("error %g of ", error);
+    expect(error <= bound, what);
+  };
+  const Kernels& kernels = kPortableKernels;
+  within(check::conv3x3(kernels, {1, 5, 4, 21, 13, 3}, random), 3e-6, "conv3x3, directly");
+  within(check::conv3x3(kernels, {2, 9, 11, 21, 13, 3}, random), 3e-6, "conv3x3, by panels");
+  within(check::conv3x3(kernels, {3, 29, 27, 9, 19, 3}, random), 3e-6, "conv3x3, by tiles");
+  within(check::stem_conv(kernels, {2, 9, 17, 3, 19, 7}, random), 1e-6, "stem_conv");
+  within(check::linear(kernels, 31, 300, 21, random), 1e-6, "linear");
+  within(check::attention(kernels, {.B = 2, .N = 45, .heads = 2, .D = 13, .M = 4}, random), 1e-6, "attention");
+  within(check::linear_attention(kernels, {.B = 2, .N = 45, .heads = 2, .D = 13, .C = 21, .M = 4}, random), 1e-6,
+         "linear_attention");
+}
+
 }  // namespace
 
 int main() {
@@ -104,6 +127,7 @@ int main() {
   check_vectors();
   check_exp();
   check_products();
+  check_ops();
   for (uint32_t block = 0; block < 64; ++block) {
     const Normal4 z = normal4(NoiseIndex{philox_key(5), 7, 2, 3}, block);
     std::printf("%.9g\n%.9g\n%.9g\n%.9g\n", z.z0, z.z1, z.z2, z.z3);

@@ -8,38 +8,61 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
-# Vector width and architecture by instruction set; rows of a product's kernel.
-TARGETS = {"avx2": (8, "x86-64-v3", 6), "avx512": (16, "x86-64-v4", 14)}
+HERE = sys.platform == "linux" and platform.machine() == "x86_64"
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("g++") is None,
-    reason="needs gcc on x86-64 Linux",
-)
+class Target(NamedTuple):
+    """An instruction set: its compiler, the width of its vectors, a product's rows, and how a term of it looks."""
+
+    compiler: list[str]
+    lanes: int
+    rows: int
+    multiply_add: str
+    element: str  # a load of an element of A, for two multiply-adds
+    wrong: str  # other arithmetic; on aarch64 also spills
+
+
+TARGETS = {
+    "avx2": Target(["g++", "-march=x86-64-v3"], 8, 6, r"\tvfmadd", r"\tvbroadcastss", r"\tv(add|mul)[ps]s"),
+    "avx512": Target(["g++", "-march=x86-64-v4"], 16, 14, r"\tvfmadd", r"\tvbroadcastss", r"\tv(add|mul)[ps]s"),
+    # `fmla v, v, v.s[0]` takes an element as `ldr s` loads it. ld1r, a load and a broadcast, comes where a moves on.
+    "portable": Target(
+        ["aarch64-linux-gnu-g++"], 4, 14, r"\tfmla\t", r"\tldr\ts|\tld1r\t", r"\tf(add|mul)\t|\tdup\t|\[sp"
+    ),
+}
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_term_of_a_product_is_loads_and_multiply_adds(tmp_path, name):
     """A broadcast written as 0 + x was an addition per row and term: products ran at half their speed."""
-    lanes, architecture, rows = TARGETS[name]
+    target = TARGETS[name]
+    if target.compiler[0] == "g++" and not HERE:
+        pytest.skip("needs x86-64 Linux")
+    if shutil.which(target.compiler[0]) is None:
+        pytest.skip(f"{target.compiler[0]} is not installed")
     source = tmp_path / "tile.cpp"
+    width = 2 * target.lanes
     source.write_text(
-        f'#define DDPM_FAST_ISA {name}\n#define DDPM_FAST_LANES {lanes}\n#include "cpu/kernels/gemm-inl.h"\n'
+        f'#define DDPM_FAST_ISA {name}\n#define DDPM_FAST_LANES {target.lanes}\n#include "cpu/kernels/gemm-inl.h"\n'
+        f"using namespace ddpm_fast::{name};\nstatic_assert(kRows == {target.rows});\n"
         f"void tile(const float* a, int64_t row, const float* panel, int64_t K, float* c, int64_t piece) {{\n"
-        f"  ddpm_fast::{name}::product_tile<{rows}>(a, row, 1, panel, K, c, {2 * lanes}, {2 * lanes}, false,\n"
-        "    piece);\n}\n"
+        f"  product_tile<kRows>(a, row, 1, panel, K, c, {width}, {width}, false, piece);\n}}\n"
     )
-    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", f"-march={architecture}", f"-I{CSRC}"]
-    built = subprocess.run(["g++", *flags, "-S", str(source), "-o", "-"], capture_output=True, text=True)
+    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", f"-I{CSRC}"]
+    built = subprocess.run([*target.compiler, *flags, "-S", str(source), "-o", "-"], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    loops = innermost_loops(built.stdout)
-    terms = [loop for loop in loops if loop.count("vfmadd") >= 2 * rows]
+    terms = [
+        loop for loop in innermost_loops(built.stdout) if len(re.findall(target.multiply_add, loop)) >= 2 * target.rows
+    ]
     assert terms, "the kernel's loop was not found"
     for loop in terms:
-        assert loop.count("vfmadd") == loop.count("vbroadcastss") * 2, loop
-        assert not re.search(r"\tv(add|mul)[ps]s", loop), loop
+        assert len(re.findall(target.multiply_add, loop)) == len(re.findall(target.element, loop)) * 2, loop
+        assert not re.search(target.wrong, loop), loop
 
 
 def innermost_loops(assembly: str) -> list[str]:
@@ -48,7 +71,7 @@ def innermost_loops(assembly: str) -> list[str]:
     for line in assembly.splitlines():
         if re.match(r"\.L\d+:", line):
             label, lines = line.rstrip(":"), []
-        elif re.match(rf"\tj\w+\t{re.escape(label)}$" if label else r"$^", line):
+        elif re.match(rf"\t(?:j\w+|b\.?\w+)\t{re.escape(label)}$" if label else r"$^", line):
             found.append("\n".join(lines))
         else:
             lines.append(line)

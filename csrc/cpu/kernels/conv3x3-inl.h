@@ -28,7 +28,7 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 // - kMaxSharedU: the largest U, in floats, that is computed at once, and kMinTiles: the fewest tiles for which that is
 //   faster;
 // - kMaxV: floats of V computed at a time.
-constexpr int64_t kGroup = kLanes == 16 ? 14 : 18;
+constexpr int64_t kGroup = kRegisters == 32 ? kRows : 3 * kRows;
 constexpr int64_t kMaxSharedU = 2 << 20, kMinTiles = 128, kMaxV = 2 << 20;
 
 // Rough cycles on a Zen 4, per channel: transform of a panel's taps, a panel's product for one tile, transform of one

@@ -117,7 +117,7 @@ inline void sum_rows(const float* grad, int64_t rows, int64_t K, float* dbias) {
 
 // Tiles per partial sum: a sum of partial sums has a smaller rounding error. The GEMM kernel with fewer rows gets
 // longer ones, since adding a partial sum costs it relatively more.
-constexpr int64_t kTilesOfPiece = kLanes == 16 ? 32 : 64;
+constexpr int64_t kTilesOfPiece = kRegisters == 32 ? 32 : 64;
 constexpr int64_t kGradientBlock = 32;  // input channels of a block
 
 // Floats, measured on two cores of a Zen 3 (512 KB of second-level cache each): the largest S computed by points, and V

@@ -21,6 +21,12 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 constexpr int kLanes = DDPM_FAST_LANES;
+// Vector registers of the instruction set: AVX-512 and NEON have 32, AVX2 and SSE2 have 16.
+#if defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = kLanes == 16 ? 32 : 16;
+#endif
 
 typedef float vf __attribute__((vector_size(DDPM_FAST_LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(DDPM_FAST_LANES * 4)));
