@@ -80,7 +80,8 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
                    share((end - begin) * 4, step, steps,
                          [&](int64_t n) { prefetch_output_row(p, tiles, begin + n / 4, n % 4); });
                    product_panel(v + i * v_plane, v_row, 1, u + step * point, end - begin, C,
-                                 m + i * m_plane + panel * kPanel, m_row, kPanel, false, piece);
+                                 m + i * m_plane + panel * kPanel, m_row, panel_width(K - panel * kPanel), false,
+                                 piece);
                  }
                }
                finish_columns(p, tiles, begin, end, 0, K, m, m_row, m_plane);
@@ -122,7 +123,7 @@ inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64
                              min<int64_t>(kChannelBlock, C - c_next), i);
           }
           product_panel(v + block * v_block + i * v_plane, row, 1, u + i * u_plane, T, count, m + i * m_plane, kPanel,
-                        kPanel, block > 0, piece);
+                        panel_width(columns), block > 0, piece);
         }
       }
       finish_columns(p, tiles, first_tile, last_tile, panel * kPanel, columns, m, kPanel, m_plane);

@@ -86,15 +86,14 @@ DDPM_FAST_INLINE void load_taps(const Conv3x3Weight& w, int64_t first, int64_t c
 }
 
 // U of output channels [first, first + columns) and input channels [begin, end): u + point·plane gets (end - begin)
-// rows of kPanel floats, of which those past `columns` are 0.
+// rows of kPanel floats, of which those of the last vector that are past `columns` are 0.
 inline void transform_weight(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t begin, int64_t end,
                              float* u, int64_t plane) {
   alignas(64) float taps[9 * kLanes][kLanes];
   for (int64_t c = begin; c < end; c += kLanes) {
     const int64_t count = min<int64_t>(kLanes, end - c);
-    for (int half = 0; half < kPanel; half += kLanes) {
-      const int64_t left = columns - half;
-      load_taps(w, first + half, left < 0 ? 0 : min<int64_t>(kLanes, left), c, count, taps);
+    for (int half = 0; half < panel_width(columns); half += kLanes) {
+      load_taps(w, first + half, min<int64_t>(kLanes, columns - half), c, count, taps);
       for (int64_t n = 0; n < count; ++n) {
         const float* t = taps[9 * n];
         const Six a = tap_points({load(t), load(t + 3 * kLanes), load(t + 6 * kLanes)});

@@ -11,6 +11,8 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 constexpr int kPanel = 2 * kLanes;           // columns of a panel: two vectors
 constexpr int kRows = (kRegisters - 4) / 2;  // of two sums each; two vectors of B and two elements of A have the rest
 
+// Columns of a panel, from the `left` that there are on, in whole vectors.
+DDPM_FAST_INLINE constexpr int64_t panel_width(int64_t left) { return left > kLanes ? kPanel : kLanes; }
 DDPM_FAST_INLINE constexpr int64_t panels(int64_t N) { return ceil_div(N, kPanel); }
 // Floats that K × N packed take: (panels, K, kPanel), the last panel filled up with zeros.
 DDPM_FAST_INLINE constexpr int64_t packed_size(int64_t K, int64_t N) { return panels(N) * K * kPanel; }
@@ -23,11 +25,11 @@ DDPM_FAST_INLINE void end_of_two_rows() {
 #endif
 }
 
-// Sums of R rows; see above.
-template <int R>
+// Sums of R rows; see above. kWide: of the panel's two vectors of columns, or of the first alone.
+template <int R, bool kWide = true>
 struct Sums {
   vf left, right;
-  Sums<R - 1> rest;
+  Sums<R - 1, kWide> rest;
 
   DDPM_FAST_INLINE void clear() {
     left = vf{};
@@ -38,14 +40,9 @@ struct Sums {
   DDPM_FAST_INLINE void add(const float* a, int64_t stride, vf b0, vf b1) {
     const vf x = splat(a[(R - 1) * stride]);
     left = x * b0 + left;
-    right = x * b1 + right;
+    if constexpr (kWide) right = x * b1 + right;
     if constexpr (R % 2 == 1) end_of_two_rows();
     rest.add(a, stride, b0, b1);
-  }
-  DDPM_FAST_INLINE void join(const Sums& other) {
-    left += other.left;
-    right += other.right;
-    rest.join(other.rest);
   }
   template <typename Out>
   DDPM_FAST_INLINE void write(Out& out) {
@@ -53,50 +50,36 @@ struct Sums {
     out(R - 1, left, right);
   }
 };
-template <>
-struct Sums<0> {
+template <bool kWide>
+struct Sums<0, kWide> {
   DDPM_FAST_INLINE void clear() {}
   DDPM_FAST_INLINE void add(const float*, int64_t, vf, vf) {}
-  DDPM_FAST_INLINE void join(const Sums&) {}
   template <typename Out>
   DDPM_FAST_INLINE void write(Out&) {}
 };
 
-// Adds K terms of R rows, and moves `a` and `panel` on; element (m, k) of A is at a[m·row + k·step]. R <= 3: several
-// independent chains of sums hide the latency of an addition. R <= 6: unrolled by 4 to hide the loop's instructions.
-template <int R>
-DDPM_FAST_INLINE void add_terms(Sums<R>& sums, const float*& a, int64_t row, int64_t step, const float*& panel,
+// Adds K terms of R rows, and moves `a` and `panel` on; element (m, k) of A is at a[m·row + k·step]. In the same order
+// for every R: how rows are grouped depends on the number of threads in places. R <= 6: unrolled by 4 to hide the
+// loop's instructions.
+template <int R, bool kWide>
+DDPM_FAST_INLINE void add_terms(Sums<R, kWide>& sums, const float*& a, int64_t row, int64_t step, const float*& panel,
                                 int64_t K) {
-  const auto next = [&](Sums<R>& chain) DDPM_FAST_LAMBDA {
-    chain.add(a, row, load(panel), load(panel + kLanes));
+  const auto next = [&]() DDPM_FAST_LAMBDA {
+    sums.add(a, row, load(panel), kWide ? load(panel + kLanes) : vf{});
     a += step;
     panel += kPanel;
   };
   int64_t k = 0;
-  if constexpr (R <= 3) {
-    Sums<R> odd;
-    odd.clear();
-    if constexpr (R == 1) {
-      Sums<R> second, third;
-      second.clear();
-      third.clear();
-      for (; k + 4 <= K; k += 4) next(sums), next(odd), next(second), next(third);
-      second.join(third);
-      sums.join(second);
-    } else {
-      for (; k + 4 <= K; k += 4) next(sums), next(odd), next(sums), next(odd);
-    }
-    sums.join(odd);
-  } else if constexpr (R <= 6) {
-    for (; k + 4 <= K; k += 4) next(sums), next(sums), next(sums), next(sums);
+  if constexpr (R <= 6) {
+    for (; k + 4 <= K; k += 4) next(), next(), next(), next();
   }
-  for (; k < K; ++k) next(sums);
+  for (; k < K; ++k) next();
 }
 
 // R rows of the product with one panel. out(m, left, right) takes row m.
-template <int R, typename Out>
+template <int R, bool kWide = true, typename Out>
 DDPM_FAST_INLINE void product_rows(const float* a, int64_t row, int64_t step, const float* panel, int64_t K, Out& out) {
-  Sums<R> sums;
+  Sums<R, kWide> sums;
   sums.clear();
   add_terms(sums, a, row, step, panel, K);
   sums.write(out);
@@ -126,22 +109,22 @@ struct Store {
   }
 };
 
-template <int R>
+template <int R, bool kWide>
 DDPM_FAST_NOINLINE void product_tile(const float* a, int64_t row, int64_t step, const float* panel, int64_t K, float* c,
                                      int64_t stride, int64_t columns, bool add, int64_t piece) {
   Store out{c, stride, columns, add};
   for (int64_t k = 0; k == 0 || k < K; k += piece) {  // once where K = 0: zeros
-    product_rows<R>(a + k * step, row, step, panel + k * kPanel, min(piece, K - k), out);
+    product_rows<R, kWide>(a + k * step, row, step, panel + k * kPanel, min(piece, K - k), out);
     out.add = true;
   }
 }
 
-template <int R = kRows>
+template <bool kWide, int R = kRows>
 DDPM_FAST_INLINE void product_tile_of(int64_t rows, const float* a, int64_t row, int64_t step, const float* panel,
                                       int64_t K, float* c, int64_t stride, int64_t columns, bool add, int64_t piece) {
   if constexpr (R > 0) {
-    if (rows == R) return product_tile<R>(a, row, step, panel, K, c, stride, columns, add, piece);
-    product_tile_of<R - 1>(rows, a, row, step, panel, K, c, stride, columns, add, piece);
+    if (rows == R) return product_tile<R, kWide>(a, row, step, panel, K, c, stride, columns, add, piece);
+    product_tile_of<kWide, R - 1>(rows, a, row, step, panel, K, c, stride, columns, add, piece);
   }
 }
 
@@ -155,13 +138,17 @@ constexpr int64_t kOnePiece = int64_t{1} << 40;
 
 // C (M × columns of one panel) = A · panel, or += with `add`. A: (m, k) at a[m·row + k·step]; C: (m, n) at c[m·stride +
 // n]. Rows are taken in balanced groups: 15 rows are 8 and 7, not 14 and 1. Sums over k are made of pieces of `piece`
-// terms.
+// terms. Of a panel with one vector of columns or less the second vector is not read.
 inline void product_panel(const float* a, int64_t row, int64_t step, const float* panel, int64_t M, int64_t K, float* c,
                           int64_t stride, int64_t columns, bool add, int64_t piece = kOnePiece) {
   const int64_t groups = ceil_div(M, kRows);
   for (int64_t g = 0, m = 0; g < groups; ++g) {
     const int64_t rows = (M - m + groups - g - 1) / (groups - g);
-    product_tile_of(rows, a + m * row, row, step, panel, K, c + m * stride, stride, columns, add, piece);
+    if (columns > kLanes) {
+      product_tile_of<true>(rows, a + m * row, row, step, panel, K, c + m * stride, stride, columns, add, piece);
+    } else {
+      product_tile_of<false>(rows, a + m * row, row, step, panel, K, c + m * stride, stride, columns, add, piece);
+    }
     m += rows;
   }
 }

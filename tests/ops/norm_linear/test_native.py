@@ -170,19 +170,23 @@ def test_half_types(op, dtype):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
-    "shape", [(3, 64, 48, 48, 64), (1, 512, 4, 4, 384), (1, 96, 80, 80, 33), (1, 2048, 9, 9, 48)], ids=str
+    "shape",
+    [(3, 64, 48, 48, 64), (1, 512, 4, 4, 384), (1, 96, 80, 80, 33), (1, 2048, 9, 9, 48), (2, 96, 3, 3, 40)],
+    ids=str,
 )
 def test_the_number_of_threads_changes_nothing(op, shape):
+    """Also where it cuts the rows into groups of three or fewer."""
     tensors = make(op, shape)
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 2):
+        for threads in (1, 2, 5, 7):
             torch.set_num_threads(threads)
             results.append(run(op, "native", tensors))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
 @pytest.mark.parametrize("op", OPS)
