@@ -13,8 +13,7 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 constexpr int kRowsSlot = 2, kPackedSlot = 6, kLinearSumsSlot = 7;  // of thread_scratch
 constexpr int64_t kTaskProducts = int64_t{1} << 18;  // fewer multiplications do not pay for waking a thread
-constexpr int64_t kBlockFloats = 65536;              // of A in a block of rows: it stays in the second-level cache
-constexpr int64_t kBlockRows = 96;                   // at most, of a block
+constexpr int64_t kBlockRows = 96;                   // at most, of a block of rows of A
 // Terms per partial sum. The rounding error of n terms added in a row grows with √n; that of torch's products does not.
 constexpr int64_t kSumLength = 256;
 
@@ -200,11 +199,12 @@ DDPM_FAST_INLINE void linear_tile_of(int64_t rows, const LinearForward& p, const
   }
 }
 
-// Rows per block of a matrix of C columns: whole tiles, independent of the number of threads. Few, since a block's
-// panels write the same rows one after another, a line of each: of 1000 rows those are more pages than a processor's
-// table of them holds, which cost a fifth of the time of 64 → 384 channels.
+// Rows per block of a matrix of C columns: whole tiles that take at most half of the second-level cache, independent of
+// the number of threads. Few, since a block's panels write the same rows one after another, a line of each: of 1000
+// rows those are more pages than a processor's table of them holds, which cost a fifth of the time of 64 → 384
+// channels.
 DDPM_FAST_INLINE int64_t block_rows(int64_t C) {
-  return max<int64_t>(1, min<int64_t>(kBlockRows, kBlockFloats / C) / kRows) * kRows;
+  return max<int64_t>(1, min<int64_t>(kBlockRows, second_level_floats() / 2 / C) / kRows) * kRows;
 }
 // Rows per block with equally many blocks for each thread. Only for sums along rows: they do not depend on the blocks.
 DDPM_FAST_INLINE int64_t even_block_rows(int64_t rows, int64_t C) {

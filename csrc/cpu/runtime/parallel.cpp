@@ -1,6 +1,9 @@
 #include "parallel.h"
 
 #include <ATen/Parallel.h>
+#if defined(__unix__)
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <new>
@@ -22,6 +25,18 @@ void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int
 }
 
 int64_t thread_count() { return at::get_num_threads(); }
+
+int64_t second_level_floats() {
+  static const int64_t floats = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    const long bytes = 0;
+#endif
+    return int64_t{bytes > 0 ? bytes : 512 << 10} / 4;
+  }();
+  return floats;
+}
 
 float* thread_scratch(int slot, int64_t floats) {
   thread_local Buffer buffers[kScratchSlots];

@@ -1,4 +1,4 @@
-// Threads and memory for the kernels of cpu/kernels/, which include nothing of torch.
+// Threads, caches and memory for the kernels of cpu/kernels/, which include nothing of torch.
 #pragma once
 
 #include <stdint.h>
@@ -11,6 +11,9 @@ void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int
 
 // How many threads run_parallel may use: to cut work into even pieces where the cuts do not touch the results.
 int64_t thread_count();
+
+// Floats of a core's second-level cache, as the system reports it, read once; of 512 KB where it reports none.
+int64_t second_level_floats();
 
 // Memory of the calling thread, kept for its next call with this slot, aligned to 64 bytes, not cleared. One slot is
 // one use at a time: a kernel that calls another must use other slots.
