@@ -20,7 +20,7 @@ from ddpm_fast.testing.native_cases import instruction_sets, instructions
 
 pytestmark = pytest.mark.skipif(extension.load() is None, reason=f"no extension: {extension.reason()}")
 
-DRAWS = 6
+DRAWS = 12
 # Below this share of a tensor of typical size, a gradient is the rounding of others: the loss hardly depends on it, as
 # on a bias before a norm. Errors are then held to that share.
 FLOOR = 1e-3

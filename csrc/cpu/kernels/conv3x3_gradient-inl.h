@@ -11,20 +11,29 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 //   S[point][c][k] = Σ over tiles of V·D   dweight = transposed transform of the taps of S
 //
 // Two orders of work, chosen by sizes alone:
-// - by points: V and D of some hundred tiles, then each thread takes points and adds to all of their sums: V and D are
-//   read once, from one piece of memory each. For many tiles.
+// - by points: each thread takes a chunk of the tiles, and of that as many at a time as a partial sum has; V and D are
+//   read once, from one piece of memory each. More threads than chunks share the points of some hundred tiles, with the
+//   same sums. For many tiles.
 // - by blocks: V and D of all tiles, then each thread takes blocks of the weight, whose sums stay in its second-level
 //   cache. For few tiles with many channels: the sums are most of the memory traffic.
+
+// Row i of a tile's four rows of the gradient, ahead of time.
+inline void prefetch_gradient_row(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t index, int64_t i) {
+  const Tile tile(tiles, index);
+  if (tile.y + i >= tiles.H) return;
+  prefetch(p.grad + ((tile.b * tiles.H + tile.y + i) * tiles.W + tile.x) * p.K,
+           min<int64_t>(4, tiles.W - tile.x) * p.K);
+}
 
 // D of one tile: d + panel·apart + point·plane.
 inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles, const Tile& tile, float* d,
                                int64_t plane, int64_t apart) {
   const int64_t height = tiles.H - tile.y, width = tiles.W - tile.x;
   const float* first = grad + ((tile.b * tiles.H + tile.y) * tiles.W + tile.x) * K;
-  for (int64_t k = 0; k < round_up(K, kPanel); k += kLanes) {
+  for (int64_t k = 0; k < K; k += kLanes) {
     const int64_t count = min<int64_t>(kLanes, K - k);
     const auto read = [&](int i, int j) DDPM_FAST_LAMBDA {
-      return i < height && j < width && count > 0 ? load_upto(first + (i * tiles.W + j) * K + k, count) : vf{};
+      return i < height && j < width ? load_upto(first + (i * tiles.W + j) * K + k, count) : vf{};
     };
     const Six a = output_gradients({read(0, 0), read(1, 0), read(2, 0), read(3, 0)});
     const Six b = output_gradients({read(0, 1), read(1, 1), read(2, 1), read(3, 1)});
@@ -118,18 +127,26 @@ inline void sum_rows(const float* grad, int64_t rows, int64_t K, float* dbias) {
 // Tiles per partial sum: a sum of partial sums has a smaller rounding error. The GEMM kernel with fewer rows gets
 // longer ones, since adding a partial sum costs it relatively more.
 constexpr int64_t kTilesOfPiece = kRegisters == 32 ? 32 : 64;
-constexpr int64_t kGradientBlock = 32;  // input channels of a block
+
+// Input channels of a block: with 64 for vectors of 16, its sums take a quarter of a second-level cache of 1 MB.
+DDPM_FAST_INLINE int64_t gradient_block() {
+  return kLanes == 16 && kPoints * kPanel * 64 * 3 <= second_level_floats() ? 64 : 32;
+}
 
 // Floats, measured on two cores of a Zen 3 (512 KB of second-level cache each): the largest S computed by points, and V
 // and D together per pass, by points and by blocks.
 constexpr int64_t kMaxSums = 2 << 20, kMaxOfPoints = 3 << 18, kMaxOfBlocks = 2 << 20;
 
-// S (count × columns of a panel) from all or some tiles; v: (tile, channel), v_row floats from tile to tile; d: (tile,
-// kPanel).
-inline void add_products(const float* v, int64_t v_row, const float* d, int64_t T, int64_t count, float* s, bool add) {
+// By points: how many chunks of tiles have an S of their own, their fewest tiles, and the floats of all S.
+constexpr int64_t kMostChunks = 4, kMinOfChunk = 72, kMaxOfChunks = 4 << 20;
+
+// S (count × `columns` of a panel, or more than a panel has) from all or some tiles; v: (tile, channel), v_row floats
+// from tile to tile; d: (tile, kPanel).
+inline void add_products(const float* v, int64_t v_row, const float* d, int64_t T, int64_t count, int64_t columns,
+                         float* s, bool add) {
   for (int64_t t = 0; t < T; t += kTilesOfPiece) {
-    product_panel(v + t * v_row, 1, v_row, d + t * kPanel, count, min(kTilesOfPiece, T - t), s, kPanel, kPanel,
-                  add || t > 0);
+    product_panel(v + t * v_row, 1, v_row, d + t * kPanel, count, min(kTilesOfPiece, T - t), s, kPanel,
+                  panel_width(columns), add || t > 0);
   }
 }
 
@@ -148,48 +165,83 @@ DDPM_FAST_INLINE int64_t tiles_at_a_time(const Tiles& tiles, int64_t most, int64
   return ceil_div(tiles.total, ceil_div(tiles.total, max<int64_t>(kLanes, most / (kPoints * per_tile))));
 }
 
-inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
-  const int64_t num_panels = panels(p.K), row = row_stride(C);
-  const int64_t size = tiles_at_a_time(tiles, kMaxOfPoints, row + num_panels * kPanel);
+// S of tiles [begin, end), `size` at a time: s + point·s_plane + panel·C·kPanel.
+inline void add_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C, int64_t begin, int64_t end,
+                       int64_t size, float* s, int64_t s_plane) {
+  const int64_t num_panels = panels(p.K), row = row_stride(C), steps = kPoints * num_panels;
   const int64_t d_panel = round_up(size, 4) * kPanel, s_panel = C * kPanel;
-  const int64_t v_plane = plane_stride(size * row), d_plane = plane_stride(num_panels * d_panel),
-                s_plane = plane_stride(num_panels * s_panel);
+  const int64_t v_plane = plane_stride(size * row), d_plane = plane_stride(num_panels * d_panel);
   float* v = thread_scratch(kScratchShared, kPoints * v_plane);
   float* d = thread_scratch(kScratchGradients, kPoints * d_plane);
-  float* s = thread_scratch(kScratchSums, kPoints * s_plane);
-  for (int64_t first = 0; first < tiles.total; first += size) {
-    const int64_t T = min(size, tiles.total - first);
-    parallel(T, 1, [&](int64_t begin, int64_t end) {
-      transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, 0, C, v + begin * row, row,
+  for (int64_t first = begin; first < end; first += size) {
+    const int64_t T = min(size, end - first), next = first + T, after = min(size, end - next);
+    parallel(T, 1, [&](int64_t from, int64_t to) {
+      transform_inputs(p.input, p.channels, p.upsampled, tiles, first + from, first + to, 0, C, v + from * row, row,
                        v_plane);
-      for (int64_t t = begin; t < end; ++t) {
+      for (int64_t t = from; t < to; ++t) {
         transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane, d_panel);
       }
     });
-    parallel(kPoints * num_panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+    parallel(steps, 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
         const int64_t point = i / num_panels, panel = i % num_panels;
-        add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T, C,
-                     s + point * s_plane + panel * s_panel, first > 0);
+        share(after * kRowsToPrefetch, i, steps, [&](int64_t n) {
+          prefetch_input_row(p.input, p.channels, p.upsampled, tiles, next + n / kRowsToPrefetch, n % kRowsToPrefetch);
+        });
+        share(after * 4, i, steps, [&](int64_t n) { prefetch_gradient_row(p, tiles, next + n / 4, n % 4); });
+        add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T, C, p.K - panel * kPanel,
+                     s + point * s_plane + panel * s_panel, first > begin);
       }
     });
+  }
+}
+
+// Each chunk of tiles has an S of its own. A thread that takes a whole chunk reads no V, D or S of another, whose cache
+// is slow to give them: two threads are 1.9 times as fast as one, and 1.2 times where they share points of all tiles.
+inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
+  const int64_t num_panels = panels(p.K), s_panel = C * kPanel, s_plane = plane_stride(num_panels * s_panel),
+                sums = kPoints * s_plane;
+  int64_t chunks = kMostChunks;
+  while (chunks > 1 && (tiles.total < chunks * kMinOfChunk || sums * chunks > kMaxOfChunks)) chunks /= 2;
+  const int64_t length = ceil_div(tiles.total, chunks);
+  const int64_t together = round_up(tiles_at_a_time(tiles, kMaxOfPoints, row_stride(C) + num_panels * kPanel),
+                                    kTilesOfPiece);  // where all threads share a chunk
+  float* s = thread_scratch(kScratchSums, chunks * sums);
+  const auto add = [&](int64_t chunk, int64_t size) {
+    add_points(p, tiles, C, chunk * length, min(tiles.total, (chunk + 1) * length), size, s + chunk * sums, s_plane);
+  };
+  if (thread_count() <= chunks) {
+    parallel(chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) add(chunk, kTilesOfPiece);
+    });
+  } else {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) add(chunk, min(length, together));
   }
   const int64_t steps = ceil_div(C, kLanes);
   parallel(num_panels * steps, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t panel = i / steps, c = i % steps * kLanes;
-      finish_panel_taps(p, s + panel * s_panel + c * kPanel, s_plane, panel, c, min<int64_t>(kLanes, C - c));
+      const int64_t panel = i / steps, c = i % steps * kLanes, count = min<int64_t>(kLanes, C - c);
+      float* to = s + panel * s_panel + c * kPanel;
+      for (int64_t point = 0; point < kPoints && chunks > 1; ++point) {
+        float* sum = to + point * s_plane;
+        for (int64_t n = 0; n < count * kPanel; n += kLanes) {
+          vf value = load(sum + n);
+          for (int64_t chunk = 1; chunk < chunks; ++chunk) value += load(sum + chunk * sums + n);
+          store(sum + n, value);
+        }
+      }
+      finish_panel_taps(p, to, s_plane, panel, c, count);
     }
   });
 }
 
 inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
-  const int64_t num_panels = panels(p.K), blocks = ceil_div(C, kGradientBlock),
-                row = round_up(min(C, kGradientBlock), 16);
+  const int64_t width = gradient_block(), num_panels = panels(p.K), blocks = ceil_div(C, width),
+                row = round_up(min(C, width), 16);
   const int64_t size = tiles_at_a_time(tiles, kMaxOfBlocks, blocks * row + num_panels * kPanel);
   const int64_t v_plane = plane_stride(size * row), v_block = kPoints * v_plane;
   const int64_t d_plane = plane_stride(size * kPanel), d_panel = kPoints * d_plane;
-  const int64_t s_plane = plane_stride(kGradientBlock * kPanel), sums = kPoints * s_plane;
+  const int64_t s_plane = plane_stride(width * kPanel), sums = kPoints * s_plane;
   float* v = thread_scratch(kScratchShared, blocks * v_block);
   float* d = thread_scratch(kScratchGradients, num_panels * d_panel);
   float* kept = size >= tiles.total ? nullptr : thread_scratch(kScratchSums, num_panels * blocks * sums);
@@ -197,9 +249,9 @@ inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tile
     const int64_t T = min(size, tiles.total - first);
     parallel(T, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t c = block * kGradientBlock;
-        transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, c,
-                         min(kGradientBlock, C - c), v + block * v_block + begin * row, row, v_plane);
+        const int64_t c = block * width;
+        transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, c, min(width, C - c),
+                         v + block * v_block + begin * row, row, v_plane);
       }
       for (int64_t t = begin; t < end; ++t) {
         transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane, d_panel);
@@ -207,12 +259,11 @@ inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tile
     });
     parallel(num_panels * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t panel = task / blocks, block = task % blocks, c = block * kGradientBlock,
-                      count = min(kGradientBlock, C - c);
+        const int64_t panel = task / blocks, block = task % blocks, c = block * width, count = min(width, C - c);
         float* s = kept == nullptr ? thread_scratch(kScratchM, sums) : kept + task * sums;
         for (int64_t i = 0; i < kPoints; ++i) {
           add_products(v + block * v_block + i * v_plane, row, d + panel * d_panel + i * d_plane, T, count,
-                       s + i * s_plane, first > 0);
+                       p.K - panel * kPanel, s + i * s_plane, first > 0);
         }
         if (first + T < tiles.total) continue;
         for (int64_t n = 0; n < count; n += kLanes) {

@@ -95,6 +95,8 @@ SHAPES = [
     (1, 100, 0, 7, 1, 3),
     (1, 130, 0, 70, 4, 6),
     (1, 8, 0, 40, 49, 43),  # enough tiles to be taken in groups
+    (3, 13, 6, 21, 45, 39),  # and in four chunks for the weight's gradient
+    (2, 48, 0, 48, 40, 41),  # and in two, with a panel of which half is full
     (1, 513, 0, 16, 3, 3),
 ]
 
@@ -123,7 +125,7 @@ def test_upsampled(shape):
 
 
 def test_every_instruction_set(instruction_set):
-    for shape in (SHAPES[4], SHAPES[5], SHAPES[8], (1, 64, 32, 48, 9, 8)):
+    for shape in (SHAPES[4], SHAPES[5], SHAPES[8], SHAPES[9], (1, 64, 32, 48, 9, 8)):
         check(*make(*shape))
     check(*make(2, 32, 0, 16, 5, 4, upsampled=True))
 
@@ -144,10 +146,11 @@ def test_random_shapes(B, C, skip, K, H, W, upsampled, bias, residual):
 
 
 def test_threads_do_not_matter():
+    """Fewer and more threads than a weight's gradient has chunks of tiles."""
     before = torch.get_num_threads()
-    for shape in ((1, 8, 0, 40, 49, 43), (2, 130, 24, 70, 8, 8)):
+    for shape in ((1, 8, 0, 40, 49, 43), (2, 130, 24, 70, 8, 8), SHAPES[9], SHAPES[10]):
         results = []
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             results.append(run(conv3x3, *make(*shape)))
         torch.set_num_threads(before)
