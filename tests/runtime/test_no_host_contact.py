@@ -382,7 +382,7 @@ def test_the_benchmarks_adam_is_the_trainers(cuda):
     """The baseline of upstream keeps torch's default Adam, as its users do."""
     diffusion = make()
     pretend(diffusion)
-    optimizer, label = baselines._our_adam(diffusion, cuda)
+    optimizer, label = baselines._fused_adam(diffusion, cuda)
     assert optimizer.defaults["fused"] is True and label == "torch.optim.Adam(fused=True)"
     assert baselines._adam(diffusion, cuda)[0].defaults["fused"] is None
 
