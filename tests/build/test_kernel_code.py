@@ -51,7 +51,7 @@ def test_a_term_of_a_product_is_loads_and_multiply_adds(tmp_path, name):
         f'#define DDPM_FAST_ISA {name}\n#define DDPM_FAST_LANES {target.lanes}\n#include "cpu/kernels/gemm-inl.h"\n'
         f"using namespace ddpm_fast::{name};\nstatic_assert(kRows == {target.rows});\n"
         f"void tile(const float* a, int64_t row, const float* panel, int64_t K, float* c, int64_t piece) {{\n"
-        f"  product_tile<kRows>(a, row, 1, panel, K, c, {width}, {width}, false, piece);\n}}\n"
+        f"  product_tile<kRows, true>(a, row, 1, panel, K, c, {width}, {width}, false, piece);\n}}\n"
     )
     flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", f"-I{CSRC}"]
     built = subprocess.run([*target.compiler, *flags, "-S", str(source), "-o", "-"], capture_output=True, text=True)
