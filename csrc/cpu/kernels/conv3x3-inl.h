@@ -6,11 +6,13 @@
 //   output tile        = transform of M + bias + residual
 //
 // All transforms vectorise over channels. Two orders of work, chosen by sizes alone:
-// - by tiles: the taps are transformed once; each thread takes groups of tiles whose V and M stay in its second-level
+// - by tiles: the taps are transformed first; each thread takes groups of tiles whose V and M stay in its second-level
 //   cache through all steps. For large maps.
-// - by panels: V of all tiles first; then each thread takes panels of output channels, transforming their taps on the
-//   way, block by block: the weights are read once and their transform, four times their size, never leaves the cache.
-//   For few tiles with many channels: the weights are most of the memory traffic.
+// - by panels: V of all tiles first, then panel by panel of output channels, whose taps are transformed on the way,
+// block
+//   by block: the weights are read once and their transform, four times their size, never leaves the cache. For fewer
+//   tiles with more channels: the weights are most of the memory traffic. Each thread takes tiles, or of very few tiles
+//   panels.
 // conv3x3_forward-inl.h chooses, or takes conv3x3_direct-inl.h for the smallest maps.
 #pragma once
 
@@ -29,7 +31,11 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 //   faster;
 // - kMaxV: floats of V computed at a time.
 constexpr int64_t kGroup = kRegisters == 32 ? kRows : 3 * kRows;
-constexpr int64_t kMaxSharedU = 2 << 20, kMinTiles = 128, kMaxV = 2 << 20;
+constexpr int64_t kMaxSharedU = 2 << 20, kMinTiles = 512, kMaxV = 2 << 20;
+
+// By tiles, a thread with as many transforms all taps itself: less than 4% of its work, and it need not wait for
+// another core's cache.
+constexpr int64_t kTilesPerTaps = 128;
 
 // Rough cycles on a Zen 4, per channel: transform of a panel's taps, a panel's product for one tile, transform of one
 // tile's inputs.
@@ -48,21 +54,29 @@ DDPM_FAST_INLINE int64_t channels_of_piece(const Conv3x3Forward& p, int64_t C) {
 }
 
 inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K) {
-  float* u = thread_scratch(kScratchShared, kPoints * packed_size(C, K));
   const int64_t num_panels = panels(K), point = C * kPanel, piece = channels_of_piece(p, C);
-  parallel(num_panels * ceil_div(C, 16), pieces_of(16 * kCyclesOfTaps), [&](int64_t begin, int64_t end) {
+  const auto transform_taps = [&](int64_t begin, int64_t end, float* u) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i % num_panels, c = i / num_panels * 16;
       transform_weight(p.weight, panel * kPanel, min<int64_t>(kPanel, K - panel * kPanel), c, min<int64_t>(C, c + 16),
                        u + panel * point + c * kPanel, num_panels * point);
     }
-  });
+  };
+  const int64_t taps = num_panels * ceil_div(C, 16), floats = kPoints * packed_size(C, K);
+  const bool shared = tiles.total < kTilesPerTaps * thread_count();
+  float* shared_u = shared ? thread_scratch(kScratchShared, floats) : nullptr;
+  if (shared) {
+    parallel(taps, pieces_of(16 * kCyclesOfTaps),
+             [&](int64_t begin, int64_t end) { transform_taps(begin, end, shared_u); });
+  }
   // As many groups for each thread; a tile's result does not depend on its group.
   const int64_t groups = round_up(ceil_div(tiles.total, kGroup), thread_count());
   const int64_t size = ceil_div(tiles.total, groups), v_row = row_stride(C), m_row = row_stride(num_panels * kPanel);
   const int64_t v_plane = plane_stride(size * v_row), m_plane = plane_stride(size * m_row);
   parallel(ceil_div(tiles.total, size), pieces_of(size * C * num_panels * kCyclesOfProducts),
            [&](int64_t first, int64_t last) {
+             float* u = shared ? shared_u : thread_scratch(kScratchU, floats);
+             if (!shared) transform_taps(0, taps, u);
              float* v = thread_scratch(kScratchV, kPoints * v_plane);
              float* m = thread_scratch(kScratchM, kPoints * m_plane);
              for (int64_t g = first; g < last; ++g) {

@@ -18,6 +18,15 @@ DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K) {
   return tiles.total >= kMinTiles || (panels(K) == 1 && tiles.total > kGroup);
 }
 
+// By panels, whether each thread takes tiles of its own and transforms all taps itself, rather than the threads sharing
+// V and the taps: a thread reads what another has just written at a tenth of the speed. The results are the same.
+// Measured with two threads on a Zen 4: 64 to 256 channels from 8 tiles on, 512 channels from 20.
+constexpr int64_t kTilesOfThread = 4, kChannelsPerTile = 24;
+
+DDPM_FAST_INLINE bool apart(const Tiles& tiles, int64_t K) {
+  return tiles.total >= kTilesOfThread * thread_count() && tiles.total * kChannelsPerTile >= K;
+}
+
 inline void conv3x3_forward(const Conv3x3Forward& p) {
   const Tiles tiles(p.B, p.H, p.W);
   const int64_t C = p.channels[0] + p.channels[1], K = p.output_channels[0] + p.output_channels[1];
@@ -26,9 +35,19 @@ inline void conv3x3_forward(const Conv3x3Forward& p) {
   if (direct) {
     forward_directly(p, C, K);
   } else {
-    const int64_t size = max<int64_t>(kRows, kMaxV / (kPoints * C));
-    for (int64_t first = 0; first < tiles.total; first += size) {
-      forward_by_panels(p, tiles, C, K, first, min(tiles.total, first + size));
+    const int64_t parts = apart(tiles, K) ? thread_count() : 1, part = ceil_div(tiles.total, parts);
+    const int64_t size = max<int64_t>(kRows, kMaxV / (kPoints * C * parts));
+    const auto passes = [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin; first < end; first += size) {
+        forward_by_panels(p, tiles, C, K, first, min(end, first + size));
+      }
+    };
+    if (parts == 1) {
+      passes(0, tiles.total);
+    } else {
+      parallel(ceil_div(tiles.total, part), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) passes(i * part, min(tiles.total, (i + 1) * part));
+      });
     }
   }
   if (p.norm == nullptr) return;

@@ -25,12 +25,12 @@ inline void prefetch_gradient_row(const Conv3x3WeightGradient& p, const Tiles& t
            min<int64_t>(4, tiles.W - tile.x) * p.K);
 }
 
-// D of one tile: d + panel·apart + point·plane.
-inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles, const Tile& tile, float* d,
-                               int64_t plane, int64_t apart) {
+// D of one tile and of panels [begin, end): d + (panel - begin)·apart + point·plane.
+inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles, const Tile& tile, int64_t begin,
+                               int64_t end, float* d, int64_t plane, int64_t apart) {
   const int64_t height = tiles.H - tile.y, width = tiles.W - tile.x;
   const float* first = grad + ((tile.b * tiles.H + tile.y) * tiles.W + tile.x) * K;
-  for (int64_t k = 0; k < K; k += kLanes) {
+  for (int64_t k = begin * kPanel; k < min(K, end * kPanel); k += kLanes) {
     const int64_t count = min<int64_t>(kLanes, K - k);
     const auto read = [&](int i, int j) DDPM_FAST_LAMBDA {
       return i < height && j < width ? load_upto(first + (i * tiles.W + j) * K + k, count) : vf{};
@@ -39,7 +39,7 @@ inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles,
     const Six b = output_gradients({read(0, 1), read(1, 1), read(2, 1), read(3, 1)});
     const Six c = output_gradients({read(0, 2), read(1, 2), read(2, 2), read(3, 2)});
     const Six e = output_gradients({read(0, 3), read(1, 3), read(2, 3), read(3, 3)});
-    float* to = d + k / kPanel * apart + k % kPanel;
+    float* to = d + (k / kPanel - begin) * apart + k % kPanel;
     const auto put = [&](int i, vf w, vf x, vf y, vf z) DDPM_FAST_LAMBDA {
       const Six points = output_gradients({w, x, y, z});
       float* at = to + i * 6 * plane;
@@ -179,7 +179,7 @@ inline void add_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
       transform_inputs(p.input, p.channels, p.upsampled, tiles, first + from, first + to, 0, C, v + from * row, row,
                        v_plane);
       for (int64_t t = from; t < to; ++t) {
-        transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane, d_panel);
+        transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), 0, num_panels, d + t * kPanel, d_plane, d_panel);
       }
     });
     parallel(steps, 1, [&](int64_t from, int64_t to) {
@@ -235,10 +235,11 @@ inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tile
   });
 }
 
-inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
-  const int64_t width = gradient_block(), num_panels = panels(p.K), blocks = ceil_div(C, width),
+// Of output panels [begin, end), `size` tiles at a time.
+inline void add_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C, int64_t begin, int64_t end,
+                       int64_t size) {
+  const int64_t width = gradient_block(), num_panels = end - begin, blocks = ceil_div(C, width),
                 row = round_up(min(C, width), 16);
-  const int64_t size = tiles_at_a_time(tiles, kMaxOfBlocks, blocks * row + num_panels * kPanel);
   const int64_t v_plane = plane_stride(size * row), v_block = kPoints * v_plane;
   const int64_t d_plane = plane_stride(size * kPanel), d_panel = kPoints * d_plane;
   const int64_t s_plane = plane_stride(width * kPanel), sums = kPoints * s_plane;
@@ -247,31 +248,41 @@ inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tile
   float* kept = size >= tiles.total ? nullptr : thread_scratch(kScratchSums, num_panels * blocks * sums);
   for (int64_t first = 0; first < tiles.total; first += size) {
     const int64_t T = min(size, tiles.total - first);
-    parallel(T, 1, [&](int64_t begin, int64_t end) {
+    parallel(T, 1, [&](int64_t from, int64_t to) {
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t c = block * width;
-        transform_inputs(p.input, p.channels, p.upsampled, tiles, first + begin, first + end, c, min(width, C - c),
-                         v + block * v_block + begin * row, row, v_plane);
+        transform_inputs(p.input, p.channels, p.upsampled, tiles, first + from, first + to, c, min(width, C - c),
+                         v + block * v_block + from * row, row, v_plane);
       }
-      for (int64_t t = begin; t < end; ++t) {
-        transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), d + t * kPanel, d_plane, d_panel);
+      for (int64_t t = from; t < to; ++t) {
+        transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), begin, end, d + t * kPanel, d_plane, d_panel);
       }
     });
-    parallel(num_panels * blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
+    parallel(num_panels * blocks, 1, [&](int64_t from, int64_t to) {
+      for (int64_t task = from; task < to; ++task) {
         const int64_t panel = task / blocks, block = task % blocks, c = block * width, count = min(width, C - c);
         float* s = kept == nullptr ? thread_scratch(kScratchM, sums) : kept + task * sums;
         for (int64_t i = 0; i < kPoints; ++i) {
           add_products(v + block * v_block + i * v_plane, row, d + panel * d_panel + i * d_plane, T, count,
-                       p.K - panel * kPanel, s + i * s_plane, first > 0);
+                       p.K - (begin + panel) * kPanel, s + i * s_plane, first > 0);
         }
         if (first + T < tiles.total) continue;
         for (int64_t n = 0; n < count; n += kLanes) {
-          finish_panel_taps(p, s + n * kPanel, s_plane, panel, c + n, min<int64_t>(kLanes, count - n));
+          finish_panel_taps(p, s + n * kPanel, s_plane, begin + panel, c + n, min<int64_t>(kLanes, count - n));
         }
       }
     });
   }
+}
+
+// With panels enough each thread takes its own, and transforms all inputs itself, a twentieth of its work.
+constexpr int64_t kPanelsOfThread = 4;
+
+inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
+  const int64_t num_panels = panels(p.K), width = gradient_block(), row = round_up(min(C, width), 16);
+  const int64_t size = tiles_at_a_time(tiles, kMaxOfBlocks, ceil_div(C, width) * row + num_panels * kPanel);
+  if (num_panels < kPanelsOfThread * thread_count()) return add_blocks(p, tiles, C, 0, num_panels, size);
+  parallel(num_panels, 1, [&](int64_t begin, int64_t end) { add_blocks(p, tiles, C, begin, end, size); });
 }
 
 inline void conv3x3_weight_gradient(const Conv3x3WeightGradient& p) {
