@@ -37,7 +37,7 @@ ROWS = [
     ["measure/baselines", "measure/foreign"],
     ["measure/machine"],
     ["measure/timing", "measure/charts", "measure/traffic", "measure/rate_distortion"],
-    ["training/trainer"],
+    ["optim", "training/trainer"],
     ["training/resuming", "training/prepared", "training/conditioning"],
     ["training/data"],
     ["training/checkpoint", "training/evaluation", "training/batches", "training/history", "training/value_range"],

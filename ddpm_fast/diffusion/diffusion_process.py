@@ -40,6 +40,7 @@ from ddpm_fast.ops.forward_diffusion.op import diffusion_loss, q_sample
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.runtime.autocast import autocast_dtype, call_model, narrow_dtype, uncached_autocast
 from ddpm_fast.runtime.plain import as_number, as_size, plain
+from ddpm_fast.runtime.pretrained import UndrawnWeights
 from ddpm_fast.runtime.recording import GraphCache
 
 if TYPE_CHECKING:
@@ -185,7 +186,9 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
         if own is None or not (issubclass(own, cls) or issubclass(cls, own)):
             raise ValueError(f"the folder holds the process {name!r}, not a {cls.__name__}")
         made = own if issubclass(own, cls) else cls
-        process = made(NETWORKS[config["network"]](**config["unet"]), **{**config["diffusion"], **arguments})
+        with UndrawnWeights():
+            network = NETWORKS[config["network"]](**config["unet"])
+        process = made(network, **{**config["diffusion"], **arguments})
         names = config.get("class_names")
         process.class_names = None if names is None else tuple(names)
         return process

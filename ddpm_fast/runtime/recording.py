@@ -202,6 +202,11 @@ class _RecordingMode(TorchDispatchMode):
         super().__init__()
         self._tape = tape
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch imports torch.compile, 1.2 s, to skip a mode, and a model that is compiled is not recorded."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         returned = func(*args, **kwargs)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import Adam, AdamW
 
 from ddpm_fast.diffusion.conditions import CONDITIONS
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
@@ -24,7 +23,7 @@ from ddpm_fast.runtime import recording, triton_launch
 from ddpm_fast.runtime.plain import as_int
 from ddpm_fast.runtime.snapshot import Snapshot
 from ddpm_fast.training.average import Average, foreign_method, why_not_averaged
-from ddpm_fast.training.optimizer_step import OptimizerStep
+from ddpm_fast.training.optimizer_step import OptimizerStep, is_adam
 
 
 def capture_training_step(
@@ -671,7 +670,7 @@ def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, diffusion: nn.Module, capturable: bool) -> None:
-    if type(optimizer) not in (Adam, AdamW):  # a subclass may do anything in Python
+    if not is_adam(optimizer):
         raise TypeError(
             f"optimizer must be torch.optim.Adam or AdamW itself, not a wrapper of it, got {type(optimizer).__name__}"
         )

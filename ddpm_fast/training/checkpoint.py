@@ -32,6 +32,7 @@ from ddpm_fast.models.networks import network_name as network_name
 from ddpm_fast.models.unet_base import UnetBase
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.plain import as_int, plain
+from ddpm_fast.runtime.pretrained import UndrawnWeights
 from ddpm_fast.training.atomic_files import write_atomically
 from ddpm_fast.training.numpy_pickles import STAND_INS, without_arrays
 from ddpm_fast.training.state_names import AmbiguousNamesError, FoundStates, bare_name, find_states
@@ -162,7 +163,8 @@ def load_checkpoint(
         diffusion_config["image_size"] = image_size
     is_size_unknown = diffusion_config.get("image_size") is None
 
-    model: Any = network(**{**unet_config, **unet_options})
+    with UndrawnWeights():
+        model: Any = network(**{**unet_config, **unet_options})
     if is_size_unknown:
         diffusion_config["image_size"] = model.downsample_factor
     diffusion = cls(model, **{**diffusion_config, **diffusion_options})

@@ -1,12 +1,14 @@
-"""The step of torch.optim's Adam and AdamW by the op `adam_step`: with clipping and the average in the same pass."""
+"""The step of Adam and AdamW by the op `adam_step`: with clipping and the average in the same pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.optim import Adam, AdamW
 
 from ddpm_fast.ops.adam_step.op import AdamSettings, Tables, adam_step, why_not_fused
 from ddpm_fast.training.average import Average
@@ -33,7 +35,7 @@ class OptimizerStep:
 
     def _why_not(self) -> str | None:
         optimizer: Any = self.optimizer
-        if type(optimizer) not in (Adam, AdamW):  # a subclass may do anything in Python
+        if not is_adam(optimizer):
             return f"the optimizer is a {type(optimizer).__name__}"
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return "the optimizer has hooks on its step"
@@ -80,7 +82,7 @@ class OptimizerStep:
             for p in members:
                 _begin(optimizer.state[p], p)
             params += members
-            decoupled = type(optimizer) is AdamW or bool(group.get("decoupled_weight_decay"))
+            decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
             rest = (*group["betas"], group["eps"], group["weight_decay"], decoupled)
             settings.append(AdamSettings(len(members), group["lr"], *rest))
         states = [optimizer.state[p] for p in params]
@@ -158,3 +160,65 @@ def _begin(state: dict[str, Any], parameter: torch.Tensor) -> None:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def _without_compiler(name: str) -> Callable[..., Any]:
+    """A method of torch's optimizers that leaves torch.compile alone, as that leaves the method.
+
+    torch's own imports torch.compile in its first call, 1.2 s, to mark the method as not to be compiled.
+    """
+    marked = getattr(torch.optim.Optimizer, name)
+    plain = inspect.unwrap(marked)
+
+    @functools.wraps(plain)
+    def method(self: Any, *args: Any, **options: Any) -> Any:
+        return (marked if "torch._dynamo" in sys.modules else plain)(self, *args, **options)
+
+    return method
+
+
+class _OnePass(torch.optim.Optimizer):
+    """Steps by `OptimizerStep` where it can, and else as torch does."""
+
+    add_param_group = _without_compiler("add_param_group")
+    zero_grad = _without_compiler("zero_grad")
+    state_dict = _without_compiler("state_dict")
+    load_state_dict = _without_compiler("load_state_dict")
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; `closure` computes the loss again and is what torch's optimizers take."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Neither copies nor pickles have it.
+        one_pass = vars(self).setdefault("_one_pass", None) or OptimizerStep(self)
+        self._one_pass = one_pass
+        is_scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+        if is_scaled or one_pass.why_not() is not None:
+            self._step_of_torch()
+        else:
+            one_pass()
+        return loss
+
+    def _step_of_torch(self) -> None:
+        step: Any = super().step
+        # torch puts hooks around the step of each class; those around this class's have been called.
+        unhooked = step.__func__.__wrapped__ if getattr(step, "hooked", False) else step.__func__
+        unhooked(self)
+
+
+class Adam(_OnePass, torch.optim.Adam):
+    """torch.optim.Adam with its arguments, its state and its numbers, in one pass over memory.
+
+    A process that makes no use of torch.compile does not import it for this optimizer.
+    """
+
+
+class AdamW(_OnePass, torch.optim.AdamW):
+    """torch.optim.AdamW, as `Adam` is torch.optim.Adam."""
+
+
+def is_adam(optimizer: Any) -> bool:
+    """Whether an optimizer is torch's Adam or AdamW, or ours; any other subclass may do anything in Python."""
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, Adam, AdamW)

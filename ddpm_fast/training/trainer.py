@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from ddpm_fast._version import __version__
@@ -70,7 +69,7 @@ from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError
 from ddpm_fast.training.history import LossHistory
 from ddpm_fast.training.images_out import save_image_grid
 from ddpm_fast.training.items import check_items, collate, read_conditions
-from ddpm_fast.training.optimizer_step import OptimizerStep
+from ddpm_fast.training.optimizer_step import Adam, OptimizerStep
 from ddpm_fast.training.pixels import Color
 from ddpm_fast.training.prepared import PreparedDataset, is_a_function_of_the_index, is_prepared
 from ddpm_fast.training.resuming import changes, check_class_names, check_process, describe_network
@@ -289,8 +288,14 @@ class Trainer:
         self.results_folder = results_folder
         self.results_folder.mkdir(parents=True, exist_ok=True)
         own_forward = vars(diffusion_model).get("forward")
+        places = None
+        if _is_one_or_ddp(self.accelerator.distributed_type):
+            # Asked to move a model, accelerate imports torch.distributed.tensor and sympy, 0.4 s, to look for shards.
+            diffusion_model.to(self.device)
+            places = [False, True]
         with self._own_precision():
-            self.model, self.opt = self.accelerator.prepare(diffusion_model, self.opt)
+            self.model, self.opt = self.accelerator.prepare(diffusion_model, self.opt, device_placement=places)
+        self._given_model = diffusion_model
         if mixed_precision != "no" and process_of(diffusion_model) is not None:
             # accelerate's forward casts the loss to float32, which it is already, and would hide the class's own.
             for name in ("forward", "_original_forward"):
@@ -441,7 +446,8 @@ class Trainer:
     @property
     def _trained(self) -> Any:
         """What gives the loss: the process, or a wrapper of it."""
-        return self.accelerator.unwrap_model(self.model)
+        # accelerate imports torch.compile, 1.2 s, to ask whether a model is compiled.
+        return self.model if self.model is self._given_model else self.accelerator.unwrap_model(self.model)
 
     @property
     def _diffusion(self) -> Any:
@@ -450,8 +456,9 @@ class Trainer:
 
     def _model_state(self) -> dict[str, torch.Tensor]:
         """The state of the process, from wherever accelerate keeps it."""
-        state, trained = self.accelerator.get_state_dict(self.model), self._trained
-        prefix = ""
+        trained, prefix = self._trained, ""
+        is_whole = _is_one_or_ddp(self.accelerator.distributed_type)
+        state = trained.state_dict() if is_whole else self.accelerator.get_state_dict(self.model)
         while trained is not self._diffusion:
             prefix, trained = f"{prefix}flow_model.", trained.flow_model
         return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -758,7 +765,7 @@ class Trainer:
             yield
             return
         kind = state.get("distributed_type", DistributedType.NO)
-        if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
+        if not _is_one_or_ddp(kind):
             raise ValueError(
                 f"mixed_precision_type must be {earlier!r}, which accelerate keeps for the process under "
                 f"{kind.value}; got {self._mixed_precision!r}"
@@ -982,6 +989,11 @@ def _choose_workers(num_workers: int | None, dataset: object, world_size: int) -
         return 0 if isinstance(dataset, DigitsDataset) else 1
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return max(1, min(8, count_processors() // local_processes))
+
+
+def _is_one_or_ddp(kind: DistributedType) -> bool:
+    """Whether accelerate runs one process, or several that have all weights each."""
+    return kind == DistributedType.NO or kind.value.startswith("MULTI_")
 
 
 def _network_of(module: nn.Module) -> Any:

@@ -53,6 +53,36 @@ def test_a_network_comes_back(name, tmp_path):
     assert dict(again.config) == dict(network.config) or json.dumps(again.config) == json.dumps(network.config)
 
 
+@pytest.mark.parametrize("name", [*NETWORKS, *PROCESSES])
+def test_loading_draws_nothing(name, tmp_path):
+    """And leaves nothing uninitialised: new memory is NaN here."""
+    module = (NETWORKS | PROCESSES)[name]()
+    module.save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    torch.use_deterministic_algorithms(True)
+    try:
+        again = type(module).from_pretrained(tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same_state(module, again)
+    tensors = [value for part in again.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    assert not any(tensor.isnan().any() for tensor in [*tensors, *again.parameters(), *again.buffers()])
+
+
+def test_a_network_of_the_users_draws_what_it_likes(tmp_path):
+    class Own(ddpm_fast.Unet):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.register_buffer("phases", torch.randn(3), persistent=False)
+
+    Own(**SMALL).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    phases = Own(**SMALL).phases
+    torch.manual_seed(0)
+    assert torch.equal(Own.from_pretrained(tmp_path).phases, phases)
+
+
 @pytest.mark.parametrize("name", PROCESSES)
 def test_a_process_comes_back_and_samples_the_same(name, tmp_path):
     process = PROCESSES[name]()

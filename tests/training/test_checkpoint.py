@@ -104,6 +104,22 @@ def image_folder(tmp_path_factory):
     return folder
 
 
+def test_load_checkpoint_draws_nothing_and_leaves_nothing_undrawn(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.save(1)
+    before = torch.get_rng_state()
+    torch.use_deterministic_algorithms(True)  # new memory is NaN
+    try:
+        loaded = load_checkpoint(tmp_path / "model-1.pt")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_equal_states(trainer.model, loaded.diffusion)
+    assert_equal_states(trainer.ema, loaded.ema)
+    values = [value for part in loaded.ema.modules() for value in vars(part).values()]
+    assert not any(value.isnan().any() for value in values if isinstance(value, torch.Tensor))
+
+
 class TestAtomicSaving:
     def test_a_killed_save_leaves_a_file_that_loads(self, tmp_path):
         """kill -9 at random moments of saves in a loop: the file always is one whole version."""
