@@ -84,6 +84,7 @@ with needed_for("Trainer"):
         DistributedType,
         InitProcessGroupKwargs,
         broadcast_object_list,
+        gather_object,
     )
     from ema_pytorch import EMA
     from tqdm.auto import tqdm
@@ -431,9 +432,9 @@ class Trainer:
     def explain_graphs(self) -> str:
         """Whether training replays a recorded step now, and if not, why; one sentence."""
         reason = self._why_not_recorded()
-        if reason is None:
-            return f"training replays {self._recorder.what}"
-        return f"training runs step by step: {reason}"
+        if reason is not None:
+            return f"training runs step by step: {reason}"
+        return f"training replays {self._recorder.what}" if self._captured is None else self._captured.explain_graphs()
 
     def explain_optimizer(self) -> str:
         """What moved weights and their average in the last step, and why no kernel where none did; one sentence."""
@@ -474,7 +475,7 @@ class Trainer:
 
     def _run_recorded(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Loss and gradient norm of a replayed step; None where nothing can be replayed."""
-        reason = self._why_not_recorded() if self._captured is None else None
+        reason = self._agree_on_recording() if self._captured is None else None
         if reason is None:
             drawn = torch.get_rng_state()
             try:
@@ -505,7 +506,18 @@ class Trainer:
             accumulate=self.gradient_accumulate_every,
             any_module=bool(self._graph),
             keep_copies=True,  # nobody else changes weights while `train` runs
+            # A process that cannot go on recording still averages gradients as the others do.
+            falls_back=self._recorder is recording.TapeRecorder and self.world_size > 1 and not self._graph,
         )
+
+    def _agree_on_recording(self) -> str | None:
+        """Why no process records, which holds for good where there are several; they average gradients in one way."""
+        reason = self._why_not_recorded()
+        if self.world_size == 1 or self._graph is False or self._refusal is not None:
+            return reason
+        reasons = gather_object([reason])
+        self._refusal = next((other for other in reasons if other is not None), None)
+        return self._refusal
 
     def _why_not_recorded(self) -> str | None:
         """Why a recording cannot replace the step, in one clause; None where it can."""
@@ -514,8 +526,8 @@ class Trainer:
         reason = self._refusal or self._recorder.why_not(self.device)
         if reason is not None:
             return reason
-        if self._recorder is recording.TapeRecorder and self.world_size > 1:
-            return "several processes train on the CPU, whose gradients are summed while backward runs"
+        if getattr(self.model, "_comm_hooks", None):
+            return "the model has a hook on its communication, which a replay does not call"
         return why_not_recorded(self._trained, self.opt.optimizer, any_module=bool(self._graph))
 
     def _say_why_not(self, reason: str) -> None:

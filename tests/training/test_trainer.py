@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 import ddpm_fast
+from ddpm_fast.runtime import recording
 from ddpm_fast.training.batches import BatchOrder, BatchStream
 from ddpm_fast.training.checkpoint import CheckpointError, load_checkpoint, load_file
 from ddpm_fast.training.data import DigitsDataset
@@ -28,6 +29,7 @@ from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError, fr
 from ddpm_fast.training.history import LossHistory
 from ddpm_fast.training.trainer import DivergenceError, Trainer
 
+WHY_NO_TAPES = recording.TapeRecorder.why_not(torch.device("cpu"))
 TESTS = Path(__file__).parent
 RUN = TESTS / "training_run.py"
 
@@ -124,6 +126,10 @@ def make_runs(folder, processes):
             ("undropped", {"train_num_steps": 2, "cond_drop_prob": 0.0}, "reductions"),
             ("plain", {"train_num_steps": 3, "graph": False}, "recorded"),
             ("recorded", {"train_num_steps": 3}, "recorded"),
+            ("step by step", {"train_num_steps": 5, "graph": False}, ""),
+            ("taped", {"train_num_steps": 5}, "taped"),
+            ("hook first", {"train_num_steps": 5}, "hook first"),
+            ("hook later", {"train_num_steps": 5}, "hook later"),
             ("refused", {"train_batch_size": 15}, "refused"),
         ]
     first = [(folder / name, options, what) for name, options, what in runs]
@@ -299,6 +305,20 @@ class TestManyProcesses:
         assert all("graph=False was given" in text for text in plain)
         assert all("training replays the step itself" in text for text in ours)
         assert_same_training(runs(2) / "plain", runs(2) / "recorded")
+
+    @pytest.mark.skipif(WHY_NO_TAPES is not None, reason=f"no tapes: {WHY_NO_TAPES}")
+    @pytest.mark.parametrize("run", ["taped", "hook first", "hook later"])
+    def test_tapes_have_the_same_bits_also_where_one_process_cannot_record(self, runs, run):
+        """A hook of the first process alone: both run step by step from the first step on, or it alone from then on."""
+        replays = "training replays a tape of operator calls; tapes=True, hooks=False\n"
+        stops = "training runs step by step: the model's model has forward hooks, which a replay does not call; "
+        expected = {
+            "taped": [replays, replays],
+            "hook first": [f"{stops}tapes=False, hooks=True\n", f"{stops}tapes=False, hooks=False\n"],
+            "hook later": [f"{stops}tapes=False, hooks=True\n", replays],
+        }
+        assert said(runs(2) / run) == expected[run]
+        assert_same_training(runs(2) / "step by step", runs(2) / run)
 
     def test_two_processes_see_the_images_of_one(self, runs, tmp_path):
         """With split_batches=True `train_batch_size` is for all ranks; under accelerate 1.x upstream's is per rank."""

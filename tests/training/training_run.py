@@ -2,7 +2,8 @@
 
 Usage: training_run.py PROCESSES GROUPS, where GROUPS is JSON: a list of groups of runs, each group in new processes.
 A run is [results folder, the trainer's options, what], and what is "" (train), the milestone to continue, "order",
-"reductions", "recorded" or "refused". What a rank has to say is in the file rank-RANK.txt of the run's folder.
+"reductions", "recorded", "taped", "hook first", "hook later" or "refused". What a rank has to say is in the file
+rank-RANK.txt of the run's folder.
 
 This process imports torch once and forks the ranks, with torchrun's variables. Under torchrun it is a rank itself, and
 with PROCESSES = 0 it runs all by itself.
@@ -114,6 +115,8 @@ def run(folder: Path, options: dict, what: str) -> Trainer:
             say(trainer, str(error))
     elif what == "reductions":
         count_reductions(trainer)
+    elif what in ("taped", "hook first", "hook later"):
+        train_with_a_hook(trainer, at={"taped": None, "hook first": 0, "hook later": 3}[what])
     elif what == "order":
         say(trainer, json.dumps(next(iter(trainer.dl.order))))
     else:
@@ -143,6 +146,28 @@ def train_recorded(folder: Path, options: dict) -> Trainer:
         trainer.train()
         say(trainer, trainer.explain_graphs())
     return trainer
+
+
+def train_with_a_hook(trainer, at: int | None) -> None:
+    """Before a step the first process alone gets a hook, which a tape would not call."""
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    whole_step = trainer._train_step
+
+    def step():
+        if trainer.step == at and trainer.rank == 0:
+            trainer._diffusion.model.register_forward_pre_hook(count)
+        whole_step()
+
+    trainer._train_step = step
+    trainer.train()
+    captured = trainer._captured
+    tapes = captured is not None and captured.recorder.records_calls and bool(captured._recordings)
+    say(trainer, f"{trainer.explain_graphs()}; {tapes=}, hooks={calls > 0}")
 
 
 def count_reductions(trainer):
