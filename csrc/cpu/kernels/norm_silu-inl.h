@@ -254,17 +254,19 @@ void group_forward(const NormSiluForward& p, const NormChunks& chunks) {
   });
 }
 
-// The sums of a chunk, as sums of pieces of kRowsOfPiece rows.
+// The sums of a chunk, as sums of pieces of kRowsOfPiece rows; a chunk of one piece needs no second sums.
 class ChunkSums {
  public:
-  // Sums of chunk i, which go on from `sums` if they are `begun`, else from 0.
-  ChunkSums(const NormSiluBackward& p, float* sums, int64_t i, bool begun = false)
-      : chunk_(sums + i * 3 * p.in.C), piece_(thread_scratch(kNormPieceSlot, 3 * p.in.C)), C_(p.in.C) {
+  // Sums of chunk i of `count` rows, which go on from `sums` if they are `begun`, else from 0.
+  ChunkSums(const NormSiluBackward& p, float* sums, int64_t i, int64_t count, bool begun = false)
+      : chunk_(sums + i * 3 * p.in.C),
+        piece_(count > kRowsOfPiece ? thread_scratch(kNormPieceSlot, 3 * p.in.C) : chunk_),
+        C_(p.in.C) {
     const bool slopes = p.doffset || p.dshift || p.dscale || p.in.groups;
     rows = {
         .products = piece_, .slopes = slopes ? piece_ + C_ : nullptr, .inputs = p.dbias ? piece_ + 2 * C_ : nullptr};
     if (!begun) clear(chunk_, 3 * C_);
-    clear(piece_, 3 * C_);
+    if (piece_ != chunk_) clear(piece_, 3 * C_);
   }
 
   // To be called after every row, by its number within the chunk.
@@ -274,6 +276,7 @@ class ChunkSums {
 
   // To be called after the last row; adding a piece of zeros changes nothing.
   void finish() {
+    if (piece_ == chunk_) return;
     over_channels(3 * C_, [&](int64_t c, auto lanes) {
       accumulate(chunk_, c, lanes, lanes.get(piece_ + c));
       lanes.put(piece_ + c, vf{});
@@ -291,7 +294,7 @@ template <bool kActivation>
 void rms_backward(const NormSiluBackward& p, const NormChunks& chunks, float* sums) {
   const int64_t C = p.in.C;
   over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t i) {
-    ChunkSums mine(p, sums, i);
+    ChunkSums mine(p, sums, i, chunk.rows);
     const float *norms = p.statistics + chunk.sample * p.in.N + chunk.first,
                 *x = widened(p.in, p.in.x, chunk, kNormXSlot), *grad = widened(p.in, p.grad, chunk, kNormOtherSlot);
     float* dx = place_of(p.in, p.dx, chunk);
@@ -324,7 +327,7 @@ void group_backward(const NormSiluBackward& p, const NormChunks& chunks, float* 
     mine.finish();
   };
   over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t i) {
-    ChunkSums mine(p, sums, i);
+    ChunkSums mine(p, sums, i, chunk.rows);
     const float* grad = widened(p.in, p.grad, chunk, kNormOtherSlot);
     float* z = all_z + chunk.begin;
     over_rows(chunk, mine, [&](int64_t r, int64_t c, auto lanes, vf normed) {
@@ -340,7 +343,7 @@ void group_backward(const NormSiluBackward& p, const NormChunks& chunks, float* 
     group_means(p.in, affine, sums + b * chunks.per_sample * 3 * C, chunks.per_sample, means + b * 2 * C);
   }
   over_chunks(without_dropout(p.in), chunks, [&](const NormChunk& chunk, int64_t i) {
-    ChunkSums mine(p, sums, i, true);
+    ChunkSums mine(p, sums, i, chunk.rows, true);
     const float *rstd = spread + (chunk.sample * 2 + 1) * C, *mean = means + chunk.sample * 2 * C,
                 *z = all_z + chunk.begin;
     float* dx = place_of(p.in, p.dx, chunk);
