@@ -48,7 +48,7 @@ Tensor attention(const Tensor& qkv, const Tensor& mem_kv, int64_t heads) {
   const Tensor out =
       empty_tensor({qkv.size(0), call.in.heads * call.in.D, qkv.size(2), qkv.size(3)}, at::kFloat, format);
   kernels().attention.forward({.in = call.in, .qkv = call.qkv.const_data_ptr<float>(), .out = out.data_ptr<float>()});
-  return out.to(qkv.scalar_type());
+  return as_type(out, qkv.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& mem_kv,
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& 
                                 .grad = dout.const_data_ptr<float>(),
                                 .dqkv = dqkv.data_ptr<float>(),
                                 .dmem_kv = dmem_kv.data_ptr<float>()});
-  return {dqkv.to(qkv.scalar_type()), dmem_kv.to(mem_kv.scalar_type())};
+  return {as_type(dqkv, qkv.scalar_type()), as_type(dmem_kv, mem_kv.scalar_type())};
 }
 
 namespace {
@@ -101,7 +101,7 @@ Tensor attention_block(const Tensor& x, const Tensor& gain_in, const Tensor& wei
                                      .bias = added_bias.const_data_ptr<float>(),
                                      .residual = data_or_null(added),
                                      .out = out.data_ptr<float>()});
-  return out.to(x.scalar_type());
+  return as_type(out, x.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backward(
@@ -121,9 +121,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backw
                                       .dmem_kv = dmem_kv.data_ptr<float>(),
                                       .dweight = dweight.data_ptr<float>(),
                                       .dbias = dbias.data_ptr<float>()});
-  return {
-      dx.to(x.scalar_type()),           dgain_in.to(gain_in.scalar_type()), dweight_qkv.to(weight_qkv.scalar_type()),
-      dmem_kv.to(mem_kv.scalar_type()), dweight.to(weight.scalar_type()),   dbias.to(bias.scalar_type())};
+  return {as_type(dx, x.scalar_type()),
+          as_type(dgain_in, gain_in.scalar_type()),
+          as_type(dweight_qkv, weight_qkv.scalar_type()),
+          as_type(dmem_kv, mem_kv.scalar_type()),
+          as_type(dweight, weight.scalar_type()),
+          as_type(dbias, bias.scalar_type())};
 }
 
 namespace {
@@ -202,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_attention_block(
                                            .statistics = statistics.data_ptr<float>(),
                                            .qkv = keep ? qkv.data_ptr<float>() : nullptr,
                                            .attended = keep ? attended.data_ptr<float>() : nullptr});
-  return {out.to(x.scalar_type()), keep ? statistics : no_tensor(at::kFloat), qkv, attended};
+  return {as_type(out, x.scalar_type()), keep ? statistics : no_tensor(at::kFloat), qkv, attended};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_attention_block_backward(
@@ -242,14 +245,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_at
                                             .dweight = wanted(dweight),
                                             .dbias = wanted(dbias)});
   const auto result = [&](const Tensor& made, const OptionalTensor& given) {
-    return given.has_value() ? made.to(given->scalar_type()) : no_tensor(x.scalar_type());
+    return given.has_value() ? as_type(made, given->scalar_type()) : no_tensor(x.scalar_type());
   };
-  return {dx.to(x.scalar_type()),
+  return {as_type(dx, x.scalar_type()),
           result(dgain, gain),
           result(doffset, offset),
-          dweight_qkv.to(weight_qkv.scalar_type()),
+          as_type(dweight_qkv, weight_qkv.scalar_type()),
           result(dbias_qkv, bias_qkv),
-          dweight.to(weight.scalar_type()),
+          as_type(dweight, weight.scalar_type()),
           dbias};
 }
 

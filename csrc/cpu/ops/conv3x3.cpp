@@ -42,7 +42,7 @@ Tensor conv3x3(const Tensor& x, const OptionalTensor& skip, const Tensor& weight
                const OptionalTensor& residual, bool upsampled) {
   const Parts parts(x, skip, weight, upsampled);
   const int64_t K = weight.size(0);
-  const Tensor w = weight.to(at::kFloat).contiguous(), b = float_vector(bias, "bias", K);
+  const Tensor w = as_type(weight, at::kFloat).contiguous(), b = float_vector(bias, "bias", K);
   const Tensor out = empty_float_map({parts.B, K, parts.H, parts.W});
   const Tensor r = residual.has_value() ? float_map(*residual, "residual", out.sizes()) : Tensor();
   kernels().conv3x3.forward({.B = parts.B,
@@ -56,7 +56,7 @@ Tensor conv3x3(const Tensor& x, const OptionalTensor& skip, const Tensor& weight
                              .residual = {data_or_null(r)},
                              .output = {out.data_ptr<float>()},
                              .output_channels = {K}});
-  return out.to(x.scalar_type());
+  return as_type(out, x.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv3x3_backward(const Tensor& grad, const Tensor& x,
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv3x3_backward(const Tensor& grad, 
                                                             bool upsampled, std::array<bool, 3> needs) {
   const Parts parts(x, skip, weight, upsampled);
   const int64_t K = weight.size(0);
-  const Tensor w = weight.to(at::kFloat).contiguous();
+  const Tensor w = as_type(weight, at::kFloat).contiguous();
   const Tensor g = float_map(grad, "grad", {parts.B, K, parts.H, parts.W});
   Tensor dx = no_tensor(x.scalar_type()), dskip = no_tensor(x.scalar_type()), dweight = no_tensor(weight.scalar_type());
   Tensor dbias = no_tensor(at::kFloat);
@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv3x3_backward(const Tensor& grad, 
                                .weight = data_gradient_weight(w),
                                .output = {d0.data_ptr<float>(), mutable_data_or_null(d1)},
                                .output_channels = {parts.channels[0], parts.channels[1]}});
-    dx = d0.to(x.scalar_type());
-    if (d1.defined()) dskip = d1.to(skip->scalar_type());
+    dx = as_type(d0, x.scalar_type());
+    if (d1.defined()) dskip = as_type(d1, skip->scalar_type());
   }
   if (needs[1] || needs[2]) {
     const Tensor dw = needs[1] ? empty_tensor(weight.sizes()) : Tensor();
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv3x3_backward(const Tensor& grad, 
                                        .K = K,
                                        .dweight = mutable_data_or_null(dw),
                                        .dbias = mutable_data_or_null(db)});
-    if (needs[1]) dweight = dw.to(weight.scalar_type());
+    if (needs[1]) dweight = as_type(dw, weight.scalar_type());
     if (needs[2]) dbias = db;
   }
   return {dx, dskip, dweight, dbias};

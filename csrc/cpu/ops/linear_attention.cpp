@@ -73,7 +73,7 @@ Forward run_forward(const Call& call, const Tensor& given, const OptionalTensor&
                                       .out = out.data_ptr<float>(),
                                       .statistics = statistics.data_ptr<float>(),
                                       .sums = sums.data_ptr<float>()});
-  return {out.to(given.scalar_type()), statistics, sums};
+  return {as_type(out, given.scalar_type()), statistics, sums};
 }
 
 // The gradients of the map and the parameters, in float32; gain_in and weight_qkv only if the input is x.
@@ -122,8 +122,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(con
                                                                              const Tensor& statistics,
                                                                              const Tensor& sums, int64_t heads) {
   const Gradients d = run_backward(Call(qkv, false, mem_kv, weight, bias, gain, heads), grad, statistics, sums);
-  return {d.map.to(qkv.scalar_type()), d.mem_kv.to(mem_kv.scalar_type()), d.weight.to(weight.scalar_type()),
-          d.bias.to(bias.scalar_type()), d.gain.to(gain.scalar_type())};
+  return {as_type(d.map, qkv.scalar_type()), as_type(d.mem_kv, mem_kv.scalar_type()),
+          as_type(d.weight, weight.scalar_type()), as_type(d.bias, bias.scalar_type()),
+          as_type(d.gain, gain.scalar_type())};
 }
 
 Forward linear_attention_block(const Tensor& x, const Tensor& gain_in, const Tensor& weight_qkv, const Tensor& mem_kv,
@@ -141,10 +142,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   Call call(x, true, mem_kv, weight, bias, gain, heads);
   call.set_input_product(gain_in, weight_qkv);
   const Gradients d = run_backward(call, grad, statistics, sums);
-  return {
-      d.map.to(x.scalar_type()),         d.gain_in.to(gain_in.scalar_type()), d.weight_qkv.to(weight_qkv.scalar_type()),
-      d.mem_kv.to(mem_kv.scalar_type()), d.weight.to(weight.scalar_type()),   d.bias.to(bias.scalar_type()),
-      d.gain.to(gain.scalar_type())};
+  return {as_type(d.map, x.scalar_type()),
+          as_type(d.gain_in, gain_in.scalar_type()),
+          as_type(d.weight_qkv, weight_qkv.scalar_type()),
+          as_type(d.mem_kv, mem_kv.scalar_type()),
+          as_type(d.weight, weight.scalar_type()),
+          as_type(d.bias, bias.scalar_type()),
+          as_type(d.gain, gain.scalar_type())};
 }
 
 }  // namespace ddpm_fast::cpu

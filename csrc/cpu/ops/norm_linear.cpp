@@ -22,7 +22,7 @@ Tensor check_weight(const Tensor& weight, int64_t C) {
 
 // A gradient in the dtype of its argument; an empty tensor if it was not computed.
 Tensor in_dtype_of(const Tensor& given, const Tensor& made) {
-  return made.defined() ? made.to(given.scalar_type()) : no_tensor(given.scalar_type());
+  return made.defined() ? as_type(made, given.scalar_type()) : no_tensor(given.scalar_type());
 }
 
 // Room for sums over pixels: zeros where there are none to add.
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> norm_linear(const Tensor& x, const Tensor& gain, cons
                                  .K = K,
                                  .out = out.data_ptr<float>(),
                                  .norms = norms.data_ptr<float>()});
-  return {out.to(x.scalar_type()), norms};
+  return {as_type(out, x.scalar_type()), norms};
 }
 
 // The gradients of x and gain are made together. A gradient that is not needed is empty.
@@ -145,7 +145,7 @@ Tensor linear(const Tensor& x, const OptionalTensor& skip, const Tensor& weight,
                             .bias = data_or_null(row),
                             .residual = data_or_null(added),
                             .out = out.data_ptr<float>()});
-  return out.to(x.scalar_type());
+  return as_type(out, x.scalar_type());
 }
 
 // The gradients of x, skip, weight and bias. A gradient that is not needed is empty.

@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> norm_silu(const Tensor& x, const Tensor& gain, const 
                                .residual = added.defined() ? added.const_data_ptr() : nullptr,
                                .out = out.data_ptr(),
                                .statistics = statistics.data_ptr<float>()});
-  return {out.to(x.scalar_type()), statistics};
+  return {as_type(out, x.scalar_type()), statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_silu_backward(
@@ -116,10 +116,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_silu_backward(
                                 .dshift = mutable_data_or_null(dshift)});
   // A gradient in the dtype of its argument; an empty tensor if the argument is absent.
   const auto result = [&](const Tensor& made, const OptionalTensor& given) {
-    return given.has_value() ? made.to(given->scalar_type()) : no_tensor(x.scalar_type());
+    return given.has_value() ? as_type(made, given->scalar_type()) : no_tensor(x.scalar_type());
   };
-  return {dx.to(x.scalar_type()), result(dgain, gain),   result(doffset, offset),
-          result(dbias, bias),    result(dscale, scale), result(dshift, shift)};
+  return {as_type(dx, x.scalar_type()), result(dgain, gain),   result(doffset, offset),
+          result(dbias, bias),          result(dscale, scale), result(dshift, shift)};
 }
 
 }  // namespace ddpm_fast::cpu

@@ -118,7 +118,7 @@ struct PreactivationBlock {
     TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(std::array<int64_t, 4>{K, inputs, side, side}), name,
                       " must have shape (", K, ", ", inputs, ", ", side, ", ", side, "), got ", weight.sizes());
     check_floating(weight, name);
-    return weight.to(at::kFloat).contiguous();
+    return as_type(weight, at::kFloat).contiguous();
   }
 };
 
@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preactivation_block(
   kernels().conv3x3.forward(second);
 
   const auto kept = [&](const Tensor& t) { return keep ? t : no_tensor(at::kFloat); };
-  return {out.to(x.scalar_type()), kept(statistics1), kept(y1), kept(statistics2)};
+  return {as_type(out, x.scalar_type()), kept(statistics1), kept(y1), kept(statistics2)};
 }
 
 std::vector<Tensor> preactivation_block_backward(
@@ -260,12 +260,12 @@ std::vector<Tensor> preactivation_block_backward(
                                   .dgain = dgain1.data_ptr<float>(),
                                   .doffset = doffset1.data_ptr<float>()});
 
-  const auto like = [](const Tensor& t, const Tensor& given) { return t.to(given.scalar_type()); };
+  const auto like = [](const Tensor& t, const Tensor& given) { return as_type(t, given.scalar_type()); };
   const auto like_optional = [&](const Tensor& t, const OptionalTensor& given) {
-    return given.has_value() && t.defined() ? t.to(given->scalar_type()) : no_tensor(at::kFloat);
+    return given.has_value() && t.defined() ? as_type(t, given->scalar_type()) : no_tensor(at::kFloat);
   };
   const auto map_like = [](const Tensor& t, const Tensor& given) {
-    return t.defined() ? t.to(given.scalar_type()) : no_tensor(given.scalar_type());
+    return t.defined() ? as_type(t, given.scalar_type()) : no_tensor(given.scalar_type());
   };
   return {map_like(dx, x),
           skip.has_value() ? map_like(dskip, *skip) : no_tensor(at::kFloat),

@@ -182,7 +182,7 @@ struct Block {
     TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(std::array<int64_t, 4>{K, C, side, side}), name,
                       " must have shape (", K, ", ", C, ", ", side, ", ", side, "), got ", weight.sizes());
     check_floating(weight, name);
-    return weight.to(at::kFloat).contiguous();
+    return as_type(weight, at::kFloat).contiguous();
   }
 };
 
@@ -263,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> resnet_block(
   }
 
   const auto kept = [&](const Tensor& t) { return keep ? t : no_tensor(at::kFloat); };
-  return {out.to(x.scalar_type()), kept(y1), kept(statistics1), kept(y2), kept(statistics2)};
+  return {as_type(out, x.scalar_type()), kept(y1), kept(statistics1), kept(y2), kept(statistics2)};
 }
 
 std::vector<Tensor> resnet_block_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& skip,
@@ -375,13 +375,13 @@ std::vector<Tensor> resnet_block_backward(const Tensor& grad, const Tensor& x, c
         block.first_data_gradient(dy.const_data_ptr<float>(), dx_data, dskip_data, dx_residual, dskip_data));
   }
   const auto like = [](const Tensor& t, const Tensor& given) {
-    return t.defined() ? t.reshape(given.sizes()).to(given.scalar_type()) : no_tensor(given.scalar_type());
+    return t.defined() ? as_type(t.reshape(given.sizes()), given.scalar_type()) : no_tensor(given.scalar_type());
   };
   const auto like_optional = [&](const Tensor& t, const OptionalTensor& given) {
     return given.has_value() ? like(t, *given) : no_tensor(at::kFloat);
   };
   const auto map_like = [](const Tensor& t, const Tensor& given) {
-    return t.defined() ? t.to(given.scalar_type()) : no_tensor(given.scalar_type());
+    return t.defined() ? as_type(t, given.scalar_type()) : no_tensor(given.scalar_type());
   };
   return {map_like(dx, x),
           skip.has_value() ? map_like(dskip, *skip) : no_tensor(at::kFloat),

@@ -17,7 +17,7 @@ struct Inputs {
   Inputs(const Tensor& x, const OptionalTensor& x2, const OptionalTensor& x3) {
     check_floating(x, "x");
     TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, "x must have shape (B, C, H, W) and elements, got ", x.sizes());
-    maps[0] = x.to(at::kFloat);
+    maps[0] = as_type(x, at::kFloat);
     const OptionalTensor others[] = {x2, x3};
     const char* names[] = {"x2", "x3"};
     for (int i = 0; i < 2; ++i) {
@@ -27,7 +27,7 @@ struct Inputs {
       TORCH_CHECK_VALUE(other.dim() == 4 && other.numel() > 0 && other.size(0) == x.size(0) &&
                             other.size(2) == x.size(2) && other.size(3) == x.size(3),
                         names[i], " must have the batch, height and width of x ", x.sizes(), ", got ", other.sizes());
-      maps[i + 1] = other.to(at::kFloat);
+      maps[i + 1] = as_type(other, at::kFloat);
     }
   }
 
@@ -72,7 +72,7 @@ Tensor stem_conv(const Tensor& x, const OptionalTensor& x2, const OptionalTensor
                                .weight = taps.const_data_ptr<float>(),
                                .bias = data_or_null(row),
                                .out = out.data_ptr<float>()});
-  return out.to(x.scalar_type());
+  return as_type(out, x.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> stem_conv_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& x2,
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> stem_conv_backward(const Tensor& grad, const Tensor& 
                                        .grad = gradient.const_data_ptr<float>(),
                                        .dweight = dweight.data_ptr<float>(),
                                        .dbias = needs_bias ? dbias.data_ptr<float>() : nullptr});
-  return {dweight.to(weight.scalar_type()), dbias};
+  return {as_type(dweight, weight.scalar_type()), dbias};
 }
 
 }  // namespace ddpm_fast::cpu

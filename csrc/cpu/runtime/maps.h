@@ -36,14 +36,14 @@ inline void check_elements(const at::Tensor& tensor, const char* name, int64_t e
 }
 
 inline at::Tensor float_map(const at::Tensor& map) {
-  return map.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
+  return as_type(map, at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
 }
 
 // A map that is read in place: channels-last, and not empty.
 inline at::Tensor float_map(const at::Tensor& map, const char* name) {
   check_map(map, name);
   TORCH_CHECK_VALUE(map.numel() > 0, name, " must have elements, got shape ", map.sizes());
-  return map.to(at::kFloat);
+  return as_type(map, at::kFloat);
 }
 
 // Where a map is contiguous in both formats its outputs are contiguous.
@@ -51,7 +51,7 @@ inline at::MemoryFormat format_of(const at::Tensor& map) {
   return map.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
 }
 
-inline at::Tensor float_vector(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
+inline at::Tensor float_vector(const at::Tensor& tensor) { return as_type(tensor, at::kFloat).contiguous(); }
 
 // The same of any tensor of these sizes, in any layout.
 inline at::Tensor float_map(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {

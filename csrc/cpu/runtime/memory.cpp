@@ -228,6 +228,10 @@ at::Tensor empty_tensor_like(const at::Tensor& tensor, at::ScalarType type) {
 
 at::Tensor empty_tensor_like(const at::Tensor& tensor) { return empty_tensor_like(tensor, tensor.scalar_type()); }
 
+at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : empty_tensor_like(tensor, type).copy_(tensor);
+}
+
 at::Tensor unpooled_tensor_like(const at::Tensor& tensor) {
   return with_strides_of(tensor, unpooled_tensor(tensor.sizes(), tensor.scalar_type(), tensor.suggest_memory_format()));
 }

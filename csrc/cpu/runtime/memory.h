@@ -11,6 +11,9 @@ at::Tensor empty_tensor(at::IntArrayRef sizes, at::ScalarType type = at::kFloat,
 at::Tensor empty_tensor_like(const at::Tensor& tensor, at::ScalarType type);
 at::Tensor empty_tensor_like(const at::Tensor& tensor);
 
+// The tensor in a type, in memory of the pool where that is another: a converted map is as large as any other.
+at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type);
+
 // The same from malloc: for small tensors, and for results that a caller may keep for long.
 at::Tensor unpooled_tensor(at::IntArrayRef sizes, at::ScalarType type = at::kFloat,
                            at::MemoryFormat format = at::MemoryFormat::Contiguous);
