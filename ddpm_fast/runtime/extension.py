@@ -53,7 +53,10 @@ def has_cuda() -> bool:
 
 
 def instruction_set() -> str | None:
-    """The vectors that the CPU's kernels use: "avx512", "avx2" or "portable"; None without a compiled module."""
+    """What the CPU's kernels use: "avx512_bf16", "avx512", "avx2" or "portable"; None without a compiled module.
+
+    With "avx512_bf16" products of bfloat16 maps are made of bfloat16; all else is as with "avx512".
+    """
     module = load()
     return None if module is None else module.instruction_set()
 

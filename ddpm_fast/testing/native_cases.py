@@ -12,6 +12,7 @@ from ddpm_fast.runtime.dispatch import use_backend
 from ddpm_fast.testing.truth import assert_close_to_truth
 
 CHANNELS_LAST = torch.channels_last
+PAIRS = "avx512_bf16"  # avx512 with products of bfloat16, and otherwise the same functions
 GRADS = {
     "channels-last": lambda grad: grad.contiguous(memory_format=CHANNELS_LAST),
     "contiguous": lambda grad: grad.contiguous(),
@@ -19,14 +20,14 @@ GRADS = {
 }
 
 
-def instruction_sets() -> list[str]:
+def instruction_sets(names: tuple[str, ...] = ("avx512", "avx2", "portable")) -> list[str]:
     """Those that this build and processor have."""
     module = extension.load()
     found: list[str] = []
     if module is None:
         return found
     before = module.instruction_set()
-    for name in ("avx512", "avx2", "portable"):
+    for name in names:
         with contextlib.suppress(ValueError):
             module.use_instruction_set(name)
             found.append(name)
@@ -43,6 +44,12 @@ def instructions(name: str) -> Iterator[None]:
         yield
     finally:
         module.use_instruction_set(before)
+
+
+def without_pairs() -> contextlib.AbstractContextManager:
+    """Without products of bfloat16, where this processor has them: a half map then is its float32 copy, rounded."""
+    has_pairs = extension.load() is not None and extension.instruction_set() == PAIRS
+    return instructions("avx512") if has_pairs else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -65,6 +65,29 @@ def test_a_term_of_a_product_is_loads_and_multiply_adds(tmp_path, name):
         assert not re.search(target.wrong, loop), loop
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("g++") is None,
+    reason="needs gcc on x86-64 Linux",
+)
+def test_a_pair_of_a_bfloat16_product_is_loads_and_products(tmp_path):
+    """A pair is broadcast by the product itself: in registers of their own, broadcasts made the compiler spill sums."""
+    source = tmp_path / "tile.cpp"
+    source.write_text(
+        "#define DDPM_FAST_ISA avx512\n#define DDPM_FAST_LANES 16\n#define DDPM_FAST_BFLOAT16\n"
+        '#include "cpu/kernels/pairs-inl.h"\n'
+        "void tile(const uint32_t* a, int64_t row, const float* panel, int64_t pairs, float* c) {\n"
+        "  ddpm_fast::avx512::pair_tile<14>(a, row, 1, panel, pairs, c, 32, 32, false);\n}\n"
+    )
+    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-march=x86-64-v4", f"-I{CSRC}"]
+    built = subprocess.run(["g++", *flags, "-S", str(source), "-o", "-"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    # Comments of the assembler surround every instruction that is written as one.
+    assembly = "\n".join(line for line in built.stdout.splitlines() if not line.startswith("#"))
+    (loop,) = [loop for loop in innermost_loops(assembly) if "vdpbf16ps" in loop]
+    assert loop.count("vdpbf16ps") == 2 * 14, loop
+    assert "broadcast" not in loop and not re.search(r"\tv(add|mul)[ps]s", loop), loop
+
+
 def innermost_loops(assembly: str) -> list[str]:
     """Lines between a label and a jump back to it, with no label in between."""
     found, label, lines = [], None, []

@@ -9,6 +9,7 @@ Winograd's transforms, which gradients pass through in every layer, most of it w
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 from ddpm_fast import Unet
 from ddpm_fast.runtime import extension
-from ddpm_fast.testing.native_cases import instruction_sets, instructions
+from ddpm_fast.testing.native_cases import PAIRS, instruction_sets, instructions
 
 pytestmark = pytest.mark.skipif(extension.load() is None, reason=f"no extension: {extension.reason()}")
 
@@ -115,6 +116,34 @@ def test_output_and_gradients(upstream, name):
             assert_as_accurate(found, theirs)
         except AssertionError as error:
             raise AssertionError(f"{isa}, memory={memory!r}: {error}") from error
+
+
+@pytest.mark.parametrize("name", ["dim 32, 32x32, flash", "dim 24, 16x16, batch 4"])
+def test_under_bfloat16_autocast(upstream, name):
+    """With products of bfloat16 where the processor has them, and without: each held to upstream under autocast."""
+    config, batch, size = CONFIGS[name]
+    sides = instruction_sets((PAIRS, "avx512", "avx2"))
+    errors: dict[str, list] = {side: [] for side in ["upstream", *sides]}
+    for draw in range(DRAWS):
+        torch.manual_seed(3 + draw)
+        theirs, ours = upstream.Unet(**config), Unet(**config)
+        randomised(theirs)
+        ours.load_state_dict(theirs.state_dict())
+        x, weight = torch.randn(2, batch, 3, size, size)
+        inputs = x, torch.randint(0, 1000, (batch,)), None, weight
+        truth = results(copy.deepcopy(theirs).double(), *inputs)
+        for side in errors:
+            network = theirs if side == "upstream" else ours
+            chosen = contextlib.nullcontext() if side == "upstream" else instructions(side)
+            with chosen, torch.autocast("cpu", torch.bfloat16):
+                found = results(network, *inputs)
+            errors[side].append(squared_errors(found, truth) | {"all gradients": of_parameters(found, truth)})
+    upstreams = errors.pop("upstream")
+    for side, found in errors.items():
+        try:
+            assert_as_accurate(found, upstreams)
+        except AssertionError as error:
+            raise AssertionError(f"{side}: {error}") from error
 
 
 def test_a_sloppy_network_is_noticed():

@@ -9,8 +9,8 @@
 #include "forward_diffusion-inl.h"
 #include "joined_norm-inl.h"
 #include "kernels.h"
-#include "linear-inl.h"
 #include "linear_attention_backward-inl.h"
+#include "linear_pairs-inl.h"
 #include "noise-inl.h"
 #include "norm_linear-inl.h"
 #include "norm_silu-inl.h"
@@ -20,16 +20,17 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr Kernels make_kernels(const char* name) {
+constexpr Kernels make_kernels(const char* name, bool pairs = false) {
   return {
       .name = name,
       .lanes = kLanes,
+      .pairs = pairs,
       .conv3x3 = {.forward = conv3x3_forward, .weight_gradient = conv3x3_weight_gradient},
       .norm_silu = {.forward = norm_silu_forward, .backward = norm_silu_backward},
       .joined_norm = {.forward = joined_norm_forward, .backward = joined_norm_backward},
-      .linear = {.forward = linear_forward,
+      .linear = {.forward = any_linear_forward,
                  .forward_many = linears_forward,
-                 .data_gradient = linear_data_gradient,
+                 .data_gradient = any_linear_data_gradient,
                  .weight_gradient = linear_weight_gradient},
       .norm_linear = {.forward = norm_linear_forward, .data_gradient = norm_linear_data_gradient},
       .attention = {.forward = attention::forward,

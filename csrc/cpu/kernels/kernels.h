@@ -20,7 +20,8 @@ namespace ddpm_fast {
 
 struct Kernels {
   const char* name;
-  int lanes;  // floats of a vector
+  int lanes;   // floats of a vector
+  bool pairs;  // has bfloat16 products, see pairs-inl.h; a kernel's `narrow` is true only then
   Conv3x3Kernels conv3x3;
   NormSiluKernels norm_silu;
   JoinedNormKernels joined_norm;
@@ -40,8 +41,8 @@ struct Kernels {
 // The table of the widest instruction set that this processor has, or of the one chosen by `use_instruction_set`.
 const Kernels& kernels();
 
-// For tests: the tables of this build are "avx512", "avx2" (both on x86-64) and "portable". Returns the name before, or
-// null where the build has no such table or the processor could not run it.
+// For tests: the tables of this build are "avx512_bf16", "avx512", "avx2" (on x86-64) and "portable". Returns the name
+// before, or null where the build has no such table or the processor could not run it.
 const char* use_instruction_set(const char* name);
 
 }  // namespace ddpm_fast

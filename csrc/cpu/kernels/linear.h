@@ -20,6 +20,7 @@ struct LinearForward {
   const float* gain;       // (C) or null
   float* out;              // (rows, K)
   bool add;
+  bool narrow;  // by bfloat16 pairs
 };
 
 // dinput = grad·W, or += where `add`; a null dinput is left out.
@@ -30,6 +31,7 @@ struct LinearDataGradient {
   float* dinput[2];  // (rows, channels[i])
   int64_t channels[2];
   bool add;
+  bool narrow;
 };
 
 // dweight = gradᵀ·(row_scale·A·gain), dbias = Σ over rows of grad.

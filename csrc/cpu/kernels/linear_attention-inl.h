@@ -11,7 +11,7 @@
 
 #include "head_softmax-inl.h"
 #include "linear_attention.h"
-#include "pack-inl.h"
+#include "pairs-inl.h"
 #include "parallel-inl.h"
 #include "row_norm-inl.h"
 
@@ -89,6 +89,14 @@ struct Weights {
         pack_rows(folded, C, HD, C, q_back);
         pack_rows(folded + HD * C, C, HD, C, k_back);
       }
+      if (in.narrow) {
+        narrow_panels(q, C, HD);
+        narrow_panels(k, C, HD);
+      }
+      if (in.narrow && backward) {
+        narrow_panels(q_back, HD, C);
+        narrow_panels(k_back, HD, C);
+      }
     }
     for (int64_t m = 0; m < 2 * in.M; ++m) {
       const float* from = in.mem_kv + m / in.M * HD * in.M + m % in.M;
@@ -114,6 +122,7 @@ struct Tile {
   float *y, *dy, *dy_packed;            // (t, C) each
   float *largest, *total, *correction;  // (HD)
   float *dgain, *dbias;                 // (C)
+  uint32_t* narrowed;                   // a product's first factor by bfloat16 pairs, or null
 
   void place(const Plan& plan, Arena& arena) {
     const int64_t t = plan.tile, C = plan.in.C;
@@ -130,6 +139,9 @@ struct Tile {
     correction = arena.take(plan.HD);
     dgain = arena.take(C);
     dbias = arena.take(C);
+    // Rows of t positions, or sums over them: (t, HD), (t, C), (HD, t).
+    const int64_t floats = max(max(narrowed_size(t, plan.HD), narrowed_size(t, C)), narrowed_size(plan.HD, t));
+    narrowed = plan.in.narrow ? reinterpret_cast<uint32_t*>(arena.take(floats)) : nullptr;
   }
   RowNorm* norm() const { return reinterpret_cast<RowNorm*>(norms); }
 };
@@ -156,6 +168,7 @@ inline void make_values(const Plan& plan, const Tile& tile, int64_t sample, int6
     const float* v = in.qkv + (sample * in.N + n) * 3 * plan.HD + 2 * plan.HD;
     for (int64_t h = 0; packed && h < in.heads; ++h) {
       pack_rows(v + h * in.D, 3 * plan.HD, t, in.D, tile.values + h * packed_size(t, in.D));
+      if (in.narrow) narrow_panels(tile.values + h * packed_size(t, in.D), t, in.D);
     }
     return;
   }
@@ -169,12 +182,15 @@ inline void make_values(const Plan& plan, const Tile& tile, int64_t sample, int6
       pack_row([&](int64_t c, int64_t count) { return load_upto(to + c, count); }, t, in.C, tile.values + i * kPanel);
     }
   }
+  if (packed && in.narrow) narrow_panels(tile.values, t, in.C);
 }
 
 // Part 0 (q) or 1 (k) of qkv: a product of the normed rows with `weight`, or read.
 inline void make_projected(const Plan& plan, const Tile& tile, int64_t sample, int64_t n, int64_t t, int part,
                            const float* weight, float* to) {
-  if (plan.block) return deep_product(tile.normed, plan.row, 1, weight, t, plan.in.C, plan.HD, to, plan.stride, false);
+  if (plan.block) {
+    return multiply(tile.narrowed, tile.normed, plan.row, 1, weight, t, plan.in.C, plan.HD, to, plan.stride, false);
+  }
   const float* from = plan.in.qkv + ((sample * plan.in.N + n) * 3 + part) * plan.HD;
   for (int64_t i = 0; i < t; ++i) {
     __builtin_memcpy(to + i * plan.stride, from + i * 3 * plan.HD, static_cast<unsigned long>(plan.HD) * 4);
@@ -224,8 +240,8 @@ inline void sum_group(const Plan& plan, const Tile& tile, const float* weight_k,
       for (int64_t i = 0; i < V; i += kLanes) store_upto(row + i, load_upto(row + i, V - i) * correction, V - i);
     }
     for (int64_t p = 0; p < plan.parts; ++p) {
-      product(tile.queries + p * plan.width, 1, plan.stride, tile.values + p * packed_size(t, V), plan.width, t, V,
-              sums + p * plan.width * V, V, !first);
+      multiply(tile.narrowed, tile.queries + p * plan.width, 1, plan.stride, tile.values + p * packed_size(t, V),
+               plan.width, t, V, sums + p * plan.width * V, V, !first);
     }
     first = false;
   });
@@ -395,6 +411,7 @@ inline void forward(const LinearAttentionForward& args) {
         make_context(plan, shared.weights, sums, scratch.memory, scratch.context);
         make_projection(plan, shared.weights, scratch.context, scratch.projection);
         pack_rows(scratch.projection, C, HD, C, shared.projections + s * packed);
+        if (plan.in.narrow) narrow_panels(shared.projections + s * packed, HD, C);
       }
     });
     parallel(samples * groups, 1, [&](int64_t begin, int64_t end) {
@@ -406,8 +423,8 @@ inline void forward(const LinearAttentionForward& args) {
           make_values(plan, tile, sample, n, t, false);
           make_projected(plan, tile, sample, n, t, 0, shared.weights.q, tile.queries);
           softmax_of_heads(plan, tile.queries, t);
-          deep_product(tile.queries, plan.stride, 1, shared.projections + item / groups * packed, t, HD, C, tile.y,
-                       plan.row, false);
+          multiply(tile.narrowed, tile.queries, plan.stride, 1, shared.projections + item / groups * packed, t, HD, C,
+                   tile.y, plan.row, false);
           for (int64_t i = 0; i < t; ++i) {
             const int64_t position = (sample * N + n + i) * C;
             write_output(plan, tile.y + i * plan.row, args.residual == nullptr ? nullptr : args.residual + position,

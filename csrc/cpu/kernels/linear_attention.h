@@ -18,6 +18,7 @@ struct LinearAttentionInputs {
   const float* weight;      // (C, heads·D)
   const float* bias;        // (C)
   const float* gain;        // (C)
+  bool narrow;              // products over positions by bfloat16 pairs
 };
 
 struct LinearAttentionForward {

@@ -107,6 +107,7 @@ inline void output_backward(const Plan& plan, const Tile& tile, const float* gra
       add_to(dbias, tile.dbias, C);
     }
   }
+  if (plan.in.narrow) narrow_panels(tile.dy_packed, t, C);
 }
 
 inline void queries_pass(const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
@@ -119,22 +120,23 @@ inline void queries_pass(const Plan& plan, const LinearAttentionBackward& args, 
     make_values(plan, tile, sample, n, t, plan.block);
     make_projected(plan, tile, sample, n, t, 0, shared.weights.q, tile.queries);
     softmax_of_heads(plan, tile.queries, t);
-    deep_product(tile.queries, plan.stride, 1, shared.projection + local * packed_size(HD, C), t, HD, C, tile.y,
-                 plan.row, false);
+    multiply(tile.narrowed, tile.queries, plan.stride, 1, shared.projection + local * packed_size(HD, C), t, HD, C,
+             tile.y, plan.row, false);
     output_backward(plan, tile, args.grad + position, t, shared.sums.gain + item * shared.sums.row_size,
                     shared.sums.bias + item * shared.sums.row_size);
-    product(tile.queries, 1, plan.stride, tile.dy_packed, HD, t, C, dprojection, C, !first);
-    deep_product(tile.dy, plan.row, 1, shared.projection_back + local * packed_size(C, HD), t, C, HD, tile.dqueries,
-                 plan.stride, false);
+    multiply(tile.narrowed, tile.queries, 1, plan.stride, tile.dy_packed, HD, t, C, dprojection, C, !first);
+    multiply(tile.narrowed, tile.dy, plan.row, 1, shared.projection_back + local * packed_size(C, HD), t, C, HD,
+             tile.dqueries, plan.stride, false);
     for (int64_t i = 0; i < t; ++i) {
       for (int64_t at = i * plan.stride, h = 0; h < args.in.heads; ++h, at += args.in.D) {
         row_softmax_backward(tile.queries + at, tile.dqueries + at, args.in.D, 1.0f);
       }
     }
     if (plan.block) {
-      deep_product(tile.dqueries, plan.stride, 1, shared.weights.q_back, t, HD, C, args.dx + position, C, false);
-      product(tile.dqueries, 1, plan.stride, tile.values, HD, t, C, shared.sums.qk + item * shared.sums.qk_size, C,
-              true);
+      multiply(tile.narrowed, tile.dqueries, plan.stride, 1, shared.weights.q_back, t, HD, C, args.dx + position, C,
+               false);
+      multiply(tile.narrowed, tile.dqueries, 1, plan.stride, tile.values, HD, t, C,
+               shared.sums.qk + item * shared.sums.qk_size, C, true);
     } else {
       write_part(plan, tile.dqueries, sample, n, t, 0, args.dqkv);
     }
@@ -169,23 +171,23 @@ inline void keys_pass(const Plan& plan, const LinearAttentionBackward& args, con
     make_projected(plan, tile, sample, n, t, 1, shared.weights.k, tile.queries);
     for (int64_t p = 0; p < plan.parts; ++p) {
       const float* values = plan.block ? tile.normed : args.in.qkv + position * 3 * HD + 2 * HD + p * D;
-      deep_product(values, plan.block ? plan.row : 3 * HD, 1, dsums_back + p * packed_size(V, width), t, V, width,
-                   tile.dqueries + p * width, plan.stride, false);
+      multiply(tile.narrowed, values, plan.block ? plan.row : 3 * HD, 1, dsums_back + p * packed_size(V, width), t, V,
+               width, tile.dqueries + p * width, plan.stride, false);
     }
     keys_backward(plan, tile, args.statistics + sample * 2 * HD, shared.delta + local * round_up(HD, 16), t);
     if (!plan.block) {
       write_part(plan, tile.dqueries, sample, n, t, 1, args.dqkv);
       for (int64_t p = 0; p < plan.parts; ++p) {
-        deep_product(tile.queries + p * width, plan.stride, 1, dsums + p * packed_size(width, V), t, width, V,
-                     args.dqkv + position * 3 * HD + 2 * HD + p * D, 3 * HD, false);
+        multiply(tile.narrowed, tile.queries + p * width, plan.stride, 1, dsums + p * packed_size(width, V), t, width,
+                 V, args.dqkv + position * 3 * HD + 2 * HD + p * D, 3 * HD, false);
       }
       return;
     }
     float* dx = args.dx + position * C;
-    deep_product(tile.queries, plan.stride, 1, dsums, t, HD, C, dx, C, true);
-    deep_product(tile.dqueries, plan.stride, 1, shared.weights.k_back, t, HD, C, dx, C, true);
-    product(tile.dqueries, 1, plan.stride, tile.values, HD, t, C, shared.sums.qk + item * shared.sums.qk_size + HD * C,
-            C, true);
+    multiply(tile.narrowed, tile.queries, plan.stride, 1, dsums, t, HD, C, dx, C, true);
+    multiply(tile.narrowed, tile.dqueries, plan.stride, 1, shared.weights.k_back, t, HD, C, dx, C, true);
+    multiply(tile.narrowed, tile.dqueries, 1, plan.stride, tile.values, HD, t, C,
+             shared.sums.qk + item * shared.sums.qk_size + HD * C, C, true);
     for (int64_t i = 0; i < t; ++i) {
       row_norm_backward(dx + i * C, tile.normed + i * plan.row, tile.norm()[i], C, dx + i * C);
     }
@@ -216,6 +218,9 @@ inline void projection_again(const Plan& plan, const LinearAttentionBackward& ar
   make_projection(plan, shared.weights, context, scratch.projection);
   pack_rows(scratch.projection, C, HD, C, shared.projection + local * packed_size(HD, C));
   pack_columns(scratch.projection, C, C, HD, shared.projection_back + local * packed_size(C, HD));
+  if (!plan.in.narrow) return;
+  narrow_panels(shared.projection + local * packed_size(HD, C), HD, C);
+  narrow_panels(shared.projection_back + local * packed_size(C, HD), C, HD);
 }
 
 // The memory's part of δ of one head, and the gradient of its keys and values, added to (2, M, channels).
@@ -276,6 +281,9 @@ inline void sample_backward(const Plan& plan, const LinearAttentionBackward& arg
     const int64_t part = local * plan.parts + p;
     pack_rows(dsums, V, plan.width, V, shared.dsums + part * packed_size(plan.width, V));
     pack_columns(dsums, V, V, plan.width, shared.dsums_back + part * packed_size(V, plan.width));
+    if (!plan.in.narrow) continue;
+    narrow_panels(shared.dsums + part * packed_size(plan.width, V), plan.width, V);
+    narrow_panels(shared.dsums_back + part * packed_size(V, plan.width), V, plan.width);
   }
 }
 

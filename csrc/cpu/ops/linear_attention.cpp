@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
+#include "cpu/runtime/narrow.h"
 #include "ops.h"
 
 namespace ddpm_fast::cpu {
@@ -46,7 +47,8 @@ struct Call {
           .mem_kv = mem_kv.const_data_ptr<float>(),
           .weight = weight.const_data_ptr<float>(),
           .bias = bias.const_data_ptr<float>(),
-          .gain = gain.const_data_ptr<float>()};
+          .gain = gain.const_data_ptr<float>(),
+          .narrow = multiplies_narrowly(given)};
   }
 
   void set_input_product(const Tensor& input_gain, const Tensor& qkv_weight) {

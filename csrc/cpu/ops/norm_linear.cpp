@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
+#include "cpu/runtime/narrow.h"
 #include "ops.h"
 
 namespace ddpm_fast::cpu {
@@ -144,7 +145,8 @@ Tensor linear(const Tensor& x, const OptionalTensor& skip, const Tensor& weight,
                             .weight = matrix.const_data_ptr<float>(),
                             .bias = data_or_null(row),
                             .residual = data_or_null(added),
-                            .out = out.data_ptr<float>()});
+                            .out = out.data_ptr<float>(),
+                            .narrow = multiplies_narrowly(x)});
   return as_type(out, x.scalar_type());
 }
 
@@ -167,7 +169,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, c
                                   .rows = parts.rows,
                                   .K = K,
                                   .dinput = {mutable_data_or_null(dx), mutable_data_or_null(dskip)},
-                                  .channels = {parts.channels[0], parts.channels[1]}});
+                                  .channels = {parts.channels[0], parts.channels[1]},
+                                  .narrow = multiplies_narrowly(x)});
   if (needs_weight) dweight = sums_like(weight, parts.rows);
   if (needs_bias && bias.has_value()) dbias = sums_like(*bias, parts.rows);
   const LinearWeightGradient weights{.grad = gradient.const_data_ptr<float>(),

@@ -9,6 +9,7 @@
 #include "conv3x3_weight.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
+#include "cpu/runtime/narrow.h"
 #include "dropout.h"
 #include "ops.h"
 
@@ -162,7 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preactivation_block(
                               .K = K,
                               .weight = block.res_weight.const_data_ptr<float>(),
                               .bias = data_or_null(rb),
-                              .out = out.data_ptr<float>()});
+                              .out = out.data_ptr<float>(),
+                              .narrow = multiplies_narrowly(x)});
   }
   Conv3x3Forward second = block.convolution(h_data, K, forward_weight(block.weight2), out.data_ptr<float>(), K);
   second.bias = data_or_null(b2);
@@ -249,7 +251,8 @@ std::vector<Tensor> preactivation_block_backward(
                                       .rows = pixels,
                                       .K = K,
                                       .dinput = {dx_data, dskip_data},
-                                      .channels = {block.channels[0], block.channels[1]}});
+                                      .channels = {block.channels[0], block.channels[1]},
+                                      .narrow = multiplies_narrowly(x)});
     }
   }
   kernels().joined_norm.backward({.in = block.norm1(),

@@ -9,6 +9,7 @@
 #include "conv3x3_weight.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
+#include "cpu/runtime/narrow.h"
 #include "dropout.h"
 #include "ops.h"
 
@@ -252,7 +253,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> resnet_block(
                                 .K = K,
                                 .weight = images.res_weight.const_data_ptr<float>(),
                                 .bias = data_or_null(rb),
-                                .out = to});
+                                .out = to,
+                                .narrow = multiplies_narrowly(x)});
       residual = to;
     }
 
@@ -368,7 +370,8 @@ std::vector<Tensor> resnet_block_backward(const Tensor& grad, const Tensor& x, c
                                       .rows = B * H * W,
                                       .K = K,
                                       .dinput = {dx_data, dskip_data},
-                                      .channels = {block.channels[0], block.channels[1]}});
+                                      .channels = {block.channels[0], block.channels[1]},
+                                      .narrow = multiplies_narrowly(x)});
     }
     const float* dx_residual = block.res_weight.defined() ? dx_data : g.const_data_ptr<float>();
     kernels().conv3x3.forward(

@@ -5,7 +5,7 @@
 
 namespace ddpm_fast {
 
-extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels;
+extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
 
 namespace {
 
@@ -27,6 +27,14 @@ bool has_avx512() {
 #endif
 }
 
+bool has_avx512_bf16() {
+#if defined(DDPM_FAST_AVX512_BF16)
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 const Kernels* table_of(const char* name) {
   if (std::strcmp(name, "portable") == 0) return &kPortableKernels;
 #if defined(DDPM_FAST_AVX2)
@@ -37,11 +45,17 @@ const Kernels* table_of(const char* name) {
 #elif defined(DDPM_FAST_AVX512)
   if (std::strcmp(name, "avx512") == 0 && has_avx512()) return &kAvx512Kernels;
 #endif
+#if defined(DDPM_FAST_AVX512_BF16)
+  if (std::strcmp(name, "avx512_bf16") == 0 && has_avx512_bf16()) return &kAvx512Bf16Kernels;
+#endif
   return nullptr;
 }
 
 const Kernels*& chosen() {
-  static const Kernels* table = table_of(has_avx512() ? "avx512" : has_avx2() ? "avx2" : "portable");
+  static const Kernels* table = table_of(has_avx512_bf16() ? "avx512_bf16"
+                                         : has_avx512()    ? "avx512"
+                                         : has_avx2()      ? "avx2"
+                                                           : "portable");
   return table;
 }
 

@@ -1,4 +1,4 @@
-// The kernels for x86-64 with AVX-512 (F, BW, CD, DQ, VL).
+// The kernels for x86-64 with AVX-512 (F, BW, CD, DQ, VL), and the same with the products of AVX512_BF16.
 #include "targets.h"
 #if defined(DDPM_FAST_AVX512)
 // The standard headers of philox.h come before the target pragma: the linker may keep these functions for all targets.
@@ -22,6 +22,9 @@
 #endif
 #define DDPM_FAST_ISA avx512
 #define DDPM_FAST_LANES 16
+#if defined(DDPM_FAST_AVX512_BF16)
+#define DDPM_FAST_BFLOAT16
+#endif
 #include "cpu/kernels/kernels-inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -30,5 +33,9 @@
 namespace ddpm_fast {
 extern const Kernels kAvx512Kernels;
 constinit const Kernels kAvx512Kernels = avx512::make_kernels("avx512");
+#if defined(DDPM_FAST_AVX512_BF16)
+extern const Kernels kAvx512Bf16Kernels;
+constinit const Kernels kAvx512Bf16Kernels = avx512::make_kernels("avx512_bf16", true);
+#endif
 }  // namespace ddpm_fast
 #endif

@@ -11,4 +11,7 @@
      defined(__AVX512VL__))
 #define DDPM_FAST_AVX512
 #endif
+#if defined(DDPM_FAST_AVX512) && !defined(DDPM_FAST_EMULATE_AVX512)
+#define DDPM_FAST_AVX512_BF16
+#endif
 #endif

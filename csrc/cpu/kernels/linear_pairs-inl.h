@@ -1,0 +1,93 @@
+// linear-inl.h's products of bfloat16 pairs. A block's rows are rounded by the first of its panels that a thread takes.
+#pragma once
+
+#include "linear-inl.h"
+#include "pairs-inl.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+// R rows of out from row `row` on, one panel of columns.
+template <int R>
+DDPM_FAST_NOINLINE void linear_pair_tile(const LinearForward& p, const uint32_t* a, int64_t stride, int64_t row,
+                                         int64_t column, const float* panel) {
+  const int64_t columns = min<int64_t>(kPanel, p.K - column);
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t at = (row + r) * p.K + column;
+    prefetch_to_write(p.out + at, columns);
+    if (p.residual != nullptr) prefetch(p.residual + at, columns);
+  }
+  const Pile none{nullptr, true};
+  LinearOut out{p, row, column, none};
+  pair_sums<R>(a, stride, 1, panel, pairs_of(p.channels[0] + p.channels[1])).write(out);
+}
+
+template <int R = kRows>
+DDPM_FAST_INLINE void linear_pair_tile_of(int64_t rows, const LinearForward& p, const uint32_t* a, int64_t stride,
+                                          int64_t row, int64_t column, const float* panel) {
+  if constexpr (R > 0) {
+    if (rows == R) return linear_pair_tile<R>(p, a, stride, row, column, panel);
+    linear_pair_tile_of<R - 1>(rows, p, a, stride, row, column, panel);
+  }
+}
+
+// The second map's terms follow the first map's, so these are whole pairs.
+inline void linear_forward_by_pairs(const LinearForward& p) {
+  const int64_t C = p.channels[0] + p.channels[1];
+  if (p.rows * p.K == 0) return;
+  float* packed = thread_scratch(kPackedSlot, packed_size(C, p.K));
+  parallel(panels(p.K), task_grain(C * kPanel * 16), [&](int64_t begin, int64_t end) {
+    pack_transposed(p.weight, C, p.gain, C, p.K, begin, end, packed);
+    narrow_panels(packed + begin * C * kPanel, C, (end - begin) * kPanel);
+  });
+  const int64_t block = even_block_rows(p.rows, max<int64_t>(C, 1)), blocks = ceil_div(p.rows, block);
+  const int64_t stride = padded(narrowed_row(p.channels[0]) + narrowed_row(p.channels[1]));
+  over_blocks(blocks, panels(p.K), min(block, p.rows) * C * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
+    const int64_t first = b * block, count = min(block, p.rows - first), groups = ceil_div(count, kRows);
+    uint32_t* a = reinterpret_cast<uint32_t*>(thread_scratch(kRowsSlot, block * stride));
+    for (int part = 0; fresh && part < 2; ++part) {
+      const int64_t channels = p.channels[part];
+      narrow_rows(p.input[part] + first * channels, channels, count, channels, a + (part ? p.channels[0] / 2 : 0),
+                  stride);
+    }
+    for (int64_t g = 0, row = 0; g < groups; ++g) {
+      const int64_t rows = (count - row + groups - g - 1) / (groups - g);
+      linear_pair_tile_of(rows, p, a + row * stride, stride, first + row, panel * kPanel, packed + panel * C * kPanel);
+      row += rows;
+    }
+  });
+}
+
+inline void linear_data_gradient_by_pairs(const LinearDataGradient& p) {
+  const int64_t C = p.channels[0] + p.channels[1], block = even_block_rows(p.rows, max<int64_t>(p.K, 1)),
+                blocks = ceil_div(p.rows, block), stride = padded(narrowed_row(p.K));
+  for (int part = 0; part < 2; ++part) {
+    const int64_t k = p.channels[part];
+    if (p.dinput[part] == nullptr || k == 0) continue;
+    float* packed = thread_scratch(kPackedSlot, packed_size(p.K, k));
+    pack_weight(p.weight, p.K, C, part ? p.channels[0] : 0, k, packed);
+    narrow_panels(packed, p.K, k);
+    over_blocks(blocks, panels(k), min(block, p.rows) * p.K * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
+      const int64_t row = b * block, rows = min(block, p.rows - row);
+      uint32_t* a = reinterpret_cast<uint32_t*>(thread_scratch(kRowsSlot, block * stride));
+      if (fresh) narrow_rows(p.grad + row * p.K, p.K, rows, p.K, a, stride);
+      pair_product_panel(a, stride, 1, packed + panel * p.K * kPanel, rows, pairs_of(p.K),
+                         p.dinput[part] + row * k + panel * kPanel, k, min<int64_t>(kPanel, k - panel * kPanel), p.add);
+    });
+  }
+}
+
+inline void any_linear_forward(const LinearForward& p) {
+  if constexpr (kHasPairs) {
+    if (p.narrow && p.channels[0] % 2 == 0) return linear_forward_by_pairs(p);
+  }
+  linear_forward(p);
+}
+
+inline void any_linear_data_gradient(const LinearDataGradient& p) {
+  if constexpr (kHasPairs) {
+    if (p.narrow) return linear_data_gradient_by_pairs(p);
+  }
+  linear_data_gradient(p);
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA
