@@ -6,28 +6,11 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// R rows of out from row `row` on, one panel of columns.
-template <int R>
-DDPM_FAST_NOINLINE void linear_pair_tile(const LinearForward& p, const uint32_t* a, int64_t stride, int64_t row,
-                                         int64_t column, const float* panel) {
-  const int64_t columns = min<int64_t>(kPanel, p.K - column);
-  for (int64_t r = 0; r < R; ++r) {
-    const int64_t at = (row + r) * p.K + column;
-    prefetch_to_write(p.out + at, columns);
-    if (p.residual != nullptr) prefetch(p.residual + at, columns);
-  }
+// `rows` rows of out from row `row` on, one panel of columns, from their sums (rows, kPanel).
+inline void finish_linear_rows(const LinearForward& p, const float* sums, int64_t rows, int64_t row, int64_t column) {
   const Pile none{nullptr, true};
   LinearOut out{p, row, column, none};
-  pair_sums<R>(a, stride, 1, panel, pairs_of(p.channels[0] + p.channels[1])).write(out);
-}
-
-template <int R = kRows>
-DDPM_FAST_INLINE void linear_pair_tile_of(int64_t rows, const LinearForward& p, const uint32_t* a, int64_t stride,
-                                          int64_t row, int64_t column, const float* panel) {
-  if constexpr (R > 0) {
-    if (rows == R) return linear_pair_tile<R>(p, a, stride, row, column, panel);
-    linear_pair_tile_of<R - 1>(rows, p, a, stride, row, column, panel);
-  }
+  for (int r = 0; r < rows; ++r) out(r, load(sums + r * kPanel), load(sums + r * kPanel + kLanes));
 }
 
 // The second map's terms follow the first map's, so these are whole pairs.
@@ -51,7 +34,17 @@ inline void linear_forward_by_pairs(const LinearForward& p) {
     }
     for (int64_t g = 0, row = 0; g < groups; ++g) {
       const int64_t rows = (count - row + groups - g - 1) / (groups - g);
-      linear_pair_tile_of(rows, p, a + row * stride, stride, first + row, panel * kPanel, packed + panel * C * kPanel);
+      const int64_t columns = min<int64_t>(kPanel, p.K - panel * kPanel);
+      for (int64_t r = first + row; r < first + row + rows; ++r) {
+        const int64_t at = r * p.K + panel * kPanel;
+        prefetch_to_write(p.out + at, columns);
+        if (p.residual != nullptr) prefetch(p.residual + at, columns);
+      }
+      // A tile with the epilogue in it is 14 KB of code, for each number of rows.
+      alignas(64) float sums[kRows * kPanel];
+      pair_tile_of(rows, a + row * stride, stride, 1, packed + panel * C * kPanel, pairs_of(C), sums, kPanel, kPanel,
+                   false);
+      finish_linear_rows(p, sums, rows, first + row, panel * kPanel);
       row += rows;
     }
   });
