@@ -8,11 +8,10 @@
 // All transforms vectorise over channels. Two orders of work, chosen by sizes alone:
 // - by tiles: the taps are transformed first; each thread takes groups of tiles whose V and M stay in its second-level
 //   cache through all steps. For large maps.
-// - by panels: V of all tiles first, then panel by panel of output channels, whose taps are transformed on the way,
-// block
-//   by block: the weights are read once and their transform, four times their size, never leaves the cache. For fewer
-//   tiles with more channels: the weights are most of the memory traffic. Each thread takes tiles, or of very few tiles
-//   panels.
+// - by panels: V of all tiles first, then panel by panel of output channels. Their taps are transformed on the way,
+//   block by block: the weights are read once and their transform, four times their size, never leaves the cache. For
+//   fewer tiles with more channels: the weights are most of the memory traffic. Each thread takes tiles, or of very few
+//   tiles panels.
 // conv3x3_forward-inl.h chooses, or takes conv3x3_direct-inl.h for the smallest maps.
 #pragma once
 

@@ -6,13 +6,6 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// `rows` rows of out from row `row` on, one panel of columns, from their sums (rows, kPanel).
-inline void finish_linear_rows(const LinearForward& p, const float* sums, int64_t rows, int64_t row, int64_t column) {
-  const Pile none{nullptr, true};
-  LinearOut out{p, row, column, none};
-  for (int r = 0; r < rows; ++r) out(r, load(sums + r * kPanel), load(sums + r * kPanel + kLanes));
-}
-
 // The second map's terms follow the first map's, so these are whole pairs.
 inline void linear_forward_by_pairs(const LinearForward& p) {
   const int64_t C = p.channels[0] + p.channels[1];
@@ -40,11 +33,9 @@ inline void linear_forward_by_pairs(const LinearForward& p) {
         prefetch_to_write(p.out + at, columns);
         if (p.residual != nullptr) prefetch(p.residual + at, columns);
       }
-      // A tile with the epilogue in it is 14 KB of code, for each number of rows.
-      alignas(64) float sums[kRows * kPanel];
-      pair_tile_of(rows, a + row * stride, stride, 1, packed + panel * C * kPanel, pairs_of(C), sums, kPanel, kPanel,
-                   false);
-      finish_linear_rows(p, sums, rows, first + row, panel * kPanel);
+      const Pile none{nullptr, true};
+      LinearOut out{p, first + row, panel * kPanel, none};
+      pair_rows(rows, a + row * stride, stride, 1, packed + panel * C * kPanel, pairs_of(C), out);
       row += rows;
     }
   });

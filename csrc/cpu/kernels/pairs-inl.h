@@ -129,20 +129,44 @@ DDPM_FAST_INLINE PairSums<R> pair_sums(const uint32_t* a, int64_t row, int64_t s
   return sums;
 }
 
+// Stores rows of a product of a whole panel, or adds them to C.
+struct StorePanel {
+  float* c;
+  int64_t stride;
+  bool add;
+
+  DDPM_FAST_INLINE void operator()(int m, vf left, vf right) {
+    float* to = c + m * stride;
+    store(to, add ? left + load(to) : left);
+    store(to + kLanes, add ? right + load(to + kLanes) : right);
+  }
+};
+
 template <int R>
 DDPM_FAST_NOINLINE void pair_tile(const uint32_t* a, int64_t row, int64_t step, const float* panel, int64_t pairs,
-                                  float* c, int64_t stride, int64_t columns, bool add) {
-  Store out{c, stride, columns, add};
-  pair_sums<R>(a, row, step, panel, pairs).write(out);
+                                  float* c, int64_t stride, bool add) {
+  PairSums<R> sums = pair_sums<R>(a, row, step, panel, pairs);
+  StorePanel out{c, stride, add};
+  sums.write(out);
 }
 
 template <int R = kRows>
 DDPM_FAST_INLINE void pair_tile_of(int64_t rows, const uint32_t* a, int64_t row, int64_t step, const float* panel,
-                                   int64_t pairs, float* c, int64_t stride, int64_t columns, bool add) {
+                                   int64_t pairs, float* c, int64_t stride, bool add) {
   if constexpr (R > 0) {
-    if (rows == R) return pair_tile<R>(a, row, step, panel, pairs, c, stride, columns, add);
-    pair_tile_of<R - 1>(rows, a, row, step, panel, pairs, c, stride, columns, add);
+    if (rows == R) return pair_tile<R>(a, row, step, panel, pairs, c, stride, add);
+    pair_tile_of<R - 1>(rows, a, row, step, panel, pairs, c, stride, add);
   }
+}
+
+// `rows` rows of a product with one panel, each handed to out(m, left, right). An epilogue in the tiles would be 14
+// copies of itself, and up to 20 KB in each of 14 tiles.
+template <typename Out>
+DDPM_FAST_INLINE void pair_rows(int64_t rows, const uint32_t* a, int64_t row, int64_t step, const float* panel,
+                                int64_t pairs, Out& out) {
+  alignas(64) float sums[kRows * kPanel];
+  pair_tile_of(rows, a, row, step, panel, pairs, sums, kPanel, false);
+  for (int m = 0; m < rows; ++m) out(m, load(sums + m * kPanel), load(sums + m * kPanel + kLanes));
 }
 
 // `product_panel` of pairs.
@@ -151,7 +175,12 @@ inline void pair_product_panel(const uint32_t* a, int64_t row, int64_t step, con
   const int64_t groups = ceil_div(M, kRows);
   for (int64_t g = 0, m = 0; g < groups; ++g) {
     const int64_t rows = (M - m + groups - g - 1) / (groups - g);
-    pair_tile_of(rows, a + m * row, row, step, panel, pairs, c + m * stride, stride, columns, add);
+    if (columns == kPanel) {
+      pair_tile_of(rows, a + m * row, row, step, panel, pairs, c + m * stride, stride, add);
+    } else {
+      Store out{c + m * stride, stride, columns, add};
+      pair_rows(rows, a + m * row, row, step, panel, pairs, out);
+    }
     m += rows;
   }
 }
