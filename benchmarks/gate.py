@@ -53,6 +53,7 @@ class Kind:
     exact: bool = True
     step: int | None = None  # a bound stays below the next multiple of this
     untabled: float | None = None  # each version of the tool has its table; the most under one that has none
+    is_ratio: bool = False  # a bound has two decimals
 
     @property
     def by_version(self) -> bool:
@@ -65,7 +66,7 @@ KINDS = {
     "registers": Kind("triton", step=8, untabled=255),
     "cuda registers": Kind("nvcc", step=8),
     # Operators and bytes of an accelerated network over those of the network as it is.
-    "accelerated": Kind("torch"),
+    "accelerated": Kind("torch", is_ratio=True),
     # Counts of cuda_model, exact: one launch or one compiled kernel more is a failure.
     "launches": Kind("torch", slack=1.0),
     "cold start": Kind("triton", slack=1.0),
@@ -108,6 +109,8 @@ def new_bound(kind: str, measured: float) -> float:
     rule = KINDS[kind]
     if not rule.exact:
         return round(measured * rule.slack, 4)
+    if rule.is_ratio:
+        return math.ceil(100 * measured) / 100
     bound = math.floor(measured * rule.slack)
     return bound if rule.step is None else min(bound, math.ceil(measured / rule.step) * rule.step)
 

@@ -93,6 +93,7 @@ def test_a_bound_is_at_most_five_percent_above_what_was_measured():
             assert rule.step is None or bound <= -(-measured // rule.step) * rule.step
     assert regression_gate.new_bound("registers", 56) == 56
     assert regression_gate.new_bound("registers", 60) == 63
+    assert regression_gate.new_bound("accelerated", 0.4924) == 0.5
 
 
 def test_tightening_lowers_and_adds_and_never_raises(here):
