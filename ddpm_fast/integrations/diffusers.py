@@ -141,8 +141,10 @@ def _resnet(module: Any, x: torch.Tensor, temb: torch.Tensor | None, skip: torch
     (x,) = to_autocast_dtype(channels_last(x))
     if skip is not None:
         (options["skip"],) = to_autocast_dtype(channels_last(skip))
+    bias1 = parameter(modules["conv1"], "bias")
     if temb is not None:
-        rows = _projected(module, temb)
+        rows, with_bias = _projected(module, temb)
+        bias1 = None if with_bias else bias1
         if rows.shape[0] != x.shape[0]:
             rows = rows.expand(x.shape[0], -1)
         if module.time_embedding_norm == "scale_shift":
@@ -158,7 +160,7 @@ def _resnet(module: Any, x: torch.Tensor, temb: torch.Tensor | None, skip: torch
         options["resample"] = "down" if module.upsample is None else "up"
     (norm1, norm2), (conv1, conv2) = [[modules[f"{name}{i}"] for i in (1, 2)] for name in ("norm", "conv")]
     return unchecked_preactivation_block(
-        x, narrow(conv1, "weight"), parameter(conv1, "bias"), parameter(norm1, "weight"), parameter(norm1, "bias"),
+        x, narrow(conv1, "weight"), bias1, parameter(norm1, "weight"), parameter(norm1, "bias"),
         narrow(conv2, "weight"), parameter(conv2, "bias"), parameter(norm2, "weight"), parameter(norm2, "bias"),
         groups1=norm1.num_groups, groups2=norm2.num_groups, eps1=norm1.eps, eps2=norm2.eps,
         output_scale=1 / float(module.output_scale_factor), **options,
@@ -318,17 +320,21 @@ for _path in UP_BLOCKS:
 # The network
 
 
-# Thread → the embedding of the running network, and of each block its projection.
-_projections: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}
+# Thread → the embedding of the running network, of each block its projection, and whether the first convolution's bias
+# is in it.
+_projections: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor], bool]] = {}
 
 
-def _projected(block: Any, temb: torch.Tensor) -> torch.Tensor:
-    """The projection of an embedding, (B, K) or (B, 2K): that which the network has made, or made now."""
+def _projected(block: Any, temb: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The projection of an embedding, (B, K) or (B, 2K): that which the network has made, or made now.
+
+    And whether the bias of the block's first convolution is added to it.
+    """
     if _projections and not torch.compiler.is_compiling():
-        embedding, rows = _projections.get(threading.get_ident(), (None, {}))
+        embedding, rows, with_bias = _projections.get(threading.get_ident(), (None, {}, False))
         if embedding is temb and id(block) in rows:
-            return rows[id(block)]
-    return block.time_emb_proj(temb if block.skip_time_act else F.silu(temb))
+            return rows[id(block)], with_bias
+    return block.time_emb_proj(temb if block.skip_time_act else F.silu(temb)), False
 
 
 @contextlib.contextmanager
@@ -338,9 +344,12 @@ def _projecting(blocks: list[Any], temb: torch.Tensor) -> Iterator[None]:
     before = _projections.get(thread)
     if len(blocks) > 1:
         layers = [block.time_emb_proj for block in blocks]
-        rows = linears_of_one_input(F.silu(temb), layers)
+        biases = [parameter(block._modules["conv1"], "bias") for block in blocks]
+        is_whole = all(bias is not None for bias in biases)
+        with_bias = is_whole and all(block.time_embedding_norm == "default" for block in blocks)
+        rows = linears_of_one_input(F.silu(temb), layers, biases if with_bias else ())
         parts = rows.split([layer.weight.shape[0] for layer in layers], dim=1)
-        _projections[thread] = (temb, {id(block): part for block, part in zip(blocks, parts, strict=True)})
+        _projections[thread] = (temb, {id(block): part for block, part in zip(blocks, parts, strict=True)}, with_bias)
     try:
         yield
     finally:

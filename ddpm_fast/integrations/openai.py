@@ -292,7 +292,7 @@ _Row = tuple[torch.Tensor, torch.Tensor | None, bool]
 def _rows(network: Any, h: torch.Tensor, emb: torch.Tensor) -> dict[nn.Module, _Row]:
     """For each residual block that may be computed without a call of its module, what `_compute` takes.
 
-    One product makes all rows, one sum adds the biases that would follow, and one call draws all seeds.
+    One product makes all rows, to which one sum adds the biases that would follow, and one call draws all seeds.
     """
     sequences = (*network.input_blocks, network.middle_block, *network.output_blocks)
     blocks: list[Any] = [
@@ -305,11 +305,9 @@ def _rows(network: Any, h: torch.Tensor, emb: torch.Tensor) -> dict[nn.Module, _
     if not blocks:
         return {}
     layers = [block._modules["emb_layers"]._modules["1"] for block in blocks]
-    made = linears_of_one_input(nn.functional.silu(emb), layers)
     with_bias = not any(block.use_scale_shift_norm for block in blocks)
-    if with_bias:
-        biases = [parameter(block._modules["in_layers"]._modules["2"], "bias") for block in blocks]
-        made = made + torch.cat(biases).to(made.dtype)
+    biases = [parameter(block._modules["in_layers"]._modules["2"], "bias") for block in blocks] if with_bias else ()
+    made = linears_of_one_input(nn.functional.silu(emb), layers, biases)
     widths = [parameter(layer, "weight").shape[0] for layer in layers]
     seeds: Iterator[torch.Tensor] = iter(())
     if any(_drops(block) for block in blocks):

@@ -92,8 +92,15 @@ def _is_narrow(layer: nn.Module) -> bool:
     return is_instance(layer, nn.Linear) and narrow(layer, "weight") is not parameter(layer, "weight")
 
 
-def linears_of_one_input(x: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
-    """The outputs of linear layers with bias side by side, (B, D) → (B, sum of their out_features), as one product."""
+def linears_of_one_input(
+    x: torch.Tensor, layers: Sequence[nn.Linear], added: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
+    """The outputs of linear layers with bias side by side, (B, D) → (B, sum of their out_features), as one product.
+
+    `added`, if any, are more biases, one for each layer: those of the convolutions whose output each row is added to.
+    """
+    if added:
+        return linears_of_one_input(x, layers) + torch.cat(tuple(added))
     weights = [parameter(layer, "weight") for layer in layers]
     biases = [parameter(layer, "bias") for layer in layers]
     (x,) = to_autocast_dtype(x)

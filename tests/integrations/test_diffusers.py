@@ -271,12 +271,16 @@ def test_projections_of_the_time_are_one_product(name, monkeypatch):
     args = [torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), *([torch.tensor([1, 4])] if unet.class_embedding else [])]
     products = []
     make = family.linears_of_one_input
-    monkeypatch.setattr(
-        family, "linears_of_one_input", lambda x, layers: products.append(len(layers)) or make(x, layers)
-    )
+
+    def product(x, layers, added):
+        products.append((len(layers), len(added)))
+        return make(x, layers, added)
+
+    monkeypatch.setattr(family, "linears_of_one_input", product)
     with torch.no_grad():
         expected = unet(*args).sample
-        assert products == [sum(isinstance(module, ResnetBlock2D) for module in unet.modules())]
+        blocks = sum(isinstance(module, ResnetBlock2D) for module in unet.modules())
+        assert products == [(blocks, blocks if name == "ddpm" else 0)]
         unet.mid_block.forward = unet.mid_block.forward  # somebody may call it again in backward
         torch.testing.assert_close(unet(*args, return_dict=False)[0], expected, rtol=1e-4, atol=1e-5)
     assert len(products) == 1
