@@ -33,7 +33,12 @@ def _memory_format(qkv: torch.Tensor) -> torch.memory_format:
 def _split(qkv: torch.Tensor, mem_kv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q (B, heads, N, D), and k and v (B, heads, M + N, D) with the memory in front."""
     B, _, h, w = qkv.shape
-    q, k, v = qkv.reshape(B, 3, heads, mem_kv.shape[3], h * w).transpose(-1, -2).unbind(1)
+    D = mem_kv.shape[3]
+    if _memory_format(qkv) is torch.channels_last:  # in backward one copy puts the three gradients side by side
+        parts = qkv.permute(0, 2, 3, 1).reshape(B, h * w, 3, heads, D).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in parts)
+    else:
+        q, k, v = qkv.reshape(B, 3, heads, D, h * w).transpose(-1, -2).unbind(1)
     if mem_kv.shape[2] == 0 and not mem_kv.requires_grad:
         return q, k, v
     mem_k, mem_v = mem_kv.to(qkv.dtype)[:, None].expand(-1, B, -1, -1, -1)  # (B, heads, M, D)

@@ -6,7 +6,7 @@ import torch
 
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.ops.norm_linear.op import linear, linear_residual, norm_linear, norm_linear_beside
-from ddpm_fast.ops.norm_silu.op import group_norm_silu
+from ddpm_fast.ops.norm_silu.op import group_norm_silu_beside
 from ddpm_fast.runtime.autocast import no_autocast
 
 
@@ -53,7 +53,7 @@ def group_norm_attention_block(
     with no_autocast(x.device.type):
         normed = x
         if gain is not None and offset is not None:
-            normed = group_norm_silu(x, gain, offset, groups=groups, eps=eps, activation=False)
+            normed, x = group_norm_silu_beside(x, gain, offset, groups=groups, eps=eps, activation=False)
         D = weight.shape[1] // heads
         weight_qkv = as_3hd(weight_qkv, heads, D, order).reshape(*weight_qkv.shape[:2], 1, 1)
         qkv = linear(normed, weight_qkv, None if bias_qkv is None else as_3hd(bias_qkv, heads, D, order))

@@ -92,10 +92,10 @@ _gradients_of_both = Operator(
     fake=_fake_gradients_of_both,
     triton=f"{__package__}.triton",
 )
-# The backward of GroupNorm with SiLU whose input is also read beside it, see `group_norm_silu_beside`.
+# The backward of GroupNorm whose input is also read beside it, see `group_norm_silu_beside`.
 _gradients_beside = Operator(
     "norm_silu_backward_beside",
-    "Tensor grad, Tensor x, Tensor statistics, Tensor gain, Tensor offset, Tensor added, int groups",
+    "Tensor grad, Tensor x, Tensor statistics, Tensor gain, Tensor offset, Tensor added, int groups, bool activation",
     returns="dx, dgain, doffset",
     fake=lambda x, gain, offset, **_: tuple(
         [torch.empty_like(x), *(torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (gain, offset))]
@@ -203,12 +203,12 @@ def group_norm_silu(
 
 
 def group_norm_silu_beside(
-    x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, *, groups: int, eps: float
+    x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, *, groups: int, eps: float, activation: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """SiLU(GroupNorm(x)), and x for what else reads it: with Triton its gradient joins the norm's in one pass."""
+    """`group_norm_silu`, and x for what else reads it: with Triton its gradient joins the norm's in one pass."""
     if _is_beside(x, gain, offset, groups, eps):
-        return _NormBeside.apply(x, gain, offset, groups, eps)
-    return group_norm_silu(x, gain, offset, groups=groups, eps=eps), x
+        return _NormBeside.apply(x, gain, offset, groups, eps, activation)
+    return group_norm_silu(x, gain, offset, groups=groups, eps=eps, activation=activation), x
 
 
 def _is_beside(x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, groups: int, eps: float) -> bool:
@@ -355,12 +355,12 @@ class _NormBeside(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, groups: int, eps: float
+        ctx: Any, x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, groups: int, eps: float, activation: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = (gain, offset, None, None, None)
-        out, statistics = _norm_silu.triton(x, *rows, None, None, groups, eps, True, 0.0)
+        out, statistics = _norm_silu.triton(x, *rows, None, None, groups, eps, activation, 0.0)
         ctx.save_for_backward(x, statistics, gain, offset)
-        ctx.groups = groups
+        ctx.groups, ctx.activation = groups, activation
         ctx.set_materialize_grads(False)
         return out, x.view_as(x)
 
@@ -368,10 +368,11 @@ class _NormBeside(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, added: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return added, None, None, None, None
+            return added, None, None, None, None, None
         x, statistics, gain, offset = ctx.saved_tensors
         added = torch.zeros_like(x) if added is None else added
-        return *_gradients_beside.triton(grad, x, statistics, gain, offset, added, ctx.groups), None, None
+        kept = (x, statistics, gain, offset)
+        return *_gradients_beside.triton(grad, *kept, added, ctx.groups, ctx.activation), None, None, None
 
 
 class _LastNorm(torch.autograd.Function):

@@ -725,10 +725,11 @@ def norm_silu_backward_beside(
     offset: torch.Tensor,
     added: torch.Tensor,  # (B, C, H, W)
     groups: int,
+    activation: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of GroupNorm with SiLU: the gradient of x with `added` added to it, and those of gain and offset."""
+    """Of GroupNorm: the gradient of x with `added` added to it, and those of gain and offset."""
     rows = _Rows(gain, offset, None, None, None)
-    dx, sums = _gradient_of_map(grad, x, statistics, rows, None, groups, True, 0.0, added)
+    dx, sums = _gradient_of_map(grad, x, statistics, rows, None, groups, activation, 0.0, added)
     gradients = [_empty_row(row) for row in (gain, offset, None, None, None)]
     _finish_rows(x, sums, rows, gradients)
     return dx, gradients[0], gradients[1]  # type: ignore[return-value]

@@ -15,7 +15,7 @@ from ddpm_fast import Unet
 from ddpm_fast.models import stock
 from ddpm_fast.ops.norm_silu import op, reference
 from ddpm_fast.ops.norm_silu import triton as kernel
-from ddpm_fast.ops.norm_silu.op import first_norm_silu, last_norm_silu
+from ddpm_fast.ops.norm_silu.op import first_norm_silu, group_norm_silu_beside, last_norm_silu
 from ddpm_fast.runtime import dispatch, triton_launch
 from ddpm_fast.runtime.dispatch import use_backend
 from ddpm_fast.testing.norm_silu_cases import (
@@ -27,7 +27,7 @@ from ddpm_fast.testing.norm_silu_cases import (
     make,
     run,
 )
-from ddpm_fast.testing.truth import exact_convolutions
+from ddpm_fast.testing.truth import assert_close_to_truth, exact_convolutions
 
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 SMALL = (3, 24, 4, 5, 4)
@@ -496,6 +496,26 @@ def test_refuses_rows_that_registers_do_not_hold():
     x, gain = torch.zeros(1, 8193, 1, 1, device=DEVICE), torch.zeros(8193, device=DEVICE)
     with use_backend("triton"), pytest.raises(RuntimeError, match="x has 8193 channels, and a program of the RMSNorm"):
         NORMS["rms"](x, gain)
+
+
+@pytest.mark.parametrize("activation", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_of_another_reader_is_added(layout, activation):
+    """Output, and every gradient of a function of both outputs, in one backward pass of the norm."""
+
+    def gradients(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in tensors.items()}
+        with use_backend(backend):
+            out, x = group_norm_silu_beside(**leaves, **others, eps=1e-5, activation=activation)
+        assert (x is leaves["x"]) == (backend == "reference")
+        (out.sin() * x.cos()).sum().backward()
+        return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
+
+    tensors, others = make("group", (3, 24, 5, 6, 4), "plain", layout, DEVICE)
+    actual, expected = gradients("triton", torch.float32), gradients("reference", torch.float32)
+    truth = gradients("reference", torch.float64)
+    for name, value in truth.items():
+        assert_close_to_truth(actual[name], expected[name], value, name=name, floor=16)
 
 
 def test_triton_is_preferred_where_it_runs():
