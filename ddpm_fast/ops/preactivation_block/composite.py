@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.ops.conv3x3.op import conv3x3
-from ddpm_fast.ops.norm_linear.op import linear
+from ddpm_fast.ops.norm_linear.op import linear, linear_residual
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, group_norm_silu_beside
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.autocast import no_autocast
@@ -45,8 +45,9 @@ def preactivation_block(
         x = x if skip is None else torch.cat((x, skip.to(x.dtype)), dim=1)
         h, x = group_norm_silu_beside(x, gain1, offset1, groups=groups1, eps=eps1)
         up = resample == "up"
+        by_triton = triton_launch.why_not_triton(x.device) is None
         y = conv3x3(h if up else _resampled(h, resample), weight1, upsampled=up)
-        if embedding is not None and triton_launch.why_not_triton(x.device) is not None:
+        if embedding is not None and not by_triton:
             y, embedding = y + embedding.to(y.dtype)[:, :, None, None], None
         options: dict[str, Any] = {
             "bias": _added(bias1, embedding),
@@ -56,8 +57,10 @@ def preactivation_block(
             "seed": seed,
         }
         h = group_norm_silu(y, gain2, offset2, groups=groups2, eps=eps2, **options)
-        residual = _residual(x, res_weight, res_bias, resample)
-        out = conv3x3(h, weight2, bias2, residual=residual)
+        if by_triton and not up and res_weight is not None and res_weight.shape[2] == 1 and res_bias is not None:
+            out = linear_residual(_resampled(x, resample), res_weight, res_bias, conv3x3(h, weight2, bias2))
+        else:
+            out = conv3x3(h, weight2, bias2, residual=_residual(x, res_weight, res_bias, resample))
         return out if output_scale == 1.0 else out * output_scale
 
 

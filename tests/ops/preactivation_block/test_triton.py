@@ -25,6 +25,7 @@ DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
         {"biases": False},
         {"embedding": False, "scaled": True, "dropout_p": 0.25},
         {"resample": "up", "output_scale": 0.5},
+        {"resample": "down"},
         {"resample": "down", "window": 3},
     ],
     ids=str,
@@ -40,6 +41,7 @@ def test_half_types(dtype):
     with watch_choices() as choices:
         out = preactivation_block(**tensors, **others)
     assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
-    assert {implementation for op, implementation, _ in choices if op == "group_norm_silu"} == {"triton"}
+    for name in ("group_norm_silu", "linear_residual"):
+        assert {implementation for op, implementation, _ in choices if op == name} == {"triton"}
     wide = {name: tensor.float() for name, tensor in tensors.items()}
     torch.testing.assert_close(out.float(), preactivation_block(**wide, **others), rtol=0.03, atol=0.03)
