@@ -60,7 +60,7 @@ ROWS = [
         "integrations/edm",
     ],
     ["integrations/family"],
-    ["integrations/rules"],
+    ["integrations/rules", "integrations/weights"],
     ["diffusion/openai", "diffusion/processes"],
     [
         "diffusion/learned_gaussian_diffusion",

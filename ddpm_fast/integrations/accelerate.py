@@ -5,7 +5,8 @@
     ddpm_fast.restore(model)
 
 A module of a known class gets, as `__class__`, a subclass of its own class with another forward. Its parameters,
-buffers, names, hooks and state dict are not touched.
+buffers, names, hooks and state dict are not touched; on CUDA the weights of convolutions are laid out as cuDNN reads
+them (weights.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ddpm_fast.integrations.family import (
     why_own_forward,
     why_refused,
 )
+from ddpm_fast.integrations.weights import give_back_weights, lay_out_weights
 from ddpm_fast.models.derived_weights import forget_derived
 from ddpm_fast.models.stock import own_class
 from ddpm_fast.runtime import dispatch
@@ -76,6 +78,7 @@ def accelerate(model: Thing) -> Thing:
         for option in options_for(module):
             if why_refused(module, option) is None:
                 _replace(module, option)
+                lay_out_weights(module)
                 break
     return model
 
@@ -103,6 +106,7 @@ def restore(model: Thing) -> Thing:
         if not is_accelerated(module):
             continue
         forget_derived(module)
+        give_back_weights(module)
         if cls.__dict__.get("_ddpm_fast_own") is not None:
             module.__class__ = cls._ddpm_fast_own
         else:  # a class that torch's parametrizations made for this module alone

@@ -43,6 +43,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.integrations import rules
+from ddpm_fast.integrations.weights import lay_out_weights
 from ddpm_fast.models.stock import calls_every_module, has_own_forward, own_class, stands_for, why_modified
 from ddpm_fast.runtime.dispatch import forced_backend, in_forward_mode, never_refuses
 
@@ -280,6 +281,7 @@ def made_class(own: type, declared: Fast) -> type:
             "__reduce_ex__": _reduce_ex,
             "_ddpm_fast": declared,
             "_ddpm_fast_own": own,
+            "_apply": _apply(own),
             "forward": _forward(own, declared),
         }
         metaclass: Any = type(own)
@@ -300,6 +302,16 @@ def _forward(own: Any, declared: Fast) -> Callable[..., Any]:
         return computes(self, *args, **kwargs)
 
     return forward
+
+
+def _apply(own: Any) -> Callable[..., Any]:
+    @functools.wraps(own._apply)
+    def apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        own._apply(self, *args, **kwargs)  # moves the module to another device
+        lay_out_weights(self)
+        return self
+
+    return apply
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:
