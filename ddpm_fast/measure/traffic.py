@@ -47,13 +47,20 @@ _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 Arguments = dict[str, Any]
 
 
+def _reads_twice(arguments: Arguments) -> bool:
+    """GroupNorm's statistics, and its backward's sums, are a pass of their own where no program holds a whole group."""
+    from ddpm_fast.ops.norm_silu import triton as kernel
+
+    groups, (_, C, H, W) = arguments["groups"], arguments["x"].shape
+    return groups > 0 and kernel.choose_groups(H * W, C, groups) is None
+
+
 def _image_and_gradient(arguments: Arguments) -> list[torch.Tensor]:
-    return [arguments["grad"], arguments["x"]] if arguments["groups"] else []
+    return [arguments["grad"], arguments["x"]] if _reads_twice(arguments) else []
 
 
 SECOND_READS: dict[str, Callable[[Arguments], list[torch.Tensor]]] = {
-    # GroupNorm's statistics are a pass of their own, and so are its backward's sums; RMSNorm (groups = 0) has none.
-    "ddpm_fast::norm_silu": lambda arguments: [arguments["x"]] if arguments["groups"] else [],
+    "ddpm_fast::norm_silu": lambda arguments: [arguments["x"]] if _reads_twice(arguments) else [],
     "ddpm_fast::norm_silu_backward": _image_and_gradient,
     "ddpm_fast::norm_silu_backward_beside": _image_and_gradient,
     # torch's kernels make them in passes of their own as well: ATen/native/cuda/group_norm_kernel.cu.
@@ -154,27 +161,31 @@ def _norm_silu_chunks(arguments: Arguments, dropout: bool) -> int:
     """Chunks of pixels, over the batch, into which ops/norm_silu/triton.py cuts its sums, times channels."""
     from ddpm_fast.ops.norm_silu import triton as kernel
 
-    B, C, H, W = arguments["x"].shape
-    rms = arguments["groups"] == 0
-    tile = kernel.choose_tile(H * W, C, whole_rows=rms, sums=True, dropout=dropout and H * W % 4 == 0)
-    return B * math.ceil(H * W / tile.chunk) * C
+    B, chunks, _, C = kernel.sums_shape(arguments["x"], None, arguments["groups"], dropout=dropout)
+    return B * chunks * C
 
 
 def _norm_silu_scratch(arguments: Arguments) -> int:
     """GroupNorm's mean and Σ (v − mean)² per chunk: the merge reads the means twice, all the rest moves once."""
-    return 4 * (2 + 3) * _norm_silu_chunks(arguments, dropout=False) if arguments["groups"] else 0
+    from ddpm_fast.ops.norm_silu import triton as kernel
+
+    if not _reads_twice(arguments):
+        return 0
+    B, C, H, W = arguments["x"].shape
+    tile = kernel.choose_tile(H * W, C, whole_rows=False, sums=True, dropout=False)
+    return 4 * (2 + 3) * B * math.ceil(H * W / tile.chunk) * C
 
 
 def _norm_silu_backward_scratch(arguments: Arguments) -> int:
     """Σ dy, Σ dy·x̂ and, where there is a bias, Σ dx per chunk, written and read; GroupNorm's means read two again."""
-    sums = 2 if arguments["bias"] is None else 3
-    moved = 2 * sums + (2 if arguments["groups"] else 0)
-    return 4 * moved * _norm_silu_chunks(arguments, dropout=arguments["seed"] is not None)
+    sums = 2 if arguments.get("bias") is None else 3
+    moved = 2 * sums + (2 if _reads_twice(arguments) else 0)
+    return 4 * moved * _norm_silu_chunks(arguments, dropout=arguments.get("seed") is not None)
 
 
 def _norm_silu_backward_of_last_scratch(arguments: Arguments) -> int:
     """GroupNorm's means read two of the returned sums."""
-    return 4 * 2 * _norm_silu_chunks(arguments, dropout=False) if arguments["groups"] else 0
+    return 4 * 2 * _norm_silu_chunks(arguments, dropout=False) if _reads_twice(arguments) else 0
 
 
 def _diffusion_loss_scratch(arguments: Arguments) -> int:
@@ -220,6 +231,7 @@ def _residual_conv_gradients_scratch(arguments: Arguments) -> int:
 SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
     "ddpm_fast::norm_silu": _norm_silu_scratch,
     "ddpm_fast::norm_silu_backward": _norm_silu_backward_scratch,
+    "ddpm_fast::norm_silu_backward_beside": _norm_silu_backward_scratch,
     "ddpm_fast::norm_silu_backward_of_last": _norm_silu_backward_of_last_scratch,
     "ddpm_fast::norm_silu_backward_of_both": _norm_silu_backward_scratch,
     "ddpm_fast::diffusion_loss": _diffusion_loss_scratch,

@@ -156,6 +156,7 @@ def test_partial_sums_of_norm_silu_are_those_of_its_launches(C, size, dropout, g
     names = ["group_moments_kernel", "group_merge_kernel", "group_norm_silu_fwd_kernel"]
     names += ["group_norm_silu_sums_kernel", "group_norm_silu_bwd_kernel", "rms_norm_silu_bwd_kernel"]
     names += ["rms_norm_silu_fwd_kernel", "group_means_kernel", "norm_silu_bwd_rows_kernel"]
+    names += ["whole_group_norm_silu_fwd_kernel", "whole_group_norm_silu_bwd_kernel"]
     with mock.patch.multiple(kernel, **{name: mock.MagicMock() for name in names}):
         kernel.norm_silu(x, residual=None, eps=1e-5, **rows)
         kernel.norm_silu_backward(x, x, statistics, **rows)
@@ -173,7 +174,13 @@ def test_partial_sums_of_norm_silu_are_those_of_its_launches(C, size, dropout, g
     assert of_both == traffic.SCRATCH_BYTES["ddpm_fast::norm_silu_backward"](arguments)
     forward = traffic.SCRATCH_BYTES["ddpm_fast::norm_silu"](arguments)
     backward = traffic.SCRATCH_BYTES["ddpm_fast::norm_silu_backward"](arguments)
-    if groups:
+    twice = traffic.SECOND_READS["ddpm_fast::norm_silu_backward"]({**arguments, "grad": x})
+    if groups and kernel.choose_groups(size * size, C, groups) is not None:
+        assert forward == 0 and not twice and calls["group_norm_silu_bwd_kernel"] is None
+        sums = calls["whole_group_norm_silu_bwd_kernel"].args[3]  # (B, 1, 2 or 3, C)
+        assert calls["norm_silu_bwd_rows_kernel"].args[0] is sums and backward == 2 * sums.nbytes
+    elif groups:
+        assert len(twice) == 2 and calls["whole_group_norm_silu_bwd_kernel"] is None
         moments = calls["group_moments_kernel"].args[1]  # (B, chunks, 2, C), means first
         assert forward == moments.nbytes + moments.nbytes + moments.nbytes // 2
         sums = calls["group_norm_silu_sums_kernel"].args[2]  # (B, chunks, 2 or 3, C)
@@ -181,7 +188,7 @@ def test_partial_sums_of_norm_silu_are_those_of_its_launches(C, size, dropout, g
         assert all(calls[name].args[i] is sums for name, i in readers)
         assert backward == 2 * sums.nbytes + sums[:, :, :2].numel() * 4
     else:
-        assert forward == 0
+        assert forward == 0 and not twice
         sums = calls["rms_norm_silu_bwd_kernel"].args[3]
         assert calls["norm_silu_bwd_rows_kernel"].args[0] is sums and backward == 2 * sums.nbytes
 

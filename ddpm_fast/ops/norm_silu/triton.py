@@ -11,6 +11,9 @@ Everything per channel after the norm folds into one multiplication and one addi
 so that all parameter gradients follow from sums over the pixels of each sample and channel, Σ dy, Σ dy·x̂ and, of the
 bias, Σ dx. Sums are made in two stages, per chunk of pixels and then over chunks (norm_silu_bwd_rows_kernel), without
 atomics. The second stage of both norms of a residual block is one launch, in the backward of the first.
+
+GroupNorm reads a map once where the registers of a program hold all pixels of a group (`choose_groups`), as on maps of
+32×32 and less: statistics and output, or sums and gradient, are one launch. On larger maps they are several.
 """
 
 from __future__ import annotations
@@ -507,6 +510,117 @@ def group_norm_silu_bwd_kernel(
         tl.store(sums_ptr + o_sums, tl.sum(b_sum_dx, axis=0), mask=m_c)
 
 
+@triton.jit
+def _over_groups(b_row, BLOCK_G: tl.constexpr):
+    """(BLOCK_C,) → (BLOCK_C,): for each channel the sum over its group, of BLOCK_G groups side by side."""
+    if BLOCK_G == 1:
+        return tl.zeros_like(b_row) + tl.sum(b_row, axis=0)
+    else:
+        SIZE: tl.constexpr = b_row.shape[0] // BLOCK_G
+        b_sum = tl.sum(tl.reshape(b_row, (BLOCK_G, SIZE)), axis=1)
+        return tl.reshape(tl.broadcast_to(b_sum[:, None], (BLOCK_G, SIZE)), (b_row.shape[0],))
+
+
+@triton.jit
+def _tile_of_groups(
+    HW, C, stride_c, stride_n, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    """Of a program that has all pixels of BLOCK_G groups of D channels: its sample, channels, and their tile."""
+    programs = C // (D * BLOCK_G)
+    i_b, i_g = tl.program_id(0) // programs, tl.program_id(0) % programs
+    o_d = tl.arange(0, BLOCK_C)
+    o_n, o_c, m_c = tl.arange(0, BLOCK_N), i_g * (D * BLOCK_G) + o_d, o_d < D * BLOCK_G
+    return i_b, o_c, m_c, o_n[:, None] * stride_n + o_c[None, :] * stride_c, (o_n < HW)[:, None] & m_c[None, :]
+
+
+@triton.jit
+def whole_group_norm_silu_fwd_kernel(
+    x_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so are out and residual
+    out_ptr,
+    statistics_ptr,  # (B, G, 2) float32: mean and 1/√(variance + eps) are written
+    gain_ptr,  # (C,)
+    offset_ptr,  # (C,)
+    bias_ptr,  # (C,), or (B, C) with BIAS_ROWS, or None
+    scale_ptr,  # (B, C) or None
+    shift_ptr,  # (B, C) or None
+    residual_ptr,  # or None
+    seed_ptr,  # (1,) int64, or None: no dropout
+    HW, C, G, eps, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
+    ACTIVATION: tl.constexpr, QUADS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr, BIAS_ROWS: tl.constexpr = False,
+):  # fmt: skip
+    """The whole of GroupNorm where a program's registers hold all pixels of a group: x is read once."""
+    i_b, o_c, m_c, o_tile, m_tile = _tile_of_groups(HW, C, stride_c, stride_n, D, BLOCK_N, BLOCK_C, BLOCK_G)
+    o_sample = i_b.to(tl.int64) * stride_b
+    if residual_ptr is not None:
+        residual_ptr += o_sample
+    b_bias = _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS)
+    b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
+    size = HW * D * 1.0
+    b_mean = tl.div_rn(_over_groups(tl.sum(tl.where(m_tile, b_v, 0.0), axis=0), BLOCK_G), size)
+    b_centred = tl.where(m_tile, b_v - b_mean[None, :], 0.0)
+    b_variance = tl.div_rn(_over_groups(tl.sum(b_centred * b_centred, axis=0), BLOCK_G), size)
+    b_rstd = tl.div_rn(1.0, tl.sqrt_rn(b_variance + eps))
+    o_statistics, m_first = (i_b * G + o_c // D) * 2, m_c & (o_c % D == 0)
+    tl.store(statistics_ptr + o_statistics, b_mean, mask=m_first)
+    tl.store(statistics_ptr + o_statistics + 1, b_rstd, mask=m_first)
+    b_slope, b_intercept = _slope_and_intercept(
+        gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+    )
+    _finish_fwd(
+        b_centred * b_rstd[None, :], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_slope, b_intercept, seed_ptr,
+        i_b, 0, o_c, HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+    )  # fmt: skip
+
+
+@triton.jit
+def whole_group_norm_silu_bwd_kernel(
+    grad_ptr,  # (B, C, HW) through stride_b, stride_c, stride_n; so are x and dx
+    x_ptr,
+    dx_ptr,
+    sums_ptr,  # (B, 1, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of all pixels
+    statistics_ptr,  # (B, G, 2)
+    gain_ptr,  # (C,)
+    offset_ptr,  # (C,)
+    bias_ptr,  # (C,), or (B, C) with BIAS_ROWS, or None
+    scale_ptr,  # (B, C) or None
+    shift_ptr,  # (B, C) or None
+    seed_ptr,  # (1,) int64, or None: no dropout
+    HW, C, G, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
+    ACTIVATION: tl.constexpr, QUADS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr, BIAS_ROWS: tl.constexpr = False, added_ptr=None,  # like dx: added to it
+):  # fmt: skip
+    """Its backward: grad and x are read once."""
+    i_b, o_c, m_c, o_tile, m_tile = _tile_of_groups(HW, C, stride_c, stride_n, D, BLOCK_N, BLOCK_C, BLOCK_G)
+    o_sample = i_b.to(tl.int64) * stride_b
+    b_slope, b_intercept = _slope_and_intercept(
+        gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
+    )
+    b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
+    b_bias = _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS)
+    k0, k1 = _key(seed_ptr)
+    b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
+    b_normed = (b_v - b_mean[None, :]) * b_rstd[None, :]
+    b_dy = _finish_bwd(
+        grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, k0, k1, i_b, 0, o_c,
+        HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+    )  # fmt: skip
+    b_sum_dy, b_sum_dy_normed = tl.sum(b_dy, axis=0), tl.sum(b_dy * b_normed, axis=0)
+    o_sums = _sums_of(i_b, bias_ptr, C) + o_c
+    tl.store(sums_ptr + o_sums, b_sum_dy, mask=m_c)
+    tl.store(sums_ptr + o_sums + C, b_sum_dy_normed, mask=m_c)
+    size = HW * D * 1.0
+    b_mean_dnormed = tl.div_rn(_over_groups(b_sum_dy * b_slope, BLOCK_G), size)
+    b_projection = tl.div_rn(_over_groups(b_sum_dy_normed * b_slope, BLOCK_G), size)
+    b_dx = b_dy * b_slope[None, :] - b_mean_dnormed[None, :] - b_normed * b_projection[None, :]
+    b_dx *= b_rstd[None, :]
+    if bias_ptr is not None:
+        tl.store(sums_ptr + o_sums + 2 * C, tl.sum(tl.where(m_tile, b_dx, 0.0), axis=0), mask=m_c)
+    if added_ptr is not None:
+        b_dx += _load(added_ptr + o_sample, o_tile, m_tile)
+    tl.store(dx_ptr + o_sample + o_tile, b_dx.to(dx_ptr.dtype.element_ty), mask=m_tile)
+
+
 @triton.jit(do_not_specialize=["B", "chunks", "scaled", "last_chunks"])
 def norm_silu_bwd_rows_kernel(
     sums_ptr,  # (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of a chunk's pixels
@@ -636,10 +750,41 @@ def choose_tile(HW: int, C: int, *, whole_rows: bool, sums: bool, dropout: bool,
     return Tile(block_n, block_c, tiles, num_warps)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The launch of a kernel whose program has all pixels of some groups: `block_n` pixels, `block_c` channels."""
+
+    groups: int
+    block_n: int
+    block_c: int
+    num_warps: int
+
+
+_LARGEST_WHOLE = 8192  # numbers of a map that the registers of a program hold, twice in backward
+
+
+@cache
+def choose_groups(HW: int, C: int, G: int) -> Groups | None:
+    """The launch for a map of HW pixels and C channels in G groups; None where a group is too large for a program.
+
+    Several groups of few numbers are one program: eight channels are the 32 bytes that memory hands out at once.
+    """
+    D = C // G
+    block_n, block_d, groups = triton_launch.next_power_of_2(HW), triton_launch.next_power_of_2(D), 1
+    if block_n * block_d > _LARGEST_WHOLE:
+        return None
+    while block_d == D and G % (2 * groups) == 0 and block_n * D * groups < (4096 if D * groups < 8 else 512):
+        groups *= 2
+    elements = block_n * block_d * groups
+    return Groups(groups, block_n, block_d * groups, num_warps=min(16, max(1, elements // 512)))
+
+
 def sums_shape(x: torch.Tensor, bias: torch.Tensor | None, groups: int, *, dropout: bool = False) -> tuple[int, ...]:
     """(B, chunks, 2 or, with bias, 3, C): the partial sums over pixels that backward makes of a map."""
     B, C, H, W = x.shape
     HW = int(H * W)  # a symbolic size is fixed
+    if groups > 0 and choose_groups(HW, int(C), groups) is not None:
+        return B, 1, 2 if bias is None else 3, C
     tile = choose_tile(
         HW,
         int(C),
@@ -685,6 +830,15 @@ def norm_silu(
             rms_norm_silu_fwd_kernel[(B * tiles,)](
                 x, out, statistics, rows.gain, rows.bias, rows.scale, rows.shift, residual, seed, HW, C, tiles,
                 C**0.5, *numbers, **constants,
+            )  # fmt: skip
+            return out, statistics
+        whole = _whole_plan_of(x, groups, activation)
+        if whole is not None:
+            statistics = x.new_empty(B, groups, 2, dtype=torch.float32)
+            whole_group_norm_silu_fwd_kernel[(whole.programs(B),)](
+                x, out, statistics, rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, residual, seed, HW, C,
+                groups, eps, *whole.strides, *rows.strides, *_dropout_numbers(dropout_p), **whole.constants,
+                **rows.constants,
             )  # fmt: skip
             return out, statistics
         statistics = _group_statistics_of(x, rows, groups, eps)
@@ -799,11 +953,19 @@ def _gradient_of_map(
                 C**0.5, *numbers, int(rows.scaled), **constants,
             )  # fmt: skip
             return dx, sums
+        added = None if added is None else _laid_out_like(x, added)
+        whole = _whole_plan_of(x, groups, activation)
+        if whole is not None:
+            # A group of one number has no gradient: its dy must be rounded as the mean is.
+            fusion = {"enable_fp_fusion": False} if HW * C == groups else {}
+            whole_group_norm_silu_bwd_kernel[(whole.programs(B),)](
+                grad, x, dx, sums, statistics, rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, seed, HW, C,
+                groups, *whole.strides, *rows.strides, *_dropout_numbers(dropout_p), **whole.constants,
+                **rows.constants, **fusion, added_ptr=added,
+            )  # fmt: skip
+            return dx, sums
         grid = (B * chunks, triton_launch.ceil_div(C, tile.block_c))
         inputs = (rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, seed, HW, C, groups, chunks, *numbers)
-        if HW * C == groups:
-            # A group of one number has no gradient: both kernels must round its dy as the mean between is rounded.
-            constants = constants | {"enable_fp_fusion": False}
         bound = triton_launch.register_bound(most_registers(seed is not None, writes_dx=False))
         constants = constants | rows.constants
         group_norm_silu_sums_kernel[grid](grad, x, sums, statistics, *inputs, **(constants | bound))
@@ -812,7 +974,6 @@ def _gradient_of_map(
             sums, means, rows.gain, rows.bias, rows.scale, HW, C, groups, chunks, rows.strides[0],
             **_group_blocks(C // groups, chunks),
         )  # fmt: skip
-        added = None if added is None else _laid_out_like(x, added)
         group_norm_silu_bwd_kernel[grid](
             grad, x, dx, sums, statistics, means, *inputs, **constants, added_ptr=added
         )  # fmt: skip
@@ -949,6 +1110,41 @@ def _plan(C: int, HW: int, channels_last: bool, dropout: bool, activation: bool,
     if sums:
         constants |= {"TILES": tile.tiles, **triton_launch.register_bound(most_registers(dropout))}
     return _Plan(tile, (C * HW, 1, C) if channels_last else (C * HW, HW, 1), constants)
+
+
+@dataclass(frozen=True)
+class _WholePlan:
+    """The same for a kernel whose program has all pixels of some groups, and its programs per sample."""
+
+    programs_per_sample: int
+    strides: tuple[int, int, int]
+    constants: dict[str, int]
+
+    def programs(self, B: int) -> int:
+        return B * self.programs_per_sample
+
+
+def _whole_plan_of(x: torch.Tensor, groups: int, activation: bool) -> _WholePlan | None:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return _whole_plan(*_sizes(x)[1:], groups, channels_last, activation)
+
+
+@cache
+def _whole_plan(C: int, HW: int, groups: int, channels_last: bool, activation: bool) -> _WholePlan | None:
+    chosen = choose_groups(HW, C, groups)
+    if chosen is None:
+        return None
+    constants = {
+        "ACTIVATION": activation,
+        "QUADS": HW % 4 == 0 and chosen.block_n % 4 == 0,
+        "D": C // groups,
+        "BLOCK_N": chosen.block_n,
+        "BLOCK_C": chosen.block_c,
+        "BLOCK_G": chosen.groups,
+        "num_warps": chosen.num_warps,
+    }
+    strides = (C * HW, 1, C) if channels_last else (C * HW, HW, 1)
+    return _WholePlan(groups // chosen.groups, strides, constants)
 
 
 def _dropout_numbers(dropout_p: float) -> tuple[int, float]:

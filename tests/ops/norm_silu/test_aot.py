@@ -144,6 +144,56 @@ def test_registers_and_accesses_with_a_gradient_beside(capability, tmp_path, gat
     gate("registers", f"group_norm_silu_bwd_kernel with a gradient beside, sm_{capability}", max(registers))
 
 
+# Kernels whose program has whole groups: maps read. Maps of CIFAR-10's networks: type, pixels, channels of 32 groups.
+WHOLE = {"whole_group_norm_silu_fwd_kernel": 1, "whole_group_norm_silu_bwd_kernel": 2}
+WHOLE_MAPS = [("fp32", 1024, 128), ("fp32", 1024, 256), ("fp32", 16, 256), ("bf16", 1024, 256), ("bf16", 256, 384)]
+# What is there besides x, gain, offset and bias.
+WHOLE_OPTIONS = {
+    "bias rows": ("fwd", "bwd"),
+    "added": ("bwd",),
+    "scaled": ("fwd", "bwd"),
+    "everything": ("fwd", "bwd"),
+}
+
+
+def compile_whole(name: str, dtype: str, HW: int, C: int, option: str, capability: int, tmp_path):
+    """A kernel as it is launched on channels-last maps."""
+    function, chosen = getattr(kernel, name), kernel.choose_groups(HW, C, 32)
+    constants = {"stride_c": 1, "ACTIVATION": True, "QUADS": True, "D": C // 32, "BLOCK_N": chosen.block_n}
+    constants |= {"BLOCK_C": chosen.block_c, "BLOCK_G": chosen.groups, "BIAS_ROWS": option == "bias rows"}
+    if option != "everything":
+        constants |= {"seed_ptr": None, "residual_ptr": None}
+    if option not in ("scaled", "everything"):
+        constants |= dict.fromkeys(ROWS)
+    if option != "added":
+        constants |= {"added_ptr": None}
+    constants = {n: value for n, value in constants.items() if n in function.arg_names}
+    signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
+    unaligned = tuple(n for n in ("threshold",) if n in signature)
+    options = {"num_warps": chosen.num_warps, "unaligned": unaligned}
+    return compile_kernel(function, signature, constants, capability, tmp_path, **options), chosen
+
+
+@on_sm_90
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", WHOLE)
+def test_registers_and_accesses_of_whole_groups(name, capability, tmp_path, gate):
+    """No spills, and maps in pieces of 8 or 16 bytes."""
+    registers = []
+    for (dtype, HW, C), option in itertools.product(WHOLE_MAPS, WHOLE_OPTIONS):
+        if name[-10:-7] not in WHOLE_OPTIONS[option]:
+            continue
+        machine, chosen = compile_whole(name, dtype, HW, C, option, capability, tmp_path)
+        assert not machine.spills, (dtype, HW, C, option)
+        reads = WHOLE[name] + (option == "added") + (option == "everything" and "fwd" in name)
+        bits = chosen.block_n * chosen.block_c // (32 * chosen.num_warps) * BITS[dtype]
+        for kind, maps in (("LDG", reads), ("STG", 1)):
+            wide = sum(width * n for width, n in machine.widths(kind).items() if width >= 64)
+            assert wide >= maps * bits, (dtype, HW, C, option, machine.accesses)
+        registers.append(machine.registers)
+    gate("registers", f"{name}, sm_{capability}", max(registers))
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_merge_of_group_moments(capability, tmp_path, gate):
     signature = {n: type_of(n, "fp32") for n in kernel.group_merge_kernel.arg_names[:7]}
@@ -194,14 +244,26 @@ def test_gradients_of_rows(norm, capability, tmp_path, gate):
     gate("registers", f"norm_silu_bwd_rows_kernel, {norm}, sm_{capability}", machine.registers)
 
 
-@pytest.mark.parametrize("name", [*KERNELS, "group_merge_kernel", "group_means_kernel", "norm_silu_bwd_rows_kernel"])
+@pytest.mark.parametrize(
+    "name", [*KERNELS, *WHOLE, "group_merge_kernel", "group_means_kernel", "norm_silu_bwd_rows_kernel"]
+)
 def test_sizes_of_one_compile(name, tmp_path):
     """A launch makes integers that are 1 constants of the kernel."""
     function = getattr(kernel, name)
     ones = ["HW", "B", "C", "G", "tiles", "chunks", "stride_b", "stride_c", "stride_n", "stride_scale", "stride_shift"]
     ones += ["last_chunks"]
     constants = {n: 1 for n in ones} | {"BIAS_ROWS": False, "ACTIVATION": False, "QUADS": False, "TILES": 1, "CHUNK": 1}
-    constants |= {"BLOCK_N": 1, "BLOCK_B": 1, "BLOCK_C": 1, "BLOCK_K": 1, "BLOCK_D": 1, "BLOCKS_K": 1, "BLOCKS_D": 1}
+    constants |= {
+        "D": 1,
+        "BLOCK_G": 1,
+        "BLOCK_N": 1,
+        "BLOCK_B": 1,
+        "BLOCK_C": 1,
+        "BLOCK_K": 1,
+        "BLOCK_D": 1,
+        "BLOCKS_K": 1,
+        "BLOCKS_D": 1,
+    }
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, "bf16") for n in function.arg_names if n not in constants}
     assert not compile_kernel(function, signature, constants, 90, tmp_path, num_warps=1).spills
@@ -238,5 +300,7 @@ def test_gradients_that_cancel_have_correctly_rounded_factors(capability, tmp_pa
 def test_the_statistics_of_groups_are_correctly_rounded(tmp_path):
     signature = {n: type_of(n, "fp32") for n in kernel.group_merge_kernel.arg_names[:7]}
     constants = {"CHUNK": 256, "BLOCK_K": 64, "BLOCK_D": 8, "BLOCKS_K": 2, "BLOCKS_D": 1}
-    machine = compile_kernel(kernel.group_merge_kernel, signature, constants, 90, tmp_path, num_warps=1)
-    assert {"sqrt.rn.f32", "div.rn.f32"} <= arithmetic(machine) and "sqrt.approx.f32" not in arithmetic(machine)
+    merge = compile_kernel(kernel.group_merge_kernel, signature, constants, 90, tmp_path, num_warps=1)
+    whole, _ = compile_whole("whole_group_norm_silu_fwd_kernel", "fp32", 16, 256, "scaled", 90, tmp_path)
+    for machine in (merge, whole):
+        assert {"sqrt.rn.f32", "div.rn.f32"} <= arithmetic(machine) and "sqrt.approx.f32" not in arithmetic(machine)

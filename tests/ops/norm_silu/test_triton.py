@@ -61,6 +61,42 @@ def test_many_channels_and_many_pixels():
         assert_as_accurate_as_the_reference(norm, *make(norm, (1, 513, height, width, 27), "bias", "nhwc", DEVICE))
 
 
+@pytest.fixture
+def in_several_passes(monkeypatch):
+    """GroupNorm as of maps whose groups no program holds."""
+    monkeypatch.setattr(kernel, "choose_groups", lambda *sizes: None)
+    kernel._whole_plan.cache_clear()
+    yield
+    kernel._whole_plan.cache_clear()
+
+
+@pytest.mark.parametrize("option", ["plain", "all", "dropout"])
+@pytest.mark.parametrize("shape", [SMALL, (3, 24, 3, 5, 4), (1, 24, 33, 31, 8), (1, 513, 1, 7, 27)], ids=str)
+def test_groups_in_several_passes(shape, option, in_several_passes):
+    for layout in LAYOUTS:
+        assert_as_accurate_as_the_reference("group", *make("group", shape, option, layout, DEVICE))
+
+
+@pytest.mark.arithmetic
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_in_several_passes(dtype, in_several_passes):
+    tensors, others = make("group", (3, 24, 4, 6, 4), "all", "nhwc", DEVICE)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors["bias"] = torch.randn(3, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    assert_as_accurate_as_the_reference("group", tensors, others)
+
+
+def test_programs_of_whole_groups():
+    """One program has a group, or several small ones."""
+    choose = kernel.choose_groups
+    assert choose(32 * 32, 128, 32) == kernel.Groups(1, 1024, 4, num_warps=8)
+    assert choose(32 * 32, 256, 32) == kernel.Groups(1, 1024, 8, num_warps=16)
+    assert choose(16 * 16, 384, 32) == kernel.Groups(1, 256, 16, num_warps=8)
+    assert choose(16 * 16, 128, 32) == kernel.Groups(2, 256, 8, num_warps=4)
+    assert choose(4 * 4, 256, 32) == kernel.Groups(4, 16, 32, num_warps=1)
+    assert choose(32 * 32, 384, 32) is None
+
+
 @pytest.mark.release(but=lambda layout, dtype, **_: (layout == "nhwc") == (dtype == torch.bfloat16))
 @pytest.mark.arithmetic
 @both_norms
