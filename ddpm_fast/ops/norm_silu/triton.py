@@ -59,10 +59,10 @@ def _bias(bias_ptr, o_c, m_c):
 
 
 @triton.jit
-def _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS: tl.constexpr):
-    """The same of a sample, whose bias is its own row where BIAS_ROWS."""
+def _bias_of(bias_ptr, i_b, o_c, m_c, BIAS_ROWS: tl.constexpr):
+    """The same of a sample, whose bias is its own row where BIAS_ROWS, the stride of rows, is not 0."""
     if BIAS_ROWS:
-        return _load(bias_ptr, i_b * C + o_c, m_c)
+        return _load(bias_ptr, i_b * BIAS_ROWS + o_c, m_c)
     else:
         return _bias(bias_ptr, o_c, m_c)
 
@@ -273,7 +273,7 @@ def group_moments_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     x_ptr += i_b.to(tl.int64) * stride_b
-    b_bias = _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS)
+    b_bias = _bias_of(bias_ptr, i_b, o_c, m_c, BIAS_ROWS)
     b_mean, b_m2 = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for i_tile in range(TILES):
         before = i_tile * BLOCK_N
@@ -361,7 +361,7 @@ def group_norm_silu_fwd_kernel(
     )
     b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
 
-    b_bias = _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS)
+    b_bias = _bias_of(bias_ptr, i_b, o_c, m_c, BIAS_ROWS)
     b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
     _finish_fwd(
         (b_v - b_mean[None, :]) * b_rstd[None, :], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_slope,
@@ -400,7 +400,7 @@ def group_norm_silu_sums_kernel(
         gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
     b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
-    b_bias = _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS)
+    b_bias = _bias_of(bias_ptr, i_b, o_c, m_c, BIAS_ROWS)
     k0, k1 = _key(seed_ptr)
     b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dy_normed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -483,7 +483,7 @@ def group_norm_silu_bwd_kernel(
     o_means = i_b * 2 * G + o_c // (C // G)
     b_mean_dnormed = _load(means_ptr, o_means, m_c)
     b_projection = _load(means_ptr, o_means + G, m_c)
-    b_bias = _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS)
+    b_bias = _bias_of(bias_ptr, i_b, o_c, m_c, BIAS_ROWS)
     k0, k1 = _key(seed_ptr)
     b_sum_dx = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for i_tile in tl.range(TILES, num_stages=_STAGES):
@@ -554,7 +554,7 @@ def whole_group_norm_silu_fwd_kernel(
     o_sample = i_b.to(tl.int64) * stride_b
     if residual_ptr is not None:
         residual_ptr += o_sample
-    b_bias = _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS)
+    b_bias = _bias_of(bias_ptr, i_b, o_c, m_c, BIAS_ROWS)
     b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
     size = HW * D * 1.0
     b_mean = tl.div_rn(_over_groups(tl.sum(tl.where(m_tile, b_v, 0.0), axis=0), BLOCK_G), size)
@@ -597,7 +597,7 @@ def whole_group_norm_silu_bwd_kernel(
         gain_ptr, offset_ptr, scale_ptr, shift_ptr, i_b, stride_scale, stride_shift, o_c, m_c
     )
     b_mean, b_rstd = _group_statistics(statistics_ptr, i_b, o_c, m_c, C, G)
-    b_bias = _bias_of(bias_ptr, i_b, C, o_c, m_c, BIAS_ROWS)
+    b_bias = _bias_of(bias_ptr, i_b, o_c, m_c, BIAS_ROWS)
     k0, k1 = _key(seed_ptr)
     b_v = _load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
     b_normed = (b_v - b_mean[None, :]) * b_rstd[None, :]
@@ -1001,7 +1001,8 @@ def _finish_rows(
     with torch.cuda.device_of(sums):
         norm_silu_bwd_rows_kernel[(programs, norms)](
             sums, rows.gain, rows.offset, scale, *gradients[:3], *rest, last_sums, *of_last, B, C, chunks,
-            rows.strides[0], last_chunks, scaled=B if rows.scaled else 0, **blocks, **rows.constants,
+            rows.strides[0], last_chunks, scaled=B if rows.scaled else 0, **blocks,
+            BIAS_ROWS="BIAS_ROWS" in rows.constants,
         )  # fmt: skip
 
 
@@ -1035,8 +1036,11 @@ class _Rows:
     def __init__(self, gain, offset, bias, scale, shift):
         self.gain = gain.contiguous()
         self.offset = None if offset is None else offset.contiguous()
-        self.bias = None if bias is None else bias.contiguous()
-        self.constants = {"BIAS_ROWS": True} if bias is not None and bias.dim() == 2 else {}
+        self.bias, self.constants = bias, {}  # what forward and backward take for rows of a bias: their stride
+        if bias is not None and bias.dim() == 2:
+            self.bias, self.constants["BIAS_ROWS"] = _side_by_side(bias)
+        elif bias is not None:
+            self.bias = bias.contiguous()
         self.scale, scale_stride = _side_by_side(scale)
         self.shift, shift_stride = _side_by_side(shift)
         self.strides = (scale_stride, shift_stride)

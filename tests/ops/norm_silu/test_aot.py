@@ -55,7 +55,7 @@ def compile_stage(
     tile = kernel.choose_tile(STAGES[C], C, whole_rows=whole_rows, sums=sums, dropout=everything)
     constants = {"stride_c": 1, "ACTIVATION": True, "QUADS": tile.block_n % 4 == 0, "TILES": tile.tiles}
     constants |= {"BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c, "CHUNK": tile.chunk, "seed_ptr": None}
-    constants |= {"residual_ptr": None, "added_ptr": None, "BIAS_ROWS": bias_rows}
+    constants |= {"residual_ptr": None, "added_ptr": None, "BIAS_ROWS": C * bias_rows}
     if everything:
         del constants["seed_ptr"], constants["residual_ptr"]
     if added:
@@ -160,7 +160,7 @@ def compile_whole(name: str, dtype: str, HW: int, C: int, option: str, capabilit
     """A kernel as it is launched on channels-last maps."""
     function, chosen = getattr(kernel, name), kernel.choose_groups(HW, C, 32)
     constants = {"stride_c": 1, "ACTIVATION": True, "QUADS": True, "D": C // 32, "BLOCK_N": chosen.block_n}
-    constants |= {"BLOCK_C": chosen.block_c, "BLOCK_G": chosen.groups, "BIAS_ROWS": option == "bias rows"}
+    constants |= {"BLOCK_C": chosen.block_c, "BLOCK_G": chosen.groups, "BIAS_ROWS": C * (option == "bias rows")}
     if option != "everything":
         constants |= {"seed_ptr": None, "residual_ptr": None}
     if option not in ("scaled", "everything"):

@@ -120,6 +120,20 @@ def test_a_bias_for_each_sample(shape, option):
     assert_as_accurate_as_the_reference("group", tensors, others)
 
 
+def test_rows_of_a_bias_are_read_where_they_are():
+    """Rows with a stride, with gaps, and one row for all samples: the bits of contiguous ones."""
+    tensors, others = make("group", (3, 24, 4, 6, 4), "all", "nhwc", DEVICE)
+    wide = torch.randn(3, 49, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for bias in (wide[:, 24:48], wide[:, ::2][:, :24], wide[:1, :24].expand(3, -1)):
+        found = []
+        for given in (bias, bias.contiguous()):
+            x, row = tensors["x"].detach().requires_grad_(), given.detach().requires_grad_()
+            with use_backend("triton"):
+                out = NORMS["group"](**{**tensors, "x": x, "bias": row}, **others)
+            found.append((out, *torch.autograd.grad(out.sin().sum(), (x, row))))
+        assert all(torch.equal(strided, dense) for strided, dense in zip(*found, strict=True))
+
+
 @both_norms
 def test_maps_of_other_layouts_and_dtypes(norm):
     """A residual and rows in another layout than x."""
