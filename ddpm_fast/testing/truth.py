@@ -49,6 +49,17 @@ def assert_close_to_truth(
         assert ours <= bound, f"{name}: {kind} error {ours:.3e} > {bound:.3e} (reference {theirs:.3e}, {actual.dtype})"
 
 
+Draws = list[dict[str, torch.Tensor]]
+
+
+def assert_draws_close_to_truth(actual: Draws, reference: Draws, truth: Draws) -> None:
+    """`assert_close_to_truth` of tensors by name over several draws of weights, in one of which the rounding of half
+    precision may favour either side."""
+    for name in truth[0]:
+        drawn = (torch.stack([draw[name] for draw in side]) for side in (actual, reference, truth))
+        assert_close_to_truth(*drawn, name=name)
+
+
 @contextlib.contextmanager
 def exact_convolutions() -> Iterator[None]:
     """Convolutions of float32, torch's and this package's, with all their digits: no TF32, where a GPU would use it."""
