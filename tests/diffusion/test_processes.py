@@ -197,7 +197,9 @@ def test_every_sampler_is_recorded_seeded_and_independent_of_the_batch(process, 
     step_by_step = diffusion.sample(5, seed=7, progress=False, graph=False)
     torch.testing.assert_close(together, step_by_step, rtol=1e-5, atol=1e-5)
     parts = [diffusion.sample(n, seed=7, start_index=i, progress=False) for i, n in ((0, 2), (2, 3))]
-    torch.testing.assert_close(torch.cat(parts), together, rtol=0, atol=5e-5)
+    # A batch of another size may round otherwise. The first image of "continuous" is (x - sigma*noise)/alpha, with the
+    # smallest alpha 1/148: there 16 units in the last place of the network's output are 1.4e-4.
+    torch.testing.assert_close(torch.cat(parts), together, rtol=0, atol=1.4e-4 if process == "continuous" else 1e-5)
     assert not torch.equal(diffusion.sample(5, seed=8, progress=False), together)
     assert together.min() >= 0 and together.max() <= 1
 

@@ -129,11 +129,15 @@ def test_dropout():
     assert list(reasons) == ["mid_attn", "mid_attn.to_qkv", "mid_attn.to_out", "final_conv"]
 
 
-def test_no_weight_moves():
-    model = ddpm_fast.accelerate(unet())
-    strides = {name: p.stride() for name, p in model.named_parameters()}
+def test_weights_move_for_another_device_alone():
+    eager, model = unet(), ddpm_fast.accelerate(unet())
+    strides = {name: p.stride() for name, p in eager.named_parameters()}
+    assert {name: p.stride() for name, p in model.named_parameters()} == strides
     moved = copy.deepcopy(model).to("meta")
-    assert {name: p.stride() for name, p in moved.named_parameters()} == strides
+    convolutions = [module.weight for module in moved.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert convolutions and all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
+    others = {name for name, p in moved.named_parameters() if not any(p is w for w in convolutions)}
+    assert all(p.stride() == strides[name] for name, p in moved.named_parameters() if name in others)
     with ddpm_fast.inference_weights(model, 1000), torch.no_grad():
         model(*inputs())
     ddpm_fast.restore(model)
