@@ -250,14 +250,20 @@ def _chart(panels: dict, path: Path, title: str, unit: str, scale: float, refere
 
 
 def kept() -> dict[str, dict]:
-    """The newest results of each kind of device in benchmarks/results/, by file name without its ending."""
-    newest: dict[str, tuple[str, dict]] = {}
+    """The newest results of each kind of device and of a CPU's vectors, by file name without its ending."""
+    newest: dict[tuple[str, str], tuple[str, dict]] = {}
     for file in sorted(RESULTS.glob("*.json")):
         if file.name == "traffic.json":
             continue
         results = json.loads(file.read_text())
-        newest[results["device"]] = (file.stem, results)
-    return dict(newest[device] for device in ("cuda", "cpu") if device in newest)
+        newest[kind(results)] = (file.stem, results)
+    return dict(newest[of_kind] for of_kind in sorted(newest, reverse=True))
+
+
+def kind(results: dict) -> tuple[str, str]:
+    """The device's type, and the vectors of a CPU: sorted backwards, GPUs come first and AVX-512 before AVX2."""
+    vector = results["machine"].get("vector") or "" if results["device"] == "cpu" else ""
+    return results["device"], vector
 
 
 def measured() -> str:
@@ -287,21 +293,38 @@ def measured() -> str:
 
 
 def measured_in_short() -> str:
-    """The measured part of README.md: the networks' ratios and one chart for each kind of device."""
-    parts = []
-    for stem, results in kept().items():
-        parts += [
-            where(results),
-            networks_summary(results, ("upstream", "upstream-channels-last", "upstream-compiled")),
-        ]
-        parts.append(f"![One sampling step](benchmarks/results/{stem}-sampling.png)")
-    return in_words("\n\n".join(parts))
+    """The measured part of README.md: the networks' ratios, of all kinds of device in one table, and one chart."""
+    machines = list(kept().values())
+    runs = "; ".join(f"**{label(results)}**: {run(results)}" for results in machines)
+    names, cells = ["", ""], {}
+    for i, results in enumerate(machines):
+        names += [f"{label(results)}: ours, ms", "upstream / ours", "upstream-compiled / ours"]
+        for phase in PHASES:
+            for r in select(results, "network", phase=phase):
+                ours = r["timings"]["ours"]["median"]
+                over = [r["timings"].get(n, {}).get("median") for n in ("upstream", "upstream-compiled")]
+                row = cells.setdefault((r["case"], phase), ["–"] * 3 * len(machines))
+                row[3 * i : 3 * i + 3] = [f"{1e3 * ours:.4g}", *("–" if o is None else f"{o / ours:.2f}" for o in over)]
+    table = columns(names, [[*place, *row] for place, row in cells.items()])
+    chart = f"![One sampling step](benchmarks/results/{next(iter(kept()))}-sampling.png)"
+    return in_words("\n\n".join((f"{runs}. Medians of interleaved rounds in one process:", table, chart)))
+
+
+def label(results: dict) -> str:
+    """A kind of device in a word: the GPU, or a CPU's vectors."""
+    machine = results["machine"]
+    return machine.get("gpu") or machine.get("vector") or results["device"]
 
 
 def where(results: dict) -> str:
     """The machine, the date and the commit of results, as a sentence's beginning."""
-    run = f"{machine_name(results)}, {results['date'].split()[0]}, commit {results['commit']}"
-    return f"On {run}, torch {results['machine']['torch']}; medians of interleaved rounds in one process:"
+    return f"On {run(results)}; medians of interleaved rounds in one process:"
+
+
+def run(results: dict) -> str:
+    """The machine, the date, the commit and torch."""
+    measured_at = f"{results['date'].split()[0]}, commit {results['commit']}"
+    return f"{machine_name(results)}, {measured_at}, torch {results['machine']['torch']}"
 
 
 def in_words(text: str) -> str:
@@ -395,11 +418,11 @@ def pages() -> dict[Path, str]:
 
 
 def keep(out: Path) -> str:
-    """Copy a report into benchmarks/results/ under its date and device; returns the name."""
+    """Copy a report into benchmarks/results/ under its date, device and a CPU's vectors; returns the name."""
     results = json.loads((out / "results.json").read_text())
     if results["quick"]:
         raise SystemExit("this was a dry run; its numbers mean nothing and are not kept")
-    stem = f"{results['date'].split()[0]}-{results['device']}"
+    stem = "-".join(part.lower() for part in (results["date"].split()[0], *kind(results)) if part)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
     (RESULTS / f"{stem}.md").write_text(report(results))

@@ -281,6 +281,19 @@ def test_the_pages_are_what_the_script_renders():
         assert text == file.read_text(), f"{file.name}: run benchmarks/render.py"
 
 
+def test_each_kind_of_processor_keeps_its_newest_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    for stem, device, vector in [
+        ("2026-01-01-cpu", "cpu", "AVX512"),
+        ("2026-01-02-cpu", "cpu", "AVX2"),
+        ("2026-01-03-cuda", "cuda", "AVX2"),
+        ("2026-01-04-cpu-avx512", "cpu", "AVX512"),
+        ("2026-01-05-cpu", "cpu", None),
+    ]:
+        (tmp_path / f"{stem}.json").write_text(json.dumps({"device": device, "machine": {"vector": vector}}))
+    assert list(render.kept()) == ["2026-01-03-cuda", "2026-01-04-cpu-avx512", "2026-01-02-cpu", "2026-01-05-cpu"]
+
+
 def test_kept_results_are_whole_and_their_pictures_are_there():
     assert render.kept(), "no results are committed"
     for stem, results in render.kept().items():
