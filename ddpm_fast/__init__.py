@@ -38,6 +38,9 @@ _LAZY = {
     "restore": "ddpm_fast.integrations.accelerate",
 }
 
+# Modules that need no import of their own: `ddpm_fast.optim.Adam`, as of torch.
+_MODULES = ("classifier_free_guidance", "optim")
+
 _OTHER_NETWORK = "its fast networks are 2D with time alone"
 # Names of upstream that are not here, and why.
 _OF_UPSTREAM = {
@@ -67,6 +70,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name == "frozen_weights":  # the old name, for one release
         _warn("frozen_weights is now inference_weights", FutureWarning, stacklevel=2)
         globals()[name] = inference_weights  # one warning per process
@@ -79,4 +84,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_MODULES})

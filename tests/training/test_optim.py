@@ -41,6 +41,12 @@ def assert_equal(ours, theirs):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_needs_no_import_of_its_own():
+    source = "import ddpm_fast; print(ddpm_fast.optim.AdamW.__name__, ddpm_fast.classifier_free_guidance.Unet.__name__)"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert done.stdout.split() == ["AdamW", "Unet"], done.stderr
+
+
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "fused": True}, {"amsgrad": True}], ids=str)
 def test_steps_and_states_are_those_of_torch(name, options):
