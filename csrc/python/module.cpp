@@ -28,7 +28,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         if (before == nullptr) throw pybind11::value_error("this build or processor has no kernels for " + name);
         return before;
       },
-      "Take the kernels of \"avx512_bf16\", \"avx512\", \"avx2\" or \"portable\"; returns what was taken before. For tests.");
+      "Take the kernels of \"avx512_bf16\", \"avx512\", \"avx2\" or \"portable\"; returns what was taken before. For "
+      "tests.");
   m.def("empty_cache", &ddpm_fast::empty_cache, "See runtime/extension.py.");
   m.def(
       "empty_tensor",
