@@ -796,9 +796,9 @@ def sums_shape(x: torch.Tensor, bias: torch.Tensor | None, groups: int, *, dropo
     return B, triton_launch.ceil_div(HW, tile.chunk), 2 if bias is None else 3, C
 
 
-def most_registers(dropout: bool, writes_dx: bool = True) -> int:
+def most_registers(dropout: bool, writes_dx: bool = True, added: bool = False) -> int:
     """The bound of a backward kernel of maps, with which none spills; with 96 a multiprocessor runs five programs."""
-    return 120 if dropout and writes_dx else 96
+    return 120 if writes_dx and (dropout or (added and triton_launch.is_triton_before(3, 6))) else 96
 
 
 def norm_silu(
@@ -974,6 +974,7 @@ def _gradient_of_map(
             sums, means, rows.gain, rows.bias, rows.scale, HW, C, groups, chunks, rows.strides[0],
             **_group_blocks(C // groups, chunks),
         )  # fmt: skip
+        constants |= triton_launch.register_bound(most_registers(seed is not None, added=added is not None))
         group_norm_silu_bwd_kernel[grid](
             grad, x, dx, sums, statistics, means, *inputs, **constants, added_ptr=added
         )  # fmt: skip

@@ -63,7 +63,7 @@ def compile_stage(
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
     unaligned = tuple(n for n in ("tiles", "chunks", "G", "threshold", "scaled") if n in signature)
-    most = kernel.most_registers(everything, writes_dx="sums" not in name) if name in BOUNDED else None
+    most = kernel.most_registers(everything, "sums" not in name, added) if name in BOUNDED else None
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path,
         num_warps=tile.num_warps, unaligned=unaligned, maxnreg=most,
