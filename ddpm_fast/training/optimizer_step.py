@@ -191,9 +191,8 @@ class _OnePass(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Neither copies nor pickles have it.
-        one_pass = vars(self).setdefault("_one_pass", None) or OptimizerStep(self)
-        self._one_pass = one_pass
+        one_pass = vars(self).get("_one_pass") or OptimizerStep(self)
+        self._one_pass = one_pass  # which neither copies nor pickles have
         is_scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
         if is_scaled or one_pass.why_not() is not None:
             self._step_of_torch()
