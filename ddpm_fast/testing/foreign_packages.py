@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import MagicMock
 
 # Where the Makefile puts packages without what they need.
@@ -17,6 +18,22 @@ _UNUSED_BY_EDM = (
     "warp", "warp.optim", "warp.optim.linear", "s3fs", "jaxtyping", "tensordict", "timm", "timm.layers",
     "timm.layers.attention", "timm.models", "timm.models.swin_transformer", "nvtx",
 )  # fmt: skip
+
+
+def small_diffusers_unet() -> Any:
+    """diffusers' UNet2DModel with attention in its second stage, for images (3, 8, 8)."""
+    return importlib.import_module("diffusers").UNet2DModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+
+
+def small_openai_unet() -> Any:
+    """The same of torchcfm's UNetModel."""
+    return importlib.import_module("torchcfm.models.unet.unet").UNetModel(
+        image_size=8, in_channels=3, model_channels=64, out_channels=3, num_res_blocks=1, attention_resolutions=(2,),
+        channel_mult=(1, 2), num_heads=2,
+    )  # fmt: skip
 
 
 def import_edm() -> ModuleType:

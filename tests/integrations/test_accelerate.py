@@ -16,32 +16,17 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 from torch.nn.utils import parametrize
-from torchcfm.models.unet.unet import UNetModel
 
 import ddpm_fast
 from ddpm_fast.integrations import family
 from ddpm_fast.integrations.accelerate import is_accelerated, table
 from ddpm_fast.testing.accelerated import assert_same_bits, outputs_and_gradients, randomise_all
-from ddpm_fast.testing.foreign_packages import import_edm
+from ddpm_fast.testing.foreign_packages import import_edm, small_diffusers_unet, small_openai_unet
 
 edm = import_edm()
 upstream = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 with_classes = pytest.importorskip("denoising_diffusion_pytorch.classifier_free_guidance")
 rectified_flow = pytest.importorskip("rectified_flow_pytorch.rectified_flow")
-
-
-def diffusers_unet():
-    return UNet2DModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-
-
-def openai_unet():
-    return UNetModel(
-        image_size=8, in_channels=3, model_channels=64, out_channels=3, num_res_blocks=1, attention_resolutions=(2,),
-        channel_mult=(1, 2), num_heads=2,
-    )  # fmt: skip
 
 
 def edm_unet():
@@ -55,8 +40,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "upstream": lambda: upstream.Unet(8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8),
     "upstream with classes": lambda: with_classes.Unet(8, num_classes=4, dim_mults=(1, 2), cond_drop_prob=0.0),
     "rectified flow": lambda: rectified_flow.Unet(8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8),
-    "diffusers": diffusers_unet,
-    "torchcfm": openai_unet,
+    "diffusers": small_diffusers_unet,
+    "torchcfm": small_openai_unet,
     "EDM": edm_unet,
 }
 ALL = pytest.mark.parametrize("name", NETWORKS)

@@ -9,28 +9,13 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from torch import nn
-from torchcfm.models.unet.unet import UNetModel
 
 import ddpm_fast
 from ddpm_fast.integrations import weights
 from ddpm_fast.testing.accelerated import assert_same_bits, outputs_and_gradients, randomise_all
+from ddpm_fast.testing.foreign_packages import small_diffusers_unet, small_openai_unet
 
-
-def diffusers_unet():
-    return UNet2DModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-
-
-def openai_unet():
-    return UNetModel(
-        image_size=8, in_channels=3, model_channels=64, out_channels=3, num_res_blocks=1, attention_resolutions=(2,),
-        channel_mult=(1, 2), num_heads=2,
-    )  # fmt: skip
-
-
-NETWORKS = {"diffusers": diffusers_unet, "torchcfm": openai_unet}
+NETWORKS = {"diffusers": small_diffusers_unet, "torchcfm": small_openai_unet}
 both = pytest.mark.parametrize("name", NETWORKS)
 
 
