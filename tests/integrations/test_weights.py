@@ -14,6 +14,7 @@ import ddpm_fast
 from ddpm_fast.integrations import weights
 from ddpm_fast.testing.accelerated import assert_same_bits, outputs_and_gradients, randomise_all
 from ddpm_fast.testing.foreign_packages import small_diffusers_unet, small_openai_unet
+from ddpm_fast.training.captured_step import lay_out_state
 
 NETWORKS = {"diffusers": small_diffusers_unet, "torchcfm": small_openai_unet}
 both = pytest.mark.parametrize("name", NETWORKS)
@@ -149,6 +150,22 @@ def test_an_optimizer_that_is_older_than_the_layout(optimizer, as_on_cuda):
         found[is_laid_out] = dict(model.state_dict())
     for key, value in found[False].items():
         torch.testing.assert_close(found[True][key], value, msg=key)
+
+
+def test_moments_of_a_run_without_accelerate_are_laid_out(as_on_cuda):
+    """Loading keeps the layout that was saved, which fused Adam refuses on CUDA."""
+    model = network("diffusers")
+    earlier = torch.optim.Adam(model.parameters())
+    outputs_and_gradients(model, arguments("diffusers"))
+    earlier.step()
+    optimise = torch.optim.Adam(ddpm_fast.accelerate(model).parameters())
+    optimise.load_state_dict(earlier.state_dict())
+    moments = {p: state["exp_avg"].clone() for p, state in optimise.state.items()}
+    assert any(moment.stride() != p.stride() for p, moment in moments.items())
+    lay_out_state(optimise)
+    for p, moment in moments.items():
+        assert optimise.state[p]["exp_avg"].stride() == p.stride()
+        assert torch.equal(optimise.state[p]["exp_avg"], moment)
 
 
 def test_data_parallel(as_on_cuda, tmp_path):
