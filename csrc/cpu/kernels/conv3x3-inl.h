@@ -6,12 +6,15 @@
 //   output tile        = transform of M + bias + residual
 //
 // All transforms vectorise over channels. Two orders of work, chosen by sizes alone:
-// - by tiles: the taps are transformed first; each thread takes groups of tiles whose V and M stay in its second-level
-//   cache through all steps. For large maps.
+// - by tiles: each thread transforms all taps, then takes groups of tiles whose V and M stay in its second-level cache
+//   through all steps. For large maps.
 // - by panels: V of all tiles first, then panel by panel of output channels. Their taps are transformed on the way,
 //   block by block: the weights are read once and their transform, four times their size, never leaves the cache. For
 //   fewer tiles with more channels: the weights are most of the memory traffic. Each thread takes tiles, or of very few
 //   tiles panels.
+// No thread reads V or U of another. A transform takes 5 to 7 cycles for each line of cache that it writes, and a line
+// that another core wrote, or writing one that another core read, 4 to 15 where both share a third-level cache and up
+// to 100 where they do not (measured on two virtual cores of a Zen 4, which the host places either way).
 // conv3x3_forward-inl.h chooses, or takes conv3x3_direct-inl.h for the smallest maps.
 #pragma once
 
@@ -32,14 +35,11 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 constexpr int64_t kGroup = kRegisters == 32 ? kRows : 3 * kRows;
 constexpr int64_t kMaxSharedU = 2 << 20, kMinTiles = 512, kMaxV = 2 << 20;
 
-// By tiles, a thread with as many transforms all taps itself: less than 4% of its work, and it need not wait for
-// another core's cache.
-constexpr int64_t kTilesPerTaps = 128;
-
 // Rough cycles on a Zen 4, per channel: transform of a panel's taps, a panel's product for one tile, transform of one
 // tile's inputs.
 constexpr int64_t kCyclesOfTaps = 360, kCyclesOfProducts = 80, kCyclesOfInputs = 16;
-constexpr int64_t kCyclesOfPiece = 80000;  // less is not worth another thread
+// Less is not worth another thread: waking one takes 2000 to 4000 cycles.
+constexpr int64_t kCyclesOfPiece = 16000;
 
 // Tasks of `cycles` cycles each that are worth another thread.
 DDPM_FAST_INLINE int64_t pieces_of(int64_t cycles) { return max<int64_t>(1, kCyclesOfPiece / max<int64_t>(1, cycles)); }
@@ -61,21 +61,15 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
                        u + panel * point + c * kPanel, num_panels * point);
     }
   };
-  const int64_t taps = num_panels * ceil_div(C, 16), floats = kPoints * packed_size(C, K);
-  const bool shared = tiles.total < kTilesPerTaps * thread_count();
-  float* shared_u = shared ? thread_scratch(kScratchShared, floats) : nullptr;
-  if (shared) {
-    parallel(taps, pieces_of(16 * kCyclesOfTaps),
-             [&](int64_t begin, int64_t end) { transform_taps(begin, end, shared_u); });
-  }
+  const int64_t taps = num_panels * ceil_div(C, 16);
   // As many groups for each thread; a tile's result does not depend on its group.
   const int64_t groups = round_up(ceil_div(tiles.total, kGroup), thread_count());
   const int64_t size = ceil_div(tiles.total, groups), v_row = row_stride(C), m_row = row_stride(num_panels * kPanel);
   const int64_t v_plane = plane_stride(size * v_row), m_plane = plane_stride(size * m_row);
   parallel(ceil_div(tiles.total, size), pieces_of(size * C * num_panels * kCyclesOfProducts),
            [&](int64_t first, int64_t last) {
-             float* u = shared ? shared_u : thread_scratch(kScratchU, floats);
-             if (!shared) transform_taps(0, taps, u);
+             float* u = thread_scratch(kScratchU, kPoints * packed_size(C, K));
+             transform_taps(0, taps, u);
              float* v = thread_scratch(kScratchV, kPoints * v_plane);
              float* m = thread_scratch(kScratchM, kPoints * m_plane);
              for (int64_t g = first; g < last; ++g) {
@@ -111,17 +105,14 @@ inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64
   const int64_t T = last_tile - first_tile, blocks = ceil_div(C, kChannelBlock),
                 row = round_up(min(C, kChannelBlock), 16), piece = channels_of_piece(p, min(C, kChannelBlock));
   const int64_t v_plane = plane_stride(T * row), v_block = kPoints * v_plane, m_plane = plane_stride(T * kPanel);
-  float* v = thread_scratch(kScratchShared, blocks * v_block);
-  parallel(blocks * T, pieces_of(row * kCyclesOfInputs), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin, count; n < end; n += count) {
-      const int64_t block = n / T, t = n % T, c = block * kChannelBlock;
-      count = min(end - n, T - t);
-      transform_inputs(p.input, p.channels, p.upsampled, tiles, first_tile + t, first_tile + t + count, c,
-                       min(kChannelBlock, C - c), v + block * v_block + t * row, row, v_plane);
-    }
-  });
   parallel(panels(K), pieces_of(C * (T * kCyclesOfProducts + kCyclesOfTaps)), [&](int64_t first, int64_t last) {
     const int64_t u_plane = plane_stride(kChannelBlock * kPanel);
+    float* v = thread_scratch(kScratchV, blocks * v_block);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t c = block * kChannelBlock;
+      transform_inputs(p.input, p.channels, p.upsampled, tiles, first_tile, last_tile, c, min(kChannelBlock, C - c),
+                       v + block * v_block, row, v_plane);
+    }
     float* u = thread_scratch(kScratchU, kPoints * u_plane);
     float* m = thread_scratch(kScratchM, kPoints * m_plane);
     for (int64_t panel = first; panel < last; ++panel) {

@@ -49,11 +49,11 @@ inline void pack_taps(const Conv3x3Weight& w, int64_t first, int64_t columns, in
 
 inline void forward_directly(const Conv3x3Forward& p, int64_t C, int64_t K) {
   const int64_t pixels = p.B * p.H * p.W, depth = 9 * C, row = padded(depth);
-  float* a = thread_scratch(kScratchShared, pixels * row);
-  gather_neighbours(p, C, a, row);
   parallel(panels(K), pieces_of(C * (9 * pixels + kCyclesOfTaps / 2)), [&](int64_t first, int64_t last) {
+    float* a = thread_scratch(kScratchV, pixels * row);
     float* packed = thread_scratch(kScratchU, depth * kPanel);
     float* m = thread_scratch(kScratchM, pixels * kPanel);
+    gather_neighbours(p, C, a, row);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t column = panel * kPanel, columns = min<int64_t>(kPanel, K - column);
       pack_taps(p.weight, column, columns, C, packed);

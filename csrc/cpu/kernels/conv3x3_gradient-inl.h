@@ -236,54 +236,56 @@ inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tile
   });
 }
 
-// Of output panels [begin, end), `size` tiles at a time.
-inline void add_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C, int64_t begin, int64_t end,
-                       int64_t size) {
-  const int64_t width = gradient_block(), num_panels = end - begin, blocks = ceil_div(C, width),
-                row = round_up(min(C, width), 16);
+// Tasks [begin, end), one for every panel of output channels and block of `width` input channels, the blocks of a panel
+// one after another; `size` tiles at a time. A thread transforms all inputs and gradients that its tasks read.
+inline void add_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C, int64_t width, int64_t begin,
+                       int64_t end, int64_t size) {
+  const int64_t blocks = ceil_div(C, width), row = round_up(min(C, width), 16);
+  const int64_t first_panel = begin / blocks, last_panel = ceil_div(end, blocks);
+  const bool all = last_panel - first_panel > 1;  // blocks of channels
+  const int64_t first_block = all ? 0 : begin % blocks, last_block = all ? blocks : (end - 1) % blocks + 1;
   const int64_t v_plane = plane_stride(size * row), v_block = kPoints * v_plane;
   const int64_t d_plane = plane_stride(size * kPanel), d_panel = kPoints * d_plane;
   const int64_t s_plane = plane_stride(width * kPanel), sums = kPoints * s_plane;
-  float* v = thread_scratch(kScratchShared, blocks * v_block);
-  float* d = thread_scratch(kScratchGradients, num_panels * d_panel);
-  float* kept = size >= tiles.total ? nullptr : thread_scratch(kScratchSums, num_panels * blocks * sums);
+  float* v = thread_scratch(kScratchV, (last_block - first_block) * v_block);
+  float* d = thread_scratch(kScratchGradients, (last_panel - first_panel) * d_panel);
+  float* all_s = thread_scratch(kScratchSums, (size >= tiles.total ? 1 : end - begin) * sums);
   for (int64_t first = 0; first < tiles.total; first += size) {
     const int64_t T = min(size, tiles.total - first);
-    parallel(T, 1, [&](int64_t from, int64_t to) {
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t c = block * width;
-        transform_inputs(p.input, p.channels, p.upsampled, tiles, first + from, first + to, c, min(width, C - c),
-                         v + block * v_block + from * row, row, v_plane);
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t c = block * width;
+      transform_inputs(p.input, p.channels, p.upsampled, tiles, first, first + T, c, min(width, C - c),
+                       v + (block - first_block) * v_block, row, v_plane);
+    }
+    for (int64_t t = 0; t < T; ++t) {
+      transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), first_panel, last_panel, d + t * kPanel, d_plane,
+                         d_panel);
+    }
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t panel = task / blocks, block = task % blocks, c = block * width, count = min(width, C - c);
+      float* s = size >= tiles.total ? all_s : all_s + (task - begin) * sums;
+      for (int64_t i = 0; i < kPoints; ++i) {
+        add_products(v + (block - first_block) * v_block + i * v_plane, row,
+                     d + (panel - first_panel) * d_panel + i * d_plane, T, count, p.K - panel * kPanel, s + i * s_plane,
+                     first > 0);
       }
-      for (int64_t t = from; t < to; ++t) {
-        transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), begin, end, d + t * kPanel, d_plane, d_panel);
+      if (first + T < tiles.total) continue;
+      for (int64_t n = 0; n < count; n += kLanes) {
+        finish_panel_taps(p, s + n * kPanel, s_plane, panel, c + n, min<int64_t>(kLanes, count - n));
       }
-    });
-    parallel(num_panels * blocks, 1, [&](int64_t from, int64_t to) {
-      for (int64_t task = from; task < to; ++task) {
-        const int64_t panel = task / blocks, block = task % blocks, c = block * width, count = min(width, C - c);
-        float* s = kept == nullptr ? thread_scratch(kScratchM, sums) : kept + task * sums;
-        for (int64_t i = 0; i < kPoints; ++i) {
-          add_products(v + block * v_block + i * v_plane, row, d + panel * d_panel + i * d_plane, T, count,
-                       p.K - (begin + panel) * kPanel, s + i * s_plane, first > 0);
-        }
-        if (first + T < tiles.total) continue;
-        for (int64_t n = 0; n < count; n += kLanes) {
-          finish_panel_taps(p, s + n * kPanel, s_plane, begin + panel, c + n, min<int64_t>(kLanes, count - n));
-        }
-      }
-    });
+    }
   }
 }
 
-// With panels enough each thread takes its own, and transforms all inputs itself, a twentieth of its work.
-constexpr int64_t kPanelsOfThread = 4;
-
 inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
-  const int64_t num_panels = panels(p.K), width = gradient_block(), row = round_up(min(C, width), 16);
-  const int64_t size = tiles_at_a_time(tiles, kMaxOfBlocks, ceil_div(C, width) * row + num_panels * kPanel);
-  if (num_panels < kPanelsOfThread * thread_count()) return add_blocks(p, tiles, C, 0, num_panels, size);
-  parallel(num_panels, 1, [&](int64_t begin, int64_t end) { add_blocks(p, tiles, C, begin, end, size); });
+  const int64_t num_panels = panels(p.K), widest = gradient_block();
+  const int64_t size =
+      tiles_at_a_time(tiles, kMaxOfBlocks, ceil_div(C, widest) * round_up(min(C, widest), 16) + num_panels * kPanel);
+  // Narrower blocks where there are not as many tasks as threads; the sums are the same.
+  int64_t width = widest;
+  while (width > kLanes && num_panels * ceil_div(C, width) < thread_count()) width /= 2;
+  parallel(num_panels * ceil_div(C, width), pieces_of(width * tiles.total * kCyclesOfProducts),
+           [&](int64_t begin, int64_t end) { add_blocks(p, tiles, C, width, begin, end, size); });
 }
 
 inline void conv3x3_weight_gradient(const Conv3x3WeightGradient& p) {
