@@ -18,27 +18,49 @@ constexpr int64_t kBlock = 8192;   // elements whose average and copy follow whi
 // Numbers of a group.
 enum { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kDecoupled, kNumbers };
 
-// Chunks of all tensors, one after another: cut in the same way whatever the number of threads.
-struct Chunks {
-  std::vector<int64_t> ends;  // of each tensor
-
-  explicit Chunks(at::TensorList tensors) {
-    int64_t end = 0;
-    for (const Tensor& tensor : tensors) ends.push_back(end += (tensor.numel() + kChunk - 1) / kChunk);
+// Chunks of all tensors: cut in the same way whatever the number of threads.
+class Chunks {
+ public:
+  explicit Chunks(at::TensorList tensors) : of_thread_(std::max(1, at::get_num_threads())) {
+    const int64_t threads = static_cast<int64_t>(of_thread_.size());
+    for (size_t tensor = 0; tensor < tensors.size(); ++tensor) {
+      const int64_t elements = tensors[tensor].numel(), count = (elements + kChunk - 1) / kChunk;
+      for (int64_t i = 0; i < count; ++i) {
+        // The kernels that wrote a gradient and will read its weight cut their rows in the same way.
+        const int64_t thread = i * threads / count, last = ((i + 1) * threads - 1) / count;
+        of_thread_[thread == last ? thread : least_busy()].push_back(
+            {total_++, static_cast<int64_t>(tensor), kChunk * i});
+      }
+    }
   }
 
-  int64_t total() const { return ends.empty() ? 0 : ends.back(); }
+  int64_t total() const { return total_; }
 
   // body(chunk, tensor, first element) on torch's threads.
   template <typename Body>
   void for_each(const Body& body) const {
-    at::parallel_for(0, total(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t tensor = std::upper_bound(ends.begin(), ends.end(), chunk) - ends.begin();
-        body(chunk, tensor, kChunk * (chunk - (tensor == 0 ? 0 : ends[tensor - 1])));
+    at::parallel_for(0, static_cast<int64_t>(of_thread_.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        for (const Chunk& chunk : of_thread_[thread]) body(chunk.index, chunk.tensor, chunk.first);
       }
     });
   }
+
+ private:
+  struct Chunk {
+    int64_t index, tensor, first;
+  };
+
+  size_t least_busy() const {
+    size_t least = 0;
+    for (size_t i = 1; i < of_thread_.size(); ++i) {
+      if (of_thread_[i].size() < of_thread_[least].size()) least = i;
+    }
+    return least;
+  }
+
+  std::vector<std::vector<Chunk>> of_thread_;
+  int64_t total_ = 0;
 };
 
 // Strides of dimensions of one element do not matter.
