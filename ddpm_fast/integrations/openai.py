@@ -52,9 +52,13 @@ _Fits = Callable[[Any], bool]
 
 
 def _is_norm(module: Any) -> bool:
-    if not isinstance(module, nn.GroupNorm) or None in (parameter(module, "weight"), parameter(module, "bias")):
-        return False
-    return is_group_norm(module) or is_unchanged(module, _GROUP_NORM)
+    if is_group_norm(module):
+        return True
+    return (
+        is_unchanged(module, _GROUP_NORM)
+        and parameter(module, "weight") is not None
+        and parameter(module, "bias") is not None
+    )
 
 
 def _is_silu(module: Any) -> bool:

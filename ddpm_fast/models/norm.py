@@ -33,7 +33,11 @@ def is_rms_norm(module: object) -> bool:
 
 def is_group_norm(module: object) -> bool:
     """True for an unmodified `nn.GroupNorm` with gain and offset."""
-    return is_instance(module, nn.GroupNorm) and None not in (parameter(module, "weight"), parameter(module, "bias"))
+    return (
+        is_instance(module, nn.GroupNorm)
+        and parameter(module, "weight") is not None  # `None in (a tensor, …)` compares elements
+        and parameter(module, "bias") is not None
+    )
 
 
 def make_norm(norm: str, dim: int, groups: int) -> nn.Module:
