@@ -29,7 +29,7 @@ PHASES = ("training step", "forward")
 EAGER, ACCELERATED = "eager", "accelerated"
 
 # Relative errors allowed of outputs and of gradients, as ‖a − b‖ / ‖b‖: see `baselines`.
-_TOLERANCE = {"fp32": (1e-4, 1e-3), "tf32": (1e-2, 3e-2), "fp16": (2e-2, 5e-2), "bf16": (5e-2, 1.5e-1)}
+TOLERANCE = {"fp32": (1e-4, 1e-3), "tf32": (1e-2, 3e-2), "fp16": (2e-2, 5e-2), "bf16": (5e-2, 1.5e-1)}
 _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # The network of google/ddpm-cifar10-32, from its config.json: 35.7 million parameters.
@@ -246,7 +246,7 @@ def check_equal(foreign: ForeignNetwork, eager: nn.Module, other: nn.Module, bat
         "worst gradient": max(worst.values()),
     }
     tf32 = dtype == "fp32" and batch[0].is_cuda and torch.backends.cudnn.allow_tf32
-    loose, looser = _TOLERANCE["tf32" if tf32 else dtype]
+    loose, looser = TOLERANCE["tf32" if tf32 else dtype]
     bounds = {"output": loose, "gradients": looser, "worst gradient": 3 * looser}
     for name, error in errors.items():
         where = f" ({max(worst, key=lambda n: worst[n])})" if name == "worst gradient" else ""

@@ -52,7 +52,7 @@ class Conv4x4(nn.Conv2d):
         super().__init__(in_channels, out_channels, 4, stride=2, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._is_as_made():
+        if x.dim() != 4 or not self._is_as_made():
             return super().forward(x)
         (x,) = to_autocast_dtype(x)
         weight, bias = narrow(self, "weight"), narrow(self, "bias")
@@ -82,7 +82,7 @@ class StemConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, side, padding=side // 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._is_as_made():
+        if x.dim() != 4 or not self._is_as_made():
             return super().forward(x)
         (x,) = to_autocast_dtype(x)
         return stem_conv(x, narrow(self, "weight"), narrow(self, "bias"))

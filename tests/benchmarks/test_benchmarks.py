@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import bench_blocks
 import pytest
 import torch
+from torchcfm.models.unet.unet import UNetModel
 
+from ddpm_fast.measure import foreign
 from ddpm_fast.testing.isolation import alone
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -42,10 +46,20 @@ def test_op_cases_agree(environment):
 
 
 def test_blocks_agree_and_are_timed():
-    command = [sys.executable, str(BENCHMARKS / "bench_blocks.py"), "--quick", "--seconds", "0", "--least", "0"]
-    finished = subprocess.run(command, env=alone(), capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    assert finished.stdout.count("forward") == finished.stdout.count("step") == 2
+    network = UNetModel(8, 3, 32, 1, 1, (), channel_mult=(1,))
+    case = foreign.ForeignNetwork("tiny", network, (3, 8, 8), lambda network, x, t: network(t / 1000, x))
+    blocks = bench_blocks.compare_blocks(case, torch.device("cpu"), batch=2, seconds=0.0)
+    by_class = {block.cls: block for block in blocks}
+    assert by_class["ResBlock"].runs == "preactivation_block" and by_class["ResBlock"].shapes[0][2:] == [8, 8]
+    assert all(block.phases.keys() == set(foreign.PHASES) for block in blocks)
+    assert bench_blocks.failures("tiny", blocks, least=0.0, dtype="fp32") == []
+    first, *_, last = bench_blocks.rows("tiny", blocks)
+    assert min(map(float, first[5:7])) <= min(map(float, last[5:7]))
+    slow = dataclasses.replace(blocks[0], phases={"forward": 0.5, "training step": 1.5})
+    wrong = dataclasses.replace(blocks[0], error=0.1)
+    texts = bench_blocks.failures("tiny", [slow, wrong], least=0.4, dtype="fp32")
+    assert len(texts) == 1 and texts[0].endswith("differs by 1.0e-01")
+    assert "0.50 times" in bench_blocks.failures("tiny", [slow], least=0.95, dtype="fp32")[0]
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from torch.nn.grad import conv2d_input
 from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.ops.stem_conv import reference
+from ddpm_fast.runtime import extension
 from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _MOST_MAPS = 3  # that native code reads side by side: the estimate of x0, x, and a condition's image
@@ -128,6 +129,8 @@ def _native_refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def _native_yields(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, beside: _Maps) -> str | None:
+    if x.dtype == torch.bfloat16 and extension.instruction_set() == "avx512_bf16":
+        return "x is bfloat16, and this processor multiplies it by pairs, in torch's convolution and not in native code"
     if weight.shape[1] > _MOST_CHANNELS:
         return f"x has {weight.shape[1]} channels, more than {_MOST_CHANNELS}: torch's convolution has blocks of them"
     return None

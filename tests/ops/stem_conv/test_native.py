@@ -233,3 +233,13 @@ def test_a_networks_first_convolution_runs_it():
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["ddpm_fast::native_stem_conv"] == 1 and "aten::mkldnn_convolution" not in counts
     assert counts["aten::cat"] == 1, "of the time's sines and cosines: maps are read side by side where they are"
+
+
+def test_bfloat16_goes_where_the_processor_multiplies_it(monkeypatch):
+    """Half of the time is torch's there; elsewhere torch's convolution of bfloat16 is the slower one."""
+    x, weight = torch.zeros(1, 3, 8, 8), torch.zeros(8, 3, 7, 7)
+    for found, name in (("avx512_bf16", "reference"), ("avx512", "native"), ("avx2", "native")):
+        monkeypatch.setattr(extension, "instruction_set", lambda found=found: found)
+        assert op._stem_conv_op.choose(x.bfloat16(), weight.bfloat16(), None, ()).name == name
+        assert op._stem_conv_op.choose(x, weight, None, ()).name == "native"
+    assert op._stem_conv_op.choose(x.half(), weight.half(), None, ()).name == "native"
