@@ -76,7 +76,7 @@ def test_a_pair_of_a_bfloat16_product_is_loads_and_products(tmp_path):
         "#define DDPM_FAST_ISA avx512\n#define DDPM_FAST_LANES 16\n#define DDPM_FAST_BFLOAT16\n"
         '#include "cpu/kernels/pairs-inl.h"\n'
         "void tile(const uint32_t* a, int64_t row, const float* panel, int64_t pairs, float* c) {\n"
-        "  ddpm_fast::avx512::pair_tile<14>(a, row, 1, panel, pairs, c, 32, false);\n}\n"
+        "  ddpm_fast::avx512::pair_tile<14>(a, row, 1, panel, pairs, ddpm_fast::avx512::StorePanel{c, 32, false});\n}\n"
     )
     flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-march=x86-64-v4", f"-I{CSRC}"]
     built = subprocess.run(["g++", *flags, "-S", str(source), "-o", "-"], capture_output=True, text=True)

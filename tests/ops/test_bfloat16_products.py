@@ -10,7 +10,7 @@ import torch
 from ddpm_fast import explain, use_backend
 from ddpm_fast.ops.linear_attention.op import linear_attention
 from ddpm_fast.ops.linear_attention_block.op import linear_attention_block
-from ddpm_fast.ops.norm_linear.op import linear, linear_residual
+from ddpm_fast.ops.norm_linear.op import linear, linear_residual, norm_linear
 from ddpm_fast.ops.preactivation_block.op import preactivation_block
 from ddpm_fast.ops.resnet_block.op import resnet_block
 from ddpm_fast.runtime import extension
@@ -59,6 +59,12 @@ def residual_case() -> tuple[Callable, dict]:
     return linear_residual, tensors | {"residual": normal(2, 40, 5, 5)}
 
 
+def norm_case(B: int, C: int, K: int, H: int, W: int) -> tuple[Callable, dict]:
+    normal = random(C + K + H)
+    tensors = {"x": 2 * normal(B, C, H, W) + 0.5, "gain": 1 + 0.3 * normal(1, C, 1, 1)}
+    return norm_linear, tensors | {"weight": normal(K, C, 1, 1) / C**0.5}
+
+
 def attention_case(block: bool, B, heads, D, C, M, H, W) -> tuple[Callable, dict]:
     normal, hidden = random(B + C), heads * D
     tensors = {"x": normal(B, C, H, W), "gain_in": 1 + 0.3 * normal(1, C, 1, 1)} if block else {}
@@ -94,6 +100,13 @@ CASES = {
     "linear of two, the first odd": lambda: linear_case(17, 34, 50, 9),
     "linear, 4 KB apart": lambda: linear_case(2048, 0, 70, 3, bias=False),
     "linear_residual": residual_case,
+    "norm_linear": lambda: norm_case(2, 64, 96, 9, 7),
+    "norm_linear, an odd row": lambda: norm_case(2, 33, 96, 3, 5),
+    "norm_linear, an odd output": lambda: norm_case(1, 34, 97, 3, 5),
+    "norm_linear, one pair": lambda: norm_case(1, 2, 2, 1, 1),
+    "norm_linear, parts of panels": lambda: norm_case(3, 50, 38, 1, 67),
+    "norm_linear, rows in segments": lambda: norm_case(1, 70, 34, 51, 41),
+    "norm_linear, 4 KB apart": lambda: norm_case(1, 2048, 6, 5, 5),
     "attention tail": lambda: attention_case(False, 3, 2, 8, 3, 1, 1, 3),
     "attention tail, groups": lambda: attention_case(False, 2, 4, 32, 64, 4, 33, 17),
     "attention block": lambda: attention_case(True, 3, 4, 32, 64, 4, 7, 7),
@@ -150,7 +163,9 @@ def test_other_types_are_computed_as_without_them(name):
             assert torch.equal(actual[key], expected[key]), (key, dtype)
 
 
-@pytest.mark.parametrize("name", ["linear", "linear of two", "attention tail", "attention block", "resnet_block"])
+@pytest.mark.parametrize(
+    "name", ["linear", "linear of two", "norm_linear", "attention tail", "attention block", "resnet_block"]
+)
 def test_they_are_used(name):
     """Weights in float32 lose their digits in the products of bfloat16 alone."""
     call, tensors = CASES[name]()
@@ -175,12 +190,14 @@ def test_a_product_of_bfloat16_is_exact_but_for_its_sum(name):
         assert ((a - b).abs() <= 2**-7 * b.abs() + 1e-5 * b.abs().max()).all(), key
 
 
-@pytest.mark.parametrize("name", ["linear of two", "attention tail, groups", "attention block, groups"])
+@pytest.mark.parametrize(
+    "name", ["linear of two", "norm_linear, rows in segments", "attention tail, groups", "attention block, groups"]
+)
 def test_the_number_of_threads_changes_nothing(name):
     call, tensors = CASES[name]()
     given = narrowed(tensors, torch.bfloat16, MAPS)
     found = []
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 5, 7):
         with threads(count):
             found.append(results(call, given))
     for other in found[1:]:

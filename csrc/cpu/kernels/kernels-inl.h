@@ -12,7 +12,7 @@
 #include "linear_attention_backward-inl.h"
 #include "linear_pairs-inl.h"
 #include "noise-inl.h"
-#include "norm_linear-inl.h"
+#include "norm_linear_pairs-inl.h"
 #include "norm_silu-inl.h"
 #include "sampler_step-inl.h"
 #include "stem_conv-inl.h"
@@ -32,7 +32,10 @@ constexpr Kernels make_kernels(const char* name, bool pairs = false) {
                  .forward_many = linears_forward,
                  .data_gradient = any_linear_data_gradient,
                  .weight_gradient = linear_weight_gradient},
-      .norm_linear = {.forward = norm_linear_forward, .data_gradient = norm_linear_data_gradient},
+      .norm_linear = {.forward = norm_linear_forward,
+                      .backward = norm_linear_backward,
+                      .forward_by_pairs = kHasPairs ? norm_linear_forward_by_pairs : nullptr,
+                      .backward_by_pairs = kHasPairs ? norm_linear_backward_by_pairs : nullptr},
       .attention = {.forward = attention::forward,
                     .backward = attention::backward,
                     .block_forward = attention::block_forward,

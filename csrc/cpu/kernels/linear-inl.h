@@ -355,12 +355,17 @@ inline void weight_gradient_panel(const LinearWeightGradient& p, int part, int64
   }
 }
 
+// Of the rows of a sum of `tasks` parts, by sizes alone.
+DDPM_FAST_INLINE int64_t weight_gradient_segments(int64_t rows, int64_t tasks) {
+  return max<int64_t>(1, min<int64_t>(rows / 1024, ceil_div(64, tasks)));
+}
+
 inline void linear_weight_gradient(const LinearWeightGradient& p) {
   const int64_t C = p.channels[0] + p.channels[1], first_panels = panels(p.channels[0]),
                 all_panels = first_panels + panels(p.channels[1]);
   const int64_t tasks = (p.dweight ? all_panels : 0) + (p.dbias ? 1 : 0);
   if (tasks == 0 || p.K == 0) return;
-  const int64_t segments = max<int64_t>(1, min<int64_t>(p.rows / 1024, ceil_div(64, tasks)));
+  const int64_t segments = weight_gradient_segments(p.rows, tasks);
   const int64_t length = ceil_div(p.rows, segments), stride = round_up(p.K * C + p.K, 16);
   float* partials = segments > 1 ? thread_scratch(kLinearSumsSlot, segments * stride) : nullptr;
   const int64_t products = min(length, p.rows) * p.K * kPanel;

@@ -6,15 +6,20 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
+// `pack_transposed` of all panels, by pairs.
+inline void pack_transposed_pairs(const float* weight, const float* gain, int64_t C, int64_t K, float* packed) {
+  parallel(panels(K), task_grain(C * kPanel * 16), [&](int64_t begin, int64_t end) {
+    pack_transposed(weight, C, gain, C, K, begin, end, packed);
+    narrow_panels(packed + begin * C * kPanel, C, (end - begin) * kPanel);
+  });
+}
+
 // The second map's terms follow the first map's, so these are whole pairs.
 inline void linear_forward_by_pairs(const LinearForward& p) {
   const int64_t C = p.channels[0] + p.channels[1];
   if (p.rows * p.K == 0) return;
   float* packed = thread_scratch(kPackedSlot, packed_size(C, p.K));
-  parallel(panels(p.K), task_grain(C * kPanel * 16), [&](int64_t begin, int64_t end) {
-    pack_transposed(p.weight, C, p.gain, C, p.K, begin, end, packed);
-    narrow_panels(packed + begin * C * kPanel, C, (end - begin) * kPanel);
-  });
+  pack_transposed_pairs(p.weight, p.gain, C, p.K, packed);
   const int64_t block = even_block_rows(p.rows, max<int64_t>(C, 1)), blocks = ceil_div(p.rows, block);
   const int64_t stride = padded(narrowed_row(p.channels[0]) + narrowed_row(p.channels[1]));
   over_blocks(blocks, panels(p.K), min(block, p.rows) * C * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
@@ -41,6 +46,17 @@ inline void linear_forward_by_pairs(const LinearForward& p) {
   });
 }
 
+// `pack_weight`, by pairs.
+inline void pack_weight_pairs(const float* weight, int64_t K, int64_t C, int64_t first, int64_t k, float* packed) {
+  parallel(panels(k), task_grain(K * kPanel * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t columns = min<int64_t>(kPanel, k - p * kPanel);
+      pack_straight(weight + first + p * kPanel, C, nullptr, nullptr, K, columns, packed + p * K * kPanel);
+      narrow_panels(packed + p * K * kPanel, K, columns);
+    }
+  });
+}
+
 inline void linear_data_gradient_by_pairs(const LinearDataGradient& p) {
   const int64_t C = p.channels[0] + p.channels[1], block = even_block_rows(p.rows, max<int64_t>(p.K, 1)),
                 blocks = ceil_div(p.rows, block), stride = padded(narrowed_row(p.K));
@@ -48,8 +64,7 @@ inline void linear_data_gradient_by_pairs(const LinearDataGradient& p) {
     const int64_t k = p.channels[part];
     if (p.dinput[part] == nullptr || k == 0) continue;
     float* packed = thread_scratch(kPackedSlot, packed_size(p.K, k));
-    pack_weight(p.weight, p.K, C, part ? p.channels[0] : 0, k, packed);
-    narrow_panels(packed, p.K, k);
+    pack_weight_pairs(p.weight, p.K, C, part ? p.channels[0] : 0, k, packed);
     over_blocks(blocks, panels(k), min(block, p.rows) * p.K * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
       const int64_t row = b * block, rows = min(block, p.rows - row);
       uint32_t* a = reinterpret_cast<uint32_t*>(thread_scratch(kRowsSlot, block * stride));

@@ -9,7 +9,7 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 constexpr int kFactorsSlot = 3;  // of thread_scratch, as is linear's
 
-inline void norm_linear_forward(const NormLinearForward& p) {
+inline void norm_linear_forward(const NormLinearForward<float>& p) {
   if (p.rows * p.C == 0) return;
   float* factors = thread_scratch(kFactorsSlot, p.rows);
   parallel(p.rows, max<int64_t>(1, 16384 / p.C), [&](int64_t begin, int64_t end) {
@@ -28,12 +28,14 @@ inline void norm_linear_forward(const NormLinearForward& p) {
                   .out = p.out});
 }
 
+// Rows per block of the gradient of x: 8 blocks of equal size or a multiple of that, so that threads get equal shares.
+DDPM_FAST_INLINE int64_t norm_linear_block(int64_t rows, int64_t C) {
+  return max<int64_t>(kRows, ceil_div(rows, round_up(ceil_div(rows, block_rows(2 * C)), 8)));
+}
+
 // A block's gradient of the normed rows is a product in scratch memory, which the norm's gradient then reads.
-inline void norm_linear_data_gradient(const NormLinearDataGradient& p) {
-  if (p.rows * p.C == 0) return;
-  for (int64_t row = 0; p.factors && row < p.rows; ++row) p.factors[row] = rms_factor(p.norms[row], p.C);
-  if (p.dx == nullptr) return;
-  const int64_t C = p.C, block = block_rows(2 * C), blocks = ceil_div(p.rows, block);
+inline void norm_linear_data_gradient(const NormLinearBackward<float>& p) {
+  const int64_t C = p.C, block = norm_linear_block(p.rows, C), blocks = ceil_div(p.rows, block);
   float* packed = thread_scratch(kPackedSlot, packed_size(p.K, C));
   pack_weight(p.weight, p.K, C, 0, C, packed);
   float* sums = thread_scratch(kLinearSumsSlot, blocks * C);  // of dgain, per block
@@ -52,6 +54,22 @@ inline void norm_linear_data_gradient(const NormLinearDataGradient& p) {
     }
   });
   add_partials(sums, blocks, C, C, p.dgain);
+}
+
+inline void norm_linear_backward(const NormLinearBackward<float>& p) {
+  if (p.rows * p.C == 0) return;
+  if (p.dx) norm_linear_data_gradient(p);
+  if (p.dweight == nullptr) return;
+  float* factors = thread_scratch(kFactorsSlot, p.rows);
+  for (int64_t row = 0; row < p.rows; ++row) factors[row] = rms_factor(p.norms[row], p.C);
+  linear_weight_gradient({.grad = p.grad,
+                          .input = {p.x},
+                          .channels = {p.C},
+                          .rows = p.rows,
+                          .K = p.K,
+                          .row_scale = factors,
+                          .gain = p.gain,
+                          .dweight = p.dweight});
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

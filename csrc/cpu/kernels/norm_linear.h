@@ -1,36 +1,44 @@
-// A 1×1 convolution of an RMSNorm: the arguments of the kernels in norm_linear-inl.h. Free of torch.
+// A 1×1 convolution of an RMSNorm: the arguments of the kernels in norm_linear-inl.h and norm_linear_pairs-inl.h. Free
+// of torch.
 #pragma once
 
 #include <stdint.h>
 
 namespace ddpm_fast {
 
+// Element: of the maps x, out, grad and dx, float or the bits of a bfloat16.
+
 // out = W·(x̂·gain) per pixel, x̂ = x·√C / max(‖x‖₂, 1e-12).
+template <typename Element>
 struct NormLinearForward {
-  const float* x;       // (rows, C)
+  const Element* x;     // (rows, C)
   const float* gain;    // (C)
   const float* weight;  // (K, C)
   int64_t rows, C, K;
-  float* out;    // (rows, K)
+  Element* out;  // (rows, K)
   float* norms;  // (rows), ‖x‖₂
 };
 
-// The gradients of x and gain; that of the weight is linear's, with the factors √C / max(‖x‖₂, 1e-12) as its row_scale.
-struct NormLinearDataGradient {
-  const float* grad;  // (rows, K)
-  const float* x;     // (rows, C)
+// Null: a gradient that is not made. dx and dgain are made together.
+template <typename Element>
+struct NormLinearBackward {
+  const Element* grad;  // (rows, K)
+  const Element* x;     // (rows, C)
   const float* norms;
   const float* gain;
   const float* weight;
   int64_t rows, C, K;
-  float* dx;       // (rows, C), or null: then dgain is not made either
+  Element* dx;     // (rows, C)
   float* dgain;    // (C)
-  float* factors;  // (rows) or null: receives √C / max(‖x‖₂, 1e-12)
+  float* dweight;  // (K, C)
 };
 
 struct NormLinearKernels {
-  void (*forward)(const NormLinearForward&);
-  void (*data_gradient)(const NormLinearDataGradient&);
+  void (*forward)(const NormLinearForward<float>&);
+  void (*backward)(const NormLinearBackward<float>&);
+  // By bfloat16 pairs, where Kernels::pairs is true, for even C and K.
+  void (*forward_by_pairs)(const NormLinearForward<uint16_t>&);
+  void (*backward_by_pairs)(const NormLinearBackward<uint16_t>&);
 };
 
 }  // namespace ddpm_fast

@@ -15,7 +15,8 @@ constexpr bool kHasPairs = true;
 // By the assembler, since compilers disagree on the types of these intrinsics, and need a target of its own for them.
 // The pair at `a`, broadcast: as a register of its own, gcc keeps two and spills sums.
 DDPM_FAST_INLINE vf add_pair_products(vf sum, const uint32_t* a, vu b) {
-  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+  typedef uint32_t of_any_row __attribute__((aligned(2), may_alias));  // a row of pairs, or of a bfloat16 map
+  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*reinterpret_cast<const of_any_row*>(a)));
   return sum;
 }
 // `low` and then `high`, rounded to the nearest.
@@ -135,37 +136,37 @@ struct StorePanel {
   int64_t stride;
   bool add;
 
-  DDPM_FAST_INLINE void operator()(int m, vf left, vf right) {
+  DDPM_FAST_INLINE void operator()(int m, vf left, vf right) const {
     float* to = c + m * stride;
     store(to, add ? left + load(to) : left);
     store(to + kLanes, add ? right + load(to + kLanes) : right);
   }
 };
 
-template <int R>
+template <int R, typename Out>
 DDPM_FAST_NOINLINE void pair_tile(const uint32_t* a, int64_t row, int64_t step, const float* panel, int64_t pairs,
-                                  float* c, int64_t stride, bool add) {
+                                  Out out) {
   PairSums<R> sums = pair_sums<R>(a, row, step, panel, pairs);
-  StorePanel out{c, stride, add};
   sums.write(out);
 }
 
-template <int R = kRows>
+// Out: an epilogue of few instructions, since it stands in the tile of every height.
+template <int R = kRows, typename Out>
 DDPM_FAST_INLINE void pair_tile_of(int64_t rows, const uint32_t* a, int64_t row, int64_t step, const float* panel,
-                                   int64_t pairs, float* c, int64_t stride, bool add) {
+                                   int64_t pairs, const Out& out) {
   if constexpr (R > 0) {
-    if (rows == R) return pair_tile<R>(a, row, step, panel, pairs, c, stride, add);
-    pair_tile_of<R - 1>(rows, a, row, step, panel, pairs, c, stride, add);
+    if (rows == R) return pair_tile<R>(a, row, step, panel, pairs, out);
+    pair_tile_of<R - 1>(rows, a, row, step, panel, pairs, out);
   }
 }
 
-// `rows` rows of a product with one panel, each handed to out(m, left, right). An epilogue in the tiles would be 14
-// copies of itself, and up to 20 KB in each of 14 tiles.
+// `rows` rows of a product with one panel, each handed to out(m, left, right). LinearForward's epilogue in the tiles
+// would be 14 copies of itself, and up to 20 KB in each of 14 tiles.
 template <typename Out>
 DDPM_FAST_INLINE void pair_rows(int64_t rows, const uint32_t* a, int64_t row, int64_t step, const float* panel,
                                 int64_t pairs, Out& out) {
   alignas(64) float sums[kRows * kPanel];
-  pair_tile_of(rows, a, row, step, panel, pairs, sums, kPanel, false);
+  pair_tile_of(rows, a, row, step, panel, pairs, StorePanel{sums, kPanel, false});
   for (int m = 0; m < rows; ++m) out(m, load(sums + m * kPanel), load(sums + m * kPanel + kLanes));
 }
 
@@ -176,7 +177,7 @@ inline void pair_product_panel(const uint32_t* a, int64_t row, int64_t step, con
   for (int64_t g = 0, m = 0; g < groups; ++g) {
     const int64_t rows = (M - m + groups - g - 1) / (groups - g);
     if (columns == kPanel) {
-      pair_tile_of(rows, a + m * row, row, step, panel, pairs, c + m * stride, stride, add);
+      pair_tile_of(rows, a + m * row, row, step, panel, pairs, StorePanel{c + m * stride, stride, add});
     } else {
       Store out{c + m * stride, stride, columns, add};
       pair_rows(rows, a + m * row, row, step, panel, pairs, out);

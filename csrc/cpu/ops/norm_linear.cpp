@@ -31,23 +31,39 @@ Tensor sums_like(const Tensor& tensor, int64_t rows) {
   return rows ? empty_tensor(tensor.sizes()) : unpooled_tensor(tensor.sizes()).zero_();
 }
 
+// Bfloat16 maps whose rows are whole pairs are read and written as they are.
+bool is_by_pairs(const Tensor& x, int64_t K) {
+  return multiplies_narrowly(x) && x.size(1) % 2 == 0 && K > 0 && K % 2 == 0;
+}
+
+uint16_t* bits(const Tensor& map) { return map.defined() ? reinterpret_cast<uint16_t*>(map.data_ptr()) : nullptr; }
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> norm_linear(const Tensor& x, const Tensor& gain, const Tensor& weight) {
   check_map(x, "x");
   const int64_t C = x.size(1), K = weight.size(0);
   check_elements(gain, "gain", C);
-  const Tensor matrix = check_weight(weight, C), map = float_map(x), row = float_vector(gain);
-  const Tensor out = empty_float_map({x.size(0), K, x.size(2), x.size(3)});
+  const Tensor matrix = check_weight(weight, C), row = float_vector(gain);
   const Tensor norms = empty_tensor({x.size(0), x.size(2) * x.size(3)});
-  kernels().norm_linear.forward({.x = map.const_data_ptr<float>(),
-                                 .gain = row.const_data_ptr<float>(),
-                                 .weight = matrix.const_data_ptr<float>(),
-                                 .rows = pixels(x),
-                                 .C = C,
-                                 .K = K,
-                                 .out = out.data_ptr<float>(),
-                                 .norms = norms.data_ptr<float>()});
+  const at::DimVector sizes = {x.size(0), K, x.size(2), x.size(3)};
+  const auto run = [&](auto kernel, const auto* data, auto* out) {
+    kernel({.x = data,
+            .gain = row.const_data_ptr<float>(),
+            .weight = matrix.const_data_ptr<float>(),
+            .rows = pixels(x),
+            .C = C,
+            .K = K,
+            .out = out,
+            .norms = norms.data_ptr<float>()});
+  };
+  if (is_by_pairs(x, K)) {
+    const Tensor out = empty_tensor(sizes, at::kBFloat16, at::MemoryFormat::ChannelsLast);
+    run(kernels().norm_linear.forward_by_pairs, bits(x), bits(out));
+    return {out, norms};
+  }
+  const Tensor map = float_map(x), out = empty_float_map(sizes);
+  run(kernels().norm_linear.forward, map.const_data_ptr<float>(), out.data_ptr<float>());
   return {as_type(out, x.scalar_type()), norms};
 }
 
@@ -61,36 +77,34 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(const Tensor& grad, cons
   check_sizes(grad, "grad", {x.size(0), K, x.size(2), x.size(3)});
   TORCH_CHECK_TYPE(norms.scalar_type() == at::kFloat, "norms must be float32");
   check_elements(norms, "norms", rows);
-  const Tensor matrix = check_weight(weight, C), map = float_map(x), row = float_vector(gain),
-               gradient = float_map(grad), lengths = norms.contiguous();
-  const Tensor factors = needs_weight ? empty_tensor({rows}) : Tensor();
+  const Tensor matrix = check_weight(weight, C), row = float_vector(gain), lengths = norms.contiguous();
+  const bool by_pairs = is_by_pairs(x, K) && grad.scalar_type() == at::kBFloat16;
+  const Tensor map = by_pairs ? x : float_map(x);
+  const Tensor gradient = by_pairs ? grad.contiguous(at::MemoryFormat::ChannelsLast) : float_map(grad);
   Tensor dx, dgain, dweight;
   if (needs_x_or_gain) {
     dx = empty_tensor_like(map);
     dgain = sums_like(gain, rows);
   }
-  kernels().norm_linear.data_gradient({.grad = gradient.const_data_ptr<float>(),
-                                       .x = map.const_data_ptr<float>(),
-                                       .norms = lengths.const_data_ptr<float>(),
-                                       .gain = row.const_data_ptr<float>(),
-                                       .weight = matrix.const_data_ptr<float>(),
-                                       .rows = rows,
-                                       .C = C,
-                                       .K = K,
-                                       .dx = mutable_data_or_null(dx),
-                                       .dgain = mutable_data_or_null(dgain),
-                                       .factors = mutable_data_or_null(factors)});
-  if (needs_weight) {
-    dweight = sums_like(weight, rows);
-    const LinearWeightGradient weights{.grad = gradient.const_data_ptr<float>(),
-                                       .input = {map.const_data_ptr<float>()},
-                                       .channels = {C},
-                                       .rows = rows,
-                                       .K = K,
-                                       .row_scale = factors.const_data_ptr<float>(),
-                                       .gain = row.const_data_ptr<float>(),
-                                       .dweight = dweight.data_ptr<float>()};
-    if (rows) kernels().linear.weight_gradient(weights);
+  if (needs_weight) dweight = sums_like(weight, rows);
+  const auto run = [&](auto kernel, const auto* of_out, const auto* data, auto* of_x) {
+    kernel({.grad = of_out,
+            .x = data,
+            .norms = lengths.const_data_ptr<float>(),
+            .gain = row.const_data_ptr<float>(),
+            .weight = matrix.const_data_ptr<float>(),
+            .rows = rows,
+            .C = C,
+            .K = K,
+            .dx = of_x,
+            .dgain = mutable_data_or_null(dgain),
+            .dweight = mutable_data_or_null(dweight)});
+  };
+  if (by_pairs) {
+    run(kernels().norm_linear.backward_by_pairs, bits(gradient), bits(map), bits(dx));
+  } else {
+    run(kernels().norm_linear.backward, gradient.const_data_ptr<float>(), map.const_data_ptr<float>(),
+        mutable_data_or_null(dx));
   }
   return {in_dtype_of(x, dx), in_dtype_of(gain, dgain), in_dtype_of(weight, dweight)};
 }
