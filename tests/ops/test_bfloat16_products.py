@@ -111,6 +111,7 @@ CASES = {
     "attention tail, groups": lambda: attention_case(False, 2, 4, 32, 64, 4, 33, 17),
     "attention block": lambda: attention_case(True, 3, 4, 32, 64, 4, 7, 7),
     "attention block, odd": lambda: attention_case(True, 1, 3, 5, 17, 2, 7, 1),
+    "attention block, a sample alone": lambda: attention_case(True, 1, 3, 10, 66, 2, 13, 11),
     "attention block, groups": lambda: attention_case(True, 2, 4, 32, 65, 4, 33, 17),
     "resnet_block": lambda: block_case(resnet_block, 16, 8, 32),
     "preactivation_block": lambda: block_case(preactivation_block, 16, 8, 32),

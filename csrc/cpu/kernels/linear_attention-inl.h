@@ -6,7 +6,8 @@
 //   y = softmax(q)·projection + bias            projection = context·weightᵀ
 //
 // Positions are split into groups, independent of the number of threads, and groups into tiles that stay in the cache.
-// q and k are computed from x per tile, in forward and again in backward, and never stored.
+// A sample's small matrices are made head by head. q and k are computed from x per tile, in forward and again in
+// backward, and never stored.
 #pragma once
 
 #include "head_softmax-inl.h"
@@ -17,9 +18,12 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA::linear_attention {
 
-constexpr int64_t kGroup = 256;     // positions; fewer do not pay for a group's own sums
-constexpr int64_t kMaxGroups = 16;  // of a sample
-constexpr int64_t kRuns = 32;       // of groups that are taken one after another; bounds the sums kept for parameters
+constexpr int64_t kGroup = 256;                   // positions; fewer do not pay for a group's own sums
+constexpr int64_t kMaxGroups = 16;                // of a sample
+constexpr int64_t kItems = 4;                     // groups of a small batch, at least, for threads to share
+constexpr int64_t kLeastGroup = 32;               // positions of those
+constexpr int64_t kHeadsTask = int64_t{1} << 17;  // multiplications that pay for waking a thread
+constexpr int64_t kRuns = 32;  // of groups that are taken one after another; bounds the sums kept for parameters
 constexpr int kSharedSlot = 0, kTileSlot = 1;  // of thread_scratch
 constexpr float kMinFloat = -3.402823466e38f;
 
@@ -38,7 +42,8 @@ struct Plan {
         V(block ? inputs.C : inputs.D),
         parts(block ? 1 : inputs.heads),
         width(HD / parts),
-        groups(min(kMaxGroups, ceil_div(inputs.N, kGroup))),
+        groups(max(min(kMaxGroups, ceil_div(inputs.N, kGroup)),
+                   min(ceil_div(kItems, max<int64_t>(1, inputs.B)), inputs.N / kLeastGroup))),
         stride(padded(HD)),
         row(padded(inputs.C)) {
     const int64_t largest = ceil_div(inputs.N, groups), target = inputs.C <= 128 ? 128 : 64;
@@ -48,6 +53,8 @@ struct Plan {
   int64_t values_size() const { return parts * packed_size(tile, V); }
   int64_t sums_size() const { return round_up(HD * V, 16); }
   int64_t first_position(int64_t group) const { return group * in.N / groups; }
+  // Heads that are worth a thread: each takes some products of (D, D) with (D, C).
+  int64_t head_grain() const { return max<int64_t>(1, kHeadsTask / (2 * in.D * in.D * in.C)); }
 };
 
 // Weights as the products need them, made once a call and shared by all threads.
@@ -78,41 +85,50 @@ struct Weights {
     out_back = arena.take(heads * packed_size(C, D));
   }
 
+  // Tasks of equal size: `heads` or as many as q has panels of each kind.
   void pack(const Plan& plan, bool backward) {
     const LinearAttentionInputs& in = plan.in;
-    const int64_t C = in.C, D = in.D, HD = plan.HD;
+    const int64_t C = in.C, D = in.D, HD = plan.HD, of_q = plan.block ? panels(HD) : 0;
+    const int64_t grain = max<int64_t>(1, kPackGrain / (C * kPanel));
     if (plan.block) {
-      scale_columns(in.weight_qkv, in.gain_in, 3 * HD, C, folded);
-      pack_columns(folded, C, C, HD, q);
-      pack_columns(folded + HD * C, C, C, HD, k);
-      if (backward) {
-        pack_rows(folded, C, HD, C, q_back);
-        pack_rows(folded + HD * C, C, HD, C, k_back);
-      }
-      if (in.narrow) {
-        narrow_panels(q, C, HD);
-        narrow_panels(k, C, HD);
-      }
-      if (in.narrow && backward) {
-        narrow_panels(q_back, HD, C);
-        narrow_panels(k_back, HD, C);
-      }
+      parallel(3 * HD, max<int64_t>(1, kPackGrain / C), [&](int64_t begin, int64_t end) {
+        scale_columns(in.weight_qkv + begin * C, in.gain_in, end - begin, C, folded + begin * C);
+      });
     }
+    parallel((backward ? 4 : 2) * of_q, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t part = task / of_q % 2, i = task % of_q;
+        const float* from = folded + part * HD * C;
+        if (task / of_q < 2) {
+          float* to = part ? k : q;
+          pack_columns(from, C, C, HD, i, i + 1, to);
+          if (in.narrow) narrow_panels(to + i * C * kPanel, C, kPanel);
+          continue;
+        }
+        const int64_t first = i * panels(C) / of_q, last = (i + 1) * panels(C) / of_q;
+        float* to = part ? k_back : q_back;
+        pack_rows(from, C, HD, C, first, last, to);
+        if (in.narrow) narrow_panels(to + first * HD * kPanel, HD, (last - first) * kPanel);
+      }
+    });
+    parallel(in.heads, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; ++h) {
+        if (plan.block) {
+          const float* folded_v = folded + (2 * HD + h * D) * C;
+          pack_columns(folded_v, C, C, D, v + h * packed_size(C, D));
+          if (backward) pack_rows(folded_v, C, D, C, v_back + h * packed_size(D, C));
+        }
+        pack_columns(in.weight + h * D, HD, D, C, out + h * packed_size(D, C));
+        if (backward) pack_rows(in.weight + h * D, HD, C, D, out_back + h * packed_size(C, D));
+      }
+    });
     for (int64_t m = 0; m < 2 * in.M; ++m) {
       const float* from = in.mem_kv + m / in.M * HD * in.M + m % in.M;
       for (int64_t c = 0; c < HD; ++c) memory[m * channels + c] = from[c * in.M];
       for (int64_t c = HD; c < channels; ++c) memory[m * channels + c] = 0;
     }
-    for (int64_t h = 0; h < in.heads; ++h) {
-      if (plan.block) {
-        const float* folded_v = folded + (2 * HD + h * D) * C;
-        pack_columns(folded_v, C, C, D, v + h * packed_size(C, D));
-        if (backward) pack_rows(folded_v, C, D, C, v_back + h * packed_size(D, C));
-      }
-      pack_columns(in.weight + h * D, HD, D, C, out + h * packed_size(D, C));
-      if (backward) pack_rows(in.weight + h * D, HD, C, D, out_back + h * packed_size(C, D));
-    }
   }
+  static constexpr int64_t kPackGrain = 16384;  // elements
 };
 
 // A tile of positions of one sample, in memory of the thread.
@@ -251,11 +267,10 @@ inline void sum_group(const Plan& plan, const Tile& tile, const float* weight_k,
   }
 }
 
-// Softmax over positions and memory from its groups: statistics (2, HD) and sums (HD, V) of one sample. The groups'
-// statistics (groups, 2, `channels`) become the factors of their sums.
-inline void merge_groups(const Plan& plan, const Weights& weights, const float* group_sums, float* group_statistics,
-                         float* statistics, float* sums) {
-  const int64_t HD = plan.HD, V = plan.V, M = plan.in.M, channels = weights.channels;
+// Softmax over positions and memory from its groups: statistics (2, HD) of one sample. The groups' statistics (groups,
+// 2, `channels`) become the factors of their sums.
+inline void merge_statistics(const Plan& plan, const Weights& weights, float* group_statistics, float* statistics) {
+  const int64_t HD = plan.HD, M = plan.in.M, channels = weights.channels;
   for (int64_t c = 0; c < HD; c += kLanes) {
     vf largest = splat(kMinFloat), total = {};
     for (int64_t m = 0; m < M; ++m) largest = vmax(load(weights.memory + m * channels + c), largest);
@@ -276,11 +291,17 @@ inline void merge_groups(const Plan& plan, const Weights& weights, const float* 
     store_upto(statistics + c, largest, HD - c);
     store_upto(statistics + HD + c, inverse, HD - c);
   }
-  for (int64_t c = 0; c < HD; ++c) {
+}
+
+// The sums (D, V) of head h of one sample from its groups'.
+inline void merge_sums(const Plan& plan, const float* group_sums, const float* factors, int64_t channels, int64_t h,
+                       float* sums) {
+  const int64_t D = plan.in.D, V = plan.V;
+  for (int64_t c = h * D; c < (h + 1) * D; ++c) {
     for (int64_t i = 0; i < V; i += kLanes) {
       vf sum = {};
       for (int64_t g = 0; g < plan.groups; ++g) {
-        const vf factor = splat(group_statistics[2 * g * channels + c]);
+        const vf factor = splat(factors[2 * g * channels + c]);
         sum = load_upto(group_sums + g * plan.sums_size() + c * V + i, V - i) * factor + sum;
       }
       store_upto(sums + c * V + i, sum, V - i);
@@ -299,53 +320,67 @@ inline void memory_softmax(const Plan& plan, const Weights& weights, const float
   }
 }
 
-// The context (HD, D) without its scale, with the share of the memory.
+// The context (D, D) of head h without its scale, with the share of the memory.
 inline void make_context(const Plan& plan, const Weights& weights, const float* sums, const float* memory_weights,
-                         float* context) {
+                         int64_t h, float* context) {
   const int64_t D = plan.in.D, V = plan.V, M = plan.in.M;
-  for (int64_t h = 0; h < plan.in.heads; ++h) {
-    float* to = context + h * D * D;
-    if (plan.block) {
-      deep_product(sums + h * D * V, V, 1, weights.v + h * packed_size(V, D), D, V, D, to, D, false);
-    } else {
-      __builtin_memcpy(to, sums + h * D * D, static_cast<unsigned long>(D * D) * 4);
-    }
-    const float* memory_v = weights.memory + M * weights.channels + h * D;
-    for (int64_t d = 0; d < D; ++d) {
-      for (int64_t e = 0; e < D; e += kLanes) {
-        vf sum = load_upto(to + d * D + e, D - e);
-        for (int64_t m = 0; m < M; ++m) {
-          const vf weight = splat(memory_weights[m * weights.channels + h * D + d]);
-          sum = load_upto(memory_v + m * weights.channels + e, D - e) * weight + sum;
-        }
-        store_upto(to + d * D + e, sum, D - e);
+  float* to = context + h * D * D;
+  if (plan.block) {
+    deep_product(sums + h * D * V, V, 1, weights.v + h * packed_size(V, D), D, V, D, to, D, false);
+  } else {
+    __builtin_memcpy(to, sums + h * D * D, static_cast<unsigned long>(D * D) * 4);
+  }
+  const float* memory_v = weights.memory + M * weights.channels + h * D;
+  for (int64_t d = 0; d < D; ++d) {
+    for (int64_t e = 0; e < D; e += kLanes) {
+      vf sum = load_upto(to + d * D + e, D - e);
+      for (int64_t m = 0; m < M; ++m) {
+        const vf weight = splat(memory_weights[m * weights.channels + h * D + d]);
+        sum = load_upto(memory_v + m * weights.channels + e, D - e) * weight + sum;
       }
+      store_upto(to + d * D + e, sum, D - e);
     }
   }
 }
 
-// D^−½·context·weightᵀ (HD, C).
-inline void make_projection(const Plan& plan, const Weights& weights, const float* context, float* projection) {
+// D^−½·context·weightᵀ of head h: its rows of (HD, C).
+inline void make_projection(const Plan& plan, const Weights& weights, const float* context, int64_t h,
+                            float* projection) {
   const int64_t D = plan.in.D, C = plan.in.C;
   const vf scale = splat(1.0f / __builtin_sqrtf(static_cast<float>(D)));
-  for (int64_t h = 0; h < plan.in.heads; ++h) {
-    product(context + h * D * D, D, 1, weights.out + h * packed_size(D, C), D, D, C, projection + h * D * C, C, false);
-  }
-  for (int64_t i = 0; i < plan.HD * C; i += kLanes) {
-    store_upto(projection + i, load_upto(projection + i, plan.HD * C - i) * scale, plan.HD * C - i);
+  float* to = projection + h * D * C;
+  product(context + h * D * D, D, 1, weights.out + h * packed_size(D, C), D, D, C, to, C, false);
+  for (int64_t i = 0; i < D * C; i += kLanes) {
+    store_upto(to + i, load_upto(to + i, D * C - i) * scale, D * C - i);
   }
 }
 
-// A sample's context and projection, in memory of the thread.
-struct SampleScratch {
-  float *context, *projection, *memory;  // (HD, D), (HD, C), softmax(k) of the memory
+// Matrices (K, N) of `count` samples or parts, from rows without gaps to panels, or from those of the transpose.
+inline void pack_matrices(const float* from, int64_t count, int64_t K, int64_t N, bool transposed, bool narrow,
+                          float* packed) {
+  const int64_t of_one = panels(N), grain = max<int64_t>(1, Weights::kPackGrain / (K * kPanel));
+  parallel(count * of_one, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t p = i % of_one;
+      const float* matrix = from + i / of_one * K * N;
+      float* to = packed + i / of_one * packed_size(K, N);
+      if (transposed) {
+        pack_columns(matrix, K, K, N, p, p + 1, to);
+      } else {
+        pack_rows(matrix, N, K, N, p, p + 1, to);
+      }
+      if (narrow) narrow_panels(to + p * K * kPanel, K, kPanel);
+    }
+  });
+}
 
-  void place(const Plan& plan, Arena& arena) {
-    context = arena.take(plan.HD * plan.in.D);
-    projection = arena.take(plan.HD * plan.in.C);
-    memory = arena.take(plan.in.M * round_up(plan.HD, 16));
-  }
-};
+// body(sample, head) for the heads of samples.
+template <typename Body>
+DDPM_FAST_INLINE void for_heads(const Plan& plan, int64_t samples, const Body& body) {
+  parallel(samples * plan.in.heads, plan.head_grain(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i / plan.in.heads, i % plan.in.heads);
+  });
+}
 
 // y + bias in place; returns its norm.
 DDPM_FAST_INLINE RowNorm add_bias(const Plan& plan, float* y) {
@@ -371,13 +406,18 @@ inline void write_output(const Plan& plan, float* y, const float* residual, floa
 
 struct ForwardScratch {
   Weights weights;
-  float *sums, *statistics, *projections;  // (samples·groups, HD, V), (…, 2, channels), packed (samples, HD, C)
+  float *sums, *statistics;     // (samples·groups, HD, V), (…, 2, channels)
+  float *context, *memory;      // (samples, HD, D), softmax(k) of the memory (samples, M, channels)
+  float *projections, *packed;  // (samples, HD, C) in rows and packed
 
   void place(const Plan& plan, Arena& arena) {
     weights.place(plan, arena, false);
     sums = arena.take(plan.samples * plan.groups * plan.sums_size());
     statistics = arena.take(plan.samples * plan.groups * 2 * weights.channels);
-    projections = arena.take(plan.samples * packed_size(plan.HD, plan.in.C));
+    context = arena.take(plan.samples * plan.HD * plan.in.D);
+    memory = arena.take(plan.samples * plan.in.M * weights.channels);
+    projections = arena.take(plan.samples * plan.HD * plan.in.C);
+    packed = arena.take(plan.samples * packed_size(plan.HD, plan.in.C));
   }
 };
 
@@ -399,21 +439,19 @@ inline void forward(const LinearAttentionForward& args) {
                   shared.sums + item * plan.sums_size(), statistics, statistics + channels);
       }
     });
-    parallel(samples, 1, [&](int64_t begin, int64_t end) {
-      SampleScratch scratch;
-      place_in_scratch(scratch, kTileSlot, plan);
-      for (int64_t s = begin; s < end; ++s) {
-        float* statistics = args.statistics + (first + s) * 2 * HD;
-        float* sums = args.sums + (first + s) * HD * plan.V;
-        merge_groups(plan, shared.weights, shared.sums + s * groups * plan.sums_size(),
-                     shared.statistics + s * groups * 2 * channels, statistics, sums);
-        memory_softmax(plan, shared.weights, statistics, scratch.memory);
-        make_context(plan, shared.weights, sums, scratch.memory, scratch.context);
-        make_projection(plan, shared.weights, scratch.context, scratch.projection);
-        pack_rows(scratch.projection, C, HD, C, shared.projections + s * packed);
-        if (plan.in.narrow) narrow_panels(shared.projections + s * packed, HD, C);
-      }
+    for (int64_t s = 0; s < samples; ++s) {
+      float* statistics = args.statistics + (first + s) * 2 * HD;
+      merge_statistics(plan, shared.weights, shared.statistics + s * groups * 2 * channels, statistics);
+      memory_softmax(plan, shared.weights, statistics, shared.memory + s * plan.in.M * channels);
+    }
+    for_heads(plan, samples, [&](int64_t s, int64_t h) {
+      float *sums = args.sums + (first + s) * HD * plan.V, *context = shared.context + s * HD * plan.in.D;
+      merge_sums(plan, shared.sums + s * groups * plan.sums_size(), shared.statistics + s * groups * 2 * channels,
+                 channels, h, sums);
+      make_context(plan, shared.weights, sums, shared.memory + s * plan.in.M * channels, h, context);
+      make_projection(plan, shared.weights, context, h, shared.projections + s * HD * C);
     });
+    pack_matrices(shared.projections, samples, HD, C, false, plan.in.narrow, shared.packed);
     parallel(samples * groups, 1, [&](int64_t begin, int64_t end) {
       Tile tile;
       place_in_scratch(tile, kTileSlot, plan);
@@ -423,7 +461,7 @@ inline void forward(const LinearAttentionForward& args) {
           make_values(plan, tile, sample, n, t, false);
           make_projected(plan, tile, sample, n, t, 0, shared.weights.q, tile.queries);
           softmax_of_heads(plan, tile.queries, t);
-          multiply(tile.narrowed, tile.queries, plan.stride, 1, shared.projections + item / groups * packed, t, HD, C,
+          multiply(tile.narrowed, tile.queries, plan.stride, 1, shared.packed + item / groups * packed, t, HD, C,
                    tile.y, plan.row, false);
           for (int64_t i = 0; i < t; ++i) {
             const int64_t position = (sample * N + n + i) * C;

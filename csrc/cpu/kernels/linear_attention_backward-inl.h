@@ -11,10 +11,11 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA::linear_attention {
 
-// Partial sums of the parameters' gradients, one per item (a group of positions of a sample) or per sample.
+// Partial sums of the parameters' gradients, one per item (a group of positions of a sample) or per sample. The first
+// run of samples writes the large ones and later runs add to them; the others begin as zeros.
 struct ParameterSums {
-  float *qk, *gain, *bias;     // of an item: (2HD, C) with x, (C), (C)
-  float *v, *weight, *memory;  // of a sample: (HD, C) with x, (C, HD), (2, M, channels)
+  float *gain, *bias, *memory;  // of an item (C), (C); of a sample (2, M, channels)
+  float *qk, *v, *weight;       // of an item (2HD, C) with x; of a sample (HD, C) with x, (C, HD)
   int64_t qk_size, weight_size, memory_size, row_size;
 
   void place(const Plan& plan, Arena& arena) {
@@ -23,38 +24,34 @@ struct ParameterSums {
     memory_size = 2 * plan.in.M * round_up(plan.HD, 16);
     qk_size = plan.block ? 2 * weight_size : 0;
     row_size = round_up(C, 16);
-    qk = arena.take(items * qk_size);
     gain = arena.take(items * row_size);
     bias = arena.take(items * row_size);
+    memory = arena.take(plan.samples * memory_size);
+    qk = arena.take(items * qk_size);
     v = arena.take(plan.block ? plan.samples * weight_size : 0);
     weight = arena.take(plan.samples * weight_size);
-    memory = arena.take(plan.samples * memory_size);
   }
-  void clear(const Plan& plan) {
-    const int64_t items = plan.samples * plan.groups;
-    const int64_t floats =
-        items * (qk_size + 2 * row_size) + plan.samples * ((plan.block ? 2 : 1) * weight_size + memory_size);
-    parallel(ceil_div(floats, kChunk), 4, [&](int64_t begin, int64_t end) {
-      const int64_t last = min(end * kChunk, floats);
-      __builtin_memset(qk + begin * kChunk, 0, static_cast<unsigned long>(last - begin * kChunk) * 4);
-    });
-  }
+  void clear() { __builtin_memset(gain, 0, static_cast<unsigned long>(qk - gain) * 4); }
   static constexpr int64_t kChunk = 4096;
 };
 
 struct BackwardScratch {
   Weights weights;
   ParameterSums sums;
-  float *context, *projection, *projection_back;  // of each sample: (HD, D); packed (HD, C) and (C, HD)
-  float* dprojection;                             // of each item (HD, C)
-  float *dsums, *dsums_back, *delta;              // of each sample: packed (width, V) and (V, width) by parts; (HD)
-  float* dfolded;                                 // (3HD, C)
+  float *context, *memory;              // of each sample: (HD, D); softmax(k) of the memory (M, channels)
+  float* rows;                          // of each sample: its projection (HD, C), later its dsums (HD, V)
+  float *projection, *projection_back;  // of each sample: packed (HD, C) and (C, HD)
+  float* dprojection;                   // of each item (HD, C)
+  float *dsums, *dsums_back, *delta;    // of each sample: packed (width, V) and (V, width) by parts; (HD)
+  float* dfolded;                       // (3HD, C)
 
   void place(const Plan& plan, Arena& arena) {
     const int64_t C = plan.in.C, HD = plan.HD, samples = plan.samples;
     weights.place(plan, arena, true);
     sums.place(plan, arena);
     context = arena.take(samples * HD * plan.in.D);
+    memory = arena.take(samples * plan.in.M * weights.channels);
+    rows = arena.take(samples * HD * max(C, plan.V));
     projection = arena.take(samples * packed_size(HD, C));
     projection_back = arena.take(samples * packed_size(C, HD));
     dprojection = arena.take(samples * plan.groups * sums.weight_size);
@@ -136,7 +133,7 @@ inline void queries_pass(const Plan& plan, const LinearAttentionBackward& args, 
       multiply(tile.narrowed, tile.dqueries, plan.stride, 1, shared.weights.q_back, t, HD, C, args.dx + position, C,
                false);
       multiply(tile.narrowed, tile.dqueries, 1, plan.stride, tile.values, HD, t, C,
-               shared.sums.qk + item * shared.sums.qk_size, C, true);
+               shared.sums.qk + item * shared.sums.qk_size, C, !first || first_sample > 0);
     } else {
       write_part(plan, tile.dqueries, sample, n, t, 0, args.dqkv);
     }
@@ -165,6 +162,7 @@ inline void keys_pass(const Plan& plan, const LinearAttentionBackward& args, con
   const int64_t local = item / plan.groups, sample = first_sample + local;
   const float* dsums = shared.dsums + local * plan.parts * packed_size(width, V);
   const float* dsums_back = shared.dsums_back + local * plan.parts * packed_size(V, width);
+  bool first = true;
   for_tiles(plan, item % plan.groups, [&](int64_t n, int64_t t) {
     const int64_t position = sample * args.in.N + n;
     make_values(plan, tile, sample, n, t, plan.block);
@@ -187,40 +185,40 @@ inline void keys_pass(const Plan& plan, const LinearAttentionBackward& args, con
     multiply(tile.narrowed, tile.queries, plan.stride, 1, dsums, t, HD, C, dx, C, true);
     multiply(tile.narrowed, tile.dqueries, plan.stride, 1, shared.weights.k_back, t, HD, C, dx, C, true);
     multiply(tile.narrowed, tile.dqueries, 1, plan.stride, tile.values, HD, t, C,
-             shared.sums.qk + item * shared.sums.qk_size + HD * C, C, true);
+             shared.sums.qk + item * shared.sums.qk_size + HD * C, C, !first || first_sample > 0);
+    first = false;
     for (int64_t i = 0; i < t; ++i) {
       row_norm_backward(dx + i * C, tile.normed + i * plan.row, tile.norm()[i], C, dx + i * C);
     }
   });
 }
 
-// Matrices of one head or sample, in memory of the thread.
-struct SampleBackwardScratch {
-  float *projection, *memory, *dcontext, *dsums, *packed_context, *packed_sums;
+// Matrices of one head, in memory of the thread.
+struct HeadScratch {
+  float *dcontext, *packed_context, *packed_sums;
 
   void place(const Plan& plan, Arena& arena) {
     const int64_t D = plan.in.D;
-    projection = arena.take(plan.HD * plan.in.C);
-    memory = arena.take(plan.in.M * round_up(plan.HD, 16));
     dcontext = arena.take(D * D);
-    dsums = arena.take(plan.HD * plan.V);
     packed_context = arena.take(packed_size(D, D));
     packed_sums = arena.take(packed_size(D, plan.V));
   }
 };
 
-inline void projection_again(const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
-                             const SampleBackwardScratch& scratch, int64_t local, int64_t sample) {
-  const int64_t C = plan.in.C, HD = plan.HD;
-  float* context = shared.context + local * HD * plan.in.D;
-  memory_softmax(plan, shared.weights, args.statistics + sample * 2 * HD, scratch.memory);
-  make_context(plan, shared.weights, args.sums + sample * HD * plan.V, scratch.memory, context);
-  make_projection(plan, shared.weights, context, scratch.projection);
-  pack_rows(scratch.projection, C, HD, C, shared.projection + local * packed_size(HD, C));
-  pack_columns(scratch.projection, C, C, HD, shared.projection_back + local * packed_size(C, HD));
-  if (!plan.in.narrow) return;
-  narrow_panels(shared.projection + local * packed_size(HD, C), HD, C);
-  narrow_panels(shared.projection_back + local * packed_size(C, HD), C, HD);
+inline void projections_again(const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
+                              int64_t first, int64_t samples) {
+  const int64_t C = plan.in.C, HD = plan.HD, of_memory = plan.in.M * shared.weights.channels;
+  for (int64_t s = 0; s < samples; ++s) {
+    memory_softmax(plan, shared.weights, args.statistics + (first + s) * 2 * HD, shared.memory + s * of_memory);
+  }
+  for_heads(plan, samples, [&](int64_t s, int64_t h) {
+    float* context = shared.context + s * HD * plan.in.D;
+    make_context(plan, shared.weights, args.sums + (first + s) * HD * plan.V, shared.memory + s * of_memory, h,
+                 context);
+    make_projection(plan, shared.weights, context, h, shared.rows + s * HD * C);
+  });
+  pack_matrices(shared.rows, samples, HD, C, false, plan.in.narrow, shared.projection);
+  pack_matrices(shared.rows, samples, C, HD, true, plan.in.narrow, shared.projection_back);
 }
 
 // The memory's part of δ of one head, and the gradient of its keys and values, added to (2, M, channels).
@@ -245,46 +243,37 @@ inline void memory_backward(const Plan& plan, const Weights& weights, const floa
   }
 }
 
-inline void sample_backward(const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
-                            const SampleBackwardScratch& scratch, int64_t local, int64_t sample) {
-  const int64_t C = plan.in.C, D = plan.in.D, HD = plan.HD, V = plan.V;
-  const float* sums = args.sums + sample * HD * V;
-  memory_softmax(plan, shared.weights, args.statistics + sample * 2 * HD, scratch.memory);
-  float* dprojection = shared.dprojection + local * plan.groups * shared.sums.weight_size;
-  for (int64_t g = 1; g < plan.groups; ++g) add_to(dprojection, dprojection + g * shared.sums.weight_size, HD * C);
+inline void head_backward(const Plan& plan, const LinearAttentionBackward& args, const BackwardScratch& shared,
+                          int64_t local, int64_t first_sample, int64_t h) {
+  const int64_t C = plan.in.C, D = plan.in.D, HD = plan.HD, V = plan.V, sample = first_sample + local;
+  HeadScratch scratch;
+  place_in_scratch(scratch, kTileSlot, plan);
+  const float* sums = args.sums + (sample * HD + h * D) * V;
+  float* dprojection = shared.dprojection + local * plan.groups * shared.sums.weight_size + h * D * C;
+  for (int64_t g = 1; g < plan.groups; ++g) add_to(dprojection, dprojection + g * shared.sums.weight_size, D * C);
   const vf scale = splat(1.0f / __builtin_sqrtf(static_cast<float>(D)));
-  for (int64_t i = 0; i < HD * C; i += kLanes) store(dprojection + i, load(dprojection + i) * scale);
-  for (int64_t h = 0; h < plan.in.heads; ++h) {
-    const float* context = shared.context + (local * HD + h * D) * D;
-    deep_product(dprojection + h * D * C, C, 1, shared.weights.out_back + h * packed_size(C, D), D, C, D,
-                 scratch.dcontext, D, false);
-    pack_rows(context, D, D, D, scratch.packed_context);
-    product(dprojection + h * D * C, 1, C, scratch.packed_context, C, D, D,
-            shared.sums.weight + local * shared.sums.weight_size + h * D, HD, true);
-    float* dsums = scratch.dsums + h * D * V;
-    if (plan.block) {
-      product(scratch.dcontext, D, 1, shared.weights.v_back + h * packed_size(D, V), D, D, V, dsums, V, false);
-      pack_rows(sums + h * D * V, V, D, V, scratch.packed_sums);
-      product(scratch.dcontext, 1, D, scratch.packed_sums, D, D, V,
-              shared.sums.v + local * shared.sums.weight_size + h * D * V, V, true);
-    } else {
-      __builtin_memcpy(dsums, scratch.dcontext, static_cast<unsigned long>(D * D) * 4);
-    }
-    // From sums and their gradient, as dk̂ is: where a position has nearly all the weight the two cancel.
-    float* delta = shared.delta + local * round_up(HD, 16) + h * D;
-    for (int64_t d = 0; d < D; ++d) delta[d] = row_dot(sums + (h * D + d) * V, dsums + d * V, V);
-    memory_backward(plan, shared.weights, scratch.memory, context, scratch.dcontext, h, delta,
-                    shared.sums.memory + local * shared.sums.memory_size);
+  for (int64_t i = 0; i < D * C; i += kLanes) {
+    store_upto(dprojection + i, load_upto(dprojection + i, D * C - i) * scale, D * C - i);
   }
-  for (int64_t p = 0; p < plan.parts; ++p) {
-    const float* dsums = scratch.dsums + p * plan.width * V;
-    const int64_t part = local * plan.parts + p;
-    pack_rows(dsums, V, plan.width, V, shared.dsums + part * packed_size(plan.width, V));
-    pack_columns(dsums, V, V, plan.width, shared.dsums_back + part * packed_size(V, plan.width));
-    if (!plan.in.narrow) continue;
-    narrow_panels(shared.dsums + part * packed_size(plan.width, V), plan.width, V);
-    narrow_panels(shared.dsums_back + part * packed_size(V, plan.width), V, plan.width);
+  const float* context = shared.context + (local * HD + h * D) * D;
+  deep_product(dprojection, C, 1, shared.weights.out_back + h * packed_size(C, D), D, C, D, scratch.dcontext, D, false);
+  pack_rows(context, D, D, D, scratch.packed_context);
+  product(dprojection, 1, C, scratch.packed_context, C, D, D,
+          shared.sums.weight + local * shared.sums.weight_size + h * D, HD, first_sample > 0);
+  float* dsums = shared.rows + (local * HD + h * D) * V;
+  if (plan.block) {
+    product(scratch.dcontext, D, 1, shared.weights.v_back + h * packed_size(D, V), D, D, V, dsums, V, false);
+    pack_rows(sums, V, D, V, scratch.packed_sums);
+    product(scratch.dcontext, 1, D, scratch.packed_sums, D, D, V,
+            shared.sums.v + local * shared.sums.weight_size + h * D * V, V, first_sample > 0);
+  } else {
+    __builtin_memcpy(dsums, scratch.dcontext, static_cast<unsigned long>(D * D) * 4);
   }
+  // From sums and their gradient, as dk̂ is: where a position has nearly all the weight the two cancel.
+  float* delta = shared.delta + local * round_up(HD, 16) + h * D;
+  for (int64_t d = 0; d < D; ++d) delta[d] = row_dot(sums + d * V, dsums + d * V, V);
+  memory_backward(plan, shared.weights, shared.memory + local * plan.in.M * shared.weights.channels, context,
+                  scratch.dcontext, h, delta, shared.sums.memory + local * shared.sums.memory_size);
 }
 
 // Sums in order over `slots` of `stride` floats, of which the first `count` count.
@@ -322,7 +311,7 @@ inline void backward(const LinearAttentionBackward& args) {
   BackwardScratch shared{};
   place_in_scratch(shared, kSharedSlot, plan);
   shared.weights.pack(plan, true);
-  shared.sums.clear(plan);
+  shared.sums.clear();
   for (int64_t first = 0; first < args.in.B; first += plan.samples) {
     const int64_t samples = min(plan.samples, args.in.B - first);
     const auto pass_over_items = [&](const auto& pass) {
@@ -332,16 +321,11 @@ inline void backward(const LinearAttentionBackward& args) {
         for (int64_t item = begin; item < end; ++item) pass(plan, args, shared, tile, item, first);
       });
     };
-    const auto pass_over_samples = [&](const auto& pass) {
-      parallel(samples, 1, [&](int64_t begin, int64_t end) {
-        SampleBackwardScratch scratch;
-        place_in_scratch(scratch, kTileSlot, plan);
-        for (int64_t s = begin; s < end; ++s) pass(plan, args, shared, scratch, s, first + s);
-      });
-    };
-    pass_over_samples(projection_again);
+    projections_again(plan, args, shared, first, samples);
     pass_over_items(queries_pass);
-    pass_over_samples(sample_backward);
+    for_heads(plan, samples, [&](int64_t s, int64_t h) { head_backward(plan, args, shared, s, first, h); });
+    pack_matrices(shared.rows, samples * plan.parts, plan.width, plan.V, false, plan.in.narrow, shared.dsums);
+    pack_matrices(shared.rows, samples * plan.parts, plan.V, plan.width, true, plan.in.narrow, shared.dsums_back);
     pass_over_items(keys_pass);
   }
   parameters_backward(plan, args, shared);

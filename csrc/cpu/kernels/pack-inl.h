@@ -45,6 +45,13 @@ inline void pack_rows(const float* b, int64_t stride, int64_t K, int64_t N, floa
   }
 }
 
+// The same in panels [first, last).
+inline void pack_rows(const float* b, int64_t stride, int64_t K, int64_t N, int64_t first, int64_t last,
+                      float* packed) {
+  const int64_t begin = first * kPanel, end = min(N, last * kPanel);
+  pack_rows(b + begin, stride, K, end - begin, packed + begin * K);
+}
+
 // `product` for any K: sums of more than kDeepest terms are sums of partial sums, for a smaller rounding error.
 inline void deep_product(const float* a, int64_t row, int64_t step, const float* packed, int64_t M, int64_t K,
                          int64_t N, float* c, int64_t stride, bool add) {

@@ -1,6 +1,7 @@
 // RMSNorm of a row, x·√C / max(‖x‖₂, 1e-12), and its backward (Zhang & Sennrich 2019, in upstream's form).
 #pragma once
 
+#include "parallel-inl.h"
 #include "vec-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
@@ -48,18 +49,22 @@ inline void scale_columns(const float* x, const float* gain, int64_t rows, int64
   }
 }
 
-// Gradients of weight (rows, C) and gain (C) where folded = weight·gain by columns.
+// Gradients of weight (rows, C) and gain (C) where folded = weight·gain by columns. Threads take columns.
 inline void scale_columns_backward(const float* dfolded, const float* weight, const float* gain, int64_t rows,
                                    int64_t C, float* dweight, float* dgain) {
-  for (int64_t c = 0; c < C; c += kLanes) store_upto(dgain + c, vf{}, C - c);
-  for (int64_t r = 0; r < rows; ++r, dfolded += C, weight += C, dweight += C) {
-    for (int64_t c = 0; c < C; c += kLanes) {
-      const int64_t count = C - c;
-      const vf d = load_upto(dfolded + c, count);
-      store_upto(dgain + c, d * load_upto(weight + c, count) + load_upto(dgain + c, count), count);
-      store_upto(dweight + c, d * load_upto(gain + c, count), count);
+  constexpr int64_t kColumns = 64, kGrain = 65536;
+  parallel(ceil_div(C, kColumns), max<int64_t>(1, kGrain / (rows * kColumns)), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kColumns, last = min(C, end * kColumns);
+    for (int64_t c = first; c < last; c += kLanes) store_upto(dgain + c, vf{}, last - c);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = first; c < last; c += kLanes) {
+        const int64_t at = r * C + c, count = last - c;
+        const vf d = load_upto(dfolded + at, count);
+        store_upto(dgain + c, d * load_upto(weight + at, count) + load_upto(dgain + c, count), count);
+        store_upto(dweight + at, d * load_upto(gain + c, count), count);
+      }
     }
-  }
+  });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA
