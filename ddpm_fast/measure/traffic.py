@@ -35,6 +35,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion
 from ddpm_fast.models.derived_weights import inference_weights
+from ddpm_fast.ops.norm_silu import launch as norm_silu_launch
 
 H100_BYTES_PER_SECOND = 3.0e12  # copy bandwidth as measured
 KINDS = ("convolution", "matmul", "attention")
@@ -49,10 +50,8 @@ Arguments = dict[str, Any]
 
 def _reads_twice(arguments: Arguments) -> bool:
     """GroupNorm's statistics, and its backward's sums, are a pass of their own where no program holds a whole group."""
-    from ddpm_fast.ops.norm_silu import triton as kernel
-
     groups, (_, C, H, W) = arguments["groups"], arguments["x"].shape
-    return groups > 0 and kernel.choose_groups(H * W, C, groups) is None
+    return groups > 0 and norm_silu_launch.choose_groups(H * W, C, groups) is None
 
 
 def _image_and_gradient(arguments: Arguments) -> list[torch.Tensor]:
@@ -158,21 +157,17 @@ def _attention_backward_scratch(arguments: Arguments) -> int:
 
 
 def _norm_silu_chunks(arguments: Arguments, dropout: bool) -> int:
-    """Chunks of pixels, over the batch, into which ops/norm_silu/triton.py cuts its sums, times channels."""
-    from ddpm_fast.ops.norm_silu import triton as kernel
-
-    B, chunks, _, C = kernel.sums_shape(arguments["x"], None, arguments["groups"], dropout=dropout)
+    """Chunks of pixels, over the batch, into which ops/norm_silu/launch.py cuts its sums, times channels."""
+    B, chunks, _, C = norm_silu_launch.sums_shape(arguments["x"], None, arguments["groups"], dropout=dropout)
     return B * chunks * C
 
 
 def _norm_silu_scratch(arguments: Arguments) -> int:
     """GroupNorm's mean and Σ (v − mean)² per chunk: the merge reads the means twice, all the rest moves once."""
-    from ddpm_fast.ops.norm_silu import triton as kernel
-
     if not _reads_twice(arguments):
         return 0
     B, C, H, W = arguments["x"].shape
-    tile = kernel.choose_tile(H * W, C, whole_rows=False, sums=True, dropout=False)
+    tile = norm_silu_launch.choose_tile(H * W, C, whole_rows=False, sums=True, dropout=False)
     return 4 * (2 + 3) * B * math.ceil(H * W / tile.chunk) * C
 
 

@@ -11,7 +11,6 @@ hash of the operands chooses which. The error of a whole kernel is then that of 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -252,9 +251,9 @@ def emulated(name: str, *, inside: bool = False) -> Iterator[None]:
         for op, function in replaced.items():
             stack.enter_context(mock.patch.object(builder, op, function))
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", launch_with_options))
-        for package in pkgutil.iter_modules(ops.__path__, "ddpm_fast.ops."):
-            if package.ispkg and importlib.util.find_spec(f"{package.name}.triton") is not None:
-                module = importlib.import_module(f"{package.name}.triton")
-                stack.enter_context(mock.patch.object(module, "triton_launch", compiled))
+        for module in pkgutil.walk_packages(ops.__path__, "ddpm_fast.ops."):
+            if module.name.endswith((".triton", ".launch")):  # those that choose launches
+                place = importlib.import_module(module.name)
+                stack.enter_context(mock.patch.object(place, "triton_launch", compiled))
         stack.enter_context(mock.patch.object(common, "_INTERPRETED", tl.constexpr(False)))
         yield

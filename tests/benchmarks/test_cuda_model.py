@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -58,7 +57,7 @@ def variants_of(function) -> list[driver.Variant]:
 
 def test_a_variant_is_what_triton_specialises_on():
     (variant,) = variants_of(a_norm)
-    assert variant.kernel == "rms_norm_silu_fwd_kernel" and variant.module == "ddpm_fast.ops.norm_silu.triton"
+    assert variant.kernel == "rms_norm_silu_fwd_kernel" and variant.module == "ddpm_fast.ops.norm_silu.triton_rms"
     assert variant.signature["x_ptr"] == "*fp32" and variant.signature["C"] == "i32"
     assert variant.constexprs["BLOCK_C"] == 64 and variant.constexprs["bias_ptr"] is None
     assert {"x_ptr", "C", "HW"} <= variant.divisible
@@ -74,7 +73,7 @@ def test_equal_launches_are_one_variant():
 
 
 def test_kernels_remember_nothing_of_the_stand_in():
-    from ddpm_fast.ops.norm_silu.triton import rms_norm_silu_fwd_kernel as kernel
+    from ddpm_fast.ops.norm_silu.triton_rms import rms_norm_silu_fwd_kernel as kernel
 
     variants_of(a_norm)
     assert not any(str(device).startswith("stand-in") for device in kernel.device_caches)
@@ -108,7 +107,8 @@ def test_what_is_compiled_ahead_is_found_by_the_launch(tmp_path, monkeypatch):
 
 def test_cache_keys_do_not_depend_on_what_was_launched_before():
     """See `hash_functions` of ddpm_fast/runtime/triton_launch.py."""
-    modules = [f"ddpm_fast.ops.{op}.triton" for op in os.listdir(OPS) if (OPS / op / "triton.py").exists()]
+    files = [file.relative_to(OPS).with_suffix("") for file in sorted(OPS.glob("*/triton*.py"))]
+    modules = [f"ddpm_fast.ops.{'.'.join(file.parts)}" for file in files]
     program = f"""
 import importlib, triton
 for module in map(importlib.import_module, {modules}):

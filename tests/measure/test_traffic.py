@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import ddpm_fast
 from ddpm_fast.measure import traffic
 from ddpm_fast.ops.forward_diffusion.op import diffusion_loss
+from ddpm_fast.ops.norm_silu import launch
 from ddpm_fast.ops.norm_silu.op import rms_norm_silu
 from ddpm_fast.ops.variational_bound.op import variational_bound
 from ddpm_fast.runtime import triton_launch
@@ -175,7 +176,7 @@ def test_partial_sums_of_norm_silu_are_those_of_its_launches(C, size, dropout, g
     forward = traffic.SCRATCH_BYTES["ddpm_fast::norm_silu"](arguments)
     backward = traffic.SCRATCH_BYTES["ddpm_fast::norm_silu_backward"](arguments)
     twice = traffic.SECOND_READS["ddpm_fast::norm_silu_backward"]({**arguments, "grad": x})
-    if groups and kernel.choose_groups(size * size, C, groups) is not None:
+    if groups and launch.choose_groups(size * size, C, groups) is not None:
         assert forward == 0 and not twice and calls["group_norm_silu_bwd_kernel"] is None
         sums = calls["whole_group_norm_silu_bwd_kernel"].args[3]  # (B, 1, 2 or 3, C)
         assert calls["norm_silu_bwd_rows_kernel"].args[0] is sums and backward == 2 * sums.nbytes

@@ -11,6 +11,7 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
+from ddpm_fast.ops.norm_silu import launch
 from ddpm_fast.ops.norm_silu import triton as kernel
 from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
@@ -52,7 +53,7 @@ def compile_stage(
     """A kernel as `forward` and `backward` launch it on channels-last maps; with `everything`, residual and dropout."""
     function = getattr(kernel, name)
     whole_rows, sums, *_ = KERNELS[name]
-    tile = kernel.choose_tile(STAGES[C], C, whole_rows=whole_rows, sums=sums, dropout=everything)
+    tile = launch.choose_tile(STAGES[C], C, whole_rows=whole_rows, sums=sums, dropout=everything)
     constants = {"stride_c": 1, "ACTIVATION": True, "QUADS": tile.block_n % 4 == 0, "TILES": tile.tiles}
     constants |= {"BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c, "CHUNK": tile.chunk, "seed_ptr": None}
     constants |= {"residual_ptr": None, "added_ptr": None, "BIAS_ROWS": C * bias_rows}
@@ -63,7 +64,7 @@ def compile_stage(
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
     unaligned = tuple(n for n in ("tiles", "chunks", "G", "threshold", "scaled") if n in signature)
-    most = kernel.most_registers(everything, "sums" not in name, added) if name in BOUNDED else None
+    most = launch.most_registers(everything, "sums" not in name, added) if name in BOUNDED else None
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path,
         num_warps=tile.num_warps, unaligned=unaligned, maxnreg=most,
@@ -158,7 +159,7 @@ WHOLE_OPTIONS = {
 
 def compile_whole(name: str, dtype: str, HW: int, C: int, option: str, capability: int, tmp_path):
     """A kernel as it is launched on channels-last maps."""
-    function, chosen = getattr(kernel, name), kernel.choose_groups(HW, C, 32)
+    function, chosen = getattr(kernel, name), launch.choose_groups(HW, C, 32)
     constants = {"stride_c": 1, "ACTIVATION": True, "QUADS": True, "D": C // 32, "BLOCK_N": chosen.block_n}
     constants |= {"BLOCK_C": chosen.block_c, "BLOCK_G": chosen.groups, "BIAS_ROWS": C * (option == "bias rows")}
     if option != "everything":
@@ -228,7 +229,7 @@ def test_means_of_groups(capability, tmp_path, gate):
 @pytest.mark.parametrize("norm", ["rms", "group", "two rms", "two group", "group, bias rows"])
 def test_gradients_of_rows(norm, capability, tmp_path, gate):
     """Every thread has its 16-byte loads of three rows of sums on their way at once; of one norm and of two."""
-    function, blocks = kernel.norm_silu_bwd_rows_kernel, kernel.rows_blocks(64)
+    function, blocks = kernel.norm_silu_bwd_rows_kernel, launch.rows_blocks(64)
     constants = {name: value for name, value in blocks.items() if name.isupper()}
     absent = [n for n in function.arg_names if "offset" in n] if norm.endswith("rms") else []
     absent += [] if norm.startswith("two") else [n for n in function.arg_names if n.startswith("last_")][:-1]

@@ -13,7 +13,7 @@ import torch
 
 from ddpm_fast import Unet
 from ddpm_fast.models import stock
-from ddpm_fast.ops.norm_silu import op, reference
+from ddpm_fast.ops.norm_silu import launch, op, reference
 from ddpm_fast.ops.norm_silu import triton as kernel
 from ddpm_fast.ops.norm_silu.op import first_norm_silu, group_norm_silu_beside, last_norm_silu
 from ddpm_fast.runtime import dispatch, triton_launch
@@ -64,10 +64,10 @@ def test_many_channels_and_many_pixels():
 @pytest.fixture
 def in_several_passes(monkeypatch):
     """GroupNorm as of maps whose groups no program holds."""
-    monkeypatch.setattr(kernel, "choose_groups", lambda *sizes: None)
-    kernel._whole_plan.cache_clear()
+    monkeypatch.setattr(launch, "choose_groups", lambda *sizes: None)
+    launch._whole_plan.cache_clear()
     yield
-    kernel._whole_plan.cache_clear()
+    launch._whole_plan.cache_clear()
 
 
 @pytest.mark.parametrize("option", ["plain", "all", "dropout"])
@@ -88,12 +88,12 @@ def test_half_types_in_several_passes(dtype, in_several_passes):
 
 def test_programs_of_whole_groups():
     """One program has a group, or several small ones."""
-    choose = kernel.choose_groups
-    assert choose(32 * 32, 128, 32) == kernel.Groups(1, 1024, 4, num_warps=8)
-    assert choose(32 * 32, 256, 32) == kernel.Groups(1, 1024, 8, num_warps=16)
-    assert choose(16 * 16, 384, 32) == kernel.Groups(1, 256, 16, num_warps=8)
-    assert choose(16 * 16, 128, 32) == kernel.Groups(2, 256, 8, num_warps=4)
-    assert choose(4 * 4, 256, 32) == kernel.Groups(4, 16, 32, num_warps=1)
+    choose = launch.choose_groups
+    assert choose(32 * 32, 128, 32) == launch.Groups(1, 1024, 4, num_warps=8)
+    assert choose(32 * 32, 256, 32) == launch.Groups(1, 1024, 8, num_warps=16)
+    assert choose(16 * 16, 384, 32) == launch.Groups(1, 256, 16, num_warps=8)
+    assert choose(16 * 16, 128, 32) == launch.Groups(2, 256, 8, num_warps=4)
+    assert choose(4 * 4, 256, 32) == launch.Groups(4, 16, 32, num_warps=1)
     assert choose(32 * 32, 384, 32) is None
 
 
@@ -169,7 +169,7 @@ def test_rows_of_more_samples_and_chunks_than_a_block(dtype, given):
     expected |= {"scale": dy_normed * gain + (0 if offset is None else dy * offset)}
     values = {name: value.to(DEVICE) for name, value in values.items()}
     made = {name: torch.full_like(value, float("nan")) for name, value in values.items()}
-    blocks = kernel.rows_blocks(C, triton_launch.interpreted())
+    blocks = launch.rows_blocks(C, triton_launch.interpreted())
     inputs = (sums.to(DEVICE), *(values.get(name) for name in ("gain", "offset", "scale")))
     programs, gradients = -(-C // blocks["BLOCK_C"]), [made.get(name) for name in shapes]
     kernel.norm_silu_bwd_rows_kernel[(programs, 1)](
@@ -264,11 +264,11 @@ def test_two_norms_are_finished_by_one_launch_with_the_same_bits(norm, option, d
 
 def test_chunks_of_the_first_norm_that_dropout_makes_larger(monkeypatch):
     """With 1024 channels a tile has one pixel, and four under dropout; on a GPU chunks differ between the norms."""
-    tile = partial(kernel.choose_tile, 64, 1024, whole_rows=True, sums=True, interpreted=False)
+    tile = partial(launch.choose_tile, 64, 1024, whole_rows=True, sums=True, interpreted=False)
     assert tile(dropout=True).chunk == 4 * tile(dropout=False).chunk
     if triton_launch.interpreted():
-        monkeypatch.setattr(kernel, "choose_tile", partial(few_pixels, kernel.choose_tile))
-        monkeypatch.setattr(kernel, "_plan", kernel._plan.__wrapped__)  # without its cache
+        monkeypatch.setattr(launch, "choose_tile", partial(few_pixels, launch.choose_tile))
+        monkeypatch.setattr(launch, "_plan", launch._plan.__wrapped__)  # without its cache
     tensors, others = make_two("rms", "all", shape=(2, 24 if triton_launch.interpreted() else 1024, 8, 8, 4))
     together = gradients_of_two(tensors, others, tensors)
     monkeypatch.setattr(op, "_are_finished_together", lambda x, first, last: False)
@@ -276,7 +276,7 @@ def test_chunks_of_the_first_norm_that_dropout_makes_larger(monkeypatch):
     assert all(torch.equal(apart[name], together[name]) for name in apart)
 
 
-def few_pixels(choose, HW: int, C: int, *, dropout: bool, **others: bool) -> kernel.Tile:
+def few_pixels(choose, HW: int, C: int, *, dropout: bool, **others: bool) -> launch.Tile:
     """As `choose`, with tiles of 4 or, under dropout, 16 pixels."""
     tile = choose(HW, C, dropout=dropout, **others)
     return replace(tile, block_n=16 if dropout else 4, tiles=2)
