@@ -21,8 +21,6 @@ The kernels are in files of their own: triton_rms.py, triton_group.py (groups of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from ddpm_fast.ops.norm_silu.launch import (
@@ -134,9 +132,7 @@ def norm_silu_backward(
     """Gradients of x, gain, offset, bias, scale, shift, each with its argument's dtype: None where that is None."""
     rows = _Rows(gain, offset, bias, scale, shift)
     dx, sums = _gradient_of_map(grad, x, statistics, rows, seed, groups, activation, dropout_p)
-    gradients = [_empty_row(row) for row in (gain, offset, bias, scale, shift)]
-    _finish_rows(x, sums, rows, gradients)
-    return dx, *gradients
+    return dx, *_gradients_of_rows(x, sums, rows)[:5]
 
 
 def norm_silu_backward_beside(
@@ -152,9 +148,8 @@ def norm_silu_backward_beside(
     """Of GroupNorm: the gradient of x with `added` added to it, and those of gain and offset."""
     rows = _Rows(gain, offset, None, None, None)
     dx, sums = _gradient_of_map(grad, x, statistics, rows, None, groups, activation, 0.0, added)
-    gradients = [_empty_row(row) for row in (gain, offset, None, None, None)]
-    _finish_rows(x, sums, rows, gradients)
-    return dx, gradients[0], gradients[1]  # type: ignore[return-value]
+    dgain, doffset, *_ = _gradients_of_rows(x, sums, rows)
+    return dx, dgain, doffset  # type: ignore[return-value]
 
 
 def norm_silu_backward_of_last(
@@ -188,10 +183,8 @@ def norm_silu_backward_of_both(
     dtype; empty where there is no such argument."""
     rows = _Rows(gain, offset, bias, scale, shift)
     dx, sums = _gradient_of_map(grad, x, statistics, rows, seed, groups, True, dropout_p)
-    gradients = [_empty_row(row) for row in (gain, offset, bias, scale, shift)]
-    of_last = [_empty_row(row) for row in (gain, offset, bias)]
-    _finish_rows(x, sums, rows, gradients, last_sums, of_last)
-    return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in (*gradients, *of_last))
+    gradients = _gradients_of_rows(x, sums, rows, last_sums)
+    return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _gradient_of_map(
@@ -249,30 +242,30 @@ def _gradient_of_map(
     return dx, sums
 
 
-def _empty_row(row: torch.Tensor | None) -> torch.Tensor | None:
-    return None if row is None else torch.empty_like(row, memory_format=torch.contiguous_format)
-
-
-def _finish_rows(
-    x: torch.Tensor,
-    sums: torch.Tensor,
-    rows: _Rows,
-    gradients: list[torch.Tensor | None],  # of gain, offset, bias, scale, shift: written
-    last_sums: torch.Tensor | None = None,
-    of_last: Sequence[torch.Tensor | None] = (None, None, None),  # of gain, offset, bias of a last norm: written
-) -> None:
+def _gradients_of_rows(
+    x: torch.Tensor, sums: torch.Tensor, rows: _Rows, last_sums: torch.Tensor | None = None
+) -> list[torch.Tensor | None]:
+    """Of gain, offset, bias, scale, shift, then of gain, offset and bias of a last norm, None without `last_sums`."""
     B, chunks, _, C = sums.shape
+    given = (rows.gain, rows.offset, rows.bias)
+    *gradients, dscale, dshift = map(_empty_row, (*given, rows.scale, rows.shift))
+    of_last = [None if last_sums is None else _empty_row(row) for row in given]
     blocks = rows_blocks(C, triton_launch.interpreted())
     programs = triton_launch.ceil_div(C, blocks["BLOCK_C"])
     scale, _ = rows.scale_and_shift(x)
-    rest = gradients[3:] if rows.scaled else (scale, scale)
+    rest = (dscale, dshift) if rows.scaled else (scale, scale)
     norms, last_chunks = (1, 0) if last_sums is None else (2, last_sums.shape[1])
     with torch.cuda.device_of(sums):
         norm_silu_bwd_rows_kernel[(programs, norms)](
-            sums, rows.gain, rows.offset, scale, *gradients[:3], *rest, last_sums, *of_last, B, C, chunks,
+            sums, rows.gain, rows.offset, scale, *gradients, *rest, last_sums, *of_last, B, C, chunks,
             rows.strides[0], last_chunks, scaled=B if rows.scaled else 0, **blocks,
             BIAS_ROWS="BIAS_ROWS" in rows.constants,
         )  # fmt: skip
+    return [*gradients, dscale, dshift, *of_last]
+
+
+def _empty_row(row: torch.Tensor | None) -> torch.Tensor | None:
+    return None if row is None else torch.empty_like(row, memory_format=torch.contiguous_format)
 
 
 class _Rows:
