@@ -5,24 +5,33 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ddpm_fast.models.unet import Unet
-from ddpm_fast.runtime.plain import shown
+from ddpm_fast.runtime.plain import plain, shown
 from ddpm_fast.training.checkpoint import (
     CheckpointError,
+    as_named_in,
+    exact_states,
+    find_weights,
+    first_difference,
     infer_diffusion_config,
     infer_unet_config,
     network_state,
     recorded_class_names,
     recorded_config,
     recorded_process,
+    warn_of_names,
+    with_buffers,
 )
-from ddpm_fast.training.state_names import FoundStates
+from ddpm_fast.training.state_names import FoundStates, bare_name
+from ddpm_fast.training.trained import network_config, process_config, process_in, process_name_of
 
 _State = Mapping[str, torch.Tensor]
 
@@ -56,8 +65,103 @@ _UNASKED = {
     "zero_terminal_snr": False,
     "super_resolution": None,
 }
+# Settings of a trainer in which nothing is continued.
+_FREE_OF_SETTINGS = ("train_num_steps", "save_and_sample_every", "num_samples")
+# Names of a trainer's settings where a file has them in the states of Adam and of the average.
+_OF_ADAM = {"lr": "train_lr", "betas": "adam_betas"}
+_OF_AVERAGE = {"beta": "ema_decay", "update_every": "ema_update_every"}
 _SCHEDULE = ("beta_schedule", "schedule_fn_kwargs")
 _LOSS_WEIGHT = ("min_snr_loss_weight", "min_snr_gamma")
+
+
+def find_trained_states(diffusion: nn.Module, data: Any, path: Path) -> FoundStates:
+    """The weights of a file, by the names of what a trainer averages and saves."""
+    own = diffusion.state_dict()
+    network = f"{getattr(process_in(diffusion), 'network_name', 'model')}."
+    if isinstance(data, Mapping) and isinstance(data.get("model"), Mapping) and data["model"].keys() == own.keys():
+        return exact_states(data, network)
+    names = [bare_name(name) for name in own]
+    network_names = [name.removeprefix(network) for name in names if name.startswith(network)]
+    if not network_names:
+        raise CheckpointError(f"checkpoint {path} has other names than this trainer's {type(diffusion).__name__}")
+    process_names = [name for name in names if not name.startswith(network)]
+    return find_weights(data, path, network_names, process_names, None if process_names else network[:-1])
+
+
+def check_states(
+    diffusion: nn.Module,
+    image_size: tuple[int, int],
+    class_names: tuple[str, ...] | None,
+    data: dict[str, Any],
+    states: FoundStates,
+    path: Path,
+) -> dict[str, torch.Tensor]:
+    """The state to load into `diffusion`, once it is of this process, this architecture and these classes."""
+    own = diffusion.state_dict()
+    check_process(path, data, states, process_name_of(diffusion), process_config(diffusion, image_size), own)
+    state = as_named_in(diffusion, with_buffers(states.model, diffusion))
+    causes = [first_difference(own, state), describe_network(path, data, states.model, network_config(diffusion))]
+    if any(causes):
+        raise CheckpointError(f"checkpoint {path} is of another architecture: {'; '.join(filter(None, causes))}")
+    check_class_names(path, data, class_names)
+    return state
+
+
+def optimizer_state(adam: Any, data: dict[str, Any], path: Path, *, warns: bool) -> dict[str, Any] | None:
+    """The file's moments under the settings of a trainer's Adam; None, with a warning, if it has none."""
+    saved, own = data.get("opt"), adam.state_dict()
+    if not isinstance(saved, Mapping):
+        if warns:
+            warnings.warn(f"{path} holds no state of the optimizer: Adam starts anew", stacklevel=3)
+        return None
+    sizes = [len(group["params"]) for group in own["param_groups"]]
+    groups, state = saved.get("param_groups", []), saved.get("state", {})
+    if [len(group["params"]) for group in groups] != sizes:
+        raise CheckpointError(
+            f"checkpoint {path} has an optimizer of {[len(group['params']) for group in groups]} parameters, "
+            f"this trainer's has {sizes}"
+        )
+    for number, moments in state.items():
+        missing = {"step", "exp_avg", "exp_avg_sq"} - set(moments)
+        if missing:
+            raise CheckpointError(
+                f"checkpoint {path} has an optimizer that is no Adam: parameter {number} has no {min(missing)!r}"
+            )
+    pairs = zip(groups, own["param_groups"], strict=True)
+    fused = adam.defaults["fused"]  # the device decides
+    return {**saved, "param_groups": [{**old, **new, "fused": fused, "params": old["params"]} for old, new in pairs]}
+
+
+def warn_of_changes(
+    data: dict[str, Any], states: FoundStates, path: Path, own: Mapping[str, Any], *, is_seed_given: bool
+) -> None:
+    """One warning that names the settings with which the run goes on otherwise than before.
+
+    own: what a file of this trainer would have as "training", "opt" and "config".
+    """
+    warn_of_names(states, path, stacklevel=4)
+    now = _settings_in(own)
+    for name in (*_FREE_OF_SETTINGS, *(() if is_seed_given else ["seed"])):
+        now.pop(name)
+    clause = changes(_settings_in(data), now)
+    if clause:
+        order = "; the order of the images goes on" if "train_batch_size" in clause else ""
+        warnings.warn(f"{path} is continued with {clause}{order}", stacklevel=3)
+
+
+def training_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of its trainer; upstream's files have nothing."""
+    training = data.get("training")
+    return dict(training) if isinstance(training, Mapping) else {}
+
+
+def _settings_in(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's arguments that a file records, by their names."""
+    optimizer = data.get("opt")
+    groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
+    adam = plain("opt", {new: groups[0][old] for old, new in _OF_ADAM.items() if old in groups[0]}) if groups else {}
+    ema = recorded_config(data)["ema"] or {}
+    return {**training_of(data), **adam, **{new: ema[old] for old, new in _OF_AVERAGE.items() if old in ema}}
 
 
 def check_process(
