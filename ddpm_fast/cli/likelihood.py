@@ -129,7 +129,7 @@ class Sums:
         """Go on where a run with the same arguments was stopped."""
         import warnings
 
-        from ddpm_fast.training.checkpoint import load_file
+        from ddpm_fast.training.checkpoint_files import load_file
 
         if not self.path.exists():
             return

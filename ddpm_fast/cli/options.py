@@ -83,7 +83,7 @@ def checkpoint_file(path: Path) -> Path:
 
     A bare milestone (7, last) is one of ./results, where `ddpm-fast train` writes by default.
     """
-    from ddpm_fast.training.checkpoint import find_latest, one_file
+    from ddpm_fast.training.checkpoint_files import find_latest, one_file
 
     if not path.is_dir():
         folder = Path("results") if path.parent == Path() else path.parent

@@ -161,7 +161,7 @@ def run(options: Train) -> None:
 
 def _checkpoint_to_resume(options: Train) -> tuple[Path, int] | None:
     """(path, step) of the checkpoint to go on from, or None for a new run."""
-    from ddpm_fast.training.checkpoint import find_file, find_latest, load_file, step_of
+    from ddpm_fast.training.checkpoint_files import find_file, find_latest, load_file, step_of
 
     if options.resume_from is not None:
         path = find_file(options.resume_from, options.results_folder)

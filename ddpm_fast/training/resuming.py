@@ -15,21 +15,18 @@ from torch import nn
 
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.plain import plain, shown
-from ddpm_fast.training.checkpoint import (
-    CheckpointError,
+from ddpm_fast.training.checkpoint import recorded_class_names, recorded_config, recorded_process
+from ddpm_fast.training.checkpoint_files import CheckpointError
+from ddpm_fast.training.checkpoint_states import (
     as_named_in,
     exact_states,
     find_weights,
     first_difference,
-    infer_diffusion_config,
-    infer_unet_config,
     network_state,
-    recorded_class_names,
-    recorded_config,
-    recorded_process,
     warn_of_names,
     with_buffers,
 )
+from ddpm_fast.training.inferred import infer_diffusion_config, infer_unet_config
 from ddpm_fast.training.state_names import FoundStates, bare_name
 from ddpm_fast.training.trained import network_config, process_config, process_in, process_name_of
 

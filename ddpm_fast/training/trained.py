@@ -8,7 +8,7 @@ from torch import nn
 
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.xm import XMWrapper, process_of
-from ddpm_fast.training.checkpoint import network_name
+from ddpm_fast.models.networks import network_name
 
 
 def averaged_module(module: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import ddpm_fast
 from ddpm_fast import cli
-from ddpm_fast.training.checkpoint import find_latest, load_file
+from ddpm_fast.training.checkpoint_files import find_latest, load_file
 from ddpm_fast.training.data import DigitsDataset
 
 TINY = (

@@ -7,7 +7,7 @@ from ddpm_fast import cli, load_checkpoint
 from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.diffusion.samplers import FEW_STEPS, SAMPLERS
 from ddpm_fast.diffusion.spacings import SPACINGS
-from ddpm_fast.training.checkpoint import load_file
+from ddpm_fast.training.checkpoint_files import load_file
 
 TINY = (
     "--dim 8 --dim-mults 1 --batch-size 16 --steps 2 --save-every 2 --num-samples 2 --workers 0 --seed 1 "

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from ddpm_fast import cli
-from ddpm_fast.training.checkpoint import load_checkpoint, load_file
+from ddpm_fast.training.checkpoint import load_checkpoint
+from ddpm_fast.training.checkpoint_files import load_file
 from ddpm_fast.training.data import DigitsDataset
 
 TINY = (

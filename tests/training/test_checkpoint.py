@@ -19,17 +19,10 @@ import torch
 
 import ddpm_fast
 from ddpm_fast.models.unet import Unet
-from ddpm_fast.training.checkpoint import (
-    CheckpointError,
-    find_file,
-    find_latest,
-    infer_diffusion_config,
-    infer_unet_config,
-    load_checkpoint,
-    load_file,
-    save_atomically,
-)
+from ddpm_fast.training.checkpoint import load_checkpoint
+from ddpm_fast.training.checkpoint_files import CheckpointError, find_file, find_latest, load_file, save_atomically
 from ddpm_fast.training.data import DigitsDataset
+from ddpm_fast.training.inferred import infer_diffusion_config, infer_unet_config
 from ddpm_fast.training.trainer import Trainer
 
 SMALL = dict(dim=8, dim_mults=(1, 2), channels=1)
@@ -126,7 +119,7 @@ class TestAtomicSaving:
         path = tmp_path / "model.pt"
         program = f"""
             import torch
-            from ddpm_fast.training.checkpoint import save_atomically
+            from ddpm_fast.training.checkpoint_files import save_atomically
             for version in range(10**9):
                 save_atomically({{"version": version, "data": torch.full((300_000,), version)}}, {str(path)!r})
                 print("saved", flush=True)

@@ -23,7 +23,8 @@ from PIL import Image
 import ddpm_fast
 from ddpm_fast.runtime import recording
 from ddpm_fast.training.batches import BatchOrder, BatchStream
-from ddpm_fast.training.checkpoint import CheckpointError, load_checkpoint, load_file
+from ddpm_fast.training.checkpoint import load_checkpoint
+from ddpm_fast.training.checkpoint_files import CheckpointError, load_file
 from ddpm_fast.training.data import DigitsDataset
 from ddpm_fast.training.evaluation import FIDEvaluation, FIDUnavailableError, frechet_distance, mean_and_covariance
 from ddpm_fast.training.history import LossHistory

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from ddpm_fast import GaussianDiffusion, PreparedDataset, Trainer, Unet
-from ddpm_fast.training.checkpoint import CheckpointError, load_checkpoint, load_file, read_settings
+from ddpm_fast.training.checkpoint import load_checkpoint, read_settings
+from ddpm_fast.training.checkpoint_files import CheckpointError, load_file
 from ddpm_fast.training.conditioning import plan_grid, spread
 from ddpm_fast.training.data import Dataset
 from ddpm_fast.training.evaluation import FIDEvaluation
