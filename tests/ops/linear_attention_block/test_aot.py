@@ -12,6 +12,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 from ddpm_fast.ops.linear_attention_block import triton as kernel
 from ddpm_fast.ops.linear_attention_block.launch import choose_launch
+from ddpm_fast.ops.linear_attention_block.triton_tile import ANY_SIZE
 from ddpm_fast.testing.aot import Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
@@ -69,7 +70,7 @@ def compile_stage(name: str, C: int, capability: int, tmp_path) -> tuple[Machine
         options = {option: constants.get(option) for option in options}
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n) for n in function.arg_names if n not in constants}
-    unaligned = tuple(n for n in (*kernel._ANY_SIZE, "B") if n in signature)
+    unaligned = tuple(n for n in (*ANY_SIZE, "B") if n in signature)
     machine = compile_kernel(function, signature, constants, capability, tmp_path, **options, unaligned=unaligned)
     return machine, options["num_warps"]
 
