@@ -56,6 +56,7 @@ ROWS = [
         "training/stop_signals",
     ],
     ["training/captured_step"],
+    ["training/adam_state", "training/recordable", "training/transfers"],
     ["training/optimizer_step"],
     ["training/average"],
     ["integrations/diffusers_folders", "integrations/diffusers_pipelines"],

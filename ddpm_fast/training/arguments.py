@@ -52,6 +52,7 @@ def size_of(process: Any) -> tuple[int, int]:
 
 
 def pair_of_betas(betas: Any) -> tuple[float, float]:
+    """Adam's betas as plain numbers."""
     values = plain("adam_betas", betas)
     if not isinstance(values, (list, tuple)) or len(values) != 2:
         raise ValueError(f"adam_betas must be two numbers; got {shown(betas)}")

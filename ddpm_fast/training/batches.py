@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ddpm_fast.diffusion.images import as_floats
-from ddpm_fast.training.captured_step import send
 from ddpm_fast.training.items import Items, collate_items
+from ddpm_fast.training.transfers import send
 
 
 def derive_seed(*parts: object) -> int:

@@ -22,8 +22,11 @@ from ddpm_fast.models.unet_base import UnetBase
 from ddpm_fast.runtime import recording, triton_launch
 from ddpm_fast.runtime.plain import as_int
 from ddpm_fast.runtime.snapshot import Snapshot
+from ddpm_fast.training.adam_state import check_optimizer, settings_of_scaler, state_of_scaler, state_tensors
 from ddpm_fast.training.average import Average, foreign_method, why_not_averaged
-from ddpm_fast.training.optimizer_step import OptimizerStep, is_adam
+from ddpm_fast.training.optimizer_step import OptimizerStep
+from ddpm_fast.training.recordable import NotRecordableError, draws_coin_first, why_not_recorded
+from ddpm_fast.training.transfers import pinned
 
 
 def capture_training_step(
@@ -101,14 +104,6 @@ def capture_training_step(
     )
 
 
-class NotRecordableError(ValueError):
-    """A recording cannot replace a training step."""
-
-    def __init__(self, reason: str):
-        super().__init__(f"a graph cannot replace the step: {reason}; graph=False runs it without one")
-        self.reason = reason
-
-
 class TrainingStep:
     """What `capture_training_step` returns.
 
@@ -143,7 +138,7 @@ class TrainingStep:
         falls_back: bool = False,
         refusal: str | None = None,
     ):
-        _check_optimizer(optimizer, diffusion, capturable=recorder.needs_capturable)
+        check_optimizer(optimizer, diffusion, capturable=recorder.needs_capturable)
         shape = (diffusion.channels, *(diffusion.image_size or ()))
         if len(batch_shape) != 4 or batch_shape[0] < 1 or tuple(batch_shape[1:]) != shape:
             raise ValueError(f"batch_shape must be (B, {', '.join(map(str, shape))}), got {tuple(batch_shape)}")
@@ -323,7 +318,7 @@ class TrainingStep:
         pairs += [(own_conditions[name], tensor) for name, tensor in conditions.items()]
         for to, given in pairs:
             if to is not None and given is not None:
-                to.copy_(_pinned(given, device), non_blocking=True)
+                to.copy_(pinned(given, device), non_blocking=True)
 
     def _see_changes(self) -> None:
         """Drop recordings that something has made invalid, and refuse what cannot be recorded any more."""
@@ -495,14 +490,14 @@ class TrainingStep:
         if self.recorder.records_calls:
             # A call stops before it moves weights: the native step, which does, can be recorded.
             return _put_back(held)
-        held += [*self.diffusion.parameters(), *_state_of_scaler(self.scaler)]
+        held += [*self.diffusion.parameters(), *state_of_scaler(self.scaler)]
         held += [] if self._average is None else self._average.targets.values()
         held += [] if self._kept is None else self._kept.copies
-        saved = {t: t.detach().clone() for t in (*held, *_state_tensors(self.optimizer))}
+        saved = {t: t.detach().clone() for t in (*held, *state_tensors(self.optimizer))}
 
         @torch.no_grad()
         def reset() -> None:
-            for tensor in (*held, *_state_tensors(self.optimizer)):
+            for tensor in (*held, *state_tensors(self.optimizer)):
                 # State that the step itself has made began with zeros: that is Adam's.
                 tensor.copy_(saved[tensor]) if tensor in saved else tensor.zero_()
 
@@ -525,7 +520,7 @@ class TrainingStep:
         members = [[id(p) for p in g["params"]] for g in self.optimizer.param_groups]
         wanted = [p.requires_grad for p in diffusion.parameters()]
         attributes = (diffusion.recording_key(), self._options())
-        state = recording.storage_key((*_state_tensors(self.optimizer), *_state_of_scaler(self.scaler)))
+        state = recording.storage_key((*state_tensors(self.optimizer), *state_of_scaler(self.scaler)))
         forwards = [type(module).forward for module in diffusion.modules()]
         weights = recording.weights_of(diffusion)
         written = [] if self._average is None else [*self._average.targets.values()]
@@ -536,7 +531,7 @@ class TrainingStep:
     def _options(self) -> tuple:
         """This step's own settings, and those of the scaler."""
         own = (self.max_grad_norm, self.autocast, self.accumulate, self.any_module, self.keep_copies)
-        return own if self.scaler is None else (*own, *_settings_of_scaler(self.scaler))
+        return own if self.scaler is None else (*own, *settings_of_scaler(self.scaler))
 
     def _take_snapshot(self) -> None:
         """All that `_capture_key` and `why_not_recorded` read."""
@@ -547,7 +542,7 @@ class TrainingStep:
         lists = [optimizer.param_groups, *(group["params"] for group in optimizer.param_groups)]
         if self.recorder.freezes_decisions:  # else a learning rate is read in every step
             dicts += optimizer.param_groups
-        tensors = [*_state_tensors(optimizer), *_state_of_scaler(self.scaler)]
+        tensors = [*state_tensors(optimizer), *state_of_scaler(self.scaler)]
         self._snapshot, self._captured_options = Snapshot(self.diffusion, dicts, lists, tensors), self._options()
 
 
@@ -585,21 +580,6 @@ def _averaged(ema: Any, diffusion: nn.Module) -> nn.Module:
     return process_of(diffusion) or diffusion if ema.model is not diffusion else diffusion
 
 
-def plain_groups(optimizer_state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The groups of an optimizer's state dict as a file keeps them: numbers, and nothing of a recording's.
-
-    A rate on a device may be the float32 of a number, and the shortest number of that float32 is it again.
-    """
-    groups = []
-    for group in optimizer_state["param_groups"]:
-        group = {**group, "capturable": False}
-        rate = group["lr"]
-        if isinstance(rate, torch.Tensor):
-            group["lr"] = rate.item() if rate.dtype is torch.float64 else float(f"{rate.item():.7g}")
-        groups.append(group)
-    return groups
-
-
 def _average_of(ema: Any, diffusion: Any, recorder: Any) -> Average | None:
     """None if `ema.update()` has to be called; ValueError for what the end of a step would not do."""
     if foreign_method(ema) is not None:
@@ -608,32 +588,6 @@ def _average_of(ema: Any, diffusion: Any, recorder: Any) -> Average | None:
     if reason is not None:
         raise ValueError(f"ema must be an average of diffusion that each step moves alone, and {reason}")
     return Average(ema, diffusion.device, recorder)
-
-
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on a device, without waiting for the device; itself where it is there already."""
-    return _pinned(tensor, device).to(device, non_blocking=True)
-
-
-def _pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What CUDA copies while the host goes on: from pageable memory it waits until all work before is done."""
-    is_pageable = device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned()
-    return tensor.pin_memory() if is_pageable else tensor
-
-
-def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-
-
-def _state_of_scaler(scaler: torch.amp.GradScaler | None) -> list[torch.Tensor]:
-    if scaler is None:
-        return []
-    return [t for t in (scaler._scale, scaler._growth_tracker) if t is not None]
-
-
-def _settings_of_scaler(scaler: torch.amp.GradScaler) -> tuple:
-    numbers = (scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval())
-    return (scaler.is_enabled(), *numbers, id(scaler._scale), id(scaler._growth_tracker))
 
 
 def _flat_like(
@@ -667,46 +621,3 @@ def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, diffusion: nn.Module, capturable: bool) -> None:
-    if not is_adam(optimizer):
-        raise TypeError(
-            f"optimizer must be torch.optim.Adam or AdamW itself, not a wrapper of it, got {type(optimizer).__name__}"
-        )
-    if capturable and not all(group["capturable"] for group in optimizer.param_groups):
-        raise ValueError(
-            "optimizer must keep its step count on the device: make it with capturable=True, fused=True, such as "
-            "torch.optim.Adam(diffusion.parameters(), lr, capturable=True, fused=True)"
-        )
-    known = set(diffusion.parameters())
-    if not all(p in known for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError("optimizer must have parameters of diffusion only")
-
-
-def draws_coin_first(diffusion: nn.Module) -> bool:
-    """True if a step that is not recorded draws the coin of self-conditioning as a recorded one does.
-
-    That is before the times, which on the CPU come from the same generator. A process of the user's draws it itself.
-    """
-    process = process_of(diffusion)
-    return process is not None and process.self_condition and recording.untrusted_module(diffusion) is None
-
-
-def why_not_recorded(diffusion: nn.Module, optimizer: Any, any_module: bool) -> str | None:
-    """Why a recording may not replace a training step, in one clause; None where it may."""
-    process = process_of(diffusion)
-    if process is None:
-        return f"the loss is that of a {type(diffusion).__name__}, and recordings are of this package's processes"
-    if process.assigns_noise:
-        option = "immiscible" if process.immiscible else "optimal_transport"
-        return f"{option}=True assigns the noise on the host"
-    for name, module in diffusion.named_modules():
-        if module._backward_hooks or module._backward_pre_hooks:
-            return f"{name or 'the model'} has backward hooks, which a replay does not call"
-    for name, parameter in diffusion.named_parameters():
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            return f"{name} has gradient hooks, which a replay does not call"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return "the optimizer has hooks on its step, which a replay does not call"
-    return recording.why_not_recorded(diffusion) or (None if any_module else recording.untrusted_module(diffusion))

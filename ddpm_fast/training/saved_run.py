@@ -13,7 +13,8 @@ import torch
 from ddpm_fast._version import __version__
 from ddpm_fast.runtime.plain import plain
 from ddpm_fast.training.accelerator import is_one_or_ddp
-from ddpm_fast.training.captured_step import lay_out_state, plain_groups
+from ddpm_fast.training.adam_state import plain_groups
+from ddpm_fast.training.captured_step import lay_out_state
 from ddpm_fast.training.checkpoint_files import find_file, load_file, save_atomically, step_of
 from ddpm_fast.training.checkpoint_states import check_average, load_average
 from ddpm_fast.training.data import Dataset

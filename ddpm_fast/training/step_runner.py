@@ -14,8 +14,9 @@ from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.snapshot import Snapshot
 from ddpm_fast.training.average import Average, why_not_averaged
 from ddpm_fast.training.batches import Batch, BatchStream
-from ddpm_fast.training.captured_step import NotRecordableError, TrainingStep, draws_coin_first, why_not_recorded
+from ddpm_fast.training.captured_step import TrainingStep
 from ddpm_fast.training.optimizer_step import OptimizerStep
+from ddpm_fast.training.recordable import NotRecordableError, draws_coin_first, why_not_recorded
 from ddpm_fast.training.trained import averaged_module
 
 with needed_for("Trainer"):

@@ -11,8 +11,9 @@ import ddpm_fast
 from ddpm_fast import Trainer, Unet, XMWrapper, load_checkpoint
 from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.testing.recorders import FrozenRecorder
-from ddpm_fast.training.captured_step import capture_training_step, why_not_recorded
+from ddpm_fast.training.captured_step import capture_training_step
 from ddpm_fast.training.checkpoint_files import CheckpointError
+from ddpm_fast.training.recordable import why_not_recorded
 
 # Small batches, few images and float32 on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:only .* images:UserWarning", "ignore:the effective batch:UserWarning")

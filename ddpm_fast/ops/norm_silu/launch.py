@@ -121,6 +121,7 @@ class Plan:
 
 
 def plan_of(x: torch.Tensor, seed: torch.Tensor | None, activation: bool, *, whole_rows: bool, sums: bool) -> Plan:
+    """For a map; whole_rows and sums as in `choose_tile`."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     return _plan(*sizes_of(x)[1:], channels_last, seed is not None, activation, whole_rows, sums)
 
@@ -160,6 +161,7 @@ class WholePlan:
 
 
 def whole_plan_of(x: torch.Tensor, groups: int, activation: bool) -> WholePlan | None:
+    """For a map in groups; None where `choose_groups` has none."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     return _whole_plan(*sizes_of(x)[1:], groups, channels_last, activation)
 

@@ -18,6 +18,7 @@ _STREAM_DROPOUT = tl.constexpr(STREAM_DROPOUT)
 
 @triton.jit
 def load(pointer, offsets, mask):
+    """float32, 0 outside the mask."""
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
