@@ -339,14 +339,14 @@ class TrainingStep:
         self._look_at_weights()
         if self.scaler is not None and self.scaler._scale is None:
             self.scaler.scale(self._loss)  # makes its state, which a recording only changes
+        if self.recorder.freezes_decisions:
+            reason = why_not_recorded(self.diffusion, self.optimizer, self.any_module)
+            if reason is not None:
+                if not self._falls_back:
+                    raise NotRecordableError(reason)
+                self._stop_recording(reason)
         if not self.recorder.freezes_decisions:
-            self._take_snapshot()
-            return
-        reason = why_not_recorded(self.diffusion, self.optimizer, self.any_module)
-        if reason is not None:
-            if not self._falls_back:
-                raise NotRecordableError(reason)
-            self._stop_recording(reason)
+            self.clear()  # which parameters have gradients, and their memory
             self._take_snapshot()
         elif self._capture_key() != self._captured_key:
             self.clear()

@@ -262,6 +262,35 @@ def test_accumulated_a_parameter_without_gradient_is_left_alone(recorder):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("recorder", RECORDERS)
+def test_accumulated_weights_are_frozen_and_trained_again_between_steps(recorder):
+    """One that is frozen has no gradient, so that neither its moments nor weight decay move it."""
+    plain, ours = make(), make()
+    optimizers = []
+    for diffusion in (plain, ours):
+        options = {"lr": torch.tensor(RATE, dtype=torch.float64), "fused": True, "capturable": True}
+        optimizers.append(torch.optim.AdamW(diffusion.parameters(), weight_decay=0.1, **options))
+        diffusion.model.final_conv.requires_grad_(False)
+    step = step_of(recorder, ours, optimizers[1], accumulate=2)
+    for index in range(9):
+        for diffusion in (plain, ours):
+            if index == 3:
+                diffusion.model.final_conv.requires_grad_(True)
+                diffusion.model.init_conv.requires_grad_(False)
+            if index == 6:
+                diffusion.model.init_conv.weight = torch.nn.Parameter(diffusion.model.init_conv.weight.detach() * 0.5)
+        batches = images(2 * index + 2)[-2:]
+        torch.manual_seed(index)
+        for batch in batches:
+            (plain(batch) / 2).backward()
+        move_weights(optimizers[0], 1.0)
+        plain.zero_grad()
+        torch.manual_seed(index)
+        step(*batches)
+        for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
+            assert torch.equal(a, b), (index, name)
+
+
 def test_weights_are_known_to_have_changed():
     """A replay changes weights behind autograd's back; what was saved for a backward must not be used after it."""
     diffusion = make()
