@@ -171,7 +171,7 @@ class TrainingStep:
         self._by_kernel_in: dict[tuple, frozenset[torch.Tensor]] = {}
         self.keep_copies = keep_copies
         self._kept: KeptCopies | None = None
-        # Learning rates on the device, where a graph reads them at each replay.
+        # Learning rates, one for each group, where a recording reads them at each replay.
         self._rates: list[torch.Tensor] = []
         self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.clear()
@@ -463,7 +463,10 @@ class TrainingStep:
         self._by_kernel = frozenset()
         if self._optimizer_step.why_not() is None:
             copies = None if self._kept is None else self._kept.parts
-            norm, self._by_kernel = self._optimizer_step.apply(self.max_grad_norm, self.scaler, self._average, copies)
+            rates = self._rates if self.recorder.records_calls else None
+            norm, self._by_kernel = self._optimizer_step.apply(
+                self.max_grad_norm, self.scaler, self._average, copies, rates
+            )
             if self.max_grad_norm is not None:
                 self.grad_norm.copy_(norm)
             return
@@ -504,14 +507,16 @@ class TrainingStep:
         return reset
 
     def _hold_rates(self) -> None:
+        """Put learning rates where a recording reads them; on CUDA in the groups, too, for torch's own step."""
         groups, device = self.optimizer.param_groups, self.diffusion.device
         # The CPU's step reads a float64, which is the number itself.
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         self._rates += [torch.zeros((), device=device, dtype=dtype) for _ in groups[len(self._rates) :]]
-        for group, rate in zip(groups, self._rates, strict=True):
+        for group, rate in zip(groups, self._rates, strict=False):
             if group["lr"] is not rate:
                 rate.copy_(group["lr"]) if isinstance(group["lr"], torch.Tensor) else rate.fill_(group["lr"])
-                group["lr"] = rate
+                if not self.recorder.records_calls:
+                    group["lr"] = rate
 
     def _capture_key(self) -> tuple:
         """The cache key of a recording: addresses, settings of modules, options of the optimizer."""
@@ -529,8 +534,11 @@ class TrainingStep:
         return weights, forwards, state, wanted, members, options, attributes, key, recording.settings()
 
     def _options(self) -> tuple:
-        """This step's own settings, and those of the scaler."""
-        own = (self.max_grad_norm, self.autocast, self.accumulate, self.any_module, self.keep_copies)
+        """This step's own settings, and those of the scaler; on the CPU also the optimizer's, besides its rates."""
+        own: tuple = (self.max_grad_norm, self.autocast, self.accumulate, self.any_module, self.keep_copies)
+        if self.recorder.records_calls:
+            groups = self.optimizer.param_groups
+            own += tuple(id(v) if k == "params" else v for group in groups for k, v in group.items() if k != "lr")
         return own if self.scaler is None else (*own, *settings_of_scaler(self.scaler))
 
     def _take_snapshot(self) -> None:
@@ -540,7 +548,7 @@ class TrainingStep:
         dicts = [own, *(value for value in own.values() if isinstance(value, dict))]
         dicts += optimizer.state.values()
         lists = [optimizer.param_groups, *(group["params"] for group in optimizer.param_groups)]
-        if self.recorder.freezes_decisions:  # else a learning rate is read in every step
+        if self.recorder.needs_capturable:  # else they hold rates that change from step to step
             dicts += optimizer.param_groups
         tensors = [*state_tensors(optimizer), *state_of_scaler(self.scaler)]
         self._snapshot, self._captured_options = Snapshot(self.diffusion, dicts, lists, tensors), self._options()

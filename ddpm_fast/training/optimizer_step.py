@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class OptimizerStep:
         averages: Mapping[torch.Tensor, torch.Tensor] | None = None,
         average_weight: torch.Tensor | None = None,
         copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
+        rates: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of all parameters that have a gradient; see `adam_step`.
 
@@ -70,6 +71,7 @@ class OptimizerStep:
             averages: parameter → its average; a parameter that is not there has none, and one without a gradient
                 leaves its average alone.
             copies: parameter → its copy in a half type, in the same way.
+            rates: the groups' learning rates, where a recording reads them; None takes the groups' own.
 
         Returns:
             The gradients' norm before clipping, and 1.0 if the step was skipped, else 0.0; scalars on the device.
@@ -77,14 +79,15 @@ class OptimizerStep:
         optimizer: Any = self.optimizer
         params: list[torch.Tensor] = []
         settings: list[AdamSettings] = []
-        for group in optimizer.param_groups:
+        for number, group in enumerate(optimizer.param_groups):
             members = [p for p in group["params"] if p.grad is not None]
             for p in members:
                 _begin(optimizer.state[p], p)
             params += members
             decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
             rest = (*group["betas"], group["eps"], group["weight_decay"], decoupled)
-            settings.append(AdamSettings(len(members), group["lr"], *rest))
+            rate = group["lr"] if rates is None else rates[number]
+            settings.append(AdamSettings(len(members), rate, *rest))
         states = [optimizer.state[p] for p in params]
         names = ("exp_avg", "exp_avg_sq", "step")
         moments, squares, steps = ([state[name] for state in states] for name in names)
@@ -113,6 +116,7 @@ class OptimizerStep:
         scaler: torch.amp.GradScaler | None,
         average: Average | None = None,
         copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
+        rates: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, frozenset[torch.Tensor]]:
         """One step, and what `scaler.unscale_`, `step` and `update` do.
 
@@ -125,6 +129,7 @@ class OptimizerStep:
             averages=None if average is None else average.targets,
             average_weight=None if average is None else average.weight,
             copies=copies,
+            rates=rates,
         )
         moved = frozenset[torch.Tensor]() if average is None else average.moved_with_gradients()
         self._written = ["their average"] * bool(moved) + ["their copies for autocast"] * bool(copies)

@@ -174,6 +174,34 @@ def test_an_optimizer_that_only_torch_can_step_is_not_recorded():
     assert step.explain_graphs() == f"training runs step by step: {reason}"
 
 
+@needs_tapes
+def test_rates_stay_what_the_user_set():
+    """A number, which torch's own step takes, too, where it goes on for a recording."""
+    plain, ours = make(), make()
+    optimizers = [torch.optim.Adam(diffusion.parameters(), RATE, foreach=True) for diffusion in (plain, ours)]
+    steps = [
+        capture_training_step(diffusion, optimizer, SHAPE, graph=graph)
+        for diffusion, optimizer, graph in zip((plain, ours), optimizers, (False, None), strict=True)
+    ]
+    for index, batch in enumerate(images(10)):
+        for step, optimizer in zip(steps, optimizers, strict=True):
+            (group,) = optimizer.param_groups
+            if 2 <= index < 6:
+                kept = group["lr"]
+                group["lr"] = kept * 0.5
+                assert kept == RATE * 0.5 ** (index - 2)
+            if index == 6:
+                group["params"] = group["params"][:-1]
+                assert len(step._recordings) == 1
+            if index == 8:
+                optimizer.register_step_pre_hook(lambda *args: None)
+            torch.manual_seed(index)
+            step(batch)
+            assert type(group["lr"]) is float
+    assert "the optimizer has hooks on its step" in steps[1].explain_graphs()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
+
+
 def test_self_conditioning_has_a_recording_for_each_side_of_the_coin():
     plain, ours = make(self_condition=True, dropout=0.0), make(self_condition=True, dropout=0.0)
     plain_adam = adam(plain)
