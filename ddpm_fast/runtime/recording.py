@@ -363,6 +363,7 @@ def settings() -> tuple:
         (torch.backends.fp32_precision, cuda.matmul.fp32_precision, cudnn.conv.fp32_precision),  # type: ignore[attr-defined]
         (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction),
         torch.are_deterministic_algorithms_enabled(),
+        (torch.get_default_dtype(), torch.is_anomaly_enabled()),
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ddpm_fast.diffusion.xm import process_of
@@ -26,6 +27,8 @@ def why_not_recorded(diffusion: nn.Module, optimizer: Any, any_module: bool) -> 
     if process.assigns_noise:
         option = "immiscible" if process.immiscible else "optimal_transport"
         return f"{option}=True assigns the noise on the host"
+    if torch.is_anomaly_enabled():
+        return "anomaly detection looks at every backward, and a replay has none"
     for name, module in diffusion.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             return f"{name or 'the model'} has backward hooks, which a replay does not call"

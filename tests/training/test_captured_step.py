@@ -202,6 +202,40 @@ def test_rates_stay_what_the_user_set():
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
 
 
+@needs_tapes
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected in")
+def test_anomaly_detection_sees_the_backward_of_a_step_that_was_recorded():
+    diffusion = make()
+    step = capture_training_step(diffusion, torch.optim.Adam(diffusion.parameters(), RATE), SHAPE)
+    for batch in images(3):
+        step(batch)
+    with torch.no_grad():
+        diffusion.model.final_conv.weight.fill_(float("nan"))
+    with torch.autograd.detect_anomaly(check_nan=True), pytest.raises(RuntimeError, match="returned nan values"):
+        step(images(1)[0])
+    assert step.explain_graphs().startswith("training runs step by step: anomaly detection")
+
+
+@needs_tapes
+def test_a_step_is_recorded_anew_under_another_default_dtype():
+    """Operators that make a tensor without a dtype take it from there."""
+    plain, ours = make(), make()
+    steps = [
+        capture_training_step(diffusion, torch.optim.Adam(diffusion.parameters(), RATE), SHAPE, graph=graph)
+        for diffusion, graph in ((plain, False), (ours, None))
+    ]
+    try:
+        for index, batch in enumerate(images(6)):
+            torch.set_default_dtype(torch.float64 if index > 2 else torch.float32)
+            for step in steps:
+                torch.manual_seed(index)
+                step(batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert steps[1].explain_graphs() == "training replays a tape of operator calls"
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
+
+
 def test_self_conditioning_has_a_recording_for_each_side_of_the_coin():
     plain, ours = make(self_condition=True, dropout=0.0), make(self_condition=True, dropout=0.0)
     plain_adam = adam(plain)
