@@ -58,7 +58,7 @@ class Average:
     """
 
     def __init__(self, ema: Any, device: torch.device, recorder: Any):
-        self.ema, self._recorder = ema, recorder(device)
+        self.ema, self.model, self._recorder = ema, ema.model, recorder(device)
         # Reading them on the device would wait for it.
         ema.initted, ema.step = ema.initted.cpu(), ema.step.cpu()
         self.weight = torch.zeros((), device=device)

@@ -63,7 +63,8 @@ def capture_training_step(
         optimizer: Adam or AdamW over parameters of `diffusion`, best with `fused=True`; on CUDA with `capturable=True`.
         batch_shape: (B, C, H, W) of every batch.
         ema: an `ema_pytorch.EMA` of `diffusion`, or of the process in an `XMWrapper`; a call does what `ema.update()`
-            after the step would. One with an `update` of its own is called after the step.
+            after the step would. One with an `update` of its own, or that writes more than its own copy of the model,
+            is called after the step.
         max_grad_norm: the gradients' norm is clipped to this; None leaves them.
         autocast: torch.bfloat16, torch.float16 with a scaler, or None for the weights' own dtype.
         scaler: scales the loss for float16 and skips steps whose gradients are not finite; it stays on the device.
@@ -334,8 +335,10 @@ class TrainingStep:
             return
         lay_out_state(self.optimizer)
         self._parameters = list(self.diffusion.parameters())
-        if average is not None:
+        if average is not None and why_not_averaged(self.ema, average.model) is None:
             average.refresh()
+        else:
+            self._average = None
         self._look_at_weights()
         if self.scaler is not None and self.scaler._scale is None:
             self.scaler.scale(self._loss)  # makes its state, which a recording only changes
@@ -589,13 +592,13 @@ def _averaged(ema: Any, diffusion: nn.Module) -> nn.Module:
 
 
 def _average_of(ema: Any, diffusion: Any, recorder: Any) -> Average | None:
-    """None if `ema.update()` has to be called; ValueError for what the end of a step would not do."""
-    if foreign_method(ema) is not None:
-        return None
+    """None if `ema.update()` has to be called; ValueError for another model's average."""
     reason = why_not_averaged(ema, diffusion)
-    if reason is not None:
-        raise ValueError(f"ema must be an average of diffusion that each step moves alone, and {reason}")
-    return Average(ema, diffusion.device, recorder)
+    if reason is None:
+        return Average(ema, diffusion.device, recorder)
+    if foreign_method(ema) is None and ema.model is not diffusion:
+        raise ValueError(f"ema must be an average of diffusion, and {reason}")
+    return None
 
 
 def _flat_like(

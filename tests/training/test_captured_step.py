@@ -325,6 +325,30 @@ def test_accumulated_a_parameter_without_gradient_is_left_alone(recorder):
 
 
 @pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"update_model_with_ema_every": 3}, {"lazy_init_ema": True}, {"param_or_buffer_names_no_ema": {"betas"}}],
+    ids=str,
+)
+def test_averages_that_write_more_than_their_own_copy(recorder, options):
+    """From the first step on, or once the user says so."""
+    plain, ours = make(), make()
+    averages = [average(diffusion, update_every=1, update_after_step=0, **options) for diffusion in (plain, ours)]
+    plain_adam, step = adam(plain), step_of(recorder, ours, adam(ours), ema=averages[1])
+    for index, batch in enumerate(images(8)):
+        if index == 4:
+            for one in averages:
+                one.update_model_with_ema_every = 2
+        torch.manual_seed(index)
+        plain_step(plain, plain_adam, batch, averages[0])
+        torch.manual_seed(index)
+        step(batch)
+        for one, other in zip(averages[0].parameters(), averages[1].parameters(), strict=True):
+            assert torch.equal(one, other), index
+    assert "not their average: it" in step.explain_optimizer()
+
+
+@pytest.mark.parametrize("recorder", RECORDERS)
 def test_accumulated_weights_are_frozen_and_trained_again_between_steps(recorder):
     """One that is frozen has no gradient, so that neither its moments nor weight decay move it."""
     plain, ours = make(), make()
@@ -453,12 +477,6 @@ def test_refusals():
     step_of(FrozenRecorder, diffusion, adam(diffusion), any_module=True)(images(1)[0])
     step_of(recording.EagerRecorder, diffusion, adam(diffusion))(images(1)[0])
     diffusion = make()
-    for options, sentence in (
-        ({"update_model_with_ema_every": 3}, "update_model_with_ema_every"),
-        ({"lazy_init_ema": True}, "lazy_init_ema"),
-        ({"param_or_buffer_names_no_ema": {"betas"}}, "param_or_buffer_names_no_ema"),
-    ):
-        check(ValueError, sentence, diffusion, ema=average(diffusion, **options))
     check(ValueError, "of another model", ema=average(make()))
     step = step_of(FrozenRecorder, diffusion, adam(diffusion))
     with pytest.raises(ValueError, match=r"images must have shape \(3, 3, 4, 4\), got \(2, 3, 4, 4\)"):
