@@ -9,6 +9,7 @@ from torch import nn
 
 from ddpm_fast.diffusion.xm import process_of
 from ddpm_fast.runtime import recording
+from ddpm_fast.training.optimizer_step import is_adam
 
 
 class NotRecordableError(ValueError):
@@ -29,6 +30,8 @@ def why_not_recorded(diffusion: nn.Module, optimizer: Any, any_module: bool) -> 
         return f"{option}=True assigns the noise on the host"
     if torch.is_anomaly_enabled():
         return "anomaly detection looks at every backward, and a replay has none"
+    if not is_adam(optimizer):
+        return f"the optimizer is a {type(optimizer).__name__}"
     for name, module in diffusion.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             return f"{name or 'the model'} has backward hooks, which a replay does not call"

@@ -47,12 +47,13 @@ class StepRunner:
 
     def _prepare_steps(self, graph: bool | None) -> None:
         """Once model and optimizer are accelerate's; ValueError where `graph` is True and nothing can be recorded."""
-        self._optimizer_step = OptimizerStep(self.opt.optimizer)
+        self._optimizer_step = OptimizerStep(self._optimizer)
         # Of steps that are not recorded, and what it was made of.
         self._average: Average | None = None
         self._averaged: tuple[object, Snapshot] | None = None
         self._graph = graph
         self._captured: TrainingStep | None = None
+        self._captured_parts: tuple = ()
         # Why a recording failed, once one has.
         self._refusal: str | None = None
         self._said_why_not = False
@@ -90,6 +91,11 @@ class StepRunner:
         return self._optimizer_step.explain({"their average": reason})
 
     @property
+    def _optimizer(self) -> Any:
+        """torch's optimizer in accelerate's wrapper, or one that was assigned without a wrapper."""
+        return getattr(self.opt, "optimizer", self.opt)
+
+    @property
     def _trained(self) -> Any:
         """What gives the loss: the process, or a wrapper of it."""
         # accelerate imports torch.compile, 1.2 s, to ask whether a model is compiled.
@@ -99,6 +105,15 @@ class StepRunner:
     def _diffusion(self) -> Any:
         """What is averaged, saved and sampled: the process, or another module of the user's."""
         return averaged_module(self._trained)
+
+    def _follow_replacements(self) -> None:
+        """Use what was assigned to the trainer's attributes since the last step."""
+        if self._optimizer_step.optimizer is not self._optimizer:
+            self._optimizer_step = OptimizerStep(self._optimizer)
+        ema = self.ema if self.accelerator.is_main_process else None
+        parts = (self._trained, self._optimizer, ema, self.max_grad_norm, self.gradient_accumulate_every)
+        if parts != self._captured_parts:
+            self._captured, self._captured_parts = None, parts
 
     def _run_recorded(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Loss and gradient norm of a replayed step; None where nothing can be replayed."""
@@ -123,7 +138,7 @@ class StepRunner:
         precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self._mixed_precision)
         return TrainingStep(
             self._trained,
-            self.opt.optimizer,
+            self._optimizer,
             (self.dl.order.batch_size, self.channels, *self.image_size),
             recorder=self._recorder,
             ema=self.ema if self.accelerator.is_main_process else None,
@@ -155,7 +170,7 @@ class StepRunner:
             return reason
         if getattr(self.model, "_comm_hooks", None):
             return "the model has a hook on its communication, which a replay does not call"
-        return why_not_recorded(self._trained, self.opt.optimizer, any_module=bool(self._graph))
+        return why_not_recorded(self._trained, self._optimizer, any_module=bool(self._graph))
 
     def _say_why_not(self, reason: str) -> None:
         """Once, and only where the user may expect a recording."""

@@ -271,6 +271,7 @@ class Trainer(SavedRun):
 
     def _train_step(self) -> None:
         """One optimizer step over `gradient_accumulate_every` batches."""
+        self._follow_replacements()
         self._seed_step()
         batches = [self.dl.next_batch() for _ in range(self.gradient_accumulate_every)]
         loss, norm = self._run_recorded(batches) or self._run_step_by_step(batches)

@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
+from ema_pytorch import EMA
 
-from ddpm_fast import GaussianDiffusion, Trainer, Unet
+from ddpm_fast import GaussianDiffusion, Trainer, Unet, optim
 from ddpm_fast.runtime import recording
 from ddpm_fast.testing.recorders import CountedTape, FrozenRecorder
 from ddpm_fast.training.captured_step import TrainingStep
@@ -201,6 +202,53 @@ def test_a_loaded_run_goes_on_with_the_same_bits(tmp_path):
         second.load("last")
     second.train()
     assert all(torch.equal(a, b) for a, b in zip(states(whole).values(), states(second).values(), strict=True))
+
+
+def _other_optimizer(trained):
+    trained.opt = torch.optim.SGD(trained.model.parameters(), 1e-3)
+
+
+def _other_model(trained):
+    trained.model = make()
+    trained.opt = optim.Adam(trained.model.parameters(), 1e-3)
+    trained.ema = EMA(trained.model, update_every=1)
+
+
+REPLACED = {
+    "clipping": lambda trained: setattr(trained, "max_grad_norm", 1e-3),
+    "accumulation": lambda trained: setattr(trained, "gradient_accumulate_every", 2),
+    "average": lambda trained: setattr(trained, "ema", EMA(trained.model, beta=0.5, update_every=1)),
+    "optimizer": _other_optimizer,
+    "model": _other_model,
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_is_assigned_to_a_trainer_counts_from_the_next_step_on(name, tmp_path):
+    plain = trainer(Trainer, make(), tmp_path / "plain", graph=False)
+    ours = trainer(Trainer, make(), tmp_path / "ours")
+    for trained in (plain, ours):
+        for _ in range(3):
+            trained._train_step()
+        REPLACED[name](trained)
+        for _ in range(3):
+            trained._train_step()
+    expected, found = states(plain), states(ours)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize("graph", [False, None])
+def test_another_optimizer_moves_the_weights_and_has_the_files_moments(graph, tmp_path):
+    ours = trainer(Trainer, make(), tmp_path, graph=graph)
+    ours._train_step()
+    ours.opt = optim.AdamW(ours.model.parameters(), 0.0)
+    before = [parameter.detach().clone() for parameter in ours.model.parameters()]
+    ours._train_step()
+    ours._train_step()
+    assert all(torch.equal(a, b) for a, b in zip(before, ours.model.parameters(), strict=True))
+    ours.save("x")
+    moments = torch.load(tmp_path / "model-x.pt", weights_only=True)["opt"]["state"]
+    assert {int(state["step"]) for state in moments.values()} == {2} and len(moments) == len(before)
 
 
 def test_what_cannot_be_recorded_runs_step_by_step_and_says_why(tmp_path):
