@@ -136,6 +136,7 @@ class StepRunner:
 
     def _capture(self) -> TrainingStep:
         precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self._mixed_precision)
+        precision = precision if self.accelerator.native_amp else None  # on the CPU accelerate has no fp16
         return TrainingStep(
             self._trained,
             self._optimizer,

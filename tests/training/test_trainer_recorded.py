@@ -251,6 +251,17 @@ def test_another_optimizer_moves_the_weights_and_has_the_files_moments(graph, tm
     assert {int(state["step"]) for state in moments.values()} == {2} and len(moments) == len(before)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fp16_is_float32_on_the_cpu(accumulate, tmp_path):
+    options = {"amp": True, "mixed_precision_type": "fp16", "gradient_accumulate_every": accumulate}
+    trained = [trainer(Trainer, make(), tmp_path / str(graph), graph=graph, **options) for graph in (False, None)]
+    for one in trained:
+        assert one.accelerator.scaler is None
+        one.train()
+    expected, found = map(states, trained)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
 def test_what_cannot_be_recorded_runs_step_by_step_and_says_why(tmp_path):
     diffusion = make()
     ours = trainer(Recorded, diffusion, tmp_path / "hook")
