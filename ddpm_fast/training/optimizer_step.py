@@ -45,11 +45,16 @@ class OptimizerStep:
                     return f"the optimizer has {option}=True"
             if any(isinstance(beta, torch.Tensor) for beta in group["betas"]):
                 return "the optimizer's betas are tensors"
+            if isinstance(group["lr"], torch.Tensor) and group["lr"].dtype not in (torch.float32, torch.float64):
+                return f"the optimizer's learning rate is a tensor of {group['lr'].dtype}"
             if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
                 return "a gradient is sparse"
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return "there is no gradient"
+        for kind in {type(tensor) for p in params for tensor in (p, p.grad)}:
+            if hasattr(kind, "__tensor_flatten__"):
+                return f"a parameter is a {kind.__name__}, which holds tensors of its own"
         if len({p.device for p in params}) > 1:
             return "the parameters are on several devices"
         steps = [optimizer.state[p]["step"] for p in params if optimizer.state.get(p)]

@@ -11,10 +11,11 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ddpm_fast import optim
 from ddpm_fast.training import optimizer_step
-from ddpm_fast.training.optimizer_step import is_adam
+from ddpm_fast.training.optimizer_step import OptimizerStep, is_adam
 
 
 def network():
@@ -82,6 +83,31 @@ def test_closures_hooks_and_schedules_are_called_once():
         assert optimizer.param_groups[0]["lr"] == 1e-2 / 8
     assert_equal(ours, theirs)
     assert calls == [mine] * 3 + [torchs] * 3 and mine._one_pass.last_reason == "the optimizer has hooks on its step"
+
+
+def test_tensors_that_hold_others_are_left_to_torch():
+    """Such as DTensor, which FSDP makes of parameters: a kernel would count a step for each tensor inside."""
+    weights = []
+    for module in (optim, torch.optim):
+        parameter = nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
+        optimizer = module.Adam([parameter], 1e-2)
+        for _ in range(3):
+            parameter.grad = TwoTensor(torch.ones(3), torch.ones(3))
+            optimizer.step()
+        weights.append(parameter)
+    assert torch.equal(weights[0].a, weights[1].a) and torch.equal(weights[0].b, weights[1].b)
+    parameter.grad = TwoTensor(torch.ones(3), torch.ones(3))
+    assert "a parameter is a TwoTensor" in OptimizerStep(optimizer).why_not()
+
+
+def test_a_rate_of_another_dtype_is_left_to_torch():
+    ours, theirs, mine, torchs = pair("Adam")
+    for model, optimizer in ((ours, mine), (theirs, torchs)):
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.25, dtype=torch.float16)
+        backward(model, 0)
+        optimizer.step()
+    assert_equal(ours, theirs)
+    assert mine._one_pass.last_reason == "the optimizer's learning rate is a tensor of torch.float16"
 
 
 def test_a_scale_in_the_optimizer_is_left_to_torch():
