@@ -28,8 +28,24 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def define(name: str, signature: str, fake: Callable) -> torch._ops.OpOverload:
     library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"ddpm_fast::{name}", fake, lib=library)
-    return getattr(torch.ops.ddpm_fast, name).default
+    operator = getattr(torch.ops.ddpm_fast, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def checked(*values: Any, **named: Any) -> Any:
+        _check_meta({**dict(zip(names, values, strict=False)), **named})
+        return fake(*values, **named)
+
+    torch.library.register_fake(f"ddpm_fast::{name}", checked, lib=library)
+    return operator
+
+
+def _check_meta(given: dict[str, Any]) -> None:
+    """Raise ValueError for an argument on meta among real ones: a fake would return memory that nobody has written."""
+    plain = {name: value for name, value in given.items() if type(value) in _PLAIN}
+    real = next((name for name, value in plain.items() if not value.is_meta), None)
+    on_meta = next((name for name, value in plain.items() if value.is_meta), None)
+    if real is not None and on_meta is not None:
+        raise ValueError(f"{on_meta} must be on the device of {real}, {plain[real].device}, got meta")
 
 
 def launcher(module: str, name: str) -> Callable:

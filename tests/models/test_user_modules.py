@@ -421,3 +421,13 @@ def test_one_timestep_for_all_images(time):
         torch.testing.assert_close(network(x, time), expected.detach(), rtol=1e-4, atol=1e-5)
     with pytest.raises(TypeError, match="time must be a tensor or a number, got str"):
         network(x, "5")
+
+
+@pytest.mark.parametrize("name", ["downs.0.0.block1.proj", "downs.0.0.block2.norm", "downs.0.2.to_qkv"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_weight_that_was_never_loaded_is_named(name, grad):
+    """A network made on torch.device("meta") and loaded in part gives no output of memory that nobody has written."""
+    model = Unet(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8)
+    model.get_submodule(name).to("meta")
+    with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError, NotImplementedError), match="meta"):
+        model(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]))

@@ -211,6 +211,16 @@ def test_tensors_that_the_dispatcher_resolves():
     assert isinstance(out, FakeTensor) and not LAUNCHES
 
 
+def test_one_argument_on_meta_is_refused():
+    """torch takes the fake for it, whose result on the CPU would be memory that nobody has written."""
+    x, weight, *rest = arguments()
+    with pytest.raises(ValueError, match="weight must be on the device of x, cpu, got meta"):
+        scaled(x, weight.to("meta"), *rest)
+    out, _ = scaled(x, weight, *rest)
+    with pytest.raises(ValueError, match="weight must be on the device of grad, cpu, got meta"):
+        getattr(torch.ops.ddpm_fast, f"{NAME}_backward")(out, x, weight, weight.to("meta"), None, 2.0)
+
+
 def test_traces_have_the_operator():
     x, weight, *_ = (value.detach() if isinstance(value, torch.Tensor) else value for value in arguments())
 
