@@ -185,6 +185,11 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
         own = PROCESSES.get(name)
         if own is None or not (issubclass(own, cls) or issubclass(cls, own)):
             raise ValueError(f"the folder holds the process {name!r}, not a {cls.__name__}")
+        for part in ("unet", "diffusion"):
+            if not isinstance(config.get(part), dict):
+                raise ValueError(f"the folder's config.json lacks {part!r}, a dictionary of arguments")
+        if config.get("network") not in list(NETWORKS):
+            raise ValueError(f"the folder's config.json names no network of {', '.join(NETWORKS)}")
         made = own if issubclass(own, cls) else cls
         with UndrawnWeights():
             network = NETWORKS[config["network"]](**config["unet"])

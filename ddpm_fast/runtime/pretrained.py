@@ -80,8 +80,16 @@ class Pretrained:
         state: dict[str, torch.Tensor] = self.state_dict()  # type: ignore[attr-defined]
         # safetensors takes contiguous tensors only, and weights on the CPU may be channels-last.
         weights = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-        save_file(weights, str(path / WEIGHTS), metadata={"format": "pt"})
-        (path / CONFIG).write_text(text)
+        # Whole or not at all: a disk that is full must not cost an earlier file.
+        parts = {name: path / f"{name}.part" for name in (WEIGHTS, CONFIG)}
+        try:
+            save_file(weights, str(parts[WEIGHTS]), metadata={"format": "pt"})
+            parts[CONFIG].write_text(text, encoding="utf-8")
+            for name, part in parts.items():
+                os.replace(part, path / name)
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
         return self._upload(path, path.name if repo_id is None else repo_id, **options) if push_to_hub else None
 
     @classmethod
@@ -107,9 +115,10 @@ class Pretrained:
 
         Raises:
             FileNotFoundError: the folder lacks a file.
-            ValueError: the folder is of another class, or the weights are of another architecture.
+            ValueError: a file is damaged, the folder is of another class, or the weights are of another architecture.
         """
         with needed_for("from_pretrained"):
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
         if os.path.isdir(folder):
             config_file, weights_file = (os.path.join(folder, name) for name in (CONFIG, WEIGHTS))
@@ -124,9 +133,17 @@ class Pretrained:
         for file in (config_file, weights_file):
             if not os.path.isfile(file):
                 raise FileNotFoundError(f"folder {folder} has no {os.path.basename(file)}")
-        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        try:
+            config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config_file} is damaged: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{config_file} must hold a dictionary, got a {type(config).__name__}")
         module: Any = cls.from_pretrained_config(config, **arguments)
-        state = load_file(weights_file)
+        try:
+            state = load_file(weights_file)
+        except SafetensorError as error:
+            raise ValueError(f"{weights_file} is damaged: {error}") from error
         difference = _first_difference(module.state_dict(), state)
         if difference is not None:
             raise ValueError(f"folder {folder} is of another architecture: {difference}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file
@@ -154,6 +157,41 @@ def test_uploading_and_downloading_go_through_huggingface_hub(tmp_path, monkeypa
     for name, tensor in network.state_dict().items():
         assert torch.equal(uploads[1][2][name], tensor)
     assert_same_state(network, ddpm_fast.Unet.from_pretrained("someone/net", revision="v1"))
+
+
+def test_damaged_files_are_named(tmp_path):
+    PROCESSES["ddpm"]().save_pretrained(tmp_path)
+    whole = {name: (tmp_path / name).read_bytes() for name in ("config.json", "model.safetensors")}
+
+    def check(sentence, **contents):
+        for name, content in {**whole, **contents}.items():
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=sentence):
+            ddpm_fast.GaussianDiffusion.from_pretrained(tmp_path)
+
+    for content in (b"", b"\xff" * 200, whole["model.safetensors"][:-9]):
+        check("model.safetensors is damaged", **{"model.safetensors": content})
+        check("config.json is damaged", **{"config.json": content[:200]})
+    check("config.json must hold a dictionary, got a list", **{"config.json": b"[]"})
+    config = json.loads(whole["config.json"])
+    for name in ("unet", "diffusion", "network"):
+        rest = {key: value for key, value in config.items() if key != name}
+        check(f"lacks '{name}'|names no network", **{"config.json": json.dumps(rest).encode()})
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    first = PROCESSES["ddpm"]()
+    first.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fails(weights, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fails)
+    with pytest.raises(OSError, match="No space left"):
+        first.save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_folders_that_do_not_fit(tmp_path):
