@@ -118,12 +118,24 @@ def optimizer_state(adam: Any, data: dict[str, Any], path: Path, *, warns: bool)
             f"checkpoint {path} has an optimizer of {[len(group['params']) for group in groups]} parameters, "
             f"this trainer's has {sizes}"
         )
+    weights = [p for group in adam.param_groups for p in group["params"]]
+    numbers = [number for group in groups for number in group["params"]]
+    shapes = {number: weight.shape for number, weight in zip(numbers, weights, strict=True)}
     for number, moments in state.items():
         missing = {"step", "exp_avg", "exp_avg_sq"} - set(moments)
         if missing:
             raise CheckpointError(
                 f"checkpoint {path} has an optimizer that is no Adam: parameter {number} has no {min(missing)!r}"
             )
+        for name in ("exp_avg", "exp_avg_sq"):
+            shape = getattr(moments[name], "shape", None)
+            if number not in shapes or shape != shapes[number]:
+                raise CheckpointError(
+                    f"checkpoint {path} has an optimizer of other weights: {name} of parameter {number} has shape "
+                    f"{None if shape is None else tuple(shape)}"
+                )
+        if not isinstance(moments["step"], (int, float, torch.Tensor)):
+            raise CheckpointError(f"checkpoint {path} has no number of steps for parameter {number}")
     pairs = zip(groups, own["param_groups"], strict=True)
     fused = adam.defaults["fused"]  # the device decides
     return {**saved, "param_groups": [{**old, **new, "fused": fused, "params": old["params"]} for old, new in pairs]}

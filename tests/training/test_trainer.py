@@ -845,6 +845,25 @@ class TestChangedSettings:
         with pytest.raises(CheckpointError, match=r"has an optimizer of \[1\] parameters, this trainer's has \["):
             trainer.load(1)
 
+    def test_moments_of_other_weights_are_named_and_nothing_is_loaded(self, tmp_path):
+        trainer = make_trainer(tmp_path, train_num_steps=1)
+        trainer.train()
+        data = load_file(tmp_path / "model-last.pt")
+        before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        data["model"] = {name: tensor + 1 for name, tensor in data["model"].items()}
+        first = data["opt"]["state"][0]
+        for number, entry, sentence in (
+            (0, {"exp_avg": torch.zeros(7)}, r"exp_avg of parameter 0 has shape \(7,\)"),
+            (0, {"exp_avg_sq": None}, "exp_avg_sq of parameter 0 has shape None"),
+            (0, {"step": None}, "no number of steps for parameter 0"),
+            (10**6, {}, "exp_avg of parameter 1000000"),
+        ):
+            state = {**data["opt"]["state"], number: {**first, **entry}}
+            torch.save({**data, "opt": {**data["opt"], "state": state}}, tmp_path / "model-7.pt")
+            with pytest.raises(CheckpointError, match=sentence):
+                trainer.load(7)
+            assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+
 
 class TestFid:
     def test_the_distance_of_gaussians_is_the_closed_form(self):
