@@ -148,7 +148,8 @@ def test_random_shapes(B, C, skip, K, H, W, upsampled, bias, residual):
 def test_threads_do_not_matter():
     """Fewer and more threads than a weight's gradient has chunks of tiles."""
     before = torch.get_num_threads()
-    for shape in ((1, 8, 0, 40, 49, 43), (2, 130, 24, 70, 8, 8), SHAPES[9], SHAPES[10]):
+    small = ((1, 32, 0, 32, 16, 16), (1, 64, 64, 64, 8, 8), (1, 128, 0, 128, 4, 4), (1, 16, 0, 3, 16, 16))
+    for shape in ((1, 8, 0, 40, 49, 43), (2, 130, 24, 70, 8, 8), SHAPES[9], SHAPES[10], *small):
         results = []
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
