@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from ddpm_fast import explain, use_backend
+from ddpm_fast.ops.attention_block.op import group_norm_attention_block
 from ddpm_fast.ops.linear_attention.op import linear_attention
 from ddpm_fast.ops.linear_attention_block.op import linear_attention_block
 from ddpm_fast.ops.norm_linear.op import linear, linear_residual, norm_linear
 from ddpm_fast.ops.preactivation_block.op import preactivation_block
 from ddpm_fast.ops.resnet_block.op import resnet_block
 from ddpm_fast.runtime import extension
+from ddpm_fast.testing import attention_block_cases
 from ddpm_fast.testing.native_cases import CHANNELS_LAST, PAIRS, instruction_sets, instructions, threads
 from ddpm_fast.testing.truth import assert_close_to_truth
 
@@ -75,6 +77,12 @@ def attention_case(block: bool, B, heads, D, C, M, H, W) -> tuple[Callable, dict
     return (lambda **given: op(**given, heads=heads)), tensors
 
 
+def group_attention_case(shape: tuple[int, ...], groups: int, **options) -> tuple[Callable, dict]:
+    """shape: B, heads, D, C, h, w."""
+    tensors, given = attention_block_cases.make(shape, groups=groups, output_scale=0.5**0.5, **options)
+    return (lambda **leaves: group_norm_attention_block(**leaves, **given)), tensors
+
+
 def block_case(op: Callable, C: int, skip: int, K: int) -> tuple[Callable, dict]:
     normal = random(C)
 
@@ -113,6 +121,13 @@ CASES = {
     "attention block, odd": lambda: attention_case(True, 1, 3, 5, 17, 2, 7, 1),
     "attention block, a sample alone": lambda: attention_case(True, 1, 3, 10, 66, 2, 13, 11),
     "attention block, groups": lambda: attention_case(True, 2, 4, 32, 65, 4, 33, 17),
+    "group attention block": lambda: group_attention_case((2, 4, 32, 64, 7, 7), 8),
+    "group attention block, odd": lambda: group_attention_case((2, 3, 5, 17, 7, 1), 1, order="h3d", residual=False),
+    "group attention block, one of each": lambda: group_attention_case((1, 1, 1, 1, 1, 1), 0, biases=False),
+    "group attention block, several goes": lambda: group_attention_case((3, 2, 20, 33, 24, 25), 3),
+    "group attention block, folded": lambda: group_attention_case((3, 1, 24, 24, 6, 5), 4),
+    "group attention block, folded, odd": lambda: group_attention_case((9, 1, 17, 17, 12, 13), 0, biases=False),
+    "group attention block, folded, tiles": lambda: group_attention_case((1, 1, 40, 40, 33, 17), 5),
     "resnet_block": lambda: block_case(resnet_block, 16, 8, 32),
     "preactivation_block": lambda: block_case(preactivation_block, 16, 8, 32),
 }
@@ -165,7 +180,9 @@ def test_other_types_are_computed_as_without_them(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "linear of two", "norm_linear", "attention tail", "attention block", "resnet_block"]
+    "name",
+    ["linear", "linear of two", "norm_linear", "attention tail", "attention block", "group attention block"]
+    + ["group attention block, folded", "resnet_block"],
 )
 def test_they_are_used(name):
     """Weights in float32 lose their digits in the products of bfloat16 alone."""
@@ -192,7 +209,9 @@ def test_a_product_of_bfloat16_is_exact_but_for_its_sum(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["linear of two", "norm_linear, rows in segments", "attention tail, groups", "attention block, groups"]
+    "name",
+    ["linear of two", "norm_linear, rows in segments", "attention tail, groups", "attention block, groups"]
+    + [f"group attention block, {name}" for name in ("several goes", "folded, odd", "folded, tiles")],
 )
 def test_the_number_of_threads_changes_nothing(name):
     call, tensors = CASES[name]()

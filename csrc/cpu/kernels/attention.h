@@ -60,6 +60,7 @@ struct GroupAttentionInputs {
   bool by_head;       // rows of weight_qkv, and so of qkv, are (heads, 3, D), else (3, heads, D)
   bool folded;        // by products of weights, see folded_attention_block-inl.h: for one head of C channels
   bool residual;
+  bool narrow;  // the products with weights, and of weights' gradients, by bfloat16 pairs
   float output_scale;
   const float* x;           // (B, N, C)
   const float* gain;        // (C), null without a norm, as is offset

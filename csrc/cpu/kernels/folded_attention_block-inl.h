@@ -100,6 +100,8 @@ inline void folded_block_forward(const GroupAttentionForward& args) {
   fold_weights(plan, shared.columns, folded);
   pack_rows(folded, C, C, C, shared.queries_weight);
   pack_rows(folded + C * C, C, C, C, shared.values_weight);
+  narrow_packed(plan, shared.queries_weight, C, 0, panels(C));
+  narrow_packed(plan, shared.values_weight, C, 0, panels(C));
   sum_of_weighted_rows(block.bias_qkv, part_of_weight(block, 1), C, shared.queries_bias);
   for (int64_t c = 0; c < C; ++c) {
     const float of_values = block.bias_qkv ? row_dot(block.bias_qkv + 2 * C, block.weight + c * C, C) : 0.0f;
@@ -113,12 +115,15 @@ inline void folded_block_forward(const GroupAttentionForward& args) {
       float* to = qkv + r * qkv_row;
       if (kept) clear_between_rows(to, t, 3 * C, qkv_row);
       norm_rows(plan, shared.affine, row + r, t, to + C, qkv_row);
-      product_by_panels(to + C, qkv_row, shared.queries_weight, t, C, C, to, qkv_row, [&](int64_t n, int64_t columns) {
+      RowTile tile;
+      place_in_scratch(tile, kTileSlot, plan);
+      const auto add_bias = [&](int64_t n, int64_t columns) {
         change_panel(to + n, qkv_row, t, columns, [&](vf sum, int64_t, int64_t at, int64_t count) DDPM_FAST_LAMBDA {
           return sum + load_upto(shared.queries_bias + n + at, count);
         });
-      });
-      deep_product(to + C, qkv_row, 1, shared.values_weight, t, C, C, to + 2 * C, qkv_row, false);
+      };
+      multiply(tile.narrowed, to + C, qkv_row, 1, shared.queries_weight, t, C, C, to, qkv_row, false, add_bias);
+      multiply(tile.narrowed, to + C, qkv_row, 1, shared.values_weight, t, C, C, to + 2 * C, qkv_row, false);
     });
     heads_forward(plan.heads, samples, qkv, args.out + row * C);
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
@@ -138,17 +143,20 @@ inline void add_to_folded(const GroupAttentionBackward& args, const GroupPlan& p
   const int64_t C = plan.C, qkv_row = plan.heads.qkv_row;
   const float* y = args.qkv + row * qkv_row + C;
   parallel(2 * panels(C), 1, [&](int64_t begin, int64_t end) {
-    float* panel = thread_scratch(kTileSlot, kDepth * kPanel);
-    for (int64_t i = begin; i < end; ++i) {
-      const bool of_queries = i < panels(C);
-      const int64_t first = i % panels(C) * kPanel, columns = min<int64_t>(kPanel, C - first);
-      const float* from = shared.dqkv + (of_queries ? 0 : 2 * C) + first;
-      float* to = shared.dfolded + (of_queries ? 0 : C * C) + first;
-      for (int64_t r = 0; r < rows; r += kDepth) {
-        const int64_t t = min(kDepth, rows - r);
-        pack_rows(from + r * qkv_row, qkv_row, t, columns, panel);
-        product_panel(y + r * qkv_row, 1, qkv_row, panel, C, t, to, C, columns, row + r > 0);
-        if (of_queries) add_column_sums(panel, t, shared.dbias + first, columns);
+    PanelTile tile;
+    place_in_scratch(tile, kTileSlot, plan);
+    for (int64_t r = 0; r < rows; r += kDepth) {
+      const int64_t t = min(kDepth, rows - r);
+      const Factor factor = factor_of(tile.narrowed, y + r * qkv_row, 1, qkv_row, C, t);
+      for (int64_t i = begin; i < end; ++i) {
+        const bool of_queries = i < panels(C);
+        const int64_t first = i % panels(C) * kPanel, columns = min<int64_t>(kPanel, C - first);
+        const float* from = shared.dqkv + (of_queries ? 0 : 2 * C) + first;
+        pack_rows(from + r * qkv_row, qkv_row, t, columns, tile.panel);
+        if (of_queries) add_column_sums(tile.panel, t, shared.dbias + first, columns);
+        narrow_packed(plan, tile.panel, t, 0, 1);
+        multiply_panel(factor, tile.panel, C, t, shared.dfolded + (of_queries ? 0 : C * C) + first, C, columns,
+                       row + r > 0);
       }
     }
   });
@@ -202,6 +210,7 @@ inline void folded_block_backward(const GroupAttentionBackward& args) {
       const int64_t p = i % panels(C);
       pack_columns(args.attended + (i < panels(C) ? 0 : C * C), C, C, C, p, p + 1,
                    i < panels(C) ? shared.queries_weight : shared.values_weight);
+      narrow_packed(plan, i < panels(C) ? shared.queries_weight : shared.values_weight, C, p, p + 1);
     }
   });
   clear(shared.dbias, C);
@@ -212,8 +221,10 @@ inline void folded_block_backward(const GroupAttentionBackward& args) {
       const float* dqkv = shared.dqkv + r * qkv_row;
       float* dx = args.dx + (row + r) * C;
       for (int64_t i = 0; i < t; ++i) copy(dx + i * C, dqkv + i * qkv_row + C, C);
-      deep_product(dqkv, qkv_row, 1, shared.queries_weight, t, C, C, dx, C, true);
-      deep_product(dqkv + 2 * C, qkv_row, 1, shared.values_weight, t, C, C, dx, C, true);
+      RowTile tile;
+      place_in_scratch(tile, kTileSlot, plan);
+      multiply(tile.narrowed, dqkv, qkv_row, 1, shared.queries_weight, t, C, C, dx, C, true);
+      multiply(tile.narrowed, dqkv + 2 * C, qkv_row, 1, shared.values_weight, t, C, C, dx, C, true);
     });
     parallel(samples, 1, [&](int64_t begin, int64_t end) {
       float* buffer = thread_scratch(kTileSlot, 4 * C);

@@ -9,6 +9,7 @@
 #include "attention_block-inl.h"
 #include "linear-inl.h"
 #include "norm_silu-inl.h"
+#include "pairs-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA::attention {
 
@@ -59,6 +60,38 @@ struct GroupScratch {
   }
 };
 
+// Memory for a first factor (M, K) by bfloat16 pairs, or null.
+DDPM_FAST_INLINE uint32_t* take_narrowed(const GroupPlan& plan, Arena& arena, int64_t M, int64_t K) {
+  return plan.block.narrow ? reinterpret_cast<uint32_t*>(arena.take(narrowed_size(M, K))) : nullptr;
+}
+
+// A tile of rows, in memory of the thread.
+struct RowTile {
+  float* y;            // (t, C)
+  uint32_t* narrowed;  // rows of C or of 3·HD
+
+  void place(const GroupPlan& plan, Arena& arena) {
+    y = arena.take(kRowTile * plan.x_row);
+    narrowed = take_narrowed(plan, arena, kRowTile, max(plan.C, 3 * plan.HD));
+  }
+};
+
+// A panel of columns of kDepth rows, for the gradients of weights, in memory of the thread.
+struct PanelTile {
+  float* panel;        // (kDepth, kPanel), packed
+  uint32_t* narrowed;  // columns of 3·HD or fewer
+
+  void place(const GroupPlan& plan, Arena& arena) {
+    panel = arena.take(kDepth * kPanel);
+    narrowed = take_narrowed(plan, arena, 3 * plan.HD, kDepth);
+  }
+};
+
+// Panels [first, last) of a packed second factor of K rows, to pairs where the products take those.
+DDPM_FAST_INLINE void narrow_packed(const GroupPlan& plan, float* packed, int64_t K, int64_t first, int64_t last) {
+  if (plan.block.narrow) narrow_panels(packed + first * K * kPanel, K, (last - first) * kPanel);
+}
+
 // Without a norm the factor is 1, and the others 0.
 inline void fill_affine(const GroupPlan& plan, const float* statistics, float* affine) {
   const GroupAttentionInputs& block = plan.block;
@@ -77,17 +110,6 @@ inline void fill_affine(const GroupPlan& plan, const float* statistics, float* a
 template <typename Lanes>
 DDPM_FAST_INLINE vf normed_of(const float* x, const float* affine, int64_t C, int64_t c, Lanes lanes) {
   return (lanes.get(x + c) - lanes.get(affine + c)) * lanes.get(affine + C + c) + lanes.get(affine + 2 * C + c);
-}
-
-// A·B into C as deep_product does; finish(first column, columns) follows each panel while it is in the cache.
-template <typename Finish>
-DDPM_FAST_INLINE void product_by_panels(const float* a, int64_t row, const float* packed, int64_t M, int64_t K,
-                                        int64_t N, float* c, int64_t stride, const Finish& finish) {
-  for (int64_t p = 0; p < panels(N); ++p) {
-    const int64_t first = p * kPanel, columns = min<int64_t>(kPanel, N - first);
-    product_panel(a, row, 1, packed + p * K * kPanel, M, K, c + first, stride, columns, false, piece_of(K, kDeepest));
-    finish(first, columns);
-  }
 }
 
 // c[i] += value(i, n, count) in `rows` rows of a panel, n the column within it.
@@ -136,41 +158,49 @@ inline void unfolded_block_forward(const GroupAttentionForward& args) {
   fill_affine(plan, args.statistics, shared.affine);
   parallel(panels(3 * HD), 1, [&](int64_t begin, int64_t end) {
     pack_columns(block.weight_qkv, C, C, 3 * HD, begin, end, shared.qkv_weight);
+    narrow_packed(plan, shared.qkv_weight, C, begin, end);
   });
-  parallel(panels(C), 1,
-           [&](int64_t begin, int64_t end) { pack_columns(block.weight, HD, HD, C, begin, end, shared.out_weight); });
+  parallel(panels(C), 1, [&](int64_t begin, int64_t end) {
+    pack_columns(block.weight, HD, HD, C, begin, end, shared.out_weight);
+    narrow_packed(plan, shared.out_weight, HD, begin, end);
+  });
   const vf scale = splat(block.output_scale);
   for (int64_t first = 0; first < block.in.B; first += plan.samples) {
     const int64_t samples = min(plan.samples, block.in.B - first), rows = samples * N, row = first * N;
     float* qkv = kept ? args.qkv + row * qkv_row : shared.qkv;
     float* attended = kept ? args.attended + row * out_row : shared.attended;
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
-      float* y = thread_scratch(kTileSlot, t * plan.x_row);
-      norm_rows(plan, shared.affine, row + r, t, y, plan.x_row);
+      RowTile tile;
+      place_in_scratch(tile, kTileSlot, plan);
+      norm_rows(plan, shared.affine, row + r, t, tile.y, plan.x_row);
       float* to = qkv + r * qkv_row;
       if (kept) {
         clear_between_rows(to, t, 3 * HD, qkv_row);
         clear_between_rows(attended + r * out_row, t, HD, out_row);
       }
-      product_by_panels(y, plan.x_row, shared.qkv_weight, t, C, 3 * HD, to, qkv_row, [&](int64_t n, int64_t columns) {
+      const auto add_bias = [&](int64_t n, int64_t columns) {
         if (block.bias_qkv == nullptr) return;
         change_panel(to + n, qkv_row, t, columns, [&](vf sum, int64_t, int64_t at, int64_t count) DDPM_FAST_LAMBDA {
           return sum + load_upto(block.bias_qkv + n + at, count);
         });
-      });
+      };
+      multiply(tile.narrowed, tile.y, plan.x_row, 1, shared.qkv_weight, t, C, 3 * HD, to, qkv_row, false, add_bias);
     });
     heads_forward(plan.heads, samples, qkv, attended);
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
       const float* x = block.x + (row + r) * C;
       float* to = args.out + (row + r) * C;
-      product_by_panels(
-          attended + r * out_row, out_row, shared.out_weight, t, HD, C, to, C, [&](int64_t n, int64_t columns) {
-            change_panel(to + n, C, t, columns, [&](vf sum, int64_t i, int64_t at, int64_t count) DDPM_FAST_LAMBDA {
-              if (args.bias != nullptr) sum += load_upto(args.bias + n + at, count);
-              if (block.residual) sum += load_upto(x + i * C + n + at, count);
-              return sum * scale;
-            });
-          });
+      RowTile tile;
+      place_in_scratch(tile, kTileSlot, plan);
+      const auto add_residual = [&](int64_t n, int64_t columns) {
+        change_panel(to + n, C, t, columns, [&](vf sum, int64_t i, int64_t at, int64_t count) DDPM_FAST_LAMBDA {
+          if (args.bias != nullptr) sum += load_upto(args.bias + n + at, count);
+          if (block.residual) sum += load_upto(x + i * C + n + at, count);
+          return sum * scale;
+        });
+      };
+      multiply(tile.narrowed, attended + r * out_row, out_row, 1, shared.out_weight, t, HD, C, to, C, false,
+               add_residual);
     });
   }
 }
@@ -240,35 +270,47 @@ inline void norm_parameters_backward(const GroupAttentionBackward& args, const f
   add_partials(sums + C, B, 2 * C, C, args.dgain);
 }
 
+// Packs columns [first, first + columns) of y of the rows [row, row + t) of the batch.
+inline void pack_normed(const GroupPlan& plan, const float* affine, int64_t row, int64_t t, int64_t first,
+                        int64_t columns, float* panel) {
+  const int64_t C = plan.C;
+  for (int64_t k = 0; k < t; ++k) {
+    const float *from = plan.block.x + (row + k) * C + first, *of_sample = affine + (row + k) / plan.N * 3 * C + first;
+    const auto y = [&](int64_t n, int64_t count) {
+      return count < kLanes ? normed_of(from, of_sample, C, n, Part{count}) : normed_of(from, of_sample, C, n, Whole{});
+    };
+    pack_row(y, t, columns, panel + k * kPanel);
+  }
+}
+
 // Adds a group's rows to the gradients of both weights and of the output's bias; each panel of columns is one task.
 inline void group_weights_backward(const GroupAttentionBackward& args, const GroupPlan& plan,
                                    const GroupScratch& shared, int64_t row, int64_t rows) {
-  const int64_t C = plan.C, HD = plan.HD, N = plan.N, qkv_row = plan.heads.qkv_row, out_row = plan.heads.out_row;
+  const int64_t C = plan.C, HD = plan.HD, qkv_row = plan.heads.qkv_row, out_row = plan.heads.out_row;
   const float* attended = args.attended + row * out_row;
   parallel(2 * panels(C), 1, [&](int64_t begin, int64_t end) {
-    float* panel = thread_scratch(kTileSlot, kDepth * kPanel);
-    for (int64_t i = begin; i < end; ++i) {
-      const bool of_qkv = i < panels(C);
-      const int64_t first = (of_qkv ? i : i - panels(C)) * kPanel, columns = min<int64_t>(kPanel, C - first);
-      for (int64_t r = 0; r < rows; r += kDepth) {
-        const int64_t t = min(kDepth, rows - r);
-        const bool more = row + r > 0;
-        if (!of_qkv) {
-          pack_rows(args.grad + (row + r) * C + first, C, t, columns, panel);
-          product_panel(attended + r * out_row, 1, out_row, panel, HD, t, shared.dout_weight + first, C, columns, more);
-          add_column_sums(panel, t, args.dbias + first, columns);
-          continue;
+    PanelTile tile;
+    place_in_scratch(tile, kTileSlot, plan);
+    for (int64_t r = 0; r < rows; r += kDepth) {
+      const int64_t t = min(kDepth, rows - r);
+      const bool more = row + r > 0;
+      Factor factor{};
+      for (int64_t i = begin; i < end; ++i) {
+        const bool of_qkv = i < panels(C);
+        const int64_t first = (of_qkv ? i : i - panels(C)) * kPanel, columns = min<int64_t>(kPanel, C - first);
+        if (i == begin || i == panels(C)) {
+          factor = of_qkv ? factor_of(tile.narrowed, shared.dqkv + r * qkv_row, 1, qkv_row, 3 * HD, t)
+                          : factor_of(tile.narrowed, attended + r * out_row, 1, out_row, HD, t);
         }
-        for (int64_t k = 0; k < t; ++k) {
-          const float *from = args.block.x + (row + r + k) * C + first,
-                      *affine = shared.affine + (row + r + k) / N * 3 * C + first;
-          const auto y = [&](int64_t n, int64_t count) {
-            return count < kLanes ? normed_of(from, affine, C, n, Part{count}) : normed_of(from, affine, C, n, Whole{});
-          };
-          pack_row(y, t, columns, panel + k * kPanel);
+        if (of_qkv) {
+          pack_normed(plan, shared.affine, row + r, t, first, columns, tile.panel);
+        } else {
+          pack_rows(args.grad + (row + r) * C + first, C, t, columns, tile.panel);
+          add_column_sums(tile.panel, t, args.dbias + first, columns);
         }
-        product_panel(shared.dqkv + r * qkv_row, 1, qkv_row, panel, 3 * HD, t, args.dweight_qkv + first, C, columns,
-                      more);
+        narrow_packed(plan, tile.panel, t, 0, 1);
+        multiply_panel(factor, tile.panel, of_qkv ? 3 * HD : HD, t,
+                       (of_qkv ? args.dweight_qkv : shared.dout_weight) + first, C, columns, more);
       }
     }
   });
@@ -286,6 +328,7 @@ inline void unfolded_block_backward(const GroupAttentionBackward& args) {
       pack_rows(block.weight_qkv + p * kPanel, C, 3 * HD, min<int64_t>(kPanel, C - p * kPanel),
                 shared.qkv_back + p * 3 * HD * kPanel);
     }
+    narrow_packed(plan, shared.qkv_back, 3 * HD, begin, end);
   });
   parallel(panels(HD), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
@@ -293,26 +336,31 @@ inline void unfolded_block_backward(const GroupAttentionBackward& args) {
       pack_rows(block.weight + p * kPanel, HD, C, min<int64_t>(kPanel, HD - p * kPanel), panel);
       for (int64_t i = 0; i < C * kPanel; i += kLanes) store(panel + i, load(panel + i) * splat(block.output_scale));
     }
+    narrow_packed(plan, shared.out_back, C, begin, end);
   });
   if (args.dweight != nullptr) clear(args.dbias, C);
   int64_t tiles = 0;  // of rows, whose sums of dqkv are made
   for (int64_t first = 0; first < block.in.B; first += plan.samples) {
     const int64_t samples = min(plan.samples, block.in.B - first), rows = samples * N, row = first * N;
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
-      deep_product(args.grad + (row + r) * C, C, 1, shared.out_back, t, C, HD, shared.dattended + r * out_row, out_row,
-                   false);
+      RowTile tile;
+      place_in_scratch(tile, kTileSlot, plan);
+      multiply(tile.narrowed, args.grad + (row + r) * C, C, 1, shared.out_back, t, C, HD,
+               shared.dattended + r * out_row, out_row, false);
     });
     heads_backward(plan.heads, samples, args.qkv + row * qkv_row, shared.dattended, shared.dqkv, nullptr, nullptr);
-    const int64_t tile = ceil_div(rows, ceil_div(rows, kRowTile));
+    const int64_t height = ceil_div(rows, ceil_div(rows, kRowTile));
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
+      RowTile tile;
+      place_in_scratch(tile, kTileSlot, plan);
       const float* dqkv = shared.dqkv + r * qkv_row;
-      deep_product(dqkv, qkv_row, 1, shared.qkv_back, t, 3 * HD, C, args.dx + (row + r) * C, C, false);
+      multiply(tile.narrowed, dqkv, qkv_row, 1, shared.qkv_back, t, 3 * HD, C, args.dx + (row + r) * C, C, false);
       if (args.dweight == nullptr) return;
-      float* sums = shared.bias_sums + (tiles + r / tile) * 3 * HD;
+      float* sums = shared.bias_sums + (tiles + r / height) * 3 * HD;
       over_channels(3 * HD,
                     [&](int64_t n, auto lanes) { lanes.put(sums + n, sum_of_rows(dqkv + n, qkv_row, 0, t, lanes)); });
     });
-    tiles += ceil_div(rows, tile);
+    tiles += ceil_div(rows, height);
     parallel(samples, 1, [&](int64_t begin, int64_t end) {
       float* buffer = thread_scratch(kTileSlot, 4 * C);
       for (int64_t b = first + begin; b < first + end; ++b) {

@@ -191,27 +191,52 @@ DDPM_FAST_INLINE constexpr int64_t narrowed_size(int64_t M, int64_t K) {
   return max(M * padded(narrowed_row(K)), pairs_of(K) * padded(round_up(M, kLanes)));
 }
 
-// `deep_product`; with `narrowed`, memory of narrowed_size(M, K), by bfloat16 pairs, and then B is packed by
-// narrow_panels.
-inline void multiply(uint32_t* narrowed, const float* a, int64_t row, int64_t step, const float* packed, int64_t M,
-                     int64_t K, int64_t N, float* c, int64_t stride, bool add) {
-  if constexpr (kHasPairs) {
-    if (narrowed != nullptr) {
-      const bool by_rows = step == 1;
-      const int64_t apart = padded(by_rows ? narrowed_row(K) : round_up(M, kLanes));
-      if (by_rows) {
-        narrow_rows(a, row, M, K, narrowed, apart);
-      } else {
-        narrow_terms(a, step, M, K, narrowed, apart);
-      }
-      for (int64_t p = 0; p < panels(N); ++p) {
-        pair_product_panel(narrowed, by_rows ? apart : 1, by_rows ? 1 : apart, packed + p * K * kPanel, M, pairs_of(K),
-                           c + p * kPanel, stride, min<int64_t>(kPanel, N - p * kPanel), add);
-      }
-      return;
-    }
+// The first factor A (M, K) of products, (m, k) at a[m·row + k·step]; or by pairs, the pair p of row m at
+// pairs[m·row + p·step].
+struct Factor {
+  const float* a;
+  const uint32_t* pairs;  // or null
+  int64_t row, step;
+};
+
+// With `narrowed`, memory of narrowed_size(M, K), by bfloat16 pairs; `row` or `step` is 1 then.
+inline Factor factor_of(uint32_t* narrowed, const float* a, int64_t row, int64_t step, int64_t M, int64_t K) {
+  if (!kHasPairs || narrowed == nullptr) return {a, nullptr, row, step};
+  if (step == 1) {
+    const int64_t apart = padded(narrowed_row(K));
+    narrow_rows(a, row, M, K, narrowed, apart);
+    return {a, narrowed, apart, 1};
   }
-  deep_product(a, row, step, packed, M, K, N, c, stride, add);
+  const int64_t apart = padded(round_up(M, kLanes));
+  narrow_terms(a, step, M, K, narrowed, apart);
+  return {a, narrowed, 1, apart};
+}
+
+// `product_panel`; by pairs the panel is packed by narrow_panels, and its sums have one piece.
+inline void multiply_panel(const Factor& factor, const float* panel, int64_t M, int64_t K, float* c, int64_t stride,
+                           int64_t columns, bool add, int64_t piece = kOnePiece) {
+  if (kHasPairs && factor.pairs != nullptr) {
+    pair_product_panel(factor.pairs, factor.row, factor.step, panel, M, pairs_of(K), c, stride, columns, add);
+  } else {
+    product_panel(factor.a, factor.row, factor.step, panel, M, K, c, stride, columns, add, piece);
+  }
+}
+
+struct NothingMore {
+  DDPM_FAST_INLINE void operator()(int64_t, int64_t) const {}
+};
+
+// `deep_product`, or by pairs with `narrowed` as for factor_of, and then B is packed by narrow_panels. finish(first
+// column, columns) follows each panel while it is in the cache.
+template <typename Finish = NothingMore>
+inline void multiply(uint32_t* narrowed, const float* a, int64_t row, int64_t step, const float* packed, int64_t M,
+                     int64_t K, int64_t N, float* c, int64_t stride, bool add, const Finish& finish = {}) {
+  const Factor factor = factor_of(narrowed, a, row, step, M, K);
+  for (int64_t p = 0; p < panels(N); ++p) {
+    const int64_t first = p * kPanel, columns = min<int64_t>(kPanel, N - first);
+    multiply_panel(factor, packed + p * K * kPanel, M, K, c + first, stride, columns, add, piece_of(K, kDeepest));
+    finish(first, columns);
+  }
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -5,6 +5,7 @@
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
+#include "cpu/runtime/narrow.h"
 #include "ops.h"
 
 namespace ddpm_fast::cpu {
@@ -162,6 +163,7 @@ struct GroupCall {
              .by_head = by_head,
              .folded = folded,
              .residual = residual,
+             .narrow = multiplies_narrowly(map),
              .output_scale = static_cast<float>(output_scale),
              .x = x.const_data_ptr<float>(),
              .gain = data_or_null(gain),
