@@ -208,9 +208,8 @@ inline void folded_block_backward(const GroupAttentionBackward& args) {
   parallel(2 * panels(C), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t p = i % panels(C);
-      pack_columns(args.attended + (i < panels(C) ? 0 : C * C), C, C, C, p, p + 1,
-                   i < panels(C) ? shared.queries_weight : shared.values_weight);
-      narrow_packed(plan, i < panels(C) ? shared.queries_weight : shared.values_weight, C, p, p + 1);
+      pack_weight_columns(plan, args.attended + (i < panels(C) ? 0 : C * C), C, C, p, p + 1,
+                          i < panels(C) ? shared.queries_weight : shared.values_weight);
     }
   });
   clear(shared.dbias, C);

@@ -60,6 +60,14 @@ struct GroupScratch {
   }
 };
 
+// Panels [first, last) of the columns of Bᵀ (N, K), as the products take them.
+inline void pack_weight_columns(const GroupPlan& plan, const float* b, int64_t K, int64_t N, int64_t first,
+                                int64_t last, float* packed) {
+  if (!plan.block.narrow) return pack_columns(b, K, K, N, first, last, packed);
+  float* rows = thread_scratch(kTileSlot, narrowed_size(kPanel, K));
+  pack_narrowed_columns(b, K, K, N, first, last, reinterpret_cast<uint32_t*>(rows), packed);
+}
+
 // Memory for a first factor (M, K) by bfloat16 pairs, or null.
 DDPM_FAST_INLINE uint32_t* take_narrowed(const GroupPlan& plan, Arena& arena, int64_t M, int64_t K) {
   return plan.block.narrow ? reinterpret_cast<uint32_t*>(arena.take(narrowed_size(M, K))) : nullptr;
@@ -157,12 +165,10 @@ inline void unfolded_block_forward(const GroupAttentionForward& args) {
   place_in_scratch(shared, kSharedSlot, plan, false, kept);
   fill_affine(plan, args.statistics, shared.affine);
   parallel(panels(3 * HD), 1, [&](int64_t begin, int64_t end) {
-    pack_columns(block.weight_qkv, C, C, 3 * HD, begin, end, shared.qkv_weight);
-    narrow_packed(plan, shared.qkv_weight, C, begin, end);
+    pack_weight_columns(plan, block.weight_qkv, C, 3 * HD, begin, end, shared.qkv_weight);
   });
   parallel(panels(C), 1, [&](int64_t begin, int64_t end) {
-    pack_columns(block.weight, HD, HD, C, begin, end, shared.out_weight);
-    narrow_packed(plan, shared.out_weight, HD, begin, end);
+    pack_weight_columns(plan, block.weight, HD, C, begin, end, shared.out_weight);
   });
   const vf scale = splat(block.output_scale);
   for (int64_t first = 0; first < block.in.B; first += plan.samples) {

@@ -51,6 +51,11 @@ DDPM_FAST_INLINE constexpr int64_t pairs_of(int64_t terms) { return ceil_div(ter
 // Pairs of a row of K terms, in whole vectors.
 DDPM_FAST_INLINE constexpr int64_t narrowed_row(int64_t K) { return round_up(pairs_of(K), kLanes); }
 
+// Room for A (M, K) as pairs in either order, in floats.
+DDPM_FAST_INLINE constexpr int64_t narrowed_size(int64_t M, int64_t K) {
+  return max(M * padded(narrowed_row(K)), pairs_of(K) * padded(round_up(M, kLanes)));
+}
+
 // Rows of A, (m, k) at a[m·row + k], as pairs to[m·stride + k/2]; whole vectors are written, zeros behind K.
 inline void narrow_rows(const float* a, int64_t row, int64_t M, int64_t K, uint32_t* to, int64_t stride) {
   for (int64_t m = 0; m < M; ++m, a += row, to += stride) {
@@ -84,6 +89,18 @@ DDPM_FAST_NOINLINE void narrow_panels(float* packed, int64_t K, int64_t N) {
       store_pairs(to, left);
       store_pairs(to + kLanes, right);
     }
+  }
+}
+
+// Panels [first, last) by pack_columns and narrow_panels, with half of the transposing. rows: memory of
+// narrowed_size(kPanel, K).
+inline void pack_narrowed_columns(const float* b, int64_t stride, int64_t K, int64_t N, int64_t first, int64_t last,
+                                  uint32_t* rows, float* packed) {
+  const int64_t apart = padded(narrowed_row(K));
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t columns = min<int64_t>(kPanel, N - p * kPanel);
+    narrow_rows(b + p * kPanel * stride, stride, columns, K, rows, apart);
+    pack_columns(reinterpret_cast<const float*>(rows), apart, pairs_of(K), columns, packed + p * K * kPanel);
   }
 }
 
@@ -184,11 +201,6 @@ inline void pair_product_panel(const uint32_t* a, int64_t row, int64_t step, con
     }
     m += rows;
   }
-}
-
-// Room for A (M, K) as pairs in either order, in floats.
-DDPM_FAST_INLINE constexpr int64_t narrowed_size(int64_t M, int64_t K) {
-  return max(M * padded(narrowed_row(K)), pairs_of(K) * padded(round_up(M, kLanes)));
 }
 
 // The first factor A (M, K) of products, (m, k) at a[m·row + k·step]; or by pairs, the pair p of row m at
