@@ -148,16 +148,16 @@ class Unet(UnetBase):
         attn_heads: int = 4,
     ):
         super().__init__()
-        dim = as_int("dim", dim)
+        dim = as_int("dim", dim, 1)
         num_classes = as_int("num_classes", num_classes, 1)
         cond_drop_prob = as_number("cond_drop_prob", cond_drop_prob, 0, 1)
-        init_dim = None if init_dim is None else as_int("init_dim", init_dim)
-        out_dim = None if out_dim is None else as_int("out_dim", out_dim)
-        dim_mults = as_ints("dim_mults", dim_mults)
-        channels = as_int("channels", channels)
+        init_dim = None if init_dim is None else as_int("init_dim", init_dim, 1)
+        out_dim = None if out_dim is None else as_int("out_dim", out_dim, 1)
+        dim_mults = as_ints("dim_mults", dim_mults, 1)
+        channels = as_int("channels", channels, 1)
         learned_sinusoidal_dim = as_int("learned_sinusoidal_dim", learned_sinusoidal_dim)
-        attn_dim_head = as_int("attn_dim_head", attn_dim_head)
-        attn_heads = as_int("attn_heads", attn_heads)
+        attn_dim_head = as_int("attn_dim_head", attn_dim_head, 1)
+        attn_heads = as_int("attn_heads", attn_heads, 1)
         self.config = {k: plain(k, v) for k, v in locals().items() if k not in ("self", "__class__")}
         if len(dim_mults) == 0:
             raise ValueError("dim_mults must have at least one entry, got none")

@@ -29,9 +29,9 @@ def _per_stage(name: str, value: Any, num_stages: int) -> tuple:
 
 
 def _ints_per_stage(name: str, value: Any) -> int | tuple[int, ...]:
-    """An int, or a tuple of them, from one number or a sequence."""
+    """A positive int, or a tuple of them, from one number or a sequence."""
     value = plain(name, value)
-    return as_ints(name, value) if isinstance(value, (tuple, list)) else as_int(name, value)
+    return as_ints(name, value, 1) if isinstance(value, (tuple, list)) else as_int(name, value, 1)
 
 
 class Unet(UnetBase):
@@ -96,18 +96,18 @@ class Unet(UnetBase):
         cond_drop_prob: float = 0.1,
     ):
         super().__init__()
-        dim = as_int("dim", dim)
-        init_dim = None if init_dim is None else as_int("init_dim", init_dim)
-        out_dim = None if out_dim is None else as_int("out_dim", out_dim)
-        dim_mults = as_ints("dim_mults", dim_mults)
-        channels = as_int("channels", channels)
+        dim = as_int("dim", dim, 1)
+        init_dim = None if init_dim is None else as_int("init_dim", init_dim, 1)
+        out_dim = None if out_dim is None else as_int("out_dim", out_dim, 1)
+        dim_mults = as_ints("dim_mults", dim_mults, 1)
+        channels = as_int("channels", channels, 1)
         learned_sinusoidal_dim = as_int("learned_sinusoidal_dim", learned_sinusoidal_dim)
-        sinusoidal_pos_emb_theta = as_number("sinusoidal_pos_emb_theta", sinusoidal_pos_emb_theta)
-        dropout = as_number("dropout", dropout)
+        sinusoidal_pos_emb_theta = as_number("sinusoidal_pos_emb_theta", sinusoidal_pos_emb_theta, 1e-12)
+        dropout = as_number("dropout", dropout, 0, 1)
         attn_dim_head = _ints_per_stage("attn_dim_head", attn_dim_head)
         attn_heads = _ints_per_stage("attn_heads", attn_heads)
         full_attn = plain("full_attn", full_attn)
-        resnet_block_groups = as_int("resnet_block_groups", resnet_block_groups)
+        resnet_block_groups = as_int("resnet_block_groups", resnet_block_groups, 1)
         num_classes = None if num_classes is None else as_int("num_classes", num_classes, 1)
         cond_dim = None if cond_dim is None else as_int("cond_dim", cond_dim, 1)
         cond_channels = as_int("cond_channels", cond_channels, 0)

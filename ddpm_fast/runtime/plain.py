@@ -66,7 +66,7 @@ def as_ints(name: str, value: Any, least: int | None = None) -> tuple[int, ...]:
     values = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         raise ValueError(f"{name} must be a sequence of integers; got {shown(value)}")
-    return tuple(as_int(name, entry, least) for entry in values)
+    return tuple(as_int(f"each entry of {name}", entry, least) for entry in values)
 
 
 def as_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:

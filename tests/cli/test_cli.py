@@ -329,6 +329,8 @@ def test_stopping_saves_says_so_and_can_be_continued(tmp_path, number, code):
         ("train {empty}", "holds no images"),
         ("train digits --resume", "there is no checkpoint in"),
         ("train digits --batch-size 0", "train_batch_size must be a positive integer; got 0"),
+        ("train digits --dim -8", "dim must be a positive integer; got -8"),
+        ("train digits --dim-mults 1 0", "each entry of dim_mults must be a positive integer; got 0"),
         ("train digits --image-size 8 8 8", "--image-size takes one number or two"),
         ("train digits --image-size -8", "image_size must be"),
         ("train digits --timesteps 0", "timesteps"),

@@ -270,6 +270,13 @@ def test_autocast(dtype):
         (dict(num_classes=0), "num_classes must be a positive integer; got 0"),
         (dict(cond_drop_prob=1.5), r"cond_drop_prob must be a number in \[0, 1\]; got 1.5"),
         (dict(dim_mults=()), "dim_mults must have at least one"),
+        (dict(dim_mults=(0,)), "each entry of dim_mults must be a positive integer; got 0"),
+        (dict(dim=-8), "^dim must be a positive integer; got -8"),
+        (dict(init_dim=0), "init_dim must be a positive integer; got 0"),
+        (dict(out_dim=0), "out_dim must be a positive integer; got 0"),
+        (dict(channels=-1), "channels must be a positive integer; got -1"),
+        (dict(attn_dim_head=0), "attn_dim_head must be a positive integer; got 0"),
+        (dict(attn_heads=0), "attn_heads must be a positive integer; got 0"),
     ],
 )
 def test_wrong_arguments_are_named(kwargs, message):

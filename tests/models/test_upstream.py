@@ -175,6 +175,17 @@ def test_wrong_input_is_named(name):
         (dict(dim=8, dim_mults=(1, 2), full_attn=(True,)), "full_attn must be one value or 2"),
         (dict(dim=8, norm="batch"), "norm must be one of rms, group, got 'batch'"),
         (dict(dim=12, norm="group"), "resnet_block_groups must divide"),
+        (dict(dim=8, norm="group", resnet_block_groups=0), "resnet_block_groups must be a positive integer; got 0"),
+        (dict(dim=-8), "^dim must be a positive integer; got -8"),
+        (dict(dim=8, init_dim=0), "init_dim must be a positive integer; got 0"),
+        (dict(dim=8, out_dim=0), "out_dim must be a positive integer; got 0"),
+        (dict(dim=8, channels=0), "channels must be a positive integer; got 0"),
+        (dict(dim=8, dim_mults=(1, 0)), "each entry of dim_mults must be a positive integer; got 0"),
+        (dict(dim=8, attn_heads=0), "attn_heads must be a positive integer; got 0"),
+        (dict(dim=8, dim_mults=(1, 2), attn_heads=(4, 0)), "each entry of attn_heads must be a positive integer"),
+        (dict(dim=8, attn_dim_head=-32), "attn_dim_head must be a positive integer; got -32"),
+        (dict(dim=8, dropout=1.5), r"dropout must be a number in \[0, 1\]; got 1.5"),
+        (dict(dim=8, sinusoidal_pos_emb_theta=0), "sinusoidal_pos_emb_theta must be a number in"),
     ],
 )
 def test_wrong_arguments_are_named(kwargs, message):
