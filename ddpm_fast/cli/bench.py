@@ -81,9 +81,7 @@ def run(options: Bench) -> None:
     if options.model is not None:
         run_foreign(options)
         return
-    check_positive(steps=options.steps, **{"batch-size": options.batch_size or 1})
-    if options.channels is not None:
-        check_positive(channels=options.channels)
+    check_positive(steps=options.steps, batch_size=options.batch_size, channels=options.channels)
     if options.seconds <= 0:
         raise UserError(f"--seconds must be positive; got {options.seconds}")
     reason = baselines.why_not("upstream") if "upstream" in options.against else None
@@ -121,7 +119,7 @@ def run_foreign(options: Bench) -> None:
     given = [name.replace("_", "-") for name in ours if getattr(options, name)]
     if given:
         raise UserError(f"--model brings its own network and images; leave out {', '.join(given)}")
-    check_positive(**{"batch-size": options.batch_size or 1})
+    check_positive(batch_size=options.batch_size)
     if options.seconds <= 0:
         raise UserError(f"--seconds must be positive; got {options.seconds}")
     reason = foreign.why_not(model)

@@ -55,12 +55,21 @@ class Images:
 
     labels: arguments of `Dataset` that say their conditions. A network that takes classes gets those of the same names
         as the ones that it was trained with; the digits and prepared files have their own.
+    option: the one that says `count`.
 
     Raises UserError for images of other channels or another size than the process has, for conditions that the network
     takes and the data lack, and what the datasets raise.
     """
 
-    def __init__(self, data: str, diffusion: DiffusionProcess, count: int | None, labels: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        data: str,
+        diffusion: DiffusionProcess,
+        count: int | None,
+        labels: dict[str, Any] | None = None,
+        *,
+        option: str = "--num-images",
+    ):
         import torch
 
         from ddpm_fast.training.data import Dataset, DigitsDataset
@@ -83,7 +92,7 @@ class Images:
             self._dataset = Dataset(data, size, dtype=None, **modes, **labels)
         total = len(self._dataset)
         if count is not None and count > total:
-            raise UserError(f"--num-images {count}: {data} has {total} images")
+            raise UserError(f"{option} {count}: {data} has {total} images")
         chosen = total if count is None else count
         self._indices = [index * total // chosen for index in range(chosen)]
         image, conditions = split_item(self._dataset[self._indices[0]])
@@ -169,11 +178,11 @@ class _JustTrying(Exception):
 
 def prepare_places(paths: Sequence[Path]) -> None:
     """Make the folders of files to be written, and try to write there; OSError or UserError if that fails."""
-    from ddpm_fast.training.atomic_files import write_atomically
+    from ddpm_fast.training.atomic_files import make_folder, write_atomically
 
     for path in paths:
         if path.is_dir():
             raise UserError(f"{path} is a folder, and a file would be written there")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with contextlib.suppress(_JustTrying), write_atomically(path):
             raise _JustTrying

@@ -121,8 +121,8 @@ def device_of(name: str | None) -> "torch.device":
     return torch.device("cpu") if accelerator is None else accelerator
 
 
-def check_positive(**values: int) -> None:
-    """Raise UserError for a number below 1, by the name of its option."""
+def check_positive(**values: int | None) -> None:
+    """Raise UserError for a number below 1, by the name of its option; None was not given."""
     for name, value in values.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1; got {value}")

@@ -123,7 +123,8 @@ def _coded(diffusion: "DiffusionProcess", options: Progressive, seed: int) -> "t
     import torch
 
     assert options.images is not None
-    chosen = Images(options.images, diffusion, options.num_samples, options.conditions.given())
+    labels = options.conditions.given()
+    chosen = Images(options.images, diffusion, options.num_samples, labels, option="--num-samples")
     images, conditions = chosen[:], chosen.conditions(slice(None), diffusion.device)
     found = diffusion.progressive_coding(images, options.columns, seed=seed, timesteps=options.timesteps, **conditions)
     print(f"{'time':>8}  {'bits/dim':>9}  RMSE of 0 to 255")

@@ -1,6 +1,5 @@
 """`ddpm-fast sample`."""
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddpm_fast.cli.asked import AskedOptions, Drawing, drawing_of, strip_of
+from ddpm_fast.cli.inputs import prepare_places
 from ddpm_fast.cli.options import (
     Folder,
     Int,
@@ -122,7 +122,7 @@ def run(options: Sample) -> None:
     has_strip = drawing.method.__name__ != "inpaint"
     strip, guidance_strip = (options.out.with_name(f"{options.out.stem}-{name}.png") for name in ("strip", "guidance"))
     pictures = [options.out, *([strip] if has_strip else []), *([guidance_strip] if strip_drawings else [])]
-    _prepare_places(options, pictures)
+    prepare_places([*pictures, *([] if options.raw is None else [options.raw / "00000.png"])])
     seed = torch.seed() if options.seed is None else options.seed
 
     images = _draw(diffusion, drawing, options.batch_size, seed, walk)
@@ -148,30 +148,12 @@ def run(options: Sample) -> None:
         print(f"each image on its own: {options.raw}")
 
 
-class _JustTrying(Exception):
-    """Ends a trial of `write_atomically`, which then leaves no file."""
-
-
 def _check_places(options: Sample) -> None:
     """Raise UserError for an --out that is a folder and a --raw that is none."""
     if options.out.is_dir():
         raise UserError(f"--out {options.out} is a folder; it must be a file such as {options.out / 'samples.png'}")
     if options.raw is not None and options.raw.exists() and not options.raw.is_dir():
         raise UserError(f"--raw {options.raw} is a file; it must be a folder")
-
-
-def _prepare_places(options: Sample, pictures: list[Path]) -> None:
-    """Make the folders of the pictures and of --raw, and try to write there; OSError or UserError if that fails."""
-    from ddpm_fast.training.atomic_files import write_atomically
-
-    single = [] if options.raw is None else [options.raw / "00000.png"]
-    for path in [*pictures, *single]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(_JustTrying), write_atomically(path):
-            raise _JustTrying
-    for path in [*pictures, *single]:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder, and a picture would be written there")
 
 
 def _walk(diffusion: "DiffusionProcess", options: Sample) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def open_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
         kept = "; the earlier file there is untouched" if os.path.isfile(path) else ""
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}{kept}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):  # the folder is a file, and nothing was written
+            temporary.unlink(missing_ok=True)
         _names_being_written.discard(temporary.name)
     try:
         _sync_folder(path.parent)
@@ -84,6 +85,15 @@ def open_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
             f"{path} is written, but a power failure may undo that: its folder could not be synced "
             f"({error.strerror or error})",
         ) from error
+
+
+def make_folder(path: str | os.PathLike, name: str = "folder") -> None:
+    """Make a folder and those that it is in; NotADirectoryError, with the argument's name, where one is a file."""
+    path = Path(path)
+    for place in (path, *path.parents):
+        if place.is_file():
+            raise NotADirectoryError(f"{name} {path} cannot be made: {place} is a file; it must be a folder")
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def _prefix(path: Path) -> str:

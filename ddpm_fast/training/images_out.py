@@ -19,6 +19,7 @@ with needed_for("reading and writing images"):
 
 # Channels that are one picture, and the mode of Pillow that holds it; grey is written as RGB, as torchvision does.
 _MODES = {1: "RGB", 3: "RGB", 4: "RGBA"}
+_MOST_PIXELS = 2**31  # of a picture
 _QUALITY = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}, "AVIF": {"quality": 95}}
 
 
@@ -71,7 +72,8 @@ def check_ending(path: str | os.PathLike) -> str:
 def check_grid(path: str | os.PathLike, shape: tuple[int, ...], nrow: int = 8, padding: int = 2, scale: int = 1) -> str:
     """Pillow's name of the kind of file that `path` asks for, if it can hold a grid of images of `shape` (N, C, h, w).
 
-    Raises ValueError where it cannot: JPEG holds no transparency, and at most 65,500 pixels along a side.
+    Raises ValueError where it cannot: JPEG holds no transparency, and at most 65,500 pixels along a side. No picture
+    may have more than 2,147,483,648 pixels.
     """
     kind = check_ending(path)
     count, channels, height, width = shape
@@ -80,6 +82,8 @@ def check_grid(path: str | os.PathLike, shape: tuple[int, ...], nrow: int = 8, p
     rows, columns = -(-count // min(nrow, count)), min(nrow, count)
     gap = padding if count > 1 else 0
     size = columns * (width * scale + gap) + gap, rows * (height * scale + gap) + gap
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise ValueError(f"{path} cannot hold a picture of {size[0]} x {size[1]} pixels; the most are {_MOST_PIXELS:,}")
     for sides in ((size[0], 1), (1, size[1])):  # a stripe meets the same limits and costs nothing
         try:
             _encode(Image.new(_MODES.get(channels, "RGB"), sides), kind)

@@ -146,8 +146,7 @@ def prepare(
         _Reader(dataset), _IMAGES_AT_ONCE, num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_interrupts
     )
     kept: list[int] = []
-    bar = tqdm(total=len(dataset), unit="image", disable=not progress)
-    with open_atomically(out) as file, bar:
+    with open_atomically(out) as file, tqdm(total=len(dataset), unit="image", disable=not progress) as bar:
         file.write(_header((len(dataset), *shape)))
         for index, item in enumerate(item for items in loader for item in items):
             bar.update(1)

@@ -33,6 +33,7 @@ from ddpm_fast.training.arguments import (
     pair_of_betas,
     size_of,
 )
+from ddpm_fast.training.atomic_files import make_folder
 from ddpm_fast.training.batches import BatchOrder, BatchStream, derive_seed
 from ddpm_fast.training.conditioning import check_agreement, spread
 from ddpm_fast.training.data import Dataset
@@ -225,7 +226,7 @@ class Trainer(SavedRun):
             self.ema.initted, self.ema.step = self.ema.initted.cpu(), self.ema.step.cpu()
 
         self.results_folder = results_folder
-        self.results_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.results_folder, "results_folder")
         self.model, self.opt = prepare(self.accelerator, diffusion_model, self.opt, mixed_precision)
         self._given_model = diffusion_model
         self._prepare_steps(graph)

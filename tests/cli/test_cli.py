@@ -328,6 +328,10 @@ def test_stopping_saves_says_so_and_can_be_continued(tmp_path, number, code):
         ("train /nowhere", "folder /nowhere does not exist"),
         ("train {empty}", "holds no images"),
         ("train digits --resume", "there is no checkpoint in"),
+        ("train digits --results-folder {garbage}", "results_folder {garbage} cannot be made: {garbage} is a file"),
+        ("train digits --results-folder {garbage}/new", "results_folder {garbage}/new cannot be made: {garbage} is"),
+        ("prepare {images} {garbage}/out.npy", "could not write {garbage}/out.npy: Not a directory"),
+        ("bench --batch-size 0", "--batch-size must be at least 1; got 0"),
         ("train digits --batch-size 0", "train_batch_size must be a positive integer; got 0"),
         ("train digits --dim -8", "dim must be a positive integer; got -8"),
         ("train digits --dim-mults 1 0", "each entry of dim_mults must be a positive integer; got 0"),
@@ -343,12 +347,12 @@ def test_stopping_saves_says_so_and_can_be_continued(tmp_path, number, code):
         ("sample {trained}/model-1.pt --image-size 7", "7"),
     ],
 )
-def test_mistakes_get_one_line(tmp_path, trained, capsys, monkeypatch, arguments, message):
+def test_mistakes_get_one_line(tmp_path, trained, images, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "garbage").write_bytes(b"garbage")
-    places = dict(empty=tmp_path / "empty", garbage=tmp_path / "garbage", trained=trained)
-    assert message in fail(capsys, *arguments.format(**places).split())
+    places = dict(empty=tmp_path / "empty", garbage=tmp_path / "garbage", trained=trained, images=images)
+    assert message.format(**places) in fail(capsys, *arguments.format(**places).split())
 
 
 @pytest.fixture
@@ -368,11 +372,12 @@ def _no_sampling(monkeypatch):
         ("--out {folder}/grid", "grid has no ending; a picture's name ends in such as .png"),
         ("--out {folder}/grid.xyz", "ends in '.xyz', which Pillow cannot write"),
         ("--out {folder}/grid.jpg --scale 4000", "grid.jpg cannot hold a picture of"),
-        ("--out {file}/grid.png", "{file}"),
+        ("--out {file}/grid.png", "folder {file} cannot be made: {file} is a file; it must be a folder"),
         ("--out {folder}/" + 250 * "a" + ".png", "File name too long"),
         ("--out {folder}/strip.png", "strip-strip.png is a folder"),
         ("--raw {file}", "--raw {file} is a file; it must be a folder"),
-        ("--raw {file}/raw", "{file}"),
+        ("--raw {file}/raw", "cannot be made: {file} is a file; it must be a folder"),
+        ("--out {folder}/grid.png --scale 99999", "grid.png cannot hold a picture of"),
     ],
 )
 def test_places_that_cannot_be_written_are_refused_before_sampling(

@@ -133,6 +133,12 @@ def test_mistakes(tmp_path, checkpoint, capsys, monkeypatch):
     assert "ends in such as .png" in fail(capsys, "likelihood", checkpoint, "digits", "--out", "likelihood")
     assert "is a folder" in fail(capsys, "likelihood", checkpoint, "digits", "--csv", tmp_path)
     assert "--timesteps needs --images" in fail(capsys, "progressive", checkpoint, "--timesteps", 5)
+    error = fail(capsys, "progressive", checkpoint, "--images", "digits", "--num-samples", 1798)
+    assert "--num-samples 1798: digits has 1797 images" in error
+    (tmp_path / "file").touch()
+    for command in (["likelihood", checkpoint, "digits"], ["progressive", checkpoint]):
+        error = fail(capsys, *command, "--out", tmp_path / "file" / "out.png")
+        assert f"{tmp_path / 'file'} is a file; it must be a folder" in error
     error = fail(capsys, "progressive", checkpoint, "--images", "digits", "--sampler", "ddim")
     assert "--sampler cannot be given with --images" in error
     torch.save({**make().state_dict(), "model.init_conv.bias": torch.full((8,), float("nan"))}, tmp_path / "nan.pt")

@@ -529,6 +529,11 @@ class TestFailures:
         with pytest.raises(error, match=message):
             make_trainer(tmp_path, **options)
 
+    def test_a_results_folder_that_is_a_file_is_named(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(NotADirectoryError, match="results_folder .*new cannot be made: .*file is a file; it must"):
+            make_trainer(tmp_path / "file" / "new")
+
     def test_a_diffusion_of_unknown_size_is_refused(self, tmp_path):
         diffusion = make_diffusion()
         diffusion.image_size = None
