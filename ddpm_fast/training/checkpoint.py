@@ -11,7 +11,8 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.models.networks import NETWORKS
 from ddpm_fast.models.unet_base import UnetBase
 from ddpm_fast.runtime.extras import needed_for
-from ddpm_fast.runtime.plain import plain
+from ddpm_fast.runtime.plain import as_int, as_number, plain, shown
 from ddpm_fast.runtime.pretrained import UndrawnWeights
 from ddpm_fast.training.checkpoint_files import CheckpointError, load_file, step_of
 from ddpm_fast.training.checkpoint_states import (
@@ -38,6 +39,32 @@ from ddpm_fast.training.state_names import FoundStates
 
 _Path = str | os.PathLike
 _Size = int | tuple[int, int]
+
+
+def _as_dictionary(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a dictionary; got {shown(value)}")
+    return dict(value or {})
+
+
+def _as_range(name: str, value: Any) -> list[float] | None:
+    if value is None:
+        return None
+    numbers = [as_number(name, entry) for entry in value] if isinstance(value, (list, tuple)) else []
+    if len(numbers) != 2 or not numbers[0] < numbers[1]:
+        raise ValueError(f"{name} must be two numbers (low, high), low < high; got {shown(value)}")
+    return numbers
+
+
+# What a run goes on with from the record of its trainer, and the checks of it.
+_CONTINUED: dict[str, Callable[[str, Any], Any]] = {
+    "seed": as_int,
+    "position": partial(as_int, least=0),
+    "world_size": partial(as_int, least=1),
+    "best_fid": as_number,
+    "value_range": _as_range,
+    "conditions": _as_dictionary,
+}
 
 
 class Checkpoint(NamedTuple):
@@ -84,6 +111,10 @@ def load_checkpoint(
     unet_options, diffusion_options = _split_overrides(overrides, network, cls)
     unet_config = config["unet"] or infer_unet_config(network_state(states.model), path)
     diffusion_config = dict(config["diffusion"] or infer_diffusion_config(states.model, name))
+    check_network_config(unet_config, network, path)
+    _check_names("process", diffusion_config, cls.arguments(), path)
+    _check_names("ema", config["ema"] or {}, inspect.signature(EMA.__init__).parameters, path)
+    class_names = recorded_class_names(contents, path)
     if image_size is not None:
         diffusion_config["image_size"] = image_size
     is_size_unknown = diffusion_config.get("image_size") is None
@@ -101,7 +132,7 @@ def load_checkpoint(
     if is_size_unknown:
         _forget_image_size(path, diffusion, ema.ema_model)
     for one in (diffusion, ema.ema_model):
-        one.class_names = recorded_class_names(contents)
+        one.class_names = class_names
     ema.to(map_location)
     warn_of_names(states, path)
     return Checkpoint(model, diffusion, ema, step)
@@ -124,11 +155,55 @@ def recorded_network(contents: Any) -> type[UnetBase]:
     return NETWORKS[name]
 
 
-def recorded_class_names(contents: Any) -> tuple[str, ...] | None:
+def recorded_class_names(contents: Any, path: _Path) -> tuple[str, ...] | None:
     """The names of the classes 0, 1, ... that a file of ours records; None where it does not."""
     config = contents.get("config") if isinstance(contents, Mapping) else None
     names = config.get("class_names") if isinstance(config, Mapping) else None
-    return None if names is None else tuple(names)
+    if names is None:
+        return None
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"checkpoint {path} has no usable class_names: they must be text; got {shown(names)}")
+    return tuple(names)
+
+
+def recorded_training(contents: Mapping, path: _Path) -> dict[str, Any]:
+    """What a file says of its trainer, of which a run goes on with some; upstream's files have nothing."""
+    training = contents.get("training")
+    if not isinstance(training, Mapping):
+        return {}
+    try:
+        record = plain("training", training)
+        for name, check in _CONTINUED.items():
+            if name in record:
+                record[name] = check(name, record[name])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} has no usable record of its training: {error}") from error
+    return record
+
+
+def param_groups(contents: Mapping, path: _Path) -> list[dict[str, Any]]:
+    """The groups of the optimizer in a file, none where it holds none."""
+    optimizer = contents.get("opt")
+    groups = optimizer.get("param_groups", []) if isinstance(optimizer, Mapping) else []
+    is_list = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+    if not is_list or not all(isinstance(group.get("params"), list) for group in groups):
+        raise CheckpointError(f"checkpoint {path} has no usable param_groups in its 'opt': got {shown(groups)}")
+    return groups
+
+
+def check_network_config(config: Mapping, network: type[UnetBase], path: _Path) -> None:
+    """Raise CheckpointError for recorded arguments with which the network cannot be built."""
+    if "dim" not in config:
+        raise CheckpointError(f"checkpoint {path} has no usable config of its network: it has no 'dim'")
+    _check_names("network", config, inspect.signature(network).parameters, path)
+
+
+def _check_names(part: str, config: Mapping, known: Collection[str], path: _Path) -> None:
+    unknown = next((name for name in config if name not in known), None)
+    if unknown is not None:
+        raise CheckpointError(
+            f"checkpoint {path} has no usable config of its {part}: {unknown!r} is none of its arguments here"
+        )
 
 
 def recorded_process(contents: Mapping, states: FoundStates) -> str | None:
@@ -185,16 +260,15 @@ def read_settings(path: _Path) -> dict[str, Any]:
     states = find_weights(contents, path, attribute=_network_attribute(contents, None))
     state, process = states.model, process_name(contents, states, path, None)
     config = recorded_config(contents)
-    training, optimizer = contents.get("training"), contents.get("opt")
-    groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
+    groups = param_groups(contents, path)
     return {
         "unet": config["unet"] or infer_unet_config(network_state(state), path),
         "process": process,
         "diffusion": config["diffusion"] or infer_diffusion_config(state, process),
         "xm": config["xm"] or {},
         "ema": config["ema"] or {},
-        "training": dict(training) if isinstance(training, Mapping) else {},
-        "class_names": recorded_class_names(contents),
+        "training": recorded_training(contents, path),
+        "class_names": recorded_class_names(contents, path),
         "adam": plain("opt", {name: groups[0][name] for name in ("lr", "betas") if name in groups[0]})
         if groups
         else {},

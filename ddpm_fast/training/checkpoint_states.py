@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpm_fast.runtime.plain import shown
 from ddpm_fast.training.checkpoint_files import CheckpointError
 from ddpm_fast.training.state_names import AmbiguousNamesError, FoundStates, bare_name, find_states
 
@@ -50,12 +51,15 @@ def find_weights(
 
 
 def check_average(contents: Mapping, states: FoundStates, path: _Path) -> None:
-    """Raise CheckpointError for a trainer's dictionary whose `ema` holds no network."""
+    """Raise CheckpointError for a trainer's dictionary whose `ema` holds no network, or no usable counters."""
     if "step" in contents and contents.get("ema") is not None and states.average is None:
         raise CheckpointError(f"checkpoint {path} has no network in its 'ema'")
+    for name, value in states.counters.items():
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            raise CheckpointError(f"checkpoint {path} has no usable {name!r} in its 'ema': got {shown(value)}")
 
 
-def exact_states(contents: Mapping, network: str = "model.") -> FoundStates:
+def exact_states(contents: Mapping, path: _Path, network: str = "model.") -> FoundStates:
     """The weights of a trainer's file whose `model` has the names of the model that loads it.
 
     network: the prefix of its network's names.
@@ -69,6 +73,9 @@ def exact_states(contents: Mapping, network: str = "model.") -> FoundStates:
 
     ema = contents.get("ema")
     entries = ema if isinstance(ema, Mapping) else {}
+    for name in entries:
+        if not isinstance(name, str):
+            raise CheckpointError(f"checkpoint {path} has an entry in its 'ema' whose name is no text: {shown(name)}")
     prefix = "ema_model."
     average = {name.removeprefix(prefix): tensor for name, tensor in entries.items() if name.startswith(prefix)}
     if entries and not average:  # the weights alone, without ema-pytorch's names

@@ -15,7 +15,15 @@ from torch import nn
 
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.plain import plain, shown
-from ddpm_fast.training.checkpoint import recorded_class_names, recorded_config, recorded_process
+from ddpm_fast.training.checkpoint import (
+    check_network_config,
+    param_groups,
+    recorded_class_names,
+    recorded_config,
+    recorded_network,
+    recorded_process,
+    recorded_training,
+)
 from ddpm_fast.training.checkpoint_files import CheckpointError
 from ddpm_fast.training.checkpoint_states import (
     as_named_in,
@@ -76,7 +84,7 @@ def find_trained_states(diffusion: nn.Module, data: Any, path: Path) -> FoundSta
     own = diffusion.state_dict()
     network = f"{getattr(process_in(diffusion), 'network_name', 'model')}."
     if isinstance(data, Mapping) and isinstance(data.get("model"), Mapping) and data["model"].keys() == own.keys():
-        return exact_states(data, network)
+        return exact_states(data, path, network)
     names = [bare_name(name) for name in own]
     network_names = [name.removeprefix(network) for name in names if name.startswith(network)]
     if not network_names:
@@ -112,7 +120,9 @@ def optimizer_state(adam: Any, data: dict[str, Any], path: Path, *, warns: bool)
             warnings.warn(f"{path} holds no state of the optimizer: Adam starts anew", stacklevel=3)
         return None
     sizes = [len(group["params"]) for group in own["param_groups"]]
-    groups, state = saved.get("param_groups", []), saved.get("state", {})
+    groups, state = param_groups(data, path), saved.get("state", {})
+    if not isinstance(state, Mapping) or not all(isinstance(moments, Mapping) for moments in state.values()):
+        raise CheckpointError(f"checkpoint {path} has no usable state in its 'opt': got {shown(state)}")
     if [len(group["params"]) for group in groups] != sizes:
         raise CheckpointError(
             f"checkpoint {path} has an optimizer of {[len(group['params']) for group in groups]} parameters, "
@@ -149,28 +159,22 @@ def warn_of_changes(
     own: what a file of this trainer would have as "training", "opt" and "config".
     """
     warn_of_names(states, path, stacklevel=4)
-    now = _settings_in(own)
+    now = _settings_in(own, path)
     for name in (*_FREE_OF_SETTINGS, *(() if is_seed_given else ["seed"])):
         now.pop(name)
-    clause = changes(_settings_in(data), now)
+    clause = changes(_settings_in(data, path), now)
     if clause:
         order = "; the order of the images goes on" if "train_batch_size" in clause else ""
         warnings.warn(f"{path} is continued with {clause}{order}", stacklevel=3)
 
 
-def training_of(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says of its trainer; upstream's files have nothing."""
-    training = data.get("training")
-    return dict(training) if isinstance(training, Mapping) else {}
-
-
-def _settings_in(data: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_in(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The trainer's arguments that a file records, by their names."""
-    optimizer = data.get("opt")
-    groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
+    groups = param_groups(data, path)
     adam = plain("opt", {new: groups[0][old] for old, new in _OF_ADAM.items() if old in groups[0]}) if groups else {}
     ema = recorded_config(data)["ema"] or {}
-    return {**training_of(data), **adam, **{new: ema[old] for old, new in _OF_AVERAGE.items() if old in ema}}
+    average = {new: ema[old] for old, new in _OF_AVERAGE.items() if old in ema}
+    return {**recorded_training(data, path), **adam, **average}
 
 
 def check_process(
@@ -203,7 +207,7 @@ def check_process(
 
 def check_class_names(path: Path, contents: Mapping, own: tuple[str, ...] | None) -> None:
     """Raise CheckpointError if a file's classes have other names than the dataset's; either may have none."""
-    recorded = recorded_class_names(contents)
+    recorded = recorded_class_names(contents, path)
     if recorded is None or own is None or recorded == own:
         return
     pairs = enumerate(itertools.zip_longest(recorded, own))
@@ -223,6 +227,8 @@ def describe_network(path: Path, contents: Mapping, state: _State, own_config: M
         if "init_conv.weight" not in network_state(state):
             return ""
         recorded = infer_unet_config(network_state(state), path)
+    else:
+        check_network_config(recorded, recorded_network(contents), path)
     own = _with_defaults_resolved(own_config)
     told = _with_defaults_resolved(recorded) if recorded_config(contents)["unet"] else recorded
     names = [name for name in inspect.signature(Unet).parameters if name not in _FREE_OF_NETWORKS]

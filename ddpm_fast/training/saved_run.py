@@ -15,11 +15,12 @@ from ddpm_fast.runtime.plain import plain
 from ddpm_fast.training.accelerator import is_one_or_ddp
 from ddpm_fast.training.adam_state import plain_groups
 from ddpm_fast.training.captured_step import lay_out_state
+from ddpm_fast.training.checkpoint import recorded_training
 from ddpm_fast.training.checkpoint_files import find_file, load_file, save_atomically, step_of
 from ddpm_fast.training.checkpoint_states import check_average, load_average
 from ddpm_fast.training.data import Dataset
 from ddpm_fast.training.items import Given
-from ddpm_fast.training.resuming import check_states, find_trained_states, optimizer_state, training_of, warn_of_changes
+from ddpm_fast.training.resuming import check_states, find_trained_states, optimizer_state, warn_of_changes
 from ddpm_fast.training.step_runner import StepRunner
 from ddpm_fast.training.trained import config_of
 
@@ -86,7 +87,7 @@ class SavedRun(StepRunner):
         states = find_trained_states(self._diffusion, data, path)
         model = check_states(self._diffusion, self.image_size, self._given.class_names, data, states, path)
         check_average(data, states, path)
-        step = step_of(data, path)
+        step, training = step_of(data, path), recorded_training(data, path)
         is_main = self.accelerator.is_main_process
         optimizer = optimizer_state(self.opt, data, path, warns=is_main)
         if is_main:
@@ -106,7 +107,7 @@ class SavedRun(StepRunner):
         if self.accelerator.scaler is not None and data.get("scaler"):
             self.accelerator.scaler.load_state_dict(data["scaler"])
         self.step = step
-        self._continue_order(training_of(data))
+        self._continue_order(training)
 
     def _model_state(self) -> dict[str, torch.Tensor]:
         """The state of the process, from wherever accelerate keeps it."""

@@ -50,6 +50,25 @@ def make_diffusion(**options):
     return ddpm_fast.GaussianDiffusion(model, **{"image_size": 8, "timesteps": 20, **options})
 
 
+# An entry of a trainer's file, a value that it cannot have, and a part of the sentence on it.
+UNUSABLE = [
+    (("config", "class_names"), -1, "no usable class_names: they must be text; got -1"),
+    (("config", "class_names"), [1, 2], r"no usable class_names: they must be text; got \[1, 2\]"),
+    (("config", "unet"), {"nonsense": 1}, "no usable config of its network: it has no 'dim'"),
+    (("config", "unet", "nonsense"), 1, "no usable config of its network: 'nonsense' is none of its arguments"),
+    (("training", "seed"), torch.zeros(3), "no usable record of its training: seed must be an integer; got"),
+    (("training", "position"), -1, "training: position must be a non-negative integer; got -1"),
+    (("training", "world_size"), "two", "training: world_size must be a positive integer; got 'two'"),
+    (("training", "best_fid"), None, "training: best_fid must be a number; got None"),
+    (("training", "value_range"), -1, "training: value_range must be two numbers"),
+    (("training", "conditions"), 3, "training: conditions must be a dictionary; got 3"),
+    (("ema", 7), torch.zeros(3), "an entry in its 'ema' whose name is no text: 7"),
+    (("ema", "step"), "many", "no usable 'step' in its 'ema': got 'many'"),
+    (("opt", "param_groups"), -1, "no usable param_groups in its 'opt': got -1"),
+    (("opt", "state"), {0: -1}, r"no usable state in its 'opt': got \{0: -1\}"),
+]
+
+
 def make_trainer(folder, diffusion=None, dataset=None, **options):
     torch.manual_seed(0)
     defaults = dict(
@@ -836,6 +855,26 @@ class TestChangedSettings:
         diffusion.image_size = (8, 8)
         make_trainer(tmp_path, diffusion).save(1)
         assert load_checkpoint(tmp_path / "model-1.pt").diffusion.image_size == (8, 8)
+
+    @pytest.mark.parametrize("entry, value, sentence", UNUSABLE)
+    def test_an_unusable_entry_is_named_and_nothing_is_loaded(self, tmp_path, entry, value, sentence):
+        trainer = make_trainer(tmp_path)
+        trainer.save(1)
+        path = tmp_path / "model-1.pt"
+        data = load_file(path)
+        before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        data["model"] = {name: tensor + 1 for name, tensor in data["model"].items()}
+        *parts, last = entry
+        place = data
+        for part in parts:
+            place = place[part]
+        place[last] = value
+        torch.save(data, path)
+        for load in (trainer.load, *([load_checkpoint] if parts[0] == "config" else [])):
+            with pytest.raises(CheckpointError, match=sentence) as caught:
+                load(path.absolute())
+            assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
 
     def test_another_optimizer_is_named_and_nothing_is_loaded(self, tmp_path):
         trainer = make_trainer(tmp_path)
