@@ -322,6 +322,8 @@ def _make_trainer(options: Train, plan: _Plan) -> "Trainer":
         kind = "the digits" if options.data == "digits" else "a prepared file"
         raise UserError(f"--{next(iter(of_folder)).replace('_', '-')} is for a folder of images, not for {kind}")
     if options.seed is not None:
+        if not -(2**63) <= options.seed < 2**64:
+            raise UserError(f"--seed must fit in 64 bits; got {options.seed}")
         torch.manual_seed(options.seed)
     diffusion = PROCESSES[plan.process](Unet(**plan.network), **plan.diffusion)
     training = dict(plan.training)

@@ -332,6 +332,7 @@ def test_stopping_saves_says_so_and_can_be_continued(tmp_path, number, code):
         ("train digits --results-folder {garbage}/new", "results_folder {garbage}/new cannot be made: {garbage} is"),
         ("prepare {images} {garbage}/out.npy", "could not write {garbage}/out.npy: Not a directory"),
         ("bench --batch-size 0", "--batch-size must be at least 1; got 0"),
+        ("train digits --seed 99999999999999999999", "--seed must fit in 64 bits; got 99999999999999999999"),
         ("train digits --batch-size 0", "train_batch_size must be a positive integer; got 0"),
         ("train digits --dim -8", "dim must be a positive integer; got -8"),
         ("train digits --dim-mults 1 0", "each entry of dim_mults must be a positive integer; got 0"),
