@@ -22,6 +22,7 @@ from ddpm_fast.diffusion.guidance import Guidance, as_guidance
 from ddpm_fast.diffusion.images import (
     as_floats,
     check_flip,
+    check_mean,
     identity,
     normalize_to_neg_one_to_one,
     unnormalize_to_zero_to_one,
@@ -285,6 +286,7 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
         """`p_losses` of images that the ops still mirror and, where they are bytes, divide by 255 and normalise."""
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction must be 'mean' or 'none', got {loss_reduction!r}")
+        check_mean(x_start, loss_reduction)
         t = self._check_times(t, x_start)
         options: dict[str, Any] = {"normalize": normalize, "flip": flip}
         told = self._training_conditions(x_start, options, **conditions)

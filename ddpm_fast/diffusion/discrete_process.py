@@ -12,6 +12,7 @@ from torch import nn
 from ddpm_fast.diffusion import samplers, schedules
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, TrainingRows
 from ddpm_fast.diffusion.guidance import Guidance
+from ddpm_fast.diffusion.images import check_mean
 from ddpm_fast.diffusion.levels import TARGETS, Target
 from ddpm_fast.diffusion.schedules import Schedule
 from ddpm_fast.diffusion.weightings import Weighting, recorded_weighting
@@ -391,6 +392,7 @@ class DiscreteProcess(DiffusionProcess):
             return super().forward(img, *args, times=times, loss_reduction=loss_reduction, **kwargs)
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction must be 'mean' or 'none', got {loss_reduction!r}")
+        check_mean(img, loss_reduction)
         times, weights = self.timestep_history.draw(img.shape[0])
         losses = super().forward(img, *args, times=times, loss_reduction="none", **kwargs)
         if self.training and torch.is_grad_enabled():

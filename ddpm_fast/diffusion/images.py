@@ -80,6 +80,12 @@ def check_images(
             raise ValueError(f"{name} must be finite, got NaN or infinity in images {bad[:10]} of the batch")
 
 
+def check_mean(images: torch.Tensor, loss_reduction: str) -> None:
+    """Raise ValueError for a mean over no images, which would be NaN."""
+    if loss_reduction == "mean" and images.shape[0] == 0:
+        raise ValueError(f"images must hold at least one image for a mean loss, got {tuple(images.shape)}")
+
+
 def check_flip(flip: torch.Tensor, img: torch.Tensor) -> None:
     """Raise unless `flip` says of each image whether it is to be mirrored."""
     if not isinstance(flip, torch.Tensor):

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ddpm_fast.diffusion.conditions import CONDITIONS
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
-from ddpm_fast.diffusion.images import as_floats
+from ddpm_fast.diffusion.images import as_floats, check_mean
 from ddpm_fast.runtime.plain import as_int
 
 
@@ -98,6 +98,7 @@ class XMWrapper(nn.Module):
         if kwargs.get("noise") is not None or args:
             raise ValueError("noise must not be given with candidates > 1, which are candidates of noise")
         batch = img.shape[0]
+        check_mean(img, loss_reduction)
         times = process.random_times(batch) if times is None else times
         if kwargs.get("self_conditioned") is None:
             kwargs["self_conditioned"] = process.draw_self_condition()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddpm_fast import GaussianDiffusion, Unet
+from ddpm_fast import GaussianDiffusion, Unet, XMWrapper
 from ddpm_fast.diffusion.gaussian_diffusion import extract
 from ddpm_fast.ops.common.tables import lookup
 
@@ -110,6 +110,20 @@ def test_empty_batches_pass_through():
     diffusion = make()
     assert diffusion(image(0, 3, 8, 8), loss_reduction="none").shape == (0,)
     assert diffusion.sample(0, progress=False).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "make_loss",
+    [
+        make,
+        lambda: make(timestep_sampler="loss-second-moment"),
+        lambda: XMWrapper(make(), candidates=2),
+    ],
+    ids=["plain", "history", "candidates"],
+)
+def test_a_mean_over_no_images_is_refused(make_loss):
+    with pytest.raises(ValueError, match=r"images must hold at least one image for a mean loss, got \(0, 3, 8, 8\)"):
+        make_loss()(image(0, 3, 8, 8))
 
 
 def test_nan_is_not_looked_for_while_compiling():
