@@ -107,7 +107,7 @@ def load_checkpoint(
     config = recorded_config(contents)
     name = process_name(contents, states, path, process)
     cls = PROCESSES[name]
-    network = recorded_network(contents)
+    network = recorded_network(contents, path)
     unet_options, diffusion_options = _split_overrides(overrides, network, cls)
     unet_config = config["unet"] or infer_unet_config(network_state(states.model), path)
     diffusion_config = dict(config["diffusion"] or infer_diffusion_config(states.model, name))
@@ -146,12 +146,13 @@ def recorded_config(contents: Mapping) -> dict[str, Any]:
     return {name: dict(part) if isinstance(part, Mapping) else None for name, part in parts.items()}
 
 
-def recorded_network(contents: Any) -> type[UnetBase]:
+def recorded_network(contents: Any, path: _Path) -> type[UnetBase]:
     """The class of the network whose arguments a file records."""
     config = contents.get("config") if isinstance(contents, Mapping) else None
-    name = (config.get("network") if isinstance(config, Mapping) else None) or "unet"
-    if name not in NETWORKS:
-        raise CheckpointError(f"the checkpoint's network is a {name!r}, which is none of {', '.join(NETWORKS)}")
+    recorded = config.get("network") if isinstance(config, Mapping) else None
+    name = "unet" if recorded is None else recorded
+    if not isinstance(name, str) or name not in NETWORKS:
+        raise CheckpointError(f"checkpoint {path} has a network {shown(name)}, which is none of {', '.join(NETWORKS)}")
     return NETWORKS[name]
 
 
@@ -215,7 +216,10 @@ def _process_in_config(contents: Any) -> str | None:
     config = contents.get("config") if isinstance(contents, Mapping) else None
     if not isinstance(config, Mapping) or config.get("diffusion") is None:
         return None
-    return config.get("process") or "ddpm"  # releases without other processes did not say it
+    name = config.get("process")
+    if name is None:  # releases without other processes did not say it
+        return "ddpm"
+    return name if isinstance(name, str) else shown(name)
 
 
 def _network_attribute(contents: Any, asked: str | None) -> str | None:

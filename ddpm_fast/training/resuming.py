@@ -228,7 +228,7 @@ def describe_network(path: Path, contents: Mapping, state: _State, own_config: M
             return ""
         recorded = infer_unet_config(network_state(state), path)
     else:
-        check_network_config(recorded, recorded_network(contents), path)
+        check_network_config(recorded, recorded_network(contents, path), path)
     own = _with_defaults_resolved(own_config)
     told = _with_defaults_resolved(recorded) if recorded_config(contents)["unet"] else recorded
     names = [name for name in inspect.signature(Unet).parameters if name not in _FREE_OF_NETWORKS]

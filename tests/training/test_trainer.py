@@ -54,6 +54,7 @@ def make_diffusion(**options):
 UNUSABLE = [
     (("config", "class_names"), -1, "no usable class_names: they must be text; got -1"),
     (("config", "class_names"), [1, 2], r"no usable class_names: they must be text; got \[1, 2\]"),
+    (("config", "network"), [1, 2], r"has a network \[1, 2\], which is none of unet, classifier_free"),
     (("config", "unet"), {"nonsense": 1}, "no usable config of its network: it has no 'dim'"),
     (("config", "unet", "nonsense"), 1, "no usable config of its network: 'nonsense' is none of its arguments"),
     (("training", "seed"), torch.zeros(3), "no usable record of its training: seed must be an integer; got"),
