@@ -118,7 +118,15 @@ ROWS = [
     ["ops/*/triton_tile"],
     ["ops/*/launch", "ops/*_block/launch", "ops/*/settings"],
     ["ops/layout"],
-    ["ops/arguments", "ops/images", "ops/operator", "ops/common/triton", "ops/common/norm", "ops/common/reference"],
+    [
+        "ops/arguments",
+        "ops/branches",
+        "ops/images",
+        "ops/operator",
+        "ops/common/triton",
+        "ops/common/norm",
+        "ops/common/reference",
+    ],
     ["ops/common/tables", "ops/registration"],
     ["runtime/compile_ahead", "runtime/pretrained"],
     ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
@@ -185,7 +193,7 @@ def test_imports_form_layers(module):
             of_kind = (
                 ("common/norm", f"common/{kind}")
                 if kind in ("triton", "reference")
-                else ("arguments", "images", "operator")
+                else ("arguments", "branches", "images", "operator")
             )
             shared = imported in [f"ops/{name}" for name in (*of_kind, "common/tables")]
             same_op = module.split("/")[1] == imported.split("/")[1]

@@ -161,6 +161,14 @@ def renews_no_weight(module: nn.Module) -> bool:
     )
 
 
+def shows_nobody(module: nn.Module) -> bool:
+    """True if a call of the module shows its input and output to no code but that of known packages."""
+    own, cls = module.__dict__, type(module)
+    if own["_backward_hooks"] or own["_backward_pre_hooks"] or _FORWARD.get(cls, cls.forward) is not cls.forward:
+        return False
+    return renews_no_weight(module)
+
+
 def why_modified(module: nn.Module) -> str | None:
     """Why a module is not stock, in one clause; None where it is."""
     cls = type(module)

@@ -163,7 +163,8 @@ def test_partial_sums_of_norm_silu_are_those_of_its_launches(C, size, dropout, g
         kernel.norm_silu_backward(x, x, statistics, **rows)
         calls = {name: getattr(kernel, name).__getitem__.return_value.call_args for name in names}
         last_rows = {name: rows[name] for name in ("gain", "offset", "bias", "groups")}
-        _, last_sums = kernel.norm_silu_backward_of_last(x, x, statistics, **last_rows)
+        last_rows |= {"grad2": None, "grad3": None}
+        _, last_sums, _ = kernel.norm_silu_backward_of_last(x, x, statistics, **last_rows)
     arguments = {"x": x, "groups": groups, "bias": rows["bias"], "seed": seed}
     # What the operators return and take are bytes of these; with them the two count as two of the whole backward.
     of_last, of_both = (

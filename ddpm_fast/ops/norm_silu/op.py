@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ddpm_fast.ops.arguments import check_seed, check_tensors, why_not_on_cpu
+from ddpm_fast.ops.branches import and_branches, number_of_branches, several, with_branches
 from ddpm_fast.ops.norm_silu import reference
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
@@ -55,9 +56,10 @@ def _sums_shape(x: torch.Tensor, bias: torch.Tensor | None, groups: int) -> tupl
 
 
 def _fake_gradients_of_last(
-    x: torch.Tensor, bias: torch.Tensor | None, groups: int, **others: object
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), x.new_empty(_sums_shape(x, bias, groups), dtype=torch.float32)
+    x: torch.Tensor, bias: torch.Tensor | None, grad2: torch.Tensor | None, groups: int, **others: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sums = x.new_empty(_sums_shape(x, bias, groups), dtype=torch.float32)
+    return torch.empty_like(x), sums, x.new_empty(0) if grad2 is None else torch.empty_like(x)
 
 
 def _fake_gradients_of_both(
@@ -78,8 +80,10 @@ def _fake_gradients_of_both(
 # norm's half finishes the gradients of the parameters of both. See `first_norm_silu`.
 _gradients_of_last = Operator(
     "norm_silu_backward_of_last",
-    "Tensor grad, Tensor x, Tensor statistics, Tensor gain, Tensor? offset, Tensor? bias, int groups",
-    returns="dx, sums",
+    # grad2, grad3: of branches of the output; total, the sum of all, is empty without them.
+    "Tensor grad, Tensor x, Tensor statistics, Tensor gain, Tensor? offset, Tensor? bias, Tensor? grad2, "
+    "Tensor? grad3, int groups",
+    returns="dx, sums, total",
     fake=_fake_gradients_of_last,
     triton=f"{__package__}.triton",
 )
@@ -278,7 +282,7 @@ def last_norm_silu(
     chosen = op.choose(*arguments, **options)
     if chosen.name != "triton" or sums is None:
         return chosen.function(*arguments, **options)
-    return _LastNorm.apply(x, gain, offset, bias, residual, sums, groups, eps)
+    return with_branches(*_LastNorm.apply(x, gain, offset, bias, residual, sums, groups, eps, number_of_branches()))
 
 
 def _call_of(
@@ -389,19 +393,25 @@ class _LastNorm(torch.autograd.Function):
         sums: torch.Tensor,
         groups: int,
         eps: float,
-    ) -> torch.Tensor:
+        branches: int,
+    ) -> tuple[torch.Tensor, ...]:
         rows = (gain, offset, bias)
         out, statistics = _norm_silu.triton(x, *rows, None, None, residual, None, groups, eps, True, 0.0)
         ctx.save_for_backward(x, statistics, *rows)
         ctx.groups, ctx.residual_dtype = groups, None if residual is None else residual.dtype
-        return out
+        ctx.set_materialize_grads(False)
+        return and_branches(out, branches)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx, sums = _gradients_of_last.triton(grad, *ctx.saved_tensors, ctx.groups)
-        dresidual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
-        return dx, None, None, None, dresidual, sums, None, None
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        grad, grad2, grad3 = several(gradients)
+        if grad is None:
+            return (None,) * 9
+        dx, sums, total = _gradients_of_last.triton(grad, *ctx.saved_tensors, grad2, grad3, ctx.groups)
+        total = grad if grad2 is None else total
+        dresidual = None if ctx.residual_dtype is None else total.to(ctx.residual_dtype)
+        return dx, None, None, None, dresidual, sums, None, None, None
 
 
 def _check(

@@ -21,6 +21,9 @@ The kernels are in files of their own: triton_rms.py, triton_group.py (groups of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 
 from ddpm_fast.ops.norm_silu.launch import (
@@ -159,10 +162,19 @@ def norm_silu_backward_of_last(
     gain: torch.Tensor,
     offset: torch.Tensor | None,
     bias: torch.Tensor | None,
+    grad2: torch.Tensor | None,  # (B, C, H, W), as grad: of branches of the output
+    grad3: torch.Tensor | None,
     groups: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a norm with SiLU: the gradient of x, and the sums that `norm_silu_backward_of_both` takes as `last_sums`."""
-    return _gradient_of_map(grad, x, statistics, _Rows(gain, offset, bias, None, None), None, groups, True, 0.0)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a norm with SiLU: the gradient of x, the sums that `norm_silu_backward_of_both` takes as `last_sums`, and the
+    sum of the gradients of the output, empty where there is one."""
+    rows, total = _Rows(gain, offset, bias, None, None), x.new_empty(0)
+    several: dict[str, torch.Tensor] = {}
+    if grad2 is not None:
+        total = torch.empty_like(x)
+        several = {"grad2_ptr": _laid_out_like(x, grad2), "total_ptr": total}
+        several |= {} if grad3 is None else {"grad3_ptr": _laid_out_like(x, grad3)}
+    return *_gradient_of_map(grad, x, statistics, rows, None, groups, True, 0.0, several=several), total
 
 
 def norm_silu_backward_of_both(
@@ -197,6 +209,7 @@ def _gradient_of_map(
     activation: bool,
     dropout_p: float,
     added: torch.Tensor | None = None,  # of GroupNorm alone: added to the gradient of x
+    several: Mapping[str, torch.Tensor] = MappingProxyType({}),  # of branches of the output, see `load_gradient`
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of x, and (B, chunks, 2 or, with bias, 3, C) float32: Σ dy, Σ dy·x̂, Σ dx of chunks of pixels."""
     B, C, HW = sizes_of(x)
@@ -211,7 +224,7 @@ def _gradient_of_map(
         if groups == 0:
             rms_norm_silu_bwd_kernel[(B * chunks,)](
                 grad, x, dx, sums, statistics, rows.gain, rows.bias, *rows.scale_and_shift(x), seed, HW, C, chunks,
-                C**0.5, *numbers, int(rows.scaled), **constants,
+                C**0.5, *numbers, int(rows.scaled), **constants, **several,
             )  # fmt: skip
             return dx, sums
         added = None if added is None else _laid_out_like(x, added)
@@ -222,14 +235,15 @@ def _gradient_of_map(
             whole_group_norm_silu_bwd_kernel[(whole.programs(B),)](
                 grad, x, dx, sums, statistics, rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, seed, HW, C,
                 groups, *whole.strides, *rows.strides, *_dropout_numbers(dropout_p), **whole.constants,
-                **rows.constants, **fusion, added_ptr=added,
+                **rows.constants, **fusion, added_ptr=added, **several,
             )  # fmt: skip
             return dx, sums
         grid = (B * chunks, triton_launch.ceil_div(C, tile.block_c))
         inputs = (rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, seed, HW, C, groups, chunks, *numbers)
         bound = triton_launch.register_bound(most_registers(seed is not None, writes_dx=False))
         constants = constants | rows.constants
-        group_norm_silu_sums_kernel[grid](grad, x, sums, statistics, *inputs, **(constants | bound))
+        group_norm_silu_sums_kernel[grid](grad, x, sums, statistics, *inputs, **(constants | bound), **several)
+        grad = several.get("total_ptr", grad)
         means = x.new_empty((B, 2, groups), dtype=torch.float32)
         group_means_kernel[(B * groups,)](
             sums, means, rows.gain, rows.bias, rows.scale, HW, C, groups, chunks, rows.strides[0],

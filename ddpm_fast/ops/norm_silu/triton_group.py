@@ -16,6 +16,7 @@ from ddpm_fast.ops.norm_silu.triton_tile import (
     finish_fwd,
     load,
     load_bias_of,
+    load_gradient,
     load_statistics,
     load_with_bias,
     slope_and_intercept,
@@ -148,6 +149,7 @@ def group_norm_silu_sums_kernel(
     HW, C, G, chunks, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
     ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
     BIAS_ROWS: tl.constexpr = False,
+    grad2_ptr=None, grad3_ptr=None, total_ptr=None,  # like grad: of branches of the output, and the sum of all
 ):  # fmt: skip
     i_b, i_chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -167,9 +169,10 @@ def group_norm_silu_sums_kernel(
         o_tile, m_tile = o_n[:, None] * stride_n + o_c[None, :] * stride_c, (o_n < HW)[:, None] & m_c[None, :]
         b_v = load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
         b_normed = (b_v - b_mean[None, :]) * b_rstd[None, :]
+        b_grad = load_gradient(grad_ptr, grad2_ptr, grad3_ptr, total_ptr, o_sample, o_tile, m_tile)
         b_dy = finish_bwd(
-            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, k0, k1, i_b, n_start, o_c,
-            HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+            b_grad, b_normed, b_slope, b_intercept, seed_ptr, k0, k1, i_b, n_start, o_c, HW, threshold, kept_scale,
+            ACTIVATION, BLOCK_N, QUADS,
         )  # fmt: skip
         b_sum_dy += b_dy
         b_sum_dy_normed += b_dy * b_normed
@@ -250,8 +253,8 @@ def group_norm_silu_bwd_kernel(
         b_v = load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
         b_normed = (b_v - b_mean[None, :]) * b_rstd[None, :]
         b_dy = finish_bwd(
-            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, k0, k1, i_b, n_start, o_c,
-            HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+            load(grad_ptr + o_sample, o_tile, m_tile), b_normed, b_slope, b_intercept, seed_ptr, k0, k1, i_b,
+            n_start, o_c, HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
         )  # fmt: skip
         b_dx = b_dy * b_slope[None, :] - b_mean_dnormed[None, :] - b_normed * b_projection[None, :]
         b_dx *= b_rstd[None, :]

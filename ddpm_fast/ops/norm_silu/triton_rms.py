@@ -11,6 +11,7 @@ from ddpm_fast.ops.norm_silu.triton_tile import (
     finish_bwd,
     finish_fwd,
     load_bias,
+    load_gradient,
     load_with_bias,
     slope_and_intercept,
     sums_of,
@@ -72,6 +73,7 @@ def rms_norm_silu_bwd_kernel(
     seed_ptr,  # (1,) int64, or None: no dropout
     HW, C, chunks, root_c, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale, scaled,
     ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+    grad2_ptr=None, grad3_ptr=None, total_ptr=None,  # like grad: of branches of the output, and the sum of all
 ):  # fmt: skip
     i_b, i_chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     o_c = tl.arange(0, BLOCK_C)
@@ -95,9 +97,10 @@ def rms_norm_silu_bwd_kernel(
         b_factor = tl.load(factors_ptr + i_b.to(tl.int64) * HW + o_n, mask=m_n, other=0.0)
         b_v = load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
         b_normed = b_v * b_factor[:, None]
+        b_grad = load_gradient(grad_ptr, grad2_ptr, grad3_ptr, total_ptr, o_sample, o_tile, m_tile)
         b_dy = finish_bwd(
-            grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, k0, k1, i_b, n_start, o_c,
-            HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+            b_grad, b_normed, b_slope, b_intercept, seed_ptr, k0, k1, i_b, n_start, o_c, HW, threshold, kept_scale,
+            ACTIVATION, BLOCK_N, QUADS,
         )  # fmt: skip
         b_dnormed = b_dy * b_slope[None, :]
         # A clamped norm is a constant: nothing flows through it.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ddpm_fast.noise import STREAM_DROPOUT
-from ddpm_fast.ops.common.triton import philox4x32, philox_key, silu, silu_derivative
+from ddpm_fast.ops.common.triton import cast, philox4x32, philox_key, silu, silu_derivative
 from ddpm_fast.runtime import triton_launch
 
 STAGES = tl.constexpr(2)  # the next tile is loaded while a program computes one
@@ -141,12 +141,25 @@ def finish_fwd(
 
 
 @triton.jit
+def load_gradient(grad_ptr, grad2_ptr, grad3_ptr, total_ptr, o_sample, o_tile, m_tile):
+    """The gradient at the output: (BLOCK_N, BLOCK_C), 0 outside the map; of several their stored sum."""
+    b_grad = load(grad_ptr + o_sample, o_tile, m_tile)
+    if grad2_ptr is not None:
+        b_grad += load(grad2_ptr + o_sample, o_tile, m_tile)
+        if grad3_ptr is not None:
+            b_grad += load(grad3_ptr + o_sample, o_tile, m_tile)
+        b_total = cast(b_grad, total_ptr.dtype.element_ty)
+        tl.store(total_ptr + o_sample + o_tile, b_total, mask=m_tile)
+        b_grad = b_total.to(tl.float32)
+    return b_grad
+
+
+@triton.jit
 def finish_bwd(
-    grad_ptr, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, k0, k1, i_b, n_start, o_c, HW, threshold,
+    b_dy, b_normed, b_slope, b_intercept, seed_ptr, k0, k1, i_b, n_start, o_c, HW, threshold,
     kept_scale, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """dy, the gradient at y = x̂·slope + intercept, 0 outside the map."""
-    b_dy = load(grad_ptr, o_tile, m_tile)
+    """dy, the gradient at y = x̂·slope + intercept, of b_dy, that at the output; 0 outside the map."""
     if seed_ptr is not None:
         b_dy = _dropped(b_dy, k0, k1, i_b, n_start, o_c, HW, threshold, kept_scale, BLOCK_N, QUADS)
     if ACTIVATION:

@@ -14,6 +14,7 @@ from ddpm_fast.ops.norm_silu.triton_tile import (
     finish_fwd,
     load,
     load_bias_of,
+    load_gradient,
     load_statistics,
     load_with_bias,
     slope_and_intercept,
@@ -101,6 +102,7 @@ def whole_group_norm_silu_bwd_kernel(
     HW, C, G, stride_b, stride_c, stride_n, stride_scale, stride_shift, threshold, kept_scale,
     ACTIVATION: tl.constexpr, QUADS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr, BIAS_ROWS: tl.constexpr = False, added_ptr=None,  # like dx: added to it
+    grad2_ptr=None, grad3_ptr=None, total_ptr=None,  # like grad: of branches of the output, and the sum of all
 ):  # fmt: skip
     """Its backward: grad and x are read once."""
     i_b, o_c, m_c, o_tile, m_tile = _tile_of_groups(HW, C, stride_c, stride_n, D, BLOCK_N, BLOCK_C, BLOCK_G)
@@ -113,9 +115,10 @@ def whole_group_norm_silu_bwd_kernel(
     k0, k1 = dropout_key(seed_ptr)
     b_v = load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, b_bias)
     b_normed = (b_v - b_mean[None, :]) * b_rstd[None, :]
+    b_grad = load_gradient(grad_ptr, grad2_ptr, grad3_ptr, total_ptr, o_sample, o_tile, m_tile)
     b_dy = finish_bwd(
-        grad_ptr + o_sample, b_normed, o_tile, m_tile, b_slope, b_intercept, seed_ptr, k0, k1, i_b, 0, o_c,
-        HW, threshold, kept_scale, ACTIVATION, BLOCK_N, QUADS,
+        b_grad, b_normed, b_slope, b_intercept, seed_ptr, k0, k1, i_b, 0, o_c, HW, threshold, kept_scale, ACTIVATION,
+        BLOCK_N, QUADS,
     )  # fmt: skip
     b_sum_dy, b_sum_dy_normed = tl.sum(b_dy, axis=0), tl.sum(b_dy * b_normed, axis=0)
     o_sums = sums_of(i_b, bias_ptr, C) + o_c

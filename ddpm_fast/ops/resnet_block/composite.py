@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from ddpm_fast.ops.branches import branch
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.layout import weights_format
 from ddpm_fast.ops.norm_linear.op import linear
@@ -55,12 +56,12 @@ def resnet_block(
     norm1, norm2 = partial(_norm, **kind, dropout_p=dropout_p), partial(_norm, **kind)
     with no_autocast(x.device.type):
         if skip is not None and res_weight is not None:
-            y1, residual = skip_convs(x, skip, weight1, res_weight, res_bias)
+            y1, residual = skip_convs(x, branch(skip), weight1, res_weight, res_bias)
         else:
             if skip is not None:
                 x, skip = torch.cat((x, skip.to(x.dtype)), dim=1), None
-            y1 = conv3x3(x, weight1)
-            residual = x if res_weight is None else linear(x, res_weight, res_bias)
+            y1, residual = conv3x3(x, weight1), branch(x)
+            residual = residual if res_weight is None else linear(residual, res_weight, res_bias)
         first, last = (y1, gain1, offset1, bias1, scale, shift), (gain2, offset2, bias2)
         h, sums = first_norm_silu(*first, seed, last, **kind, dropout_p=dropout_p)
         y2 = conv_of_recomputed(h, norm1, (*first, None, seed), weight2) if recompute else conv3x3(h, weight2)

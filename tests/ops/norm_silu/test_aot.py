@@ -18,7 +18,9 @@ from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 pytestmark = pytest.mark.slow
 on_sm_90 = pytest.mark.release(but=lambda capability, **_: capability == 90)  # the others: `make release-tests`
 
-MAPS = ("x_ptr", "out_ptr", "residual_ptr", "grad_ptr", "dx_ptr", "added_ptr")
+# Of branches of the output, and the sum of all.
+BRANCHES = ("grad2_ptr", "grad3_ptr", "total_ptr")
+MAPS = ("x_ptr", "out_ptr", "residual_ptr", "grad_ptr", "dx_ptr", "added_ptr", *BRANCHES)
 ROWS = ("scale_ptr", "shift_ptr")  # the time embedding's: of the maps' dtype under autocast
 FLOATS = ("root_c", "kept_scale", "eps")
 BITS = {"bf16": 16, "fp32": 32}
@@ -48,7 +50,7 @@ def compile_stage(
     capability: int,
     tmp_path,
     bias_rows: bool = False,
-    added: bool = False,
+    more: tuple[str, ...] = (),
 ):
     """A kernel as `forward` and `backward` launch it on channels-last maps; with `everything`, residual and dropout."""
     function = getattr(kernel, name)
@@ -56,15 +58,12 @@ def compile_stage(
     tile = launch.choose_tile(STAGES[C], C, whole_rows=whole_rows, sums=sums, dropout=everything)
     constants = {"stride_c": 1, "ACTIVATION": True, "QUADS": tile.block_n % 4 == 0, "TILES": tile.tiles}
     constants |= {"BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c, "CHUNK": tile.chunk, "seed_ptr": None}
-    constants |= {"residual_ptr": None, "added_ptr": None, "BIAS_ROWS": C * bias_rows}
-    if everything:
-        del constants["seed_ptr"], constants["residual_ptr"]
-    if added:
-        del constants["added_ptr"]
-    constants = {n: value for n, value in constants.items() if n in function.arg_names}
+    constants |= dict.fromkeys(("residual_ptr", "added_ptr", *BRANCHES)) | {"BIAS_ROWS": C * bias_rows}
+    more += ("seed_ptr", "residual_ptr") if everything else ()
+    constants = {n: value for n, value in constants.items() if n in function.arg_names and n not in more}
     signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
     unaligned = tuple(n for n in ("tiles", "chunks", "G", "threshold", "scaled") if n in signature)
-    most = launch.most_registers(everything, "sums" not in name, added) if name in BOUNDED else None
+    most = launch.most_registers(everything, "sums" not in name, "added_ptr" in more) if name in BOUNDED else None
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path,
         num_warps=tile.num_warps, unaligned=unaligned, maxnreg=most,
@@ -136,13 +135,30 @@ def test_registers_and_accesses_with_a_gradient_beside(capability, tmp_path, gat
     registers = []
     for dtype, C in itertools.product(BITS, (64, 512)):
         name = "group_norm_silu_bwd_kernel"
-        machine, tile = compile_stage(name, dtype, C, False, capability, tmp_path, added=True)
+        machine, tile = compile_stage(name, dtype, C, False, capability, tmp_path, more=("added_ptr",))
         assert_fit(machine, tile, name, dtype, False)
         per_map = tile.block_n * tile.block_c // (32 * tile.num_warps) * BITS[dtype] // 128
         wide = machine.widths("LDG").get(128, 0) + machine.widths("LDGSTS").get(128, 0)
         assert wide >= 5 * per_map, machine.accesses  # two maps before the loop and in it, and the third
         registers.append(machine.registers)
     gate("registers", f"group_norm_silu_bwd_kernel with a gradient beside, sm_{capability}", max(registers))
+
+
+@on_sm_90
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", ["rms_norm_silu_bwd_kernel", "group_norm_silu_sums_kernel"])
+def test_registers_and_accesses_with_gradients_of_branches(name, capability, tmp_path, gate):
+    """Three gradients are read and their sum is written, by 16 bytes a thread."""
+    registers = []
+    for dtype, C in itertools.product(BITS, (64, 512)):
+        machine, tile = compile_stage(name, dtype, C, False, capability, tmp_path, more=BRANCHES)
+        per_map = tile.block_n * tile.block_c // (32 * tile.num_warps) * BITS[dtype] // 128
+        wide = machine.widths("LDG").get(128, 0) + machine.widths("LDGSTS").get(128, 0)
+        assert not machine.spills and wide >= 4 * per_map, (machine.registers, machine.accesses)
+        writes = KERNELS[name][3] + 1
+        assert machine.widths("STG").get(128, 0) >= writes * per_map, machine.accesses
+        registers.append(machine.registers)
+    gate("registers", f"{name} with gradients of branches, sm_{capability}", max(registers))
 
 
 # Kernels whose program has whole groups: maps read. Maps of CIFAR-10's networks: type, pixels, channels of 32 groups.
@@ -152,6 +168,7 @@ WHOLE_MAPS = [("fp32", 1024, 128), ("fp32", 1024, 256), ("fp32", 16, 256), ("bf1
 WHOLE_OPTIONS = {
     "bias rows": ("fwd", "bwd"),
     "added": ("bwd",),
+    "branches": ("bwd",),
     "scaled": ("fwd", "bwd"),
     "everything": ("fwd", "bwd"),
 }
@@ -168,6 +185,8 @@ def compile_whole(name: str, dtype: str, HW: int, C: int, option: str, capabilit
         constants |= dict.fromkeys(ROWS)
     if option != "added":
         constants |= {"added_ptr": None}
+    if option != "branches":
+        constants |= dict.fromkeys(BRANCHES)
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
     unaligned = tuple(n for n in ("threshold",) if n in signature)
@@ -187,8 +206,9 @@ def test_registers_and_accesses_of_whole_groups(name, capability, tmp_path, gate
         machine, chosen = compile_whole(name, dtype, HW, C, option, capability, tmp_path)
         assert not machine.spills, (dtype, HW, C, option)
         reads = WHOLE[name] + (option == "added") + (option == "everything" and "fwd" in name)
+        reads, writes = (reads + 2, 2) if option == "branches" else (reads, 1)
         bits = chosen.block_n * chosen.block_c // (32 * chosen.num_warps) * BITS[dtype]
-        for kind, maps in (("LDG", reads), ("STG", 1)):
+        for kind, maps in (("LDG", reads), ("STG", writes)):
             wide = sum(width * n for width, n in machine.widths(kind).items() if width >= 64)
             assert wide >= maps * bits, (dtype, HW, C, option, machine.accesses)
         registers.append(machine.registers)

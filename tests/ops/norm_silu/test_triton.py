@@ -5,6 +5,7 @@ Runs on the CPU in Triton's interpreter, else on CUDA; see conftest.py.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from functools import cache, partial
 
@@ -13,6 +14,7 @@ import torch
 
 from ddpm_fast import Unet
 from ddpm_fast.models import stock
+from ddpm_fast.ops.branches import MOST_BRANCHES, branch, branching
 from ddpm_fast.ops.norm_silu import launch, op, reference
 from ddpm_fast.ops.norm_silu import triton as kernel
 from ddpm_fast.ops.norm_silu.op import first_norm_silu, group_norm_silu_beside, last_norm_silu
@@ -282,6 +284,58 @@ def few_pixels(choose, HW: int, C: int, *, dropout: bool, **others: bool) -> lau
     return replace(tile, block_n=16 if dropout else 4, tiles=2)
 
 
+# A group of few pixels, which a program holds whole, and one of many, which several read in chunks.
+@pytest.mark.release(but=lambda dtype, readers, **_: (dtype == torch.bfloat16) == (readers == 3))
+@pytest.mark.parametrize("norm, shape", [("rms", SMALL), ("group", SMALL), ("group", (2, 8, 65, 64, 2))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("readers", [1, 2, 3])
+def test_gradients_of_the_readers_of_the_last_norm(norm, shape, dtype, readers):
+    """Each reader has a branch, and no pass adds their gradients: the same bits as in float32, rounded once."""
+    tensors, others = make_two(norm, "all", dtype, shape)
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    with branching():
+        out = run_two(tensors, others, leaves)
+    maps = [out, *(branch(out) for _ in range(readers - 1))]
+    grads = [
+        torch.randn(out.shape, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last) for _ in maps
+    ]
+    grads[-1] = grads[-1].contiguous()  # of any strides
+    assert len({map.data_ptr() for map in maps}) == 1 and len({id(map) for map in maps}) == readers
+    made = torch.autograd.grad(maps, list(leaves.values()), grads)
+    total = sum(grad.float() for grad in grads).to(dtype)
+    without = run_two(tensors, others, leaves)
+    assert torch.equal(without, out)
+    for name, one, expected in zip(
+        leaves, made, torch.autograd.grad(without, list(leaves.values()), total), strict=True
+    ):
+        assert torch.equal(one, expected), name
+
+
+def test_branches_are_taken_once_and_made_only_where_they_are_wanted():
+    tensors, others = make_two("rms", "bias")
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    with branching():
+        out = run_two(tensors, others, leaves)
+        with torch.no_grad():
+            assert branch(frozen := run_two(tensors, others, leaves)) is frozen
+    assert all(branch(out) is not out for _ in range(MOST_BRANCHES)) and branch(out) is out
+    assert branch(plain := run_two(tensors, others, leaves)) is plain
+    (only,) = torch.autograd.grad(branch(run_two(tensors, others, leaves)).sum(), leaves["x"])
+    with branching():
+        out = run_two(tensors, others, leaves)
+    assert torch.equal(torch.autograd.grad(branch(out).sum(), leaves["x"])[0], only)  # the map itself has no gradient
+
+
+def test_branches_that_nobody_takes_end_with_their_map():
+    tensors, others = make_two("rms", "bias")
+    with branching():
+        out = run_two(tensors, others, {name: tensors[name].requires_grad_() for name in ("x", "last_gain")})
+    taken = branch(out)
+    map, left = weakref.ref(out), weakref.ref(out._ddpm_fast_branches[0])
+    del out
+    assert map() is None and left() is None and taken.requires_grad
+
+
 @cache
 def all_gradients_of_two() -> tuple[dict, dict, dict[str, torch.Tensor]]:
     """Arguments of two norms, and their output and every gradient."""
@@ -355,9 +409,10 @@ def test_opcheck_of_two_norms(norm):
     groups, seed, dropout_p = others.get("groups", 0), others["seed"], others["dropout_p"]
     operators, x = torch.ops.ddpm_fast, tensors["x"]
     out, statistics = operators.norm_silu(x, *rows, None, seed, groups, 1e-5, True, dropout_p)
-    of_last = (out, x, statistics, *rows[:3], groups)
-    torch.library.opcheck(operators.norm_silu_backward_of_last.default, of_last)
-    _, sums = operators.norm_silu_backward_of_last(*of_last)
+    of_last = (out, x, statistics, *rows[:3])
+    for branches in ((x, x), (x, None), (None, None)):
+        torch.library.opcheck(operators.norm_silu_backward_of_last.default, (*of_last, *branches, groups))
+    _, sums, _ = operators.norm_silu_backward_of_last(*of_last, None, None, groups)
     of_both = (out, x, statistics, *rows, seed, sums, groups, dropout_p)
     torch.library.opcheck(operators.norm_silu_backward_of_both.default, of_both)
 
