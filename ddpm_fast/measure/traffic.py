@@ -77,6 +77,10 @@ SECOND_READS: dict[str, Callable[[Arguments], list[torch.Tensor]]] = {
     "ddpm_fast::linear_attention_block_backward": lambda arguments: (
         [arguments["x"]] * 3 + [arguments["grad"]] * arguments["adds_x"]
     ),
+    "ddpm_fast::linear_attention_block_backward_of_readers": lambda arguments: [
+        *[arguments["x"]] * 3,
+        arguments["grad"],
+    ],
     # One launch owns pixels, the other outputs and channels; tiles read again by neighbours come from L2.
     "ddpm_fast::norm_linear_backward": lambda arguments: [arguments["grad"], arguments["x"]],
     "ddpm_fast::norm_linear_beside_backward": lambda arguments: [arguments["grad"], arguments["x"]],
@@ -238,6 +242,7 @@ SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
     "ddpm_fast::linear_attention_backward": _linear_attention_backward_scratch,
     "ddpm_fast::linear_attention_block": _linear_attention_block_scratch,
     "ddpm_fast::linear_attention_block_backward": _linear_attention_block_backward_scratch,
+    "ddpm_fast::linear_attention_block_backward_of_readers": _linear_attention_block_backward_scratch,
     "ddpm_fast::attention_backward": _attention_backward_scratch,
 }
 
@@ -291,6 +296,7 @@ FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
     "ddpm_fast::linear_attention_backward": _linear_attention_flops(2, 3),
     "ddpm_fast::linear_attention_block": _linear_attention_block_flops(2, 2),
     "ddpm_fast::linear_attention_block_backward": _linear_attention_block_flops(6, 5),
+    "ddpm_fast::linear_attention_block_backward_of_readers": _linear_attention_block_flops(6, 5),
     "ddpm_fast::norm_linear": _norm_linear_flops(1),
     "ddpm_fast::norm_linear_backward": _norm_linear_flops(2),
     "ddpm_fast::norm_linear_beside_backward": _norm_linear_flops(2),

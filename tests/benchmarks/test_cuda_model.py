@@ -325,11 +325,20 @@ def test_linear_attention_is_one_block_in_half_types(production):
         assert kernels[f"linear_attention_block_{name}_kernel"] == 5, name
     assert kernels["linear_attention_rows_fwd_kernel"] == kernels["linear_attention_rows_bwd_kernel"] == 1
     maps = [(64, 128), (64, 64), (128, 32), (128, 64), (64, 128)]  # channels, side
-    largest = {"ddpm_fast::linear_attention_block": 4, "ddpm_fast::linear_attention_block_backward": 9.5}
+    largest = {"linear_attention_block": 4, "linear_attention_block_backward_of_readers": 10}
     for name, most in largest.items():
-        moved = sum(launch.bytes_moved for launch in step.launches if launch.operator == name)
+        moved = sum(launch.bytes_moved for launch in step.launches if launch.operator == f"ddpm_fast::{name}")
         of_x = sum(2 * steps.TRAINING_BATCH * C * side**2 for C, side in maps)
         assert moved < most * of_x, (name, moved / of_x)
+
+
+@pytest.mark.parametrize("dtype, sums", [("bf16", 8), ("fp32", 11)])
+def test_sums_of_gradients(production, dtype, sums):
+    """Passes of torch that add a map's gradients: two of the first convolution's output, one of each output of the four
+    that change the resolution or the width, and one of each attention in the encoder and the middle, but where the
+    block of linear attention adds them, which takes half types. Residual blocks add theirs."""
+    found = [launch for launch in production[f"training step, {dtype}"].launches if launch.name == "aten::add"]
+    assert sum(not launch.is_small for launch in found) == sums == 2 + 4 + (2 if dtype == "bf16" else 5)
 
 
 def test_bytes_of_the_block_are_those_of_the_registry():

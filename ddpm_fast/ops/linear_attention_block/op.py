@@ -8,14 +8,17 @@ The Triton and the native block keep no map but x for backward; they make q, k a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ddpm_fast.ops.arguments import why_not_on_cpu, why_steps_come_first
+from ddpm_fast.ops.branches import and_branches, number_of_branches, several, with_branches
 from ddpm_fast.ops.linear_attention.op import check_kinds, check_output
 from ddpm_fast.ops.linear_attention_block import composite
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
-from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
+from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op, once_differentiable
 
 _LARGEST_HIDDEN = 128  # columns of all heads side by side, of which a program holds every one
 _LARGEST_ROW = 128  # channels of x that a program holds beside two sums of (hidden, C)
@@ -53,6 +56,21 @@ _triton_linear_attention_block = Operator(
     "heads, adds_x",
     gradients="x, gain_in, weight_qkv, mem_kv, weight, bias, gain",
     passes="residual",
+    triton=f"{__package__}.triton",
+)
+# Of an output with branches, where x is the residual.
+_gradients_of_readers = Operator(
+    "linear_attention_block_backward_of_readers",
+    "Tensor grad, Tensor? grad2, Tensor x, Tensor gain_in, Tensor weight_qkv, Tensor mem_kv, Tensor weight, "
+    "Tensor bias, Tensor gain, Tensor statistics, Tensor sums, Tensor context, Tensor projection, int heads",
+    returns="dx, dgain_in, dweight_qkv, dmem_kv, dweight, dbias, dgain",
+    fake=lambda x, gain_in, weight_qkv, mem_kv, weight, bias, gain, **_: (
+        torch.empty_like(x),
+        *(
+            torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            for t in (gain_in, weight_qkv, mem_kv, weight, bias, gain)
+        ),
+    ),
     triton=f"{__package__}.triton",
 )
 _native_linear_attention_block = Operator(
@@ -159,10 +177,33 @@ def _triton(
     recompute: bool,
 ) -> torch.Tensor:
     adds_x = residual is x
+    if adds_x and number_of_branches() > 0:
+        arguments = (x, gain_in, weight_qkv, mem_kv, weight, bias, gain)
+        return with_branches(*_BlockWithBranch.apply(*arguments, heads))
     residual = None if adds_x else residual
     return _triton_linear_attention_block.triton(
         x, gain_in, weight_qkv, mem_kv, weight, bias, gain, residual, heads, adds_x
     )[0]
+
+
+class _BlockWithBranch(torch.autograd.Function):
+    """The block of x plus x, and a branch of its output."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        *tensors, ctx.heads = arguments
+        out, *kept = _triton_linear_attention_block.triton(*tensors, None, ctx.heads, True)
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.set_materialize_grads(False)
+        return and_branches(out, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        grad, grad2, _ = several(gradients)
+        if grad is None:
+            return (None,) * 8
+        return *_gradients_of_readers.triton(grad, grad2, *ctx.saved_tensors, ctx.heads), None
 
 
 def _triton_refuses(

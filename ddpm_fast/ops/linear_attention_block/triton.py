@@ -24,6 +24,8 @@ The kernels are in triton_fwd.py and triton_bwd.py, what they share in triton_ti
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ddpm_fast.ops.linear_attention.triton import kernel_precision
@@ -102,12 +104,14 @@ def linear_attention_block_backward(
     projection: torch.Tensor,
     heads: int,
     adds_x: bool,
+    grad2: torch.Tensor | None = None,  # of another reader of the output, with adds_x
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of x, gain_in, weight_qkv, mem_kv, weight, bias and gain, each of its argument's shape and dtype."""
     B, C, N, D, M = _sizes(x, mem_kv)
     launch = _launch_for(x, heads, D)
     chunks, HD = launch.chunks(N), heads * D
     grad = grad.contiguous(memory_format=torch.channels_last)
+    grad2 = None if grad2 is None else grad2.contiguous(memory_format=torch.channels_last)
     dx = torch.empty_like(x)
     dgain_in, dweight_qkv, dmem_kv, dweight, dbias, dgain = (
         torch.empty_like(t, memory_format=torch.contiguous_format)
@@ -123,7 +127,7 @@ def linear_attention_block_backward(
     with torch.cuda.device_of(x):
         linear_attention_block_queries_bwd_kernel[(B * chunks,)](
             grad, x, dx, partial, gain_in, weight_qkv, projection, bias.contiguous(), gain, N, C, chunks,
-            launch.queries.tiles(launch.chunk), C**0.5, **shared, **launch.queries.constants,
+            launch.queries.tiles(launch.chunk), C**0.5, **shared, **launch.queries.constants, grad2_ptr=grad2,
         )  # fmt: skip
         linear_attention_block_small_bwd_kernel[(B * heads,)](
             partial, statistics, sums, context, gain_in, weight_qkv, mem_kv.contiguous(), weight.contiguous(), dsums,
@@ -144,6 +148,13 @@ def linear_attention_block_backward(
             BLOCK_D=launch.block_d, **finish_blocks,
         )  # fmt: skip
     return dx, dgain_in, dweight_qkv, dmem_kv, dweight, dbias, dgain
+
+
+def linear_attention_block_backward_of_readers(
+    grad: torch.Tensor, grad2: torch.Tensor | None, *arguments: Any
+) -> tuple[torch.Tensor, ...]:
+    """As `linear_attention_block_backward`, with adds_x, of an output that two ops read."""
+    return linear_attention_block_backward(grad, *arguments, True, grad2)
 
 
 def parameters_blocks(C: int, interpreted: bool = False) -> tuple[dict[str, int], dict[str, int]]:

@@ -74,6 +74,7 @@ def linear_attention_block_queries_bwd_kernel(
     N, C, chunks, tiles, root_c,
     HEADS: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    grad2_ptr=None,  # (B, N, C): of another reader of the output, added to grad and to dx
 ):  # fmt: skip
     """Grid (B·chunks,)."""
     i_b, i_chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
@@ -83,6 +84,8 @@ def linear_attention_block_queries_bwd_kernel(
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
     grad_ptr += i_b * N * C
+    if grad2_ptr is not None:
+        grad2_ptr += i_b * N * C
     x_ptr += i_b * N * C
     dx_ptr += i_b * N * C
     b_weight = cast(load_folded(weight_ptr, gain_in_ptr, o_j, m_j, o_c, m_c, C), DTYPE)
@@ -96,6 +99,9 @@ def linear_attention_block_queries_bwd_kernel(
         m_n = o_n < N
         b_x = load_rows(x_ptr, o_n, m_n, o_c, m_c, C)
         b_grad = load_rows(grad_ptr, o_n, m_n, o_c, m_c, C)
+        if grad2_ptr is not None:
+            b_grad2 = load_rows(grad2_ptr, o_n, m_n, o_c, m_c, C)
+            b_grad = cast(b_grad.to(tl.float32) + b_grad2.to(tl.float32), DTYPE)
         b_normed = cast(normed(b_x, root_c)[0], DTYPE)
         b_q = product(b_weight, tl.trans(b_normed), DTYPE, PRECISION)  # (columns, BLOCK_N)
         b_q = _softmax_of_heads(b_q, m_d, D, GROUP, BLOCK_D)
@@ -115,6 +121,8 @@ def linear_attention_block_queries_bwd_kernel(
         b_normed_again, b_factor_again = normed(b_x, root_c)
         b_dx = _norm_backward(b_z, b_normed_again, b_factor_again, root_c)
         o_tile, m_tile = o_n[:, None] * C + o_c[None, :], m_n[:, None] & m_c[None, :]
+        if grad2_ptr is not None:  # read again: the products leave no registers
+            b_dx += load(grad2_ptr, o_tile, m_tile)
         tl.store(dx_ptr + o_tile, cast(b_dx, DTYPE), mask=m_tile)
     sums_ptr += tl.program_id(0).to(tl.int64) * ((2 * HD + 1) * C)
     o_matrix, m_matrix = o_j[:, None] * C + o_c[None, :], m_j[:, None] & m_c[None, :]

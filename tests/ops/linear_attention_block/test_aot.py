@@ -23,7 +23,7 @@ REGISTERS = 65536  # of a multiprocessor
 
 # The block in Unet(64, (1, 2, 4, 8)) at 128×128: channels and positions.
 STAGES = {64: 128**2, 128: 64**2}
-MAPS = ("x_ptr", "out_ptr", "grad_ptr", "dx_ptr", "projection_ptr", "dsums_ptr")
+MAPS = ("x_ptr", "out_ptr", "grad_ptr", "grad2_ptr", "dx_ptr", "projection_ptr", "dsums_ptr")
 
 # Kernel and channels, with the programs that a multiprocessor holds at least.
 KERNELS = {
@@ -54,14 +54,18 @@ SPILLED = {
 }
 
 
-def compile_stage(name: str, C: int, capability: int, tmp_path) -> tuple[Machine, int]:
+# The same of queries_bwd with the gradient of a second reader, by Triton 3.8.
+SPILLED_OF_TWO = {(64, 80): 48, (64, 90): 8, (128, 80): 104, (128, 90): 64}
+
+
+def compile_stage(name: str, C: int, capability: int, tmp_path, readers: int = 1) -> tuple[Machine, int]:
     """Compile a kernel as a launch does; also returns its warps."""
     function = getattr(kernel, f"linear_attention_block_{name}_kernel")
     launch = choose_launch(STAGES[C], HEADS, D, C)
     tiles = {"context": launch.context, "rows_fwd": launch.rows}
     tile = (tiles | {"queries_bwd": launch.queries, "keys_bwd": launch.keys}).get(name)
     constants = {"HEADS": HEADS, "D": D, "M": 4, "PRECISION": "tf32x3", "BLOCK_R": 16, "BLOCK_K": 4}
-    constants |= {"ADDS_X": True, "residual_ptr": None} | launch.sizes
+    constants |= {"ADDS_X": True, "residual_ptr": None} | launch.sizes | ({"grad2_ptr": None} if readers == 1 else {})
     finishing = dict(zip(("sums_bwd", "finish_bwd"), kernel.parameters_blocks(C), strict=True))
     constants |= finishing.get(name, {})
     options = {"num_warps": 4, "num_stages": 1, "maxnreg": None}
@@ -96,6 +100,17 @@ def test_registers_and_accesses(name, C, capability, tmp_path, gate):
     elif name not in ("merge", "small_bwd", "finish_bwd"):  # rows of maps move in pieces of 16 bytes
         assert machine.widths("LDG").get(128, 0) + machine.widths("LDGSTS").get(128, 0) > 0, (name, machine.accesses)
         assert name == "context" or machine.widths("STG").get(128, 0) > 0, (name, C, machine.accesses)
+
+
+@pytest.mark.release(but=lambda C, capability: capability == 90)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("C", STAGES)
+def test_registers_of_queries_with_two_readers(C, capability, tmp_path, gate):
+    machine, _ = compile_stage("queries_bwd", C, capability, tmp_path, readers=2)
+    assert machine.stack <= SPILLED_OF_TWO[C, capability], (machine.stack, machine.local)
+    name = "linear_attention_block_queries_bwd_kernel of two readers"
+    gate("registers", f"{name}, bf16, C = {C}, sm_{capability}", machine.registers)
+    assert machine.shared == compile_stage("queries_bwd", C, capability, tmp_path)[0].shared
 
 
 @pytest.mark.parametrize("name", ["context", "rows_fwd", "queries_bwd", "keys_bwd"])

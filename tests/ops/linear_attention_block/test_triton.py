@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 import torch
 
+from ddpm_fast.ops.branches import branch, branching
 from ddpm_fast.ops.linear_attention_block import composite
 from ddpm_fast.ops.linear_attention_block import triton as kernel
 from ddpm_fast.ops.linear_attention_block.op import linear_attention_block
@@ -23,6 +24,7 @@ from ddpm_fast.testing.linear_attention_block_cases import (
     run,
     with_residual,
 )
+from ddpm_fast.testing.truth import assert_close_to_truth
 
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -179,6 +181,38 @@ def test_the_residuals_gradient_is_no_copy():
     assert found.data_ptr() == grad.data_ptr()
 
 
+@HALVES
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_two_readers_of_the_output(dtype, layout):
+    """A branch's gradient joins the map's in the kernels: parameters' gradients are those of their rounded sum."""
+    tensors, others = make(SHAPES[2], dtype, DEVICE)
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    values = [torch.randn(leaves["x"].shape, device=DEVICE).to(dtype).contiguous(memory_format=layout) for _ in "12"]
+
+    def block(leaves: dict[str, torch.Tensor], backend: str = "triton") -> torch.Tensor:
+        with use_backend(backend):
+            return linear_attention_block(**leaves, residual=leaves["x"], **others)
+
+    with branching():
+        out = block(leaves)
+    beside = branch(out)
+    assert beside is not out and branch(out) is out and out.grad_fn is beside.grad_fn
+    inputs, plain = list(leaves.values()), block(leaves)
+    assert torch.equal(plain, out)
+    alone = torch.autograd.grad(beside, inputs, values[0], retain_graph=True)
+    for one, expected in zip(alone, torch.autograd.grad(plain, inputs, values[0], retain_graph=True), strict=True):
+        assert torch.equal(one, expected)
+    made, total = torch.autograd.grad((out, beside), inputs, values), (values[0].float() + values[1].float()).to(dtype)
+    for name, one, expected in zip(leaves, made, torch.autograd.grad(plain, inputs, total), strict=True):
+        assert name == "x" or torch.equal(one, expected), name
+    by_reference = []
+    for wide in (torch.Tensor.clone, torch.Tensor.double):
+        given = {name: wide(tensor.detach()).requires_grad_() for name, tensor in tensors.items()}
+        out = block(given, "reference")
+        by_reference += torch.autograd.grad((out, out.view_as(out)), given["x"], [wide(value) for value in values])
+    assert_close_to_truth(made[0], *by_reference, name="dx")
+
+
 @pytest.mark.release(but=lambda kind: kind == "x")
 @pytest.mark.parametrize("kind", ["none", "x", "other"])
 def test_opcheck(kind):
@@ -192,6 +226,9 @@ def test_opcheck(kind):
     detached = [leaf.detach() for leaf in leaves]
     out, *saved = operators.linear_attention_block(*detached, residual, *options)
     torch.library.opcheck(operators.linear_attention_block_backward.default, (out, *detached, *saved, *options))
+    for grad2 in (out, None) if kind == "x" else ():
+        given = (out, grad2, *detached, *saved, others["heads"])
+        torch.library.opcheck(operators.linear_attention_block_backward_of_readers.default, given)
 
 
 @pytest.mark.release(but=lambda kind: kind == "x")
