@@ -89,8 +89,10 @@ def choose_groups(HW: int, C: int, G: int) -> Groups | None:
     return Groups(groups, block_n, block_d * groups, num_warps=min(16, max(1, elements // 512)))
 
 
-def most_registers(dropout: bool, writes_dx: bool = True, added: bool = False) -> int:
+def most_registers(dropout: bool, writes_dx: bool = True, added: bool = False, branches: bool = False) -> int:
     """The bound of a backward kernel of maps, with which none spills; with 96 a multiprocessor runs five programs."""
+    if branches and writes_dx and not dropout:
+        return 104
     return 120 if writes_dx and (dropout or (added and triton_launch.is_triton_before(3, 6))) else 96
 
 

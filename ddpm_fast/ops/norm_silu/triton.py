@@ -222,9 +222,10 @@ def _gradient_of_map(
     numbers = (*plan.strides, *rows.strides, *_dropout_numbers(dropout_p))
     with torch.cuda.device_of(x):
         if groups == 0:
+            bound = triton_launch.register_bound(most_registers(seed is not None, branches=bool(several)))
             rms_norm_silu_bwd_kernel[(B * chunks,)](
                 grad, x, dx, sums, statistics, rows.gain, rows.bias, *rows.scale_and_shift(x), seed, HW, C, chunks,
-                C**0.5, *numbers, int(rows.scaled), **constants, **several,
+                C**0.5, *numbers, int(rows.scaled), **(constants | bound), **several,
             )  # fmt: skip
             return dx, sums
         added = None if added is None else _laid_out_like(x, added)

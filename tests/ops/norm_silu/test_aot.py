@@ -63,7 +63,8 @@ def compile_stage(
     constants = {n: value for n, value in constants.items() if n in function.arg_names and n not in more}
     signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
     unaligned = tuple(n for n in ("tiles", "chunks", "G", "threshold", "scaled") if n in signature)
-    most = launch.most_registers(everything, "sums" not in name, "added_ptr" in more) if name in BOUNDED else None
+    given = (everything, "sums" not in name, "added_ptr" in more, "total_ptr" in more)
+    most = launch.most_registers(*given) if name in BOUNDED else None
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path,
         num_warps=tile.num_warps, unaligned=unaligned, maxnreg=most,
