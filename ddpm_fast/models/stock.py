@@ -6,7 +6,7 @@ its modules, as upstream does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, TypeGuard, TypeVar
 
@@ -161,12 +161,18 @@ def renews_no_weight(module: nn.Module) -> bool:
     )
 
 
-def shows_nobody(module: nn.Module) -> bool:
-    """True if a call of the module shows its input and output to no code but that of known packages."""
-    own, cls = module.__dict__, type(module)
-    if own["_backward_hooks"] or own["_backward_pre_hooks"] or _FORWARD.get(cls, cls.forward) is not cls.forward:
-        return False
-    return renews_no_weight(module)
+def show_nobody(modules: Iterable[nn.Module]) -> bool:
+    """True if calls of the modules, and of those inside, show their maps to no code but that of known packages."""
+    found = list(modules)
+    for module in found:  # dicts, as in `is_unmodified`
+        own, cls = module.__dict__, type(module)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return False
+        if "forward" in own or _FORWARD.get(cls, cls.forward) is not cls.forward or not _is_known(cls.__module__):
+            return False
+        if own["_modules"]:
+            found += [child for child in own["_modules"].values() if child is not None]
+    return not has_global_hooks()
 
 
 def why_modified(module: nn.Module) -> str | None:

@@ -33,18 +33,17 @@ from ddpm_fast.models.embeddings import (
 from ddpm_fast.models.narrow_weights import Copies, Group, copies_of, copy_weights, dtype_of_copies, groups_of, reading
 from ddpm_fast.models.resnet import ResnetBlock, ScaleShift
 from ddpm_fast.models.stock import (
-    calls_every_module,
     is_convolution,
     is_instance,
     is_unmodified,
     parameter,
-    shows_nobody,
+    show_nobody,
 )
 from ddpm_fast.ops.branches import branching
 from ddpm_fast.ops.layout import maps_format, weights_format
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.autocast import no_autocast
-from ddpm_fast.runtime.dispatch import in_forward_mode
+from ddpm_fast.runtime.dispatch import forced_backend, in_forward_mode
 from ddpm_fast.runtime.pretrained import Pretrained, UndrawnWeights
 
 if TYPE_CHECKING:
@@ -174,8 +173,9 @@ class UnetBase(Pretrained, HasDerivedWeight):
         """Inside, maps with several readers have branches: where kernels add gradients and nobody else sees them."""
         if not torch.is_grad_enabled() or triton_launch.why_not_triton(device) is not None or in_forward_mode():
             return contextlib.nullcontext()
-        shows_no_maps = all(shows_nobody(module) for child in self.children() for module in child.modules())
-        return branching() if shows_no_maps and not calls_every_module() else contextlib.nullcontext()
+        if forced_backend() == "reference" or not show_nobody(self.children()):
+            return contextlib.nullcontext()
+        return branching()
 
     def _run(self, maps: Sequence[torch.Tensor], time: torch.Tensor, given: GivenConditions) -> torch.Tensor:
         # Every convolution and op keeps this layout.

@@ -1,21 +1,23 @@
 """A large odd kernel on few channels, stride 1, zeros around: declaration, public function, eligibility.
 
 On the CPU a matrix product per row of the padded map, where the inputs of one kernel row are contiguous
-(csrc/cpu/kernels/stem_conv-inl.h). Elsewhere torch's convolution.
+(csrc/cpu/kernels/stem_conv-inl.h). Elsewhere torch's convolution; a Triton kernel adds the gradients of its readers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn.grad import conv2d_input
 
 from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
+from ddpm_fast.ops.branches import MOST_BRANCHES, and_branches, number_of_branches, several, with_branches
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.ops.stem_conv import reference
 from ddpm_fast.runtime import extension
-from ddpm_fast.runtime.dispatch import Implementation, Op
+from ddpm_fast.runtime.dispatch import Implementation, Op, forced_backend, once_differentiable
 
 _MOST_MAPS = 3  # that native code reads side by side: the estimate of x0, x, and a condition's image
 _MOST_CHANNELS = 16  # with more, a direct convolution's own blocks of channels are filled
@@ -62,6 +64,18 @@ _stem_conv = Operator(
 )
 
 
+_sum_of_gradients = Operator(
+    "stem_conv_sum_of_gradients",
+    "Tensor grad, Tensor grad2, Tensor? grad3",  # of the output's readers
+    returns="total, dbias",
+    fake=lambda grad, **_: (
+        torch.empty_like(grad, memory_format=torch.channels_last),
+        grad.new_empty(grad.shape[1]),
+    ),
+    triton=f"{__package__}.triton",
+)
+
+
 def stem_conv(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, beside: Sequence[torch.Tensor] = ()
 ) -> torch.Tensor:
@@ -81,6 +95,8 @@ def stem_conv(
         TypeError, ValueError: an argument does not match its description.
     """
     _check(x, weight, bias, beside)
+    if bias is not None and not beside and _has_branches(x):
+        return with_branches(*_ConvWithBranches.apply(x, weight.to(x.dtype), bias.to(x.dtype)))
     return _stem_conv_op(x, weight, bias, tuple(beside))
 
 
@@ -89,6 +105,44 @@ def reads_in_place(
 ) -> bool:
     """True if the implementation that would run takes maps in any layout and side by side without a copy."""
     return _stem_conv_op.choose(x, weight, bias, tuple(beside)).name == "native"
+
+
+def _has_branches(x: torch.Tensor) -> bool:
+    """True in a network with branches, which runs where Triton does: torch's convolution, whose gradients it adds."""
+    return (
+        number_of_branches() > 0
+        and forced_backend() in (None, "triton")
+        and x.dtype != torch.float64
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+class _ConvWithBranches(torch.autograd.Function):
+    """torch's convolution, and branches of its output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        return and_branches(reference.stem_conv(x, weight, bias), MOST_BRANCHES)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        grad, grad2, grad3 = several(gradients)
+        if grad is None:
+            return None, None, None
+        dbias, (x, weight) = None, ctx.saved_tensors
+        if grad2 is not None:
+            grad, dbias = _sum_of_gradients.triton(grad, grad2, grad3)
+        padding = (weight.shape[2] // 2,) * 2
+        dx_wanted, dweight_wanted, dbias_wanted = ctx.needs_input_grad
+        wanted = (dx_wanted, dweight_wanted, dbias_wanted and dbias is None)
+        dx, dweight, dbias_alone = torch.ops.aten.convolution_backward(
+            grad, x, weight, (weight.shape[0],), (1, 1), padding, (1, 1), False, (0, 0), 1, wanted
+        )
+        return dx, dweight, dbias_alone if dbias is None else dbias
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, beside: Sequence[torch.Tensor]) -> None:
