@@ -112,7 +112,6 @@ def load_checkpoint(
     unet_config = config["unet"] or infer_unet_config(network_state(states.model), path)
     diffusion_config = dict(config["diffusion"] or infer_diffusion_config(states.model, name))
     check_network_config(unet_config, network, path)
-    _check_names("process", diffusion_config, cls.arguments(), path)
     _check_names("ema", config["ema"] or {}, inspect.signature(EMA.__init__).parameters, path)
     class_names = recorded_class_names(contents, path)
     if image_size is not None:
