@@ -183,7 +183,9 @@ def _native_refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def _native_yields(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, beside: _Maps) -> str | None:
-    if x.dtype == torch.bfloat16 and extension.instruction_set() == "avx512_bf16":
+    # torch.compile cannot ask for the processor, and takes native code.
+    asks = x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    if asks and extension.instruction_set() == "avx512_bf16":
         return "x is bfloat16, and this processor multiplies it by pairs, in torch's convolution and not in native code"
     if weight.shape[1] > _MOST_CHANNELS:
         return f"x has {weight.shape[1]} channels, more than {_MOST_CHANNELS}: torch's convolution has blocks of them"

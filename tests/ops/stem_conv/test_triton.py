@@ -41,6 +41,7 @@ def test_sums(shape, number, dtype):
     assert_close_to_truth(dbias, total.sum((0, 2, 3)), total.double().sum((0, 2, 3)), name="dbias")
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("readers", [1, 2, 3])
 def test_a_convolution_with_readers(readers, dtype):
