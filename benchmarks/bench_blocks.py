@@ -64,7 +64,8 @@ def compare_blocks(
 
     def remember(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            calls.setdefault(name, (args, kwargs))
+            detached = {key: _detached(value) for key, value in kwargs.items()}
+            calls.setdefault(name, (tuple(map(_detached, args)), detached))
 
         return hook
 
@@ -72,7 +73,7 @@ def compare_blocks(
         eager.get_submodule(name).register_forward_pre_hook(remember(name), with_kwargs=True) for name in accelerated
     ]
     x, t, _ = inputs(network, batch, device)
-    with torch.no_grad(), autocast(dtype, device):
+    with autocast(dtype, device):  # with gradients: an image takes none, and neither does its convolution's input
         network.call(eager, x, t)
     for hook in hooks:
         hook.remove()
@@ -114,6 +115,11 @@ def _largest_difference(actual: list[torch.Tensor], expected: list[torch.Tensor]
     )
 
 
+def _detached(value: Any) -> Any:
+    """A tensor without its history, which takes a gradient if it did."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+
+
 def _block_call(
     module: nn.Module, args: tuple, kwargs: dict, dtype: str, trains: bool, layout: torch.memory_format
 ) -> Callable[[], list]:
@@ -126,7 +132,7 @@ def _block_call(
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         of_it = layout if value.dim() == 4 else torch.preserve_format
-        return value.detach().clone(memory_format=of_it).requires_grad_(trains)
+        return value.detach().clone(memory_format=of_it).requires_grad_(trains and value.requires_grad)
 
     args, kwargs = tuple(map(leaf, args)), {name: leaf(value) for name, value in kwargs.items()}
     leaves = [v for v in (*args, *kwargs.values(), *module.parameters()) if getattr(v, "requires_grad", False)]
