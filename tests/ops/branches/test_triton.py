@@ -50,6 +50,7 @@ def gradients(model: Unet, x: torch.Tensor, t: torch.Tensor, backend: str = "tri
     return {"out": out.detach(), **{name: weight.grad.clone() for name, weight in model.named_parameters()}}
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("norm", ["rms", "group"])
 def test_a_network(norm, given):
     """A stage's first block is read by the next one's convolution and residual, and by a skip connection; the network's
