@@ -23,13 +23,18 @@ class Chunks {
  public:
   explicit Chunks(at::TensorList tensors) : of_thread_(std::max(1, at::get_num_threads())) {
     const int64_t threads = static_cast<int64_t>(of_thread_.size());
+    std::vector<int64_t> busy(threads, 0);  // elements
     for (size_t tensor = 0; tensor < tensors.size(); ++tensor) {
       const int64_t elements = tensors[tensor].numel(), count = (elements + kChunk - 1) / kChunk;
       for (int64_t i = 0; i < count; ++i) {
-        // The kernels that wrote a gradient and will read its weight cut their rows in the same way.
-        const int64_t thread = i * threads / count, last = ((i + 1) * threads - 1) / count;
-        of_thread_[thread == last ? thread : least_busy()].push_back(
-            {total_++, static_cast<int64_t>(tensor), kChunk * i});
+        // The kernels that wrote a gradient and will read its weight cut their rows in the same way. What belongs to
+        // two threads, such as a tensor of one chunk, goes to the one with less to do.
+        int64_t thread = i * threads / count;
+        if (thread != ((i + 1) * threads - 1) / count) {
+          thread = std::min_element(busy.begin(), busy.end()) - busy.begin();
+        }
+        busy[thread] += std::min(kChunk, elements - kChunk * i);
+        of_thread_[thread].push_back({total_++, static_cast<int64_t>(tensor), kChunk * i});
       }
     }
   }
@@ -50,14 +55,6 @@ class Chunks {
   struct Chunk {
     int64_t index, tensor, first;
   };
-
-  size_t least_busy() const {
-    size_t least = 0;
-    for (size_t i = 1; i < of_thread_.size(); ++i) {
-      if (of_thread_[i].size() < of_thread_[least].size()) least = i;
-    }
-    return least;
-  }
 
   std::vector<std::vector<Chunk>> of_thread_;
   int64_t total_ = 0;
