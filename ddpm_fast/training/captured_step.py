@@ -492,7 +492,10 @@ class TrainingStep:
 
     def _make_reset(self) -> Callable[[], None]:
         """A function that puts weights, gradients, scale and the optimizer's state back to what they are now."""
-        held = [*self.diffusion.buffers(), *self.flat_gradients, self._loss]
+        held = [*self.diffusion.buffers(), self._loss]
+        if not self.recorder.freezes_decisions:
+            return _put_back(held)  # there is no warm-up, and the next step's gradients begin with zeros
+        held += self.flat_gradients
         if self.recorder.records_calls:
             # A call stops before it moves weights: the native step, which does, can be recorded.
             return _put_back(held)

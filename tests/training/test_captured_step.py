@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from ema_pytorch import EMA
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import GaussianDiffusion, Unet, capture_training_step
 from ddpm_fast.runtime import recording
@@ -94,6 +95,28 @@ def test_without_a_recording():
     step(images(1)[0])
     assert not any(torch.equal(a, b) for a, b in zip(before, diffusion.parameters(), strict=True))
     assert optimizer.param_groups[0]["lr"] == RATE
+
+
+class Copies(TorchDispatchMode):
+    """The elements that clones in the block have."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.elements += args[0].numel() if func is torch.ops.aten.clone.default else 0
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_without_a_recording_copies_no_weights(accumulate):
+    diffusion = make()
+    weights = sum(p.numel() for p in diffusion.parameters())
+    step = step_of(recording.EagerRecorder, diffusion, adam(diffusion), accumulate=accumulate)
+    batches = images(accumulate)
+    with Copies() as copies:
+        for _ in range(3):  # Adam's moments are new in the second
+            step(*batches)
+    assert copies.elements < weights
 
 
 @needs_tapes
