@@ -7,6 +7,7 @@
 #include "gemm-inl.h"
 #include "linear.h"
 #include "norm_rows-inl.h"
+#include "pack-inl.h"
 #include "parallel-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
@@ -16,62 +17,6 @@ constexpr int64_t kTaskProducts = int64_t{1} << 18;  // fewer multiplications do
 constexpr int64_t kBlockRows = 96;                   // at most, of a block of rows of A
 // Terms per partial sum. The rounding error of n terms added in a row grows with √n; that of torch's products does not.
 constexpr int64_t kSumLength = 256;
-
-typedef float v4 __attribute__((vector_size(16)));
-typedef float v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
-
-// Four elements of a and b side by side, by their index in [0, 8).
-template <int i, int j, int k, int l>
-DDPM_FAST_INLINE v4 pick(v4 a, v4 b) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, i, j, k, l);
-#else
-  typedef int32_t indices __attribute__((vector_size(16)));
-  return __builtin_shuffle(a, b, indices{i, j, k, l});
-#endif
-}
-
-// Row n of four, four elements long, becomes column n: to[k·kPanel + n] = factor[k]·from[n·stride + k].
-DDPM_FAST_INLINE void transpose_4x4(const float* from, int64_t stride, const float* factor, float* to) {
-  const auto row = [&](int64_t n) { return v4(*reinterpret_cast<const v4_unaligned*>(from + n * stride)); };
-  const auto put = [&](int64_t k, v4 value) {
-    *reinterpret_cast<v4_unaligned*>(to + k * kPanel) = factor ? value * factor[k] : value;
-  };
-  const v4 a = row(0), b = row(1), c = row(2), d = row(3);
-  const v4 ab01 = pick<0, 4, 1, 5>(a, b), ab23 = pick<2, 6, 3, 7>(a, b);
-  const v4 cd01 = pick<0, 4, 1, 5>(c, d), cd23 = pick<2, 6, 3, 7>(c, d);
-  put(0, pick<0, 1, 4, 5>(ab01, cd01));
-  put(1, pick<2, 3, 6, 7>(ab01, cd01));
-  put(2, pick<0, 1, 4, 5>(ab23, cd23));
-  put(3, pick<2, 3, 6, 7>(ab23, cd23));
-}
-
-// Packs panels [first, last) of (k, n) = gain[k]·w[n·stride + k], with k in [0, K) and n in [0, N); gain may be null.
-DDPM_FAST_NOINLINE void pack_transposed(const float* w, int64_t stride, const float* gain, int64_t K, int64_t N,
-                                        int64_t first, int64_t last, float* packed) {
-  for (int64_t p = first; p < last; ++p) {
-    const int64_t columns = min<int64_t>(kPanel, N - p * kPanel);
-    const float* from = w + p * kPanel * stride;
-    float* panel = packed + p * K * kPanel;
-    // One cache line of every row at a time.
-    for (int64_t line = 0; line < K; line += 16) {
-      const int64_t end = min(K, line + 16), whole = line + (end - line) / 4 * 4;
-      for (int64_t n = 0; n < kPanel; n += 4) {
-        int64_t k = line;
-        if (n + 4 <= columns) {
-          for (; k < whole; k += 4) {
-            transpose_4x4(from + n * stride + k, stride, gain ? gain + k : nullptr, panel + k * kPanel + n);
-          }
-        }
-        for (; k < end; ++k) {
-          for (int64_t i = n; i < n + 4; ++i) {
-            panel[k * kPanel + i] = i < columns ? from[i * stride + k] * (gain ? gain[k] : 1.0f) : 0.0f;
-          }
-        }
-      }
-    }
-  }
-}
 
 // Packs one panel of (k, n) = row_scale[k]·b[k·stride + n]·gain[n], k in [0, K), of which `columns` exist; row_scale
 // and gain may be null.
@@ -234,7 +179,7 @@ inline void linear_forward(const LinearForward& p) {
   if (p.rows * p.K == 0) return;
   float* packed = thread_scratch(kPackedSlot, packed_size(C, p.K));
   parallel(panels(p.K), task_grain(C * kPanel * 16),
-           [&](int64_t begin, int64_t end) { pack_transposed(p.weight, C, p.gain, C, p.K, begin, end, packed); });
+           [&](int64_t begin, int64_t end) { pack_columns(p.weight, C, p.gain, C, p.K, begin, end, packed); });
   const int64_t block = even_block_rows(p.rows, max<int64_t>(C, 1)), blocks = ceil_div(p.rows, block);
   over_blocks(blocks, panels(p.K), min(block, p.rows) * C * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
     const int64_t first = b * block, count = min(block, p.rows - first), groups = ceil_div(count, kRows);
@@ -278,7 +223,7 @@ inline void linears_forward(const LinearsForward& p) {
         for (int64_t r = 0; r < p.rows; ++r) dot_outputs(p.x + r * p.C, weight, bias, p.C, columns, out + r * p.K);
         continue;
       }
-      pack_transposed(weight, p.C, nullptr, p.C, columns, 0, 1, packed);
+      pack_columns(weight, p.C, p.C, columns, packed);
       for (int64_t k = 0; k == 0 || k < p.C; k += kSumLength) {  // once where C = 0: zeros
         product_panel(p.x + k, p.C, 1, packed + k * kPanel, p.rows, min(kSumLength, p.C - k), out, p.K, columns, k > 0);
       }

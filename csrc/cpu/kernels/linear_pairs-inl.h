@@ -6,10 +6,10 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// `pack_transposed` of all panels, by pairs.
-inline void pack_transposed_pairs(const float* weight, const float* gain, int64_t C, int64_t K, float* packed) {
+// `pack_columns` of all panels, by pairs.
+inline void pack_columns_by_pairs(const float* weight, const float* gain, int64_t C, int64_t K, float* packed) {
   parallel(panels(K), task_grain(C * kPanel * 16), [&](int64_t begin, int64_t end) {
-    pack_transposed(weight, C, gain, C, K, begin, end, packed);
+    pack_columns(weight, C, gain, C, K, begin, end, packed);
     narrow_panels(packed + begin * C * kPanel, C, (end - begin) * kPanel);
   });
 }
@@ -19,7 +19,7 @@ inline void linear_forward_by_pairs(const LinearForward& p) {
   const int64_t C = p.channels[0] + p.channels[1];
   if (p.rows * p.K == 0) return;
   float* packed = thread_scratch(kPackedSlot, packed_size(C, p.K));
-  pack_transposed_pairs(p.weight, p.gain, C, p.K, packed);
+  pack_columns_by_pairs(p.weight, p.gain, C, p.K, packed);
   const int64_t block = even_block_rows(p.rows, max<int64_t>(C, 1)), blocks = ceil_div(p.rows, block);
   const int64_t stride = padded(narrowed_row(p.channels[0]) + narrowed_row(p.channels[1]));
   over_blocks(blocks, panels(p.K), min(block, p.rows) * C * kPanel, [&](int64_t b, int64_t panel, bool fresh) {

@@ -68,41 +68,66 @@ inline void deep_product(const float* a, int64_t row, int64_t step, const float*
 
 typedef float v4 __attribute__((vector_size(16)));
 typedef float v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t v4i __attribute__((vector_size(16)));
 
-// Four rows of four at from[row·stride] become four columns at to[column·apart].
-DDPM_FAST_INLINE void transpose4(const float* from, int64_t stride, float* to, int64_t apart = kPanel) {
-  const auto at = [&](int64_t row) -> v4 { return *reinterpret_cast<const v4_unaligned*>(from + row * stride); };
-  const auto put = [&](int64_t column, v4 value) { *reinterpret_cast<v4_unaligned*>(to + column * apart) = value; };
-  const v4 a = at(0), b = at(1), c = at(2), d = at(3);
-  const v4 ab_low = __builtin_shuffle(a, b, v4i{0, 4, 1, 5}), ab_high = __builtin_shuffle(a, b, v4i{2, 6, 3, 7});
-  const v4 cd_low = __builtin_shuffle(c, d, v4i{0, 4, 1, 5}), cd_high = __builtin_shuffle(c, d, v4i{2, 6, 3, 7});
-  put(0, __builtin_shuffle(ab_low, cd_low, v4i{0, 1, 4, 5}));
-  put(1, __builtin_shuffle(ab_low, cd_low, v4i{2, 3, 6, 7}));
-  put(2, __builtin_shuffle(ab_high, cd_high, v4i{0, 1, 4, 5}));
-  put(3, __builtin_shuffle(ab_high, cd_high, v4i{2, 3, 6, 7}));
+// Four elements of a and b side by side, by their index in [0, 8).
+template <int i, int j, int k, int l>
+DDPM_FAST_INLINE v4 pick(v4 a, v4 b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, i, j, k, l);
+#else
+  typedef int32_t indices __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, indices{i, j, k, l});
+#endif
 }
 
-// Panels [first, last) of B (K, N), (k, n) at b[n·stride + k]: the transpose of a matrix of N rows.
-DDPM_FAST_NOINLINE void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, int64_t first, int64_t last,
-                                     float* packed) {
+// Four rows of four at from[row·stride] become four columns at to[column·apart], each times its factor unless null.
+DDPM_FAST_INLINE void transpose4(const float* from, int64_t stride, const float* factor, float* to, int64_t apart) {
+  const auto at = [&](int64_t row) -> v4 { return *reinterpret_cast<const v4_unaligned*>(from + row * stride); };
+  const auto put = [&](int64_t column, v4 value) {
+    *reinterpret_cast<v4_unaligned*>(to + column * apart) = factor == nullptr ? value : value * factor[column];
+  };
+  const v4 a = at(0), b = at(1), c = at(2), d = at(3);
+  const v4 ab01 = pick<0, 4, 1, 5>(a, b), ab23 = pick<2, 6, 3, 7>(a, b);
+  const v4 cd01 = pick<0, 4, 1, 5>(c, d), cd23 = pick<2, 6, 3, 7>(c, d);
+  put(0, pick<0, 1, 4, 5>(ab01, cd01));
+  put(1, pick<2, 3, 6, 7>(ab01, cd01));
+  put(2, pick<0, 1, 4, 5>(ab23, cd23));
+  put(3, pick<2, 3, 6, 7>(ab23, cd23));
+}
+
+// Panels [first, last) of B (K, N), (k, n) = gain[k]·b[n·stride + k]: the transpose of a matrix of N rows, a line of
+// the cache of every row at a time. gain may be null.
+DDPM_FAST_NOINLINE void pack_columns(const float* b, int64_t stride, const float* gain, int64_t K, int64_t N,
+                                     int64_t first, int64_t last, float* packed) {
   for (int64_t p = first; p < last; ++p) {
     const int64_t columns = min<int64_t>(kPanel, N - p * kPanel);
     float* panel = packed + p * K * kPanel;
-    for (int64_t n = 0; n < kPanel; n += 4) {
-      const float* from = b + (p * kPanel + n) * stride;
-      int64_t k = 0;
-      if (n + 4 <= columns) {
-        for (; k + 4 <= K; k += 4) transpose4(from + k, stride, panel + k * kPanel + n);
-      }
-      for (; k < K; ++k) {
-        for (int64_t i = 0; i < 4; ++i) panel[k * kPanel + n + i] = n + i < columns ? from[i * stride + k] : 0.0f;
+    for (int64_t line = 0; line < K; line += 16) {
+      const int64_t end = min(K, line + 16);
+      for (int64_t n = 0; n < kPanel; n += 4) {
+        const float* from = b + (p * kPanel + n) * stride;
+        int64_t k = line;
+        if (n + 4 <= columns) {
+          for (; k + 4 <= end; k += 4) {
+            transpose4(from + k, stride, gain == nullptr ? nullptr : gain + k, panel + k * kPanel + n, kPanel);
+          }
+        }
+        for (; k < end; ++k) {
+          for (int64_t i = 0; i < 4; ++i) {
+            const float value = n + i < columns ? from[i * stride + k] : 0.0f;
+            panel[k * kPanel + n + i] = gain == nullptr ? value : value * gain[k];
+          }
+        }
       }
     }
   }
 }
+inline void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, int64_t first, int64_t last,
+                         float* packed) {
+  pack_columns(b, stride, nullptr, K, N, first, last, packed);
+}
 inline void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, float* packed) {
-  pack_columns(b, stride, K, N, 0, panels(N), packed);
+  pack_columns(b, stride, nullptr, K, N, 0, panels(N), packed);
 }
 
 // (rows, columns) to (columns, rows), both without gaps.
@@ -110,7 +135,7 @@ DDPM_FAST_NOINLINE void transpose(const float* from, int64_t rows, int64_t colum
   for (int64_t r = 0; r < rows; r += 4) {
     int64_t c = 0;
     if (r + 4 <= rows) {
-      for (; c + 4 <= columns; c += 4) transpose4(from + r * columns + c, columns, to + c * rows + r, rows);
+      for (; c + 4 <= columns; c += 4) transpose4(from + r * columns + c, columns, nullptr, to + c * rows + r, rows);
     }
     for (; c < columns; ++c) {
       for (int64_t i = r; i < min(r + 4, rows); ++i) to[c * rows + i] = from[i * columns + c];
