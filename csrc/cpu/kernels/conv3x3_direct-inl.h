@@ -1,6 +1,8 @@
 // 3×3 convolutions of maps of a few pixels, as one matrix product:
 //
-//   A[pixel][tap][c] = the pixel's 3×3 neighbours      output = A · W, W[tap][c][k] packed panel by panel
+//   A[pixel][block][tap][c] = the pixel's 3×3 neighbours      output = A · W, W[block][tap][c][k] packed panel by panel
+//
+// with blocks of kLanes channels: a block of W is made in one piece of memory.
 //
 // A tile or two, or tiles that are mostly outside, pay for no transform of the weights: Winograd's saves at most three
 // quarters of so few products, and costs four times the memory of the weights.
@@ -19,29 +21,46 @@ inline void gather_neighbours(const Conv3x3Forward& p, int64_t C, float* a, int6
       const int64_t y = m / p.W % p.H + tap / 3 - 1, x = m % p.W + tap % 3 - 1;
       const bool inside = y >= 0 && y < p.H && x >= 0 && x < p.W;
       const int64_t pixel = (m / p.W / p.H * height + (y >> up)) * width + (x >> up);
-      float* to = a + m * row + tap * C;
-      for (int part = 0; part < 2; to += p.channels[part++]) {
-        const auto bytes = static_cast<unsigned long>(p.channels[part]) * sizeof(float);
-        if (inside && bytes > 0) {
-          __builtin_memcpy(to, p.input[part] + pixel * p.channels[part], bytes);
-        } else {
-          __builtin_memset(to, 0, bytes);
+      for (int64_t c = 0; c < C; c += kLanes) {
+        const int64_t width = min<int64_t>(kLanes, C - c);
+        float* to = a + m * row + 9 * c + tap * width;
+        for (int64_t done = 0, count; done < width; done += count) {
+          const int part = c + done < p.channels[0] ? 0 : 1;
+          const int64_t channel = c + done - (part == 0 ? 0 : p.channels[0]);
+          count = min(width - done, p.channels[part] - channel);
+          const float* from = p.input[part] + pixel * p.channels[part] + channel;
+          store_upto(to + done, inside ? load_upto(from, count) : vf{}, count);
         }
       }
     }
   }
 }
 
-// Output channels [first, first + columns) as a panel of 9·C rows.
+// Output channels [first, first + columns) as a panel of 9·C rows. Weights of whole vectors are not copied in between,
+// and the block that follows is on its way meanwhile.
 inline void pack_taps(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t C, float* packed) {
   alignas(64) float taps[9 * kLanes][kLanes];
   for (int64_t c = 0; c < C; c += kLanes) {
-    const int64_t count = min<int64_t>(kLanes, C - c);
+    const int64_t count = min<int64_t>(kLanes, C - c), next = min<int64_t>(kLanes, C - c - count);
     for (int half = 0; half < kPanel; half += kLanes) {
-      load_taps(w, first + half, min<int64_t>(kLanes, max<int64_t>(0, columns - half)), c, count, taps);
-      for (int64_t n = 0; n < count; ++n) {
-        for (int64_t tap = 0; tap < 9; ++tap)
-          store(packed + (tap * C + c + n) * kPanel + half, load(taps[9 * n + tap]));
+      const float* from = w.data + (first + half) * w.out_stride + c * w.in_stride;
+      float* to = packed + 9 * c * kPanel + half;
+      const bool whole = columns - half >= kLanes;
+      if (whole && count == kLanes && has_rows(w)) {
+        for (int64_t k = 0; k < kLanes; ++k) prefetch(from + k * w.out_stride + 9 * kLanes, 9 * next);
+        transpose_taps(w, from,
+                       [&](int i, vf tap) DDPM_FAST_LAMBDA { store(to + (i % 9 * kLanes + i / 9) * kPanel, tap); });
+      } else if (whole && has_mirrored_rows(w)) {
+        for (int64_t n = 0; n < next; ++n) prefetch(from + (kLanes + n) * w.in_stride, 9 * kLanes);
+        for (int64_t n = 0; n < count; ++n) {
+          gather_taps(from + n * w.in_stride,
+                      [&](int i, vf tap) DDPM_FAST_LAMBDA { store(to + (i * count + n) * kPanel, tap); });
+        }
+      } else {
+        load_taps(w, first + half, min<int64_t>(kLanes, max<int64_t>(0, columns - half)), c, count, taps);
+        for (int64_t n = 0; n < count; ++n) {
+          for (int64_t tap = 0; tap < 9; ++tap) store(to + (tap * count + n) * kPanel, load(taps[9 * n + tap]));
+        }
       }
     }
   }

@@ -9,9 +9,9 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// to[8 - tap] lane l = from[9·l + tap].
+// Lane l is element 9·l + tap of nine vectors.
 template <int kTap>
-DDPM_FAST_INLINE void gather_tap(const vf (&parts)[9], float (*to)[kLanes]) {
+DDPM_FAST_INLINE vf gather_tap(const vf (&parts)[9]) {
   vf mixed = parts[0];
 #pragma GCC unroll 9
   for (int part = 1; part < 9; ++part) {
@@ -25,10 +25,13 @@ DDPM_FAST_INLINE void gather_tap(const vf (&parts)[9], float (*to)[kLanes]) {
     mixed = lanes_of(here) ? parts[part] : mixed;
   }
   constexpr auto place = [](int l) constexpr { return (9 * l + kTap) % kLanes; };
-  store(to[8 - kTap], shuffle(mixed, mixed, lanes_of(place)));
+  return shuffle(mixed, mixed, lanes_of(place));
 }
 
-DDPM_FAST_INLINE void deinterleave(const float* from, float (*to)[kLanes]) {
+// Of a mirrored weight whose input channels have their taps in a row, those of one input channel and kLanes output
+// channels, 9 apart: 9 is odd, so the floats of one tap lie in different lanes of nine vectors. write(tap, channels).
+template <typename Write>
+DDPM_FAST_INLINE void gather_taps(const float* from, const Write& write) {
   const vf parts[9] = {load(from),
                        load(from + kLanes),
                        load(from + 2 * kLanes),
@@ -38,15 +41,32 @@ DDPM_FAST_INLINE void deinterleave(const float* from, float (*to)[kLanes]) {
                        load(from + 6 * kLanes),
                        load(from + 7 * kLanes),
                        load(from + 8 * kLanes)};
-  gather_tap<0>(parts, to);
-  gather_tap<1>(parts, to);
-  gather_tap<2>(parts, to);
-  gather_tap<3>(parts, to);
-  gather_tap<4>(parts, to);
-  gather_tap<5>(parts, to);
-  gather_tap<6>(parts, to);
-  gather_tap<7>(parts, to);
-  gather_tap<8>(parts, to);
+  write(8, gather_tap<0>(parts));
+  write(7, gather_tap<1>(parts));
+  write(6, gather_tap<2>(parts));
+  write(5, gather_tap<3>(parts));
+  write(4, gather_tap<4>(parts));
+  write(3, gather_tap<5>(parts));
+  write(2, gather_tap<6>(parts));
+  write(1, gather_tap<7>(parts));
+  write(0, gather_tap<8>(parts));
+}
+
+DDPM_FAST_INLINE bool has_rows(const Conv3x3Weight& w) { return !w.mirrored && w.in_stride == 9; }
+DDPM_FAST_INLINE bool has_mirrored_rows(const Conv3x3Weight& w) { return w.mirrored && w.out_stride == 9; }
+
+// Of a weight whose output channels have their taps in a row, 9·kLanes of kLanes of them: nine transpositions.
+// write(9·n + tap, kLanes output channels).
+template <typename Write>
+DDPM_FAST_INLINE void transpose_taps(const Conv3x3Weight& w, const float* from, const Write& write) {
+  for (int part = 0; part < 9; ++part) {
+    vf rows[kLanes];
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) rows[n] = load(from + n * w.out_stride + part * kLanes);
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) write(part * kLanes + n, rows[n]);
+  }
 }
 
 // The taps of input channels [c, c + count) for the output channels [first, first + columns) of one vector, count and
@@ -55,23 +75,13 @@ DDPM_FAST_INLINE void deinterleave(const float* from, float (*to)[kLanes]) {
 DDPM_FAST_INLINE void load_taps(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t c, int64_t count,
                                 float (*taps)[kLanes]) {
   const float* from = w.data + first * w.out_stride + c * w.in_stride;
-  if (columns == kLanes && count == kLanes && !w.mirrored && w.in_stride == 9) {
-    // Every output channel has 9·kLanes floats in a row: nine transpositions.
-    for (int part = 0; part < 9; ++part) {
-      vf rows[kLanes];
-#pragma GCC unroll 16
-      for (int n = 0; n < kLanes; ++n) rows[n] = load(from + n * w.out_stride + part * kLanes);
-      transpose(rows);
-#pragma GCC unroll 16
-      for (int n = 0; n < kLanes; ++n) store(taps[part * kLanes + n], rows[n]);
-    }
+  if (columns == kLanes && count == kLanes && has_rows(w)) {
+    transpose_taps(w, from, [&](int i, vf tap) DDPM_FAST_LAMBDA { store(taps[i], tap); });
     return;
   }
-  if (columns == kLanes && w.mirrored && w.out_stride == 9) {
-    // Every input channel has 9·kLanes floats in a row, output channels 9 apart. 9 is odd, so the floats of one tap lie
-    // in different lanes of nine vectors: gather_tap selects one vector per lane, then permutes the lanes.
+  if (columns == kLanes && has_mirrored_rows(w)) {
     for (int64_t n = 0; n < count; ++n) {
-      deinterleave(from + n * w.in_stride, taps + n * 9);
+      gather_taps(from + n * w.in_stride, [&](int i, vf tap) DDPM_FAST_LAMBDA { store(taps[9 * n + i], tap); });
     }
     return;
   }
