@@ -54,6 +54,7 @@ DDPM_FAST_INLINE int64_t channels_of_piece(const Conv3x3Forward& p, int64_t C) {
 
 inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K) {
   const int64_t num_panels = panels(K), point = C * kPanel, piece = channels_of_piece(p, C);
+  const InputMaps input(p);
   const auto transform_taps = [&](int64_t begin, int64_t end, float* u) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i % num_panels, c = i / num_panels * 16;
@@ -75,14 +76,13 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
              for (int64_t g = first; g < last; ++g) {
                const int64_t begin = g * size, end = min(tiles.total, begin + size);
                const int64_t next = g + 1 < last ? min(tiles.total, end + size) : end;
-               transform_inputs(p.input, p.channels, p.upsampled, tiles, begin, end, 0, C, v, v_row, v_plane);
+               transform_inputs(input, Points({}, {}), tiles, begin, end, 0, C, v, v_row, v_plane);
                // All panels of a point, one after another: the point's V stays in the first-level cache.
                for (int64_t i = 0; i < kPoints; ++i) {
                  for (int64_t panel = 0; panel < num_panels; ++panel) {
                    const int64_t step = i * num_panels + panel, steps = kPoints * num_panels;
                    share((next - end) * kRowsToPrefetch, step, steps, [&](int64_t n) {
-                     prefetch_input_row(p.input, p.channels, p.upsampled, tiles, end + n / kRowsToPrefetch,
-                                        n % kRowsToPrefetch);
+                     prefetch_input_row(input, tiles, end + n / kRowsToPrefetch, n % kRowsToPrefetch);
                    });
                    share((end - begin) * 4, step, steps,
                          [&](int64_t n) { prefetch_output_row(p, tiles, begin + n / 4, n % 4); });
@@ -99,40 +99,63 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
 
 constexpr int64_t kChannelBlock = 64;  // input channels whose taps are transformed at a time
 
+// One convolution, or those of phases (conv3x3_phases-inl.h): of the output, which share an input, or of the input,
+// whose sums share an output.
+struct Convolutions {
+  const Conv3x3Forward* of;
+  int64_t outputs, inputs;  // phases; one of them is 1
+
+  const Conv3x3Forward& at(int64_t output, int64_t input) const { return of[output + input]; }
+};
+
 // V is stored block by block of channels: one product reads contiguous memory.
-inline void forward_by_panels(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K, int64_t first_tile,
+inline void forward_by_panels(const Convolutions& all, const Tiles& tiles, int64_t C, int64_t K, int64_t first_tile,
                               int64_t last_tile) {
   const int64_t T = last_tile - first_tile, blocks = ceil_div(C, kChannelBlock),
-                row = round_up(min(C, kChannelBlock), 16), piece = channels_of_piece(p, min(C, kChannelBlock));
+                row = round_up(min(C, kChannelBlock), 16), piece = channels_of_piece(*all.of, min(C, kChannelBlock));
   const int64_t v_plane = plane_stride(T * row), v_block = kPoints * v_plane, m_plane = plane_stride(T * kPanel);
-  parallel(panels(K), pieces_of(C * (T * kCyclesOfProducts + kCyclesOfTaps)), [&](int64_t first, int64_t last) {
-    const int64_t u_plane = plane_stride(kChannelBlock * kPanel);
-    float* v = thread_scratch(kScratchV, blocks * v_block);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t c = block * kChannelBlock;
-      transform_inputs(p.input, p.channels, p.upsampled, tiles, first_tile, last_tile, c, min(kChannelBlock, C - c),
-                       v + block * v_block, row, v_plane);
-    }
-    float* u = thread_scratch(kScratchU, kPoints * u_plane);
-    float* m = thread_scratch(kScratchM, kPoints * m_plane);
-    for (int64_t panel = first; panel < last; ++panel) {
-      const int64_t columns = min<int64_t>(kPanel, K - panel * kPanel);
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t c = block * kChannelBlock, count = min<int64_t>(kChannelBlock, C - c);
-        transform_weight(p.weight, panel * kPanel, columns, c, c + count, u, u_plane);
-        const int64_t c_next = c + count < C ? c + count : 0, panel_next = c_next > 0 ? panel : panel + 1;
-        for (int64_t i = 0; i < kPoints; ++i) {
-          if (panel_next < last) {
-            prefetch_weights(p.weight, panel_next * kPanel, min<int64_t>(kPanel, K - panel_next * kPanel), c_next,
-                             min<int64_t>(kChannelBlock, C - c_next), i);
-          }
-          product_panel(v + block * v_block + i * v_plane, row, 1, u + i * u_plane, T, count, m + i * m_plane, kPanel,
-                        panel_width(columns), block > 0, piece);
-        }
-      }
-      finish_columns(p, tiles, first_tile, last_tile, panel * kPanel, columns, m, kPanel, m_plane);
-    }
-  });
+  const int64_t tasks = panels(K) * all.outputs, terms = blocks * all.inputs;
+  parallel(tasks, pieces_of(C * all.inputs * (T * kCyclesOfProducts + kCyclesOfTaps)),
+           [&](int64_t first, int64_t last) {
+             const int64_t u_plane = plane_stride(kChannelBlock * kPanel);
+             float* v = thread_scratch(kScratchV, terms * v_block);
+             for (int64_t term = 0; term < terms; ++term) {
+               const int64_t c = term % blocks * kChannelBlock;
+               const Conv3x3Forward& p = all.at(0, term / blocks);
+               const Points points = all.outputs > 1 ? Points({}, {}) : Points(p.weight.rows, p.weight.columns);
+               transform_inputs(InputMaps(p), points, tiles, first_tile, last_tile, c, min(kChannelBlock, C - c),
+                                v + term * v_block, row, v_plane);
+             }
+             float* u = thread_scratch(kScratchU, kPoints * u_plane);
+             float* m = thread_scratch(kScratchM, kPoints * m_plane);
+             for (int64_t task = first; task < last; ++task) {
+               const int64_t column = task / all.outputs * kPanel, columns = min<int64_t>(kPanel, K - column);
+               bool begun[kPoints] = {};
+               for (int64_t term = 0; term < terms; ++term) {
+                 const int64_t c = term % blocks * kChannelBlock, count = min<int64_t>(kChannelBlock, C - c);
+                 const Conv3x3Weight& weight = all.at(task % all.outputs, term / blocks).weight;
+                 const Points points(weight.rows, weight.columns);
+                 transform_weight(weight, column, columns, c, c + count, u, u_plane);
+                 const int64_t c_next = (term + 1) % blocks * kChannelBlock;
+                 const int64_t column_next = (term + 1 < terms ? task : task + 1) / all.outputs * kPanel;
+                 for (int64_t i = 0; i < kPoints; ++i) {
+                   if (task + 1 < last || term + 1 < terms) {
+                     prefetch_weights(weight, column_next, min<int64_t>(kPanel, K - column_next), c_next,
+                                      min<int64_t>(kChannelBlock, C - c_next), i);
+                   }
+                   if (!points.has(i)) continue;
+                   product_panel(v + term * v_block + i * v_plane, row, 1, u + i * u_plane, T, count, m + i * m_plane,
+                                 kPanel, panel_width(columns), begun[i], piece);
+                   begun[i] = true;
+                 }
+               }
+               for (int64_t i = 0; i < kPoints; ++i) {
+                 if (!begun[i]) clear(m + i * m_plane, T * kPanel);
+               }
+               finish_columns(all.at(task % all.outputs, 0), tiles, first_tile, last_tile, column, columns, m, kPanel,
+                              m_plane);
+             }
+           });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -81,7 +81,7 @@ inline void forward_directly(const Conv3x3Forward& p, int64_t C, int64_t K) {
         const OutputSlice slice(p, 0, k, column + columns);
         count = slice.count;
         for (int64_t i = 0; i < pixels; ++i) {
-          const int64_t at = i * slice.channels, image = i / (p.H * p.W);
+          const int64_t at = i * slice.pixel, image = i / (p.H * p.W);
           const vf bias = slice.bias == nullptr ? vf{} : load_upto(slice.bias + image * p.bias_stride, count);
           vf value = load_upto(m + i * kPanel + (k - column), count) + bias;
           if (slice.residual != nullptr) value += load_upto(slice.residual + at, count);

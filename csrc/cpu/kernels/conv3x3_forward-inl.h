@@ -27,7 +27,22 @@ DDPM_FAST_INLINE bool apart(const Tiles& tiles, int64_t K) {
   return tiles.total >= kTilesOfThread * thread_count() && tiles.total * kChannelsPerTile >= K;
 }
 
-inline void conv3x3_forward(const Conv3x3Forward& p) {
+// By panels, as many tiles at a time as V has room for.
+inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64_t C, int64_t K) {
+  const int64_t parts = apart(tiles, K) ? thread_count() : 1, part = ceil_div(tiles.total, parts);
+  const int64_t size = max<int64_t>(kRows, kMaxV / (kPoints * C * all.inputs * parts));
+  const auto passes = [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += size) {
+      forward_by_panels(all, tiles, C, K, first, min(end, first + size));
+    }
+  };
+  if (parts == 1) return passes(0, tiles.total);
+  parallel(ceil_div(tiles.total, part), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) passes(i * part, min(tiles.total, (i + 1) * part));
+  });
+}
+
+inline void plain_forward(const Conv3x3Forward& p) {
   const Tiles tiles(p.B, p.H, p.W);
   const int64_t C = p.channels[0] + p.channels[1], K = p.output_channels[0] + p.output_channels[1];
   const bool direct = directly(p, tiles);
@@ -35,20 +50,7 @@ inline void conv3x3_forward(const Conv3x3Forward& p) {
   if (direct) {
     forward_directly(p, C, K);
   } else {
-    const int64_t parts = apart(tiles, K) ? thread_count() : 1, part = ceil_div(tiles.total, parts);
-    const int64_t size = max<int64_t>(kRows, kMaxV / (kPoints * C * parts));
-    const auto passes = [&](int64_t begin, int64_t end) {
-      for (int64_t first = begin; first < end; first += size) {
-        forward_by_panels(p, tiles, C, K, first, min(end, first + size));
-      }
-    };
-    if (parts == 1) {
-      passes(0, tiles.total);
-    } else {
-      parallel(ceil_div(tiles.total, part), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) passes(i * part, min(tiles.total, (i + 1) * part));
-      });
-    }
+    forward_in_passes({&p, 1, 1}, tiles, C, K);
   }
   if (p.norm == nullptr) return;
   parallel(tiles.total, max<int64_t>(1, 1024 / K), [&](int64_t begin, int64_t end) {

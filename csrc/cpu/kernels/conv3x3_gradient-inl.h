@@ -21,19 +21,21 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 inline void prefetch_gradient_row(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t index, int64_t i) {
   const Tile tile(tiles, index);
   if (tile.y + i >= tiles.H) return;
-  prefetch(p.grad + ((tile.b * tiles.H + tile.y + i) * tiles.W + tile.x) * p.K,
-           min<int64_t>(4, tiles.W - tile.x) * p.K);
+  const int64_t step = p.grad_step, pixel = p.K * step;
+  prefetch(p.grad + ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * pixel,
+           min<int64_t>(4, tiles.W - tile.x) * pixel);
 }
 
 // D of one tile and of panels [begin, end): d + (panel - begin)·apart + point·plane.
-inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles, const Tile& tile, int64_t begin,
+inline void transform_gradient(const Conv3x3WeightGradient& p, const Tiles& tiles, const Tile& tile, int64_t begin,
                                int64_t end, float* d, int64_t plane, int64_t apart) {
+  const int64_t K = p.K, pixel = K * p.grad_step, line = tiles.W * p.grad_step;
   const int64_t height = tiles.H - tile.y, width = tiles.W - tile.x;
-  const float* first = grad + ((tile.b * tiles.H + tile.y) * tiles.W + tile.x) * K;
+  const float* first = p.grad + ((tile.b * tiles.H + tile.y) * line + tile.x) * pixel;
   for (int64_t k = begin * kPanel; k < min(K, end * kPanel); k += kLanes) {
     const int64_t count = min<int64_t>(kLanes, K - k);
     const auto read = [&](int i, int j) DDPM_FAST_LAMBDA {
-      return i < height && j < width ? load_upto(first + (i * tiles.W + j) * K + k, count) : vf{};
+      return i < height && j < width ? load_upto(first + (i * line + j) * pixel + k, count) : vf{};
     };
     const Six a = output_gradients({read(0, 0), read(1, 0), read(2, 0), read(3, 0)});
     const Six b = output_gradients({read(0, 1), read(1, 1), read(2, 1), read(3, 1)});
@@ -59,10 +61,25 @@ inline void transform_gradient(const float* grad, int64_t K, const Tiles& tiles,
   }
 }
 
+// Gradients of places to those of the taps that act there.
+DDPM_FAST_INLINE void place_gradients(const Conv3x3WeightGradient& p, int64_t count, float (*taps)[kLanes]) {
+  if (p.rows.plain() && p.columns.plain()) return;
+  for (int64_t n = 0; n < count; ++n, taps += 9) {
+    vf places[9];
+    for (int i = 0; i < 9; ++i) places[i] = load(taps[i]);
+    for (int i = 0; i < 3; ++i) {
+      for (int j = 0; j < 3; ++j) {
+        const int row = p.rows.of[i], column = p.columns.of[j];
+        store(taps[3 * i + j], row >= 0 && column >= 0 ? places[3 * row + column] : vf{});
+      }
+    }
+  }
+}
+
 // dweight of input channels [c, c + count) and output channels [k, k + columns), at most kLanes each, from
 // s + point·plane + row·kPanel.
-inline void finish_taps(const float* s, int64_t plane, float* dweight, int64_t C, int64_t c, int64_t count, int64_t k,
-                        int64_t columns) {
+inline void finish_taps(const Conv3x3WeightGradient& p, const float* s, int64_t plane, int64_t c, int64_t count,
+                        int64_t k, int64_t columns) {
   alignas(64) float taps[9 * kLanes][kLanes];
   for (int64_t n = 0; n < count; ++n) {
     const float* from = s + n * kPanel;
@@ -86,7 +103,9 @@ inline void finish_taps(const float* s, int64_t plane, float* dweight, int64_t C
     store(t + 7 * kLanes, middle.a2);
     store(t + 8 * kLanes, right.a2);
   }
-  float* to = dweight + (k * C + c) * 9;
+  place_gradients(p, count, taps);
+  const int64_t stride = 9 * (p.channels[0] + p.channels[1]);
+  float* to = p.dweight + k * stride + c * 9;
   if (count == kLanes && columns == kLanes) {
     for (int part = 0; part < 9; ++part) {
       vf rows[kLanes];
@@ -94,12 +113,18 @@ inline void finish_taps(const float* s, int64_t plane, float* dweight, int64_t C
       for (int n = 0; n < kLanes; ++n) rows[n] = load(taps[part * kLanes + n]);
       transpose(rows);
 #pragma GCC unroll 16
-      for (int n = 0; n < kLanes; ++n) store(to + n * 9 * C + part * kLanes, rows[n]);
+      for (int n = 0; n < kLanes; ++n) {
+        float* at = to + n * stride + part * kLanes;
+        store(at, p.add ? load(at) + rows[n] : rows[n]);
+      }
     }
     return;
   }
   for (int64_t column = 0; column < columns; ++column) {
-    for (int64_t i = 0; i < 9 * count; ++i) to[column * 9 * C + i] = taps[i][column];
+    for (int64_t i = 0; i < 9 * count; ++i) {
+      float* at = to + column * stride + i;
+      *at = p.add ? *at + taps[i][column] : taps[i][column];
+    }
   }
 }
 
@@ -156,7 +181,7 @@ inline void finish_panel_taps(const Conv3x3WeightGradient& p, const float* s, in
   for (int half = 0; half < kPanel; half += kLanes) {
     const int64_t k = panel * kPanel + half;
     if (k >= p.K) return;
-    finish_taps(s + half, plane, p.dweight, p.channels[0] + p.channels[1], c, count, k, min<int64_t>(kLanes, p.K - k));
+    finish_taps(p, s + half, plane, c, count, k, min<int64_t>(kLanes, p.K - k));
   }
 }
 
@@ -173,22 +198,24 @@ inline void add_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
   const int64_t v_plane = plane_stride(size * row), d_plane = plane_stride(num_panels * d_panel);
   float* v = thread_scratch(kScratchShared, kPoints * v_plane);
   float* d = thread_scratch(kScratchGradients, kPoints * d_plane);
+  const InputMaps input(p);
+  const Points points(p.rows, p.columns);
+  clear_unused(points, s, num_panels * s_panel, s_plane);
   for (int64_t first = begin; first < end; first += size) {
     const int64_t T = min(size, end - first), next = first + T, after = min(size, end - next);
     parallel(T, 1, [&](int64_t from, int64_t to) {
-      transform_inputs(p.input, p.channels, p.upsampled, tiles, first + from, first + to, 0, C, v + from * row, row,
-                       v_plane);
+      transform_inputs(input, points, tiles, first + from, first + to, 0, C, v + from * row, row, v_plane);
       for (int64_t t = from; t < to; ++t) {
-        transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), 0, num_panels, d + t * kPanel, d_plane, d_panel);
+        transform_gradient(p, tiles, Tile(tiles, first + t), 0, num_panels, d + t * kPanel, d_plane, d_panel);
       }
     });
     parallel(steps, 1, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         const int64_t point = i / num_panels, panel = i % num_panels;
-        share(after * kRowsToPrefetch, i, steps, [&](int64_t n) {
-          prefetch_input_row(p.input, p.channels, p.upsampled, tiles, next + n / kRowsToPrefetch, n % kRowsToPrefetch);
-        });
+        share(after * kRowsToPrefetch, i, steps,
+              [&](int64_t n) { prefetch_input_row(input, tiles, next + n / kRowsToPrefetch, n % kRowsToPrefetch); });
         share(after * 4, i, steps, [&](int64_t n) { prefetch_gradient_row(p, tiles, next + n / 4, n % 4); });
+        if (!points.has(point)) continue;
         add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T, C, p.K - panel * kPanel,
                      s + point * s_plane + panel * s_panel, first > begin);
       }
@@ -249,22 +276,24 @@ inline void add_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
   const int64_t s_plane = plane_stride(width * kPanel), sums = kPoints * s_plane;
   float* v = thread_scratch(kScratchV, (last_block - first_block) * v_block);
   float* d = thread_scratch(kScratchGradients, (last_panel - first_panel) * d_panel);
+  const Points points(p.rows, p.columns);
   float* all_s = thread_scratch(kScratchSums, (size >= tiles.total ? 1 : end - begin) * sums);
   for (int64_t first = 0; first < tiles.total; first += size) {
     const int64_t T = min(size, tiles.total - first);
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t c = block * width;
-      transform_inputs(p.input, p.channels, p.upsampled, tiles, first, first + T, c, min(width, C - c),
+      transform_inputs(InputMaps(p), points, tiles, first, first + T, c, min(width, C - c),
                        v + (block - first_block) * v_block, row, v_plane);
     }
     for (int64_t t = 0; t < T; ++t) {
-      transform_gradient(p.grad, p.K, tiles, Tile(tiles, first + t), first_panel, last_panel, d + t * kPanel, d_plane,
-                         d_panel);
+      transform_gradient(p, tiles, Tile(tiles, first + t), first_panel, last_panel, d + t * kPanel, d_plane, d_panel);
     }
     for (int64_t task = begin; task < end; ++task) {
       const int64_t panel = task / blocks, block = task % blocks, c = block * width, count = min(width, C - c);
       float* s = size >= tiles.total ? all_s : all_s + (task - begin) * sums;
+      if (first == 0) clear_unused(points, s, width * kPanel, s_plane);
       for (int64_t i = 0; i < kPoints; ++i) {
+        if (!points.has(i)) continue;
         add_products(v + (block - first_block) * v_block + i * v_plane, row,
                      d + (panel - first_panel) * d_panel + i * d_plane, T, count, p.K - panel * kPanel, s + i * s_plane,
                      first > 0);
@@ -288,9 +317,7 @@ inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tile
            [&](int64_t begin, int64_t end) { add_blocks(p, tiles, C, width, begin, end, size); });
 }
 
-inline void conv3x3_weight_gradient(const Conv3x3WeightGradient& p) {
-  if (p.dbias != nullptr) sum_rows(p.grad, p.B * p.H * p.W, p.K, p.dbias);
-  if (p.dweight == nullptr) return;
+inline void plain_weight_gradient(const Conv3x3WeightGradient& p) {
   const Tiles tiles(p.B, p.H, p.W);
   const int64_t C = p.channels[0] + p.channels[1];
   if (kPoints * C * p.K <= kMaxSums && tiles.total >= kMinTiles) {

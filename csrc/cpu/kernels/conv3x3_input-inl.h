@@ -1,10 +1,10 @@
 // The Winograd transform of a 3×3 convolution's inputs, V in conv3x3-inl.h, vectorised over channels.
 #pragma once
 
+#include "conv3x3_points-inl.h"
 #include "dispatch-inl.h"
 #include "parallel-inl.h"
 #include "tiles-inl.h"
-#include "winograd-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
@@ -19,22 +19,24 @@ alignas(64) constexpr float kZeroVector[kLanes] = {};
 // Three passes of two rows each: the 12 vectors between the two axes stay in registers. Loading the inputs again is
 // cheaper than storing all 36 vectors.
 template <typename Read, typename Write>
-DDPM_FAST_INLINE void transform_tile(const Read& read, const Write& write, float* v, int64_t plane) {
+DDPM_FAST_INLINE void transform_tile(const Read& read, const Write& write, const Points& points, float* v,
+                                     int64_t plane) {
   const auto put = [&](int i, vf c0, vf c1, vf c2, vf c3, vf c4, vf c5) DDPM_FAST_LAMBDA {
-    const Six points = input_points({c0, c1, c2, c3, c4, c5});
+    const Six values = input_points({c0, c1, c2, c3, c4, c5});
     float* to = v + i * 6 * plane;
-    write(to, points.a0);
-    write(to + plane, points.a1);
-    write(to + 2 * plane, points.a2);
-    write(to + 3 * plane, points.a3);
-    write(to + 4 * plane, points.a4);
-    write(to + 5 * plane, points.a5);
+    if (points.first_column) write(to, values.a0);
+    write(to + plane, values.a1);
+    write(to + 2 * plane, values.a2);
+    write(to + 3 * plane, values.a3);
+    write(to + 4 * plane, values.a4);
+    if (points.last_column) write(to + 5 * plane, values.a5);
   };
   const auto outer = [&](int j, int first) DDPM_FAST_LAMBDA {
     return outer_input_point(read(first, j), read(first + 2, j), read(first + 4, j));
   };
 #pragma GCC unroll 2
   for (int first = 0; first < 2; ++first) {
+    if (!(first == 0 ? points.first_row : points.last_row)) continue;
     put(first * 5, outer(0, first), outer(1, first), outer(2, first), outer(3, first), outer(4, first),
         outer(5, first));
   }
@@ -51,8 +53,8 @@ DDPM_FAST_INLINE void transform_tile(const Read& read, const Write& write, float
 }
 
 template <bool kUpsampled, bool kLeft, bool kRight>
-DDPM_FAST_INLINE void transform_rows(const float* const* rows, int64_t pixel, int64_t channels, float* v,
-                                     int64_t plane) {
+DDPM_FAST_INLINE void transform_rows(const float* const* rows, int64_t pixel, int64_t channels, const Points& points,
+                                     float* v, int64_t plane) {
   const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3], *r4 = rows[4], *r5 = rows[5];
   for (int64_t c = 0; c + kLanes <= channels; c += kLanes) {
     transform_tile(
@@ -61,15 +63,16 @@ DDPM_FAST_INLINE void transform_rows(const float* const* rows, int64_t pixel, in
           const float* row = i == 0 ? r0 : i == 1 ? r1 : i == 2 ? r2 : i == 3 ? r3 : i == 4 ? r4 : r5;
           return load(row + (kUpsampled ? (j + 1) / 2 : j) * pixel + c);
         },
-        [](float* to, vf value) DDPM_FAST_LAMBDA { store(to, value); }, v + c, plane);
+        [](float* to, vf value) DDPM_FAST_LAMBDA { store(to, value); }, points, v + c, plane);
   }
 }
 
-// V of one tile and some of a part's channels, which are `pixel` floats apart: v + point·plane gets `channels` floats.
-// `zeros` are 6·pixel of them.
-inline void transform_input(const float* input, int64_t pixel, int64_t channels, bool upsampled, const Tiles& tiles,
-                            const Tile& tile, const float* zeros, float* v, int64_t plane) {
-  const int64_t height = upsampled ? tiles.H / 2 : tiles.H, width = upsampled ? tiles.W / 2 : tiles.W;
+// V of one tile and some of a part's channels: v + point·plane gets `channels` floats. Pixels are `pixel` floats apart,
+// rows `width` pixels. `zeros` are 6·pixel of them.
+inline void transform_input(const float* input, int64_t pixel, int64_t width, int64_t channels, bool upsampled,
+                            const Tiles& tiles, const Tile& tile, const float* zeros, const Points& points, float* v,
+                            int64_t plane) {
+  const int64_t height = upsampled ? tiles.H / 2 : tiles.H;
   int64_t done = 0;
   if (tile.x + 4 <= tiles.W) {
     const float* rows[6];
@@ -80,8 +83,8 @@ inline void transform_input(const float* input, int64_t pixel, int64_t channels,
       rows[i] = y < 0 || y >= tiles.H ? zeros : input + ((tile.b * height + row) * width + column) * pixel;
     }
     const auto transform = [&](auto up, auto left, auto right) {
-      transform_rows<decltype(up)::value, decltype(left)::value, decltype(right)::value>(rows, pixel, channels, v,
-                                                                                         plane);
+      transform_rows<decltype(up)::value, decltype(left)::value, decltype(right)::value>(rows, pixel, channels, points,
+                                                                                         v, plane);
     };
     dispatch(transform, upsampled, tile.x == 0, tile.x + 4 == tiles.W);
     done = channels / kLanes * kLanes;
@@ -100,24 +103,26 @@ inline void transform_input(const float* input, int64_t pixel, int64_t channels,
     const int64_t count = min<int64_t>(kLanes, channels - c);
     transform_tile([&](int i, int j)
                        DDPM_FAST_LAMBDA { return load_upto(from[6 * i + j] + c * step[6 * i + j], count); },
-                   [=](float* to, vf value) DDPM_FAST_LAMBDA { store_upto(to, value, count); }, v + c, plane);
+                   [=](float* to, vf value) DDPM_FAST_LAMBDA { store_upto(to, value, count); }, points, v + c, plane);
   }
 }
 // V of tiles [begin, end) and channels [c, c + count) of both parts: v + point·plane + tile·row.
-inline void transform_inputs(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles,
-                             int64_t begin, int64_t end, int64_t c, int64_t count, float* v, int64_t row,
-                             int64_t plane) {
-  const int64_t floats = 6 * max(channels[0], channels[1]);
+inline void transform_inputs(const InputMaps& input, const Points& points, const Tiles& tiles, int64_t begin,
+                             int64_t end, int64_t c, int64_t count, float* v, int64_t row, int64_t plane) {
+  const int64_t *channels = input.channels, step = input.step, width = (input.upsampled ? tiles.W / 2 : tiles.W) * step;
+  const int64_t floats = 6 * max(channels[0], channels[1]) * step;
   float* zeros = thread_scratch(kScratchZeros, floats);
   for (int64_t i = 0; i < floats; ++i) zeros[i] = 0;
   const int64_t left = max<int64_t>(0, min(c + count, channels[0]) - c), skipped = max<int64_t>(0, c - channels[0]);
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile(tiles, t);
     float* to = v + (t - begin) * row;
-    if (left > 0) transform_input(input[0] + c, channels[0], left, upsampled, tiles, tile, zeros, to, plane);
-    if (left < count) {
-      transform_input(input[1] + skipped, channels[1], count - left, upsampled, tiles, tile, zeros, to + left, plane);
-    }
+    const auto transform = [&](int part, int64_t first, int64_t some, float* at) {
+      transform_input(input.part[part] + first, channels[part] * step, width, some, input.upsampled, tiles, tile, zeros,
+                      points, at, plane);
+    };
+    if (left > 0) transform(0, c, left, to);
+    if (left < count) transform(1, skipped, count - left, to + left);
   }
 }
 

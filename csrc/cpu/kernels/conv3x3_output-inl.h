@@ -14,7 +14,7 @@ struct OutputSlice {
   float* output;
   const float* residual;
   const float* bias;
-  int64_t channels;  // of the part, its pixels' stride
+  int64_t pixel, width;  // of the part: floats from pixel to pixel, pixels from row to row
   int64_t count;
   float factor;
 
@@ -25,8 +25,9 @@ struct OutputSlice {
     residual = p.residual[part] == nullptr ? nullptr : p.residual[part] + channel;
     bias = p.bias == nullptr ? nullptr : p.bias + b * p.bias_stride + k;
     factor = p.factor;
-    channels = p.output_channels[part];
-    count = min(min<int64_t>(kLanes, last - k), channels - channel);
+    pixel = p.output_channels[part] * p.output_step;
+    width = (p.pooled ? p.W / 2 : p.W) * p.output_step;
+    count = min(min<int64_t>(kLanes, last - k), p.output_channels[part] - channel);
   }
 };
 
@@ -40,7 +41,7 @@ DDPM_FAST_INLINE void transform_output(const float* m, int64_t plane, const Tile
   const vf bias = slice.bias == nullptr ? vf{} : kWhole ? load(slice.bias) : load_upto(slice.bias, count);
   const vf factor = splat(slice.factor);
   const auto put = [&](int64_t pixel, vf value) DDPM_FAST_LAMBDA {
-    const int64_t at = pixel * slice.channels;
+    const int64_t at = pixel * slice.pixel;
     value += bias;
     if constexpr (kWhole) {
       if constexpr (kResidual) value += load(slice.residual + at);
@@ -53,7 +54,7 @@ DDPM_FAST_INLINE void transform_output(const float* m, int64_t plane, const Tile
   const int64_t height = kWhole ? 4 : tiles.H - tile.y, width = kWhole ? 4 : tiles.W - tile.x;
   const auto at = [&](int i, int j) DDPM_FAST_LAMBDA { return load(m + (i * 6 + j) * plane); };
   if constexpr (kPooled) {
-    const int64_t half = tiles.W / 2, first = (tile.b * (tiles.H / 2) + tile.y / 2) * half + tile.x / 2;
+    const int64_t half = slice.width, first = (tile.b * (tiles.H / 2) + tile.y / 2) * half + tile.x / 2;
     const auto column = [&](int j) DDPM_FAST_LAMBDA {
       return outputs({at(0, j), at(1, j), at(2, j), at(3, j), at(4, j), at(5, j)});
     };
@@ -67,10 +68,10 @@ DDPM_FAST_INLINE void transform_output(const float* m, int64_t plane, const Tile
       row(first + half, outputs({a.a2, b.a2, c.a2, d.a2, e.a2, f.a2}), outputs({a.a3, b.a3, c.a3, d.a3, e.a3, f.a3}));
     }
   } else {
-    const int64_t first = (tile.b * tiles.H + tile.y) * tiles.W + tile.x;
+    const int64_t first = (tile.b * tiles.H + tile.y) * slice.width + tile.x;
     const auto row = [&](int i, const Four& y) DDPM_FAST_LAMBDA {
       if (i >= height) return;
-      const int64_t pixel = first + i * tiles.W;
+      const int64_t pixel = first + i * slice.width;
       put(pixel, y.a0);
       if (width > 1) put(pixel + 1, y.a1);
       if (width > 2) put(pixel + 2, y.a2);

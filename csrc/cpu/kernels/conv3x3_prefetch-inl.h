@@ -2,23 +2,22 @@
 // Without it the transforms stall on memory for up to two thirds of their time.
 #pragma once
 
-#include "conv3x3.h"
+#include "conv3x3_points-inl.h"
 #include "gemm-inl.h"
 #include "tiles-inl.h"
-#include "winograd-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 // Row i of five rows of a tile's inputs: its own four, and the first below.
 constexpr int64_t kRowsToPrefetch = 5;
-inline void prefetch_input_row(const float* const* input, const int64_t* channels, bool upsampled, const Tiles& tiles,
-                               int64_t index, int64_t i) {
+inline void prefetch_input_row(const InputMaps& input, const Tiles& tiles, int64_t index, int64_t i) {
   const Tile tile(tiles, index);
-  const int64_t up = upsampled ? 1 : 0, y = min(tile.y + i, tiles.H - 1) >> up, x = tile.x >> up;
+  const int64_t up = input.upsampled ? 1 : 0, y = min(tile.y + i, tiles.H - 1) >> up, x = tile.x >> up;
   const int64_t width = (min<int64_t>(4, tiles.W - tile.x) + up) >> up;
-  const int64_t pixel = (tile.b * (tiles.H >> up) + y) * (tiles.W >> up) + x;
-  for (int part = 0; part < 2 && channels[part] > 0; ++part) {
-    prefetch(input[part] + pixel * channels[part], width * channels[part]);
+  const int64_t pixel = (tile.b * (tiles.H >> up) + y) * (tiles.W >> up) * input.step + x;
+  for (int part = 0; part < 2 && input.channels[part] > 0; ++part) {
+    const int64_t floats = input.channels[part] * input.step;
+    prefetch(input.part[part] + pixel * floats, width * floats);
   }
 }
 
@@ -26,8 +25,8 @@ inline void prefetch_input_row(const float* const* input, const int64_t* channel
 inline void prefetch_output_row(const Conv3x3Forward& p, const Tiles& tiles, int64_t index, int64_t i) {
   const Tile tile(tiles, index);
   if (tile.y + i >= tiles.H || p.pooled) return;  // a second part's outputs are left to come by themselves
-  const int64_t K = p.output_channels[0], width = min<int64_t>(4, tiles.W - tile.x), floats = width * K;
-  const int64_t at = ((tile.b * tiles.H + tile.y + i) * tiles.W + tile.x) * K;
+  const int64_t step = p.output_step, K = p.output_channels[0] * step, floats = min<int64_t>(4, tiles.W - tile.x) * K;
+  const int64_t at = ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * K;
   prefetch_to_write(p.output[0] + at, floats);
   if (p.residual[0] != nullptr) prefetch(p.residual[0] + at, floats);
   if (p.norm == nullptr) return;

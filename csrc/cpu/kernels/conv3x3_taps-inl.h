@@ -2,10 +2,9 @@
 // by side.
 #pragma once
 
-#include "conv3x3.h"
+#include "conv3x3_points-inl.h"
 #include "gemm-inl.h"
 #include "shuffle-inl.h"
-#include "winograd-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
@@ -95,15 +94,32 @@ DDPM_FAST_INLINE void load_taps(const Conv3x3Weight& w, int64_t first, int64_t c
   }
 }
 
+// The taps of `count` channels where they act.
+DDPM_FAST_INLINE void place_taps(const Conv3x3Weight& w, int64_t count, float (*taps)[kLanes]) {
+  if (w.rows.plain() && w.columns.plain()) return;
+  for (int64_t n = 0; n < count; ++n, taps += 9) {
+    vf placed[9] = {};
+    for (int i = 0; i < 3; ++i) {
+      for (int j = 0; j < 3; ++j) {
+        const int row = w.rows.of[i], column = w.columns.of[j];
+        if (row >= 0 && column >= 0) placed[3 * row + column] += load(taps[3 * i + j]);
+      }
+    }
+    for (int i = 0; i < 9; ++i) store(taps[i], placed[i]);
+  }
+}
+
 // U of output channels [first, first + columns) and input channels [begin, end): u + point·plane gets (end - begin)
 // rows of kPanel floats, of which those of the last vector that are past `columns` are 0.
 inline void transform_weight(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t begin, int64_t end,
                              float* u, int64_t plane) {
   alignas(64) float taps[9 * kLanes][kLanes];
+  const Points points(w.rows, w.columns);
   for (int64_t c = begin; c < end; c += kLanes) {
     const int64_t count = min<int64_t>(kLanes, end - c);
     for (int half = 0; half < panel_width(columns); half += kLanes) {
       load_taps(w, first + half, min<int64_t>(kLanes, columns - half), c, count, taps);
+      place_taps(w, count, taps);
       for (int64_t n = 0; n < count; ++n) {
         const float* t = taps[9 * n];
         const Six a = tap_points({load(t), load(t + 3 * kLanes), load(t + 6 * kLanes)});
@@ -111,21 +127,21 @@ inline void transform_weight(const Conv3x3Weight& w, int64_t first, int64_t colu
         const Six d = tap_points({load(t + 2 * kLanes), load(t + 5 * kLanes), load(t + 8 * kLanes)});
         float* to = u + (c - begin + n) * kPanel + half;
         const auto put = [&](int i, vf x, vf y, vf z) DDPM_FAST_LAMBDA {
-          const Six points = tap_points({x, y, z});
+          const Six u = tap_points({x, y, z});
           float* at = to + i * 6 * plane;
-          store(at, points.a0);
-          store(at + plane, points.a1);
-          store(at + 2 * plane, points.a2);
-          store(at + 3 * plane, points.a3);
-          store(at + 4 * plane, points.a4);
-          store(at + 5 * plane, points.a5);
+          if (points.first_column) store(at, u.a0);
+          store(at + plane, u.a1);
+          store(at + 2 * plane, u.a2);
+          store(at + 3 * plane, u.a3);
+          store(at + 4 * plane, u.a4);
+          if (points.last_column) store(at + 5 * plane, u.a5);
         };
-        put(0, a.a0, b.a0, d.a0);
+        if (points.first_row) put(0, a.a0, b.a0, d.a0);
         put(1, a.a1, b.a1, d.a1);
         put(2, a.a2, b.a2, d.a2);
         put(3, a.a3, b.a3, d.a3);
         put(4, a.a4, b.a4, d.a4);
-        put(5, a.a5, b.a5, d.a5);
+        if (points.last_row) put(5, a.a5, b.a5, d.a5);
       }
     }
   }

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "adam_step-inl.h"
-#include "conv3x3_forward-inl.h"
-#include "conv3x3_gradient-inl.h"
+#include "conv3x3_phases-inl.h"
 #include "convert-inl.h"
 #include "folded_attention_block-inl.h"
 #include "forward_diffusion-inl.h"

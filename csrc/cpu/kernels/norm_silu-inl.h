@@ -112,10 +112,6 @@ inline void over_chunks(const NormSiluArgs& p, const NormChunks& chunks, const B
   });
 }
 
-inline void clear(float* values, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) values[i] = 0;
-}
-
 // ---- GroupNorm ----
 
 // mean and 1/√(variance + eps) of the group of every channel: (2, C) from a sample's (groups, 2).

@@ -134,6 +134,10 @@ struct KahanSum {
   }
 };
 
+inline void clear(float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = 0;
+}
+
 // Rows whose sums are made before they are added to those of more rows: the rounding of n terms in one row grows with
 // √n.
 constexpr int64_t kRowsOfPiece = 16;

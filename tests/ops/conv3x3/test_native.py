@@ -119,7 +119,18 @@ def test_as_accurate_as_twice_a_direct_convolution(shape):
         assert_close_to_truth(actual[name], expected[name], truth[name], floor=floor, name=name)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[7], (1, 20, 4, 40, 25, 22)], ids=str)
+UPSAMPLED = [
+    SHAPES[1],
+    SHAPES[4],
+    SHAPES[7],
+    (1, 33, 0, 20, 16, 16),  # enough tiles for phases of the weight's gradient
+    (4, 20, 6, 40, 16, 17),  # and for phases of all
+    (5, 65, 70, 33, 13, 16),  # in blocks of channels
+    (3, 16, 0, 16, 53, 50),  # in four chunks for the weight's gradient
+]
+
+
+@pytest.mark.parametrize("shape", UPSAMPLED, ids=str)
 def test_upsampled(shape):
     check(*make(*shape, upsampled=True))
 
@@ -128,6 +139,7 @@ def test_every_instruction_set(instruction_set):
     for shape in (SHAPES[4], SHAPES[5], SHAPES[8], SHAPES[9], (1, 64, 32, 48, 9, 8)):
         check(*make(*shape))
     check(*make(2, 32, 0, 16, 5, 4, upsampled=True))
+    check(*make(*UPSAMPLED[4], upsampled=True))
 
 
 @pytest.mark.parametrize("names", [(), ("bias",), ("residual",)], ids=str)
@@ -149,11 +161,12 @@ def test_threads_do_not_matter():
     """Fewer and more threads than a weight's gradient has chunks of tiles."""
     before = torch.get_num_threads()
     small = ((1, 32, 0, 32, 16, 16), (1, 64, 64, 64, 8, 8), (1, 128, 0, 128, 4, 4), (1, 16, 0, 3, 16, 16))
-    for shape in ((1, 8, 0, 40, 49, 43), (2, 130, 24, 70, 8, 8), SHAPES[9], SHAPES[10], *small):
+    plain = ((1, 8, 0, 40, 49, 43), (2, 130, 24, 70, 8, 8), SHAPES[9], SHAPES[10], *small)
+    for shape, upsampled in (*((shape, False) for shape in plain), *((shape, True) for shape in UPSAMPLED[3:6])):
         results = []
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            results.append(run(conv3x3, *make(*shape)))
+            results.append(run(conv3x3, *make(*shape, upsampled=upsampled)))
         torch.set_num_threads(before)
         for other in results[1:]:
             assert all(torch.equal(results[0][name], other[name]) for name in other)
