@@ -4,8 +4,8 @@
 //
 // with blocks of kLanes channels: a block of W is made in one piece of memory.
 //
-// A tile or two, or tiles that are mostly outside, pay for no transform of the weights: Winograd's saves at most three
-// quarters of so few products, and costs four times the memory of the weights.
+// One tile, or tiles that are mostly outside, pay for no transform of the weights: Winograd's saves at most three
+// quarters of so few products, and costs four times the memory of the weights. Two whole tiles do.
 #pragma once
 
 #include "conv3x3-inl.h"

@@ -6,7 +6,7 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 // Maps of a pixel or two in height or width fill tiles so badly that Winograd's form has no fewer products.
-constexpr int64_t kMaxPixelsDirectly = 32, kPixelsPerTile = 6;
+constexpr int64_t kMaxPixelsDirectly = 16, kPixelsPerTile = 6;
 
 DDPM_FAST_INLINE bool directly(const Conv3x3Forward& p, const Tiles& tiles) {
   const int64_t pixels = p.B * p.H * p.W;
