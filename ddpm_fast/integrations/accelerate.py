@@ -1,7 +1,7 @@
 """`accelerate(model)`: the blocks of a network run fused ops, and everything else about it stays.
 
     model = ddpm_fast.accelerate(model)
-    print(ddpm_fast.explain(model=model))
+    print(ddpm_fast.explain(model))
     ddpm_fast.restore(model)
 
 A module of a known class gets, as `__class__`, a subclass of its own class with another forward. Its parameters,
@@ -61,7 +61,7 @@ def accelerate(model: Thing) -> Thing:
         model: a module, or a pipeline whose family knows it.
 
     Returns:
-        The same object. Modules that no family knows, or that a family refuses, stay as they are; `explain(model=...)`
+        The same object. Modules that no family knows, or that a family refuses, stay as they are; `explain(model)`
         says which, and why.
 
     Raises:

@@ -252,18 +252,24 @@ def present_devices() -> list[torch.device]:
     return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
 
 
-def explain(devices: list[torch.device] | None = None, *, model: Any = None) -> str:
+def explain(model: Any = None, *, devices: list[torch.device] | None = None) -> str:
     """A table of op × device × implementation: which runs, which would refuse, and why.
 
     Args:
         model: a network, or a pipeline around one. Each of its blocks that calls its modules one after another instead
             of running as one op, because a module was changed, has a line with the reason. Of a network that
             `accelerate` was given, every block has a line: the op that computes it, or why its own forward does.
+        devices: those of the table; None: the CPU, and the current CUDA device if there is one.
 
     Returns:
         Text, one line each; the implementation that runs is marked with `*`. At the end, the forced backend and
         the instruction set of native code.
+
+    Raises:
+        TypeError: `model` is no object with a network in it.
     """
+    if isinstance(model, list | tuple | str | int | torch.device | torch.Tensor):
+        raise TypeError(f"model must be a network or a pipeline, got {type(model).__name__}; devices= takes devices")
     rows = []
     for op in sorted(_ops.values(), key=lambda op: op.name):
         for device, (label, example) in product(devices or present_devices(), op.examples.items()):

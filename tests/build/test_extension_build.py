@@ -66,7 +66,7 @@ print(json.dumps({
     "reason": extension.reason(),
     "loaded": extension.load() is not None,
     "has_cuda": extension.has_cuda(),
-    "explain": ddpm_fast.explain([torch.device("cpu")]),
+    "explain": ddpm_fast.explain(devices=[torch.device("cpu")]),
 }))
 """
 

@@ -60,7 +60,7 @@ def test_an_implementation_can_yield_and_still_be_forced(monkeypatch):
     assert (op(4), op(10)) == ("native", "reference")
 
     def rows():
-        return [line.split() for line in dispatch.explain([torch.device("cpu")]).splitlines()]
+        return [line.split() for line in dispatch.explain(devices=[torch.device("cpu")]).splitlines()]
 
     assert ["halve", "cpu", "*", "native", "accepts"] in rows()
     assert ["halve,", "large", "cpu", "native", "10", "is", "large"] in rows()
@@ -83,7 +83,7 @@ def test_a_backend_that_a_block_lacks_is_forced_on_its_steps(op):
     assert block(8) == ("native", 2)
     with use_backend("reference"):
         assert block(8) == ("reference", 2.0)
-        assert "* composite" in dispatch.explain([torch.device("cpu")])
+        assert "* composite" in dispatch.explain(devices=[torch.device("cpu")])
     with use_backend("native"):
         assert block(8) == ("native", 2)
     with use_backend("triton"):  # the steps have none and choose freely
@@ -125,10 +125,16 @@ def test_the_last_implementation_may_not_refuse():
 
 
 def test_explain_names_the_reason(op):
-    text = dispatch.explain([torch.device("cpu")])
+    text = dispatch.explain(devices=[torch.device("cpu")])
     assert "3 is odd" in text and "* reference" in text
     with use_backend("native"):
-        assert "forced by use_backend: native" in dispatch.explain([torch.device("cpu")])
+        assert "forced by use_backend: native" in dispatch.explain(devices=[torch.device("cpu")])
+
+
+@pytest.mark.parametrize("given", [[torch.device("cpu")], torch.device("cpu"), "cpu", torch.zeros(1)], ids=repr)
+def test_explain_takes_a_model_first(given):
+    with pytest.raises(TypeError, match="model must be a network or a pipeline, got .*; devices= takes devices"):
+        ddpm_fast.explain(given)
 
 
 def test_explain_covers_every_op_of_the_package():

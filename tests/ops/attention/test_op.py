@@ -200,7 +200,7 @@ def test_on_the_cpu_triton_refuses_with_its_reason_and_native_or_sdpa_runs():
     message = f"attention: backend 'triton' was forced and refuses: {reason}"
     with use_backend("triton"), pytest.raises(RuntimeError, match=message):
         attention(qkv, mem_kv, heads=heads)
-    lines = dispatch.explain([torch.device("cpu")]).splitlines()
+    lines = dispatch.explain(devices=[torch.device("cpu")]).splitlines()
     rows = [line for line in lines if line.startswith(("attention ", "attention,"))]
     runs = "* sdpa" if extension.load() is None else "* native"
     assert [reason in row for row in rows] == [True, False, False, False] * 4

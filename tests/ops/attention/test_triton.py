@@ -213,7 +213,7 @@ def test_refuses_and_another_runs(name):
 
 
 def test_many_positions_are_left_to_torch_unless_forced():
-    table = dispatch.explain([torch.device(DEVICE)]).splitlines()
+    table = dispatch.explain(devices=[torch.device(DEVICE)]).splitlines()
     rows = [line for line in table if line.startswith(("attention ", "attention,"))]
     other = "native" if DEVICE == "cpu" and extension.load() is not None else "sdpa"
     assert [row.split("* ")[1].split()[0] for row in rows if "* " in row] == ["triton", *[other] * 3]

@@ -389,6 +389,6 @@ def test_under_autocast_x_t_is_written_in_the_networks_dtype(dtype):
 
 def test_explain_shows_native():
     with use_backend(None):
-        lines = dispatch.explain([torch.device("cpu")]).splitlines()
+        lines = dispatch.explain(devices=[torch.device("cpu")]).splitlines()
     for op in ("q_sample", "diffusion_loss"):
         assert any(line.split()[:4] == [op, "cpu", "*", "native"] and line.endswith("accepts") for line in lines)

@@ -120,7 +120,7 @@ def test_on_the_cpu_triton_refuses_with_its_reason():
             q_sample(x, t, table, eps)
         with pytest.raises(RuntimeError, match=f"diffusion_loss: backend 'triton' was forced and refuses: {reason}"):
             diffusion_loss(x, x, t, loss_table, eps)
-    assert reason in dispatch.explain([torch.device("cpu")])
+    assert reason in dispatch.explain(devices=[torch.device("cpu")])
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3])

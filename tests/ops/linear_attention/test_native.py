@@ -259,7 +259,7 @@ def test_what_native_refuses_runs_in_the_reference(name):
             OPS[name](**arguments, **options)
         out = OPS[name](**arguments, **options)
         assert out.shape[0] == arguments[first].shape[0]
-    rows = [line.split() for line in dispatch.explain([torch.device("cpu")]).splitlines()]
+    rows = [line.split() for line in dispatch.explain(devices=[torch.device("cpu")]).splitlines()]
     assert [OPS[name].__name__, "cpu", "*", "native", "accepts"] in rows
 
 

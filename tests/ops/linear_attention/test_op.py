@@ -170,4 +170,4 @@ def test_on_the_cpu_triton_refuses_with_its_reason():
         pytest.raises(RuntimeError, match=f"linear_attention: backend 'triton' was forced and refuses: {reason}"),
     ):
         linear_attention(**tensors, **others)
-    assert reason in dispatch.explain([torch.device("cpu")])
+    assert reason in dispatch.explain(devices=[torch.device("cpu")])

@@ -272,7 +272,7 @@ def test_refuses_heads_that_a_program_does_not_hold(dtype, D):
 
 
 def test_triton_is_preferred_where_it_runs():
-    table = dispatch.explain([torch.device(DEVICE)]).splitlines()
+    table = dispatch.explain(devices=[torch.device(DEVICE)]).splitlines()
     rows = [line for line in table if line.startswith("linear_attention ")]
     assert len(rows) == 3
     assert all(("* triton" in row and "accepts" in row) == ("triton" in row) for row in rows)

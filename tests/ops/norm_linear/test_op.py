@@ -176,4 +176,4 @@ def test_on_the_cpu_triton_refuses_with_its_reason():
     message = f"norm_linear: backend 'triton' was forced and refuses: {reason}"
     with use_backend("triton"), pytest.raises(RuntimeError, match=message):
         norm_linear(**make(SHAPE, "nchw"))
-    assert reason in dispatch.explain([torch.device("cpu")])
+    assert reason in dispatch.explain(devices=[torch.device("cpu")])

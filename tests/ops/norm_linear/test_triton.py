@@ -334,7 +334,7 @@ def test_linear_residual_is_an_operator_and_compiles():
 
 def test_triton_is_preferred_where_it_runs():
     ops = ("norm_linear", "linear_residual")
-    rows = [line for line in dispatch.explain([torch.device(DEVICE)]).splitlines() if line.split()[0] in ops]
+    rows = [line for line in dispatch.explain(devices=[torch.device(DEVICE)]).splitlines() if line.split()[0] in ops]
     assert len(rows) == 6
     assert all(("* triton" in row and "accepts" in row) == ("triton" in row) for row in rows)
 

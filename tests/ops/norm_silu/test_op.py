@@ -130,7 +130,7 @@ def test_on_the_cpu_triton_refuses_with_its_reason(norm):
         pytest.raises(RuntimeError, match=f"{norm}_norm_silu: backend 'triton' was forced and refuses: {reason}"),
     ):
         NORMS[norm](**tensors, **others)
-    assert reason in dispatch.explain([torch.device("cpu")])
+    assert reason in dispatch.explain(devices=[torch.device("cpu")])
 
 
 @both_norms

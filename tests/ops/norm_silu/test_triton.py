@@ -624,7 +624,7 @@ def test_the_gradient_of_another_reader_is_added(layout, activation):
 
 
 def test_triton_is_preferred_where_it_runs():
-    rows = [line for line in dispatch.explain([torch.device(DEVICE)]).splitlines() if "_norm_silu" in line]
+    rows = [line for line in dispatch.explain(devices=[torch.device(DEVICE)]).splitlines() if "_norm_silu" in line]
     assert len(rows) == 6
     assert all(("* triton" in row and "accepts" in row) == ("triton" in row) for row in rows)
 

@@ -325,5 +325,5 @@ def test_the_operators_themselves_guard_memory():
 
 def test_explain_shows_native():
     with use_backend(None):
-        lines = dispatch.explain([torch.device("cpu")]).splitlines()
+        lines = dispatch.explain(devices=[torch.device("cpu")]).splitlines()
     assert any(line.split()[:4] == ["variational_bound", "cpu", "*", "native"] for line in lines)

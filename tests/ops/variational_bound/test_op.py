@@ -235,7 +235,7 @@ def test_on_the_cpu_triton_refuses_with_its_reason():
         with pytest.raises(RuntimeError, match=f"variational_bound: backend 'triton' was forced and refuses: {reason}"):
             variational_bound(output, x, t, table, eps)
     with use_backend(None):
-        text = dispatch.explain([torch.device("cpu")])
+        text = dispatch.explain(devices=[torch.device("cpu")])
     assert any(line.startswith("variational_bound ") and reason in line for line in text.splitlines())
 
 
