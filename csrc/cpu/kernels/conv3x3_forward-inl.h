@@ -30,7 +30,9 @@ DDPM_FAST_INLINE bool apart(const Tiles& tiles, int64_t K) {
 // By panels, as many tiles at a time as V has room for.
 inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64_t C, int64_t K) {
   const int64_t parts = apart(tiles, K) ? thread_count() : 1, part = ceil_div(tiles.total, parts);
-  const int64_t size = max<int64_t>(kRows, kMaxV / (kPoints * C * all.inputs * parts));
+  const int64_t most = max<int64_t>(kRows, kMaxV / (kPoints * C * all.inputs * parts));
+  // To the nearest number of passes: another one transforms all taps again.
+  const int64_t size = ceil_div(part, max<int64_t>(1, (part + most / 2) / most));
   const auto passes = [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += size) {
       forward_by_panels(all, tiles, C, K, first, min(end, first + size));
