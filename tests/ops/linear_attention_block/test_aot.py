@@ -13,6 +13,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 from ddpm_fast.ops.linear_attention_block import triton as kernel
 from ddpm_fast.ops.linear_attention_block.launch import choose_launch
 from ddpm_fast.ops.linear_attention_block.triton_tile import ANY_SIZE
+from ddpm_fast.runtime import triton_launch
 from ddpm_fast.testing.aot import Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
@@ -54,8 +55,8 @@ SPILLED = {
 }
 
 
-# The same of queries_bwd with the gradient of a second reader, by Triton 3.8.
-SPILLED_OF_TWO = {(64, 80): 48, (64, 90): 8, (128, 80): 104, (128, 90): 64}
+# The same of queries_bwd with the gradient of a second reader, by Triton 3.8 and by releases before.
+SPILLED_OF_TWO = {(64, 80): (48, 32), (64, 90): (8, 48), (128, 80): (104, 144), (128, 90): (64, 96)}
 
 
 def compile_stage(name: str, C: int, capability: int, tmp_path, readers: int = 1) -> tuple[Machine, int]:
@@ -107,7 +108,8 @@ def test_registers_and_accesses(name, C, capability, tmp_path, gate):
 @pytest.mark.parametrize("C", STAGES)
 def test_registers_of_queries_with_two_readers(C, capability, tmp_path, gate):
     machine, _ = compile_stage("queries_bwd", C, capability, tmp_path, readers=2)
-    assert machine.stack <= SPILLED_OF_TWO[C, capability], (machine.stack, machine.local)
+    most = SPILLED_OF_TWO[C, capability][triton_launch.is_triton_before(3, 8)]
+    assert machine.stack <= most, (machine.stack, machine.local)
     name = "linear_attention_block_queries_bwd_kernel of two readers"
     gate("registers", f"{name}, bf16, C = {C}, sm_{capability}", machine.registers)
     assert machine.shared == compile_stage("queries_bwd", C, capability, tmp_path)[0].shared
