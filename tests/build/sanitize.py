@@ -19,7 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("csrc", "ddpm_fast", "tests", "benchmarks", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-TESTS = ("ops/*/test_native.py", "ops/sampler_step/test_*.py", "runtime/test_tape.py")
+TESTS = (
+    "ops/*/test_native.py", "ops/test_bfloat16_products.py", "ops/adam_step/test_op.py", "ops/sampler_step/test_*.py",
+    "runtime/test_tape.py",
+)  # fmt: skip
 # The run's exit status where a sanitizer found something; pytest's own are below 6.
 FOUND = 86
 

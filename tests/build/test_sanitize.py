@@ -26,6 +26,12 @@ def test_a_sample_of_the_native_tests_under_sanitizers(tmp_path):
     assert " passed" in result.stdout
 
 
+def test_every_native_source_is_among_what_runs():
+    sources = {source.stem for source in (sanitize.ROOT / "csrc" / "cpu" / "ops").glob("*.cpp")} - {"register"}
+    tested = {Path(name).parent.name for name in sanitize.native_tests(sanitize.ROOT)}
+    assert sources <= tested, sources - tested
+
+
 def test_a_copy_takes_changed_files_and_drops_those_that_are_gone(tmp_path):
     sanitize.copy_sources(tmp_path)
     assert not list(tmp_path.rglob("*.so")) and not list(tmp_path.rglob("_build_info.json"))

@@ -18,15 +18,12 @@ import sys
 import time
 from pathlib import Path
 
-from sanitize import ROOT, copy_sources
+from sanitize import ROOT, TESTS, copy_sources
 
 # The oldest minor release that pyproject.toml allows; the release of the GPU machines; the one that pip installs.
 RELEASES = ("2.9.1", "2.11.0", "newest")
 TOOLS = ("setuptools>=77", "wheel", "ninja", "pybind11")
-NATIVE = (
-    "ops/*/test_native.py", "ops/sampler_step/test_*.py", "runtime/test_tape.py", "runtime/test_memory_pool.py",
-    "models/test_cpu_accuracy.py",
-)  # fmt: skip
+NATIVE = (*TESTS, "runtime/test_memory_pool.py", "models/test_cpu_accuracy.py")
 # torch.compile's, nvcc's, and Triton's without a GPU.
 COMPILED = (
     "runtime/test_autocast.py", "test_facilities.py", "models/test_inference_weights.py", "build/test_cuda_*.py",
