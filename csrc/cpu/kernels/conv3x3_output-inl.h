@@ -131,8 +131,8 @@ inline void norm_pixels(const Conv3x3Forward& p, int64_t b, int64_t first, int64
   for (int64_t i = 0; i < count; ++i) {
     const int64_t pixel = first + i;
     if (norm.norms != nullptr) norm.norms[pixel] = norms[i];
-    rms_apply<true>(p.output[0] + pixel * K, norms[i], nullptr, affine,
-                    norm.residual == nullptr ? nullptr : norm.residual + pixel * K, norm.out + pixel * K, K, nullptr);
+    rms_apply(p.output[0] + pixel * K, norms[i], nullptr, affine, true,
+              norm.residual == nullptr ? nullptr : norm.residual + pixel * K, norm.out + pixel * K, K, nullptr);
   }
 }
 

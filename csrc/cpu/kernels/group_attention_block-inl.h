@@ -137,7 +137,7 @@ inline void norm_statistics(const GroupAttentionForward& args) {
   if (block.groups == 0) return;
   const NormSiluArgs norm{
       .x = block.x, .B = block.in.B, .N = block.in.N, .C = block.C, .groups = block.groups, .eps = args.eps};
-  group_statistics({.in = norm, .statistics = args.statistics}, NormChunks(norm.B, norm.N, norm.C));
+  group_statistics<float>({.in = norm, .statistics = args.statistics}, NormChunks(norm.B, norm.N, norm.C));
 }
 
 // y of `count` rows from `first` on, rows of the whole batch, to rows with a distance.

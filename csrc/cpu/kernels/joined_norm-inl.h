@@ -161,13 +161,13 @@ inline void joined_norm_forward(const JoinedNormForward& p) {
   float* all_rows = thread_scratch(kJoinedRowsSlot, p.in.B * kJoinedRows * C);
   fill_joined_rows(p.in, p.statistics, C, all_rows);
   over_joined_chunks(p.in, chunks, [&](const JoinedChunk& chunk, int64_t) {
-    const float *rows = all_rows + chunk.sample * kJoinedRows * C, *keep = chunk.keep(p.in, C);
+    const float *rows = all_rows + chunk.sample * kJoinedRows * C, *keep = chunk.keep(p.in, C), *no_residual = nullptr;
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t pixel = chunk.pixel(p.in, r);
       over_parts(p.in.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
         const vf d = lanes.get(p.in.x[part] + pixel * p.in.channels[part] + c) - lanes.get(rows + k);
         const vf y = d * lanes.get(rows + kRowA * C + k) + lanes.get(rows + kRowB * C + k);
-        lanes.put(p.out + pixel * C + k, after_norm<true>(y, keep ? keep + r * C : nullptr, nullptr, k, lanes));
+        lanes.put(p.out + pixel * C + k, after_norm(y, true, keep ? keep + r * C : nullptr, no_residual, k, lanes));
       });
     }
   });

@@ -48,8 +48,8 @@ inline void norm_linear_data_gradient(const NormLinearBackward<float>& p) {
       over_channels(C, [&](int64_t c, auto lanes) { lanes.put(dgain + c, vf{}); });
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t row = first + r;
-        rms_row_backward<false>(dh + r * C, p.x + row * C, p.norms[row], nullptr, p.gain, nullptr, nullptr,
-                                p.dx + row * C, {.products = dgain}, C);
+        rms_row_backward(dh + r * C, false, p.x + row * C, p.norms[row], nullptr, p.gain, nullptr, nullptr, dh + r * C,
+                         p.dx + row * C, {.products = dgain}, C);
       }
     }
   });

@@ -79,7 +79,7 @@ inline void norm_linear_data_gradient_by_pairs(const NormLinearBackward<uint16_t
         const int64_t row = first + r;
         float* z = dh + r * C;
         convert::from_bfloat16(x, p.x + row * C, C);
-        rms_row_backward<false>(z, x, p.norms[row], nullptr, p.gain, nullptr, nullptr, z, {.products = dgain}, C);
+        rms_row_backward(z, false, x, p.norms[row], nullptr, p.gain, nullptr, nullptr, z, z, {.products = dgain}, C);
         convert::to_bfloat16(p.dx + row * C, z, C);
       }
     }

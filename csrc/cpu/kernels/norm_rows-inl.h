@@ -2,19 +2,33 @@
 // row is a pixel's channels and stays in the first-level cache between two passes.
 #pragma once
 
+#include "convert-inl.h"
 #include "vec-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 // How a vector of channels is read and written: whole, or the first `count` where a row ends.
+// Elements are float, Half or Bfloat16.
 struct Whole {
-  DDPM_FAST_INLINE vf get(const float* from) const { return load(from); }
-  DDPM_FAST_INLINE void put(float* to, vf value) const { store(to, value); }
+  template <typename T>
+  DDPM_FAST_INLINE vf get(const T* from) const {
+    return load(from);
+  }
+  template <typename T>
+  DDPM_FAST_INLINE void put(T* to, vf value) const {
+    store(to, value);
+  }
 };
 struct Part {
   int64_t count;
-  DDPM_FAST_INLINE vf get(const float* from) const { return load_partial(from, count); }
-  DDPM_FAST_INLINE void put(float* to, vf value) const { store_partial(to, value, count); }
+  template <typename T>
+  DDPM_FAST_INLINE vf get(const T* from) const {
+    return load_partial(from, count);
+  }
+  template <typename T>
+  DDPM_FAST_INLINE void put(T* to, vf value) const {
+    store_partial(to, value, count);
+  }
 };
 
 // body(c, Whole or Part) for every vector of C channels.
@@ -25,8 +39,8 @@ DDPM_FAST_INLINE void over_channels(int64_t C, const Body& body) {
   if (c < C) body(c, Part{C - c});
 }
 
-template <typename Lanes>
-DDPM_FAST_INLINE vf get_biased(const float* v, const float* bias, int64_t c, Lanes lanes) {
+template <typename T, typename Lanes>
+DDPM_FAST_INLINE vf get_biased(const T* v, const float* bias, int64_t c, Lanes lanes) {
   const vf value = lanes.get(v + c);
   return bias ? value + lanes.get(bias + c) : value;
 }
@@ -36,31 +50,41 @@ DDPM_FAST_INLINE void accumulate(float* sums, int64_t c, Lanes lanes, vf value) 
   lanes.put(sums + c, lanes.get(sums + c) + value);
 }
 
-// y of x̂ and its slope; offset, scale and shift may be null.
+// Rows of the affine map; offset, scale and shift may be null.
 struct Affine {
   const float *gain, *offset, *scale, *shift;
+};
+
+// y of x̂ and its slope in a vector of channels, for many pixels.
+struct AffineAt {
+  bool has_offset, has_scale, has_shift;
+  vf gain, offset, scale, shift;
 
   template <typename Lanes>
-  DDPM_FAST_INLINE vf operator()(vf normed, int64_t c, Lanes lanes) const {
-    vf y = normed * lanes.get(gain + c);
-    if (offset) y += lanes.get(offset + c);
-    if (scale) y = y * lanes.get(scale + c) + y;
-    if (shift) y += lanes.get(shift + c);
+  DDPM_FAST_INLINE AffineAt(const Affine& rows, int64_t c, Lanes lanes)
+      : has_offset(rows.offset),
+        has_scale(rows.scale),
+        has_shift(rows.shift),
+        gain(lanes.get(rows.gain + c)),
+        offset(has_offset ? lanes.get(rows.offset + c) : vf{}),
+        scale(has_scale ? lanes.get(rows.scale + c) : vf{}),
+        shift(has_shift ? lanes.get(rows.shift + c) : vf{}) {}
+  DDPM_FAST_INLINE vf operator()(vf normed) const {
+    vf y = normed * gain;
+    if (has_offset) y += offset;
+    if (has_scale) y = y * scale + y;
+    if (has_shift) y += shift;
     return y;
   }
-  template <typename Lanes>
-  DDPM_FAST_INLINE vf slope(int64_t c, Lanes lanes) const {
-    const vf a = lanes.get(gain + c);
-    return scale ? a * lanes.get(scale + c) + a : a;
-  }
+  DDPM_FAST_INLINE vf slope() const { return has_scale ? gain * scale + gain : gain; }
 };
 
 // sigmoid() is not 0 where its exp() ends, which a large y would multiply.
 DDPM_FAST_INLINE vf silu_gate(vf y) { return select(y < splat(-87.0f), vf{}, sigmoid(y)); }
 
-template <bool kActivation, typename Lanes>
-DDPM_FAST_INLINE vf after_norm(vf y, const float* keep, const float* residual, int64_t c, Lanes lanes) {
-  if constexpr (kActivation) y *= silu_gate(y);
+template <typename T, typename Lanes>
+DDPM_FAST_INLINE vf after_norm(vf y, bool activation, const float* keep, const T* residual, int64_t c, Lanes lanes) {
+  if (activation) y *= silu_gate(y);
   if (keep) {
     const vf k = lanes.get(keep + c);
     y = select(k == vf{}, vf{}, y * k);  // a dropped element is 0, even if y is NaN or inf
@@ -69,23 +93,24 @@ DDPM_FAST_INLINE vf after_norm(vf y, const float* keep, const float* residual, i
 }
 
 // The gradient with respect to y.
-template <bool kActivation, typename Lanes>
-DDPM_FAST_INLINE vf before_activation(const float* grad, const float* keep, const Affine& affine, vf normed, int64_t c,
-                                      Lanes lanes) {
+template <typename T, typename Lanes>
+DDPM_FAST_INLINE vf before_activation(const T* grad, bool activation, const float* keep, const AffineAt& affine,
+                                      vf normed, int64_t c, Lanes lanes) {
   vf g = lanes.get(grad + c);
   if (keep) {
     const vf k = lanes.get(keep + c);
     g = select(k == vf{}, vf{}, g * k);
   }
-  if constexpr (kActivation) {
-    const vf y = affine(normed, c, lanes), gate = silu_gate(y);
+  if (activation) {
+    const vf y = affine(normed), gate = silu_gate(y);
     g *= gate * (y * (splat(1.0f) - gate) + splat(1.0f));
   }
   return g;
 }
 
 // ‖v + bias‖₂
-DDPM_FAST_INLINE float row_norm(const float* v, const float* bias, int64_t C) {
+template <typename T>
+DDPM_FAST_INLINE float row_norm(const T* v, const float* bias, int64_t C) {
   vf even = {}, odd = {};
   int64_t c = 0;
   for (; c + 2 * kLanes <= C; c += 2 * kLanes) {
@@ -113,13 +138,13 @@ DDPM_FAST_INLINE float rms_factor(float norm, int64_t C) {
 
 // One row: out = keep·SiLU(x̂·gain·(1 + scale) + shift) + residual, x̂ = (v + bias)·√C / norm with row_norm's `norm`.
 // bias, residual and keep may be null; out may be v or residual.
-template <bool kActivation>
-DDPM_FAST_INLINE void rms_apply(const float* v, float norm, const float* bias, const Affine& affine,
-                                const float* residual, float* out, int64_t C, const float* keep) {
+template <typename T>
+DDPM_FAST_INLINE void rms_apply(const T* v, float norm, const float* bias, const Affine& affine, bool activation,
+                                const T* residual, T* out, int64_t C, const float* keep) {
   const vf factor = splat(rms_factor(norm, C));
   over_channels(C, [&](int64_t c, auto lanes) {
-    const vf y = affine(get_biased(v, bias, c, lanes) * factor, c, lanes);
-    lanes.put(out + c, after_norm<kActivation>(y, keep, residual, c, lanes));
+    const vf y = AffineAt(affine, c, lanes)(get_biased(v, bias, c, lanes) * factor);
+    lanes.put(out + c, after_norm(y, activation, keep, residual, c, lanes));
   });
 }
 
@@ -132,28 +157,30 @@ struct NormSums {
   float* inputs;    // Σ dx
 };
 
-// The gradient of a row, by its `norm`. dx may be grad. The sums are added to.
-template <bool kActivation>
-DDPM_FAST_INLINE void rms_row_backward(const float* grad, const float* v, float norm, const float* bias,
-                                       const float* gain, const float* scale, const float* shift, float* dx,
+// The gradient of a row, by its `norm`. z: memory of C floats, which may be dx, and dx may be grad. The sums are added
+// to.
+template <typename T>
+DDPM_FAST_INLINE void rms_row_backward(const T* grad, bool activation, const T* v, float norm, const float* bias,
+                                       const float* gain, const float* scale, const float* shift, float* z, T* dx,
                                        const NormSums& sums, int64_t C, const float* keep = nullptr) {
-  const Affine affine{.gain = gain, .offset = nullptr, .scale = scale, .shift = shift};
+  const Affine rows{.gain = gain, .offset = nullptr, .scale = scale, .shift = shift};
   const vf factor = splat(rms_factor(norm, C));
   vf dot = {};
   over_channels(C, [&](int64_t c, auto lanes) {
     const vf normed = get_biased(v, bias, c, lanes) * factor;
-    const vf g = before_activation<kActivation>(grad, keep, affine, normed, c, lanes);
+    const AffineAt affine(rows, c, lanes);
+    const vf g = before_activation(grad, activation, keep, affine, normed, c, lanes);
     if (sums.products) accumulate(sums.products, c, lanes, g * normed);
     if (sums.slopes) accumulate(sums.slopes, c, lanes, g);
-    const vf z = g * affine.slope(c, lanes);
-    dot = z * normed + dot;
-    lanes.put(dx + c, z);
+    const vf scaled = g * affine.slope();
+    dot = scaled * normed + dot;
+    lanes.put(z + c, scaled);
   });
   // A norm at its bound is a constant: nothing flows through it.
   const vf mean = splat(norm < kMinNorm ? 0.0f : reduce_add(dot) / static_cast<float>(C));
   over_channels(C, [&](int64_t c, auto lanes) {
     const vf normed = get_biased(v, bias, c, lanes) * factor;
-    const vf d = (lanes.get(dx + c) - normed * mean) * factor;
+    const vf d = (lanes.get(z + c) - normed * mean) * factor;
     if (sums.inputs) accumulate(sums.inputs, c, lanes, d);
     lanes.put(dx + c, d);
   });

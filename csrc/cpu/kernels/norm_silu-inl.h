@@ -15,10 +15,10 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// Of thread_scratch; the maps' are for a chunk in float32 of maps that are not.
-constexpr int kNormMaskSlot = 4, kNormSumsSlot = 5, kNormPieceSlot = 6, kNormXSlot = 1, kNormOtherSlot = 2,
-              kNormOutSlot = 3;
+// Of thread_scratch.
+constexpr int kNormRowSlot = 3, kNormMaskSlot = 4, kNormSumsSlot = 5, kNormPieceSlot = 6;
 constexpr int64_t kNormChunk = 4096;    // elements of a chunk, about; few, since a chunk's are summed plainly
+constexpr int64_t kNormRows = 8;        // pixels that forward takes at once
 constexpr int64_t kNormPiece = 16384;   // elements that are worth a thread
 constexpr uint32_t kStreamDropout = 6;  // STREAM_DROPOUT of ddpm_fast/noise.py
 
@@ -83,26 +83,14 @@ inline NormSiluArgs without_dropout(NormSiluArgs in) {
   return in;
 }
 
-// A chunk of a map in float32: the map's own memory, or a copy in a slot of the thread.
-inline const float* widened(const NormSiluArgs& p, const void* map, const NormChunk& chunk, int slot) {
-  if (p.type == MapType::kFloat || map == nullptr) {
-    return map == nullptr ? nullptr : static_cast<const float*>(map) + chunk.begin;
-  }
-  const uint16_t* from = static_cast<const uint16_t*>(map) + chunk.begin;
-  float* to = thread_scratch(slot, chunk.rows * p.C);
-  (p.type == MapType::kHalf ? convert::from_half : convert::from_bfloat16)(to, from, chunk.rows * p.C);
-  return to;
+// A chunk of a map of T; null if there is no map.
+template <typename T>
+DDPM_FAST_INLINE const T* chunk_of(const void* map, const NormChunk& chunk) {
+  return map ? static_cast<const T*>(map) + chunk.begin : nullptr;
 }
-
-// Where a chunk of a map is written in float32, before `narrow` rounds it into the map if that is of another type.
-inline float* place_of(const NormSiluArgs& p, void* map, const NormChunk& chunk) {
-  return p.type == MapType::kFloat ? static_cast<float*>(map) + chunk.begin
-                                   : thread_scratch(kNormOutSlot, chunk.rows * p.C);
-}
-inline void narrow(const NormSiluArgs& p, const float* from, void* map, const NormChunk& chunk) {
-  if (p.type == MapType::kFloat) return;
-  uint16_t* to = static_cast<uint16_t*>(map) + chunk.begin;
-  (p.type == MapType::kHalf ? convert::to_half : convert::to_bfloat16)(to, from, chunk.rows * p.C);
+template <typename T>
+DDPM_FAST_INLINE T* chunk_of(void* map, const NormChunk& chunk) {
+  return static_cast<T*>(map) + chunk.begin;
 }
 
 template <typename Body>
@@ -114,58 +102,122 @@ inline void over_chunks(const NormSiluArgs& p, const NormChunks& chunks, const B
 
 // ---- GroupNorm ----
 
-// mean and 1/√(variance + eps) of the group of every channel: (2, C) from a sample's (groups, 2).
-inline void spread_statistics(const float* statistics, int64_t groups, int64_t C, float* spread) {
+// value(g) for every channel of group g.
+template <typename Value>
+DDPM_FAST_INLINE void spread_groups(int64_t groups, int64_t C, float* to, const Value& value) {
   const int64_t width = C / groups;
-  for (int64_t c = 0; c < C; ++c) {
-    spread[c] = statistics[c / width * 2];
-    spread[C + c] = statistics[c / width * 2 + 1];
+  for (int64_t g = 0; g < groups; ++g) {
+    const float of_group = value(g);
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) to[c] = of_group;
   }
 }
 
+// mean and 1/√(variance + eps) of the group of every channel: (2, C) from a sample's (groups, 2).
+inline void spread_statistics(const float* statistics, int64_t groups, int64_t C, float* spread) {
+  spread_groups(groups, C, spread, [&](int64_t g) { return statistics[2 * g]; });
+  spread_groups(groups, C, spread + C, [&](int64_t g) { return statistics[2 * g + 1]; });
+}
+
+// How many, as a constant.
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+
+// body(first group, Count) for all groups, four at a time while there are four: their sums do not wait for each other.
+template <typename Body>
+DDPM_FAST_INLINE void over_groups(int64_t groups, const Body& body) {
+  int64_t g = 0;
+  for (; g + 4 <= groups; g += 4) body(g, Count<4>{});
+  for (; g < groups; ++g) body(g, Count<1>{});
+}
+
+// sums[c] = Σ over rows of term(row, c, lanes), in the order of rows; four vectors at a time.
+template <typename Term>
+DDPM_FAST_INLINE void sum_rows(int64_t C, int64_t rows, float* sums, const Term& term) {
+  constexpr int kVectors = 4;
+  int64_t first = 0;
+  for (; first + kVectors * kLanes <= C; first += kVectors * kLanes) {
+    vf of[kVectors] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) of[i] += term(r, first + i * kLanes, Whole{});
+    }
+    for (int i = 0; i < kVectors; ++i) store(sums + first + i * kLanes, of[i]);
+  }
+  over_channels(C - first, [&](int64_t c, auto lanes) {
+    vf of = {};
+    for (int64_t r = 0; r < rows; ++r) of += term(r, first + c, lanes);
+    lanes.put(sums + first + c, of);
+  });
+}
+
+// moments[2·g] = Σ of the group's channels, in their order.
+inline void sum_groups(int64_t groups, int64_t width, const float* sums, float* moments) {
+  over_groups(groups, [&](int64_t first, auto count) {
+    float of[count.value] = {};
+    for (int64_t c = 0; c < width; ++c) {
+#pragma GCC unroll 4
+      for (int i = 0; i < count.value; ++i) of[i] += sums[(first + i) * width + c];
+    }
+    for (int i = 0; i < count.value; ++i) moments[2 * (first + i)] = of[i];
+  });
+}
+
+// x̂ of a vector of channels, for many pixels.
+struct GroupNormed {
+  bool has_bias;
+  vf bias, mean, rstd;
+
+  template <typename Lanes>
+  DDPM_FAST_INLINE GroupNormed(const float* added, const float* spread, int64_t C, int64_t c, Lanes lanes)
+      : has_bias(added),
+        bias(has_bias ? lanes.get(added + c) : vf{}),
+        mean(lanes.get(spread + c)),
+        rstd(lanes.get(spread + C + c)) {}
+  DDPM_FAST_INLINE vf operator()(vf v) const { return ((has_bias ? v + bias : v) - mean) * rstd; }
+};
+
+// body(first row, last row, channel, lanes) for every vector of every `kRows` rows of a chunk. What depends only on the
+// channel stays in registers.
+template <int64_t kRows, typename Body>
+DDPM_FAST_INLINE void over_pieces(int64_t rows, int64_t C, const Body& body) {
+  for (int64_t first = 0; first < rows; first += kRows) {
+    over_channels(C, [&](int64_t c, auto lanes) { body(first, min(rows, first + kRows), c, lanes); });
+  }
+}
+// Adds the sum of a piece to those of its chunk.
 template <typename Lanes>
-DDPM_FAST_INLINE vf group_normed(const float* v, const float* bias, const float* spread, int64_t C, int64_t c,
-                                 Lanes lanes) {
-  return (get_biased(v, bias, c, lanes) - lanes.get(spread + c)) * lanes.get(spread + C + c);
+DDPM_FAST_INLINE void add_piece(float* sums, int64_t first, int64_t c, Lanes lanes, vf of_piece) {
+  lanes.put(sums + c, first == 0 ? of_piece : lanes.get(sums + c) + of_piece);
 }
 
 // Mean and sum of squared deviations of every group in a chunk, moments (groups, 2); buffer: (2, C).
+template <typename T>
 inline void chunk_moments(const NormSiluArgs& p, const NormChunk& chunk, float* buffer, float* moments) {
-  const float* x = widened(p, p.x, chunk, kNormXSlot);
-  const int64_t C = p.C, width = C / p.groups;
+  const T* x = chunk_of<T>(p.x, chunk);
+  const int64_t C = p.C, G = p.groups, width = C / G;
   float *means = buffer, *sums = buffer + C;
-  clear(sums, C);
-  for (int64_t r = 0; r < chunk.rows; ++r) {
-    over_channels(C,
-                  [&](int64_t c, auto lanes) { accumulate(sums, c, lanes, get_biased(x + r * C, p.bias, c, lanes)); });
-  }
+  sum_rows(C, chunk.rows, sums,
+           [&](int64_t r, int64_t c, auto lanes) { return get_biased(x + r * C, p.bias, c, lanes); });
+  sum_groups(G, width, sums, moments);
   const float count = static_cast<float>(width * chunk.rows);
-  for (int64_t g = 0; g < p.groups; ++g) {
-    float sum = 0;
-    for (int64_t c = 0; c < width; ++c) sum += sums[g * width + c];
-    moments[2 * g] = sum / count;
-    for (int64_t c = 0; c < width; ++c) means[g * width + c] = moments[2 * g];
-  }
-  clear(sums, C);
-  for (int64_t r = 0; r < chunk.rows; ++r) {
-    over_channels(C, [&](int64_t c, auto lanes) {
-      const vf deviation = get_biased(x + r * C, p.bias, c, lanes) - lanes.get(means + c);
-      accumulate(sums, c, lanes, deviation * deviation);
-    });
-  }
-  for (int64_t g = 0; g < p.groups; ++g) {
-    float sum = 0;
-    for (int64_t c = 0; c < width; ++c) sum += sums[g * width + c];
-    moments[2 * g + 1] = sum;
-  }
+  for (int64_t g = 0; g < G; ++g) moments[2 * g] /= count;
+  spread_groups(G, C, means, [&](int64_t g) { return moments[2 * g]; });
+  sum_rows(C, chunk.rows, sums, [&](int64_t r, int64_t c, auto lanes) {
+    const vf deviation = get_biased(x + r * C, p.bias, c, lanes) - lanes.get(means + c);
+    return deviation * deviation;
+  });
+  sum_groups(G, width, sums, moments + 1);
 }
 
 // Moments of chunks put together (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance").
+template <typename T>
 inline void group_statistics(const NormSiluForward& p, const NormChunks& chunks) {
   const int64_t G = p.in.groups, width = p.in.C / G;
   float* moments = thread_scratch(kNormSumsSlot, chunks.total * G * 2);
   over_chunks(without_dropout(p.in), chunks, [&](const NormChunk& chunk, int64_t i) {
-    chunk_moments(p.in, chunk, thread_scratch(kNormMaskSlot, 2 * p.in.C), moments + i * G * 2);
+    chunk_moments<T>(p.in, chunk, thread_scratch(kNormMaskSlot, 2 * p.in.C), moments + i * G * 2);
   });
   for (int64_t b = 0; b < p.in.B; ++b) {
     for (int64_t g = 0; g < G; ++g) {
@@ -188,80 +240,86 @@ inline void group_statistics(const NormSiluForward& p, const NormChunks& chunks)
 // Means over a sample's groups of z and z·x̂, z = g·slope, spread over the channels: (2, C).
 inline void group_means(const NormSiluArgs& p, const Affine& affine, const float* sums, int64_t chunks, float* means) {
   const int64_t C = p.C, width = C / p.groups;
-  const double count = static_cast<double>(width * p.N);
-  for (int64_t g = 0; g < p.groups; ++g) {
-    double of_z = 0, of_products = 0;
+  const double elements = static_cast<double>(width * p.N);
+  over_groups(p.groups, [&](int64_t first, auto count) {
+    double of_z[count.value] = {}, of_products[count.value] = {};
     for (int64_t k = 0; k < chunks; ++k) {
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-        const double slope = affine.scale ? affine.gain[c] * (1.0 + affine.scale[c]) : affine.gain[c];
-        of_products += slope * sums[k * 3 * C + c];
-        of_z += slope * sums[(k * 3 + 1) * C + c];
+      for (int64_t from = first * width; from < (first + 1) * width; ++from) {
+#pragma GCC unroll 4
+        for (int i = 0; i < count.value; ++i) {
+          const int64_t c = from + i * width;
+          const double slope = affine.scale ? affine.gain[c] * (1.0 + affine.scale[c]) : affine.gain[c];
+          of_products[i] += slope * sums[k * 3 * C + c];
+          of_z[i] += slope * sums[(k * 3 + 1) * C + c];
+        }
       }
     }
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      means[c] = static_cast<float>(of_z / count);
-      means[C + c] = static_cast<float>(of_products / count);
+    for (int i = 0; i < count.value; ++i) {
+      float* to = means + (first + i) * width;
+      spread_groups(1, width, to, [&](int64_t) { return static_cast<float>(of_z[i] / elements); });
+      spread_groups(1, width, to + C, [&](int64_t) { return static_cast<float>(of_products[i] / elements); });
     }
-  }
+  });
 }
 
 // ---- the kernels ----
 
-template <bool kActivation>
+template <typename T>
 void rms_forward(const NormSiluForward& p, const NormChunks& chunks) {
   const int64_t C = p.in.C;
   over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t) {
-    const float *x = widened(p.in, p.in.x, chunk, kNormXSlot),
-                *residual = widened(p.in, p.residual, chunk, kNormOtherSlot);
-    float *out = place_of(p.in, p.out, chunk), *norms = p.statistics + chunk.sample * p.in.N + chunk.first;
+    const T *x = chunk_of<T>(p.in.x, chunk), *residual = chunk_of<T>(p.residual, chunk);
+    T* out = chunk_of<T>(p.out, chunk);
+    float* norms = p.statistics + chunk.sample * p.in.N + chunk.first;
     // Up to 8 rows at a time: their norms are independent, and the rows stay in the first-level cache.
     const int64_t group = max<int64_t>(1, min<int64_t>(8, 1024 / C));
     for (int64_t first = 0; first < chunk.rows; first += group) {
       const int64_t last = min(chunk.rows, first + group);
       for (int64_t r = first; r < last; ++r) norms[r] = row_norm(x + r * C, p.in.bias, C);
       for (int64_t r = first; r < last; ++r) {
-        rms_apply<kActivation>(x + r * C, norms[r], p.in.bias, chunk.affine, residual ? residual + r * C : nullptr,
-                               out + r * C, C, chunk.keep_row(r, C));
+        rms_apply(x + r * C, norms[r], p.in.bias, chunk.affine, p.in.activation, residual ? residual + r * C : nullptr,
+                  out + r * C, C, chunk.keep_row(r, C));
       }
     }
-    narrow(p.in, out, p.out, chunk);
   });
 }
 
-template <bool kActivation>
+template <typename T>
 void group_forward(const NormSiluForward& p, const NormChunks& chunks) {
   const int64_t C = p.in.C;
-  group_statistics(p, chunks);
+  const bool activation = p.in.activation;
+  group_statistics<T>(p, chunks);
   float* spread = thread_scratch(kNormSumsSlot, p.in.B * 2 * C);
   for (int64_t b = 0; b < p.in.B; ++b)
     spread_statistics(p.statistics + b * p.in.groups * 2, p.in.groups, C, spread + b * 2 * C);
   over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t) {
-    const float *mine = spread + chunk.sample * 2 * C, *x = widened(p.in, p.in.x, chunk, kNormXSlot),
-                *residual = widened(p.in, p.residual, chunk, kNormOtherSlot);
-    float* out = place_of(p.in, p.out, chunk);
-    for (int64_t r = 0; r < chunk.rows; ++r) {
-      const float* added = residual ? residual + r * C : nullptr;
-      over_channels(C, [&](int64_t c, auto lanes) {
-        const vf y = chunk.affine(group_normed(x + r * C, p.in.bias, mine, C, c, lanes), c, lanes);
-        lanes.put(out + r * C + c, after_norm<kActivation>(y, chunk.keep_row(r, C), added, c, lanes));
-      });
-    }
-    narrow(p.in, out, p.out, chunk);
+    const T *x = chunk_of<T>(p.in.x, chunk), *residual = chunk_of<T>(p.residual, chunk);
+    const float* mine = spread + chunk.sample * 2 * C;
+    T* out = chunk_of<T>(p.out, chunk);
+    over_pieces<kNormRows>(chunk.rows, C, [&](int64_t first, int64_t last, int64_t c, auto lanes) {
+      const GroupNormed normed(p.in.bias, mine, C, c, lanes);
+      const AffineAt affine(chunk.affine, c, lanes);
+      for (int64_t r = first; r < last; ++r) {
+        const vf y = affine(normed(lanes.get(x + r * C + c)));
+        const T* added = residual ? residual + r * C : nullptr;
+        lanes.put(out + r * C + c, after_norm(y, activation, chunk.keep_row(r, C), added, c, lanes));
+      }
+    });
   });
 }
 
 // The sums of a chunk, as sums of pieces of kRowsOfPiece rows; a chunk of one piece needs no second sums.
 class ChunkSums {
  public:
-  // Sums of chunk i of `count` rows, which go on from `sums` if they are `begun`, else from 0.
-  ChunkSums(const NormSiluBackward& p, float* sums, int64_t i, int64_t count, bool begun = false)
+  // Sums of chunk i of `count` rows.
+  ChunkSums(const NormSiluBackward& p, float* sums, int64_t i, int64_t count)
       : chunk_(sums + i * 3 * p.in.C),
         piece_(count > kRowsOfPiece ? thread_scratch(kNormPieceSlot, 3 * p.in.C) : chunk_),
         C_(p.in.C) {
-    const bool slopes = p.doffset || p.dshift || p.dscale || p.in.groups;
+    const bool slopes = p.doffset || p.dshift || p.dscale;
     rows = {
         .products = piece_, .slopes = slopes ? piece_ + C_ : nullptr, .inputs = p.dbias ? piece_ + 2 * C_ : nullptr};
-    if (!begun) clear(chunk_, 3 * C_);
+    clear(chunk_, 3 * C_);
     if (piece_ != chunk_) clear(piece_, 3 * C_);
   }
 
@@ -286,51 +344,50 @@ class ChunkSums {
   int64_t C_;
 };
 
-template <bool kActivation>
+template <typename T>
 void rms_backward(const NormSiluBackward& p, const NormChunks& chunks, float* sums) {
   const int64_t C = p.in.C;
   over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t i) {
     ChunkSums mine(p, sums, i, chunk.rows);
-    const float *norms = p.statistics + chunk.sample * p.in.N + chunk.first,
-                *x = widened(p.in, p.in.x, chunk, kNormXSlot), *grad = widened(p.in, p.grad, chunk, kNormOtherSlot);
-    float* dx = place_of(p.in, p.dx, chunk);
+    const T *x = chunk_of<T>(p.in.x, chunk), *grad = chunk_of<T>(p.grad, chunk);
+    const float* norms = p.statistics + chunk.sample * p.in.N + chunk.first;
+    T* dx = chunk_of<T>(p.dx, chunk);
+    float* z = thread_scratch(kNormRowSlot, C);
     for (int64_t r = 0; r < chunk.rows; ++r) {
-      rms_row_backward<kActivation>(grad + r * C, x + r * C, norms[r], p.in.bias, chunk.affine.gain, chunk.affine.scale,
-                                    chunk.affine.shift, dx + r * C, mine.rows, C, chunk.keep_row(r, C));
+      rms_row_backward(grad + r * C, p.in.activation, x + r * C, norms[r], p.in.bias, chunk.affine.gain,
+                       chunk.affine.scale, chunk.affine.shift, z, dx + r * C, mine.rows, C, chunk.keep_row(r, C));
       mine.end_row(r);
     }
     mine.finish();
-    narrow(p.in, dx, p.dx, chunk);
   });
 }
 
-template <bool kActivation>
+template <typename T>
 void group_backward(const NormSiluBackward& p, const NormChunks& chunks, float* sums, float* spread) {
   const int64_t C = p.in.C;
+  const bool activation = p.in.activation;
   float* means = spread + p.in.B * 2 * C;
   for (int64_t b = 0; b < p.in.B; ++b)
     spread_statistics(p.statistics + b * p.in.groups * 2, p.in.groups, C, spread + b * 2 * C);
   float* const all_z = p.in.type == MapType::kFloat ? static_cast<float*>(p.dx) : p.z;
-  // body(row of the chunk, channel, lanes, x̂) for every vector.
-  const auto over_rows = [&](const NormChunk& chunk, ChunkSums& mine, const auto& body) {
-    const float* x = widened(p.in, p.in.x, chunk, kNormXSlot);
-    for (int64_t r = 0; r < chunk.rows; ++r) {
-      over_channels(C, [&](int64_t c, auto lanes) {
-        body(r, c, lanes, group_normed(x + r * C, p.in.bias, spread + chunk.sample * 2 * C, C, c, lanes));
-      });
-      mine.end_row(r);
-    }
-    mine.finish();
-  };
   over_chunks(p.in, chunks, [&](const NormChunk& chunk, int64_t i) {
-    ChunkSums mine(p, sums, i, chunk.rows);
-    const float* grad = widened(p.in, p.grad, chunk, kNormOtherSlot);
-    float* z = all_z + chunk.begin;
-    over_rows(chunk, mine, [&](int64_t r, int64_t c, auto lanes, vf normed) {
-      const vf g = before_activation<kActivation>(grad + r * C, chunk.keep_row(r, C), chunk.affine, normed, c, lanes);
-      accumulate(mine.rows.products, c, lanes, g * normed);
-      accumulate(mine.rows.slopes, c, lanes, g);
-      lanes.put(z + r * C + c, g * chunk.affine.slope(c, lanes));  // which is read again below
+    const T *x = chunk_of<T>(p.in.x, chunk), *grad = chunk_of<T>(p.grad, chunk);
+    float *z = all_z + chunk.begin, *mine = sums + i * 3 * C;
+    clear(mine + 2 * C, C);
+    over_pieces<kRowsOfPiece>(chunk.rows, C, [&](int64_t first, int64_t last, int64_t c, auto lanes) {
+      const GroupNormed normed(p.in.bias, spread + chunk.sample * 2 * C, C, c, lanes);
+      const AffineAt affine(chunk.affine, c, lanes);
+      const vf slope = affine.slope();
+      vf products = {}, slopes = {};
+      for (int64_t r = first; r < last; ++r) {
+        const vf n = normed(lanes.get(x + r * C + c));
+        const vf g = before_activation(grad + r * C, activation, chunk.keep_row(r, C), affine, n, c, lanes);
+        products += g * n;
+        slopes += g;
+        lanes.put(z + r * C + c, g * slope);  // which is read again below
+      }
+      add_piece(mine, first, c, lanes, products);
+      add_piece(mine + C, first, c, lanes, slopes);
     });
   });
   for (int64_t b = 0; b < p.in.B; ++b) {
@@ -339,17 +396,22 @@ void group_backward(const NormSiluBackward& p, const NormChunks& chunks, float* 
     group_means(p.in, affine, sums + b * chunks.per_sample * 3 * C, chunks.per_sample, means + b * 2 * C);
   }
   over_chunks(without_dropout(p.in), chunks, [&](const NormChunk& chunk, int64_t i) {
-    ChunkSums mine(p, sums, i, chunk.rows, true);
-    const float *rstd = spread + (chunk.sample * 2 + 1) * C, *mean = means + chunk.sample * 2 * C,
-                *z = all_z + chunk.begin;
-    float* dx = place_of(p.in, p.dx, chunk);
-    over_rows(chunk, mine, [&](int64_t r, int64_t c, auto lanes, vf normed) {
-      const vf centred = lanes.get(z + r * C + c) - lanes.get(mean + c) - normed * lanes.get(mean + C + c);
-      const vf d = centred * lanes.get(rstd + c);
-      if (mine.rows.inputs) accumulate(mine.rows.inputs, c, lanes, d);
-      lanes.put(dx + r * C + c, d);
+    const T* x = chunk_of<T>(p.in.x, chunk);
+    T* dx = chunk_of<T>(p.dx, chunk);
+    const float *z = all_z + chunk.begin, *mean = means + chunk.sample * 2 * C;
+    float* inputs = sums + (i * 3 + 2) * C;
+    over_pieces<kRowsOfPiece>(chunk.rows, C, [&](int64_t first, int64_t last, int64_t c, auto lanes) {
+      const GroupNormed normed(p.in.bias, spread + chunk.sample * 2 * C, C, c, lanes);
+      const vf mean_z = lanes.get(mean + c), mean_product = lanes.get(mean + C + c);
+      vf sum = {};
+      for (int64_t r = first; r < last; ++r) {
+        const vf centred = lanes.get(z + r * C + c) - mean_z - normed(lanes.get(x + r * C + c)) * mean_product;
+        const vf d = centred * normed.rstd;
+        sum += d;
+        lanes.put(dx + r * C + c, d);
+      }
+      if (p.dbias) add_piece(inputs, first, c, lanes, sum);
     });
-    narrow(p.in, dx, p.dx, chunk);
   });
 }
 
@@ -393,14 +455,25 @@ inline void finish_sums(const NormSiluBackward& p, int64_t chunks, const float* 
   });
 }
 
+// body(an element of the type).
+template <typename Body>
+inline void with_element(MapType type, const Body& body) {
+  if (type == MapType::kFloat) {
+    body(float{});
+  } else if (type == MapType::kHalf) {
+    body(Half{});
+  } else {
+    body(Bfloat16{});
+  }
+}
+
 inline void norm_silu_forward(const NormSiluForward& p) {
   if (p.in.B * p.in.N * p.in.C == 0) return;
   const NormChunks chunks(p.in.B, p.in.N, p.in.C);
-  if (p.in.groups) {
-    p.in.activation ? group_forward<true>(p, chunks) : group_forward<false>(p, chunks);
-  } else {
-    p.in.activation ? rms_forward<true>(p, chunks) : rms_forward<false>(p, chunks);
-  }
+  with_element(p.in.type, [&](auto element) {
+    using T = decltype(element);
+    p.in.groups ? group_forward<T>(p, chunks) : rms_forward<T>(p, chunks);
+  });
 }
 
 inline void norm_silu_backward(const NormSiluBackward& p) {
@@ -408,12 +481,14 @@ inline void norm_silu_backward(const NormSiluBackward& p) {
   const NormChunks chunks(p.in.B, p.in.N, p.in.C);
   const int64_t of_chunks = chunks.total * 3 * p.in.C;
   float* sums = thread_scratch(kNormSumsSlot, of_chunks + p.in.B * 4 * p.in.C);
-  if (p.in.groups) {
-    float* spread = sums + of_chunks;
-    p.in.activation ? group_backward<true>(p, chunks, sums, spread) : group_backward<false>(p, chunks, sums, spread);
-  } else {
-    p.in.activation ? rms_backward<true>(p, chunks, sums) : rms_backward<false>(p, chunks, sums);
-  }
+  with_element(p.in.type, [&](auto element) {
+    using T = decltype(element);
+    if (p.in.groups) {
+      group_backward<T>(p, chunks, sums, sums + of_chunks);
+    } else {
+      rms_backward<T>(p, chunks, sums);
+    }
+  });
   finish_sums(p, chunks.per_sample, sums);
 }
 

@@ -18,6 +18,11 @@
 #define DDPM_FAST_NOINLINE inline __attribute__((noinline))
 #define DDPM_FAST_LAMBDA __attribute__((always_inline))
 
+// Vectors are registers of AVX2 or AVX-512, for instructions that compilers do not find.
+#if defined(__x86_64__) && (DDPM_FAST_LANES == 8 || (DDPM_FAST_LANES == 16 && !defined(DDPM_FAST_EMULATE_AVX512)))
+#define DDPM_FAST_X86
+#endif
+
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 constexpr int kLanes = DDPM_FAST_LANES;
@@ -100,8 +105,26 @@ DDPM_FAST_INLINE vf shuffle(vf a, vf b, vi lanes) { return __builtin_shuffle(a, 
 #endif
 
 DDPM_FAST_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
-DDPM_FAST_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // b where one of them is NaN
-DDPM_FAST_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+// b where one of them is NaN. gcc 12 compares and then chooses, which takes two instructions and the time of six.
+DDPM_FAST_INLINE vf vmax(vf a, vf b) {
+#if defined(DDPM_FAST_X86)
+  vf larger;
+  __asm__("vmaxps %2, %1, %0" : "=v"(larger) : "v"(a), "vm"(b));
+  return larger;
+#else
+  return a > b ? a : b;
+#endif
+}
+DDPM_FAST_INLINE vf vmin(vf a, vf b) {
+#if defined(DDPM_FAST_X86)
+  vf smaller;
+  __asm__("vminps %2, %1, %0" : "=v"(smaller) : "v"(a), "vm"(b));
+  return smaller;
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // Sums are halved lane by lane: the order does not depend on anything.
 DDPM_FAST_INLINE float reduce_add(vf value) {
@@ -144,8 +167,8 @@ constexpr int64_t kRowsOfPiece = 16;
 
 // e^x to 1 ulp or so for x in [-87, 88]; beyond, the value at that bound. NaN stays NaN.
 DDPM_FAST_INLINE vf exp(vf x) {
-  x = x < splat(-87.0f) ? splat(-87.0f) : x;
-  x = x > splat(88.0f) ? splat(88.0f) : x;
+  x = vmax(splat(-87.0f), x);
+  x = vmin(splat(88.0f), x);
   const vf shifted = x * splat(1.44269504088896341f) + splat(12582912.0f);  // 1.5·2^23: rounds to an integer
   const vf n = shifted - splat(12582912.0f);
   vf r = x - n * splat(0.693359375f);
