@@ -147,6 +147,7 @@ def test_memory_unused_by_recent_steps_returns_to_the_system():
         "from test_memory_pool import *\n"
         "module.keep_memory_for(0.2)\n"
         "def step(megabytes): tensor(megabytes).fill_(1)\n"
+        "step(1); time.sleep(0.3); step(1)  # pages are huge now\n"
         "step(100); before = resident()\n"
         "step(10); step(20); print(before - resident())\n"
         "time.sleep(0.3); step(10); print(before - resident())\n"
@@ -156,6 +157,22 @@ def test_memory_unused_by_recent_steps_returns_to_the_system():
     assert soon < 8 * MB, "the next step may need it"
     assert 70 * MB < late < 85 * MB, "all but what the largest step since has needed"
     assert 70 * MB < later < 85 * MB
+
+
+def test_pages_are_huge_once_the_process_is_some_seconds_old():
+    output = in_a_process(
+        "import re, time\n"
+        "from test_memory_pool import *\n"
+        "def is_huge(made):\n"
+        "    for area in re.split(r'\\n(?=[0-9a-f]+-)', open('/proc/self/smaps').read()):\n"
+        "        first, end = (int(n, 16) for n in area.split()[0].split('-'))\n"
+        "        if first <= made.data_ptr() < end: return 'hg' in re.search('VmFlags:(.*)', area)[1].split()\n"
+        "made = tensor(32).fill_(1); print(is_huge(made)); del made\n"
+        "module.keep_memory_for(0.2); time.sleep(0.3)\n"
+        "kept = tensor(8).fill_(2); freed = tensor(32); del freed; print(is_huge(kept), kept.eq(2).all().item())\n"
+        "del kept; made = tensor(32).fill_(3); print(is_huge(made), made.eq(3).all().item())\n"
+    )
+    assert output.split() == ["False", "False", "True", "True", "True"], "not while a step holds tensors"
 
 
 def test_malloc_replaces_the_pool_under_an_address_limit():

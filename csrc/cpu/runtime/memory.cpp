@@ -3,7 +3,8 @@
 // holes between long-lived tensors such as Adam's moments (another 100 MB there).
 //
 // The pool is one range of addresses, first-fit: a tensor takes the lowest address where it fits, so backward's
-// gradients follow the maps that it frees. Pages are huge if Linux has them.
+// gradients follow the maps that it frees. Pages are huge if Linux has them, and the process is some seconds old: a
+// virtual machine that has returned free memory to its host takes ten times as long for the first touch of a huge page.
 #include "memory.h"
 
 #include <ATen/EmptyTensor.h>
@@ -33,7 +34,7 @@ constexpr size_t kStep = 2 << 20;        // the range grows by huge pages
 // Padding between neighbours, so maps whose sizes are powers of two are not a multiple of 4 KB apart: the processor
 // would take a load for dependent on a store to the same offset of another map.
 constexpr size_t kGap = 17 * 64;
-constexpr double kKeptSeconds = 10;
+constexpr double kKeptSeconds = 10;  // of unused memory, and of small pages
 
 using Clock = std::chrono::steady_clock;
 
@@ -97,7 +98,6 @@ class Pool {
     begin_ = static_cast<char*>(range) + (kStep - into_page) % kStep;
     end_ = begin_;
     limit_ = static_cast<char*>(range) + memory;
-    madvise(begin_, limit_ - begin_, MADV_HUGEPAGE);  // best effort
     pthread_atfork([] { the().mutex_.lock(); }, [] { the().mutex_.unlock(); }, [] { the().mutex_.unlock(); });
   }
 
@@ -130,6 +130,11 @@ class Pool {
   // kKeptSeconds.
   void end_step() {
     const auto now = Clock::now();
+    if (!is_huge_ && now - made_at_ > kept_) {
+      is_huge_ = true;
+      give_back(begin_);                                // all of it, to be touched again as huge pages
+      madvise(begin_, limit_ - begin_, MADV_HUGEPAGE);  // best effort
+    }
     recent_high_ = std::max(recent_high_, step_high_);
     if (step_high_ >= needed_) {
       needed_ = step_high_;
@@ -161,7 +166,8 @@ class Pool {
   char *begin_ = nullptr, *end_ = nullptr, *limit_ = nullptr;  // of what may be read and written, and of the range
   Pieces free_, taken_;
   size_t step_high_ = 0, recent_high_ = 0, needed_ = 0;
-  Clock::time_point needed_at_;
+  Clock::time_point needed_at_, made_at_ = Clock::now();
+  bool is_huge_ = false;
   std::chrono::duration<double> kept_{kKeptSeconds};
 };
 
