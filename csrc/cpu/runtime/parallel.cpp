@@ -5,6 +5,7 @@
 #include <unistd.h>
 #endif
 
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 
@@ -12,10 +13,13 @@ namespace ddpm_fast {
 
 namespace {
 
+constexpr size_t kAlignment = 64;
+
 struct Buffer {
-  float* data = nullptr;
+  void* memory = nullptr;
+  float* data = nullptr;  // in memory, aligned
   int64_t floats = 0;
-  ~Buffer() { std::free(data); }
+  ~Buffer() { std::free(memory); }
 };
 
 }  // namespace
@@ -42,10 +46,12 @@ float* thread_scratch(int slot, int64_t floats) {
   thread_local Buffer buffers[kScratchSlots];
   Buffer& buffer = buffers[slot];
   if (buffer.floats < floats) {
-    std::free(buffer.data);
-    buffer.floats = 0;
-    buffer.data = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(floats + 15) / 16 * 64));
-    if (buffer.data == nullptr) throw std::bad_alloc();
+    // Where a large piece grows, Linux moves its pages; a new piece's would be touched for the first time again.
+    void* const memory = std::realloc(buffer.memory, static_cast<size_t>(floats) * sizeof(float) + kAlignment);
+    if (memory == nullptr) throw std::bad_alloc();
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
+    buffer.memory = memory;
+    buffer.data = reinterpret_cast<float*>((address + kAlignment - 1) / kAlignment * kAlignment);
     buffer.floats = floats;
   }
   return buffer.data;
