@@ -332,8 +332,11 @@ def _adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
 
 
 def _fused_adam(diffusion, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
+    """The optimizer that `Trainer` takes."""
+    from ddpm_fast import optim
+
     options: dict[str, Any] = {"fused": True, "capturable": True} if device.type == "cuda" else {"fused": True}
-    return torch.optim.Adam(diffusion.parameters(), lr=1e-5, **options), "torch.optim.Adam(fused=True)"
+    return optim.Adam(diffusion.parameters(), lr=1e-5, **options), "ddpm_fast.optim.Adam(fused=True)"
 
 
 def _training_step(diffusion, optimizer, images: torch.Tensor, configuration: Configuration) -> Callable:
