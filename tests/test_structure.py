@@ -114,7 +114,7 @@ ROWS = [
     ["ops/*_block/triton_fwd", "ops/*_block/triton_bwd"],
     ["ops/*_block/triton_tile"],
     ["ops/*/triton_rms", "ops/*/triton_group", "ops/*/triton_whole_group", "ops/*/triton_rows"],
-    ["ops/*/triton_fwd", "ops/*/triton_bwd"],
+    ["ops/*/triton_conv", "ops/*/triton_fwd", "ops/*/triton_bwd"],
     ["ops/*/triton_tile"],
     ["ops/*/launch", "ops/*_block/launch", "ops/*/settings"],
     ["ops/layout"],

@@ -215,9 +215,7 @@ class Recorder(Observer):
         moved = sum(launch.bytes_moved for launch in launches)
         for launch in launches if flops else ():
             launch.flops += flops * launch.bytes_moved / moved
-            launch.width = (
-                call.arguments["x"].shape[1] if "x" in call.arguments else call.arguments["qkv"].shape[1] // 3
-            )
+            launch.width = _width(call)
 
     def _convolution(self, call: Call) -> None:
         x, weight, bias = (call.arguments[name] for name in ("input", "weight", "bias"))
@@ -246,6 +244,14 @@ class Recorder(Observer):
         for tensor in tensors:
             if not tensor.is_contiguous(memory_format=_cudnn_format(x, weight)):
                 self._add(Launch("layout", "", 2 * _size(tensor)))
+
+
+def _width(call: Call) -> int:
+    """Of a Triton operator's products: the channels of what it reads, in patches the taps of all channels."""
+    if call.name.startswith("ddpm_fast::stem_conv"):
+        weight = call.arguments["weight"]
+        return min(weight.shape[0], weight[0].numel())
+    return call.arguments["x"].shape[1] if "x" in call.arguments else call.arguments["qkv"].shape[1] // 3
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -217,6 +217,17 @@ def _norm_linear_backward_scratch(arguments: Arguments) -> int:
     return 4 * M * C * 2 * chunks
 
 
+def _stem_conv_backward_scratch(arguments: Arguments) -> int:
+    """Gradients of the weight and of the bias per chunk of pixels, written and read."""
+    from ddpm_fast.ops.stem_conv import triton_conv as kernel
+
+    (B, _, H, W), (K, C, side, _) = arguments["x"].shape, arguments["weight"].shape
+    tile, width = kernel.weight_tile(H, W, K, side**2 * C, exact=False)
+    others = math.ceil(K / tile["BLOCK_K"]) * math.ceil((side**2 * C + 1) / width)
+    _, chunks = kernel.chunks_of_tiles(kernel.tiles_of_pixels(B, H, W, tile["ROWS"], tile["COLUMNS"]), others)
+    return 4 * 2 * chunks * K * (side**2 * C + 1)
+
+
 def _residual_conv_gradients_scratch(arguments: Arguments) -> int:
     """Gradients of the weight and of the bias per chunk of pixels, written and read."""
     from ddpm_fast.ops.resnet_block import triton as kernel
@@ -238,6 +249,8 @@ SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
     "ddpm_fast::norm_linear_backward": _norm_linear_backward_scratch,
     "ddpm_fast::norm_linear_beside_backward": _norm_linear_backward_scratch,
     "ddpm_fast::residual_conv_gradients": _residual_conv_gradients_scratch,
+    "ddpm_fast::stem_conv_backward": _stem_conv_backward_scratch,
+    "ddpm_fast::stem_conv_backward_of_readers": _stem_conv_backward_scratch,
     "ddpm_fast::linear_attention": _linear_attention_scratch,
     "ddpm_fast::linear_attention_backward": _linear_attention_backward_scratch,
     "ddpm_fast::linear_attention_block": _linear_attention_block_scratch,
@@ -284,6 +297,11 @@ def _linear_attention_block_flops(convolutions: int, products: int) -> Callable[
     return flops
 
 
+def _stem_conv_flops(arguments: Arguments, result: Any) -> dict[str, int]:
+    (B, _, H, W), weight = arguments["x"].shape, arguments["weight"]
+    return {"convolution": 2 * B * H * W * weight.numel()}
+
+
 def _residual_conv_gradients_flops(arguments: Arguments, result: Any) -> dict[str, int]:
     numbers = arguments["x"].numel() + arguments["skip"].numel()
     return {"convolution": 4 * numbers * arguments["weight"].shape[0]}
@@ -303,6 +321,9 @@ FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
     "ddpm_fast::linear_residual": _norm_linear_flops(1),
     "ddpm_fast::residual_conv": _norm_linear_flops(1),
     "ddpm_fast::residual_conv_gradients": _residual_conv_gradients_flops,
+    "ddpm_fast::stem_conv": _stem_conv_flops,
+    "ddpm_fast::stem_conv_backward": _stem_conv_flops,
+    "ddpm_fast::stem_conv_backward_of_readers": _stem_conv_flops,
 }
 
 

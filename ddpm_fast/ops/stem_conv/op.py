@@ -1,7 +1,8 @@
 """A large odd kernel on few channels, stride 1, zeros around: declaration, public function, eligibility.
 
 On the CPU a matrix product per row of the padded map, where the inputs of one kernel row are contiguous
-(csrc/cpu/kernels/stem_conv-inl.h). Elsewhere torch's convolution; a Triton kernel adds the gradients of its readers.
+(csrc/cpu/kernels/stem_conv-inl.h). In half types on CUDA, Triton kernels that gather few channels from where they are:
+cuDNN's fast kernels take rows of 8 channels. Elsewhere torch's convolution, the gradients of whose readers Triton adds.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu
 from ddpm_fast.ops.branches import MOST_BRANCHES, and_branches, number_of_branches, several, with_branches
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.ops.stem_conv import reference
-from ddpm_fast.runtime import extension
+from ddpm_fast.runtime import extension, triton_launch
 from ddpm_fast.runtime.dispatch import Implementation, Op, forced_backend, once_differentiable
 
 _MOST_MAPS = 3  # that native code reads side by side: the estimate of x0, x, and a condition's image
 _MOST_CHANNELS = 16  # with more, a direct convolution's own blocks of channels are filled
+_LARGEST_ROWS = 2**31 - 2**16  # pixels that the kernels' 32-bit indices count
 
 
 def _native_fake(x: torch.Tensor, weight: torch.Tensor, **_: object) -> torch.Tensor:
@@ -60,9 +62,19 @@ _stem_conv = Operator(
     by_torch=("x, x2, x3", _image_gradients),
     rows={"bias": "weight"},
     wanted={"want_bias": "bias"},
+    triton=f"{__package__}.triton",
     native=True,
 )
 
+
+# Of an output with branches.
+_gradients_of_readers = Operator(
+    "stem_conv_backward_of_readers",
+    "Tensor grad, Tensor? grad2, Tensor? grad3, Tensor x, Tensor? x2, Tensor? x3, Tensor weight",
+    returns="dweight, dbias",
+    fake=lambda weight, **_: (torch.empty_like(weight), weight.new_empty(weight.shape[:1])),
+    triton=f"{__package__}.triton",
+)
 
 _sum_of_gradients = Operator(
     "stem_conv_sum_of_gradients",
@@ -95,27 +107,59 @@ def stem_conv(
         TypeError, ValueError: an argument does not match its description.
     """
     _check(x, weight, bias, beside)
-    if bias is not None and not beside and _has_branches(x):
-        return with_branches(*_ConvWithBranches.apply(x, weight.to(x.dtype), bias.to(x.dtype)))
+    if bias is not None and number_of_branches() > 0 and forced_backend() in (None, "triton"):
+        if _stem_conv_op.choose(x, weight, bias, tuple(beside)).name == "triton":
+            return with_branches(*_TritonWithBranches.apply(*_three(x, beside), weight, bias))
+        if not beside and _may_sum(x):
+            return with_branches(*_ConvWithBranches.apply(x, weight.to(x.dtype), bias.to(x.dtype)))
     return _stem_conv_op(x, weight, bias, tuple(beside))
 
 
 def reads_in_place(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, beside: Sequence[torch.Tensor] = ()
 ) -> bool:
-    """True if the implementation that would run takes maps in any layout and side by side without a copy."""
-    return _stem_conv_op.choose(x, weight, bias, tuple(beside)).name == "native"
+    """True if the implementation that would run takes maps in any layout and side by side."""
+    return _stem_conv_op.choose(x, weight, bias, tuple(beside)).name != "reference"
 
 
-def _has_branches(x: torch.Tensor) -> bool:
-    """True in a network with branches, which runs where Triton does: torch's convolution, whose gradients it adds."""
-    return (
-        number_of_branches() > 0
-        and forced_backend() in (None, "triton")
-        and x.dtype != torch.float64
-        and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
+def _may_sum(x: torch.Tensor) -> bool:
+    """True if Triton adds the gradients of torch's convolution of x, in a network with branches."""
+    return x.dtype != torch.float64 and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+class _TritonWithBranches(torch.autograd.Function):
+    """The convolution, and branches of its output: the kernel of the weight's gradient adds their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        x2: torch.Tensor | None,
+        x3: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, x2, x3, weight)
+        ctx.dtype_bias = bias.dtype
+        ctx.set_materialize_grads(False)
+        return and_branches(_stem_conv.triton(x, x2, x3, weight, bias), MOST_BRANCHES)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        grad, grad2, grad3 = several(gradients)
+        if grad is None:
+            return (None,) * 5
+        x, x2, x3, weight = ctx.saved_tensors
+        images: list[torch.Tensor | None] = [None] * 3
+        if any(ctx.needs_input_grad[:3]):
+            total = grad if grad2 is None else _sum_of_gradients.triton(grad, grad2, grad3)[0]
+            images = _image_gradients(ctx.needs_input_grad[:3], total, x, x2, x3, weight)
+        dweight, dbias = None, None
+        if any(ctx.needs_input_grad[3:]):
+            dweight, dbias = _gradients_of_readers.triton(grad, grad2, grad3, x, x2, x3, weight)
+            dbias = dbias.to(ctx.dtype_bias)
+        return *images, dweight, dbias
 
 
 class _ConvWithBranches(torch.autograd.Function):
@@ -172,9 +216,41 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, bes
 _Maps = tuple[torch.Tensor, ...]
 
 
+def _three(x: torch.Tensor, beside: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    """x, x2, x3."""
+    return (x, *beside, None, None)[:_MOST_MAPS]
+
+
+def _triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, beside: _Maps) -> torch.Tensor:
+    return _stem_conv.triton(*_three(x, beside), weight, bias)
+
+
+def _triton_refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, beside: _Maps) -> str | None:
+    reason = triton_launch.why_not_triton(x.device)
+    if reason is not None:
+        return reason
+    if x.dtype == torch.float64:
+        return "x is torch.float64, and the kernels compute in float32"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "a tensor is empty"
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return None if pixels <= _LARGEST_ROWS else f"x has {pixels} pixels, and the kernels count at most {_LARGEST_ROWS}"
+
+
+def _triton_yields(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, beside: _Maps) -> str | None:
+    if x.dtype == torch.float32:
+        return "x is torch.float32, and the kernels are for tensor cores of half types"
+    return _why_wide(weight)
+
+
+def _why_wide(weight: torch.Tensor) -> str | None:
+    if weight.shape[1] <= _MOST_CHANNELS:
+        return None
+    return f"x has {weight.shape[1]} channels, more than {_MOST_CHANNELS}: torch's convolution has blocks of them"
+
+
 def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, beside: _Maps) -> torch.Tensor:
-    x2, x3 = (*beside, None, None)[:2]
-    return _stem_conv.native(x, x2, x3, weight, bias)
+    return _stem_conv.native(*_three(x, beside), weight, bias)
 
 
 def _native_refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, beside: _Maps) -> str | None:
@@ -187,9 +263,7 @@ def _native_yields(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     asks = x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
     if asks and extension.instruction_set() == "avx512_bf16":
         return "x is bfloat16, and this processor multiplies it by pairs, in torch's convolution and not in native code"
-    if weight.shape[1] > _MOST_CHANNELS:
-        return f"x has {weight.shape[1]} channels, more than {_MOST_CHANNELS}: torch's convolution has blocks of them"
-    return None
+    return _why_wide(weight)
 
 
 def _example(channels: int) -> Callable[[torch.device], tuple[tuple, dict]]:
@@ -203,6 +277,7 @@ def _example(channels: int) -> Callable[[torch.device], tuple[tuple, dict]]:
 _stem_conv_op = Op(
     "stem_conv",
     [
+        Implementation("triton", _triton, _triton_refuses, _triton_yields),
         Implementation("native", _native, _native_refuses, _native_yields),
         Implementation("reference", reference.stem_conv),
     ],

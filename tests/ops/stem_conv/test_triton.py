@@ -1,4 +1,4 @@
-"""The Triton kernels that add the gradients of stem_conv's readers, against torch.
+"""The Triton kernels of stem_conv, and those that add the gradients of its readers, against torch.
 
 Runs on the CPU in Triton's interpreter, else on CUDA; see ../conftest.py.
 """
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ddpm_fast.ops.branches import branch, branching
+from ddpm_fast.ops.stem_conv import op
 from ddpm_fast.ops.stem_conv.op import stem_conv
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import use_backend
@@ -17,6 +18,97 @@ from ddpm_fast.testing.truth import assert_close_to_truth, exact_convolutions
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 # B, K, H, W: of one pixel, of channels and pixels that fill no block, of several chunks.
 SHAPES = [(1, 1, 1, 1), (2, 5, 3, 4), (3, 70, 9, 7), (2, 8, 33, 31)]
+
+
+# B, C, H, W, K, side: of one pixel, of rows shorter and longer than a tile, of taps that fill no block, of several
+# programs' taps.
+CONVOLUTIONS = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 3, 5, 9, 17, 7),
+    (1, 3, 2, 131, 5, 3),
+    (1, 6, 5, 4, 40, 7),
+    (1, 16, 3, 13, 8, 5),
+]
+
+
+def convolution(B, C, H, W, K, side, dtype=torch.float32, seed=0) -> dict[str, torch.Tensor]:
+    weight = normal(K, C, side, side, seed=seed + 1) / (C * side**2) ** 0.5
+    leaves = {"x": normal(B, C, H, W, seed=seed), "weight": weight, "bias": normal(K, 1, 1, 1, seed=seed + 2).flatten()}
+    return {name: tensor.to(dtype) for name, tensor in leaves.items()}
+
+
+def run(backend: str, leaves: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor]:
+    """Output and gradients by name; new memory is NaN."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
+    torch.use_deterministic_algorithms(True)
+    try:
+        with use_backend(backend), exact_convolutions():
+            out = stem_conv(**leaves, **options)
+            grad = normal(*out.shape, dtype=out.dtype, seed=9)
+            gradients = torch.autograd.grad(out, list(leaves.values()), grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, gradients, strict=True)}}
+
+
+def check(leaves: dict[str, torch.Tensor], **options) -> None:
+    actual, expected = run("triton", leaves, **options), run("reference", leaves, **options)
+    exact = {name: [t.double() for t in maps] for name, maps in options.items()}
+    truth = run("reference", {name: t.double() for name, t in leaves.items()}, **exact)
+    for name, value in truth.items():
+        assert actual[name].dtype == expected[name].dtype
+        assert_close_to_truth(actual[name], expected[name], value, name=name, floor=16)
+    assert actual["out"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_the_convolution(shape, dtype):
+    check(convolution(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_in_either_layout_and_any(dtype):
+    leaves = convolution(*CONVOLUTIONS[1], dtype=dtype)
+    last = run("triton", leaves)
+    for x in (leaves["x"].contiguous(), leaves["x"].permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)):
+        found = run("triton", leaves | {"x": x})
+        assert all(torch.equal(found[name], last[name]) for name in last), "the same numbers in the same order"
+
+
+def test_no_bias_and_a_weight_in_either_layout():
+    leaves = convolution(*CONVOLUTIONS[3], dtype=torch.float16)
+    del leaves["bias"]
+    check(leaves)
+    check(leaves | {"weight": leaves["weight"].contiguous()})
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_maps_side_by_side(layout):
+    leaves = convolution(*CONVOLUTIONS[3], dtype=torch.bfloat16)
+    maps = [part.contiguous(memory_format=layout) for part in leaves["x"].split((1, 3, 2), dim=1)]
+    check(leaves | {"x": maps[0]}, beside=maps[1:])
+    with use_backend("triton"):
+        out = stem_conv(maps[0], leaves["weight"], leaves["bias"], beside=maps[1:])
+        assert torch.equal(out, stem_conv(**leaves))
+
+
+def test_what_it_refuses_and_yields():
+    x, weight, bias = convolution(*CONVOLUTIONS[1]).values()
+    kernel = next(i for i in op._stem_conv_op.implementations if i.name == "triton")
+    for other, reason in ((x.double(), "float64"), (x[:0], "empty")):
+        assert reason in kernel.refuses(other, weight, bias, ())
+    assert kernel.refuses(x, weight, bias, ()) is None and "float32" in kernel.yields(x, weight, bias, ())
+    assert kernel.why_not(x.bfloat16(), weight, bias, ()) is None and op.reads_in_place(x.half(), weight, bias)
+    wide = convolution(1, 17, 4, 4, 8, 3, dtype=torch.float16)
+    assert "17 channels" in kernel.yields(*wide.values(), ())
+
+
+def test_the_same_bits_whatever_the_batch():
+    leaves = convolution(3, 3, 9, 40, 8, 7, dtype=torch.bfloat16)
+    with use_backend("triton"):
+        whole, alone = stem_conv(**leaves), stem_conv(**leaves | {"x": leaves["x"][1:2]})
+    assert torch.equal(whole[1:2], alone)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -45,12 +137,8 @@ def test_sums(shape, number, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("readers", [1, 2, 3])
 def test_a_convolution_with_readers(readers, dtype):
-    x, weight, bias = (
-        normal(2, 3, 6, 5, dtype=dtype),
-        normal(12, 3, 7, 7, seed=1),
-        normal(12, 1, 1, 1, seed=2).flatten(),
-    )
-    leaves = {"x": x, "weight": weight, "bias": bias}
+    leaves = convolution(2, 3, 6, 5, 12, 7)
+    leaves["x"] = leaves["x"].to(dtype)
     grads = [normal(2, 12, 6, 5, dtype=dtype, seed=3 + i) for i in range(readers)]
 
     def gradients(dtype: torch.dtype | None, with_branches: bool) -> dict[str, torch.Tensor]:
@@ -109,3 +197,12 @@ def test_opcheck():
     grad = normal(2, 5, 3, 4)
     for grad3 in (grad, None):
         torch.library.opcheck(torch.ops.ddpm_fast.stem_conv_sum_of_gradients.default, (grad, grad, grad3))
+        x, weight, _ = convolution(2, 3, 3, 4, 5, 3).values()
+        maps = (x[:, :1].contiguous(), x[:, 1:].contiguous(), None)
+        torch.library.opcheck(
+            torch.ops.ddpm_fast.stem_conv_backward_of_readers.default, (grad, grad, grad3, *maps, weight)
+        )
+    leaves = {name: tensor.requires_grad_() for name, tensor in convolution(2, 3, 3, 4, 5, 3).items()}
+    x, weight, bias = leaves.values()
+    torch.library.opcheck(torch.ops.ddpm_fast.stem_conv.default, (x, None, None, weight, bias))
+    torch.library.opcheck(torch.ops.ddpm_fast.stem_conv.default, (x, None, None, weight, None))
