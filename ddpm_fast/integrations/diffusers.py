@@ -381,7 +381,8 @@ def _inside(network: Any) -> Iterator[Any]:
             continue
         yield block
         for layers in block._modules.values():
-            yield from layers if isinstance(layers, nn.ModuleList) else ((layers,) if layers is not None else ())
+            inside = layers if isinstance(layers, nn.ModuleList) else (layers,)
+            yield from (layer for layer in inside if layer is not None)
 
 
 def _why_not_unet(module: Any) -> str | None:

@@ -246,6 +246,11 @@ NETWORKS = {
         "mid_block_scale_factor": 2**0.5,
         "norm_num_groups": 8,
     },
+    "no attention in the middle": {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "add_attention": False,
+    },
 }
 
 
