@@ -356,6 +356,15 @@ def test_restoring_a_parametrized_module():
     assert type(model[0]) is nn.Conv2d
 
 
+def test_restoring_modules_whose_forward_a_wrapper_keeps():
+    """As accelerate's and diffusers' offloading hooks keep it."""
+    model = ddpm_fast.accelerate(network("diffusers"))
+    for module in model.modules():
+        module.forward = module.forward
+    ddpm_fast.restore(model)
+    assert_same_bits(results(model, "diffusers"), results(network("diffusers"), "diffusers"))
+
+
 def test_float64_and_other_calls_keep_the_own_forward():
     model, eager = ddpm_fast.accelerate(network("upstream")).double(), network("upstream").double()
     x, t = arguments("upstream")
