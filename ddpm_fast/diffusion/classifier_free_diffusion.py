@@ -196,22 +196,24 @@ class ClassifierFreeDiffusion(GaussianDiffusion):
 
     def _guided_plan(self, plan: SamplerTable, found: Guidance, has_gradient: bool) -> SamplerTable:
         """A sampler's table with upstream's guidance: its DDIM takes the noise of other estimates of x0."""
+        found = found.with_numbers(len(plan.times))
         if plan.sampler not in ("ddpm", "ddim"):
             return super()._guided_plan(plan, found, has_gradient)
         guided = super()._guided_plan(plan, replace(found, cfg_plus_plus=False), has_gradient)
         name = self._noise_column(found.cfg_plus_plus)
         if plan.sampler == "ddpm" or name is None:
             return guided
-        key = (guided, name, *found.key)
-        if key not in self._plans:
+
+        def with_noise() -> SamplerTable:
             assert plan.levels is not None
             table = widened(guided.table)
             table = table.clone() if table is guided.table else table
             low, high = found.interval if found.cfg_plus_plus else (-1.0, float("inf"))
             inside = (plan.levels.sigma > low) & (plan.levels.sigma <= high)
             split_noise(table, plan, name, inside)
-            self._plans[key] = replace(guided, table=table)
-        return self._plans[key]
+            return replace(guided, table=table)
+
+        return self._kept((guided, name, *found.key), with_noise)
 
     def _noise_column(self, cfg_plus_plus: bool) -> str | None:
         """The column of the x0 whose noise DDIM takes; None: it is that of the guided and clipped x0."""

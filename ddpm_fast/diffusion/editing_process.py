@@ -74,10 +74,7 @@ class EditingProcess(SampledProcess):
 
     def _inpainting_plan(self, plan: SamplerTable) -> SamplerTable:
         """The table with known pixels in it, kept as the tables of samplers are."""
-        key = (plan, "known")
-        if key not in self._plans:
-            self._plans[key] = inpainting.with_known(plan)
-        return self._plans[key]
+        return self._kept((plan, "known"), lambda: inpainting.with_known(plan))
 
     def upscale(
         self,

@@ -118,19 +118,25 @@ class Guidance:
             )
         return self.scale if set(given) <= {"scale"} else plain("guidance", given)
 
+    def with_numbers(self, rows: int) -> Guidance:
+        """The same with the numbers of now for a schedule that is a function, which may have changed since."""
+        return replace(self, schedule=self._shares(rows)) if callable(self.schedule) else self
+
     def scales(self, rows: int) -> torch.Tensor:
         """(N,) float64, w of each network call: 1 + (scale − 1)·schedule."""
+        return 1 + (self.scale - 1) * torch.tensor(self._shares(rows), dtype=torch.float64, device="cpu")
+
+    def _shares(self, rows: int) -> tuple[float, ...]:
+        """The share of scale − 1 in each of so many network calls."""
         if isinstance(self.schedule, tuple):
             if len(self.schedule) != rows:
                 raise ValueError(
                     f"guidance schedule must have one number per network call, {rows}, got {len(self.schedule)}"
                 )
-            shares = list(self.schedule)
-        else:
-            function = SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
-            given = [function(row / max(1, rows - 1)) for row in range(rows)]
-            shares = [as_number("guidance schedule's numbers", share, -1e6, 1e6) for share in given]
-        return 1 + (self.scale - 1) * torch.tensor(shares, dtype=torch.float64, device="cpu")
+            return self.schedule
+        function = SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
+        given = [function(row / max(1, rows - 1)) for row in range(rows)]
+        return tuple(as_number("guidance schedule's numbers", share, -1e6, 1e6) for share in given)
 
 
 def as_guidance(given: float | Mapping[str, Any] | Guidance | None) -> Guidance | None:

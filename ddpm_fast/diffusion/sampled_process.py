@@ -31,6 +31,9 @@ from ddpm_fast.runtime.recording import GraphCache
 if TYPE_CHECKING:
     from ddpm_fast.diffusion.inpainting import Resampling
 
+# Tables of samplers that a process keeps.
+_PLANS = 256
+
 # Arguments of `sample` that say what images are of.
 _CONDITIONING = ("classes", "cond", "cond_image", "guidance", "cond_fn")
 
@@ -311,11 +314,19 @@ class SampledProcess(Pretrained, nn.Module):
         """A sampler's table with guidance in it, kept as the tables of samplers are."""
         if not (found.is_on or has_gradient):
             return plan
+        found = found.with_numbers(len(plan.times))
+        by_mean = plan.sampler == "ddpm" and not self.learned_variance
         key = (plan, has_gradient, *found.key)
-        if key not in self._plans:
-            by_mean = plan.sampler == "ddpm" and not self.learned_variance
-            self._plans[key] = guided(plan, found, has_gradient=has_gradient, by_mean=by_mean)
-        return self._plans[key]
+        return self._kept(key, lambda: guided(plan, found, has_gradient=has_gradient, by_mean=by_mean))
+
+    def _kept(self, key: tuple, make: Callable[[], SamplerTable]) -> SamplerTable:
+        """The table of a key, made unless it is kept."""
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _PLANS:  # a program that never asks twice for the same would fill the memory
+                self._plans.clear()
+            plan = self._plans[key] = make()
+        return plan
 
     def _plan(
         self,
@@ -335,9 +346,7 @@ class SampledProcess(Pretrained, nn.Module):
         spacing = next((given for given in (spacing, self.spacing, self.default_spacing) if given is not None), None)
         spacing = spacing if spacing is None or isinstance(spacing, str) else tuple(spacing)
         key = (sampler, steps, spacing, tuple(sorted(options.items())), resampling, *self._plan_key())
-        if key not in self._plans:
-            self._plans[key] = self._make_plan(sampler, steps, spacing, options, resampling=resampling)
-        return self._plans[key]
+        return self._kept(key, lambda: self._make_plan(sampler, steps, spacing, options, resampling=resampling))
 
     def network_calls(
         self,

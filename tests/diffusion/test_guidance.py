@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ddpm_fast
 from ddpm_fast import Guidance, Unet, use_backend
 from ddpm_fast.diffusion import guidance as columns
+from ddpm_fast.diffusion import sampled_process
 from ddpm_fast.noise import STREAM_INITIAL, STREAM_STEP, normal
 
 CLASSES = [0, 3, 2]
@@ -341,6 +342,25 @@ def test_rows_outside_the_interval_run_the_network_once():
     options = {"sampler": "ddim", "sampling_timesteps": 6, "progress": False}
     diffusion.sample(classes=CLASSES, guidance=guidance, **options)
     assert batches == [6 if row else 3 for row in inside]
+
+
+def test_a_function_as_schedule_is_asked_in_every_run():
+    process = PROCESSES["ddpm"]()
+    share = [1.0]
+    run = {"classes": CLASSES, "seed": 3, "sampler": "ddim", "sampling_timesteps": 3, "progress": False}
+    given = {"scale": 3.0, "schedule": lambda fraction: share[0]}
+    first = process.sample(guidance=given, **run)
+    share[0] = 0.5
+    assert torch.equal(process.sample(guidance=given, **run), process.sample(guidance=2.0, **run))
+    assert not torch.equal(process.sample(guidance=2.0, **run), first)
+
+
+def test_as_many_tables_are_kept_as_the_limit_says(monkeypatch):
+    monkeypatch.setattr(sampled_process, "_PLANS", 4)
+    process = PROCESSES["ddpm"]()
+    for last in range(9):
+        assert process.network_calls("ddim", spacing=[10, last]) == 2
+        assert len(process._plans) <= 4
 
 
 def test_tables_are_kept_and_unguided_ones_stay_as_they_were():
