@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import cast
 
 import torch
@@ -96,8 +97,9 @@ def seed_tensor(seed: int | torch.Tensor, device: torch.device | str | None = No
                 f"seed must be an int or a one-element int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}"
             )
         return seed.to(device).reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int or a one-element int64 tensor, got {type(seed).__name__}")
+    seed = int(seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
     # Filled on the device: a copy from the host would wait for it.
@@ -234,7 +236,7 @@ def epsilon(
 
 
 def check_counter_range(shape: tuple[int, ...], *, stream: int, start_index: int) -> None:
-    """Raise ValueError where the arguments of a noise call do not fit the 32-bit words of its counter."""
+    """Raise TypeError or ValueError where the arguments of a noise call do not fit the 32-bit words of its counter."""
     if len(shape) == 0:
         raise ValueError("shape must have at least one dimension, the batch, got ()")
     if min(shape) < 0:
@@ -243,5 +245,7 @@ def check_counter_range(shape: tuple[int, ...], *, stream: int, start_index: int
         raise ValueError(f"shape must have at most 2^34 elements per sample, got {math.prod(shape[1:])}")
     if not 0 <= stream <= _MASK:
         raise ValueError(f"stream must be in [0, 2^32), got {stream}")
+    if not isinstance(start_index, (Integral, torch.SymInt)):
+        raise TypeError(f"start_index must be an int, got {type(start_index).__name__}")
     if start_index < 0 or start_index + shape[0] > 2**32:
         raise ValueError(f"start_index must be in [0, 2^32 - batch size], got {start_index} with a batch of {shape[0]}")

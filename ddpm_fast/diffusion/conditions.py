@@ -264,7 +264,7 @@ def _as_tensor(name: str, value: Any, device: torch.device) -> torch.Tensor | No
     try:
         # Through a list: numbers of numpy's arrays become torch's default dtypes.
         return torch.tensor(value.tolist() if hasattr(value, "tolist") else value, device=device)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor or a sequence of numbers, got {shown(value)}") from error
 
 

@@ -215,6 +215,8 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
             return Noise(None, noise_function.draw_seed(x_start.device), offset_noise_strength)
         if noise is None:
             return Noise(self.training_noise(x_start, offset_noise_strength))
+        if not isinstance(noise, torch.Tensor):
+            raise TypeError(f"noise must be a tensor, got {type(noise).__name__}")
         if noise.shape != x_start.shape or noise.device != x_start.device:
             raise ValueError(
                 f"noise must have x_start's shape {tuple(x_start.shape)} and device {x_start.device}, "
@@ -290,7 +292,9 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
         t = self._check_times(t, x_start)
         options: dict[str, Any] = {"normalize": normalize, "flip": flip}
         told = self._training_conditions(x_start, options, **conditions)
-        strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
+        strength = self.offset_noise_strength
+        if offset_noise_strength is not None:
+            strength = as_number("offset_noise_strength", offset_noise_strength)
         drawn = self._noise(x_start, noise, strength)
         rows = self._rows(t)
         x = self._noised(x_start, t, rows, drawn, options)

@@ -23,6 +23,7 @@ from ddpm_fast.ops.forward_diffusion.op import q_sample
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.ops.sampler_step.op import sampler_step
 from ddpm_fast.runtime.autocast import call_model
+from ddpm_fast.runtime.plain import as_int
 
 # Methods that a subclass may override to change what a sampling step does; the fused step replaces all of them.
 _STEP_METHODS = (
@@ -102,6 +103,7 @@ class GaussianDiffusion(DiscreteProcess):
         Returns:
             x at t − 1, and the predicted x0.
         """
+        t = as_int("t", t)
         if not 0 <= t < self.num_timesteps:
             raise ValueError(f"t must be in [0, {self.num_timesteps}), got {t}")
         batched_times = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
@@ -309,7 +311,7 @@ class GaussianDiffusion(DiscreteProcess):
         return not self._overridden().isdisjoint(names)
 
     def _interpolation_plan(self, t: float | None) -> SamplerTable:
-        if t is not None and not 0 <= t < self.num_timesteps:
+        if t is not None and not 0 <= as_int("t", t) < self.num_timesteps:
             raise ValueError(f"t must be in [0, {self.num_timesteps}), got {t}")
         return self._plan("ddpm", self.num_timesteps, "own")
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.diffusion.samplers import SamplerTable
-from ddpm_fast.runtime.plain import as_number, plain, shown
+from ddpm_fast.runtime.plain import as_flag, as_number, plain, shown
 
 # The columns of a table after e and f, with the numbers that leave a step as it is.
 COLUMNS = {
@@ -85,11 +85,12 @@ class Guidance:
             "eta": as_number("guidance eta", self.eta, 0, 1),
             "norm_threshold": as_number("guidance norm_threshold", self.norm_threshold, 0, 1e12),
             "momentum": as_number("guidance momentum", self.momentum, -1, 1),
+            "cfg_plus_plus": as_flag("guidance cfg_plus_plus", self.cfg_plus_plus),
             "classifier_scale": as_number("classifier_scale", self.classifier_scale, -1e6, 1e6),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if self.space not in (None, *SPACES):
+        if not (self.space is None or (isinstance(self.space, str) and self.space in SPACES)):
             raise ValueError(f"guidance space must be one of {', '.join(SPACES)} or None, got {self.space!r}")
         if self.network is not None and not isinstance(self.network, nn.Module):
             raise TypeError(f"guidance network must be a module, got {type(self.network).__name__}")

@@ -29,6 +29,7 @@ from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.ops.variational_bound.op import variational_bound
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.autocast import autocast_dtype, call_model, uncached_autocast
+from ddpm_fast.runtime.plain import as_int, as_number, shown
 
 VARIANCES = ("small", "large", "learned")
 
@@ -222,9 +223,13 @@ def chain_times(scale: NoiseScale, timesteps: int | Sequence[float] | None) -> t
     """
     if timesteps is None and not scale.is_discrete:
         timesteps = CONTINUOUS_STEPS
-    if timesteps is None or isinstance(timesteps, int):
-        return _counted_times(scale, timesteps)
-    times = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
+    numbers: Any = timesteps
+    given = numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    if given is None or isinstance(given, int):
+        return _counted_times(scale, given)
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        raise TypeError(f"timesteps must be how many, or a sequence of times, got {shown(timesteps)}")
+    times = torch.tensor([as_number("each of timesteps", time) for time in given], dtype=torch.float64, device="cpu")
     low, high = sorted((scale.first, scale.last))
     if times.ndim != 1 or len(times) == 0 or not bool(((times >= low) & (times <= high)).all()):
         raise ValueError(f"timesteps must be one or more times in [{low:g}, {high:g}], got {timesteps!r}")
@@ -379,6 +384,9 @@ class LikelihoodRun:
     on_step: OnStep | None = None
     cache: recording.GraphCache | None = None
     told: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.start_index = as_int("start_index", self.start_index, 0)
 
 
 @torch.inference_mode()

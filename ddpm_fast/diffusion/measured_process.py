@@ -10,7 +10,7 @@ import torch
 from ddpm_fast.diffusion.images import identity, normalize_to_neg_one_to_one
 from ddpm_fast.diffusion.registry import has_own
 from ddpm_fast.diffusion.sampled_process import SampledProcess
-from ddpm_fast.runtime.plain import as_int
+from ddpm_fast.runtime.plain import as_flag, as_int
 
 if TYPE_CHECKING:
     from ddpm_fast.diffusion.likelihood import BitsPerDim, Chain, LikelihoodRun, ProgressiveCoding
@@ -71,6 +71,7 @@ class MeasuredProcess(SampledProcess):
         """
         from ddpm_fast.diffusion import likelihood
 
+        self._check_measured(images)
         run = likelihood.LikelihoodRun(self._seed(seed), start_index, progress=progress)
         run.batch_size = likelihood.BATCH_SIZE if batch_size is None else as_int("batch_size", batch_size, 1)
         run.told = self._conditions(len(images), classes, cond, cond_image).arguments(self.network)
@@ -105,6 +106,7 @@ class MeasuredProcess(SampledProcess):
         """
         from ddpm_fast.diffusion import likelihood
 
+        self._check_measured(images)
         num_columns = as_int("num_columns", num_columns, 1)
         chain = self._chain(timesteps, variance)
         run = likelihood.LikelihoodRun(self._seed(seed), start_index, max(1, len(images)), progress=progress)
@@ -115,12 +117,21 @@ class MeasuredProcess(SampledProcess):
             noised, estimates = (self.unnormalize(shown) for shown in (coding.noised, coding.estimates))
         return coding._replace(noised=noised.clone(), estimates=estimates.clone())
 
+    def _check_measured(self, images: torch.Tensor) -> None:
+        """Raise unless these are images of the process, on any device."""
+        is_batch = isinstance(images, torch.Tensor) and images.ndim > 0
+        self._check_images("images", images[:1].to(self.device) if is_batch else images, bytes_too=True)
+
     def _chain(self, timesteps: int | Sequence[float] | None, variance: str | None) -> Chain:
         from ddpm_fast.diffusion import likelihood
 
         own = "learned" if self.learned_variance else "small"
         variance = own if variance is None else variance
-        if variance not in likelihood.VARIANCES or (variance == "learned" and not self.learned_variance):
+        if (
+            not isinstance(variance, str)
+            or variance not in likelihood.VARIANCES
+            or (variance == "learned" and not self.learned_variance)
+        ):
             allowed = likelihood.VARIANCES if self.learned_variance else likelihood.VARIANCES[:2]
             raise ValueError(f"variance must be one of {', '.join(allowed)} for this process, got {variance!r}")
         times = likelihood.chain_times(self.noise_scale, timesteps)
@@ -139,9 +150,8 @@ class MeasuredProcess(SampledProcess):
             raise ValueError(f"{type(self).__name__} has its own {', '.join(own)}, which the bound would leave out")
         if self.normalize not in (normalize_to_neg_one_to_one, identity):
             raise ValueError("normalize must be this package's, which gives 256 values in [−1, 1], for a bound")
-        self._check_images("images", images[:1].to(self.device), bytes_too=True)
         as_bytes = likelihood.as_bytes(images, is_signed=self.normalize is identity)
         run.self_condition = self.self_condition
-        run.clip_x_start = self.clip_x_start if clip_x_start is None else clip_x_start
+        run.clip_x_start = as_flag("clip_x_start", self.clip_x_start if clip_x_start is None else clip_x_start)
         run.cache = None if graph is False or torch.compiler.is_compiling() else self.graphs
         return self._sampled_network(), as_bytes, chain, normalize_to_neg_one_to_one, run

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ddpm_fast import noise as noise_function
-from ddpm_fast.diffusion import samplers, sampling
+from ddpm_fast.diffusion import samplers, sampling, spacings
 from ddpm_fast.diffusion.conditions import Conditions, as_conditions, taken_by
 from ddpm_fast.diffusion.guidance import Guidance, as_guidance, guided
 from ddpm_fast.diffusion.images import as_floats, check_images, check_size_known, identity
@@ -24,7 +24,7 @@ from ddpm_fast.diffusion.sampling import CondFn, Conditioning, SamplingRun, samp
 from ddpm_fast.models.derived_weights import free_inference_weights
 from ddpm_fast.ops.forward_diffusion.op import q_sample
 from ddpm_fast.ops.noise.op import normal
-from ddpm_fast.runtime.plain import as_int, as_number
+from ddpm_fast.runtime.plain import as_flag, as_int, as_ints, as_number
 from ddpm_fast.runtime.pretrained import Pretrained
 from ddpm_fast.runtime.recording import GraphCache
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 # Tables of samplers that a process keeps.
 _PLANS = 256
+
+# Shares of interpolation: those outside of [0, 1] go on beyond an image.
+_SHARES = (-1e6, 1e6)
 
 # Arguments of `sample` that say what images are of.
 _CONDITIONING = ("classes", "cond", "cond_image", "guidance", "cond_fn")
@@ -230,9 +233,7 @@ class SampledProcess(Pretrained, nn.Module):
         if batch_size is None:
             batch_size = self._given_conditions(**conditioning).batch_size
             batch_size = without if batch_size is None else batch_size
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
-            raise ValueError(f"batch_size must be an int of at least 0, got {batch_size!r}")
-        return (batch_size, self.channels, *self.image_size)
+        return (as_int("batch_size", batch_size, 0), self.channels, *self.image_size)
 
     # conditions and guidance
 
@@ -339,12 +340,13 @@ class SampledProcess(Pretrained, nn.Module):
         """The sampler's table; what is None is the attribute of now, which users change."""
         if options is None:
             options = self.sampler_options if sampler in (None, self.sampler) else {}
-        sampler = sampler or self.sampler or self.default_sampler
+        sampler = next(given for given in (sampler, self.sampler, self.default_sampler) if given is not None)
         samplers.check_sampler(sampler)
-        options = {**self._default_options(sampler), **options}
+        options = {**self._default_options(sampler), **samplers.as_options(sampler, options)}
         steps = self.sampling_timesteps if sampling_timesteps is None else sampling_timesteps
+        steps = as_int("sampling_timesteps", steps)
         spacing = next((given for given in (spacing, self.spacing, self.default_spacing) if given is not None), None)
-        spacing = spacing if spacing is None or isinstance(spacing, str) else tuple(spacing)
+        spacing = spacing if spacing is None or isinstance(spacing, str) else spacings.as_times(spacing)
         key = (sampler, steps, spacing, tuple(sorted(options.items())), resampling, *self._plan_key())
         return self._kept(key, lambda: self._make_plan(sampler, steps, spacing, options, resampling=resampling))
 
@@ -384,7 +386,7 @@ class SampledProcess(Pretrained, nn.Module):
         Args:
             guidance, cond_fn: as `sample` takes them.
         """
-        x = torch.empty((batch_size, self.channels, 1, 1), device=self.device)
+        x = torch.empty((as_int("batch_size", batch_size, 0), self.channels, 1, 1), device=self.device)
         guide = (as_guidance(self.guidance if guidance is None else guidance) or Guidance()).network
         reason = self._why_not_recorded(self._plan().sampler, x, False, Conditioning(guide=guide, cond_fn=cond_fn))
         if reason is not None:
@@ -411,6 +413,7 @@ class SampledProcess(Pretrained, nn.Module):
         **options: Any,
     ) -> torch.Tensor:
         """Images from noise; `options` are of `SamplingRun` and of conditioning, see `sample`."""
+        shape = as_ints("shape", shape, 0)
         conditioning = {name: options.pop(name) for name in _CONDITIONING if name in options}
         plan, given = self._conditioned(plan, shape[0], **conditioning)
         if known is not None:
@@ -421,7 +424,7 @@ class SampledProcess(Pretrained, nn.Module):
         )
         if plan.first_scale != 1.0:
             x *= plan.first_scale
-        if return_all_timesteps:
+        if as_flag("return_all_timesteps", return_all_timesteps):
             states = x.new_empty(x.shape[0], len(run.plan.times) + 1, *x.shape[1:])  # (B, N + 1, C, H, W)
             unwritten = iter(states.unbind(1))
             on_step = run.on_step = lambda state: next(unwritten).copy_(state)
@@ -504,10 +507,11 @@ class SampledProcess(Pretrained, nn.Module):
         Returns:
             (B, C, H, W) images in the range of x1.
         """
-        if x1.shape != x2.shape:
-            raise ValueError(f"x2 must have x1's shape {tuple(x1.shape)}, got {tuple(x2.shape)}")
         self._check_images("x1", x1)
         self._check_images("x2", x2)
+        if x1.shape != x2.shape:
+            raise ValueError(f"x2 must have x1's shape {tuple(x1.shape)}, got {tuple(x2.shape)}")
+        lam = as_number("lam", lam, *_SHARES)
         plan, given = self._conditioned(self._interpolation_plan(t), x1.shape[0], **conditioning)
         seed = self._seed(seed)
         noised = []

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from ddpm_fast.diffusion import spacings
 from ddpm_fast.diffusion.levels import Levels, NoiseScale, Target, prediction
-from ddpm_fast.runtime.plain import as_number, plain
+from ddpm_fast.runtime.plain import as_number, shown
 
 # The default where few network calls are wanted: see the table of docs/samplers.md.
 FEW_STEPS = "dpmpp_2m"
@@ -201,8 +201,7 @@ def sampler_table(
         TypeError, ValueError: an unknown name or option, a number of steps or times outside the process.
     """
     check_sampler(sampler)
-    given = _as_options(sampler, options or {})
-    check_options(sampler, given)
+    given = as_options(sampler, options or {})
     walk = walk_along(scale, _times(scale, SAMPLERS[sampler].spacing if spacing is None else spacing, steps))
     rows = SAMPLERS[sampler].make_rows(walk, **given)
     if resampling is not None:
@@ -231,13 +230,21 @@ def sampler_table(
     return SamplerTable(times, table, sampler, first_scale, num_timesteps, num_previous, rows.levels)
 
 
-def _as_options(sampler: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as floats, and as text where the sampler's default is text."""
+def as_options(sampler: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as floats, and as text where the sampler's default is text.
+
+    Raises:
+        TypeError, ValueError: the sampler does not take them.
+    """
+    if not isinstance(options, Mapping):
+        raise TypeError(f"sampler_options must be a dictionary, got {shown(options)}")
     known = SAMPLERS[sampler].options
-    return {
-        name: plain(name, value) if isinstance(known.get(name), str) else as_number(name, value)
+    given = {
+        name: value if name not in known or isinstance(known[name], str) else float(as_number(name, value))
         for name, value in options.items()
     }
+    check_options(sampler, given)
+    return given
 
 
 def _times(scale: NoiseScale, spacing: str | Sequence[float], steps: int | None) -> torch.Tensor:
@@ -245,7 +252,7 @@ def _times(scale: NoiseScale, spacing: str | Sequence[float], steps: int | None)
         if not spacings.says_steps(spacing):
             check_steps(scale, steps)
         return spacings.spaced_times(scale, spacing, steps)
-    times = torch.tensor([float(time) for time in spacing], dtype=torch.float64, device="cpu")
+    times = torch.tensor(spacings.as_times(spacing), dtype=torch.float64, device="cpu")
     low, high = sorted((scale.first, scale.last))
     sign = 1.0 if scale.first > scale.last else -1.0
     if not len(times) or not bool(((times >= low) & (times <= high)).all()) or bool((sign * times.diff() >= 0).any()):
@@ -272,8 +279,10 @@ def check_options(sampler: str, options: Mapping[str, Any]) -> None:
         if name not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             raise TypeError(f"sampler {sampler!r} has no option {name!r}; {takes}")
-        if isinstance(known[name], str):
-            continue  # the sampler knows its words
+        if isinstance(known[name], str):  # the sampler knows its words
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be text, got {shown(value)}")
+            continue
         if not (value >= 0 and (math.isfinite(value) or known[name] == math.inf)):
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
@@ -736,5 +745,5 @@ def _check_order(order: float, most: int) -> None:
 
 def check_sampler(name: str) -> None:
     """Raise ValueError unless a sampler of this name is registered."""
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")

@@ -25,6 +25,7 @@ from ddpm_fast.models.derived_weights import inference_weights, may_derive
 from ddpm_fast.ops.sampler_step.op import sampler_step_
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.autocast import autocast_dtype, call_model, uncached_autocast
+from ddpm_fast.runtime.plain import as_flag
 
 Model = Any  # (x, t, x_self_cond, **conditions) -> the objective's output, shape of x; most are modules
 # (x, t, classes) -> ∇ log p(classes | x), shape of x.
@@ -192,6 +193,11 @@ class SamplingRun:
     graph: bool | None = None
     clip_x_start: bool = True
     conditioning: Conditioning = field(default_factory=Conditioning)
+
+    def __post_init__(self) -> None:
+        self.progress = as_flag("progress", self.progress)
+        self.graph = None if self.graph is None else as_flag("graph", self.graph)
+        self.clip_x_start = as_flag("clip_x_start", self.clip_x_start)
 
     @property
     def rows(self) -> range:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ddpm_fast.diffusion.levels import NoiseScale
+from ddpm_fast.runtime.plain import as_number, shown
 
 # (scale, steps, **options) -> (steps,) float64, from most noise to least.
 MakeTimes = Callable[..., torch.Tensor]
@@ -65,6 +66,18 @@ def spaced_times(
         raise ValueError(f"steps must be given for the spacing {name!r}, got None")
     times = SPACINGS[plain_name](scale, steps, **own_options, **(options or {}))
     return _different_integers(times, int(scale.first)) if scale.is_discrete else times
+
+
+def as_times(given: Any) -> tuple[float, ...]:
+    """Times that are given instead of a spacing's name, as numbers.
+
+    Raises:
+        TypeError, ValueError: it is no sequence of numbers.
+    """
+    times = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(times, Sequence) or isinstance(times, (str, bytes)):
+        raise TypeError(f"spacing must be a name or a sequence of times, got {shown(given)}")
+    return tuple(as_number("each time of spacing", time) for time in times)
 
 
 def says_steps(name: str) -> bool:

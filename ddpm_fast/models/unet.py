@@ -246,6 +246,8 @@ class Unet(UnetBase):
 
     def _check_self_condition(self, x: torch.Tensor, x_self_cond: torch.Tensor) -> None:
         device = self._weight.device
+        if not isinstance(x_self_cond, torch.Tensor):
+            raise TypeError(f"x_self_cond must be a tensor, got {type(x_self_cond).__name__}")
         if x_self_cond.device != device:
             raise ValueError(f"x_self_cond must be on the Unet's device {device}, got {x_self_cond.device}")
         if not self.self_condition:

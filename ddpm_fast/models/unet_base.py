@@ -388,6 +388,8 @@ class UnetBase(Pretrained, HasDerivedWeight):
         return torch.full((1,), time, device=self._weight.device)
 
     def _check_inputs(self, x: torch.Tensor, time: torch.Tensor, given: GivenConditions) -> None:
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
         if not x.is_floating_point():

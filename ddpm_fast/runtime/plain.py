@@ -57,6 +57,18 @@ def as_int(name: str, value: Any, least: int | None = None) -> int:
     return int(number)
 
 
+def as_flag(name: str, value: Any) -> bool:
+    """A bool from one of any library, or from the integers 0 and 1.
+
+    Raises:
+        ValueError: another value; text and lists are no flags, though Python takes them for true.
+    """
+    number = _number(value)
+    if number not in (0, 1):
+        raise ValueError(f"{name} must be True or False; got {shown(value)}")
+    return bool(number)
+
+
 def as_ints(name: str, value: Any, least: int | None = None) -> tuple[int, ...]:
     """A tuple of ints from a sequence, array or tensor of them.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -55,8 +58,72 @@ FORWARD = {
         ValueError,
         "loss_reduction must be 'mean' or 'none', got 'sum'",
     ),
-    "batch_size": (lambda d: d.sample(-1), ValueError, "batch_size must be an int of at least 0, got -1"),
+    "batch_size": (lambda d: d.sample(-1), ValueError, "batch_size must be a non-negative integer; got -1"),
     "seed": (lambda d: d.sample(1, seed="7"), TypeError, "seed must be an int"),
+    "sampler": (lambda d: d.sample(1, sampler=["ddim"]), ValueError, "sampler must be one of"),
+    "steps": (
+        lambda d: d.sample(1, sampling_timesteps=2.5),
+        ValueError,
+        "sampling_timesteps must be an integer; got 2.5",
+    ),
+    "spacing": (lambda d: d.sample(1, spacing=3), TypeError, "spacing must be a name or a sequence of times, got 3"),
+    "spacing_times": (
+        lambda d: d.sample(1, spacing=["a"]),
+        ValueError,
+        "each time of spacing must be a number; got 'a'",
+    ),
+    "options": (lambda d: d.sample(1, sampler_options=[1]), TypeError, "sampler_options must be a dictionary, got"),
+    "option": (
+        lambda d: d.sample(1, sampler="ddim", sampler_options={"eta": [1, 2]}),
+        ValueError,
+        "eta must be a number",
+    ),
+    "option_text": (
+        lambda d: d.sample(1, sampler="unipc", sampler_options={"solver": ["bh2"]}),
+        TypeError,
+        "solver must be text, got",
+    ),
+    "clip_x_start": (
+        lambda d: d.sample(1, clip_x_start="no"),
+        ValueError,
+        "clip_x_start must be True or False; got 'no'",
+    ),
+    "graph": (lambda d: d.sample(1, graph="no"), ValueError, "graph must be True or False; got 'no'"),
+    "all": (lambda d: d.sample(1, "no"), ValueError, "return_all_timesteps must be True or False; got 'no'"),
+    "start_index_float": (lambda d: d.sample(1, start_index=0.5), TypeError, "start_index must be an int, got float"),
+    "shape": (lambda d: d.p_sample_loop(3), ValueError, "shape must be a sequence of integers; got 3"),
+    "classes": (lambda d: d.sample(1, classes=[None]), TypeError, "classes must be a tensor or a sequence of numbers"),
+    "cfg_plus_plus": (
+        lambda d: d.sample(1, guidance={"cfg_plus_plus": "no"}),
+        ValueError,
+        "guidance cfg_plus_plus must be True or False; got 'no'",
+    ),
+    "noise_type": (lambda d: d(image(), noise=0.5), TypeError, "noise must be a tensor, got float"),
+    "offset": (
+        lambda d: d(image(), offset_noise_strength="1"),
+        ValueError,
+        "offset_noise_strength must be a number; got '1'",
+    ),
+    "network_x": (lambda d: d.model([1], torch.tensor([1])), TypeError, "x must be a tensor, got list"),
+    "bound_images": (lambda d: d.bits_per_dim([1]), TypeError, "images must be a tensor, got list"),
+    "bound_times": (lambda d: d.bits_per_dim(image(), timesteps=2.5), TypeError, "timesteps must be how many, or"),
+    "bound_start": (
+        lambda d: d.bits_per_dim(image(), start_index="1"),
+        ValueError,
+        "start_index must be a non-negative",
+    ),
+    "interpolate_type": (lambda d: d.interpolate([1], image()), TypeError, "x1 must be a tensor, got list"),
+    "interpolate_lam": (
+        lambda d: d.interpolate(image(), image(), lam=math.nan),
+        ValueError,
+        r"lam must be a number in \[-1e\+06, 1e\+06\]; got nan",
+    ),
+    "interpolate_between": (
+        lambda d: d.interpolate(image(), image(), t=5.5),
+        ValueError,
+        "t must be an integer; got 5.5",
+    ),
+    "p_sample_between": (lambda d: d.p_sample(image(), 5.5), ValueError, "t must be an integer; got 5.5"),
     "start_index": (lambda d: d.sample(1, seed=7, start_index=-1), ValueError, "start_index must be in"),
     "interpolate_t": (lambda d: d.interpolate(image(), image(), t=30), ValueError, r"t must be in \[0, 30\), got 30"),
     "interpolate_shape": (lambda d: d.interpolate(image(), image(1, 3, 8, 8)), ValueError, "x2 must have x1's shape"),
@@ -89,6 +156,19 @@ def test_wrong_input_is_named(name):
 def test_wrong_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         make(**kwargs)
+
+
+def test_numbers_of_numpy_are_numbers():
+    d = make(sampling_timesteps=3)
+    expected = d.sample(2, seed=7, start_index=1, progress=False)
+    one, seven = np.int64(1), np.int64(7)
+    assert torch.equal(d.sample(np.int64(2), seed=seven, start_index=one, progress=False), expected)
+    steps = {
+        "sampling_timesteps": np.int64(3),
+        "clip_x_start": np.bool_(True),
+        "sampler_options": {"eta": np.float32(0)},
+    }
+    assert torch.equal(d.sample(2, seed=7, start_index=1, sampler="ddim", progress=False, **steps), expected)
 
 
 def test_models_that_do_not_fit_are_named():
