@@ -141,6 +141,8 @@ class _DDPMSteps(_Steps):
         if _why_not_step(self, model_output, sample) is not None:
             return _own(self).step(self, model_output, timestep, sample, generator, return_dict)
         t, before, levels = int(timestep), int(self.previous_timestep(timestep)), self._levels()
+        if t >= len(levels):  # diffusers says so
+            return _own(self).step(self, model_output, timestep, sample, generator, return_dict)
         a, a_before = levels[t], levels[before] if before >= 0 else 1.0
         kinds = (self.config.prediction_type, self.variance_type)
         if a == 0 and kinds[0] == "epsilon":
@@ -182,9 +184,18 @@ class _DDIMSteps(_Steps):
         """As `DDIMScheduler.step` (Song et al. 2021, eq. 12 and 16)."""
         arguments = (eta, use_clipped_model_output, generator, variance_noise, return_dict)
         both = generator is not None and variance_noise is not None
-        if both or self.num_inference_steps is None or _why_not_step(self, model_output, sample) is not None:
+        # Noise that diffusers would broadcast, or would not add.
+        other_noise = eta < 0 or (variance_noise is not None and variance_noise.shape != sample.shape)
+        if (
+            both
+            or other_noise
+            or self.num_inference_steps is None
+            or _why_not_step(self, model_output, sample) is not None
+        ):
             return _own(self).step(self, model_output, timestep, sample, *arguments)
         t, levels = int(timestep), self._levels()
+        if t >= len(levels):
+            return _own(self).step(self, model_output, timestep, sample, *arguments)
         before = t - self.config.num_train_timesteps // self.num_inference_steps
         a, a_before = levels[t], levels[before] if before >= 0 else float(self.final_alpha_cumprod)
         sigma = eta * ((1 - a_before) / (1 - a) * (1 - a / a_before)) ** 0.5

@@ -152,6 +152,19 @@ def test_calls_that_keep_diffusers_step(monkeypatch):
         assert torch.equal(draw(scheduler, x, out), draw(own, x, out))
 
 
+def test_calls_of_ddim_that_keep_diffusers_step():
+    ours, own = accelerated(DDIMScheduler()), DDIMScheduler()
+    x, out = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    for one in (ours, own):
+        one.set_timesteps(5)
+    for options in ({"eta": -0.5}, {"eta": 0.5, "variance_noise": torch.randn(1, 3, 1, 1)}):
+        expected = own.step(out, 400, x, **options).prev_sample
+        assert torch.equal(ours.step(out, 400, x, **options).prev_sample, expected)
+    for one in (ours, accelerated(DDPMScheduler())):
+        with pytest.raises(IndexError, match="out of bounds for dimension 0 with size 1000"):
+            one.step(out, 1000, x)
+
+
 def test_levels_that_somebody_writes():
     scheduler, own = accelerated(DDIMScheduler()), DDIMScheduler()
     x, out = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
