@@ -145,7 +145,7 @@ class SampledProcess(Pretrained, nn.Module):
 
         Args:
             batch_size: B; None is that of the conditions, 16 without any.
-            return_all_timesteps: also every intermediate state, from the noise on.
+            return_all_timesteps: also every state before, from the noise on.
             sampler, sampling_timesteps, spacing, sampler_options: how to walk; None is the attribute of that name.
             clip_x_start: clip estimates of x0 to [−1, 1] in every step; None is the attribute.
             seed: 64-bit seed of the noise; None draws one from torch's generator, so `torch.manual_seed` fixes it.
@@ -431,7 +431,10 @@ class SampledProcess(Pretrained, nn.Module):
             on_step(x)
         x = self._denoise(x, run)
         with torch.inference_mode():
-            result = self.unnormalize(states if return_all_timesteps else self._clipped(x, run))
+            images = self._clipped(x, run)
+            if return_all_timesteps:
+                states[:, -1] = images
+            result = self.unnormalize(states if return_all_timesteps else images)
         return result.clone()  # outside inference mode: an ordinary tensor, which may be trained on
 
     def _clipped(self, x: torch.Tensor, run: SamplingRun) -> torch.Tensor:

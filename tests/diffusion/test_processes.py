@@ -196,6 +196,7 @@ def test_every_sampler_is_recorded_seeded_and_independent_of_the_batch(process, 
     together = diffusion.sample(5, seed=7, progress=False)
     step_by_step = diffusion.sample(5, seed=7, progress=False, graph=False)
     torch.testing.assert_close(together, step_by_step, rtol=1e-5, atol=1e-5)
+    assert torch.equal(diffusion.sample(5, True, seed=7, progress=False)[:, -1], together)
     parts = [diffusion.sample(n, seed=7, start_index=i, progress=False) for i, n in ((0, 2), (2, 3))]
     # A batch of another size may round otherwise. The first image of "continuous" is (x - sigma*noise)/alpha, with the
     # smallest alpha 1/148: there 16 units in the last place of the network's output are 1.4e-4.
