@@ -21,7 +21,7 @@ from ddpm_fast.runtime import triton_launch
 
 _PROGRAMS = 512  # of the weight's gradient, at least where there are as many tiles: some for every multiprocessor
 _MOST_TAPS = 160  # of which a program holds the gradients of 64 outputs in registers
-WEIGHT_REGISTERS = 128  # two programs of 8 warps per multiprocessor; without a bound the compiler takes 200
+_REGISTERS = 128  # two programs of 8 warps per multiprocessor; without a bound Triton 3.6 takes 167 and more
 # Numbers for which nothing is compiled again.
 _ANY_SIZE = ["H", "W", "tiles", "tiles_n", "tiles_k", "tiles_t", "width"]
 
@@ -159,7 +159,7 @@ def forward_tile(H: int, W: int, K: int, taps: int, exact: bool) -> dict[str, in
     if exact:
         return {**_pixels(H, W, 32), "BLOCK_K": _block(K, 32), "BLOCK_T": 16, "num_warps": 2, "num_stages": 1}
     blocks = {"BLOCK_K": _block(K, 64), "BLOCK_T": _block(taps, 32)}
-    return {**_pixels(H, W, 128), **blocks, "num_warps": 8, "num_stages": 2}
+    return {**_pixels(H, W, 128), **blocks, **_options()}
 
 
 @cache
@@ -174,8 +174,7 @@ def weight_tile(H: int, W: int, K: int, taps: int, exact: bool) -> tuple[dict[st
     blocks = {"BLOCK_T": block, "BLOCK_REST": rest}
     if exact:
         return {**_pixels(H, W, 16), "BLOCK_K": _block(K, 32), **blocks, "num_warps": 2, "num_stages": 1}, width
-    options = {"num_warps": 8, "num_stages": 2, **triton_launch.register_bound(WEIGHT_REGISTERS)}
-    return {**_pixels(H, W, 32), "BLOCK_K": _block(K, 64), **blocks, **options}, width
+    return {**_pixels(H, W, 32), "BLOCK_K": _block(K, 64), **blocks, **_options()}, width
 
 
 @cache
@@ -189,6 +188,10 @@ def chunks_of_tiles(tiles_n: int, others: int) -> tuple[int, int]:
     """Tiles of pixels per chunk of the weight's gradient, of which `others` programs read each, and chunks."""
     tiles = triton_launch.ceil_div(tiles_n, max(1, _PROGRAMS // others))
     return tiles, triton_launch.ceil_div(tiles_n, tiles)
+
+
+def _options() -> dict[str, int]:
+    return {"num_warps": 8, "num_stages": 2, **triton_launch.register_bound(_REGISTERS)}
 
 
 def _block(size: int, largest: int) -> int:

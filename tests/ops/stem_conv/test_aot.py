@@ -12,6 +12,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 from ddpm_fast.ops.stem_conv import triton as kernel
 from ddpm_fast.ops.stem_conv import triton_conv
+from ddpm_fast.runtime import triton_launch
 from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
@@ -59,15 +60,17 @@ def test_registers_of_the_convolution(name, capability, tmp_path, gate):
     registers = []
     for dtype, channels in (("bf16", 3), ("fp16", 3), ("bf16", 6)):
         machine = compile_convolution(name, dtype, channels, capability, tmp_path)
-        # An Ampere's products take both operands from registers, of which two programs have too few.
-        assert not machine.spills or (capability, name) == (80, "bwd_weight"), (machine.stack, machine.local)
+        # An Ampere's products take both operands from registers, of which two programs have too few, and so have those
+        # of the gradient as Triton 3.6 cuts up its loop.
+        may_spill = capability == 80 or (name == "bwd_weight" and triton_launch.is_triton_before(3, 8))
+        assert not machine.spills or may_spill, (machine.stack, machine.local)
         assert machine.shared <= 80 * 1024, machine.shared
         if name == "fwd":
             assert machine.widths("STG").get(128, 0) >= 4, machine.accesses
         else:
             assert machine.widths("LDG").get(128, 0) + machine.widths("LDGSTS").get(128, 0) >= 3, machine.accesses
         registers.append(machine.registers)
-    assert max(registers) <= 128 or capability == 80
+    assert max(registers) <= 128
     gate("registers", f"stem_conv_{name}_kernel, sm_{capability}", max(registers))
 
 
