@@ -145,6 +145,8 @@ def choose_launch(N: int, heads: int, D: int, C: int, *, half: bool, interpreted
     # Whole rows of the output if P of one head or more fits: then y is computed once.
     width = min(128 if half else 64, _LARGEST_PROJECTION // (block_c * (2 if half else 4)))
     forward_columns = block_c if width >= max(block_d, 32) else columns
+    # Two programs of the backward kernel of rows per multiprocessor; Triton 3.6 takes 164 registers by itself.
+    registers = 128 if half and columns < block_c and block_d <= 32 else None
     return Launch(
         block_d,
         block_c,
@@ -153,7 +155,7 @@ def choose_launch(N: int, heads: int, D: int, C: int, *, half: bool, interpreted
         small_columns=min(columns, max(16, 1024 // block_d)),
         context=context,
         forward=tile(min(64 if half else 32, 8192 // forward_columns), 4 if half and columns == block_c else 8, width),
-        backward=tile(32 if half else 16, 8, 128 if half else 64, chunks=columns == block_c),
+        backward=tile(32 if half else 16, 8, 128 if half else 64, chunks=columns == block_c, registers=registers),
         sums=tile(32 if half else 16, 8, 128 if half else 32, chunks=True),
         kv=tile((4096 if half else 2048) // block_d, 4 if block_d <= (64 if half else 32) else 8),
         small_warps=4 if block_d <= 32 else 8,
