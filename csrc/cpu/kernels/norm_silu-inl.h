@@ -36,8 +36,8 @@ struct NormChunks {
 
 // Dropout's factors of pixels [first, first + rows) of a sample, (rows, C): keep_scale where an element is kept and 0
 // where not. Elements are counted in C, H, W order, four to a Philox block.
-inline const float* fill_keep(const Dropout& dropout, int64_t sample, int64_t first, int64_t rows, int64_t N,
-                              int64_t C) {
+DDPM_FAST_NOINLINE const float* fill_keep(const Dropout& dropout, int64_t sample, int64_t first, int64_t rows,
+                                          int64_t N, int64_t C) {
   float* mask = thread_scratch(kNormMaskSlot, rows * C);
   const NoiseIndex index{
       .key = philox_key(dropout.seed), .sample = static_cast<uint32_t>(sample), .step = 0, .stream = kStreamDropout};
@@ -113,7 +113,7 @@ DDPM_FAST_INLINE void spread_groups(int64_t groups, int64_t C, float* to, const 
 }
 
 // mean and 1/√(variance + eps) of the group of every channel: (2, C) from a sample's (groups, 2).
-inline void spread_statistics(const float* statistics, int64_t groups, int64_t C, float* spread) {
+DDPM_FAST_NOINLINE void spread_statistics(const float* statistics, int64_t groups, int64_t C, float* spread) {
   spread_groups(groups, C, spread, [&](int64_t g) { return statistics[2 * g]; });
   spread_groups(groups, C, spread + C, [&](int64_t g) { return statistics[2 * g + 1]; });
 }
@@ -153,7 +153,7 @@ DDPM_FAST_INLINE void sum_rows(int64_t C, int64_t rows, float* sums, const Term&
 }
 
 // moments[2·g] = Σ of the group's channels, in their order.
-inline void sum_groups(int64_t groups, int64_t width, const float* sums, float* moments) {
+DDPM_FAST_NOINLINE void sum_groups(int64_t groups, int64_t width, const float* sums, float* moments) {
   over_groups(groups, [&](int64_t first, auto count) {
     float of[count.value] = {};
     for (int64_t c = 0; c < width; ++c) {
@@ -238,7 +238,8 @@ inline void group_statistics(const NormSiluForward& p, const NormChunks& chunks)
 }
 
 // Means over a sample's groups of z and z·x̂, z = g·slope, spread over the channels: (2, C).
-inline void group_means(const NormSiluArgs& p, const Affine& affine, const float* sums, int64_t chunks, float* means) {
+DDPM_FAST_NOINLINE void group_means(const NormSiluArgs& p, const Affine& affine, const float* sums, int64_t chunks,
+                                    float* means) {
   const int64_t C = p.C, width = C / p.groups;
   const double elements = static_cast<double>(width * p.N);
   over_groups(p.groups, [&](int64_t first, auto count) {
