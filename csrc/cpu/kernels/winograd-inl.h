@@ -13,8 +13,8 @@
 //
 // A gradient takes the transposed forms: of the outputs y → m, and of the taps u → g.
 //
-// No formula adds two products that round: which of them the compiler fuses with the sum would depend on the code
-// around it, and with it the bits.
+// No formula but that of u1 to u4 adds two products that round: which of them the compiler fuses with the sum would
+// depend on the code around it, and with it the bits. (2·g0 + g2)·⅓ erred more than ⅔·g0 + ⅓·g2.
 #pragma once
 
 #include "vec-inl.h"
@@ -52,8 +52,8 @@ DDPM_FAST_INLINE Six input_points(const Six& d) {
 }
 
 DDPM_FAST_INLINE Six tap_points(const Three& g) {
-  const vf even_p = (g.a0 * splat(2.0f) + g.a2) * splat(-1.0f / 3.0f), odd_p = g.a1 * splat(-kP * 2.0f / 3.0f);
-  const vf even_q = (g.a2 * splat(2.0f) + g.a0) * splat(1.0f / 6.0f), odd_q = g.a1 * splat(kQ / 6.0f);
+  const vf even_p = g.a2 * splat(-1.0f / 3.0f) + g.a0 * splat(-2.0f / 3.0f), odd_p = g.a1 * splat(-kP * 2.0f / 3.0f);
+  const vf even_q = g.a2 * splat(1.0f / 3.0f) + g.a0 * splat(1.0f / 6.0f), odd_q = g.a1 * splat(kQ / 6.0f);
   return {g.a0, even_p + odd_p, even_p - odd_p, even_q + odd_q, even_q - odd_q, g.a2};
 }
 
