@@ -18,25 +18,25 @@ alignas(64) constexpr float kZeroVector[kLanes] = {};
 // V of a tile for kLanes or fewer channels: read(i, j) gives input (i, j), write(to, value) stores.
 // Three passes of two rows each: the 12 vectors between the two axes stay in registers. Loading the inputs again is
 // cheaper than storing all 36 vectors.
-template <typename Read, typename Write>
+template <bool kAll, typename Read, typename Write>
 DDPM_FAST_INLINE void transform_tile(const Read& read, const Write& write, const Points& points, float* v,
                                      int64_t plane) {
   const auto put = [&](int i, vf c0, vf c1, vf c2, vf c3, vf c4, vf c5) DDPM_FAST_LAMBDA {
     const Six values = input_points({c0, c1, c2, c3, c4, c5});
     float* to = v + i * 6 * plane;
-    if (points.first_column) write(to, values.a0);
+    if (kAll || points.first_column) write(to, values.a0);
     write(to + plane, values.a1);
     write(to + 2 * plane, values.a2);
     write(to + 3 * plane, values.a3);
     write(to + 4 * plane, values.a4);
-    if (points.last_column) write(to + 5 * plane, values.a5);
+    if (kAll || points.last_column) write(to + 5 * plane, values.a5);
   };
   const auto outer = [&](int j, int first) DDPM_FAST_LAMBDA {
     return outer_input_point(read(first, j), read(first + 2, j), read(first + 4, j));
   };
 #pragma GCC unroll 2
   for (int first = 0; first < 2; ++first) {
-    if (!(first == 0 ? points.first_row : points.last_row)) continue;
+    if (!kAll && !(first == 0 ? points.first_row : points.last_row)) continue;
     put(first * 5, outer(0, first), outer(1, first), outer(2, first), outer(3, first), outer(4, first),
         outer(5, first));
   }
@@ -52,12 +52,12 @@ DDPM_FAST_INLINE void transform_tile(const Read& read, const Write& write, const
   inner(-0.5f, kQ, 3);
 }
 
-template <bool kUpsampled, bool kLeft, bool kRight>
+template <bool kUpsampled, bool kLeft, bool kRight, bool kAll>
 DDPM_FAST_INLINE void transform_rows(const float* const* rows, int64_t pixel, int64_t channels, const Points& points,
                                      float* v, int64_t plane) {
   const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3], *r4 = rows[4], *r5 = rows[5];
   for (int64_t c = 0; c + kLanes <= channels; c += kLanes) {
-    transform_tile(
+    transform_tile<kAll>(
         [&](int i, int j) DDPM_FAST_LAMBDA {
           if ((kLeft && j == 0) || (kRight && j == 5)) return vf{};
           const float* row = i == 0 ? r0 : i == 1 ? r1 : i == 2 ? r2 : i == 3 ? r3 : i == 4 ? r4 : r5;
@@ -82,11 +82,11 @@ inline void transform_input(const float* input, int64_t pixel, int64_t width, in
       const int64_t row = upsampled ? y >> 1 : y;
       rows[i] = y < 0 || y >= tiles.H ? zeros : input + ((tile.b * height + row) * width + column) * pixel;
     }
-    const auto transform = [&](auto up, auto left, auto right) {
-      transform_rows<decltype(up)::value, decltype(left)::value, decltype(right)::value>(rows, pixel, channels, points,
-                                                                                         v, plane);
+    const auto transform = [&](auto up, auto left, auto right, auto all) {
+      transform_rows<decltype(up)::value, decltype(left)::value, decltype(right)::value, decltype(all)::value>(
+          rows, pixel, channels, points, v, plane);
     };
-    dispatch(transform, upsampled, tile.x == 0, tile.x + 4 == tiles.W);
+    dispatch(transform, upsampled, tile.x == 0, tile.x + 4 == tiles.W, points.all());
     done = channels / kLanes * kLanes;
   }
   if (done == channels) return;
@@ -99,12 +99,15 @@ inline void transform_input(const float* input, int64_t pixel, int64_t width, in
     from[i] = inside ? input + ((tile.b * height + row) * width + column) * pixel : kZeroVector;
     step[i] = inside ? 1 : 0;
   }
-  for (int64_t c = done; c < channels; c += kLanes) {
-    const int64_t count = min<int64_t>(kLanes, channels - c);
-    transform_tile([&](int i, int j)
-                       DDPM_FAST_LAMBDA { return load_upto(from[6 * i + j] + c * step[6 * i + j], count); },
-                   [=](float* to, vf value) DDPM_FAST_LAMBDA { store_upto(to, value, count); }, points, v + c, plane);
-  }
+  const auto transform = [&](auto all) {
+    for (int64_t c = done; c < channels; c += kLanes) {
+      const int64_t count = min<int64_t>(kLanes, channels - c);
+      transform_tile<decltype(all)::value>(
+          [&](int i, int j) DDPM_FAST_LAMBDA { return load_upto(from[6 * i + j] + c * step[6 * i + j], count); },
+          [=](float* to, vf value) DDPM_FAST_LAMBDA { store_upto(to, value, count); }, points, v + c, plane);
+    }
+  };
+  dispatch(transform, points.all());
 }
 // V of tiles [begin, end) and channels [c, c + count) of both parts: v + point·plane + tile·row.
 inline void transform_inputs(const InputMaps& input, const Points& points, const Tiles& tiles, int64_t begin,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv3x3_points-inl.h"
+#include "dispatch-inl.h"
 #include "gemm-inl.h"
 #include "shuffle-inl.h"
 
@@ -111,8 +112,9 @@ DDPM_FAST_INLINE void place_taps(const Conv3x3Weight& w, int64_t count, float (*
 
 // U of output channels [first, first + columns) and input channels [begin, end): u + point·plane gets (end - begin)
 // rows of kPanel floats, of which those of the last vector that are past `columns` are 0.
-inline void transform_weight(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t begin, int64_t end,
-                             float* u, int64_t plane) {
+template <bool kAll>
+inline void transform_weight_of(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t begin, int64_t end,
+                                float* u, int64_t plane) {
   alignas(64) float taps[9 * kLanes][kLanes];
   const Points points(w.rows, w.columns);
   for (int64_t c = begin; c < end; c += kLanes) {
@@ -129,22 +131,30 @@ inline void transform_weight(const Conv3x3Weight& w, int64_t first, int64_t colu
         const auto put = [&](int i, vf x, vf y, vf z) DDPM_FAST_LAMBDA {
           const Six u = tap_points({x, y, z});
           float* at = to + i * 6 * plane;
-          if (points.first_column) store(at, u.a0);
+          if (kAll || points.first_column) store(at, u.a0);
           store(at + plane, u.a1);
           store(at + 2 * plane, u.a2);
           store(at + 3 * plane, u.a3);
           store(at + 4 * plane, u.a4);
-          if (points.last_column) store(at + 5 * plane, u.a5);
+          if (kAll || points.last_column) store(at + 5 * plane, u.a5);
         };
-        if (points.first_row) put(0, a.a0, b.a0, d.a0);
+        if (kAll || points.first_row) put(0, a.a0, b.a0, d.a0);
         put(1, a.a1, b.a1, d.a1);
         put(2, a.a2, b.a2, d.a2);
         put(3, a.a3, b.a3, d.a3);
         put(4, a.a4, b.a4, d.a4);
-        if (points.last_row) put(5, a.a5, b.a5, d.a5);
+        if (kAll || points.last_row) put(5, a.a5, b.a5, d.a5);
       }
     }
   }
+}
+
+inline void transform_weight(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t begin, int64_t end,
+                             float* u, int64_t plane) {
+  const auto transform = [&](auto all) {
+    transform_weight_of<decltype(all)::value>(w, first, columns, begin, end, u, plane);
+  };
+  dispatch(transform, Points(w.rows, w.columns).all());
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -12,9 +12,6 @@
 //            y2 = ½·(m1 + m2) + 2·(m3 + m4)            y3 = ½·p·(m1 - m2) + 2·q·(m3 - m4) + m5        for m = u·v
 //
 // A gradient takes the transposed forms: of the outputs y → m, and of the taps u → g.
-//
-// No formula but that of u1 to u4 adds two products that round: which of them the compiler fuses with the sum would
-// depend on the code around it, and with it the bits. (2·g0 + g2)·⅓ erred more than ⅔·g0 + ⅓·g2.
 #pragma once
 
 #include "vec-inl.h"
@@ -65,7 +62,7 @@ DDPM_FAST_INLINE Two even_outputs(vf m0, vf m1, vf m2, vf m3, vf m4) {
 // y1 and y3.
 DDPM_FAST_INLINE Two odd_outputs(vf m1, vf m2, vf m3, vf m4, vf m5) {
   const vf p = m1 - m2, q = m3 - m4;
-  return {(q * splat(2.0f) + p) * splat(kP), p * splat(kP / 2.0f) + (q * splat(2.0f * kQ) + m5)};
+  return {p * splat(kP) + q * splat(kQ), p * splat(kP / 2.0f) + (q * splat(2.0f * kQ) + m5)};
 }
 DDPM_FAST_INLINE Four outputs(const Six& m) {
   const Two even = even_outputs(m.a0, m.a1, m.a2, m.a3, m.a4), odd = odd_outputs(m.a1, m.a2, m.a3, m.a4, m.a5);
@@ -83,7 +80,7 @@ DDPM_FAST_INLINE Six output_gradients(const Four& y) {
 DDPM_FAST_INLINE Three tap_gradients(const Six& u) {
   const vf even_p = u.a1 + u.a2, odd_p = u.a1 - u.a2, even_q = u.a3 + u.a4, odd_q = u.a3 - u.a4;
   return {even_p * splat(-2.0f / 3.0f) + (even_q * splat(1.0f / 6.0f) + u.a0),
-          (odd_p * splat(-2.0f) + odd_q) * splat(kP / 3.0f),
+          odd_p * splat(-kP * 2.0f / 3.0f) + odd_q * splat(kQ / 6.0f),
           even_p * splat(-1.0f / 3.0f) + (even_q * splat(1.0f / 3.0f) + u.a5)};
 }
 
