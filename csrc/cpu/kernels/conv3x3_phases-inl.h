@@ -79,8 +79,10 @@ DDPM_FAST_INLINE bool by_phases(int64_t B, int64_t H, int64_t W) {
 }
 
 inline void conv3x3_forward(const Conv3x3Forward& p) {
-  const bool resampled = p.upsampled || p.pooled, enough = Tiles(p.B, p.H / 2, p.W / 2).total >= kMinTilesOfPhase;
-  if (!resampled || !enough || !by_phases(p.B, p.H, p.W)) return plain_forward(p);
+  // The large map is one part, without a norm after it.
+  const bool fits = p.upsampled ? p.output_channels[1] == 0 && p.norm == nullptr : p.pooled && p.channels[1] == 0;
+  const bool enough = Tiles(p.B, p.H / 2, p.W / 2).total >= kMinTilesOfPhase;
+  if (!fits || !enough || !by_phases(p.B, p.H, p.W)) return plain_forward(p);
   Conv3x3Forward small = p;
   small.H /= 2;
   small.W /= 2;
