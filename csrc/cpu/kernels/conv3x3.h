@@ -5,8 +5,8 @@
 
 namespace ddpm_fast {
 
-// Where each of an axis' three taps acts: on the pixel before (0), on the pixel itself (1), on the one after (2), or
-// nowhere (-1). Taps in one place add up. Of a mirrored weight, of the taps as they are mirrored.
+// Where each of an axis' three taps acts: on the pixel before (0), on the pixel itself (1) or on the one after (2).
+// Taps in one place add up. Of a mirrored weight, of the taps as they are mirrored.
 struct TapPlaces {
   int8_t of[3] = {0, 1, 2};
   constexpr bool used(int place) const { return of[0] == place || of[1] == place || of[2] == place; }

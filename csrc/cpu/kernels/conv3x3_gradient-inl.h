@@ -69,8 +69,7 @@ DDPM_FAST_INLINE void place_gradients(const Conv3x3WeightGradient& p, int64_t co
     for (int i = 0; i < 9; ++i) places[i] = load(taps[i]);
     for (int i = 0; i < 3; ++i) {
       for (int j = 0; j < 3; ++j) {
-        const int row = p.rows.of[i], column = p.columns.of[j];
-        store(taps[3 * i + j], row >= 0 && column >= 0 ? places[3 * row + column] : vf{});
+        store(taps[3 * i + j], places[3 * p.rows.of[i] + p.columns.of[j]]);
       }
     }
   }

@@ -102,8 +102,7 @@ DDPM_FAST_INLINE void place_taps(const Conv3x3Weight& w, int64_t count, float (*
     vf placed[9] = {};
     for (int i = 0; i < 3; ++i) {
       for (int j = 0; j < 3; ++j) {
-        const int row = w.rows.of[i], column = w.columns.of[j];
-        if (row >= 0 && column >= 0) placed[3 * row + column] += load(taps[3 * i + j]);
+        placed[3 * w.rows.of[i] + w.columns.of[j]] += load(taps[3 * i + j]);
       }
     }
     for (int i = 0; i < 9; ++i) store(taps[i], placed[i]);
