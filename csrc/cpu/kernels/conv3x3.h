@@ -61,11 +61,11 @@ struct Conv3x3WeightGradient {
   int64_t channels[2];
   const float* grad;  // (B, H, W, K)
   int64_t K;
-  int64_t input_step = 1, grad_step = 1;  // as in the forward
-  TapPlaces rows{}, columns{};            // of the weight's taps
-  bool add = false;                       // to dweight
-  float* dweight;                         // contiguous, or null
-  float* dbias;                           // (K), Σ over pixels of grad, or null
+  int64_t grad_step = 1;        // as output_step of the forward
+  TapPlaces rows{}, columns{};  // of the weight's taps
+  bool add = false;             // to dweight
+  float* dweight;               // contiguous, or null
+  float* dbias;                 // (K), Σ over pixels of grad, or null
 };
 
 struct Conv3x3Kernels {

@@ -33,9 +33,10 @@ struct InputMaps {
   bool upsampled;
   int64_t step;
 
-  template <typename Convolution>
-  DDPM_FAST_INLINE explicit InputMaps(const Convolution& p)
+  DDPM_FAST_INLINE explicit InputMaps(const Conv3x3Forward& p)
       : part(p.input), channels(p.channels), upsampled(p.upsampled), step(p.input_step) {}
+  DDPM_FAST_INLINE explicit InputMaps(const Conv3x3WeightGradient& p)
+      : part(p.input), channels(p.channels), upsampled(p.upsampled), step(1) {}
 };
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA
