@@ -208,7 +208,7 @@ class _Linears(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         needs_x, _, *needs = ctx.needs_input_grad
         sizes = [weight.shape[0] for weight in weights]
-        dx = grad @ torch.cat(weights).to(grad.dtype) if needs_x else None
+        dx = _linears_data_gradient(grad, weights) if needs_x else None
         dweights: list[torch.Tensor | None] = [None] * len(weights)
         dbiases: list[torch.Tensor | None] = [None] * len(weights)
         if any(needs[: len(weights)]):
@@ -217,6 +217,21 @@ class _Linears(torch.autograd.Function):
         if any(needs[len(weights) :]):
             dbiases = [part.to(dtype) for part, dtype in zip(grad.sum(0).split(sizes), ctx.bias_dtypes, strict=True)]
         return dx, None, *dweights, *dbiases
+
+
+def _linears_data_gradient(grad: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """grad (B, Σ N_i) through the layers' weights (N_i, K), (B, K).
+
+    On the CPU the copy of all weights side by side takes longer than products one by one. In half types their sum would
+    be rounded after each.
+    """
+    if grad.device.type != "cpu" or grad.dtype != torch.float32:
+        return grad @ torch.cat(tuple(weights)).to(grad.dtype)
+    first, *others = zip(grad.split([weight.shape[0] for weight in weights], dim=1), weights, strict=True)
+    dx = first[0] @ first[1].float()
+    for part, weight in others:
+        dx = torch.addmm(dx, part, weight.float())
+    return dx
 
 
 def _check_linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
