@@ -79,6 +79,7 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
                transform_inputs(input, Points({}, {}), tiles, begin, end, 0, C, v, v_row, v_plane);
                // All panels of a point, one after another: the point's V stays in the first-level cache.
                for (int64_t i = 0; i < kPoints; ++i) {
+                 const TileRange some = tiles.using_point(i).within(begin, end);
                  for (int64_t panel = 0; panel < num_panels; ++panel) {
                    const int64_t step = i * num_panels + panel, steps = kPoints * num_panels;
                    share((next - end) * kRowsToPrefetch, step, steps, [&](int64_t n) {
@@ -86,9 +87,9 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
                    });
                    share((end - begin) * 4, step, steps,
                          [&](int64_t n) { prefetch_output_row(p, tiles, begin + n / 4, n % 4); });
-                   product_panel(v + i * v_plane, v_row, 1, u + step * point, end - begin, C,
-                                 m + i * m_plane + panel * kPanel, m_row, panel_width(K - panel * kPanel), false,
-                                 piece);
+                   product_panel(v + i * v_plane + some.begin * v_row, v_row, 1, u + step * point, some.count(), C,
+                                 m + i * m_plane + some.begin * m_row + panel * kPanel, m_row,
+                                 panel_width(K - panel * kPanel), false, piece);
                  }
                }
                finish_columns(p, tiles, begin, end, 0, K, m, m_row, m_plane);
@@ -144,8 +145,10 @@ inline void forward_by_panels(const Convolutions& all, const Tiles& tiles, int64
                                       min<int64_t>(kChannelBlock, C - c_next), i);
                    }
                    if (!points.has(i)) continue;
-                   product_panel(v + term * v_block + i * v_plane, row, 1, u + i * u_plane, T, count, m + i * m_plane,
-                                 kPanel, panel_width(columns), begun[i], piece);
+                   const TileRange some = tiles.using_point(i).within(first_tile, last_tile);
+                   product_panel(v + term * v_block + i * v_plane + some.begin * row, row, 1, u + i * u_plane,
+                                 some.count(), count, m + i * m_plane + some.begin * kPanel, kPanel,
+                                 panel_width(columns), begun[i], piece);
                    begun[i] = true;
                  }
                }

@@ -10,7 +10,7 @@ constexpr int64_t kMaxPixelsDirectly = 16, kPixelsPerTile = 6;
 
 DDPM_FAST_INLINE bool directly(const Conv3x3Forward& p, const Tiles& tiles) {
   const int64_t pixels = p.B * p.H * p.W;
-  return !p.pooled && (pixels <= kMaxPixelsDirectly || pixels <= kPixelsPerTile * tiles.total);
+  return !p.pooled && (pixels <= kMaxPixelsDirectly || pixels <= kPixelsPerTile * tiles.whole());
 }
 
 DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K) {
@@ -24,23 +24,23 @@ DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K) {
 constexpr int64_t kTilesOfThread = 4, kChannelsPerTile = 24;
 
 DDPM_FAST_INLINE bool apart(const Tiles& tiles, int64_t K) {
-  return tiles.total >= kTilesOfThread * thread_count() && tiles.total * kChannelsPerTile >= K;
+  return tiles.whole() >= kTilesOfThread * thread_count() && tiles.whole() * kChannelsPerTile >= K;
 }
 
 // By panels, as many tiles at a time as V has room for.
 inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64_t C, int64_t K) {
-  const int64_t parts = apart(tiles, K) ? thread_count() : 1, part = ceil_div(tiles.total, parts);
+  const int64_t parts = apart(tiles, K) ? thread_count() : 1;
   const int64_t most = max<int64_t>(kRows, kMaxV / (kPoints * C * all.inputs * parts));
-  // To the nearest number of passes: another one transforms all taps again.
-  const int64_t size = ceil_div(part, max<int64_t>(1, (part + most / 2) / most));
   const auto passes = [&](int64_t begin, int64_t end) {
+    // To the nearest number of passes: another one transforms all taps again.
+    const int64_t count = end - begin, size = ceil_div(count, max<int64_t>(1, (count + most / 2) / most));
     for (int64_t first = begin; first < end; first += size) {
       forward_by_panels(all, tiles, C, K, first, min(end, first + size));
     }
   };
   if (parts == 1) return passes(0, tiles.total);
-  parallel(ceil_div(tiles.total, part), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) passes(i * part, min(tiles.total, (i + 1) * part));
+  parallel(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) passes(tiles.split(i, parts), tiles.split(i + 1, parts));
   });
 }
 

@@ -20,28 +20,32 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 // Row i of a tile's four rows of the gradient, ahead of time.
 inline void prefetch_gradient_row(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t index, int64_t i) {
   const Tile tile(tiles, index);
-  if (tile.y + i >= tiles.H) return;
+  if (i >= tile.height) return;
   const int64_t step = p.grad_step, pixel = p.K * step;
-  prefetch(p.grad + ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * pixel,
-           min<int64_t>(4, tiles.W - tile.x) * pixel);
+  prefetch(p.grad + ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * pixel, tile.width * pixel);
 }
 
 // D of one tile and of panels [begin, end): d + (panel - begin)·apart + point·plane.
 inline void transform_gradient(const Conv3x3WeightGradient& p, const Tiles& tiles, const Tile& tile, int64_t begin,
                                int64_t end, float* d, int64_t plane, int64_t apart) {
   const int64_t K = p.K, pixel = K * p.grad_step, line = tiles.W * p.grad_step;
-  const int64_t height = tiles.H - tile.y, width = tiles.W - tile.x;
+  const Axis &rows = kAxes[tile.height], &columns = kAxes[tile.width];
   const float* first = p.grad + ((tile.b * tiles.H + tile.y) * line + tile.x) * pixel;
   for (int64_t k = begin * kPanel; k < min(K, end * kPanel); k += kLanes) {
     const int64_t count = min<int64_t>(kLanes, K - k);
-    const auto read = [&](int i, int j) DDPM_FAST_LAMBDA {
-      return i < height && j < width ? load_upto(first + (i * line + j) * pixel + k, count) : vf{};
-    };
+    const auto read = [&](int i, int j)
+                          DDPM_FAST_LAMBDA { return load_upto(first + (i * line + j) * pixel + k, count); };
+    float* to = d + (k / kPanel - begin) * apart + k % kPanel;
+    if (!tile.whole()) {
+      multiply_between(rows.gradients, columns.gradients, read, [&](int i, int j, vf value) DDPM_FAST_LAMBDA {
+        store(to + (rows.point[i] * kAxisPoints + columns.point[j]) * plane, value);
+      });
+      continue;
+    }
     const Six a = output_gradients({read(0, 0), read(1, 0), read(2, 0), read(3, 0)});
     const Six b = output_gradients({read(0, 1), read(1, 1), read(2, 1), read(3, 1)});
     const Six c = output_gradients({read(0, 2), read(1, 2), read(2, 2), read(3, 2)});
     const Six e = output_gradients({read(0, 3), read(1, 3), read(2, 3), read(3, 3)});
-    float* to = d + (k / kPanel - begin) * apart + k % kPanel;
     const auto put = [&](int i, vf w, vf x, vf y, vf z) DDPM_FAST_LAMBDA {
       const Six points = output_gradients({w, x, y, z});
       float* at = to + i * 6 * plane;
@@ -164,14 +168,17 @@ constexpr int64_t kMaxSums = 2 << 20, kMaxOfPoints = 3 << 18, kMaxOfBlocks = 2 <
 // By points: how many chunks of tiles have an S of their own, their fewest tiles, and the floats of all S.
 constexpr int64_t kMostChunks = 4, kMinOfChunk = 72, kMaxOfChunks = 4 << 20;
 
-// S (count × `columns` of a panel, or more than a panel has) from all or some tiles; v: (tile, channel), v_row floats
+// S (count × `columns` of a panel, or more than a panel has) from some of T tiles; v: (tile, channel), v_row floats
 // from tile to tile; d: (tile, kPanel).
-inline void add_products(const float* v, int64_t v_row, const float* d, int64_t T, int64_t count, int64_t columns,
-                         float* s, bool add) {
+inline void add_products(const float* v, int64_t v_row, const float* d, int64_t T, const TileRange& some, int64_t count,
+                         int64_t columns, float* s, bool add) {
   for (int64_t t = 0; t < T; t += kTilesOfPiece) {
-    product_panel(v + t * v_row, 1, v_row, d + t * kPanel, count, min(kTilesOfPiece, T - t), s, kPanel,
-                  panel_width(columns), add || t > 0);
+    const int64_t begin = max(t, some.begin), terms = min(min(t + kTilesOfPiece, T), some.end) - begin;
+    if (terms <= 0) continue;
+    product_panel(v + begin * v_row, 1, v_row, d + begin * kPanel, count, terms, s, kPanel, panel_width(columns), add);
+    add = true;
   }
+  if (!add) clear(s, count * kPanel);
 }
 
 // dweight of a panel's output channels and of kLanes or fewer input channels from c on; s: (channel, kPanel).
@@ -215,7 +222,8 @@ inline void add_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
               [&](int64_t n) { prefetch_input_row(input, tiles, next + n / kRowsToPrefetch, n % kRowsToPrefetch); });
         share(after * 4, i, steps, [&](int64_t n) { prefetch_gradient_row(p, tiles, next + n / 4, n % 4); });
         if (!points.has(point)) continue;
-        add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T, C, p.K - panel * kPanel,
+        add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T,
+                     tiles.using_point(point).within(first, next), C, p.K - panel * kPanel,
                      s + point * s_plane + panel * s_panel, first > begin);
       }
     });
@@ -293,9 +301,9 @@ inline void add_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
       if (first == 0) clear_unused(points, s, width * kPanel, s_plane);
       for (int64_t i = 0; i < kPoints; ++i) {
         if (!points.has(i)) continue;
-        add_products(v + (block - first_block) * v_block + i * v_plane, row,
-                     d + (panel - first_panel) * d_panel + i * d_plane, T, count, p.K - panel * kPanel, s + i * s_plane,
-                     first > 0);
+        add_products(
+            v + (block - first_block) * v_block + i * v_plane, row, d + (panel - first_panel) * d_panel + i * d_plane,
+            T, tiles.using_point(i).within(first, first + T), count, p.K - panel * kPanel, s + i * s_plane, first > 0);
       }
       if (first + T < tiles.total) continue;
       for (int64_t n = 0; n < count; n += kLanes) {

@@ -1,6 +1,7 @@
 // The Winograd transform of a 3×3 convolution's inputs, V in conv3x3-inl.h, vectorised over channels.
 #pragma once
 
+#include "conv3x3_edges-inl.h"
 #include "conv3x3_points-inl.h"
 #include "dispatch-inl.h"
 #include "parallel-inl.h"
@@ -74,7 +75,7 @@ inline void transform_input(const float* input, int64_t pixel, int64_t width, in
                             int64_t plane) {
   const int64_t height = upsampled ? tiles.H / 2 : tiles.H;
   int64_t done = 0;
-  if (tile.x + 4 <= tiles.W) {
+  if (tile.whole()) {
     const float* rows[6];
     const int64_t column = upsampled ? (tile.x >> 1) - 1 : tile.x - 1;
     for (int i = 0; i < 6; ++i) {
@@ -99,16 +100,25 @@ inline void transform_input(const float* input, int64_t pixel, int64_t width, in
     from[i] = inside ? input + ((tile.b * height + row) * width + column) * pixel : kZeroVector;
     step[i] = inside ? 1 : 0;
   }
-  const auto transform = [&](auto all) {
+  const Axis &rows = kAxes[tile.height], &columns = kAxes[tile.width];
+  const auto transform = [&](auto whole, auto all) {
     for (int64_t c = done; c < channels; c += kLanes) {
       const int64_t count = min<int64_t>(kLanes, channels - c);
-      transform_tile<decltype(all)::value>(
-          [&](int i, int j) DDPM_FAST_LAMBDA { return load_upto(from[6 * i + j] + c * step[6 * i + j], count); },
-          [=](float* to, vf value) DDPM_FAST_LAMBDA { store_upto(to, value, count); }, points, v + c, plane);
+      const auto read = [&](int i, int j)
+                            DDPM_FAST_LAMBDA { return load_upto(from[6 * i + j] + c * step[6 * i + j], count); };
+      const auto write = [=](float* to, vf value) DDPM_FAST_LAMBDA { store_upto(to, value, count); };
+      if constexpr (decltype(whole)::value) {
+        transform_tile<decltype(all)::value>(read, write, points, v + c, plane);
+      } else {
+        multiply_between(rows.inputs, columns.inputs, read, [&](int i, int j, vf value) DDPM_FAST_LAMBDA {
+          write(v + (rows.point[i] * kAxisPoints + columns.point[j]) * plane + c, value);
+        });
+      }
     }
   };
-  dispatch(transform, points.all());
+  dispatch(transform, tile.whole(), points.all());
 }
+
 // V of tiles [begin, end) and channels [c, c + count) of both parts: v + point·plane + tile·row.
 inline void transform_inputs(const InputMaps& input, const Points& points, const Tiles& tiles, int64_t begin,
                              int64_t end, int64_t c, int64_t count, float* v, int64_t row, int64_t plane) {

@@ -74,8 +74,8 @@ constexpr int64_t kMinTilesOfPhase = 64;
 // Whether the phases of a map of H × W are fewer products than its tiles, the transforms of the taps included.
 DDPM_FAST_INLINE bool by_phases(int64_t B, int64_t H, int64_t W) {
   const Tiles large(B, H, W), small(B, H / 2, W / 2);
-  return 4 * (25 * kCyclesOfPoint * small.total + kCyclesOfTaps) <
-         kPoints * kCyclesOfPoint * large.total + kCyclesOfTaps;
+  return 4 * (25 * kCyclesOfPoint * small.products() / kPoints + kCyclesOfTaps) <
+         kCyclesOfPoint * large.products() + kCyclesOfTaps;
 }
 
 inline void conv3x3_forward(const Conv3x3Forward& p) {

@@ -13,7 +13,7 @@ constexpr int64_t kRowsToPrefetch = 5;
 inline void prefetch_input_row(const InputMaps& input, const Tiles& tiles, int64_t index, int64_t i) {
   const Tile tile(tiles, index);
   const int64_t up = input.upsampled ? 1 : 0, y = min(tile.y + i, tiles.H - 1) >> up, x = tile.x >> up;
-  const int64_t width = (min<int64_t>(4, tiles.W - tile.x) + up) >> up;
+  const int64_t width = (tile.width + up) >> up;
   const int64_t pixel = (tile.b * (tiles.H >> up) + y) * (tiles.W >> up) * input.step + x;
   for (int part = 0; part < 2 && input.channels[part] > 0; ++part) {
     const int64_t floats = input.channels[part] * input.step;
@@ -24,8 +24,8 @@ inline void prefetch_input_row(const InputMaps& input, const Tiles& tiles, int64
 // Prefetches row i of a tile's four output rows, and the norm's inputs and outputs for that row.
 inline void prefetch_output_row(const Conv3x3Forward& p, const Tiles& tiles, int64_t index, int64_t i) {
   const Tile tile(tiles, index);
-  if (tile.y + i >= tiles.H || p.pooled) return;  // a second part's outputs are left to come by themselves
-  const int64_t step = p.output_step, K = p.output_channels[0] * step, floats = min<int64_t>(4, tiles.W - tile.x) * K;
+  if (i >= tile.height || p.pooled) return;  // a second part's outputs are left to come by themselves
+  const int64_t step = p.output_step, K = p.output_channels[0] * step, floats = tile.width * K;
   const int64_t at = ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * K;
   prefetch_to_write(p.output[0] + at, floats);
   if (p.residual[0] != nullptr) prefetch(p.residual[0] + at, floats);

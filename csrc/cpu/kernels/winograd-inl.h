@@ -14,11 +14,10 @@
 // A gradient takes the transposed forms: of the outputs y → m, and of the taps u → g.
 #pragma once
 
-#include "vec-inl.h"
+#include "tiles-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr int kPoints = 36;
 constexpr float kP = 0.70710678118654752f, kQ = 1.41421356237309505f;
 
 struct Six {

@@ -135,6 +135,14 @@ def test_upsampled(shape):
     check(*make(*shape, upsampled=True))
 
 
+@pytest.mark.parametrize("upsampled", [False, True])
+def test_tiles_of_every_size(instruction_set, upsampled):
+    """A map's last tiles have 1 to 4 outputs along an axis, and transforms of their own."""
+    for height in range(1, 9):
+        for width in range(1, 9):
+            check(*make(3, 17, 0, 20, height, width, upsampled=upsampled))
+
+
 def test_every_instruction_set(instruction_set):
     for shape in (SHAPES[4], SHAPES[5], SHAPES[8], SHAPES[9], (1, 64, 32, 48, 9, 8)):
         check(*make(*shape))
