@@ -317,9 +317,9 @@ inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tile
   const int64_t num_panels = panels(p.K), widest = gradient_block();
   const int64_t size =
       tiles_at_a_time(tiles, kMaxOfBlocks, ceil_div(C, widest) * round_up(min(C, widest), 16) + num_panels * kPanel);
-  // Narrower blocks where there are not as many tasks as threads; the sums are the same.
-  int64_t width = widest;
-  while (width > kLanes && num_panels * ceil_div(C, width) < thread_count()) width /= 2;
+  // Blocks alike, and narrower ones where there are not as many tasks as threads; the sums are the same.
+  int64_t width = round_up(ceil_div(C, ceil_div(C, widest)), kLanes);
+  while (width > kLanes && num_panels * ceil_div(C, width) < thread_count()) width = round_up(width / 2, kLanes);
   parallel(num_panels * ceil_div(C, width), pieces_of(width * tiles.total * kCyclesOfProducts),
            [&](int64_t begin, int64_t end) { add_blocks(p, tiles, C, width, begin, end, size); });
 }
