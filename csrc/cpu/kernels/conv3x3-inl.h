@@ -44,8 +44,9 @@ constexpr int64_t kCyclesOfPiece = 16000;
 // Tasks of `cycles` cycles each that are worth another thread.
 DDPM_FAST_INLINE int64_t pieces_of(int64_t cycles) { return max<int64_t>(1, kCyclesOfPiece / max<int64_t>(1, cycles)); }
 
-// Channels per partial sum of M; the rounding of these sums is most of Winograd's error. Gradients use shorter partial
-// sums, at a sixth of the product's time, because backward carries their error through every layer.
+// Channels per partial sum of M, at most; the rounding of these sums is most of Winograd's error. Gradients use shorter
+// partial sums because backward carries their error through every layer. Where pieces are stored (gemm-inl.h), that
+// takes a sixth of the product's time.
 constexpr int64_t kForwardPiece = 64, kGradientPiece = 16;
 
 DDPM_FAST_INLINE int64_t channels_of_piece(const Conv3x3Forward& p, int64_t C) {

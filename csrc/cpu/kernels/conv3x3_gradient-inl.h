@@ -153,8 +153,8 @@ inline void sum_rows(const float* grad, int64_t rows, int64_t K, float* dbias) {
 }
 
 // Tiles per partial sum: a sum of partial sums has a smaller rounding error. The GEMM kernel with fewer rows gets
-// longer ones, since adding a partial sum costs it relatively more.
-constexpr int64_t kTilesOfPiece = kRegisters == 32 ? 32 : 64;
+// longer ones, since adding a partial sum costs it relatively more. Where that costs nothing, each is two.
+constexpr int64_t kTilesOfPiece = kRegisters == 32 ? 32 : 64, kTilesOfSum = kTwoSums ? 16 : kTilesOfPiece;
 
 // Input channels of a block: with 64 for vectors of 16, its sums take a quarter of a second-level cache of 1 MB.
 DDPM_FAST_INLINE int64_t gradient_block() {
@@ -175,7 +175,8 @@ inline void add_products(const float* v, int64_t v_row, const float* d, int64_t 
   for (int64_t t = 0; t < T; t += kTilesOfPiece) {
     const int64_t begin = max(t, some.begin), terms = min(min(t + kTilesOfPiece, T), some.end) - begin;
     if (terms <= 0) continue;
-    product_panel(v + begin * v_row, 1, v_row, d + begin * kPanel, count, terms, s, kPanel, panel_width(columns), add);
+    product_panel(v + begin * v_row, 1, v_row, d + begin * kPanel, count, terms, s, kPanel, panel_width(columns), add,
+                  kTilesOfSum);
     add = true;
   }
   if (!add) clear(s, count * kPanel);

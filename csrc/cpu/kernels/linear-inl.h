@@ -224,9 +224,7 @@ inline void linears_forward(const LinearsForward& p) {
         continue;
       }
       pack_columns(weight, p.C, p.C, columns, packed);
-      for (int64_t k = 0; k == 0 || k < p.C; k += kSumLength) {  // once where C = 0: zeros
-        product_panel(p.x + k, p.C, 1, packed + k * kPanel, p.rows, min(kSumLength, p.C - k), out, p.K, columns, k > 0);
-      }
+      product_panel(p.x, p.C, 1, packed, p.rows, p.C, out, p.K, columns, false, kSumLength);
       for (int64_t r = 0; r < p.rows; ++r) {
         for (int64_t n = 0; n < columns; ++n) out[r * p.K + n] += bias[n];
       }
@@ -256,11 +254,9 @@ inline void linear_data_gradient(const LinearDataGradient& p) {
       const int64_t row = b * block, rows = min(block, p.rows - row), of_grad[2] = {p.K, 0};
       const float* grad[2] = {p.grad, p.grad};
       const BlockRows from = rows_of_block(grad, of_grad, row, rows, fresh);
-      for (int64_t n = 0; n == 0 || n < p.K; n += kSumLength) {  // once where K = 0: zeros
-        product_panel(from.a[0] + n, from.stride[0], 1, packed + (panel * p.K + n) * kPanel, rows,
-                      min(kSumLength, p.K - n), p.dinput[part] + row * k + panel * kPanel, k,
-                      min<int64_t>(kPanel, k - panel * kPanel), p.add || n > 0);
-      }
+      product_panel(from.a[0], from.stride[0], 1, packed + panel * p.K * kPanel, rows, p.K,
+                    p.dinput[part] + row * k + panel * kPanel, k, min<int64_t>(kPanel, k - panel * kPanel), p.add,
+                    kSumLength);
     });
   }
 }
