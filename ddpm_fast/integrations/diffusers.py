@@ -441,7 +441,7 @@ class Unet2D:
             timestep = torch.tensor([timestep], dtype=torch.long, device=x.device)
         elif timestep.dim() == 0:
             timestep = timestep[None].to(x.device)
-        temb = self.time_embedding(self.time_proj(timestep.expand(x.shape[0])).to(dtype=self.dtype))
+        temb = self.time_embedding(self.time_proj(timestep.expand(x.shape[0])).to(dtype=self._embedding_dtype()))
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_embedding needs to be initialized in order to use class conditioning")
@@ -451,6 +451,11 @@ class Unet2D:
         if self.config.class_embed_type == "timestep":
             class_labels = self.time_proj(class_labels)
         return temb + self.class_embedding(class_labels).to(dtype=self.dtype)
+
+    def _embedding_dtype(self: Any) -> torch.dtype:
+        """That of the first layer to read the embedding; diffusers asks every module of the network for a hook."""
+        layer = self.time_embedding._modules.get("linear_1")
+        return parameter(layer, "weight").dtype if is_instance(layer, nn.Linear) else self.dtype
 
 
 def _output_class(network: Any) -> Any:
