@@ -12,7 +12,7 @@
 #include "linear_pairs-inl.h"
 #include "noise-inl.h"
 #include "norm_linear_pairs-inl.h"
-#include "norm_silu-inl.h"
+#include "norm_planes-inl.h"
 #include "sampler_step-inl.h"
 #include "stem_conv-inl.h"
 #include "variational_bound-inl.h"
@@ -25,7 +25,10 @@ constexpr Kernels make_kernels(const char* name, bool pairs = false) {
       .lanes = kLanes,
       .pairs = pairs,
       .conv3x3 = {.forward = conv3x3_forward, .weight_gradient = conv3x3_weight_gradient},
-      .norm_silu = {.forward = norm_silu_forward, .backward = norm_silu_backward},
+      .norm_silu = {.forward = norm_silu_forward,
+                    .backward = norm_silu_backward,
+                    .planes_forward = norm_planes_forward,
+                    .planes_backward = norm_planes_backward},
       .joined_norm = {.forward = joined_norm_forward, .backward = joined_norm_backward},
       .linear = {.forward = any_linear_forward,
                  .forward_many = linears_forward,

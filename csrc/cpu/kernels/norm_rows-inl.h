@@ -18,6 +18,8 @@ struct Whole {
   DDPM_FAST_INLINE void put(T* to, vf value) const {
     store(to, value);
   }
+  // The vector with zeros where there is no element, for sums over its lanes.
+  DDPM_FAST_INLINE vf only(vf value) const { return value; }
 };
 struct Part {
   int64_t count;
@@ -28,6 +30,11 @@ struct Part {
   template <typename T>
   DDPM_FAST_INLINE void put(T* to, vf value) const {
     store_partial(to, value, count);
+  }
+  DDPM_FAST_INLINE vf only(vf value) const {
+    vf kept = {};
+    __builtin_memcpy(&kept, &value, static_cast<unsigned long>(count) * 4);
+    return kept;
   }
 };
 
@@ -92,9 +99,9 @@ DDPM_FAST_INLINE vf after_norm(vf y, bool activation, const float* keep, const T
   return residual ? y + lanes.get(residual + c) : y;
 }
 
-// The gradient with respect to y.
-template <typename T, typename Lanes>
-DDPM_FAST_INLINE vf before_activation(const T* grad, bool activation, const float* keep, const AffineAt& affine,
+// The gradient with respect to y = affine(x̂).
+template <typename T, typename AffineOf, typename Lanes>
+DDPM_FAST_INLINE vf before_activation(const T* grad, bool activation, const float* keep, const AffineOf& affine,
                                       vf normed, int64_t c, Lanes lanes) {
   vf g = lanes.get(grad + c);
   if (keep) {
@@ -157,6 +164,15 @@ struct NormSums {
   float* inputs;    // Σ dx
 };
 
+// The mean of z·x̂ over the channels of a pixel from their sum. A norm at its bound is a constant: nothing flows through
+// it.
+DDPM_FAST_INLINE float rms_mean(float norm, float sum, int64_t C) {
+  return norm < kMinNorm ? 0.0f : sum / static_cast<float>(C);
+}
+
+// The gradient of v = x + bias from z, that of x̂ = v·factor.
+DDPM_FAST_INLINE vf rms_gradient(vf z, vf normed, vf mean, vf factor) { return (z - normed * mean) * factor; }
+
 // The gradient of a row, by its `norm`. z: memory of C floats, which may be dx, and dx may be grad. The sums are added
 // to.
 template <typename T>
@@ -176,11 +192,10 @@ DDPM_FAST_INLINE void rms_row_backward(const T* grad, bool activation, const T* 
     dot = scaled * normed + dot;
     lanes.put(z + c, scaled);
   });
-  // A norm at its bound is a constant: nothing flows through it.
-  const vf mean = splat(norm < kMinNorm ? 0.0f : reduce_add(dot) / static_cast<float>(C));
+  const vf mean = splat(rms_mean(norm, reduce_add(dot), C));
   over_channels(C, [&](int64_t c, auto lanes) {
     const vf normed = get_biased(v, bias, c, lanes) * factor;
-    const vf d = (lanes.get(z + c) - normed * mean) * factor;
+    const vf d = rms_gradient(lanes.get(z + c), normed, mean, factor);
     if (sums.inputs) accumulate(sums.inputs, c, lanes, d);
     lanes.put(dx + c, d);
   });

@@ -34,26 +34,38 @@ struct NormChunks {
   }
 };
 
-// Dropout's factors of pixels [first, first + rows) of a sample, (rows, C): keep_scale where an element is kept and 0
-// where not. Elements are counted in C, H, W order, four to a Philox block.
+// Dropout's factors of elements [begin, begin + count) of a sample, `step` floats apart: keep_scale where an element is
+// kept and 0 where not. Elements are counted in C, H, W order, four to a Philox block.
+DDPM_FAST_INLINE void fill_keep_run(const Dropout& dropout, int64_t sample, int64_t begin, int64_t count, float* mask,
+                                    int64_t step) {
+  const NoiseIndex index{
+      .key = philox_key(dropout.seed), .sample = static_cast<uint32_t>(sample), .step = 0, .stream = kStreamDropout};
+  const int64_t end = begin + count;
+  for (int64_t block = begin / 4; 4 * block < end; ++block) {
+    const PhiloxWords four = philox4x32(philox_counter(index, static_cast<uint32_t>(block)), index.key);
+    const uint32_t words[4] = {four.x0, four.x1, four.x2, four.x3};
+    for (int i = 0; i < 4; ++i) {
+      const int64_t element = 4 * block + i;
+      if (element < begin || element >= end) continue;
+      mask[(element - begin) * step] = words[i] >= dropout.keep_threshold ? dropout.keep_scale : 0.0f;
+    }
+  }
+}
+
+// Dropout's factors of pixels [first, first + rows) of a sample, (rows, C).
 DDPM_FAST_NOINLINE const float* fill_keep(const Dropout& dropout, int64_t sample, int64_t first, int64_t rows,
                                           int64_t N, int64_t C) {
   float* mask = thread_scratch(kNormMaskSlot, rows * C);
-  const NoiseIndex index{
-      .key = philox_key(dropout.seed), .sample = static_cast<uint32_t>(sample), .step = 0, .stream = kStreamDropout};
-  for (int64_t c = 0; c < C; ++c) {
-    const int64_t begin = c * N + first, end = begin + rows;
-    for (int64_t block = begin / 4; 4 * block < end; ++block) {
-      const PhiloxWords four = philox4x32(philox_counter(index, static_cast<uint32_t>(block)), index.key);
-      const uint32_t words[4] = {four.x0, four.x1, four.x2, four.x3};
-      for (int i = 0; i < 4; ++i) {
-        const int64_t element = 4 * block + i;
-        if (element < begin || element >= end) continue;
-        mask[(element - begin) * C + c] = words[i] >= dropout.keep_threshold ? dropout.keep_scale : 0.0f;
-      }
-    }
-  }
+  for (int64_t c = 0; c < C; ++c) fill_keep_run(dropout, sample, c * N + first, rows, mask + c, C);
   return mask;
+}
+
+// The rows of the affine map of one sample.
+inline Affine affine_of(const NormSiluArgs& p, int64_t sample) {
+  return {.gain = p.gain,
+          .offset = p.offset,
+          .scale = p.scale ? p.scale + sample * p.C : nullptr,
+          .shift = p.shift ? p.shift + sample * p.C : nullptr};
 }
 
 // One chunk of one sample.
@@ -67,10 +79,7 @@ struct NormChunk {
     first = index % chunks.per_sample * chunks.rows;
     rows = min(chunks.rows, p.N - first);
     begin = (sample * p.N + first) * p.C;
-    affine = {.gain = p.gain,
-              .offset = p.offset,
-              .scale = p.scale ? p.scale + sample * p.C : nullptr,
-              .shift = p.shift ? p.shift + sample * p.C : nullptr};
+    affine = affine_of(p, sample);
     keep = p.dropout.keep_threshold ? fill_keep(p.dropout, sample, first, rows, p.N, p.C) : nullptr;
   }
 
@@ -164,6 +173,11 @@ DDPM_FAST_NOINLINE void sum_groups(int64_t groups, int64_t width, const float* s
   });
 }
 
+// The gradient of v from z, that of x̂, and the means over the group of z and z·x̂.
+DDPM_FAST_INLINE vf group_gradient(vf z, vf normed, vf mean_z, vf mean_product, vf rstd) {
+  return (z - mean_z - normed * mean_product) * rstd;
+}
+
 // x̂ of a vector of channels, for many pixels.
 struct GroupNormed {
   bool has_bias;
@@ -237,30 +251,36 @@ inline void group_statistics(const NormSiluForward& p, const NormChunks& chunks)
   }
 }
 
-// Means over a sample's groups of z and z·x̂, z = g·slope, spread over the channels: (2, C).
-DDPM_FAST_NOINLINE void group_means(const NormSiluArgs& p, const Affine& affine, const float* sums, int64_t chunks,
-                                    float* means) {
+// Means over groups [first, first + kCount) of a sample of z and z·x̂, z = g·slope, spread over their channels: (2, C).
+template <int kCount>
+DDPM_FAST_INLINE void group_means_from(const NormSiluArgs& p, const Affine& affine, const float* sums, int64_t chunks,
+                                       int64_t first, float* means) {
   const int64_t C = p.C, width = C / p.groups;
   const double elements = static_cast<double>(width * p.N);
-  over_groups(p.groups, [&](int64_t first, auto count) {
-    double of_z[count.value] = {}, of_products[count.value] = {};
-    for (int64_t k = 0; k < chunks; ++k) {
-      for (int64_t from = first * width; from < (first + 1) * width; ++from) {
+  double of_z[kCount] = {}, of_products[kCount] = {};
+  for (int64_t k = 0; k < chunks; ++k) {
+    for (int64_t from = first * width; from < (first + 1) * width; ++from) {
 #pragma GCC unroll 4
-        for (int i = 0; i < count.value; ++i) {
-          const int64_t c = from + i * width;
-          const double slope = affine.scale ? affine.gain[c] * (1.0 + affine.scale[c]) : affine.gain[c];
-          of_products[i] += slope * sums[k * 3 * C + c];
-          of_z[i] += slope * sums[(k * 3 + 1) * C + c];
-        }
+      for (int i = 0; i < kCount; ++i) {
+        const int64_t c = from + i * width;
+        const double slope = affine.scale ? affine.gain[c] * (1.0 + affine.scale[c]) : affine.gain[c];
+        of_products[i] += slope * sums[k * 3 * C + c];
+        of_z[i] += slope * sums[(k * 3 + 1) * C + c];
       }
     }
-    for (int i = 0; i < count.value; ++i) {
-      float* to = means + (first + i) * width;
-      spread_groups(1, width, to, [&](int64_t) { return static_cast<float>(of_z[i] / elements); });
-      spread_groups(1, width, to + C, [&](int64_t) { return static_cast<float>(of_products[i] / elements); });
-    }
-  });
+  }
+  for (int i = 0; i < kCount; ++i) {
+    float* to = means + (first + i) * width;
+    spread_groups(1, width, to, [&](int64_t) { return static_cast<float>(of_z[i] / elements); });
+    spread_groups(1, width, to + C, [&](int64_t) { return static_cast<float>(of_products[i] / elements); });
+  }
+}
+
+// The means of all groups of a sample.
+DDPM_FAST_NOINLINE void group_means(const NormSiluArgs& p, const Affine& affine, const float* sums, int64_t chunks,
+                                    float* means) {
+  over_groups(p.groups,
+              [&](int64_t first, auto count) { group_means_from<count.value>(p, affine, sums, chunks, first, means); });
 }
 
 // ---- the kernels ----
@@ -406,8 +426,8 @@ void group_backward(const NormSiluBackward& p, const NormChunks& chunks, float* 
       const vf mean_z = lanes.get(mean + c), mean_product = lanes.get(mean + C + c);
       vf sum = {};
       for (int64_t r = first; r < last; ++r) {
-        const vf centred = lanes.get(z + r * C + c) - mean_z - normed(lanes.get(x + r * C + c)) * mean_product;
-        const vf d = centred * normed.rstd;
+        const vf n = normed(lanes.get(x + r * C + c));
+        const vf d = group_gradient(lanes.get(z + r * C + c), n, mean_z, mean_product, normed.rstd);
         sum += d;
         lanes.put(dx + r * C + c, d);
       }

@@ -44,7 +44,7 @@ struct NormSiluBackward {
   const void* grad;         // (B, N, C)
   const float* statistics;  // of forward
   void* dx;                 // (B, N, C); may be grad
-  float* z;                 // (B, N, C), memory for GroupNorm's of other types than float32
+  float* z;                 // (B, N, C), memory for GroupNorm's of other types than float32; planes need none
   float* dgain;             // (C) or null, as are the others
   float* doffset;           // (C)
   float* dbias;             // (C)
@@ -52,9 +52,12 @@ struct NormSiluBackward {
   float* dshift;            // (B, C)
 };
 
+// `planes_`: of maps (B, C, N), the pixels of a channel adjacent.
 struct NormSiluKernels {
   void (*forward)(const NormSiluForward&);
   void (*backward)(const NormSiluBackward&);
+  void (*planes_forward)(const NormSiluForward&);
+  void (*planes_backward)(const NormSiluBackward&);
 };
 
 }  // namespace ddpm_fast

@@ -17,24 +17,28 @@ MapType map_type(at::ScalarType of_x, at::ScalarType of_other) {
   return of_x == at::kHalf ? MapType::kHalf : MapType::kBfloat16;
 }
 
-Tensor as_map(const Tensor& map, MapType type) {
-  return type == MapType::kFloat ? float_map(map) : map.contiguous(at::MemoryFormat::ChannelsLast);
+Tensor as_map(const Tensor& map, MapType type, at::MemoryFormat format) {
+  return (type == MapType::kFloat ? as_type(map, at::kFloat) : map).contiguous(format);
 }
 
 // The arguments of both directions, and the tensors that they point into.
 struct Inputs {
   Tensor x, gain, offset, bias, scale, shift;
+  bool planes;  // the pixels of a channel are adjacent
+  at::MemoryFormat format;
   NormSiluArgs args;
 
   Inputs(const Tensor& map, const Tensor& given_gain, const OptionalTensor& given_offset,
          const OptionalTensor& given_bias, const OptionalTensor& given_scale, const OptionalTensor& given_shift,
          const OptionalTensor& seed, int64_t groups, double eps, bool activation, double dropout_p, MapType type) {
-    check_map(map, "x");
+    check_dense_map(map, "x");
     const int64_t B = map.size(0), C = map.size(1), N = map.size(2) * map.size(3);
     check_elements(given_gain, "gain", C);
     TORCH_CHECK_VALUE(groups >= 0 && (groups == 0 || C % groups == 0), "groups must divide the ", C,
                       " channels of x, got ", groups);
-    x = as_map(map, type);
+    planes = !map.is_contiguous(at::MemoryFormat::ChannelsLast);
+    format = planes ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+    x = as_map(map, type, format);
     gain = float_vector(given_gain);
     offset = vector(given_offset, "offset", {C});
     bias = vector(given_bias, "bias", {C});
@@ -75,14 +79,15 @@ std::tuple<Tensor, Tensor> norm_silu(const Tensor& x, const Tensor& gain, const 
   Tensor added;
   if (residual.has_value()) {
     check_sizes(*residual, "residual", x.sizes());
-    added = as_map(*residual, type);
+    added = as_map(*residual, type, inputs.format);
   }
   const Tensor out = empty_tensor_like(x, type == MapType::kFloat ? at::kFloat : x.scalar_type());
   const Tensor statistics = groups ? empty_tensor({x.size(0), groups, 2}) : empty_tensor({x.size(0), inputs.args.N});
-  kernels().norm_silu.forward({.in = inputs.args,
-                               .residual = added.defined() ? added.const_data_ptr() : nullptr,
-                               .out = out.data_ptr(),
-                               .statistics = statistics.data_ptr<float>()});
+  const NormSiluKernels& norm = kernels().norm_silu;
+  (inputs.planes ? norm.planes_forward : norm.forward)({.in = inputs.args,
+                                                        .residual = added.defined() ? added.const_data_ptr() : nullptr,
+                                                        .out = out.data_ptr(),
+                                                        .statistics = statistics.data_ptr<float>()});
   return {as_type(out, x.scalar_type()), statistics};
 }
 
@@ -95,25 +100,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_silu_backward(
   check_sizes(grad, "grad", x.sizes());
   TORCH_CHECK_TYPE(statistics.scalar_type() == at::kFloat, "statistics must be float32");
   check_elements(statistics, "statistics", x.size(0) * (groups ? 2 * groups : inputs.args.N));
-  const Tensor gradient = as_map(grad, type), kept = statistics.contiguous();
+  const Tensor gradient = as_map(grad, type, inputs.format), kept = statistics.contiguous();
   const auto like = [&](const Tensor& given) {
     if (!given.defined()) return given;
     return x.numel() ? empty_tensor(given.sizes()) : unpooled_tensor(given.sizes()).zero_();
   };
-  const Tensor z = groups && type != MapType::kFloat ? empty_tensor({x.numel()}) : Tensor();
+  const Tensor z = groups && type != MapType::kFloat && !inputs.planes ? empty_tensor({x.numel()}) : Tensor();
   const Tensor dx = empty_tensor_like(x, type == MapType::kFloat ? at::kFloat : x.scalar_type()),
                dgain = like(inputs.gain), doffset = like(inputs.offset), dbias = like(inputs.bias),
                dscale = like(inputs.scale), dshift = like(inputs.shift);
-  kernels().norm_silu.backward({.in = inputs.args,
-                                .grad = gradient.const_data_ptr(),
-                                .statistics = kept.const_data_ptr<float>(),
-                                .dx = dx.data_ptr(),
-                                .z = mutable_data_or_null(z),
-                                .dgain = mutable_data_or_null(dgain),
-                                .doffset = mutable_data_or_null(doffset),
-                                .dbias = mutable_data_or_null(dbias),
-                                .dscale = mutable_data_or_null(dscale),
-                                .dshift = mutable_data_or_null(dshift)});
+  const NormSiluKernels& norm = kernels().norm_silu;
+  (inputs.planes ? norm.planes_backward : norm.backward)({.in = inputs.args,
+                                                          .grad = gradient.const_data_ptr(),
+                                                          .statistics = kept.const_data_ptr<float>(),
+                                                          .dx = dx.data_ptr(),
+                                                          .z = mutable_data_or_null(z),
+                                                          .dgain = mutable_data_or_null(dgain),
+                                                          .doffset = mutable_data_or_null(doffset),
+                                                          .dbias = mutable_data_or_null(dbias),
+                                                          .dscale = mutable_data_or_null(dscale),
+                                                          .dshift = mutable_data_or_null(dshift)});
   // A gradient in the dtype of its argument; an empty tensor if the argument is absent.
   const auto result = [&](const Tensor& made, const OptionalTensor& given) {
     return given.has_value() ? as_type(made, given->scalar_type()) : no_tensor(x.scalar_type());

@@ -17,10 +17,21 @@ inline void check_floating(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU, got ", tensor.device());
 }
 
-// The map that others must fit.
-inline void check_map(const at::Tensor& x, const char* name) {
+inline void check_shape_of_map(const at::Tensor& x, const char* name) {
   check_floating(x, name);
   TORCH_CHECK_VALUE(x.dim() == 4, name, " must have shape (B, C, H, W), got ", x.sizes());
+}
+
+// A map in either layout.
+inline void check_dense_map(const at::Tensor& x, const char* name) {
+  check_shape_of_map(x, name);
+  TORCH_CHECK_VALUE(x.is_contiguous() || x.is_contiguous(at::MemoryFormat::ChannelsLast), name,
+                    " must be contiguous or channels-last, got strides ", x.strides());
+}
+
+// The map that others must fit.
+inline void check_map(const at::Tensor& x, const char* name) {
+  check_shape_of_map(x, name);
   TORCH_CHECK_VALUE(x.is_contiguous(at::MemoryFormat::ChannelsLast), name, " must be channels-last, got strides ",
                     x.strides());
 }

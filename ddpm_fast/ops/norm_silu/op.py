@@ -124,7 +124,7 @@ def rms_norm_silu(
 
     Args:
         x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). Statistics and arithmetic are float32.
-            Channels-last is the fast layout; on CUDA contiguous runs as well; others run the reference.
+            Channels-last or contiguous; others run the reference.
         gain: the norm's gain, C elements in any shape; upstream's is (1, C, 1, 1).
         bias: (C,), added before the norm: the bias of the convolution that made x.
         scale, shift: (B, C); y·(1 + scale) + shift after the norm.
@@ -486,6 +486,14 @@ def _group(operator: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callab
     return run
 
 
+def _is_dense(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()
+
+
+def _why_not_dense(x: torch.Tensor) -> str:
+    return f"x is neither contiguous nor channels-last, its strides are {x.stride()}"
+
+
 def _triton_refuses(
     x: torch.Tensor,
     gain: torch.Tensor,
@@ -505,8 +513,8 @@ def _triton_refuses(
             return f"{name} is torch.float64, and the kernels compute in float32"
     if x.numel() == 0:
         return "x is empty"
-    if not (x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()):
-        return f"x is neither contiguous nor channels-last, its strides are {x.stride()}"
+    if not _is_dense(x):
+        return _why_not_dense(x)
     if x.numel() > _LARGEST_SAMPLE and x.shape[1:].numel() > _LARGEST_SAMPLE:
         return f"a sample has {x.shape[1:].numel()} elements, and the kernels take at most {_LARGEST_SAMPLE}"
     return None
@@ -525,7 +533,8 @@ def _native_refuses(
     given = {name: option for name, option in options.items() if isinstance(option, torch.Tensor)}
     if "bias" in given and given["bias"].dim() == 2:
         return "bias has a row for each sample, and native code takes one row"
-    return why_not_on_cpu({"x": x, "gain": gain, "offset": offset, **given}, maps=("x",))
+    reason = why_not_on_cpu({"x": x, "gain": gain, "offset": offset, **given})
+    return reason if reason is not None or _is_dense(x) else _why_not_dense(x)
 
 
 def _example(offset: bool) -> Callable[[torch.device], tuple[tuple, dict]]:
