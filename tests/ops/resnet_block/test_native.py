@@ -15,6 +15,7 @@ from ddpm_fast.ops.resnet_block.op import resnet_block
 from ddpm_fast.runtime import extension
 from ddpm_fast.runtime.dispatch import watch_choices
 from ddpm_fast.testing.native_cases import without_pairs
+from ddpm_fast.testing.row_terms import RowTerms
 from ddpm_fast.testing.truth import assert_close_to_truth, errors
 
 pytestmark = pytest.mark.skipif(extension.load() is None, reason=f"no extension: {extension.reason()}")
@@ -52,30 +53,48 @@ def make(B, C, skip, K, H, W, groups=0, timed=True, dropout_p=0.0, seed=0) -> tu
     return tensors, others
 
 
+def gradient_of(out):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+
+
 def run(function, tensors, others):
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     out = function(**leaves, **others)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-    gradients = torch.autograd.grad(out, list(leaves.values()), grad)
+    gradients = torch.autograd.grad(out, list(leaves.values()), gradient_of(out))
     return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
-def check(tensors, others):
+def rows_of(tensors):
+    return {name for name in tensors if name not in ("x", "skip") and not name.rstrip("12").endswith("weight")}
+
+
+def truth_and_units(tensors, others):
+    """`run` of the reference in float64, and what errors are a share of: the tensor, or the terms that a row sums."""
+    leaves = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
+    B, _, H, W = tensors["x"].shape
+    with RowTerms({name: leaves[name] for name in rows_of(tensors)}, (B, H, W)) as terms:
+        out = reference.resnet_block(**leaves, **others)
+    out.backward(gradient_of(out))
+    truth = {"out": out.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+    assert rows_of(tensors) == terms.magnitudes().keys()
+    return truth, truth | terms.magnitudes()
+
+
+def check(tensors, others, backend="native"):
     """Relative RMS error at most twice the reference's in float32, and some units in the last place.
 
-    The block is a chain: what one step rounds the next ones pass on, so errors are a share of a tensor.
+    The block is a chain: what one step rounds the next ones pass on, so errors are a share of a tensor. In 1400 random
+    shapes, with every option and instruction set, those of rows are at most 4.9 units and those of others 14.3.
     """
-    with use_backend("native"):
+    with use_backend(backend):
         actual = run(resnet_block, tensors, others)
     expected = run(reference.resnet_block, tensors, others)
-    truth = run(reference.resnet_block, {name: t.double() for name, t in tensors.items()}, others)
+    truth, units = truth_and_units(tensors, others)
     for name in truth:
         assert actual[name].shape == truth[name].shape and actual[name].dtype == torch.float32
         (ours, _), (theirs, _) = errors(actual[name], truth[name]), errors(expected[name], truth[name])
-        scale = truth[name].pow(2).mean().sqrt().item()
-        # These gradients are sums over pixels that nearly cancel, and Winograd's rounding errors are the same in every
-        # tile: up to 26 units of the sum in 400 random shapes (gain1 of 8 channels, 6×7 pixels).
-        floor = 64 if name in ("bias1", "bias2", "gain1") else 16
+        scale = units[name].pow(2).mean().sqrt().item()
+        floor = 8 if name in rows_of(tensors) else 16
         bound = 2 * theirs + floor * torch.finfo(torch.float32).eps * scale
         assert ours <= bound, f"{name}: RMS error {ours:.3e} > {bound:.3e} (reference {theirs:.3e})"
 
@@ -107,12 +126,7 @@ def test_options(options):
 def test_a_final_convolution_and_recomputation(backend, recompute):
     tensors, others = make(2, 16, 8, 32, 6, 5, dropout_p=0.25)
     tensors |= {"out_weight": torch.randn(3, 32, 1, 1) / 32**0.5, "out_bias": torch.randn(3)}
-    with use_backend(backend):
-        actual = run(resnet_block, tensors, others | {"recompute": recompute})
-    expected = run(reference.resnet_block, tensors, others)
-    truth = run(reference.resnet_block, {name: t.double() for name, t in tensors.items()}, others)
-    for name in truth:
-        assert_close_to_truth(actual[name], expected[name], truth[name], name=name, floor=64)
+    check(tensors, others | {"recompute": recompute}, backend)
 
 
 def test_the_steps_have_second_derivatives():
