@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +85,15 @@ class ContinuousProcess(DiffusionProcess):
             self._fill_constant_row()
 
     fixed_arguments = frozenset({"config", "sampling_timesteps", "clip_x_start"})
+
+    @classmethod
+    def _check_others(cls, others: Iterable[str]) -> None:
+        """Raise TypeError unless these, which a constructor hands on to its base, are arguments of the class."""
+        for name in others:
+            if name not in cls.arguments():
+                steps = ": its steps are num_sample_steps" if name in ("timesteps", "sampling_timesteps") else ""
+                raise TypeError(f"{cls.__name__} has no argument {name!r}{steps}")
+
     # c and d of out = c·ε + d·x0, where they are the same at every level.
     constant_target: tuple[float, float] | None = None
     constant_row: torch.Tensor | None  # (1, 3), the row of the loss's table where all are the same

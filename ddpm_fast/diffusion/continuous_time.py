@@ -160,6 +160,7 @@ class ContinuousTimeGaussianDiffusion(ContinuousProcess):
         loss_weighting_options: Mapping[str, float] | None = None,
         **others: Any,
     ):
+        ContinuousTimeGaussianDiffusion._check_others(others)
         if noise_schedule not in ("linear", "cosine", "learned"):
             raise ValueError(f"noise_schedule must be linear, cosine or learned, got {noise_schedule!r}")
         steps = as_int("num_sample_steps", num_sample_steps, 1)
@@ -388,6 +389,7 @@ class VParamContinuousTimeGaussianDiffusion(ContinuousTimeGaussianDiffusion):
         clip_sample_denoised: bool = True,
         **others: Any,
     ):
+        VParamContinuousTimeGaussianDiffusion._check_others(others)
         super().__init__(
             model,
             image_size=image_size,

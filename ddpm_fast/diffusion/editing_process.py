@@ -9,7 +9,7 @@ import torch
 
 from ddpm_fast.diffusion import inpainting, super_resolution
 from ddpm_fast.diffusion.images import as_floats
-from ddpm_fast.diffusion.sampled_process import SampledProcess
+from ddpm_fast.diffusion.sampled_process import SampledProcess, check_names
 from ddpm_fast.diffusion.samplers import SamplerTable
 from ddpm_fast.runtime.plain import as_number
 
@@ -60,6 +60,7 @@ class EditingProcess(SampledProcess):
         Raises:
             TypeError, ValueError: an argument does not fit, named in one sentence.
         """
+        check_names(conditioning)
         self._check_images("image", image, bytes_too=True)
         mask = inpainting.as_mask(mask, image)
         resampling = inpainting.Resampling(num_resamples, jump_length)
@@ -106,6 +107,9 @@ class EditingProcess(SampledProcess):
         level = as_number("noise_augmentation", noise_augmentation, 0, largest)
         self._check_images("low", low, sized=False, bytes_too=True)
         batch, *size = self._shape(len(low))
+        made = next((name for name in ("batch_size", "cond", "cond_image") if name in options), None)
+        if made is not None:
+            raise TypeError(f"upscale has no argument {made!r}, which it makes of low and noise_augmentation")
         expected = (size[0], *(length // factor for length in size[1:]))
         if tuple(low.shape[1:]) != expected:
             raise ValueError(f"low must have shape (B, {', '.join(map(str, expected))}), got {tuple(low.shape)}")

@@ -101,6 +101,7 @@ class ElucidatedDiffusion(ContinuousProcess):
         loss_weighting: str | Weighting = "uniform",
         **others: Any,
     ):
+        ElucidatedDiffusion._check_others(others)
         least = 1e-12
         numbers = dict(
             sigma_min=as_number("sigma_min", sigma_min, least, 1e12),

@@ -85,6 +85,7 @@ class RectifiedFlow(ContinuousProcess):
         loss_weighting: str | Weighting = "uniform",
         **others: Any,
     ):
+        RectifiedFlow._check_others(others)
         if time_distribution not in TIME_DISTRIBUTIONS:
             raise ValueError(
                 f"time_distribution must be one of {', '.join(TIME_DISTRIBUTIONS)}, got {time_distribution!r}"

@@ -5,7 +5,7 @@ A process says its levels (`noise_scale`) and what its network gives (`target`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,6 +39,13 @@ _SHARES = (-1e6, 1e6)
 
 # Arguments of `sample` that say what images are of.
 _CONDITIONING = ("classes", "cond", "cond_image", "guidance", "cond_fn")
+
+
+def check_names(conditioning: Iterable[str]) -> None:
+    """Raise TypeError unless all names are of arguments that say what images are of."""
+    for name in conditioning:
+        if name not in _CONDITIONING:
+            raise TypeError(f"sampling has no argument {name!r}; of conditions it has {', '.join(_CONDITIONING)}")
 
 
 class Progressive(NamedTuple):
@@ -227,9 +234,7 @@ class SampledProcess(Pretrained, nn.Module):
     def _shape(self, batch_size: int | None, *, without: int = 16, **conditioning: Any) -> tuple[int, ...]:
         """(B, C, H, W) of a batch: as given, or that of the conditions, or `without` any."""
         check_size_known(self.image_size)
-        for name in conditioning:
-            if name not in _CONDITIONING:
-                raise TypeError(f"sampling has no argument {name!r}; of conditions it has {', '.join(_CONDITIONING)}")
+        check_names(conditioning)
         if batch_size is None:
             batch_size = self._given_conditions(**conditioning).batch_size
             batch_size = without if batch_size is None else batch_size
@@ -510,6 +515,7 @@ class SampledProcess(Pretrained, nn.Module):
         Returns:
             (B, C, H, W) images in the range of x1.
         """
+        check_names(conditioning)
         self._check_images("x1", x1)
         self._check_images("x2", x2)
         if x1.shape != x2.shape:

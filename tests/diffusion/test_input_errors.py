@@ -118,6 +118,16 @@ FORWARD = {
         ValueError,
         r"lam must be a number in \[-1e\+06, 1e\+06\]; got nan",
     ),
+    "interpolate_name": (
+        lambda d: d.interpolate(image(), image(), steps=3),
+        TypeError,
+        "sampling has no argument 'steps'; of conditions it has classes",
+    ),
+    "inpaint_name": (
+        lambda d: d.inpaint(image(), torch.ones(1, 1, 8, 8), known=1),
+        TypeError,
+        "sampling has no argument 'known'; of conditions it has classes",
+    ),
     "interpolate_between": (
         lambda d: d.interpolate(image(), image(), t=5.5),
         ValueError,

@@ -308,6 +308,15 @@ def test_elucidated_diffusion_takes_any_network():
         ("edm", {"spacing": "magic"}, ValueError, "spacing must be one of"),
         ("edm", {"loss_weighting": "magic"}, ValueError, "loss_weighting must be a function or one of"),
         ("edm", {"sampler": "ddim", "sampler_options": {"churn": 1}}, TypeError, "has no option 'churn'; it takes eta"),
+        (
+            "flow",
+            {"sampling_timesteps": 4},
+            TypeError,
+            "no argument 'sampling_timesteps': its steps are num_sample_steps",
+        ),
+        ("edm", {"clip_x_start": True}, TypeError, "ElucidatedDiffusion has no argument 'clip_x_start'"),
+        ("continuous", {"sampling_timesteps": 4}, TypeError, "its steps are num_sample_steps"),
+        ("v-continuous", {"noise_schedule": "linear"}, TypeError, "Gaussian.* has no argument 'noise_schedule'"),
         ("edm", {"channels": 4}, ValueError, "channels must be the model's, 3, got 4"),
     ],
 )

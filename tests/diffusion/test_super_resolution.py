@@ -230,6 +230,12 @@ def test_wrong_small_images_get_one_sentence(message):
         recorded().upscale(**arguments)
 
 
+@pytest.mark.parametrize("name", ["batch_size", "cond", "cond_image"])
+def test_what_upscale_makes_itself_is_no_argument_of_it(name):
+    with pytest.raises(TypeError, match=f"upscale has no argument '{name}', which it makes of low"):
+        recorded().upscale(images(size=2), progress=False, **{name: 1})
+
+
 def test_upscale_needs_a_process_for_it():
     diffusion = GaussianDiffusion(Unet(8, dim_mults=(1,)), image_size=SIZE, timesteps=4)
     with pytest.raises(ValueError, match="super_resolution must be given to the process for upscale"):
