@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -49,12 +50,56 @@ _linear = Operator(
     wanted={"want_x": "x", "want_second": "second", "want_weight": "weight", "want_bias": "bias"},
     native=True,
 )
+
+
+def keep_linears(ctx: Any, x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
+    """Keep x and the weights as they are; side by side they would take as much memory again."""
+    ctx.save_for_backward(x, *weights)
+    ctx.bias_dtypes = [bias.dtype for bias in biases]
+
+
+def linears_gradients(
+    ctx: Any, grad: torch.Tensor, needs_x: bool, needs_weights: Sequence[bool], needs_biases: Sequence[bool]
+) -> tuple[torch.Tensor | None, Sequence[torch.Tensor | None], Sequence[torch.Tensor | None]]:
+    """dx, dweights, dbiases."""
+    x, *weights = ctx.saved_tensors
+    sizes = [weight.shape[0] for weight in weights]
+    dx = _linears_data_gradient(grad, weights) if needs_x else None
+    dweights: list[torch.Tensor | None] = [None] * len(weights)
+    dbiases: list[torch.Tensor | None] = [None] * len(weights)
+    if any(needs_weights):
+        made = (grad.t() @ x).split(sizes)
+        dweights = [part.to(weight.dtype) for part, weight in zip(made, weights, strict=True)]
+    if any(needs_biases):
+        dbiases = [part.to(dtype) for part, dtype in zip(grad.sum(0).split(sizes), ctx.bias_dtypes, strict=True)]
+    return dx, dweights, dbiases
+
+
+def _linears_data_gradient(grad: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """grad (B, Σ N_i) through the layers' weights (N_i, K), (B, K).
+
+    On the CPU the copy of all weights side by side takes longer than products one by one. In half types their sum would
+    be rounded after each.
+    """
+    if grad.device.type != "cpu" or grad.dtype != torch.float32:
+        return grad @ torch.cat(tuple(weights)).to(grad.dtype)
+    first, *others = zip(grad.split([weight.shape[0] for weight in weights], dim=1), weights, strict=True)
+    dx = first[0] @ first[1].float()
+    for part, weight in others:
+        dx = torch.addmm(dx, part, weight.float())
+    return dx
+
+
 _linears = Operator(
     "linears",
-    # (B, K) times each of (N, K), plus its bias, side by side. `op.linears` has the gradients.
+    # (B, K) times each of (N, K), plus its bias, side by side.
     "Tensor x, Tensor[] weights, Tensor[] biases",
     returns="out",
     fake=_linears_fake,
+    formula=(
+        lambda ctx, inputs, output: keep_linears(ctx, *inputs),
+        lambda ctx, grad: linears_gradients(ctx, grad, *ctx.needs_input_grad),
+    ),
     native=True,
 )
 

@@ -193,45 +193,21 @@ def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
 
 
 class _Linears(torch.autograd.Function):
-    """Keeps x; weights are put side by side again in backward, which is cheaper than to keep them so."""
+    """The gradients of every implementation."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, count: int, *parameters: torch.Tensor) -> torch.Tensor:
         weights, biases = parameters[:count], parameters[count:]
-        ctx.save_for_backward(x, *weights)
-        ctx.bias_dtypes = [bias.dtype for bias in biases]
+        native.keep_linears(ctx, x, weights, biases)
         return _linears_op(x, weights, biases)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
         needs_x, _, *needs = ctx.needs_input_grad
-        sizes = [weight.shape[0] for weight in weights]
-        dx = _linears_data_gradient(grad, weights) if needs_x else None
-        dweights: list[torch.Tensor | None] = [None] * len(weights)
-        dbiases: list[torch.Tensor | None] = [None] * len(weights)
-        if any(needs[: len(weights)]):
-            made = (grad.t() @ x).split(sizes)
-            dweights = [part.to(weight.dtype) for part, weight in zip(made, weights, strict=True)]
-        if any(needs[len(weights) :]):
-            dbiases = [part.to(dtype) for part, dtype in zip(grad.sum(0).split(sizes), ctx.bias_dtypes, strict=True)]
+        count = len(needs) // 2
+        dx, dweights, dbiases = native.linears_gradients(ctx, grad, needs_x, needs[:count], needs[count:])
         return dx, None, *dweights, *dbiases
-
-
-def _linears_data_gradient(grad: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """grad (B, Σ N_i) through the layers' weights (N_i, K), (B, K).
-
-    On the CPU the copy of all weights side by side takes longer than products one by one. In half types their sum would
-    be rounded after each.
-    """
-    if grad.device.type != "cpu" or grad.dtype != torch.float32:
-        return grad @ torch.cat(tuple(weights)).to(grad.dtype)
-    first, *others = zip(grad.split([weight.shape[0] for weight in weights], dim=1), weights, strict=True)
-    dx = first[0] @ first[1].float()
-    for part, weight in others:
-        dx = torch.addmm(dx, part, weight.float())
-    return dx
 
 
 def _check_linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ddpm_fast import use_backend
 from ddpm_fast.ops.norm_linear.op import linear, linear_residual, linears, norm_linear
@@ -383,6 +384,19 @@ def test_gradients_of_layers_of_one_input():
     plain = torch.cat([x @ w.t() + b for w, b in zip(weights, biases, strict=True)], dim=1)
     for a, e in zip(actual, torch.autograd.grad(plain, leaves, grad), strict=True):
         torch.testing.assert_close(a, e)
+
+
+def test_a_traced_graph_has_the_gradients_of_layers_of_one_input():
+    x, weights, biases = layers_of_one_input(5, 7, [4, 10, 2])
+    leaves = [tensor.requires_grad_() for tensor in (x, *weights, *biases)]
+    with use_backend("native"):
+        graph = make_fx(lambda x, *others: linears(x, others[:3], others[3:]))(*leaves)
+        expected = torch.autograd.grad(linears(x, weights, biases).square().sum(), leaves)
+    assert "native_linears" in str(graph.graph)
+    actual = torch.autograd.grad(graph(*leaves).square().sum(), leaves)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    *others, last = torch.autograd.grad(graph(x, *leaves[1:6], biases[2].detach()).sum(), leaves, allow_unused=True)
+    assert last is None and all(gradient is not None for gradient in others)
 
 
 def test_layers_of_one_input_that_do_not_fit_are_named():
