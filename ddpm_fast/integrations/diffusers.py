@@ -187,7 +187,7 @@ def _why_not_attention(module: Any) -> str | None:
     for name, layer in layers.items():
         if not is_instance(layer, nn.Linear):
             return why_not(module, name)
-    if len({layer.weight.shape for layer in layers.values()}) > 1:
+    if any(layer.weight.shape != layers["to_q"].weight.shape for layer in layers.values()):
         return "query, key and value are not of one shape"
     if len({layer.bias is None for layer in layers.values()}) > 1:
         return "some of query, key and value have a bias and some not"

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ddpm_fast
 from ddpm_fast.integrations import diffusers as family
@@ -188,6 +189,18 @@ def test_attention_that_keeps_its_own_forward(name):
     options, reason = ATTENTION_REFUSALS[name]
     module = ddpm_fast.accelerate(attention(heads=4, dim_head=8, **options))
     assert reason in " ".join(line.reason or "" for line in table(module))
+
+
+def test_attention_whose_weights_have_symbolic_sizes():
+    block = ddpm_fast.accelerate(attention(heads=4, dim_head=8))
+    names, weights = zip(*block.named_parameters(), strict=True)
+    x = torch.randn(2, 32, 4, 4)
+
+    def run(x, *weights):
+        return torch.func.functional_call(block, dict(zip(names, weights, strict=True)), (x,))
+
+    graph = make_fx(run, tracing_mode="symbolic")(x, *weights)
+    torch.testing.assert_close(graph(x, *weights), block(x))
 
 
 def test_attention_to_something_else_keeps_its_own_forward():
