@@ -21,6 +21,7 @@ from ddpm_fast.diffusion.schedules import GIVEN, Schedule, make_betas
 from ddpm_fast.integrations.accelerate import accelerate as accelerate_model
 from ddpm_fast.models.unet_base import UnetBase
 from ddpm_fast.runtime.extras import needed_for
+from ddpm_fast.runtime.pretrained import check_repository
 
 # prediction_type of diffusers' schedulers → objective of ours.
 OBJECTIVES = {"epsilon": "pred_noise", "sample": "pred_x0", "v_prediction": "pred_v"}
@@ -101,11 +102,14 @@ def from_diffusers(folder: Any, *, accelerate: bool = True, **options: Any) -> G
         `DiffusersNetwork` around the `UNet2DModel`, or the network that `to_diffusers` wrote.
 
     Raises:
+        FileNotFoundError: there is no such folder, or it is of no pipeline.
         ValueError: the scheduler or the network does what no process of this package does.
     """
     with needed_for("from_diffusers"):
         import diffusers
     is_path = isinstance(folder, (str, os.PathLike))
+    if is_path:
+        _check_path(folder)
     from ddpm_fast.integrations.diffusers_network import in_own_memory  # diffusers finds its class where it is imported
 
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(os.fspath(folder)) if is_path else folder
@@ -124,6 +128,14 @@ def from_diffusers(folder: Any, *, accelerate: bool = True, **options: Any) -> G
     is_learned = getattr(scheduler.config, "variance_type", None) == "learned_range"
     cls = LearnedGaussianDiffusion if is_learned and model.out_dim == 2 * model.channels else GaussianDiffusion
     return cls(model, **arguments)
+
+
+def _check_path(folder: str | os.PathLike) -> None:
+    """Raise FileNotFoundError for a path with nothing for diffusers to load."""
+    if not os.path.isdir(folder):
+        check_repository(folder)
+    elif not os.path.isfile(os.path.join(folder, "model_index.json")):
+        raise FileNotFoundError(f"folder {os.fspath(folder)} has no model_index.json, so it is of no pipeline")
 
 
 def process_options(scheduler: Any) -> dict[str, Any]:

@@ -123,8 +123,7 @@ class Pretrained:
         if os.path.isdir(folder):
             config_file, weights_file = (os.path.join(folder, name) for name in (CONFIG, WEIGHTS))
         else:
-            if isinstance(folder, os.PathLike) or str(folder).count("/") > 1:
-                raise FileNotFoundError(f"folder {folder} does not exist")
+            check_repository(folder)
             with needed_for("from_pretrained of a repository"):
                 from huggingface_hub import hf_hub_download
             options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
@@ -174,6 +173,14 @@ class Pretrained:
         api = HfApi(token=token)
         name = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
         return str(api.upload_folder(repo_id=name, repo_type="model", folder_path=folder, **options))
+
+
+def check_repository(folder: str | os.PathLike) -> None:
+    """Raise FileNotFoundError for a path that is no folder and no repository's name, "name" or "user/name"."""
+    name = os.fspath(folder)
+    if isinstance(folder, os.PathLike) or name.count("/") > 1 or name.startswith(("/", ".", "~")):
+        what = "is no folder" if os.path.exists(name) else "does not exist"
+        raise FileNotFoundError(f"folder {name} {what}")
 
 
 def _first_difference(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> str | None:

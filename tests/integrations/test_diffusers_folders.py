@@ -169,6 +169,16 @@ def test_a_network_of_this_package_in_a_pipeline(name, tmp_path):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_folders_of_no_pipeline_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="folder /nowhere does not exist"):
+        from_diffusers("/nowhere")
+    with pytest.raises(FileNotFoundError, match=f"folder {tmp_path} has no model_index.json, so it is of no pipeline"):
+        from_diffusers(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=f"folder {tmp_path / 'file'} is no folder"):
+        from_diffusers(str(tmp_path / "file"))
+
+
 def test_what_no_process_does():
     cases = {
         "scheduler must be a DDPMScheduler or a DDIMScheduler, got a PNDMScheduler": PNDMScheduler(),
