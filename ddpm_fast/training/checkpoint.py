@@ -67,6 +67,10 @@ _CONTINUED: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
+# What networks and processes raise for arguments that they cannot use.
+_UNUSABLE = (TypeError, ValueError, RuntimeError, ArithmeticError)
+
+
 class Checkpoint(NamedTuple):
     """What `load_checkpoint` returns; `ema` is an `ema_pytorch.EMA` around `diffusion`, whose network is `model`."""
 
@@ -115,26 +119,45 @@ def load_checkpoint(
     _check_names("ema", config["ema"] or {}, inspect.signature(EMA.__init__).parameters, path)
     class_names = recorded_class_names(contents, path)
     if image_size is not None:
-        diffusion_config["image_size"] = image_size
-    is_size_unknown = diffusion_config.get("image_size") is None
+        diffusion_options["image_size"] = image_size
 
     with UndrawnWeights():
-        model: Any = network(**{**unet_config, **unet_options})
-    if is_size_unknown:
+        model: Any = _build("network", path, network, unet_config, unet_options)
+    is_size_recorded = diffusion_config.get("image_size") is not None
+    if not is_size_recorded:
         diffusion_config["image_size"] = model.downsample_factor
-    diffusion = cls(model, **{**diffusion_config, **diffusion_options})
+    diffusion = _build("process", path, partial(cls, model), diffusion_config, diffusion_options)
     step = step_of(contents, path)
     load_matching(diffusion, with_buffers(states.model, diffusion), path)
     check_average(contents, states, path)
     ema = EMA(diffusion, **(config["ema"] or {}))
     load_average(ema, states, diffusion, path, step)
-    if is_size_unknown:
+    if image_size is None and not is_size_recorded:
         _forget_image_size(path, diffusion, ema.ema_model)
     for one in (diffusion, ema.ema_model):
         one.class_names = class_names
     ema.to(map_location)
     warn_of_names(states, path)
     return Checkpoint(model, diffusion, ema, step)
+
+
+def _build(part: str, path: _Path, make: Callable[..., Any], recorded: Mapping, given: Mapping) -> Any:
+    """What `make` makes of a file's arguments and the caller's; CheckpointError where the file's are unusable."""
+    try:
+        return make(**{**recorded, **given})
+    except _UNUSABLE as error:
+        if given and _is_usable(make, recorded):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"checkpoint {path} has no usable config of its {part}: {reason}") from error
+
+
+def _is_usable(make: Callable[..., Any], recorded: Mapping) -> bool:
+    try:
+        make(**recorded)
+    except _UNUSABLE:
+        return False
+    return True
 
 
 def recorded_config(contents: Mapping) -> dict[str, Any]:

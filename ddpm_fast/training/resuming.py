@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.models.unet import Unet
-from ddpm_fast.runtime.plain import plain, shown
+from ddpm_fast.runtime.plain import as_int, as_ints, plain, shown
 from ddpm_fast.training.checkpoint import (
     check_network_config,
     param_groups,
@@ -230,7 +230,10 @@ def describe_network(path: Path, contents: Mapping, state: _State, own_config: M
     else:
         check_network_config(recorded, recorded_network(contents, path), path)
     own = _with_defaults_resolved(own_config)
-    told = _with_defaults_resolved(recorded) if recorded_config(contents)["unet"] else recorded
+    try:
+        told = _with_defaults_resolved(recorded) if recorded_config(contents)["unet"] else recorded
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} has no usable config of its network: {error}") from error
     names = [name for name in inspect.signature(Unet).parameters if name not in _FREE_OF_NETWORKS]
     changed = _changed(told, own, names)
     if not changed:
@@ -285,8 +288,9 @@ def _with_defaults_resolved(config: Mapping) -> dict[str, Any]:
     """Arguments of `Unet` with its defaults, and with the values that None and one number per network stand for."""
     signature = inspect.signature(Unet).parameters.values()
     found = {parameter.name: parameter.default for parameter in signature if parameter.default is not parameter.empty}
-    found.update(config)
-    stages = len(found["dim_mults"])
+    found.update(plain("config", config))
+    stages = len(as_ints("dim_mults", found["dim_mults"], 1))
+    found["channels"] = as_int("channels", found["channels"], 1)
     if found["full_attn"] is None:
         found["full_attn"] = (False,) * (stages - 1) + (True,)
     for name in ("full_attn", "attn_heads", "attn_dim_head"):

@@ -456,6 +456,34 @@ class TestOurFiles:
         with pytest.raises(TypeError, match="'colour', which is no argument of Unet or GaussianDiffusion"):
             load_checkpoint(tmp_path / "model-1.pt", colour="red")
 
+    @pytest.mark.parametrize(
+        "part, name, value, message",
+        [
+            ("unet", "dim", "x", "its network: dim must be"),
+            ("unet", "dim_mults", None, "its network: dim_mults must be a sequence of integers; got None"),
+            ("unet", "channels", {}, "its network: channels must be"),
+            ("unet", "self_condition", torch.zeros(3), "its network: "),
+            ("diffusion", "timesteps", -1, "its process: timesteps must be"),
+        ],
+    )
+    def test_unusable_arguments_are_the_files(self, tmp_path, part, name, value, message):
+        make_trainer(tmp_path).save(1)
+        contents = torch.load(tmp_path / "model-1.pt", weights_only=True)
+        contents["config"][part][name] = value
+        torch.save(contents, tmp_path / "model-2.pt")
+        with pytest.raises(CheckpointError, match="checkpoint .*model-2.pt has no usable config of " + message):
+            load_checkpoint(tmp_path / "model-2.pt")
+        if name in ("dim_mults", "channels"):
+            with pytest.raises(CheckpointError, match="checkpoint .*model-2.pt has no usable config of " + message):
+                make_trainer(tmp_path).load(2)
+
+    def test_an_unusable_argument_of_the_call_is_not_the_files(self, tmp_path):
+        make_trainer(tmp_path).save(1)
+        with pytest.raises(ValueError, match="^image_size must be a positive int"):
+            load_checkpoint(tmp_path / "model-1.pt", image_size="x")
+        with pytest.raises(ValueError, match="^sampling_timesteps must be in"):
+            load_checkpoint(tmp_path / "model-1.pt", sampling_timesteps=0)
+
     def test_another_architecture_is_named(self, tmp_path):
         make_trainer(tmp_path).save(1)
         wider = make_trainer(tmp_path, unet=dict(SMALL, dim=16))
