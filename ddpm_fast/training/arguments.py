@@ -16,6 +16,7 @@ from ddpm_fast.runtime.plain import as_int, as_number, plain, shown
 from ddpm_fast.training.data import Dataset, DigitsDataset
 from ddpm_fast.training.pixels import Color
 from ddpm_fast.training.prepared import PreparedDataset, is_prepared
+from ddpm_fast.training.trained import network_of
 
 # What the trainer reads of a diffusion process, besides what every module has.
 _ATTRIBUTES = ("channels", "image_size", "sample")
@@ -36,7 +37,12 @@ def check_process(process: Any) -> None:
             f"diffusion_model must have the attributes {', '.join(wanted)}; {type(process).__name__} lacks "
             f"{', '.join(missing)}"
         )
-    size_of(process)
+    height, width = size_of(process)
+    factor = getattr(network_of(process), "downsample_factor", 1)
+    if isinstance(factor, int) and (height % factor or width % factor):
+        raise ValueError(
+            f"diffusion_model.image_size must be divisible by {factor} for its network; got ({height}, {width})"
+        )
 
 
 def size_of(process: Any) -> tuple[int, int]:

@@ -560,6 +560,11 @@ class TestFailures:
         with pytest.raises(ValueError, match="image_size is None"):
             make_trainer(tmp_path, diffusion)
 
+    def test_an_image_size_that_its_network_cannot_halve(self, tmp_path):
+        with pytest.raises(ValueError, match=r"image_size must be divisible by 2 for its network; got \(8, 9\)"):
+            make_trainer(tmp_path, diffusion=make_diffusion(image_size=(8, 9)))
+        assert not list(tmp_path.iterdir())
+
     @pytest.mark.parametrize("name", ["channels", "image_size", "objective", "num_timesteps", "is_ddim_sampling"])
     def test_a_process_that_lacks_an_attribute_is_named(self, tmp_path, name):
         diffusion = make_diffusion()
