@@ -211,11 +211,11 @@ def in_forward_mode() -> bool:
 
 
 class _SecondDerivative(torch.autograd.Function):
-    """Gradients without a graph behind them: a second derivative through them raises."""
+    """Gradients without a graph behind them, made of other gradients: a second derivative through them raises."""
 
     @staticmethod
-    def forward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple([gradient.detach() for gradient in gradients])
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple([gradient.detach() for gradient in tensors[:count]])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
@@ -236,7 +236,9 @@ def once_differentiable(backward: Callable) -> Callable:
             return gradients
         all_of_them = gradients if isinstance(gradients, tuple) else (gradients,)
         given = [gradient.detach().requires_grad_() for gradient in all_of_them if gradient is not None]
-        marked = iter(_SecondDerivative.apply(*given)) if given else iter(())
+        # Of the output's gradients, since torch skips what leads to none of the tensors that were asked for.
+        sources = [grad for grad in grads if grad is not None and grad.requires_grad]
+        marked = iter(_SecondDerivative.apply(len(given), *given, *sources)) if given else iter(())
         return tuple([None if gradient is None else next(marked) for gradient in all_of_them])
 
     return wrapped

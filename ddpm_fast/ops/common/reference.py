@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.runtime.autocast import no_autocast
-from ddpm_fast.runtime.dispatch import once_differentiable
 
 
 def norm_linear(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -36,8 +35,8 @@ class _NormLinear(torch.autograd.Function):
             return _product(_matrix(weight, x), _times_gain(_normed(x)[0], gain).to(x.dtype))
 
     @staticmethod
-    @once_differentiable  # the normed map is made again without a graph: a second derivative would be wrong
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """With create_graph=True the gradients are functions of all tensors and can be differentiated again."""
         with no_autocast(grad.device.type):
             x, gain, weight = ctx.saved_tensors
             return _gradients(x, gain, weight, grad, ctx.needs_input_grad)

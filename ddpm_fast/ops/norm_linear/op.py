@@ -193,7 +193,7 @@ def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
 
 
 class _Linears(torch.autograd.Function):
-    """The gradients of every implementation."""
+    """The gradients of every implementation, made of torch's operators: they can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, count: int, *parameters: torch.Tensor) -> torch.Tensor:
@@ -202,7 +202,6 @@ class _Linears(torch.autograd.Function):
         return _linears_op(x, weights, biases)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs_x, _, *needs = ctx.needs_input_grad
         count = len(needs) // 2

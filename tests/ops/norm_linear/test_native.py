@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -384,6 +385,21 @@ def test_gradients_of_layers_of_one_input():
     plain = torch.cat([x @ w.t() + b for w, b in zip(weights, biases, strict=True)], dim=1)
     for a, e in zip(actual, torch.autograd.grad(plain, leaves, grad), strict=True):
         torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_second_derivatives_of_layers_of_one_input(backend):
+    x, weights, biases = layers_of_one_input(5, 7, [4, 10, 2])
+    leaves = [tensor.requires_grad_() for tensor in (x, *weights, *biases)]
+    results = []
+    for layers in (
+        linears,
+        lambda x, weights, biases: torch.cat([F.linear(x, *p) for p in zip(weights, biases, strict=True)], 1),
+    ):
+        with use_backend(backend):
+            gradients = torch.autograd.grad(layers(x, weights, biases).pow(3).sum(), leaves, create_graph=True)
+        results.append(torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), leaves))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
 
 
 def test_a_traced_graph_has_the_gradients_of_layers_of_one_input():
