@@ -102,10 +102,11 @@ class _UpsampleConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         geometry = ((2, 2), (1, 1), (1, 1), True, (0, 0), 1)
-        dx, dtaps, dbias = torch.ops.aten.convolution_backward(
-            grad, x, upsampling_taps(weight), (weight.shape[0],), *geometry, wanted
-        )
-        return dx, _gradient_of_taps(dtaps) if wanted[1] else None, dbias
+        with no_autocast(grad.device.type):  # backward may run inside the caller's autocast
+            dx, dtaps, dbias = torch.ops.aten.convolution_backward(
+                grad, x, upsampling_taps(weight), (weight.shape[0],), *geometry, wanted
+            )
+            return dx, _gradient_of_taps(dtaps) if wanted[1] else None, dbias
 
 
 def _gradient_of_taps(dtaps: torch.Tensor) -> torch.Tensor:  # (C, K, 4, 4) -> (K, C, 3, 3)

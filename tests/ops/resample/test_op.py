@@ -50,6 +50,18 @@ def test_second_derivatives_of_torchs_form(name):
         assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_backward_inside_autocast(name):
+    function, window = OPS[name]
+    tensors = make(window)
+    with use_backend("reference"):
+        expected = run(function, tensors)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = run(function, tensors)
+    for key in expected:
+        torch.testing.assert_close(actual[key], expected[key], rtol=0, atol=0)
+
+
 def test_kept_taps_are_read_without_gradients_only():
     tensors = make(3)
     taps = composite.upsampling_taps(tensors["weight"])
