@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -166,7 +167,7 @@ class Dataset(torch.utils.data.Dataset):
 
         With conditions it is the "image" of a dictionary.
         """
-        index = range(len(self))[index]
+        index = range(len(self))[operator.index(index)]
         while (candidate := self._next_unbroken(index)) is not None:
             item = self._read_item(candidate)
             if item is not None:

@@ -34,6 +34,8 @@ def convert(pixels: Pixels, mode: str | None, background: tuple[int, int, int]) 
         return pixels
     if isinstance(pixels, np.ndarray):
         return _convert_array(pixels, mode, background)
+    if pixels.mode == "LAB" != mode:
+        pixels = pixels.convert("RGB")  # Pillow converts it to nothing else
     if mode not in _ALPHA_MODES and (pixels.mode in _ALPHA_MODES or "transparency" in pixels.info):
         pixels = _on_background(pixels, background)
     return pixels if pixels.mode == mode else without_palette(pixels.convert(mode))

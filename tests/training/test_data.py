@@ -95,6 +95,18 @@ def test_conversion_matches_upstream(tmp_path, to_mode):
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("to_mode, channels", [("L", 1), ("RGB", 3), ("RGBA", 4)])
+def test_images_in_lab_become_the_mode_that_is_asked_for(tmp_path, to_mode, channels):
+    Image.new("LAB", (9, 9), (128, 0, 0)).save(tmp_path / "a.tif")
+    assert Dataset(tmp_path, 8, convert_image_to=to_mode)[0].shape == (channels, 8, 8)
+
+
+def test_a_slice_is_no_index(tmp_path):
+    make_image(tmp_path / "a.png", (9, 9))
+    with pytest.raises(TypeError, match="'slice' object cannot be interpreted as an integer"):
+        Dataset(tmp_path, 8)[:1]
+
+
 @pytest.mark.parametrize("target", [(16, 48), (48, 16), (24, 40)])
 @pytest.mark.parametrize("size", [(64, 64), (200, 30), (30, 200)])
 def test_non_square_targets_keep_the_aspect_ratio(tmp_path, target, size):
