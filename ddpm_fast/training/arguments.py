@@ -12,7 +12,7 @@ from torch import nn
 from ddpm_fast.diffusion.discrete_process import DiscreteProcess
 from ddpm_fast.diffusion.xm import process_of
 from ddpm_fast.runtime.compile_ahead import count_processors
-from ddpm_fast.runtime.plain import as_int, as_number, plain, shown
+from ddpm_fast.runtime.plain import as_flag, as_int, as_number, plain, shown
 from ddpm_fast.training.data import Dataset, DigitsDataset
 from ddpm_fast.training.pixels import Color
 from ddpm_fast.training.prepared import PreparedDataset, is_prepared
@@ -62,7 +62,9 @@ def pair_of_betas(betas: Any) -> tuple[float, float]:
     values = plain("adam_betas", betas)
     if not isinstance(values, (list, tuple)) or len(values) != 2:
         raise ValueError(f"adam_betas must be two numbers; got {shown(betas)}")
-    first, second = (as_number("adam_betas", value, 0, 1) for value in values)
+    first, second = (float(as_number("adam_betas", value, 0, 1)) for value in values)
+    if 1 in (first, second):
+        raise ValueError(f"adam_betas must be less than 1; got {shown(betas)}")
     return first, second
 
 
@@ -70,7 +72,7 @@ def choose_precision(amp: Any, kind: Any) -> str:
     """The name of accelerate's precision; None chooses."""
     if amp is None:
         amp = torch.cuda.is_available() and _has_bf16()
-    if not amp:
+    if not as_flag("amp", amp):
         return "no"
     if kind is None:
         return "bf16" if _has_bf16() or not torch.cuda.is_available() else "fp16"

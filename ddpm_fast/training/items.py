@@ -204,6 +204,10 @@ def _collated(name: str, values: list[Any]) -> torch.Tensor:
 
 def _stacked(images: list[torch.Tensor]) -> torch.Tensor:
     """Images (C, h, w) as one batch: uint8 if all are, else float32, to which bytes are 1/255."""
+    shapes = [tuple(image.shape) for image in images]
+    other = next((shape for shape in shapes if shape != shapes[0]), None)
+    if other is not None:
+        raise ValueError(f"folder must give images of one shape; it gives {shapes[0]} and {other}")
     if len({image.dtype for image in images}) != 1:
         images = [as_floats(image).float() for image in images]
     return _as_batch(default_collate(images))

@@ -22,7 +22,7 @@ from ddpm_fast.diffusion.images import identity
 from ddpm_fast.diffusion.xm import XMWrapper
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.extras import needed_for
-from ddpm_fast.runtime.plain import as_int, as_number
+from ddpm_fast.runtime.plain import as_flag, as_int, as_number
 from ddpm_fast.training.accelerator import make_accelerator, own_precision, prepare
 from ddpm_fast.training.arguments import (
     as_dataset,
@@ -149,6 +149,12 @@ class Trainer(SavedRun):
         ema_decay = as_number("ema_decay", ema_decay, 0, 1)
         max_grad_norm = as_number("max_grad_norm", max_grad_norm, 0)
         adam_betas = pair_of_betas(adam_betas)
+        augment_horizontal_flip = as_flag("augment_horizontal_flip", augment_horizontal_flip)
+        split_batches = as_flag("split_batches", split_batches)
+        calculate_fid = as_flag("calculate_fid", calculate_fid)
+        save_best_and_latest_only = as_flag("save_best_and_latest_only", save_best_and_latest_only)
+        progress = as_flag("progress", progress)
+        graph = None if graph is None else as_flag("graph", graph)
         results_folder = Path(results_folder)
         mixed_precision = choose_precision(amp, mixed_precision_type)
         check_process(diffusion_model)
@@ -159,7 +165,7 @@ class Trainer(SavedRun):
         network = network_of(diffusion_model)
         # Without dropped conditions the null condition has no gradient, for which all processes would wait.
         has_unused = hasattr(network, "cond_drop_prob") and not network.cond_drop_prob
-        self.accelerator = make_accelerator(mixed_precision, bool(split_batches), has_unused)
+        self.accelerator = make_accelerator(mixed_precision, split_batches, has_unused)
         self.channels = as_int("diffusion_model.channels", diffusion_model.channels, 1)
         self.image_size = size_of(diffusion_model)
         self.num_samples = num_samples

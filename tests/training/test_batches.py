@@ -62,6 +62,8 @@ class TestCollate:
     def test_a_batch_that_is_whole_is_not_copied(self):
         whole = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
         assert collate(Unbound(whole)) is whole
+        with pytest.raises(ValueError, match=r"one shape; it gives \(1, 2, 2\) and \(1, 3, 2\)"):
+            collate([torch.rand(1, 2, 2), torch.rand(1, 3, 2)])
         assert torch.equal(torch.utils.data.default_collate(Unbound(whole)), whole)
 
 

@@ -529,6 +529,10 @@ class TestFailures:
             (dict(train_lr=-1), ValueError, r"train_lr must be a number in \[0, inf\]; got -1"),
             (dict(ema_decay=1.5), ValueError, r"ema_decay must be a number in \[0, 1\]; got 1.5"),
             (dict(adam_betas=0.9), ValueError, "adam_betas must be two numbers; got 0.9"),
+            (dict(adam_betas=(0.9, 1)), ValueError, r"adam_betas must be less than 1; got \(0.9, 1\)"),
+            (dict(amp="no"), ValueError, "amp must be True or False; got 'no'"),
+            (dict(graph="no"), ValueError, "graph must be True or False; got 'no'"),
+            (dict(augment_horizontal_flip="no"), ValueError, "augment_horizontal_flip must be True or False; got"),
             (
                 dict(amp=True, mixed_precision_type="f8"),
                 ValueError,
@@ -548,6 +552,11 @@ class TestFailures:
     def test_wrong_arguments_get_one_sentence(self, tmp_path, options, error, message):
         with pytest.raises(error, match=message):
             make_trainer(tmp_path, **options)
+
+    def test_betas_may_be_integers(self, tmp_path):
+        trainer = make_trainer(tmp_path, adam_betas=(0, 0.5), train_num_steps=1)
+        trainer.train()
+        assert trainer.opt.param_groups[0]["betas"] == (0.0, 0.5)
 
     def test_a_results_folder_that_is_a_file_is_named(self, tmp_path):
         (tmp_path / "file").touch()
