@@ -36,12 +36,12 @@ class LossHistory:
             csv.writer(file).writerow((step, repr(loss), f"{images_per_second:.1f}"))
 
     def rows(self) -> list[list[str]]:
-        """Rows of strings without the header; a last line cut short by a crash is left out."""
+        """Rows of strings without the header; lines that a crash cut short or damaged are left out."""
         if not self.path.exists():
             return []
-        with open(self.path, newline="") as file:
+        with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
             lines = [line for line in file if line.endswith("\n")]
-        return [row for row in csv.reader(lines[1:]) if len(row) == len(self._HEADER)]
+        return [row for row in csv.reader(lines[1:]) if _is_row(row)]
 
     def plot(self) -> None:
         """Draw loss.png, the loss on a logarithmic axis over the step; without matplotlib nothing is drawn."""
@@ -59,3 +59,12 @@ class LossHistory:
         axes.grid(True, which="both", alpha=0.3)
         with write_atomically(self.path.with_suffix(".png")) as file:
             figure.savefig(file, format="png", dpi=120)
+
+
+def _is_row(row: list[str]) -> bool:
+    """True for a step, a loss and a speed."""
+    try:
+        _ = [kind(text) for kind, text in zip((int, float, float), row, strict=True)]
+    except ValueError:
+        return False
+    return True

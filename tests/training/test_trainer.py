@@ -225,10 +225,11 @@ class TestExactResume:
         trainer.train()
         assert [int(step) for step, _ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
-    def test_a_half_written_row_is_dropped(self, tmp_path):
+    @pytest.mark.parametrize("damage", [b"4,0.1", b"\xff\0\0,1,2\n", b"a,b,c\n4,0.1"])
+    def test_a_half_written_row_is_dropped(self, tmp_path, damage):
         make_trainer(tmp_path, train_num_steps=3).train()
-        with open(tmp_path / "loss.csv", "a") as file:
-            file.write("4,0.1")
+        with open(tmp_path / "loss.csv", "ab") as file:
+            file.write(damage)
         trainer = make_trainer(tmp_path, train_num_steps=5)
         trainer.load("last")
         trainer.train()
