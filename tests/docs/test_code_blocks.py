@@ -12,7 +12,7 @@ import torch
 
 import ddpm_fast
 from ddpm_fast.cli import bench, doctor, likelihood, prepare, progressive, sample, train
-from ddpm_fast.diffusion import samplers
+from ddpm_fast.diffusion import samplers, spacings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,9 +69,11 @@ def options_of(command: type) -> set[str]:
 
 @pytest.fixture
 def _small(tmp_path, monkeypatch):
-    """A temporary folder and one thread; restores forced backends and registered samplers."""
+    """A temporary folder and one thread; restores forced backends, and registered samplers and spacings."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(samplers, "SAMPLERS", dict(samplers.SAMPLERS))  # pages register their own
+    # pages register their own
+    monkeypatch.setattr(samplers, "SAMPLERS", dict(samplers.SAMPLERS))
+    monkeypatch.setattr(spacings, "SPACINGS", dict(spacings.SPACINGS))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
