@@ -93,6 +93,7 @@ ROWS = [
     ["diffusion/likelihood"],
     ["diffusion/sampling", "diffusion/inpainting", "diffusion/super_resolution"],
     ["diffusion/guidance"],
+    ["diffusion/single_step_samplers", "diffusion/multistep_samplers"],
     ["diffusion/samplers"],
     ["diffusion/spacings", "diffusion/schedules"],
     ["diffusion/weightings", "diffusion/timestep_history", "diffusion/conditions"],

@@ -33,7 +33,6 @@ from ddpm_fast.diffusion.registry import PROCESSES as PROCESSES
 from ddpm_fast.diffusion.registry import has_own
 from ddpm_fast.diffusion.registry import process as process
 from ddpm_fast.diffusion.samplers import SamplerTable
-from ddpm_fast.diffusion.super_resolution import check_network, super_resolution_options, training_condition
 from ddpm_fast.diffusion.weightings import UncertaintyWeight
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops.common.tables import lookup
@@ -119,16 +118,22 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
         self.guidance = guidance
         if guidance is not None:
             self.config["guidance"] = _recorded_guidance(guidance)
-        options = super_resolution_options(super_resolution, noise_augmentation, self.image_size)
-        self.super_resolution, self.noise_augmentation = options
-        if self.super_resolution is not None:
-            check_network(model, self.channels)
-            self.config |= {"super_resolution": self.super_resolution, "noise_augmentation": self.noise_augmentation}
+        self.super_resolution, self.noise_augmentation = None, None
+        if super_resolution is not None or noise_augmentation is not None:
+            self._set_super_resolution(super_resolution, noise_augmentation)
         self.uncertainty = UncertaintyWeight() if uncertainty_weighting else None
         self._plans: dict[tuple, SamplerTable] = {}
         self.graphs = GraphCache()
         self.normalize = normalize_to_neg_one_to_one if auto_normalize else identity
         self.unnormalize = unnormalize_to_zero_to_one if auto_normalize else identity
+
+    def _set_super_resolution(self, factor: int | None, noise_augmentation: float | None) -> None:
+        from ddpm_fast.diffusion.super_resolution import check_network, super_resolution_options
+
+        options = super_resolution_options(factor, noise_augmentation, self.image_size)
+        self.super_resolution, self.noise_augmentation = options
+        check_network(self.network, self.channels)
+        self.config |= {"super_resolution": self.super_resolution, "noise_augmentation": self.noise_augmentation}
 
     # what a process says of itself
 
@@ -336,6 +341,8 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
 
     def _low_resolution(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """A fresh condition of super-resolution for normalised images: `cond_image` and `cond`."""
+        from ddpm_fast.diffusion.super_resolution import training_condition
+
         assert self.super_resolution is not None and self.noise_augmentation is not None
         seed = noise_function.draw_seed(images.device)
         return training_condition(images, self.super_resolution, self.noise_augmentation, seed)

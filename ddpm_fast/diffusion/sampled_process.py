@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ddpm_fast import noise as noise_function
-from ddpm_fast.diffusion import samplers, sampling, spacings
+from ddpm_fast.diffusion import multistep_samplers, samplers, sampling, single_step_samplers, spacings
 from ddpm_fast.diffusion.conditions import Conditions, as_conditions, taken_by
 from ddpm_fast.diffusion.guidance import Guidance, as_guidance, guided
 from ddpm_fast.diffusion.images import as_floats, check_images, check_size_known, identity
@@ -22,20 +22,19 @@ from ddpm_fast.diffusion.levels import NoiseScale, Target, TrainingRows
 from ddpm_fast.diffusion.samplers import SamplerTable
 from ddpm_fast.diffusion.sampling import CondFn, Conditioning, SamplingRun, sample_loop
 from ddpm_fast.models.derived_weights import free_inference_weights
-from ddpm_fast.ops.forward_diffusion.op import q_sample
 from ddpm_fast.ops.noise.op import normal
-from ddpm_fast.runtime.plain import as_flag, as_int, as_ints, as_number
+from ddpm_fast.runtime.plain import as_flag, as_int, as_ints
 from ddpm_fast.runtime.pretrained import Pretrained
 from ddpm_fast.runtime.recording import GraphCache
 
 if TYPE_CHECKING:
     from ddpm_fast.diffusion.inpainting import Resampling
 
+# Importing them registers the samplers.
+_SAMPLERS = (single_step_samplers, multistep_samplers)
+
 # Tables of samplers that a process keeps.
 _PLANS = 256
-
-# Shares of interpolation: those outside of [0, 1] go on beyond an image.
-_SHARES = (-1e6, 1e6)
 
 # Arguments of `sample` that say what images are of.
 _CONDITIONING = ("classes", "cond", "cond_image", "guidance", "cond_fn")
@@ -490,72 +489,6 @@ class SampledProcess(Pretrained, nn.Module):
         if seed is None:
             return noise_function.draw_seed(self.device)
         return noise_function.seed_tensor(seed, self.device)
-
-    def interpolate(
-        self,
-        x1: torch.Tensor,
-        x2: torch.Tensor,
-        t: float | None = None,
-        lam: float = 0.5,
-        *,
-        seed: int | torch.Tensor | None = None,
-        start_index: int = 0,
-        progress: bool = True,
-        graph: bool | None = None,
-        **conditioning: Any,
-    ) -> torch.Tensor:
-        """Images between x1 and x2: both are noised to t, mixed, and denoised from t on (Ho et al. 2020, section 4.2).
-
-        Args:
-            x1, x2: (B, C, H, W) images, in [0, 1] with `auto_normalize`.
-            t: a time of the process; that of the most noise if None.
-            lam: 0 gives x1's side, 1 gives x2's.
-            seed, start_index, progress, graph, conditioning: as in `sample`.
-
-        Returns:
-            (B, C, H, W) images in the range of x1.
-        """
-        check_names(conditioning)
-        self._check_images("x1", x1)
-        self._check_images("x2", x2)
-        if x1.shape != x2.shape:
-            raise ValueError(f"x2 must have x1's shape {tuple(x1.shape)}, got {tuple(x2.shape)}")
-        lam = as_number("lam", lam, *_SHARES)
-        plan, given = self._conditioned(self._interpolation_plan(t), x1.shape[0], **conditioning)
-        seed = self._seed(seed)
-        noised = []
-        for image, stream in (
-            (x1, noise_function.STREAM_TRAINING),
-            (x2, noise_function.STREAM_INTERPOLATE),
-        ):
-            noise = normal(image.shape, seed=seed, stream=stream, start_index=start_index, device=image.device)
-            with torch.inference_mode():
-                noised.append(self._noised_to(self.normalize(image.float()), t, noise))
-        x = ((1 - lam) * noised[0] + lam * noised[1]).contiguous()
-        run = SamplingRun(plan, seed, start_index, progress=progress, graph=graph, clip_x_start=self.clip_x_start)
-        run.conditioning = given
-        run.first_step, run.desc = self._interpolation_start(plan, t), "interpolation sample time step"
-        x = self._denoise(x, run)
-        with torch.inference_mode():
-            result = self.unnormalize(self._clipped(x, run))
-        return result.clone()
-
-    def _interpolation_plan(self, t: float | None) -> SamplerTable:
-        """Ancestral sampling from t on."""
-        scale = self.noise_scale
-        first = scale.first if t is None else as_number("t", t, *sorted((scale.first, scale.last)))
-        times = scale.own_times(self.sampling_timesteps)
-        later = times[times > first] if scale.last > scale.first else times[times < first]
-        return self._make_plan("ddpm", self.sampling_timesteps, (first, *later.tolist()), {})
-
-    def _interpolation_start(self, plan: SamplerTable, t: float | None) -> int:
-        return 0
-
-    def _noised_to(self, x_start: torch.Tensor, t: float | None, noise: torch.Tensor) -> torch.Tensor:
-        """Normalised images at time t."""
-        time = torch.full((), self.noise_scale.first if t is None else t, device=x_start.device)
-        rows = self._rows(time.expand(x_start.shape[0]))
-        return q_sample(x_start, rows.of_images, rows.forward_table, noise)
 
     # checks
 

@@ -42,16 +42,14 @@ def unet_arguments(channels: int = 3, **others: Any) -> dict[str, Any]:
 
 def super_resolution_options(
     factor: Any, noise_augmentation: Any, image_size: Sequence[int]
-) -> tuple[int | None, float | None]:
+) -> tuple[int, float]:
     """`super_resolution` and `noise_augmentation` of a process as plain numbers.
 
     Raises:
         TypeError, ValueError: they do not fit each other or the image size, named in one sentence.
     """
     if factor is None:
-        if noise_augmentation is not None:
-            raise TypeError("noise_augmentation must be None where super_resolution is")
-        return None, None
+        raise TypeError("noise_augmentation must be None where super_resolution is")
     factor = as_int("super_resolution", factor, 1)
     if factor == 1 or any(size % factor for size in image_size):
         raise ValueError(f"super_resolution must be at least 2 and divide image_size {tuple(image_size)}, got {factor}")

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast.runtime import compile_ahead, dispatch, extension
+from ddpm_fast.runtime import dispatch, extension
 
 _WARM_UPS = 2  # calls before a capture: libraries choose their algorithms and kernels compile in the first
 
@@ -77,6 +77,8 @@ class CudaRecorder:
             CaptureError: the body cannot be captured: it waits for the device, for example; the message says where.
                 Stream, device, generator and memory are as they were, and the next body may be recorded.
         """
+        from ddpm_fast.runtime import compile_ahead  # not part of importing the package
+
         # The stream is set again at the end: torch's capture leaves its own one on when it fails.
         here = torch.cuda.stream(torch.cuda.current_stream(self.device))
         with torch.cuda.device(self.device), here, torch.random.fork_rng([self.device], device_type="cuda"):
