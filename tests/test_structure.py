@@ -56,6 +56,8 @@ ROWS = [
         "training/stop_signals",
     ],
     ["training/captured_step"],
+    ["training/step_recordings"],
+    ["training/step_body"],
     ["training/adam_state", "training/recordable", "training/transfers"],
     ["training/optimizer_step"],
     ["training/average"],

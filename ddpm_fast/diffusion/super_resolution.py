@@ -40,9 +40,7 @@ def unet_arguments(channels: int = 3, **others: Any) -> dict[str, Any]:
     return {"channels": channels, "cond_channels": channels, "cond_dim": 1, **drop, **others}
 
 
-def super_resolution_options(
-    factor: Any, noise_augmentation: Any, image_size: Sequence[int]
-) -> tuple[int, float]:
+def super_resolution_options(factor: Any, noise_augmentation: Any, image_size: Sequence[int]) -> tuple[int, float]:
     """`super_resolution` and `noise_augmentation` of a process as plain numbers.
 
     Raises:

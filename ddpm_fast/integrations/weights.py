@@ -3,7 +3,7 @@
 cuDNN copies a weight that is not channels-last in every call, and autograd its gradient into the weight's layout.
 Values, names and shapes stay, and so does every parameter; torch's optimizers and files keep either layout. Fused Adam
 refuses moments of another layout on CUDA: an optimizer makes them after `accelerate`, and `lay_out_state` of
-training/captured_step.py lays out those that it loads.
+training/adam_state.py lays out those that it loads.
 """
 
 from __future__ import annotations

@@ -58,3 +58,15 @@ def settings_of_scaler(scaler: torch.amp.GradScaler) -> tuple:
     """What a recording has of the scaler besides the values of its state."""
     numbers = (scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval())
     return (scaler.is_enabled(), *numbers, id(scaler._scale), id(scaler._growth_tracker))
+
+
+@torch.no_grad()
+def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments that were loaded from elsewhere the layout of their parameters.
+
+    Fused Adam walks through memory: on the CPU, moments in another order would be those of other weights.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
