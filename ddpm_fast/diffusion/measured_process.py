@@ -13,7 +13,8 @@ from ddpm_fast.diffusion.sampled_process import SampledProcess
 from ddpm_fast.runtime.plain import as_flag, as_int
 
 if TYPE_CHECKING:
-    from ddpm_fast.diffusion.likelihood import BitsPerDim, Chain, LikelihoodRun, ProgressiveCoding
+    from ddpm_fast.diffusion.likelihood import BitsPerDim, LikelihoodRun, ProgressiveCoding
+    from ddpm_fast.diffusion.likelihood_chain import Chain
 
 # Methods that say how x0 is estimated, and the mean and the variance of a step.
 _PREDICTING_METHODS = (

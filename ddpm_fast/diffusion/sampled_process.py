@@ -211,9 +211,7 @@ class SampledProcess(Pretrained, nn.Module):
         """
         shape = self._shape(batch_size, without=4, **conditioning)
         plan = self._plan(sampler, sampling_timesteps, spacing, sampler_options)
-        from ddpm_fast.diffusion.likelihood import evenly_spaced  # with its op, which nothing else here needs
-
-        columns = evenly_spaced(len(plan.times), as_int("num_columns", num_columns, 1))
+        columns = spacings.evenly_spaced(len(plan.times), as_int("num_columns", num_columns, 1))
         shown: list[torch.Tensor] = []
         row = iter(range(len(plan.times)))
 

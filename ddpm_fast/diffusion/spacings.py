@@ -225,3 +225,8 @@ def _times_between(
 
 def _line(first: float, last: float, steps: int) -> torch.Tensor:
     return torch.linspace(first, last, steps, dtype=torch.float64, device="cpu")
+
+
+def evenly_spaced(num_rows: int, num_columns: int) -> list[int]:
+    """Evenly spaced rows, the first and the last among them; all where there are fewer."""
+    return torch.linspace(0, num_rows - 1, min(num_rows, num_columns)).round().int().tolist()
