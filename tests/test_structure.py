@@ -115,6 +115,7 @@ ROWS = [
     ["ops/*_block/op"],
     ["ops/*_block/composite", "ops/*_block/reference", "ops/*_block/triton"],
     ["ops/*/op"],
+    ["ops/*/operators", "ops/*/checks"],
     ["ops/*/triton", "ops/*/native", "ops/*/reference"],
     ["ops/*_block/triton_fwd", "ops/*_block/triton_bwd"],
     ["ops/*_block/triton_tile"],

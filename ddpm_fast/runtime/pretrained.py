@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast.runtime.extras import needed_for
-
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -72,6 +70,8 @@ class Pretrained:
         Returns:
             The address of the commit with `push_to_hub`.
         """
+        from ddpm_fast.runtime.extras import needed_for
+
         with needed_for("save_pretrained"):
             from safetensors.torch import save_file
         path = Path(folder)
@@ -117,6 +117,8 @@ class Pretrained:
             FileNotFoundError: the folder lacks a file.
             ValueError: a file is damaged, the folder is of another class, or the weights are of another architecture.
         """
+        from ddpm_fast.runtime.extras import needed_for
+
         with needed_for("from_pretrained"):
             from safetensors import SafetensorError
             from safetensors.torch import load_file
@@ -168,6 +170,8 @@ class Pretrained:
     def _upload(
         self, folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any
     ) -> str:
+        from ddpm_fast.runtime.extras import needed_for
+
         with needed_for("push_to_hub"):
             from huggingface_hub import HfApi
         api = HfApi(token=token)

@@ -1,4 +1,4 @@
-"""RMSNorm and GroupNorm with everything around them in one pass: declaration, public functions, eligibility.
+"""RMSNorm and GroupNorm with everything around them in one pass: public functions, checks, eligibility.
 
     v = x + bias
     x̂ = v / max(‖v‖₂, 1e-12) · √C   (RMSNorm over channels, Zhang & Sennrich 2019, in upstream's form), or
@@ -6,7 +6,7 @@
     y = (x̂·gain + offset)·(1 + scale) + shift
     out = dropout(SiLU(y)) + residual
 
-Backward keeps x and one (RMSNorm, per pixel) or two (GroupNorm, per group) floats, and computes the rest again.
+What is kept for backward is declared in operators.py.
 """
 
 from __future__ import annotations
@@ -17,95 +17,16 @@ from typing import Any
 import torch
 
 from ddpm_fast.ops.arguments import check_seed, check_tensors, why_not_on_cpu
-from ddpm_fast.ops.branches import and_branches, number_of_branches, several, with_branches
+from ddpm_fast.ops.branches import number_of_branches, with_branches
 from ddpm_fast.ops.norm_silu import reference
-from ddpm_fast.ops.operator import Operator
+from ddpm_fast.ops.norm_silu.operators import FirstNorm, LastNorm, NormBeside, norm_silu
 from ddpm_fast.runtime import triton_launch
-from ddpm_fast.runtime.dispatch import Implementation, Op, once_differentiable
+from ddpm_fast.runtime.dispatch import Implementation, Op
 
 _OPTIONAL = ("offset", "bias", "scale", "shift", "residual")
 _TENSORS = ("x", "gain", *_OPTIONAL)
 _LARGEST_ROW = 8192  # channels that the RMSNorm kernels keep in one program's registers
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
-
-
-def _fake(x: torch.Tensor, groups: int, **others: object) -> tuple[torch.Tensor, torch.Tensor]:
-    B, _, H, W = x.shape
-    return torch.empty_like(x), x.new_empty((B, groups, 2) if groups else (B, H * W), dtype=torch.float32)
-
-
-_norm_silu = Operator(
-    "norm_silu",
-    # groups = 0 is RMSNorm.
-    "Tensor x, Tensor gain, Tensor? offset, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, "
-    "Tensor? seed, int groups, float eps, bool activation, float dropout_p",
-    returns="out, statistics",
-    fake=_fake,
-    backward="grad, x, statistics, gain, offset, bias, scale, shift, seed, groups, activation, dropout_p",
-    gradients="x, gain, offset, bias, scale, shift",
-    passes="residual",
-    triton=f"{__package__}.triton",
-    native=True,
-)
-
-
-def _sums_shape(x: torch.Tensor, bias: torch.Tensor | None, groups: int) -> tuple[int, ...]:
-    from ddpm_fast.ops.norm_silu import launch  # not part of importing the package
-
-    return launch.sums_shape(x, bias, groups)
-
-
-def _fake_gradients_of_last(
-    x: torch.Tensor, bias: torch.Tensor | None, grad2: torch.Tensor | None, groups: int, **others: object
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    sums = x.new_empty(_sums_shape(x, bias, groups), dtype=torch.float32)
-    return torch.empty_like(x), sums, x.new_empty(0) if grad2 is None else torch.empty_like(x)
-
-
-def _fake_gradients_of_both(
-    x: torch.Tensor,
-    gain: torch.Tensor,
-    offset: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    **others: object,
-) -> tuple[torch.Tensor, ...]:
-    rows = (gain, offset, bias, scale, shift, gain, offset, bias)
-    made = [x.new_empty(0) if row is None else torch.empty(row.shape, dtype=row.dtype, device=x.device) for row in rows]
-    return torch.empty_like(x), *made
-
-
-# The two halves of the backward of two norms with SiLU, the last of which has no scale, shift and dropout: the first
-# norm's half finishes the gradients of the parameters of both. See `first_norm_silu`.
-_gradients_of_last = Operator(
-    "norm_silu_backward_of_last",
-    # grad2, grad3: of branches of the output; total, the sum of all, is empty without them.
-    "Tensor grad, Tensor x, Tensor statistics, Tensor gain, Tensor? offset, Tensor? bias, Tensor? grad2, "
-    "Tensor? grad3, int groups",
-    returns="dx, sums, total",
-    fake=_fake_gradients_of_last,
-    triton=f"{__package__}.triton",
-)
-_gradients_of_both = Operator(
-    "norm_silu_backward_of_both",
-    "Tensor grad, Tensor x, Tensor statistics, Tensor gain, Tensor? offset, Tensor? bias, Tensor? scale, "
-    "Tensor? shift, Tensor? seed, Tensor last_sums, int groups, float dropout_p",
-    # Empty where there is no such argument.
-    returns="dx, dgain, doffset, dbias, dscale, dshift, last_dgain, last_doffset, last_dbias",
-    fake=_fake_gradients_of_both,
-    triton=f"{__package__}.triton",
-)
-# The backward of GroupNorm whose input is also read beside it, see `group_norm_silu_beside`.
-_gradients_beside = Operator(
-    "norm_silu_backward_beside",
-    "Tensor grad, Tensor x, Tensor statistics, Tensor gain, Tensor offset, Tensor added, int groups, bool activation",
-    returns="dx, dgain, doffset",
-    fake=lambda x, gain, offset, **_: tuple(
-        [torch.empty_like(x), *(torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (gain, offset))]
-    ),
-    triton=f"{__package__}.triton",
-)
 
 
 def rms_norm_silu(
@@ -211,7 +132,7 @@ def group_norm_silu_beside(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`group_norm_silu`, and x for what else reads it: with Triton its gradient joins the norm's in one pass."""
     if _is_beside(x, gain, offset, groups, eps):
-        return _NormBeside.apply(x, gain, offset, groups, eps, activation)
+        return NormBeside.apply(x, gain, offset, groups, eps, activation)
     return group_norm_silu(x, gain, offset, groups=groups, eps=eps, activation=activation), x
 
 
@@ -260,7 +181,7 @@ def first_norm_silu(
     if chosen.name != "triton" or not _are_finished_together(x, (gain, offset, bias), last):
         return chosen.function(*arguments, **options), None
     seed = seed if dropout_p > 0 else None
-    return _FirstNorm.apply(x, gain, offset, bias, scale, shift, seed, *last, groups, eps, dropout_p)
+    return FirstNorm.apply(x, gain, offset, bias, scale, shift, seed, *last, groups, eps, dropout_p)
 
 
 def last_norm_silu(
@@ -282,7 +203,7 @@ def last_norm_silu(
     chosen = op.choose(*arguments, **options)
     if chosen.name != "triton" or sums is None:
         return chosen.function(*arguments, **options)
-    return with_branches(*_LastNorm.apply(x, gain, offset, bias, residual, sums, groups, eps, number_of_branches()))
+    return with_branches(*LastNorm.apply(x, gain, offset, bias, residual, sums, groups, eps, number_of_branches()))
 
 
 def _call_of(
@@ -311,107 +232,6 @@ def _are_finished_together(
         if one is not None and other is not None and (one.dtype, one.numel()) != (other.dtype, other.numel()):
             return False
     return any(row is not None and row.requires_grad for row in last)
-
-
-class _FirstNorm(torch.autograd.Function):
-    """See `first_norm_silu`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        gain: torch.Tensor,
-        offset: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        scale: torch.Tensor | None,
-        shift: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        last_gain: torch.Tensor,
-        last_offset: torch.Tensor | None,
-        last_bias: torch.Tensor | None,
-        groups: int,
-        eps: float,
-        dropout_p: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = (gain, offset, bias, scale, shift)
-        out, statistics = _norm_silu.triton(x, *rows, None, seed, groups, eps, True, dropout_p)
-        ctx.save_for_backward(x, statistics, *rows, seed)
-        ctx.groups, ctx.dropout_p, ctx.last_shape = groups, dropout_p, last_gain.shape
-        # Of the shape that its gradient has; nothing reads it.
-        return out, statistics.as_strided(_sums_shape(x, bias, groups), (0, 0, 0, 0))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, last_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, statistics, gain, offset, bias, scale, shift, seed = ctx.saved_tensors
-        rows = (gain, offset, bias, scale, shift)
-        dx, *made = _gradients_of_both.triton(
-            grad, x, statistics, *rows, seed, last_sums, ctx.groups, ctx.dropout_p
-        )  # fmt: skip
-        given = (*rows, gain, offset, bias)
-        gradients = [None if row is None else gradient for row, gradient in zip(given, made, strict=True)]
-        gradients[5] = made[5].reshape(ctx.last_shape)
-        return dx, *gradients[:5], None, *gradients[5:], None, None, None
-
-
-class _NormBeside(torch.autograd.Function):
-    """See `group_norm_silu_beside`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, groups: int, eps: float, activation: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = (gain, offset, None, None, None)
-        out, statistics = _norm_silu.triton(x, *rows, None, None, groups, eps, activation, 0.0)
-        ctx.save_for_backward(x, statistics, gain, offset)
-        ctx.groups, ctx.activation = groups, activation
-        ctx.set_materialize_grads(False)
-        return out, x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor | None, added: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if grad is None:
-            return added, None, None, None, None, None
-        x, statistics, gain, offset = ctx.saved_tensors
-        added = torch.zeros_like(x) if added is None else added
-        kept = (x, statistics, gain, offset)
-        return *_gradients_beside.triton(grad, *kept, added, ctx.groups, ctx.activation), None, None, None
-
-
-class _LastNorm(torch.autograd.Function):
-    """See `last_norm_silu`; the gradients of gain, offset and bias are given by the first norm."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        gain: torch.Tensor,
-        offset: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        sums: torch.Tensor,
-        groups: int,
-        eps: float,
-        branches: int,
-    ) -> tuple[torch.Tensor, ...]:
-        rows = (gain, offset, bias)
-        out, statistics = _norm_silu.triton(x, *rows, None, None, residual, None, groups, eps, True, 0.0)
-        ctx.save_for_backward(x, statistics, *rows)
-        ctx.groups, ctx.residual_dtype = groups, None if residual is None else residual.dtype
-        ctx.set_materialize_grads(False)
-        return and_branches(out, branches)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        grad, grad2, grad3 = several(gradients)
-        if grad is None:
-            return (None,) * 9
-        dx, sums, total = _gradients_of_last.triton(grad, *ctx.saved_tensors, grad2, grad3, ctx.groups)
-        total = grad if grad2 is None else total
-        dresidual = None if ctx.residual_dtype is None else total.to(ctx.residual_dtype)
-        return dx, None, None, None, dresidual, sums, None, None, None
 
 
 def _check(
@@ -551,8 +371,8 @@ def _example(offset: bool) -> Callable[[torch.device], tuple[tuple, dict]]:
 _rms_norm_silu_op = Op(
     "rms_norm_silu",
     [
-        Implementation("triton", _rms(_norm_silu.triton), _triton_rms_refuses),
-        Implementation("native", _rms(_norm_silu.native), _native_refuses),
+        Implementation("triton", _rms(norm_silu.triton), _triton_rms_refuses),
+        Implementation("native", _rms(norm_silu.native), _native_refuses),
         Implementation("reference", reference.rms_norm_silu),
     ],
     _example(offset=False),
@@ -560,8 +380,8 @@ _rms_norm_silu_op = Op(
 _group_norm_silu_op = Op(
     "group_norm_silu",
     [
-        Implementation("triton", _group(_norm_silu.triton), _triton_refuses),
-        Implementation("native", _group(_norm_silu.native), _native_refuses),
+        Implementation("triton", _group(norm_silu.triton), _triton_refuses),
+        Implementation("native", _group(norm_silu.native), _native_refuses),
         Implementation("reference", reference.group_norm_silu),
     ],
     _example(offset=True),

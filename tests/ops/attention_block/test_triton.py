@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_fast.ops.attention_block.op import group_norm_attention_block
-from ddpm_fast.ops.norm_silu import op as norm_silu
+from ddpm_fast.ops.norm_silu import operators as norm_silu
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import use_backend, watch_choices
 from ddpm_fast.testing.attention_block_cases import make, run
@@ -42,9 +42,9 @@ def test_equals_the_reference(options):
 def test_one_pass_adds_the_gradient_of_the_residual(monkeypatch):
     """The norm's kernel adds it to its own."""
     made = []
-    gradients_of = norm_silu._gradients_beside.triton
+    gradients_of = norm_silu.gradients_beside.triton
     monkeypatch.setattr(
-        norm_silu._gradients_beside, "triton", lambda *given: made.append(given[-1]) or gradients_of(*given)
+        norm_silu.gradients_beside, "triton", lambda *given: made.append(given[-1]) or gradients_of(*given)
     )
     tensors, options = make((2, 2, 8, 16, 3, 5), groups=4)
     run(group_norm_attention_block, {name: tensor.to(DEVICE) for name, tensor in tensors.items()}, options)

@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from ddpm_fast import Unet
 from ddpm_fast.models import stock
 from ddpm_fast.ops import branches
-from ddpm_fast.ops.norm_silu import op as norm_silu
+from ddpm_fast.ops.norm_silu import operators as norm_silu
 from ddpm_fast.ops.stem_conv import op as stem_conv
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import use_backend
