@@ -277,12 +277,13 @@ class ClassifierFreeDiffusion(GaussianDiffusion):
         return_all_timesteps: bool = False,
         seed: int | torch.Tensor | None = None,
         guidance: Any = None,
+        progress: bool = True,
         **options: Any,
     ) -> torch.Tensor:
         """Ancestral sampling over all T timesteps; `options` as in `sample`."""
         plan = self._plan("ddpm", self.num_timesteps, "own")
         told = {"classes": classes, "guidance": self._chosen_guidance(cond_scale, rescaled_phi, guidance)}
-        return self._sample(plan, shape, return_all_timesteps, seed, **told, **options)
+        return self._sample(plan, shape, return_all_timesteps, seed, progress=progress, **told, **options)
 
     def ddim_sample(  # type: ignore[override]  # upstream's arguments
         self,
@@ -295,11 +296,12 @@ class ClassifierFreeDiffusion(GaussianDiffusion):
         return_all_timesteps: bool = False,
         seed: int | torch.Tensor | None = None,
         guidance: Any = None,
+        progress: bool = True,
         **options: Any,
     ) -> torch.Tensor:
         """DDIM over `sampling_timesteps`; `options` as in `sample`."""
         told = {"classes": classes, "guidance": self._chosen_guidance(cond_scale, rescaled_phi, guidance)}
-        options = {"clip_x_start": clip_denoised, **options}
+        options = {"clip_x_start": clip_denoised, "progress": progress, **options}
         return self._sample(self._plan("ddim"), shape, return_all_timesteps, seed, **told, **options)
 
     def _chosen_guidance(self, cond_scale: float, rescaled_phi: float, guidance: Any) -> Any:
@@ -335,6 +337,7 @@ class ClassifierFreeDiffusion(GaussianDiffusion):
         if all_asked or return_all_timesteps or not self.clip_x_start:
             options["clip_x_start"] = self.clip_x_start if clip_x_start is None else clip_x_start
             plan = self._plan(sampler, sampling_timesteps, spacing, sampler_options)
+            options.setdefault("progress", True)
             told = {"classes": classes, "guidance": self._chosen_guidance(cond_scale, rescaled_phi, guidance)}
             return self._sample(plan, shape, return_all_timesteps, **told, **options)
         # A subclass may have these methods with upstream's arguments.

@@ -411,6 +411,16 @@ def test_other_samplers_run(sampler):
     assert made.isfinite().all() and not torch.equal(made, diffusion.sample(classes_of(2), 1.0, **options))
 
 
+@pytest.mark.parametrize("steps", [4, 2], ids=["ancestral", "ddim"])
+@pytest.mark.parametrize("walk", [{}, {"sampler": "dpmpp_2m"}], ids=["own", "dpmpp_2m"])
+def test_sampling_shows_its_progress_as_upstream(walk, steps, capsys):
+    diffusion = GaussianDiffusion(Unet(**SMALL), image_size=SIZE, timesteps=4, sampling_timesteps=steps)
+    diffusion.sample(classes_of(2), progress=False, **walk)
+    assert "sampling loop time step" not in capsys.readouterr().err
+    diffusion.sample(classes_of(2), **walk)
+    assert "sampling loop time step" in capsys.readouterr().err
+
+
 WRONG = {
     "classes must be given": dict(classes=None, batch_size=2),
     r"classes must be in \[0, 5\]": dict(classes=torch.tensor([0, 9])),
