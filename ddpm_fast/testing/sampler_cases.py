@@ -8,17 +8,14 @@ from functools import cached_property
 
 import torch
 
-from ddpm_fast.diffusion.levels import Levels, NoiseScale
-from ddpm_fast.diffusion.samplers import SamplerTable
+from ddpm_fast.diffusion.levels import TARGETS, Levels, NoiseScale
+from ddpm_fast.diffusion.samplers import SAMPLERS, SamplerTable, sampler_table
 from ddpm_fast.diffusion.schedules import Schedule, make_betas
 from ddpm_fast.diffusion.spacings import karras
 from ddpm_fast.ops.sampler_step import reference
 
 # x0 of x = x0 + σ·ε: (X, σ) -> x0, both float64.
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
-
-# Samplers of two network calls per step.
-TWO_CALLS = ("heun", "dpmpp_2s_a")
 
 
 class EdmScale(NoiseScale):
@@ -41,6 +38,10 @@ class EdmScale(NoiseScale):
 
     def first_scale(self, levels: Levels) -> float:
         return levels.b[0].item()
+
+
+# Samplers of two network calls per step, but for the last.
+TWO_CALLS = [name for name in SAMPLERS if len(sampler_table(EdmScale(), TARGETS["pred_x0"], name, 5).times) == 9]
 
 
 class FlowScale(NoiseScale):

@@ -26,7 +26,6 @@ from ddpm_fast.testing.sampler_cases import scales
 
 SMALL = dict(dim=8, dim_mults=(1, 2))
 SCALES = scales()
-FIRST_ORDER = {"ddpm": {}, "ddim": {"eta": 0.5}, "euler": {}, "euler_ancestral": {}}
 
 
 def table_of(sampler: str, scale, steps: int, num_resamples: int, jump_length: int, **options) -> samplers.SamplerTable:
@@ -35,6 +34,20 @@ def table_of(sampler: str, scale, steps: int, num_resamples: int, jump_length: i
     return samplers.sampler_table(
         scale, TARGETS["pred_x0"], sampler, steps, spacing=spacing, options=options, resampling=resampling
     )
+
+
+def is_first_order(sampler: str) -> bool:
+    """True if each step is one row, which reads its own x0 alone."""
+    plan = samplers.sampler_table(SCALES["edm"], TARGETS["pred_x0"], sampler, 5)
+    return len(plan.times) == 5 and plan.table.shape[1] == 6 and plan.num_previous == 0
+
+
+# By name, the options that they are tested with.
+FIRST_ORDER = {name: {"eta": 0.5} if name == "ddim" else {} for name in samplers.SAMPLERS if is_first_order(name)}
+
+
+def test_the_samplers_that_the_documentation_names_inpaint():
+    assert {"ddpm", "ddim", "euler", "euler_ancestral"} <= set(FIRST_ORDER)
 
 
 def test_visits_are_repaints():
