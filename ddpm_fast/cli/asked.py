@@ -45,7 +45,7 @@ class AskedOptions:
     guidance_strip: Numbers = None
     """Also write NAME-guidance.png: a row for each class, a column for each of these scales, from the same noise."""
     inpaint: File = None
-    """An image whose black parts of --mask are made anew (8 times, or --num-samples)."""
+    """An image whose black parts of --mask are made anew (8 times, or --num-samples), in more than 10 --steps."""
     mask: File = None
     """White where --inpaint is kept, black where it is made anew."""
     upscale: File = None

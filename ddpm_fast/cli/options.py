@@ -61,6 +61,10 @@ Precision = Annotated[
 ]
 
 
+# A flag that is on, whose option is --no-NAME.
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+
+
 def one_of(names: tuple[str, ...]) -> object:
     """The type of an option that takes one of these words, or is left out."""
     return Annotated[Literal[names] | None, tyro.conf.arg(metavar="|".join(names), help_behavior_hint="")]

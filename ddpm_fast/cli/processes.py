@@ -33,13 +33,13 @@ class ProcessOptions:
 
     process: Process = None
     """The diffusion process (ddpm). edm, continuous and v-continuous take a network with learned time embeddings,
-    learned and weighted one with more outputs, and get it."""
+    learned and weighted one with more outputs, and get it; classifier_free, as upstream's, needs --labels."""
     timesteps: Integer = None
-    """Steps of ddpm, learned and weighted (1000)."""
+    """Steps of ddpm, classifier_free, learned and weighted (1000)."""
     objective: Objective = None
-    """What the network of ddpm and learned predicts (pred_v; learned pred_noise)."""
+    """What the network of ddpm, classifier_free and learned predicts (pred_v of ddpm, else pred_noise)."""
     beta_schedule: Schedule = None
-    """Noise schedule of ddpm, learned and weighted (data: sigmoid, digits cosine)."""
+    """Noise schedule of ddpm, classifier_free, learned and weighted (data: sigmoid, digits cosine)."""
     zero_terminal_snr: bool = False
     """Let that schedule end in noise alone (Lin et al. 2024)."""
     noise_schedule: NoiseSchedule = None

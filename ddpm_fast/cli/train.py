@@ -9,6 +9,7 @@ import tyro
 from ddpm_fast.cli import processes
 from ddpm_fast.cli.labels import LabelOptions, check_labels, sizes_of
 from ddpm_fast.cli.options import (
+    Flag,
     Integer,
     Integers,
     Memory,
@@ -66,7 +67,8 @@ class Train:
     Writes to the results folder: model-N.pt and sample-N.png every --save-every steps, model-last.pt at the end or
     after Ctrl-C, loss.csv and loss.png. Options marked (data) default to what suits DATA: a folder, a prepared
     file, or the digits.
-    With classes or vectors the network is trained for guidance, too: --cond-drop-prob of the images have none.
+    A network with classes or vectors learns what guidance needs: it is shown a share of the images without them,
+    --cond-drop-prob.
     With --resume an option that is not given keeps the checkpoint's value. One that is given holds from there on, or is
     refused where the weights belong to another: those of the network, the schedule, the objective and the size.
 
@@ -100,8 +102,8 @@ class Train:
     """Let the network see its previous estimate."""
     memory: Memory = None
     """fast; low keeps fewer maps from forward for backward, and takes longer to make the others again."""
-    flash: bool = True
-    """Fused attention where the device has it."""
+    flash: Flag = True
+    """Record flash_attn=False in the checkpoint, which upstream reads; here no kernel depends on it."""
     steps: Integer = None
     """Training steps (data: 100000, digits 1200)."""
     batch_size: Integer = None
