@@ -41,7 +41,7 @@ class ProcessOptions:
     beta_schedule: Schedule = None
     """Noise schedule of ddpm, classifier_free, learned and weighted (data: sigmoid, digits cosine)."""
     zero_terminal_snr: bool = False
-    """Let that schedule end in noise alone (Lin et al. 2024)."""
+    """Let that schedule end in noise alone (Lin et al. 2023)."""
     noise_schedule: NoiseSchedule = None
     """Noise schedule of continuous (linear)."""
     sigma_data: Number = None

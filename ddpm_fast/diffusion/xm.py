@@ -16,7 +16,7 @@ from ddpm_fast.runtime.plain import as_int
 
 
 class XMWrapper(nn.Module):
-    """A process whose loss is that of each image's best candidate of noise; upstream's arguments and methods.
+    """A process whose loss is that of each image's best candidate of noise (Gladstone et al. 2026); as upstream's.
 
     Around a process of this package the candidates are compared without gradients, and the winners alone go forward
     and backward: (K + 3)/3K of the work of K candidates with gradients, and the same gradient (without dropout). With

@@ -148,14 +148,14 @@ class use_backend:
     """Force every op that has an implementation `name` to run it, and to raise with its reason where it refuses.
 
     A block op without one runs the ops of its steps, and so does one whose kernels are for some of its calls; other ops
-    without one choose as always. Works at once, as a plain
-    call or as a context manager that restores what was forced before:
+    without one choose as always. Works at once, as a plain call or as a context manager that restores what was forced
+    before:
 
         ddpm_fast.use_backend("reference")
         with ddpm_fast.use_backend("native"): ...
 
     Args:
-        name: "triton", "native", "reference", or None to choose freely again.
+        name: "triton", "native", "sdpa" (torch's attention), "reference", or None to choose freely again.
 
     Raises:
         ValueError: `name` is none of these.

@@ -41,18 +41,19 @@ def capture_training_step(
 ) -> TrainingStep:
     """A function `step(images) -> loss` that trains `diffusion` on one batch by replaying a recording.
 
-    The recording is a CUDA graph, or on the CPU a tape of operator calls, made in the second call.
+    The recording is a CUDA graph, which the first call makes, or on the CPU a tape of operator calls, which the second
+    call makes. It is made again when weights, optimizer state or settings are replaced; a learning rate may change at
+    any time.
 
     A batch of a conditional network is `step((images, None, {"classes": classes}))`, see `TrainingStep.__call__`.
 
     Timesteps, noise and dropout are drawn on the device from torch's generator, so that `torch.manual_seed` fixes a
-    run, and they are those of the same step run without a recording. It is made by the first call, and again when
-    weights, optimizer state or settings are replaced. A learning rate may change at any time.
+    run, and they are those of the same step run without a recording.
 
-    Let go of the losses of earlier steps that ran without a graph before the first call: they keep autograd's nodes of
-    the weights, which are bound to the stream of then, and a capture cannot take that in.
+    On CUDA, drop the losses of earlier steps that ran without a graph before the first call: they keep autograd's nodes
+    of the weights, which are bound to the stream of that time, and a capture cannot use another stream's.
 
-    Where torch.distributed runs several processes, gradients are averaged over them between two graphs.
+    Where torch.distributed runs several processes, gradients are averaged over them between two recordings.
 
     Args:
         diffusion: a process, such as `GaussianDiffusion`, or an `XMWrapper` around one.

@@ -72,7 +72,14 @@ _UNUSABLE = (TypeError, ValueError, RuntimeError, ArithmeticError)
 
 
 class Checkpoint(NamedTuple):
-    """What `load_checkpoint` returns; `ema` is an `ema_pytorch.EMA` around `diffusion`, whose network is `model`."""
+    """What `load_checkpoint` returns.
+
+    Args:
+        model: the network.
+        diffusion: the process around it.
+        ema: an `ema_pytorch.EMA` of `diffusion`.
+        step: steps of training that are done; 0 where the file does not say.
+    """
 
     model: UnetBase
     diffusion: DiffusionProcess
@@ -88,20 +95,29 @@ def load_checkpoint(
     map_location: torch.device | str = "cpu",
     **overrides: Any,
 ) -> Checkpoint:
-    """Rebuild network, diffusion and EMA from a checkpoint of ours or of upstream's `Trainer`; returns a `Checkpoint`.
-
-    `class_names` of its `diffusion` and of the average are the names of the classes that it was trained with, or None.
+    """Rebuild network, process and EMA from a checkpoint of ours or of upstream's `Trainer`.
 
     State dicts of a process, a `Unet` or an EMA load too, alone or as `model` or `state_dict` of a dictionary, with the
     prefixes of DistributedDataParallel, `torch.compile`, ema-pytorch, XMWrapper and Lightning; one warning says what
-    was stripped (step 0 without a step, EMA equal to the weights without an EMA).
-    process: the name of the process ("ddpm", "edm", "flow", ...), for state dicts whose names do not tell it.
-    image_size: needed for upstream's files to sample, since they do not record it. overrides: further arguments of
-    `Unet` and of the process, for what tensors cannot tell (`resnet_block_groups`, `auto_normalize`, ...) or what
-    may be chosen again (`sampling_timesteps`, `sampler`, ...).
+    was stripped. Without an EMA in the file, that of the result is equal to the weights.
 
-    Raises FileNotFoundError, OSError (unreadable), CheckpointError (damaged, foreign, other architecture or process,
-    two networks that could be meant), TypeError (unknown override), ValueError (unknown process).
+    Args:
+        path: of the file.
+        process: the name of the process ("ddpm", "edm", "flow", ...), for state dicts whose names do not tell it.
+        image_size: one int, or (height, width); needed for upstream's files to sample, since they do not record it.
+        map_location: the device of network, process and EMA.
+        overrides: further arguments of `Unet` and of the process, for what tensors cannot tell (`resnet_block_groups`,
+            `auto_normalize`, ...) or what may be chosen again (`sampling_timesteps`, `sampler`, ...).
+
+    Returns:
+        A `Checkpoint`. `class_names` of its process and of the average's are the names of the classes that it was
+        trained with, or None.
+
+    Raises:
+        FileNotFoundError, OSError: the file cannot be read.
+        CheckpointError: the file is damaged, foreign, of another architecture or process, or two networks could be
+            meant.
+        TypeError, ValueError: an unknown override, an unknown process.
     """
     with needed_for("load_checkpoint"):
         from ema_pytorch import EMA

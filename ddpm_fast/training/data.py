@@ -50,26 +50,29 @@ _MAX_ASPECT_DIFFERENCE = 0.02
 class Dataset(torch.utils.data.Dataset):
     """Images of a folder, its subfolders and linked folders as tensors (C, h, w), float32 in [0, 1] or uint8.
 
-    image_size: an int or (h, w). An image is resized until it just covers that, keeping its aspect ratio, and cropped
-        at the centre.
-    exts: endings of the files that are images, upper or lower case; one warning counts the others.
-    convert_image_to: a mode of Pillow, such as "L", "RGB" or "RGBA"; None leaves each image its channels.
-    value_range: (low, high) that becomes [0, 1] in images of more than 8 bits and of floats. None finds it in a sample
-        of the files (`find_value_range`) and says it in one warning. Images of 8 bits are 0..255 always.
-    background: a colour's name or (red, green, blue) in 0..255, which shows through where `convert_image_to` has no
-        transparency and an image has.
-    dtype: torch.float32, or torch.uint8 for the bytes themselves, of which float32 is 1/255. None gives bytes, and
-        float32 of what has none: images of more than 8 bits, and arrays that are resized as floats; where a sample of
-        the files finds some, all are float32.
-    labels: what says the class of an image. "folders": the first level of subfolders; "metadata": metadata.csv or
-        metadata.jsonl, one or several, as Hugging Face's imagefolder has them: the column `file_name` is relative to
-        the table's folder; the path of a .csv or .jsonl file of such rows, whose names are relative to `folder`.
-    label_column: of a table ("label"), text or integers. Text is sorted, integers by value; equal ones are a class.
-    cond_columns: columns of numbers that are an image's vector, as they are: nothing is standardised. Without a table
-        in `labels` they are of the metadata.
-    cond_folder: holds an image for each, of the same relative name (the ending may differ), which is resized, cropped
-        and mirrored together with it.
-    convert_cond_image_to: as `convert_image_to`, of these.
+    Args:
+        folder: of the images.
+        image_size: an int or (h, w). An image is resized until it just covers that, keeping its aspect ratio, and
+            cropped at the centre.
+        exts: endings of the files that are images, upper or lower case; one warning counts the others.
+        augment_horizontal_flip: mirror half of the images left to right, at random.
+        convert_image_to: a mode of Pillow, such as "L", "RGB" or "RGBA"; None leaves each image its channels.
+        value_range: (low, high) that becomes [0, 1] in images of more than 8 bits and of floats. None finds it in a
+            sample of the files (`find_value_range`) and says it in one warning. Images of 8 bits are 0..255 always.
+        background: a colour's name or (red, green, blue) in 0..255, which shows through where `convert_image_to` has no
+            transparency and an image has.
+        dtype: torch.float32, or torch.uint8 for the bytes themselves, of which float32 is 1/255. None gives bytes, and
+            float32 of what has none: images of more than 8 bits, and arrays that are resized as floats; where a sample
+            of the files finds some, all are float32.
+        labels: what says the class of an image. "folders": the first level of subfolders; "metadata": metadata.csv or
+            metadata.jsonl, one or several, as Hugging Face's imagefolder has them: the column `file_name` is relative
+            to the table's folder; the path of a .csv or .jsonl file of such rows, whose names are relative to `folder`.
+        label_column: of a table ("label"), text or integers. Text is sorted, integers by value; equal ones are a class.
+        cond_columns: columns of numbers that are an image's vector, as they are: nothing is standardised. Without a
+            table in `labels` they are of the metadata.
+        cond_folder: holds an image for each, of the same relative name (the ending may differ), which is resized,
+            cropped and mirrored together with it.
+        convert_cond_image_to: as `convert_image_to`, of these.
 
     With labels, columns or a second folder an item is a dictionary of "image", "classes" (an int), "cond" (D,) float32
     and "cond_image" (C', h, w), of those that there are; `class_names`, `classes` and `cond` hold them for all images.
@@ -79,9 +82,11 @@ class Dataset(torch.utils.data.Dataset):
     is named in one warning and the next readable file replaces it; `broken_files` lists those met so far, by the
     workers of a DataLoader as well.
 
-    Raises FileNotFoundError, NotADirectoryError, PermissionError or ValueError for a folder without usable images, or
-    without bytes where dtype asks for them, ValueError for labels that are missing, twice there or of no image, with
-    file and line, and ValueError or TypeError for other unusable arguments.
+    Raises:
+        FileNotFoundError, NotADirectoryError, PermissionError: the folder cannot be read.
+        ValueError: the folder has no usable images, or none of bytes where dtype asks for them; a label is missing,
+            twice there or of no image, with file and line.
+        TypeError, ValueError: another argument does not fit, named in one sentence.
     """
 
     def __init__(

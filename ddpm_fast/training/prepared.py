@@ -44,7 +44,9 @@ class PreparedDataset(torch.utils.data.Dataset):
     Where the file has labels or vectors, an item is a dictionary of "image", "classes" and "cond", as of `Dataset`;
     `class_names`, `classes` and `cond` hold them for all images, or are None.
 
-    Raises FileNotFoundError, or ValueError for a file that holds no such array.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no such array.
     """
 
     def __init__(self, path: str | os.PathLike):

@@ -61,27 +61,28 @@ class DivergenceError(ValueError):
 class Trainer(SavedRun):
     """Upstream's trainer: same arguments, attributes and checkpoint files, with runs that resume exactly.
 
-    diffusion_model: any process of this package, such as `GaussianDiffusion` or `ElucidatedDiffusion`, or an
-        `XMWrapper` around one; files and the average hold the process.
-    folder: a folder of images, a file of `ddpm-fast prepare`, or any map-style torch dataset of images (C, h, w),
-        floats in [0, 1] or uint8. Its items may be dictionaries of "image" and conditions, "classes", "cond" and
-        "cond_image", or pairs (image, label).
-    train_batch_size: images per step and accumulation, over all processes (`split_batches=True`) or in each.
-    num_samples: any number; the grid has ceil(sqrt(num_samples)) columns.
-    seed: fixes order, flips and noise. None draws it from torch's generator, so that `torch.manual_seed` fixes a run;
-        after `load` None goes on with the file's.
-    num_workers: DataLoader processes per training process; None chooses.
-    log_every: steps between two readings of the loss, besides milestones the only times when the host waits for the
-        device.
-    amp: whether to use mixed precision; None does so on CUDA cards that have bf16.
-    mixed_precision_type: "bf16", "fp16" or "no"; None is fp16 on CUDA cards without bf16, else bf16.
-    graph: a step is recorded, as CUDA graphs or on the CPU as a tape of operator calls, and replayed with the same
-        result. None does so where it can and warns with the reason on CUDA where it cannot (`explain_graphs` says it,
-        too), True raises there, False never does.
-        What makes the update of the weights, `explain_optimizer` says.
-    exts, value_range, background: of a folder, as of `Dataset`; None chooses. A checkpoint records the value range.
-    labels, label_column, cond_columns, cond_folder: of a folder, as of `Dataset`: conditions, which the network takes
-        by `num_classes`, `cond_dim` and `cond_channels`. A checkpoint records the names of the classes.
+    Args:
+        diffusion_model: any process of this package, such as `GaussianDiffusion` or `ElucidatedDiffusion`, or an
+            `XMWrapper` around one; files and the average hold the process.
+        folder: a folder of images, a file of `ddpm-fast prepare`, or any map-style torch dataset of images (C, h, w),
+            floats in [0, 1] or uint8. Its items may be dictionaries of "image" and conditions, "classes", "cond" and
+            "cond_image", or pairs (image, label).
+        train_batch_size: images per step and accumulation, over all processes (`split_batches=True`) or in each.
+        num_samples: any number; the grid has ceil(sqrt(num_samples)) columns.
+        seed: fixes order, flips and noise. None draws it from torch's generator, so that `torch.manual_seed` fixes a
+            run; after `load` None goes on with the file's.
+        num_workers: DataLoader processes per training process; None chooses.
+        log_every: steps between two readings of the loss, besides milestones the only times when the host waits for the
+            device.
+        amp: whether to use mixed precision; None does so on CUDA cards that have bf16.
+        mixed_precision_type: "bf16", "fp16" or "no"; None is fp16 on CUDA cards without bf16, else bf16.
+        graph: a step is recorded, as CUDA graphs or on the CPU as a tape of operator calls, and replayed with the same
+            result. None does so where it can and warns with the reason on CUDA where it cannot (`explain_graphs` says
+            it, too), True raises there, False never does.
+        exts, value_range, background: of a folder, as of `Dataset`; None chooses. A checkpoint records the value range.
+        labels, label_column, cond_columns, cond_folder: of a folder, as of `Dataset`: conditions, which the network
+            takes by `num_classes`, `cond_dim` and `cond_channels`. A checkpoint records the names of the classes.
+        others: upstream's.
 
     The randomness of a step is a function of (seed, rank, step), and its images are one of (seed, step): a run that
     loads a checkpoint of step k computes what it would have computed without stopping, bit for bit on the CPU.
@@ -91,9 +92,12 @@ class Trainer(SavedRun):
     `save_and_sample_every` steps, and model-last.pt at the end or after Ctrl-C or SIGTERM. With classes the picture has
     a row for each, the first ones if there are many, with the process's own `guidance`.
 
-    Numbers may be numpy's, a float without a fraction (1e5), or tensors of one; files hold plain ones.
+    `explain_optimizer` says what moves the weights. Numbers may be numpy's, a float without a fraction (1e5), or
+    tensors of one; files hold plain ones.
 
-    Raises ValueError, TypeError or OSError for unusable arguments or folders.
+    Raises:
+        TypeError, ValueError: an argument does not fit, named in one sentence.
+        OSError: a folder cannot be read or written.
     """
 
     def __init__(
