@@ -25,11 +25,13 @@ def assert_close_to_truth(
     factor: float = 2.0,
     floor: float = 4.0,
     name: str = "",
+    scale: torch.Tensor | None = None,
 ) -> None:
     """Hold `actual` to the accuracy of plain PyTorch in the same dtype.
 
     The error against the float64 truth is at most `factor` times that of the reference in the same dtype, plus a floor
-    of `floor` units in the last place at the truth's own scale, for the RMS and for the largest element alike.
+    of `floor` units in the last place at the scale of the truth, or of `scale`: for sums that cancel, of their terms'
+    magnitudes (row_terms.py). For the RMS and for the largest element alike.
     """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)} is not {tuple(truth.shape)}"
     assert actual.dtype == reference.dtype, f"{name}: dtype {actual.dtype} is not {reference.dtype}"
@@ -38,14 +40,15 @@ def assert_close_to_truth(
     if truth.numel() == 0:
         return
     eps = torch.finfo(actual.dtype).eps
-    scale_rms = truth.pow(2).mean().sqrt().item()
-    scale_max = truth.abs().max().item()
+    scale = truth if scale is None else scale
+    scale_rms = scale.pow(2).mean().sqrt().item()
+    scale_max = scale.abs().max().item()
     (rms, largest), (reference_rms, reference_largest) = errors(actual, truth), errors(reference, truth)
-    for kind, ours, theirs, scale in (
+    for kind, ours, theirs, unit in (
         ("RMS", rms, reference_rms, scale_rms),
         ("largest", largest, reference_largest, scale_max),
     ):
-        bound = factor * theirs + floor * eps * scale
+        bound = factor * theirs + floor * eps * unit
         assert ours <= bound, f"{name}: {kind} error {ours:.3e} > {bound:.3e} (reference {theirs:.3e}, {actual.dtype})"
 
 

@@ -16,6 +16,7 @@ from ddpm_fast.diffusion import schedules
 from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.models.classifier_free_unet import guided_output
 from ddpm_fast.testing.networks import randomise
+from ddpm_fast.testing.row_terms import scales_of_gains
 from ddpm_fast.testing.truth import assert_close_to_truth
 
 SIZE, CLASSES = 8, 5
@@ -76,6 +77,7 @@ def test_loss_and_gradients_equal_upstream(upstream, name):
     truth_model = copy.deepcopy(theirs).double()
     # Upstream's time embedding follows the dtype of the timestep.
     truth_model.model.time_mlp[0].register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    scales = scales_of_gains(truth_model)
     losses, grads = {}, {}
     for key, model, dtype in (("truth", truth_model, torch.float64), ("upstream", theirs, None), ("ours", ours, None)):
         dtype = dtype or torch.float32
@@ -85,8 +87,10 @@ def test_loss_and_gradients_equal_upstream(upstream, name):
         loss.mean().backward()
         grads[key] = {k: p.grad for k, p in model.named_parameters()}
     assert_close_to_truth(losses["ours"], losses["upstream"], losses["truth"], name="loss", floor=16)
+    assert scales.keys() == {k for k in grads["truth"] if k.endswith(".g")}
     for k in grads["upstream"]:
-        assert_close_to_truth(grads["ours"][k], grads["upstream"][k], grads["truth"][k], name=k, floor=64)
+        given = {"name": k, "floor": 64, "scale": scales.get(k)}
+        assert_close_to_truth(grads["ours"][k], grads["upstream"][k], grads["truth"][k], **given)
     mean = ours(x, times=t, noise=eps, **told)
     assert mean.shape == () and torch.allclose(mean, losses["ours"].mean())
 
