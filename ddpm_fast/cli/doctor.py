@@ -33,6 +33,6 @@ def run(options: Doctor) -> None:
     info = extension.info()
     print(f"extension: {info if info else f'not loaded: {extension.reason()}'}")
     print(f"processes: {', '.join(PROCESSES)}")
-    print(f"samplers: {', '.join(SAMPLERS)} (few steps: {FEW_STEPS})")
+    print(f"samplers: {', '.join(sorted(SAMPLERS))} (few steps: {FEW_STEPS})")
     print(f"spacings: {', '.join(SPACINGS)}")
     print(ddpm_fast.explain())

@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     Sampler = str | None
     Process = str | None
 else:  # the names that are registered
-    Sampler = one_of(tuple(SAMPLERS))
+    Sampler = one_of(tuple(sorted(SAMPLERS)))
     Process = one_of(tuple(sorted(PROCESSES)))
 
 

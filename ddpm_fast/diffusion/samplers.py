@@ -160,7 +160,7 @@ def __getattr__(name: str) -> MakeRows:
 def check_sampler(name: str) -> None:
     """Raise ValueError unless a sampler of this name is registered."""
     if not isinstance(name, str) or name not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+        raise ValueError(f"sampler must be one of {', '.join(sorted(SAMPLERS))}, got {name!r}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,7 +85,7 @@ def test_min_snr_weights():
             r"sampling_timesteps must be in \[1, timesteps = 10\], got 11",
         ),
         (lambda: schedules.check_objective("pred_eps"), "objective must be one of"),
-        (lambda: samplers.check_sampler("magic"), "sampler must be one of ddpm, ddim, .*dpmpp_2m"),
+        (lambda: samplers.check_sampler("magic"), "sampler must be one of ddim, ddpm, .*dpmpp_2m"),
         (
             lambda: samplers.sampler_table(
                 Schedule(schedules.make_betas("cosine", 9)), TARGETS["pred_v"], "ddim", 3, options={"eta": -1.0}
