@@ -4,6 +4,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/add_ops.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -105,6 +106,10 @@ class Tape {
       for (const TensorRef& result : calls_[i].results) last[result.slot] = i;
     }
     for (int64_t slot = 0; slot < num_slots_; ++slot) calls_[last[slot]].frees.push_back(slot);
+    for (Call& call : calls_) {
+      const c10::OperatorName& name = call.op.operator_name();
+      call.is_sum = name.name == "aten::add" && name.overload_name == "Tensor" && call.results.size() == 1;
+    }
   }
 
   void replay() const {
@@ -115,7 +120,7 @@ class Tape {
     for (const Call& call : calls_) {
       stack = call.stack;
       set_inputs(call, stack, [&](int64_t slot) -> const at::Tensor& { return slots[slot]; });
-      call.op.callBoxed(stack);
+      if (!add_in_place(call, stack)) call.op.callBoxed(stack);
       for (const TensorRef& result : call.results) {
         const IValue& value = stack[result.argument];
         slots[result.slot] = result.element < 0 ? value.toTensor() : value.toList().get(result.element).toTensor();
@@ -139,6 +144,7 @@ class Tape {
     torch::jit::Stack stack;
     std::vector<TensorRef> inputs, results;
     std::vector<int64_t> frees;
+    bool is_sum = false;
   };
   // The weak reference keeps the address from being used for another tensor, and not the tensor's memory.
   struct Produced {
@@ -193,6 +199,25 @@ class Tape {
       if (view->is(wanted)) return view->slot;
     }
     TORCH_CHECK(false, schema.name(), " was given a view that no operator made, which a replay cannot make again");
+  }
+
+  // A sum in the memory of its first addend, where the call is the last to read that, as autograd adds gradients up.
+  // While recording they have a second owner, so that autograd's sums take memory of their own.
+  static bool add_in_place(const Call& call, torch::jit::Stack& stack) {
+    if (!call.is_sum || call.inputs.empty() || call.inputs.front().argument != 0) return false;
+    const int64_t slot = call.inputs.front().slot;
+    if (std::find(call.frees.begin(), call.frees.end(), slot) == call.frees.end()) return false;
+    at::Tensor& sum = stack[0].toTensor();
+    const at::Tensor& other = stack[1].toTensor();
+    // The slot and the stack hold the tensor; a view of it, or another tensor of its memory, would hold the storage.
+    const bool is_last = sum.use_count() == 2 && sum.storage().use_count() == 1;
+    if (!is_last || !sum.is_non_overlapping_and_dense() || sum.scalar_type() != other.scalar_type() ||
+        sum.sizes() != other.sizes() || sum.strides() != other.strides()) {
+      return false;
+    }
+    at::_ops::add__Tensor::call(sum, other, stack[2].toScalar());
+    stack.resize(1);
+    return true;
   }
 
   // Puts value(slot) into the inputs of a call; each list is copied once.

@@ -57,7 +57,15 @@ def nothing_new(x, w):
     return x.to(torch.float32).contiguous().detach().relu_()
 
 
-BODIES = [concatenate, split, views, lookup, numbers, several, options, nothing_new]
+def sums(x, w):
+    """Whose first addend nothing else reads, is read again, has a view, and has not the shape, type or layout."""
+    y, z = x * 2, x * 3
+    view = z.t()
+    others = (x * 5) + w.t(), (x[0] * 6) + w, (x * 7).half() + w, (x * 8).t() + w
+    return (x * 4) + w, (x * 9).add(w, alpha=-2), y + w, y, z + w, view, *others
+
+
+BODIES = [concatenate, split, views, lookup, numbers, several, options, nothing_new, sums]
 
 
 @pytest.mark.parametrize("make", BODIES, ids=lambda f: f.__name__)
@@ -88,6 +96,17 @@ def test_a_replay_does_what_the_call_does(make, mode):
             for got, want in zip(out, expected, strict=True):
                 assert got.dtype == want.dtype and torch.equal(got, want), turn
     assert len(calls) == 1, "Python runs once"
+
+
+def test_a_sum_is_made_where_its_addend_was():
+    x, out = torch.randn(64, 64), torch.zeros(64, 64)
+    replay = record(lambda: out.copy_((x * 2) + (x * 3)))
+    replay()
+    with torch.profiler.profile() as profile:
+        replay()
+    names = {event.name for event in profile.events()}
+    assert "aten::add_" in names and "aten::add" not in names
+    assert torch.equal(out, x * 2 + x * 3)
 
 
 def test_random_numbers_are_drawn_anew():
