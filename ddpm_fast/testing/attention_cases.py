@@ -9,7 +9,7 @@ import torch
 
 from ddpm_fast.ops.attention.op import attention
 from ddpm_fast.runtime.dispatch import use_backend
-from ddpm_fast.testing.truth import assert_close_to_truth
+from ddpm_fast.testing.truth import assert_close_to_truth, poisoned_memory
 
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
@@ -47,14 +47,10 @@ def weights_like(out: torch.Tensor) -> torch.Tensor:
 def run(backend: str | None, qkv: torch.Tensor, mem_kv: torch.Tensor, heads: int) -> dict[str, Any]:
     """The output and every gradient, with poisoned memory: what is not written is NaN."""
     qkv, mem_kv = (tensor.detach().clone().requires_grad_() for tensor in (qkv, mem_kv))
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with poisoned_memory():
         with use_backend(backend):
             out = attention(qkv, mem_kv, heads=heads)
         out.backward(weights_like(out))
-    finally:
-        torch.use_deterministic_algorithms(was)
     return {"out": out.detach(), "dqkv": qkv.grad, "dmem_kv": mem_kv.grad}
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ddpm_fast.ops.linear_attention_block.op import linear_attention_block
 from ddpm_fast.runtime.dispatch import use_backend
-from ddpm_fast.testing.truth import assert_close_to_truth
+from ddpm_fast.testing.truth import assert_close_to_truth, poisoned_memory
 
 # B, heads, D, C, M, H, W
 SMALL = (2, 2, 8, 24, 3, 3, 4)
@@ -49,14 +49,10 @@ def run(function, tensors: dict, others: dict, kind: str = "none", scale: float 
     """The output and the gradient of every tensor, with poisoned memory: what is not written is NaN."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
     residual = {"residual": leaves["x"]} if kind == "x" else {}
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with poisoned_memory():
         out = function(**leaves, **residual, **others)
         grad = torch.linspace(-scale, scale, out.numel(), device=out.device)
         out.backward(grad.reshape(out.shape).to(out.dtype))
-    finally:
-        torch.use_deterministic_algorithms(was)
     return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ddpm_fast.ops.linear_attention.op import linear_attention
 from ddpm_fast.runtime.dispatch import use_backend
-from ddpm_fast.testing.truth import assert_close_to_truth
+from ddpm_fast.testing.truth import assert_close_to_truth, poisoned_memory
 
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 MAPS = ("qkv", "residual")
@@ -44,15 +44,11 @@ def run(backend: str, tensors: dict, others: dict, scale: float = 1.0) -> dict[s
     `scale` is the largest element of the output's gradient.
     """
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with poisoned_memory():
         with use_backend(backend):
             out = linear_attention(**leaves, **others)
         grad = torch.linspace(-scale, scale, out.numel(), device=out.device)
         out.backward(grad.reshape(out.shape).to(out.dtype))
-    finally:
-        torch.use_deterministic_algorithms(was)
     return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ddpm_fast.runtime import extension
 from ddpm_fast.runtime.dispatch import use_backend
-from ddpm_fast.testing.truth import assert_close_to_truth
+from ddpm_fast.testing.truth import assert_close_to_truth, poisoned_memory
 
 CHANNELS_LAST = torch.channels_last
 PAIRS = "avx512_bf16"  # avx512 with products of bfloat16, and otherwise the same functions
@@ -65,15 +65,11 @@ def threads(count: int):
 def run(op, backend: str | None, tensors: dict, options: dict, grad=GRADS["channels-last"]) -> dict[str, torch.Tensor]:
     """The output and the gradient of every tensor, with poisoned memory: what is not written is NaN."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with poisoned_memory():
         with use_backend(backend):
             out = op(**leaves, **options)
         weights = torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out.dtype)
         gradients = torch.autograd.grad(out, list(leaves.values()), grad(weights))
-    finally:
-        torch.use_deterministic_algorithms(was)
     return {"out": out.detach(), **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ddpm_fast.ops.norm_linear.op import norm_linear
 from ddpm_fast.runtime.dispatch import use_backend
-from ddpm_fast.testing.truth import assert_close_to_truth
+from ddpm_fast.testing.truth import assert_close_to_truth, poisoned_memory
 
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
@@ -38,14 +38,10 @@ def make(shape, layout: str, device="cpu") -> dict[str, torch.Tensor]:
 def run(backend: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The output and the gradient of every tensor, with poisoned memory: what is not written is NaN."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with poisoned_memory():
         with use_backend(backend):
             out = norm_linear(**leaves)
         out.backward(torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype))
-    finally:
-        torch.use_deterministic_algorithms(was)
     return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
 
 

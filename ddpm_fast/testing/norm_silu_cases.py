@@ -9,7 +9,7 @@ import torch
 
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
 from ddpm_fast.runtime.dispatch import use_backend
-from ddpm_fast.testing.truth import assert_close_to_truth
+from ddpm_fast.testing.truth import assert_close_to_truth, poisoned_memory
 
 NORMS: dict[str, Callable[..., torch.Tensor]] = {"rms": rms_norm_silu, "group": group_norm_silu}
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
@@ -74,14 +74,10 @@ def make(norm: str, shape, option: str, layout: str, device="cpu", seed=0) -> tu
 def run(norm: str, backend: str, tensors: dict, others: dict) -> dict[str, torch.Tensor]:
     """The output and the gradient of every tensor, with poisoned memory: what is not written is NaN."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with poisoned_memory():
         with use_backend(backend):
             out = NORMS[norm](**leaves, **others)
         out.backward(torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype))
-    finally:
-        torch.use_deterministic_algorithms(was)
     return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
 
 

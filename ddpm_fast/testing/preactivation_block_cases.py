@@ -10,7 +10,7 @@ import torch
 from ddpm_fast.ops.preactivation_block import reference
 from ddpm_fast.ops.preactivation_block.op import preactivation_block
 from ddpm_fast.runtime.dispatch import use_backend
-from ddpm_fast.testing.truth import errors
+from ddpm_fast.testing.truth import errors, poisoned_memory
 
 # Sums over pixels that nearly cancel; Winograd's rounding errors are the same in every tile.
 _OF_SUMS = ("bias1", "bias2", "embedding", "res_bias", "gain1", "gain2", "offset1", "offset2", "scale", "shift")
@@ -72,14 +72,10 @@ def run(
 ) -> dict[str, torch.Tensor]:
     """The output and the gradient of every tensor, with poisoned memory: what is not written is NaN."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with poisoned_memory():
         out = function(**{"bias1": None, "bias2": None, **leaves}, **others)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype).to(out.device)
         gradients = torch.autograd.grad(out, list(leaves.values()), grad)
-    finally:
-        torch.use_deterministic_algorithms(was)
     return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
 
 

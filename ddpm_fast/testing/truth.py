@@ -73,3 +73,14 @@ def exact_convolutions() -> Iterator[None]:
         yield
     finally:
         conv.fp32_precision = was
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, new memory is filled with NaN, so that what a kernel does not write is seen."""
+    earlier = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(earlier)

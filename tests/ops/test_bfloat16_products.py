@@ -17,7 +17,7 @@ from ddpm_fast.ops.resnet_block.op import resnet_block
 from ddpm_fast.runtime import extension
 from ddpm_fast.testing import attention_block_cases
 from ddpm_fast.testing.native_cases import CHANNELS_LAST, PAIRS, instruction_sets, instructions, threads
-from ddpm_fast.testing.truth import assert_close_to_truth
+from ddpm_fast.testing.truth import assert_close_to_truth, poisoned_memory
 
 pytestmark = pytest.mark.skipif(
     PAIRS not in instruction_sets((PAIRS,)),
@@ -137,16 +137,12 @@ MAPS = ("x", "skip", "qkv", "residual")
 def results(call: Callable, tensors: dict, backend: str = "native") -> dict[str, torch.Tensor]:
     """The output and the gradient of every tensor, with poisoned memory: what is not written is NaN."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with poisoned_memory():
         with use_backend(backend):
             out = call(**leaves)
         # The gradient of a bfloat16 map, exact in every type.
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).bfloat16().to(out.dtype)
         gradients = torch.autograd.grad(out, list(leaves.values()), grad)
-    finally:
-        torch.use_deterministic_algorithms(was)
     return {"out": out.detach(), **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
 
 

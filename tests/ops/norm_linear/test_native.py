@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ddpm_fast import use_backend
 from ddpm_fast.ops.norm_linear.op import linear, linear_residual, linears, norm_linear
 from ddpm_fast.runtime import dispatch, extension
-from ddpm_fast.testing.truth import assert_close_to_truth
+from ddpm_fast.testing.truth import assert_close_to_truth, poisoned_memory
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
@@ -84,16 +84,12 @@ def call(op: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 def run(op: str, backend: str, tensors: dict[str, torch.Tensor], grad=None) -> dict[str, torch.Tensor]:
     """The output and the gradient of every tensor, with poisoned memory: what is not written is NaN."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with poisoned_memory():
         with use_backend(backend):
             out = call(op, leaves)
         if grad is None:
             grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
         out.backward(grad.to(out.dtype))
-    finally:
-        torch.use_deterministic_algorithms(was)
     return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
 
 

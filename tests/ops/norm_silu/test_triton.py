@@ -29,7 +29,7 @@ from ddpm_fast.testing.norm_silu_cases import (
     make,
     run,
 )
-from ddpm_fast.testing.truth import assert_close_to_truth, exact_convolutions
+from ddpm_fast.testing.truth import assert_close_to_truth, exact_convolutions, poisoned_memory
 
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 SMALL = (3, 24, 4, 5, 4)
@@ -224,13 +224,9 @@ def run_two(tensors: dict, others: dict, leaves: dict[str, torch.Tensor]) -> tor
 def gradients_of_two(tensors: dict, others: dict, wanted) -> dict[str, torch.Tensor]:
     """The output and the gradients of the tensors of these names, with poisoned memory."""
     leaves = {name: tensors[name].detach().clone().requires_grad_() for name in wanted}
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
+    with poisoned_memory():
         out = run_two(tensors, others, leaves)
         out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape).to(out.dtype))
-    finally:
-        torch.use_deterministic_algorithms(was)
     return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 

@@ -13,7 +13,7 @@ from ddpm_fast.ops.resnet_block.composite import convs_of_parts, skip_convs
 from ddpm_fast.ops.resnet_block.op import resnet_block
 from ddpm_fast.runtime import dispatch, triton_launch
 from ddpm_fast.runtime.dispatch import use_backend, watch_choices
-from ddpm_fast.testing.truth import assert_close_to_truth, exact_convolutions
+from ddpm_fast.testing.truth import assert_close_to_truth, exact_convolutions, poisoned_memory
 
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 
@@ -60,14 +60,10 @@ def kernels(**tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def run(function, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Both outputs and the gradient of every tensor, with poisoned memory: what is not written is NaN."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with poisoned_memory():
         outputs = function(**leaves)
         grads = [torch.linspace(-1, 1, y.numel(), device=DEVICE).reshape(y.shape).to(y.dtype) for y in outputs]
         torch.autograd.backward(outputs, grads)
-    finally:
-        torch.use_deterministic_algorithms(was)
     outputs = dict(zip(("y", "residual"), (y.detach() for y in outputs), strict=True))
     return outputs | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
 
