@@ -34,6 +34,12 @@ NCU_METRICS = {
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "percent_of_peak",
 }
 
+# Of ncu's numbers, in the units in which it may print them.
+UNITS = {
+    "ns": 1.0, "nsecond": 1.0, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6,
+    "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "%": 1.0,
+}  # fmt: skip
+
 
 def read_sanitizer(output: str) -> dict:
     """Whether compute-sanitizer's last summary counts nothing, and its words."""
@@ -65,10 +71,3 @@ def read_ncu(output: str) -> list[dict]:
         if kernel.get("nanoseconds") and "bytes" in kernel:
             kernel["bytes_per_second"] = kernel["bytes"] / kernel["nanoseconds"] * 1e9
     return list(kernels.values())
-
-
-# Of ncu's numbers, in the units in which it may print them.
-UNITS = {
-    "ns": 1.0, "nsecond": 1.0, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6,
-    "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "%": 1.0,
-}  # fmt: skip

@@ -78,9 +78,12 @@ class SavedRun(StepRunner):
         `ema_decay`, ...; one warning names those that the file has otherwise. The seed is the trainer's if it was
         given, else the file's.
 
-        Raises FileNotFoundError, OSError (unreadable), or CheckpointError: a damaged file, two files or networks that
-        could be meant, another architecture, or another process (objective, schedule, image size, min-SNR, ...), with
-        old and new values. After an error nothing has been loaded.
+        Raises:
+            FileNotFoundError, OSError: the file cannot be read.
+            CheckpointError: a damaged file, two files or networks that could be meant, another architecture, or another
+                process (objective, schedule, image size, min-SNR, ...), with old and new values.
+
+        After an error nothing has been loaded.
         """
         path = find_file(milestone, self.results_folder)
         data = load_file(path, map_location="cpu")

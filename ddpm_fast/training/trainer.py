@@ -256,9 +256,10 @@ class Trainer(SavedRun):
     def train(self) -> None:
         """Train until `train_num_steps`; returns nothing.
 
-        Raises DivergenceError when the loss stops being finite. Ctrl-C is answered with a checkpoint and then raises
-        KeyboardInterrupt, SIGTERM with one and then SystemExit(143) (in a single process; torchrun and accelerate
-        handle their own).
+        Raises:
+            DivergenceError: the loss or a gradient stopped being finite.
+            KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, once model-last.pt is written (in a single
+                process; torchrun and accelerate handle their own).
         """
         if self.accelerator.is_main_process:
             self._history.start(self.step)

@@ -109,8 +109,6 @@ inline void over_chunks(const NormSiluArgs& p, const NormChunks& chunks, const B
   });
 }
 
-// ---- GroupNorm ----
-
 // value(g) for every channel of group g.
 template <typename Value>
 DDPM_FAST_INLINE void spread_groups(int64_t groups, int64_t C, float* to, const Value& value) {
@@ -282,8 +280,6 @@ DDPM_FAST_NOINLINE void group_means(const NormSiluArgs& p, const Affine& affine,
   over_groups(p.groups,
               [&](int64_t first, auto count) { group_means_from<count.value>(p, affine, sums, chunks, first, means); });
 }
-
-// ---- the kernels ----
 
 template <typename T>
 void rms_forward(const NormSiluForward& p, const NormChunks& chunks) {
