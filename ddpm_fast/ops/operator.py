@@ -67,7 +67,7 @@ class Operator:
             tensor. By default it is the first one.
         gradient_list: the backward operator returns Tensor[] instead of a tuple.
         contiguous_grad: grad is made contiguous for the backward operator.
-        formula: setup_context and backward of an operator that takes lists of tensors, made of torch's operators, for
+        autograd: setup_context and backward of an operator that takes lists of tensors, made of torch's operators, for
             graphs that call it; whoever calls `native` has gradients of its own.
         triton: the module of the functions `<name>` and `<name>_backward`, imported by the first call. A gradient from
             there may have another dtype or shape than its argument, and be None if that is.
@@ -97,7 +97,7 @@ class Operator:
         none_like: Mapping[str, str] | None = None,
         gradient_list: bool = False,
         contiguous_grad: bool = False,
-        formula: tuple[Callable[..., None], Callable[..., Any]] | None = None,
+        autograd: tuple[Callable[..., None], Callable[..., Any]] | None = None,
         triton: str | None = None,
         native: bool = False,
     ):
@@ -139,8 +139,8 @@ class Operator:
                 setup, forward, formula = self._autograd(kernel, direct, gradient)
                 torch.library.register_autograd(operator, formula, setup_context=setup, lib=library)
                 direct = differentiable(name, direct, forward, formula)
-            elif formula is not None:
-                torch.library.register_autograd(operator, formula[1], setup_context=formula[0], lib=library)
+            elif autograd is not None:
+                torch.library.register_autograd(operator, autograd[1], setup_context=autograd[0], lib=library)
                 direct = below_autograd(operator) if module is None else direct
             setattr(self, kernel.lower(), unless_watched(operator, direct, _places(self._arguments, types)))
 

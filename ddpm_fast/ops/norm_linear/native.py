@@ -96,7 +96,7 @@ _linears = Operator(
     "Tensor x, Tensor[] weights, Tensor[] biases",
     returns="out",
     fake=_linears_fake,
-    formula=(
+    autograd=(
         lambda ctx, inputs, output: keep_linears(ctx, *inputs),
         lambda ctx, grad: linears_gradients(ctx, grad, *ctx.needs_input_grad),
     ),
