@@ -50,7 +50,7 @@ def group_norm_silu(
 ) -> torch.Tensor:
     """See `ddpm_fast.ops.norm_silu.op.group_norm_silu`."""
     v = _with_bias(x, bias)
-    y = torch.group_norm(v, groups, gain.to(v.dtype), offset.to(v.dtype), eps)
+    y = torch.group_norm(v, groups, gain.to(v.dtype).flatten(), offset.to(v.dtype), eps)
     return _after_norm(y, scale, shift, residual, activation, dropout_p, seed).to(x.dtype)
 
 

@@ -74,6 +74,15 @@ def test_reference_takes_what_kernels_do_not(norm):
         assert x.grad is None or torch.isfinite(x.grad).all()
 
 
+@both_norms
+def test_the_gain_may_have_any_shape(norm):
+    tensors, others = make(norm, SHAPE, "plain", "nhwc")
+    with use_backend("reference"):
+        expected = NORMS[norm](**tensors, **others)
+        for shape in ((1, -1), (1, -1, 1, 1)):
+            assert torch.equal(NORMS[norm](**tensors | {"gain": tensors["gain"].reshape(shape)}, **others), expected)
+
+
 def test_keep_mask_known_answers():
     """Word i of block k of sample b decides about element 4k + i; the same words as noise's Philox."""
     from ddpm_fast import noise
