@@ -93,7 +93,7 @@ def test_a_second_derivative_is_refused_and_not_wrong():
     model = Unet(8, dim_mults=(1, 2))
     x = torch.randn(1, 3, 8, 8, requires_grad=True)
     (dx,) = torch.autograd.grad(model(x, torch.tensor([4])).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="for second derivatives"):
+    with pytest.raises(RuntimeError, match="for second derivatives|backward is not implemented"):
         dx.square().sum().backward()
 
 
