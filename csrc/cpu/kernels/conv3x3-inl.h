@@ -1,4 +1,5 @@
-// 3×3 convolutions by Winograd's F(4×4, 3×3), channels-last. The map is cut into tiles of 4×4 outputs:
+// 3×3 convolutions by Winograd's F(4×4, 3×3), channels-last. The map is cut into tiles of 4×4 outputs, smaller ones at
+// its edges (conv3x3_edges-inl.h):
 //
 //   V[point][tile][c]  = transform of the tile's 6×6 inputs
 //   U[point][panel][c] = transform of the taps, kPanel output channels side by side

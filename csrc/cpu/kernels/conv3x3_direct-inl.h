@@ -4,7 +4,7 @@
 //
 // with blocks of kLanes channels: a block of W is made in one piece of memory.
 //
-// One tile, or tiles that are mostly outside, pay for no transform of the weights: Winograd's saves at most three
+// A single tile, or maps of one or two pixels, pay for no transform of the weights: Winograd's saves at most three
 // quarters of so few products, and costs four times the memory of the weights. Two whole tiles do.
 #pragma once
 

@@ -5,7 +5,7 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// Maps of a pixel or two in height or width fill tiles so badly that Winograd's form has no fewer products.
+// Few pixels pay for no transform of the weights, nor do maps of one or two: Winograd's form saves too few products.
 constexpr int64_t kMaxPixelsDirectly = 16, kPixelsPerTile = 6;
 
 DDPM_FAST_INLINE bool directly(const Conv3x3Forward& p, const Tiles& tiles) {
