@@ -73,6 +73,7 @@ ROWS = [
         "integrations/openai",
         "integrations/edm",
     ],
+    ["integrations/replays"],
     ["integrations/family"],
     ["integrations/rules", "integrations/weights"],
     ["diffusion/openai", "diffusion/processes"],

@@ -23,6 +23,7 @@ from ddpm_fast.integrations import rules
 from ddpm_fast.integrations.family import (
     Fast,
     channels_last,
+    computes_plainly,
     declare,
     fast,
     is_unchanged,
@@ -30,6 +31,7 @@ from ddpm_fast.integrations.family import (
     why_changed,
     why_not,
 )
+from ddpm_fast.integrations.replays import replayed
 from ddpm_fast.models.embeddings import linears_of_one_input
 from ddpm_fast.models.narrow_weights import narrow
 from ddpm_fast.models.norm import is_group_norm
@@ -394,6 +396,8 @@ def _why_not_unet(module: Any) -> str | None:
 class Unet2D:
     """`UNet2DModel`: its projections of the time are one product, and its last norm and SiLU one pass."""
 
+    replays_calls = True
+
     def forward(
         self: Any,
         sample: torch.Tensor,
@@ -404,6 +408,16 @@ class Unet2D:
         """(B, C, H, W), one timestep or (B,), (B,) → (B, K, H, W), as diffusers' class returns it."""
         if self.config.time_embedding_type == "fourier" or torch.compiler.is_compiling():
             return own_forward(self, sample, timestep, class_labels, return_dict)
+        if not isinstance(timestep, torch.Tensor):
+            timestep = torch.tensor([timestep], dtype=torch.long, device=sample.device)
+        elif timestep.dim() == 0:
+            timestep = timestep[None].to(sample.device)
+        out = replayed(self, self._run, sample, timestep, class_labels)
+        return _output_class(self)(sample=out) if return_dict else (out,)
+
+    def _run(
+        self: Any, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> torch.Tensor:
         x = 2 * sample - 1.0 if self.config.center_input_sample else sample
         temb = self._embedding(x, timestep, class_labels)
         skip_sample: torch.Tensor | None = x
@@ -430,17 +444,12 @@ class Unet2D:
         (x,) = to_autocast_dtype(channels_last(x))
         x = group_norm_silu(x, parameter(norm, "weight"), parameter(norm, "bias"), groups=norm.num_groups, eps=norm.eps)
         out = self.conv_out(x)
-        out = out if skip_sample is None else out + skip_sample
-        return _output_class(self)(sample=out) if return_dict else (out,)
+        return out if skip_sample is None else out + skip_sample
 
     def _embedding(
-        self: Any, x: torch.Tensor, timestep: torch.Tensor | float, class_labels: torch.Tensor | None
+        self: Any, x: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
         """(B, T), of the time and of the classes."""
-        if not isinstance(timestep, torch.Tensor):
-            timestep = torch.tensor([timestep], dtype=torch.long, device=x.device)
-        elif timestep.dim() == 0:
-            timestep = timestep[None].to(x.device)
         temb = self.time_embedding(self.time_proj(timestep.expand(x.shape[0])).to(dtype=self._embedding_dtype()))
         if self.class_embedding is None:
             if class_labels is not None:
@@ -463,4 +472,11 @@ def _output_class(network: Any) -> Any:
     return sys.modules[type(network).__module__].UNet2DOutput
 
 
+_PLAIN_BLOCKS = (
+    "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UNetMidBlock2D", "ResnetUpsampleBlock2D",
+)  # fmt: skip
+computes_plainly(
+    *(f"diffusers.models.unets.unet_2d_blocks.{name}" for name in _PLAIN_BLOCKS),
+    "diffusers.models.embeddings.Timesteps", "diffusers.models.embeddings.TimestepEmbedding", DOWNSAMPLE, UPSAMPLE,
+)  # fmt: skip
 declare(Fast(UNET, "projections of the time, group_norm_silu", _why_not_unet, mixin=Unet2D, is_network=True))

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -90,6 +90,8 @@ FAMILIES = {
 _FAST: dict[str, list[Fast]] = {}
 # The same, with those that are known by their place in a network.
 _ALL: dict[str, list[Fast]] = {}
+# Paths of classes that are not replaced and do nothing besides computing.
+_PLAIN: set[str] = set()
 # Path of a class of objects around networks → (accelerate it, restore it).
 _AROUND: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {}
 # Class → its path and its forward; see `known`.
@@ -126,6 +128,16 @@ def fast(
         return forward
 
     return declared
+
+
+def computes_plainly(*paths: str) -> None:
+    """Say of classes that are not replaced that their forward acts on tensors, weights and settings alone."""
+    _PLAIN.update(paths)
+
+
+def plain_classes() -> Set[str]:
+    """The paths of classes of which a family has said `computes_plainly`."""
+    return _PLAIN
 
 
 def around(path: str, restore: Callable[[Any], None]) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:

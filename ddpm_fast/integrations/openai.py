@@ -18,6 +18,7 @@ from ddpm_fast.integrations.family import (
     Fast,
     channels_last,
     computes,
+    computes_plainly,
     declare,
     fast,
     is_unchanged,
@@ -25,6 +26,7 @@ from ddpm_fast.integrations.family import (
     why_changed,
     why_not,
 )
+from ddpm_fast.integrations.replays import replayed
 from ddpm_fast.models.embeddings import linears_of_one_input
 from ddpm_fast.models.norm import is_group_norm
 from ddpm_fast.models.stock import (
@@ -262,16 +264,21 @@ def upsample(module: Any, x: torch.Tensor) -> torch.Tensor:
 class _Network:
     """What an accelerated network has before its own methods."""
 
+    replays_calls = True
+
     def forward(self: Any, t: torch.Tensor, x: torch.Tensor, y: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(B,) or a number, (B, C, H, W), labels (B,) → (B, K, H, W)."""
         if x.dim() != 4 or t.dim() > 1 or (y is None) is not (self.num_classes is None):
             return own_forward(self, t, x, y, *args, **kwargs)
+        if y is not None and y.shape != (x.shape[0],):
+            return own_forward(self, t, x, y, *args, **kwargs)
+        return replayed(self, self._run, t, x, y)
+
+    def _run(self: Any, t: torch.Tensor, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         timesteps = t.repeat(x.shape[0]) if t.dim() == 0 else t
         package = sys.modules[_UNET]
         emb = self.time_embed(package.timestep_embedding(timesteps, self.model_channels))
         if y is not None:
-            if y.shape != (x.shape[0],):
-                return own_forward(self, t, x, y, *args, **kwargs)
             emb = emb + self.label_emb(y)
         h = x.type(self.dtype)
         rows = _rows(self, h, emb)
@@ -285,6 +292,7 @@ class _Network:
         return _last(self._modules["out"], h, x.dtype)
 
 
+computes_plainly(f"{_UNET}.TimestepEmbedSequential", f"{_UNET}.Downsample", f"{_UNET}.Upsample", _GROUP_NORM)
 for _name in ("UNetModel", "UNetModelWrapper"):
     declare(Fast(f"{_UNET}.{_name}", "preactivation_block, group_norm_silu", mixin=_Network, is_network=True))
 

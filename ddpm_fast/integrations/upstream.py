@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from ddpm_fast.integrations.family import Fast, declare, is_unchanged, own_forward
+from ddpm_fast.integrations.replays import recorded_calls
 from ddpm_fast.models import attention, classifier_free_unet, embeddings, norm, resnet
 from ddpm_fast.models.conditions import GivenConditions
+from ddpm_fast.models.recorded_calls import RecordedCalls
 from ddpm_fast.models.stock import is_instance, knows_package
 from ddpm_fast.models.unet_base import UnetBase
 from ddpm_fast.ops.registration import may_read
@@ -94,6 +96,11 @@ class _AttentionOfClasses(classifier_free_unet.Attention):
 
 class _Network(UnetBase):
     """What both networks share; no weight is moved or laid out."""
+
+    replays_calls = True
+
+    def _recorded_calls(self) -> RecordedCalls | None:
+        return recorded_calls(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return nn.Module._apply(self, fn, recurse)

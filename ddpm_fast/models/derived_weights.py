@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+import weakref
+from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from ddpm_fast.runtime.autocast import autocast_dtype
 # What a network is told: range(T), or times in the order of a sampler's rows.
 Times = range | tuple[float, ...] | None
 # Attributes of a module that has derived weights: neither copied nor pickled.
-_LEFT_OUT = ("_tensors", "_inside", "_besides", "_latest", "_last_use", "_slots")
+_LEFT_OUT = ("_tensors", "_inside", "_latest", "_last_use", "_slots")
 # A tensor, or several by name.
 Derived = torch.Tensor | dict[Hashable, torch.Tensor]
 
@@ -45,8 +46,6 @@ class HasDerivedWeight(nn.Module):
     _tensors: dict[Hashable, Derived]
     # Thread → keys of the blocks that it is inside, the innermost last.
     _inside: dict[int, list[Hashable]]
-    # Thread → for each of those blocks what a network keeps for it besides, or None where it shall keep nothing.
-    _besides: dict[int, list[dict[str, Any] | None]]
     # For torch.compile, which traces no thread: the tensor that was built last, and None outside all blocks.
     _latest: Derived | None = None
     # Of the last thread that left, on CUDA: work that may still read the tensors.
@@ -74,13 +73,7 @@ class HasDerivedWeight(nn.Module):
         inside = self.__dict__.get("_inside")
         return bool(inside) and (torch.compiler.is_compiling() or threading.get_ident() in self._inside)
 
-    def kept_for_block(self) -> dict[str, Any] | None:
-        """What a network keeps until this thread's block ends; None outside, and in a block that records no calls."""
-        besides = self.__dict__.get("_besides")
-        blocks = besides.get(threading.get_ident()) if besides else None
-        return blocks[-1] if blocks else None
-
-    def enter(self, times: Times, record: bool = False) -> None:
+    def enter(self, times: Times) -> None:
         """Make the tensor, unless a thread is inside with the same key: the weights have not changed since."""
         key = (self.key(times), autocast_dtype("cpu"), autocast_dtype("cuda"))
         tensors = self.__dict__.setdefault("_tensors", {})
@@ -91,8 +84,6 @@ class HasDerivedWeight(nn.Module):
                 if made is not None:
                     tensors[key] = self._latest = self._keep(made, self.key(times))
         self.__dict__.setdefault("_inside", {}).setdefault(threading.get_ident(), []).append(key)
-        besides = self.__dict__.setdefault("_besides", {})
-        besides.setdefault(threading.get_ident(), []).append({} if record else None)
 
     def _make(self, times: Times) -> Derived | None:
         return self.derive()
@@ -121,9 +112,8 @@ class HasDerivedWeight(nn.Module):
         """The end of a block; the tensor goes with the last thread that uses it. Its memory stays, see the class."""
         keys = self._inside[threading.get_ident()]
         key = keys.pop()
-        self._besides[threading.get_ident()].pop()
         if not keys:
-            del self._inside[threading.get_ident()], self._besides[threading.get_ident()]
+            del self._inside[threading.get_ident()]
         if any(key in others for others in self._inside.values()):
             return
         derived = self._tensors.pop(key, None)
@@ -138,6 +128,24 @@ class HasDerivedWeight(nn.Module):
 
 
 _lock = threading.RLock()
+
+# What is kept of networks, which are not kept alive for it.
+Kept = MutableMapping[nn.Module, Any]
+
+
+class _Blocks(threading.local):
+    """Of a thread: what is kept of networks outside all blocks, and in each that it is inside, the innermost last."""
+
+    def __init__(self) -> None:
+        self.kept: list[Kept | None] = [weakref.WeakKeyDictionary()]
+
+
+_blocks = _Blocks()
+
+
+def kept_by_block() -> Kept | None:
+    """What this thread keeps of networks until the innermost block ends; None in a block that records no calls."""
+    return _blocks.kept[-1]
 
 
 @contextlib.contextmanager
@@ -158,7 +166,7 @@ def inference_weights(
             projections of the time embedding in a table.
         times: what the network will be told instead, in the order of a sampler's rows: inside, an integer i means
             times[i] to a network that has `has_table_of_times`.
-        record: a Unet on the CPU replays calls without gradients from a tape, from the third of equal shapes on, with
+        record: on the CPU a Unet replays calls without gradients from a tape, from the third of equal shapes on, with
             the same bits and without Python. A changed module or setting is seen, and recorded anew.
     """
     given: Times = None
@@ -166,14 +174,16 @@ def inference_weights(
         given = range(num_timesteps or 0) if times is None else tuple(times)
     modules = list(network.modules()) if isinstance(network, nn.Module) else []
     entered: list[HasDerivedWeight] = []
+    _blocks.kept.append(weakref.WeakKeyDictionary() if record else None)
     try:
         with _lock:
             for module in modules:
                 if isinstance(module, HasDerivedWeight):
-                    module.enter(given, record)
+                    module.enter(given)
                     entered.append(module)
         yield
     finally:
+        _blocks.kept.pop()
         with _lock:
             for module in entered:
                 module.leave()

@@ -1,65 +1,102 @@
-"""Calls of a network inside `inference_weights`, replayed from tapes: small networks spend most of a call in Python."""
+"""Calls of a network without gradients, replayed from tapes on the CPU.
+
+Small networks spend most of a call in Python, and a network of 36 million parameters with eight images still 4%.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import nn
 
+from ddpm_fast.models.derived_weights import kept_by_block
 from ddpm_fast.ops.registration import may_read
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.dispatch import in_forward_mode
 from ddpm_fast.runtime.snapshot import Snapshot
 
 _LIMIT = 4  # kinds of calls that are kept, each with one set of inputs and an output
+_MOST_NETWORKS = 8  # of a thread
+_LONGEST_PAUSE = 64  # calls; a snapshot and its questions take milliseconds
 
 Run = Callable[[Sequence[torch.Tensor | None]], torch.Tensor]
 
 
 class RecordedCalls:
-    """The recordings of one network in one thread.
+    """The recordings of one network in one thread, which do not keep the network alive.
 
     The second call of a kind (shapes, dtypes, layouts, autocast) is recorded, and later ones replay it, with the same
     bits. Before each, a snapshot of the network says whether anything in it was replaced, hooked or set otherwise.
+
+    Args:
+        untrusted: says of a network which module's forward may do anything, in one clause; None where it knows all.
     """
 
-    def __init__(self, network: nn.Module):
-        self._network = network
+    def __init__(self, network: nn.Module, untrusted: Callable[[nn.Module], str | None] = recording.untrusted_module):
+        self._network = weakref.ref(network)
+        self._untrusted = untrusted
         self._snapshot: Snapshot | None = None
-        self._reason: str | None = None
+        self._next_pause = self._pause = 0
         self._recorded: OrderedDict[Hashable, _RecordedCall] = OrderedDict()
+        self.reason: str | None = None  # why calls are not recorded
 
     def call(self, run: Run, given: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """run(given), or a replay of it; `run` acts on the network's weights and on these tensors alone."""
         if not all(tensor is None or may_read(tensor) for tensor in given) or in_forward_mode():
             return run(given)
+        if self._pause > 0:
+            self._pause -= 1
+            return run(given)
         if self._snapshot is None or not self._snapshot.holds():
-            self._recorded.clear()
-            self._snapshot, self._reason = Snapshot(self._network), _why_not(self._network, given)
-        if self._reason is not None:
+            self._take_snapshot(given)
+        if self.reason is not None:
             return run(given)
         layouts = [None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in given]
         kind = (*layouts, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         if kind in self._recorded:
             self._recorded.move_to_end(kind)
-            return self._recorded[kind].call(run, given)
+            self._next_pause = 0
+            try:
+                return self._recorded[kind].call(run, given)
+            except recording.CaptureError as error:  # of the call that is recorded
+                self._recorded.clear()
+                self.reason = str(error)
+                return run(given)
         made = run(given)
         while len(self._recorded) >= _LIMIT:
             self._recorded.popitem(last=False)
         self._recorded[kind] = _RecordedCall(made, given)
         return made
 
+    def _take_snapshot(self, given: Sequence[torch.Tensor | None]) -> None:
+        """After this, a network that changes between all calls is asked less and less often."""
+        self._recorded.clear()
+        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause + 1, _LONGEST_PAUSE)
+        network, device = self._network(), next(tensor.device for tensor in given if tensor is not None)
+        assert network is not None, "its call is running"
+        self._snapshot = Snapshot(network)
+        self.reason = (
+            recording.TapeRecorder.why_not(device) or recording.why_not_recorded(network) or self._untrusted(network)
+        )
 
-def _why_not(network: nn.Module, given: Sequence[torch.Tensor | None]) -> str | None:
-    """Why calls of a network cannot be replayed, in one clause; None where they can."""
-    device = next(tensor.device for tensor in given if tensor is not None)
-    return (
-        recording.TapeRecorder.why_not(device)
-        or recording.why_not_recorded(network)
-        or recording.untrusted_module(network)
-    )
+
+def calls_of(
+    network: nn.Module, untrusted: Callable[[nn.Module], str | None] = recording.untrusted_module
+) -> RecordedCalls | None:
+    """What this thread has recorded of a network, with `RecordedCalls`' arguments; None where nothing is recorded.
+
+    That is in a block of `inference_weights` that says so. What is recorded outside all blocks is kept for a few
+    networks, whose weights and modules it keeps until the network is gone.
+    """
+    kept = kept_by_block()
+    if kept is not None and network not in kept:
+        if len(kept) >= _MOST_NETWORKS:
+            kept.clear()
+        kept[network] = RecordedCalls(network, untrusted)
+    return None if kept is None else kept[network]
 
 
 class _RecordedCall:

@@ -21,7 +21,7 @@ from ddpm_fast.models.conditions import (
     embed_vectors,
 )
 from ddpm_fast.models.convolution import StemConv, one_map
-from ddpm_fast.models.derived_weights import Derived, HasDerivedWeight, Times
+from ddpm_fast.models.derived_weights import Derived, HasDerivedWeight, Times, kept_by_block
 from ddpm_fast.models.embeddings import (
     CondMLP,
     RandomOrLearnedSinusoidalPosEmb,
@@ -48,6 +48,8 @@ from ddpm_fast.runtime.pretrained import Pretrained, UndrawnWeights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from ddpm_fast.models.recorded_calls import RecordedCalls
 
 # Without native kernels, channels-last is slower on the CPU when the smallest maps have fewer than 64 pixels per batch
 # and 256 channels or more (Unet(64) at 32×32: 1.4 times the time with 32 pixels, 0.99 with 128; Unet(32, (1, 2, 4))
@@ -149,19 +151,23 @@ class UnetBase(Pretrained, HasDerivedWeight):
         """The network of inputs that fit; its first convolution reads the maps side by side."""
         if torch.compiler.is_compiling():
             return self._run(maps, time, given)
-        kept = None if torch.is_grad_enabled() else self.kept_for_block()
-        if kept is None:
+        recorded = None if torch.is_grad_enabled() else self._recorded_calls()
+        if recorded is None:
             return self._run_with_copies(maps, time, given)
 
         def run(tensors: Sequence[Any]) -> torch.Tensor:
             number = len(maps)
             return self._run_with_copies(tensors[:number], tensors[number], GivenConditions(*tensors[number + 1 :]))
 
-        if "calls" not in kept:
-            from ddpm_fast.models.recorded_calls import RecordedCalls  # not before it is needed
+        return recorded.call(run, (*maps, time, *given))
 
-            kept["calls"] = RecordedCalls(self)
-        return kept["calls"].call(run, (*maps, time, *given))
+    def _recorded_calls(self) -> RecordedCalls | None:
+        """Of this thread's block of `inference_weights`; None where no calls are recorded."""
+        if not self.is_inside() or kept_by_block() is None:
+            return None
+        from ddpm_fast.models.recorded_calls import calls_of  # not before it is needed
+
+        return calls_of(self)
 
     def _run_with_copies(
         self, maps: Sequence[torch.Tensor], time: torch.Tensor, given: GivenConditions

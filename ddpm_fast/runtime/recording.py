@@ -179,20 +179,21 @@ class TapeRecorder:
             CaptureError: the body reads a value of a tensor, which a replay would not read again, or makes a tensor
                 without an operator. The body has stopped there.
         """
-        tape = None
+        tape: Any = None
+        unrecorded: Body | None = body  # not kept once it is recorded, nor what it refers to
 
         def run() -> None:
-            nonlocal tape
+            nonlocal tape, unrecorded
             if tape is not None:
                 tape.replay()
                 return
             module = extension.load()
-            assert module is not None, "why_not has refused"
+            assert module is not None and unrecorded is not None, "why_not has refused"
             written = module.Tape()
             with _RecordingMode(written):
-                body()
+                unrecorded()
             written.finish()
-            tape = written
+            tape, unrecorded = written, None
 
         return run
 

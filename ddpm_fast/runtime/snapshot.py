@@ -5,6 +5,7 @@ Thousands of entries are compared: by C++ where there is the extension (csrc/pyt
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from itertools import chain
 from operator import attrgetter, eq, is_
@@ -29,8 +30,10 @@ class Snapshot:
     """A model and what belongs to it as they are now; `holds` says whether they still are.
 
     Attributes of modules and entries of their dictionaries (parameters, buffers, submodules, hooks) are compared by
-    identity, tensors by address and layout. So `holds` may say False where an equal value was assigned, and never True
-    where something was replaced, added or taken away.
+    identity, tensors by address and layout, and the forwards of all their classes. So `holds` may say False where an
+    equal value was assigned, and never True where something was replaced, added or taken away.
+
+    What is in the model is kept alive, and the model itself is not.
 
     Args:
         model: the module whose calls are recorded, with all modules inside.
@@ -49,8 +52,8 @@ class Snapshot:
         is_called: bool = True,
     ):
         modules = list(model.modules())
-        self._classes = list(set(map(type, modules))) if is_called else []
-        self._forwards = list(map(attrgetter("forward"), self._classes))
+        self._model, self._class = weakref.ref(model), type(model)
+        self._forwards = _forwards_of(set(map(type, modules))) if is_called else {}
         parameters = list(model.parameters())
         self._parameters = parameters if is_called else []
         self._hooks = [list(map(attrgetter(name), self._parameters)) for name in _HOOKS]
@@ -64,14 +67,15 @@ class Snapshot:
                 compared += (own["_parameters"], own["_buffers"], own["_modules"])
         native = extension.load()
         comparison = _Comparison if native is None else native.Snapshot
-        self._comparison = comparison(compared, list(lists), modules, [*parameters, *model.buffers(), *tensors])
+        self._comparison = comparison(compared, list(lists), modules[1:], [*parameters, *model.buffers(), *tensors])
         self._settings = recording.settings() if is_called else None
 
     def holds(self) -> bool:
         """True if nothing has been replaced since."""
         return (
-            self._comparison.holds()
-            and all(map(is_, map(attrgetter("forward"), self._classes), self._forwards))
+            type(self._model()) is self._class
+            and self._comparison.holds()
+            and all(vars(cls).get("forward") is forward for cls, forward in self._forwards.items())
             and all(
                 all(map(is_, map(attrgetter(name), self._parameters), hooks))
                 for name, hooks in zip(_HOOKS, self._hooks, strict=True)
@@ -100,6 +104,11 @@ class _Comparison:
 
     def _all_entries(self) -> Iterable[object]:
         return chain(chain.from_iterable(map(dict.values, self._dicts)), chain.from_iterable(self._lists))
+
+
+def _forwards_of(classes: set[type]) -> dict[type, object]:
+    """The forward of each class and of each that it inherits from, None where it has none of its own."""
+    return {base: vars(base).get("forward") for cls in classes for base in cls.__mro__}
 
 
 def _hooks_of_every_module() -> tuple[dict, ...]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_fast import GaussianDiffusion, Unet, use_backend
-from ddpm_fast.models import unet_base
-from ddpm_fast.models.derived_weights import inference_weights
+from ddpm_fast.models import recorded_calls, unet_base
+from ddpm_fast.models.derived_weights import inference_weights, kept_by_block
+from ddpm_fast.models.recorded_calls import RecordedCalls
 from ddpm_fast.runtime import extension
+from ddpm_fast.runtime.snapshot import Snapshot
 
 T = 20
 
@@ -189,10 +193,56 @@ def test_nothing_is_kept_after_the_block():
     with torch.no_grad(), inference_weights(model, T):
         for _ in range(3):
             model(*batch(0))
-        assert model.kept_for_block()["calls"]._recorded
-        twin = copy.deepcopy(model)
-        assert twin.kept_for_block() is None
+        assert kept_by_block()[model]._recorded
+        assert copy.deepcopy(model) not in kept_by_block()
         with inference_weights(model, T, record=False):
-            assert model.kept_for_block() is None
-        assert model.kept_for_block()
-    assert model.kept_for_block() is None and not model._besides
+            assert kept_by_block() is None
+        assert model in kept_by_block()
+    assert model not in kept_by_block()
+
+
+def test_a_network_that_is_recorded_is_freed_with_its_last_name():
+    model = make()
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        with torch.no_grad(), inference_weights(None):
+            calls, kept = RecordedCalls(model), [model]
+            del model
+            for seed in range(4):
+                calls.call(lambda given: kept[0](*given), batch(seed))
+            assert calls._recorded
+            kept.clear()
+            assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_call_that_reads_a_value_is_made_as_always():
+    model = make()
+    calls, found = RecordedCalls(model), []
+
+    def run(given):
+        found.append(given[0].sum().item())
+        return given[0] * found[-1]
+
+    with torch.no_grad():
+        for seed in range(4):
+            x, t = batch(seed)
+            assert torch.equal(calls.call(run, (x, t)), x * x.sum().item())
+    assert "hands Python a value" in calls.reason
+
+
+def test_a_network_that_always_changes_is_asked_less_and_less_often(monkeypatch):
+    model, snapshots = make(), []
+    monkeypatch.setattr(recorded_calls, "Snapshot", lambda network: snapshots.append(0) or Snapshot(network))
+    calls = RecordedCalls(model)
+    with torch.no_grad():
+        for i in range(100):
+            model.note = object()
+            calls.call(lambda given: model(*given), batch(i))
+        assert len(snapshots) < 10
+        for i in range(140):
+            calls.call(lambda given: model(*given), batch(i))
+        replays = calls._recorded[next(iter(calls._recorded))]
+        assert replays._replay is not None and len(snapshots) < 12
