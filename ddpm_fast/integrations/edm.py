@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddpm_fast import noise
-from ddpm_fast.integrations.family import channels_last, fast, own_forward, why_changed
+from ddpm_fast.integrations.family import Fast, channels_last, computes_plainly, declare, fast, own_forward, why_changed
+from ddpm_fast.integrations.replays import ReplaysOwnForward
 from ddpm_fast.models.stock import parameter
 from ddpm_fast.ops.attention_block.op import unchecked_group_norm_attention_block
 from ddpm_fast.ops.preactivation_block.op import unchecked_preactivation_block
@@ -160,3 +161,14 @@ def _norm_of(norm: Any, channels: int, pixels: int) -> tuple[torch.Tensor, float
         return gain, norm.eps
     n = channels // norm.num_groups * pixels
     return gain * ((n - 1) / n) ** 0.5, norm.eps * (n - 1) / n
+
+
+class _Network(ReplaysOwnForward):
+    arguments = ("x", "noise_labels", "class_labels", "augment_labels")
+
+
+for _path in ("song_unet.SongUNet", "dhariwal_unet.DhariwalUNet"):
+    _NETWORK = f"physicsnemo.models.diffusion_unets.{_path}"
+    declare(Fast(_NETWORK, "its own forward, replayed", mixin=_Network, is_network=True))
+computes_plainly(_CONV, _LINEAR, _NORM)
+computes_plainly(*(f"{_LAYERS}.embedding_layers.{name}Embedding" for name in ("Positional", "Fourier")))

@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 from ddpm_fast import noise
-from ddpm_fast.integrations.family import channels_last, fast, is_unchanged, own_forward, why_changed, why_not
+from ddpm_fast.integrations.family import (
+    Fast,
+    channels_last,
+    computes_plainly,
+    declare,
+    fast,
+    is_unchanged,
+    own_forward,
+    why_changed,
+    why_not,
+)
+from ddpm_fast.integrations.replays import ReplaysOwnForward
 from ddpm_fast.models.narrow_weights import narrow
 from ddpm_fast.models.stock import is_convolution, is_instance, parameter, why_modified
 from ddpm_fast.ops.attention_block.op import unchecked_attention_block
@@ -137,3 +148,14 @@ def _resnet_block(branch: Any, shortcut: Any, x: torch.Tensor, time_emb: torch.T
         narrow(block2["proj"], "weight"), parameter(block2["proj"], "bias"), _gain(block2["norm"], x, width),
         **options,
     )  # fmt: skip
+
+
+class _Network(ReplaysOwnForward):
+    arguments = ("x", "times", "s", "cond", "image_cond", "action")
+
+
+declare(Fast(f"{_FILE}.Unet", "its own forward, replayed", mixin=_Network, is_network=True))
+computes_plainly(f"{_FILE}.SinusoidalPosEmb", f"{_FILE}.RandomOrLearnedSinusoidalPosEmb")
+# Its attention over the maps before, and the resampling of upstream.
+computes_plainly(*(f"x_unet.x_unet.{name}" for name in ("XAttnRes", "Project", "LoRA", "RMSNorm")))
+computes_plainly("einops.layers.torch.Rearrange")

@@ -8,8 +8,9 @@ A network says so in its fast forward:
         def forward(self, x, t):
             return replayed(self, self._run, x, t)
 
-`_run` acts on the network's weights and on these tensors alone. A module inside has to be computed by an op, be one of
-torch's, or of a class that its family has declared by `computes_plainly`; any other may do more than a tape shows.
+`_run` acts on the network's weights and on these tensors alone. `ReplaysOwnForward` is a mixin for networks whose own
+forward goes on running. A module inside has to be computed by an op, be one of torch's, or of a class that its family
+has declared by `computes_plainly`; any other may do more than a tape shows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpm_fast.integrations.family import path_of, plain_classes, why_changed, why_own_forward
+from ddpm_fast.integrations.family import own_forward, path_of, plain_classes, why_changed, why_own_forward
 from ddpm_fast.models.recorded_calls import RecordedCalls, calls_of
 from ddpm_fast.models.stock import own_class
 
@@ -36,6 +37,27 @@ def replayed(network: nn.Module, run: Callable[..., torch.Tensor], *given: torch
 def recorded_calls(network: nn.Module) -> RecordedCalls | None:
     """What this thread has recorded of an accelerated network; None in a block that records no calls."""
     return calls_of(network, untrusted_module)
+
+
+class ReplaysOwnForward:
+    """A network that runs its own forward, replayed for calls with tensors alone."""
+
+    replays_calls = True
+    arguments: tuple[str, ...]  # of the own forward; tensors, the first of them always given
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.arguments, args, strict=False)) | kwargs
+        are_tensors = all(value is None or isinstance(value, torch.Tensor) for value in given.values())
+        is_known = len(args) <= len(self.arguments) and set(self.arguments).issuperset(given)
+        if not (are_tensors and is_known and given.get(self.arguments[0]) is not None):
+            return own_forward(self, *args, **kwargs)
+        names = tuple(given)
+
+        def run(*tensors: torch.Tensor | None) -> torch.Tensor:
+            by_name = dict(zip(self.arguments, tensors, strict=True))
+            return own_forward(self, **{name: by_name[name] for name in names})
+
+        return replayed(self, run, *(given.get(name) for name in self.arguments))
 
 
 def untrusted_module(network: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ import weakref
 
 import denoising_diffusion_pytorch as upstream
 import pytest
+import rectified_flow_pytorch
 import torch
 from denoising_diffusion_pytorch import classifier_free_guidance
 from diffusers import UNet2DModel
@@ -21,6 +22,13 @@ from ddpm_fast.integrations import replays
 from ddpm_fast.models.derived_weights import kept_by_block
 from ddpm_fast.runtime import extension
 from ddpm_fast.testing.accelerated import randomise_all
+from ddpm_fast.testing.foreign_packages import import_edm
+
+edm = import_edm()
+EDM = {
+    "img_resolution": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_blocks": 1,
+    "channel_mult": [1, 2], "attn_resolutions": [4],
+}  # fmt: skip
 
 pytestmark = pytest.mark.skipif(
     extension.why_not(torch.device("cpu")) is not None, reason="tapes are the extension's, which is not here"
@@ -55,6 +63,16 @@ def of_timesteps(seed: int) -> tuple:
     )
 
 
+def of_times(seed: int) -> tuple:
+    x, t, _ = of_timesteps(seed)
+    return x, t / 1000
+
+
+def taking_autocast(network):
+    network.amp_mode = True
+    return network
+
+
 def call_openai(network: nn.Module, seed: int) -> torch.Tensor:
     x, t, y = of_timesteps(seed)
     return network(t / 1000, x, y)
@@ -84,6 +102,18 @@ NETWORKS = {
     "upstream": (
         lambda: upstream.Unet(8, dim_mults=(1, 2), self_condition=True),
         lambda network, seed: network(*of_timesteps(seed)[:2], of_timesteps(seed + 1)[0]),
+    ),
+    "rectified flow": (
+        lambda: rectified_flow_pytorch.Unet(8, dim_mults=(1, 2), flash_attn=True),
+        lambda network, seed: network(of_timesteps(seed)[0], times=of_timesteps(seed)[1] / 1000),
+    ),
+    "EDM's SongUNet": (
+        lambda: taking_autocast(edm.SongUNet(**EDM, dropout=0.0, augment_dim=3)),
+        lambda network, seed: network(*of_times(seed), augment_labels=torch.full((2, 3), seed / 5)),
+    ),
+    "EDM's DhariwalUNet": (
+        lambda: taking_autocast(edm.DhariwalUNet(**EDM, label_dim=3)),
+        lambda network, seed: network(*of_times(seed), torch.eye(3)[[seed % 3, 1]]),
     ),
     "upstream, classes": (
         lambda: classifier_free_guidance.Unet(8, num_classes=5, dim_mults=(1, 2), cond_drop_prob=0.0),
@@ -289,3 +319,28 @@ def test_modules_of_torch_whose_forward_was_replaced_are_not_trusted(network, mo
 
     monkeypatch.setattr(nn.ModuleList, "forward", forward)
     assert replays.untrusted_module(network) == "down_blocks: the forward of ModuleList was replaced"
+
+
+def test_arguments_that_a_tape_does_not_take_go_to_the_own_forward():
+    network, call = made("rectified flow")
+    with torch.no_grad():
+        for seed in range(3):
+            call(network, seed)
+        x, t = of_times(0)
+        expected = call(network, 0)
+        assert torch.equal(network(x, t, None), expected)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'time'"):
+            network(x, time=t)
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+            network(times=t)
+        with pytest.raises(AssertionError, match="need to be divisible"):
+            network(x[..., :7], t)
+
+
+def test_several_outputs_are_those_of_the_own_forward():
+    torch.manual_seed(0)
+    network = rectified_flow_pytorch.Unet(8, dim_mults=(1, 2), flash_attn=True, dim_proj_out_from_inner=4)
+    ddpm_fast.accelerate(network)
+    with torch.no_grad():
+        found = [network(*of_times(0)) for _ in range(4)]
+    assert all(len(out) == 2 for out in found) and replays_of(network) == 0
