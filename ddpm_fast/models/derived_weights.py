@@ -166,8 +166,9 @@ def inference_weights(
             projections of the time embedding in a table.
         times: what the network will be told instead, in the order of a sampler's rows: inside, an integer i means
             times[i] to a network that has `has_table_of_times`.
-        record: on the CPU a Unet replays calls without gradients from a tape, from the third of equal shapes on, with
-            the same bits and without Python. A changed module or setting is seen, and recorded anew.
+        record: on the CPU, a Unet or an accelerated network replays calls without gradients from a tape, from the
+            third of equal shapes on, with the same bits and without Python. A changed module or setting is seen, and
+            recorded anew. What is recorded inside ends with the block. False: nothing is recorded or replayed inside.
     """
     given: Times = None
     if times is not None or num_timesteps is not None:

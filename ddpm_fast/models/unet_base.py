@@ -162,8 +162,8 @@ class UnetBase(Pretrained, HasDerivedWeight):
         return recorded.call(run, (*maps, time, *given))
 
     def _recorded_calls(self) -> RecordedCalls | None:
-        """Of this thread's block of `inference_weights`; None where no calls are recorded."""
-        if not self.is_inside() or kept_by_block() is None:
+        """See `recorded_calls.calls_of`."""
+        if kept_by_block() is None:
             return None
         from ddpm_fast.models.recorded_calls import calls_of  # not before it is needed
 

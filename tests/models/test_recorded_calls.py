@@ -1,4 +1,4 @@
-"""Calls of a network inside inference_weights, replayed from tapes: same bits, and no change is missed."""
+"""Calls of a network without gradients, replayed from tapes: same bits, and no change is missed."""
 
 from __future__ import annotations
 
@@ -65,6 +65,23 @@ def test_replays_give_the_same_bits(runs, num_timesteps, autocast):
     assert runs == [2, 2], "one call as always, one that is recorded"
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+def test_calls_outside_of_blocks_are_replayed_too(runs):
+    model = make()
+    expected = outputs(model, False, None)
+    runs.clear()
+    with torch.no_grad():
+        for seed, out in enumerate(expected):
+            assert torch.equal(model(*batch(seed)), out)
+        assert runs == [2, 2]
+        model.final_conv.weight.mul_(2)
+        assert not torch.equal(model(*batch(0)), expected[0])
+        model.final_conv.weight.div_(2)
+        assert torch.equal(model(*batch(0)), expected[0])
+    assert runs == [2, 2]
+    model(*batch(0)).sum().backward()
+    assert runs == [2, 2, 2] and model.final_conv.weight.grad is not None
 
 
 def test_outputs_are_the_callers(runs):
@@ -237,7 +254,7 @@ def test_a_network_that_always_changes_is_asked_less_and_less_often(monkeypatch)
     model, snapshots = make(), []
     monkeypatch.setattr(recorded_calls, "Snapshot", lambda network: snapshots.append(0) or Snapshot(network))
     calls = RecordedCalls(model)
-    with torch.no_grad():
+    with torch.no_grad(), inference_weights(None, record=False):
         for i in range(100):
             model.note = object()
             calls.call(lambda given: model(*given), batch(i))
