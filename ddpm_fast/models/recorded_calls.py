@@ -47,10 +47,12 @@ class RecordedCalls:
         """run(given), or a replay of it; `run` acts on the network's weights and on these tensors alone."""
         if not all(tensor is None or may_read(tensor) for tensor in given) or in_forward_mode():
             return run(given)
+        if self._snapshot is not None and not self._snapshot.holds():
+            self._forget()
         if self._pause > 0:
             self._pause -= 1
             return run(given)
-        if self._snapshot is None or not self._snapshot.holds():
+        if self._snapshot is None:
             self._take_snapshot(given)
         if self.reason is not None:
             return run(given)
@@ -73,10 +75,13 @@ class RecordedCalls:
         self._recorded[kind] = _RecordedCall(made, given)
         return made
 
-    def _take_snapshot(self, given: Sequence[torch.Tensor | None]) -> None:
-        """After this, a network that changes between all calls is asked less and less often."""
+    def _forget(self) -> None:
+        """Drop what a changed network had; one that changes between all calls is asked less and less often."""
         self._recorded.clear()
+        self._snapshot = None
         self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause + 1, _LONGEST_PAUSE)
+
+    def _take_snapshot(self, given: Sequence[torch.Tensor | None]) -> None:
         network, device = self._network(), next(tensor.device for tensor in given if tensor is not None)
         assert network is not None, "its call is running"
         self._snapshot = Snapshot(network)

@@ -263,3 +263,20 @@ def test_a_network_that_always_changes_is_asked_less_and_less_often(monkeypatch)
             calls.call(lambda given: model(*given), batch(i))
         replays = calls._recorded[next(iter(calls._recorded))]
         assert replays._replay is not None and len(snapshots) < 12
+
+
+def test_weights_that_were_put_in_for_a_call_are_not_kept():
+    model = make()
+    with torch.no_grad():
+        for seed in range(4):
+            model(*batch(seed))
+        for _ in range(3):
+            weights = {name: parameter * 1.1 for name, parameter in model.named_parameters()}
+            gone = weakref.ref(weights["final_conv.weight"])
+            expected = torch.func.functional_call(model, weights, batch(0))
+            with inference_weights(None, record=False):
+                assert torch.equal(torch.func.functional_call(model, weights, batch(0)), expected)
+            del weights
+            model(*batch(0))
+            gc.collect()
+            assert gone() is None
