@@ -29,12 +29,10 @@ from ddpm_fast.integrations.family import (
     why_own_forward,
     why_refused,
 )
-from ddpm_fast.integrations.replays import untrusted_module
 from ddpm_fast.integrations.weights import give_back_weights, lay_out_weights
 from ddpm_fast.models.derived_weights import forget_derived
 from ddpm_fast.models.stock import own_class
 from ddpm_fast.runtime import dispatch
-from ddpm_fast.runtime.recording import why_not_recorded
 
 Thing = TypeVar("Thing")
 
@@ -162,15 +160,6 @@ def lines_of_explain(model: object) -> Iterator[str]:
     kinds = sorted({line.runs for line in lines if line.runs})
     for rule in dict.fromkeys(rule for kind in kinds for rule in rules.rules_for(kind)):
         yield f"{rule.runs or 'every block'} keeps its own forward where {rule.clause}"
-    if getattr(type(model), "replays_calls", False):
-        yield f"calls without gradients on the CPU {_how_replayed(model)}"
-
-
-def _how_replayed(network: nn.Module) -> str:
-    reason = untrusted_module(network) or why_not_recorded(network)
-    if reason is None:
-        return "are replayed from a tape, from the third of equal shapes on"
-    return f"are not replayed from a tape: {reason}"
 
 
 def _handlers(thing: object) -> Any:

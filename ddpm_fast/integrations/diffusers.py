@@ -31,7 +31,7 @@ from ddpm_fast.integrations.family import (
     why_changed,
     why_not,
 )
-from ddpm_fast.integrations.replays import replayed
+from ddpm_fast.integrations.replays import Replayed, replayed
 from ddpm_fast.models.embeddings import linears_of_one_input
 from ddpm_fast.models.narrow_weights import narrow
 from ddpm_fast.models.norm import is_group_norm
@@ -393,10 +393,8 @@ def _why_not_unet(module: Any) -> str | None:
     return None if is_instance(module._modules.get("conv_act"), nn.SiLU) else why_not(module, "conv_act")
 
 
-class Unet2D:
+class Unet2D(Replayed):
     """`UNet2DModel`: its projections of the time are one product, and its last norm and SiLU one pass."""
-
-    replays_calls = True
 
     def forward(
         self: Any,

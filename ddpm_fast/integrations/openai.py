@@ -26,7 +26,7 @@ from ddpm_fast.integrations.family import (
     why_changed,
     why_not,
 )
-from ddpm_fast.integrations.replays import replayed
+from ddpm_fast.integrations.replays import Replayed, replayed
 from ddpm_fast.models.embeddings import linears_of_one_input
 from ddpm_fast.models.norm import is_group_norm
 from ddpm_fast.models.stock import (
@@ -261,10 +261,8 @@ def upsample(module: Any, x: torch.Tensor) -> torch.Tensor:
     return unchecked_upsample_conv(x, parameter(conv, "weight"), parameter(conv, "bias"), taps=None)
 
 
-class _Network:
+class _Network(Replayed):
     """What an accelerated network has before its own methods."""
-
-    replays_calls = True
 
     def forward(self: Any, t: torch.Tensor, x: torch.Tensor, y: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(B,) or a number, (B, C, H, W), labels (B,) → (B, K, H, W)."""

@@ -2,9 +2,7 @@
 
 A network says so in its fast forward:
 
-    class Network:
-        replays_calls = True  # for `explain`
-
+    class Network(Replayed):
         def forward(self, x, t):
             return replayed(self, self._run, x, t)
 
@@ -22,8 +20,15 @@ import torch
 from torch import nn
 
 from ddpm_fast.integrations.family import own_forward, path_of, plain_classes, why_changed, why_own_forward
-from ddpm_fast.models.recorded_calls import RecordedCalls, calls_of
+from ddpm_fast.models.recorded_calls import RecordedCalls, calls_of, why_not_replayed
 from ddpm_fast.models.stock import own_class
+
+
+class Replayed:
+    """A mixin of networks whose calls are replayed, for `explain`."""
+
+    def why_not_replayed(self: Any) -> str | None:
+        return why_not_replayed(self, untrusted_module)
 
 
 def replayed(network: nn.Module, run: Callable[..., torch.Tensor], *given: torch.Tensor | None) -> torch.Tensor:
@@ -39,10 +44,9 @@ def recorded_calls(network: nn.Module) -> RecordedCalls | None:
     return calls_of(network, untrusted_module)
 
 
-class ReplaysOwnForward:
+class ReplaysOwnForward(Replayed):
     """A network that runs its own forward, replayed for calls with tensors alone."""
 
-    replays_calls = True
     arguments: tuple[str, ...]  # of the own forward; tensors, the first of them always given
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.integrations.family import Fast, declare, is_unchanged, own_forward
-from ddpm_fast.integrations.replays import recorded_calls
+from ddpm_fast.integrations.replays import Replayed, recorded_calls
 from ddpm_fast.models import attention, classifier_free_unet, embeddings, norm, resnet
 from ddpm_fast.models.conditions import GivenConditions
 from ddpm_fast.models.recorded_calls import RecordedCalls
@@ -94,10 +94,8 @@ class _AttentionOfClasses(classifier_free_unet.Attention):
         return weight.new_empty(2, self.heads, 0, weight.shape[0] // (3 * self.heads))
 
 
-class _Network(UnetBase):
+class _Network(Replayed, UnetBase):
     """What both networks share; no weight is moved or laid out."""
-
-    replays_calls = True
 
     def _recorded_calls(self) -> RecordedCalls | None:
         return recorded_calls(self)

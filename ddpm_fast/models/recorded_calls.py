@@ -25,6 +25,19 @@ _LONGEST_PAUSE = 64  # calls; a snapshot and its questions take milliseconds
 Run = Callable[[Sequence[torch.Tensor | None]], torch.Tensor]
 
 
+def why_not_replayed(
+    network: nn.Module, untrusted: Callable[[nn.Module], str | None] = recording.untrusted_module
+) -> str | None:
+    """Why calls of a network on the CPU are not replayed, in one clause; None where they are.
+
+    Args:
+        untrusted: says which module's forward may do anything, in one clause; None where it knows all.
+    """
+    return (
+        recording.TapeRecorder.why_not(torch.device("cpu")) or recording.why_not_recorded(network) or untrusted(network)
+    )
+
+
 class RecordedCalls:
     """The recordings of one network in one thread, which do not keep the network alive.
 
@@ -32,7 +45,7 @@ class RecordedCalls:
     bits. Before each, a snapshot of the network says whether anything in it was replaced, hooked or set otherwise.
 
     Args:
-        untrusted: says of a network which module's forward may do anything, in one clause; None where it knows all.
+        untrusted: see `why_not_replayed`.
     """
 
     def __init__(self, network: nn.Module, untrusted: Callable[[nn.Module], str | None] = recording.untrusted_module):
@@ -53,7 +66,7 @@ class RecordedCalls:
             self._pause -= 1
             return run(given)
         if self._snapshot is None:
-            self._take_snapshot(given)
+            self._take_snapshot()
         if self.reason is not None:
             return run(given)
         layouts = [None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in given]
@@ -81,13 +94,10 @@ class RecordedCalls:
         self._snapshot = None
         self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause + 1, _LONGEST_PAUSE)
 
-    def _take_snapshot(self, given: Sequence[torch.Tensor | None]) -> None:
-        network, device = self._network(), next(tensor.device for tensor in given if tensor is not None)
+    def _take_snapshot(self) -> None:
+        network = self._network()
         assert network is not None, "its call is running"
-        self._snapshot = Snapshot(network)
-        self.reason = (
-            recording.TapeRecorder.why_not(device) or recording.why_not_recorded(network) or self._untrusted(network)
-        )
+        self._snapshot, self.reason = Snapshot(network), why_not_replayed(network, self._untrusted)
 
 
 def calls_of(

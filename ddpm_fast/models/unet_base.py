@@ -169,6 +169,12 @@ class UnetBase(Pretrained, HasDerivedWeight):
 
         return calls_of(self)
 
+    def why_not_replayed(self) -> str | None:
+        """For `explain`; see `recorded_calls.why_not_replayed`."""
+        from ddpm_fast.models.recorded_calls import why_not_replayed
+
+        return why_not_replayed(self)
+
     def _run_with_copies(
         self, maps: Sequence[torch.Tensor], time: torch.Tensor, given: GivenConditions
     ) -> torch.Tensor:

@@ -297,4 +297,8 @@ def explain(model: Any = None, *, devices: list[torch.device] | None = None) -> 
     if model is not None:
         for account in accounts:
             lines += account(model)
+    if hasattr(model, "why_not_replayed"):
+        reason = model.why_not_replayed()
+        how = "from the third of equal shapes on" if reason is None else f"not: {reason}"
+        lines.append(f"calls without gradients on the CPU are replayed from a tape, {how}")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_fast import GaussianDiffusion, Unet, use_backend
+from ddpm_fast import GaussianDiffusion, Unet, explain, use_backend
 from ddpm_fast.models import recorded_calls, unet_base
 from ddpm_fast.models.derived_weights import inference_weights, kept_by_block
 from ddpm_fast.models.recorded_calls import RecordedCalls
@@ -80,6 +80,9 @@ def test_calls_outside_of_blocks_are_replayed_too(runs):
         model.final_conv.weight.div_(2)
         assert torch.equal(model(*batch(0)), expected[0])
     assert runs == [2, 2]
+    assert "are replayed from a tape, from the third" in explain(model)
+    model.mid_block1.register_forward_hook(lambda *_: None)
+    assert "tape, not: the model's mid_block1 has forward hooks" in explain(model)
     model(*batch(0)).sum().backward()
     assert runs == [2, 2, 2] and model.final_conv.weight.grad is not None
 
