@@ -42,7 +42,8 @@ class RecordedCalls:
     """The recordings of one network in one thread, which do not keep the network alive.
 
     The second call of a kind (shapes, dtypes, layouts, autocast) is recorded, and later ones replay it, with the same
-    bits. Before each, a snapshot of the network says whether anything in it was replaced, hooked or set otherwise.
+    bits. Before each, a snapshot of the network says whether anything in it was replaced, hooked or set otherwise, or a
+    buffer written.
 
     Args:
         untrusted: see `why_not_replayed`.
@@ -52,6 +53,8 @@ class RecordedCalls:
         self._network = weakref.ref(network)
         self._untrusted = untrusted
         self._snapshot: Snapshot | None = None
+        self._buffers: list[torch.Tensor] = []
+        self._versions: list[int] = []
         self._next_pause = self._pause = 0
         self._recorded: OrderedDict[Hashable, _RecordedCall] = OrderedDict()
         self.reason: str | None = None  # why calls are not recorded
@@ -60,7 +63,7 @@ class RecordedCalls:
         """run(given), or a replay of it; `run` acts on the network's weights and on these tensors alone."""
         if not all(tensor is None or may_read(tensor) for tensor in given) or in_forward_mode():
             return run(given)
-        if self._snapshot is not None and not self._snapshot.holds():
+        if self._snapshot is not None and not (self._snapshot.holds() and self._versions == self._versions_now()):
             self._forget()
         if self._pause > 0:
             self._pause -= 1
@@ -91,13 +94,19 @@ class RecordedCalls:
     def _forget(self) -> None:
         """Drop what a changed network had; one that changes between all calls is asked less and less often."""
         self._recorded.clear()
-        self._snapshot = None
+        self._snapshot, self._buffers = None, []
         self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause + 1, _LONGEST_PAUSE)
 
     def _take_snapshot(self) -> None:
         network = self._network()
         assert network is not None, "its call is running"
         self._snapshot, self.reason = Snapshot(network), why_not_replayed(network, self._untrusted)
+        self._buffers = list(network.buffers())
+        self._versions = self._versions_now()
+
+    def _versions_now(self) -> list[int]:
+        """How often the buffers were written: a module may decide by their values, as EDM's blocks by their filters."""
+        return [0 if buffer.is_inference() else buffer._version for buffer in self._buffers]
 
 
 def calls_of(

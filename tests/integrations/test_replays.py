@@ -337,6 +337,19 @@ def test_arguments_that_a_tape_does_not_take_go_to_the_own_forward():
             network(x[..., :7], t)
 
 
+def test_a_filter_whose_numbers_were_changed_is_seen():
+    network, call = made("EDM's SongUNet")
+    with torch.no_grad():
+        before = [call(network, 0) for _ in range(4)][-1]
+        assert replays_of(network) == 1
+        for name, buffer in network.named_buffers():
+            if "resample_filter" in name:
+                buffer.mul_(1.5)
+        with without_tapes(network):
+            expected = call(network, 0)
+        assert torch.equal(call(network, 0), expected) and not torch.equal(expected, before)
+
+
 def test_several_outputs_are_those_of_the_own_forward():
     torch.manual_seed(0)
     network = rectified_flow_pytorch.Unet(8, dim_mults=(1, 2), flash_attn=True, dim_proj_out_from_inner=4)
