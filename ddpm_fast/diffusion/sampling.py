@@ -380,7 +380,7 @@ class RecordedSteps:
 
     def _body(self, is_guided: bool) -> None:
         state = self.state
-        with uncached_autocast(state.x.device, self._autocast):
+        with uncached_autocast(state.x.device, self._autocast), recording.outside_inference_mode():
             state.advance(state.x_start if state.self_condition else None, is_guided=is_guided)
 
     def _reset(self) -> None:

@@ -5,9 +5,10 @@ Small networks spend most of a call in Python, and a network of 36 million param
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -125,6 +126,17 @@ def calls_of(
     return None if kept is None else kept[network]
 
 
+@contextlib.contextmanager
+def _casting_anew() -> Iterator[None]:
+    """Inside, autocast casts every weight, and takes no cast that it keeps: a tape would hold that one fast."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 class _RecordedCall:
     """A tape, the tensors that it reads, and its output, which is laid out as what a first call made."""
 
@@ -141,7 +153,8 @@ class _RecordedCall:
         if self._replay is None:
 
             def body() -> None:
-                self._output.copy_(run(self._given))
+                with _casting_anew(), recording.outside_inference_mode():
+                    self._output.copy_(run(self._given))
 
             self._replay = recording.TapeRecorder(self._output.device).record(body, lambda: None)
         self._replay()

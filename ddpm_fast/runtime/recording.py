@@ -198,6 +198,20 @@ class TapeRecorder:
         return run
 
 
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """For bodies whose tensors were made outside of inference mode: inside, torch.no_grad is in its place.
+
+    In inference mode a tape sees operators before they are taken apart. Autocast is past then, and does not reach what
+    they are made of: einsum multiplies float32 by bfloat16, and raises.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class _RecordingMode(TorchDispatchMode):
     """Every operator that is called in the block, below autograd and autocast, goes to the tape as well."""
 

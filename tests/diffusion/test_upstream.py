@@ -246,6 +246,25 @@ def test_sampling_in_autocast_keeps_a_float32_state():
     assert low.dtype == torch.float32 and (low - high).abs().mean() < 0.05
 
 
+class WithEinsum(torch.nn.Module):
+    channels, out_dim, self_condition = 3, 3, False
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.weight = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Parameter(torch.eye(3))
+
+    def forward(self, x, t, x_self_cond=None):
+        return torch.einsum("bchw,dc->bdhw", self.conv(x), self.weight)
+
+
+def test_recorded_autocast_reaches_what_an_operator_is_made_of():
+    """A tape that is written in inference mode sees einsum whole, and its product of two dtypes raises."""
+    ours = GaussianDiffusion(WithEinsum(), image_size=8, timesteps=12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, recorded = [ours.sample(2, seed=1, progress=False, graph=graph) for graph in (False, True)]
+    assert torch.equal(plain, recorded)
+
+
 def test_samples_may_be_trained_on():
     ours = GaussianDiffusion(Unet(**SMALL), image_size=8, timesteps=4)
     ours(ours.sample(2, progress=False).clamp(0, 1)).backward()

@@ -153,6 +153,20 @@ def test_replays_give_the_same_bits(name, autocast):
     assert call(network, 0).requires_grad, "with gradients as always"
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_that_autocast_has_cast_are_cast_again(name):
+    network, call = made(name)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):  # which keeps casts of weights until its end
+            before = [call(network, 0) for _ in range(4)][-1]
+        for parameter in network.parameters():
+            parameter.mul_(1.05)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call(network, 0)
+        with torch.autocast("cpu", torch.bfloat16), without_tapes(network):
+            assert torch.equal(call(network, 0), found) and not torch.equal(found, before)
+
+
 @pytest.fixture
 def network():
     return made("diffusers")[0]

@@ -169,6 +169,23 @@ def test_autocast_is_that_of_the_recording():
     assert torch.equal(out, x @ w)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_autocast_reaches_what_an_operator_is_made_of(mode):
+    x, w, y = torch.randn(2, 3, 4, 4), torch.randn(3, 3), torch.empty(2, 3, 4, 4)
+
+    def body():
+        with recording.outside_inference_mode():
+            y.copy_(torch.einsum("bchw,dc->bdhw", torch.relu(torch.nn.functional.conv2d(x, w[:, :, None, None])), w))
+
+    with mode(), torch.autocast("cpu", torch.bfloat16):
+        body()
+        expected, replay = y.clone(), record(body)
+        for _ in range(2):
+            y.zero_()
+            replay()
+            assert torch.equal(y, expected)
+
+
 def test_no_map_outlives_its_last_reader():
     """Neither the recording's, which would be a network's maps at once, nor a replay's."""
     x, out, seen = torch.ones(1000), torch.zeros(()), []
