@@ -263,6 +263,7 @@ def _lines(pipeline: Any) -> Iterator[str]:
     network, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
     if isinstance(network, nn.Module):
         yield from lines_of_explain(network)
+        yield from dispatch.lines_about_replays(network)
     if scheduler is not None:
         is_made = hasattr(type(scheduler), "_ddpm_fast_own")
         reason = why_not_scheduler(scheduler) or (None if is_made else "the pipeline is not accelerated")

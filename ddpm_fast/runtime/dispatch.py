@@ -12,7 +12,7 @@ forced backend that the block does not have is forced on these.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NoReturn
@@ -297,8 +297,12 @@ def explain(model: Any = None, *, devices: list[torch.device] | None = None) -> 
     if model is not None:
         for account in accounts:
             lines += account(model)
-    if hasattr(model, "why_not_replayed"):
-        reason = model.why_not_replayed()
+    return "\n".join((*lines, *lines_about_replays(model)))
+
+
+def lines_about_replays(network: Any) -> Iterator[str]:
+    """For `explain`: whether calls of a network are replayed, where it says so by a method `why_not_replayed`."""
+    if hasattr(network, "why_not_replayed"):
+        reason = network.why_not_replayed()
         how = "from the third of equal shapes on" if reason is None else f"not: {reason}"
-        lines.append(f"calls without gradients on the CPU are replayed from a tape, {how}")
-    return "\n".join(lines)
+        yield f"calls without gradients on the CPU are replayed from a tape, {how}"

@@ -110,7 +110,7 @@ def test_pipelines(kind, tmp_path):
     assert abs(draw() - expected).max() < 1e-3
     text = ddpm_fast.explain(model=pipeline)
     assert f"scheduler  {type(scheduler).__name__}  sampler_step" in text
-    assert "preactivation_block" in text
+    assert "preactivation_block" in text and "are replayed from a tape, " in text
     assert (
         isinstance(pipeline.scheduler, type(scheduler)) and type(scheduler).__name__ == kind.__name__[:4] + "Scheduler"
     )
