@@ -51,6 +51,9 @@ def group_norm_silu(
     """See `ddpm_fast.ops.norm_silu.op.group_norm_silu`."""
     v = _with_bias(x, bias)
     y = torch.group_norm(v, groups, gain.to(v.dtype).flatten(), offset.to(v.dtype), eps)
+    if v.stride(1) == 1:
+        # A copy on CUDA alone, and while torch.compile traces: torch's fake output is NCHW on every device.
+        y = y.contiguous(memory_format=torch.channels_last)
     return _after_norm(y, scale, shift, residual, activation, dropout_p, seed).to(x.dtype)
 
 

@@ -84,6 +84,19 @@ def test_the_steps_have_second_derivatives():
         assert torch.autograd.gradgradcheck(block, leaves)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("function", [group_norm_attention_block, reference.group_norm_attention_block])
+def test_the_steps_compile_whole(function, layout):
+    """Traced by fake tensors, whose strides must be the real ones: torch's of group_norm are not."""
+    tensors, options = make((2, 2, 12, 16, 3, 5), groups=4)
+    tensors["x"] = tensors["x"].contiguous(memory_format=layout)
+    with use_backend("reference"):
+        expected = run(function, tensors, options)
+        actual = run(torch.compile(function, backend="aot_eager", fullgraph=True), tensors, options)
+    assert actual["out"].stride() == expected["out"].stride()
+    torch.testing.assert_close(actual, expected)
+
+
 def test_the_steps_ignore_autocast():
     tensors, options = make((2, 2, 12, 16, 3, 5))
     with use_backend("reference"):

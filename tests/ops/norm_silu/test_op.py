@@ -75,6 +75,21 @@ def test_reference_takes_what_kernels_do_not(norm):
 
 
 @both_norms
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_the_reference_compiles_whole(norm, layout):
+    """Its fake output has the strides of the real one; a view, here of channels in pairs, depends on them."""
+    tensors, others = make(norm, SHAPE, "plain", layout)
+    x = torch.cat([tensors["x"], tensors["x"]], dim=1)[:, : SHAPE[1]]
+
+    def in_pairs(x):
+        y = getattr(reference, f"{norm}_norm_silu")(**tensors | {"x": x}, **others)
+        return y.reshape(2, 4, 2, -1) + y.stride(1)
+
+    expected = in_pairs(x)
+    assert torch.equal(torch.compile(in_pairs, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+@both_norms
 def test_the_gain_may_have_any_shape(norm):
     tensors, others = make(norm, SHAPE, "plain", "nhwc")
     with use_backend("reference"):
