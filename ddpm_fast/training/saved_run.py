@@ -32,7 +32,7 @@ class SavedRun(StepRunner):
     results_folder: Path
     step: int
     seed: int
-    batch_size: int
+    _train_batch_size: int
     train_num_steps: int
     save_and_sample_every: int
     num_samples: int
@@ -125,7 +125,7 @@ class SavedRun(StepRunner):
         """The trainer's arguments that a file records besides Adam's and the average's, which have their own places."""
         return {
             "seed": self.seed,
-            "train_batch_size": self.batch_size,
+            "train_batch_size": self._train_batch_size,
             "gradient_accumulate_every": self.gradient_accumulate_every,
             "train_num_steps": self.train_num_steps,
             "save_and_sample_every": self.save_and_sample_every,
@@ -163,13 +163,13 @@ class SavedRun(StepRunner):
     def _global_batch_size(self) -> int:
         """Images of all processes in one micro-step."""
         if not self.accelerator.split_batches:
-            return self.batch_size * self.world_size
-        if self.batch_size % self.world_size:
+            return self._train_batch_size * self.world_size
+        if self._train_batch_size % self.world_size:
             raise ValueError(
-                f"train_batch_size is {self.batch_size}; with split_batches=True it must be a multiple of the "
+                f"train_batch_size is {self._train_batch_size}; with split_batches=True it must be a multiple of the "
                 f"{self.world_size} processes"
             )
-        return self.batch_size
+        return self._train_batch_size
 
 
 def _recorded_value_range(dataset: Any) -> list[float] | None:

@@ -54,6 +54,12 @@ with needed_for("Trainer"):
     from tqdm.auto import tqdm
 
 
+# Attributes that are positive integers.
+_COUNTS = (
+    "train_num_steps", "gradient_accumulate_every", "save_and_sample_every", "num_samples", "batch_size", "log_every",
+)  # fmt: skip
+
+
 class DivergenceError(ValueError):
     """The loss or a gradient stopped being finite."""
 
@@ -174,7 +180,8 @@ class Trainer(SavedRun):
         self.image_size = size_of(diffusion_model)
         self.num_samples = num_samples
         self.save_and_sample_every = save_and_sample_every
-        self.batch_size = train_batch_size
+        self._train_batch_size = train_batch_size
+        self.batch_size = train_batch_size  # of samples: what is assigned later changes no batch of training
         self.gradient_accumulate_every = gradient_accumulate_every
         self.train_num_steps = train_num_steps
         self.max_grad_norm = max_grad_norm
@@ -257,10 +264,12 @@ class Trainer(SavedRun):
         """Train until `train_num_steps`; returns nothing.
 
         Raises:
+            ValueError: a setting that was assigned to an attribute does not fit, named in one sentence.
             DivergenceError: the loss or a gradient stopped being finite.
             KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, once model-last.pt is written (in a single
                 process; torchrun and accelerate handle their own).
         """
+        self._check_settings()
         if self.accelerator.is_main_process:
             self._history.start(self.step)
         is_shown = self._show_progress and self.accelerator.is_main_process
@@ -280,6 +289,27 @@ class Trainer(SavedRun):
                 self._stop(self._stop_signals.noted)
         self.accelerator.wait_for_everyone()
         self.accelerator.print("training complete")
+
+    def _check_settings(self) -> None:
+        """Check what may have been assigned since construction, and follow it."""
+        for name in _COUNTS:
+            setattr(self, name, as_int(name, getattr(self, name), 1))
+        self.step = as_int("step", self.step, 0)
+        self.seed = as_int("seed", self.seed)
+        self.max_grad_norm = as_number("max_grad_norm", self.max_grad_norm, 0)
+        self.best_fid = as_number("best_fid", self.best_fid)
+        if self.seed != self.dl.order.seed:
+            self.dl.seek(self.dl.position, self.seed)
+        folder = Path(self.results_folder)
+        if folder != self._history.path.parent:
+            make_folder(folder, "results_folder")
+            self._history = LossHistory(folder)
+        self.results_folder = folder
+        if self.accelerator.is_main_process:
+            if self.calculate_fid and not hasattr(self, "fid_scorer"):
+                raise ValueError("calculate_fid must be True when the trainer is made; got True afterwards")
+            if self.save_best_and_latest_only and not self.calculate_fid:
+                raise ValueError("save_best_and_latest_only=True chooses by FID, so calculate_fid must be True")
 
     def _train_step(self) -> None:
         """One optimizer step over `gradient_accumulate_every` batches."""

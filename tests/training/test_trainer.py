@@ -554,6 +554,66 @@ class TestFailures:
         with pytest.raises(error, match=message):
             make_trainer(tmp_path, **options)
 
+    @pytest.mark.parametrize(
+        "name, value, message",
+        [
+            ("log_every", 0, "a positive integer; got 0"),
+            ("save_and_sample_every", -3, "a positive integer; got -3"),
+            ("train_num_steps", None, "a positive integer; got None"),
+            ("gradient_accumulate_every", 1.5, "a positive integer; got 1.5"),
+            ("num_samples", "9", "a positive integer; got '9'"),
+            ("batch_size", 0, "a positive integer; got 0"),
+            ("step", -1, "a non-negative integer; got -1"),
+            ("seed", None, "an integer; got None"),
+            ("max_grad_norm", -1, r"a number in \[0, inf\]; got -1"),
+            ("best_fid", None, "a number; got None"),
+            ("calculate_fid", True, "True when the trainer is made; got True afterwards"),
+        ],
+    )
+    def test_wrong_attributes_get_one_sentence(self, tmp_path, name, value, message):
+        trainer = make_trainer(tmp_path)
+        setattr(trainer, name, value)
+        with pytest.raises(ValueError, match=f"{name} must be {message}"):
+            trainer.train()
+        assert not list(tmp_path.iterdir())
+
+    def test_the_best_without_fid_is_refused_when_assigned(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.save_best_and_latest_only = True
+        with pytest.raises(ValueError, match="chooses by FID, so calculate_fid must be True"):
+            trainer.train()
+
+    def test_attributes_that_are_assigned_hold(self, tmp_path):
+        """A trainer that is given the same from the start computes the same, and files record it."""
+        assigned = make_trainer(tmp_path / "1", seed=1, train_num_steps=5, save_and_sample_every=9)
+        assigned.seed, assigned.log_every, assigned.save_and_sample_every = 2, 3.0, np.int64(2)
+        assigned.gradient_accumulate_every, assigned.max_grad_norm, assigned.train_num_steps = 2, 0.5, 4
+        assigned.num_samples, assigned.results_folder = 4, str(tmp_path / "3")
+        options = dict(gradient_accumulate_every=2, max_grad_norm=0.5, train_num_steps=4, num_samples=4)
+        given = make_trainer(tmp_path / "2", seed=2, log_every=3, save_and_sample_every=2, **options)
+        for trainer in (assigned, given):
+            trainer.train()
+        names = ["loss.csv", "model-1.pt", "model-2.pt", "sample-1.png", "sample-2.png"]
+        assert sorted({path.name for path in (tmp_path / "3").iterdir()} - {"loss.png"}) == names
+        assert not list((tmp_path / "1").iterdir())
+        one, two = (load_file(tmp_path / folder / "model-2.pt") for folder in "23")
+        assert one["training"] == two["training"]
+        for key, tensor in one["model"].items():
+            assert torch.equal(tensor, two["model"][key]), key
+
+    def test_a_batch_size_that_is_assigned_is_that_of_samples(self, tmp_path):
+        """As upstream's: the batches of training are made with the trainer."""
+        trainer = make_trainer(tmp_path, train_num_steps=2, num_samples=5, train_batch_size=16)
+        trainer.batch_size = 2
+        trainer.train()
+        assert load_file(tmp_path / "model-last.pt")["training"]["train_batch_size"] == 16
+        sizes, sample = [], trainer.ema.ema_model.sample
+        trainer.ema.ema_model.sample = lambda batch_size, **options: (
+            sizes.append(batch_size) or sample(batch_size=batch_size, **options)
+        )
+        trainer._save_samples(tmp_path / "sample.png")
+        assert sizes == [2, 2, 1]
+
     def test_betas_may_be_integers(self, tmp_path):
         trainer = make_trainer(tmp_path, adam_betas=(0, 0.5), train_num_steps=1)
         trainer.train()
