@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from ddpm_fast.diffusion.xm import process_of
 from ddpm_fast.runtime.extras import needed_for
@@ -23,14 +23,17 @@ with needed_for("Trainer"):
         InitProcessGroupKwargs,
     )
 
+# For a process that never comes: its arguments or its data have a fault. torchrun ends the others of its machine.
+_LONGEST_START = timedelta(minutes=30)
 # Only rank 0 samples at a milestone; the others wait in their next all-reduce for as long as that takes.
 _LONGEST_WAIT = timedelta(hours=12)
 
 
 def make_accelerator(mixed_precision: str, split_batches: bool, has_unused: bool) -> Accelerator:
     """The accelerator of a trainer; has_unused: some parameters have no gradient in some step."""
+    is_grouped = distributed.is_available() and distributed.is_initialized()  # then its timeout is the user's
     with own_precision(mixed_precision):
-        return Accelerator(
+        accelerator = Accelerator(
             # Without this, torchrun on a machine without accelerators would start unrelated single runs.
             cpu=not torch.accelerator.is_available(),
             # accelerate 1.x ignores its old argument split_batches=, which upstream still passes.
@@ -38,9 +41,18 @@ def make_accelerator(mixed_precision: str, split_batches: bool, has_unused: bool
             mixed_precision=mixed_precision,
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=has_unused),
-                InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
+                InitProcessGroupKwargs(timeout=_LONGEST_START),
             ],
         )
+    if not is_grouped and distributed.is_available() and distributed.is_initialized():
+        _set_timeout(_LONGEST_WAIT)
+    return accelerator
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    """Of the collectives of all processes; torch before 2.14 has it under another name."""
+    set_timeout = getattr(distributed, "set_timeout", None) or distributed.distributed_c10d._set_pg_timeout
+    set_timeout(timeout)
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any, mixed_precision: str) -> tuple[Any, Any]:
