@@ -51,6 +51,10 @@ def conv3x3(
 ) -> torch.Tensor:
     """A 3×3 convolution of stride 1 with zeros around the map.
 
+    Winograd's transforms, on the CPU, mix the pixels of a tile of 4×4 outputs (8×8 where upsampled): a NaN or an
+    infinity in x makes outputs in up to four tiles NaN, where in torch 3×3 (4×4) are not finite. Finite numbers beyond
+    1e36 in x, weight or the output may overflow, for transforms multiply them by up to 20.
+
     Args:
         x: (B, C, H, W) float32, float16, bfloat16 (float64: reference only). Channels-last runs natively on the CPU,
             where half types are computed in float32 and rounded once.
