@@ -42,13 +42,26 @@ DDPM_FAST_INLINE void over_runs(int64_t N, const Body& body) {
   for (int64_t first = 0; first < N; first += kPlaneRun) body(first, min(kPlaneRun, N - first));
 }
 
-// Dropout's factors of pixels [first, first + count) of a channel; null where there is no dropout.
-DDPM_FAST_NOINLINE const float* fill_keep_plane(const NormSiluArgs& p, int64_t sample, int64_t c, int64_t first,
+// body(k, planes) for sets of adjacent channels [k, k + planes) whose pixels are read as one run: single ones where a
+// channel is longer than half a run.
+constexpr int64_t kPlanesOfRun = 16;
+template <typename Body>
+DDPM_FAST_INLINE void over_planes(int64_t channels, int64_t N, const Body& body) {
+  const int64_t most = max<int64_t>(1, min(kPlanesOfRun, kPlaneRun / N));
+  for (int64_t k = 0; k < channels; k += most) body(k, min(most, channels - k));
+}
+
+// Dropout's factors of pixels [first, first + count) of a channel.
+DDPM_FAST_NOINLINE const float* make_keep_plane(const NormSiluArgs& p, int64_t sample, int64_t c, int64_t first,
                                                 int64_t count) {
-  if (!p.dropout.keep_threshold) return nullptr;
   float* mask = thread_scratch(kNormMaskSlot, count);
   fill_keep_run(p.dropout, sample, c * p.N + first, count, mask, 1);
   return mask;
+}
+// The same; null where there is no dropout.
+DDPM_FAST_INLINE const float* fill_keep_plane(const NormSiluArgs& p, int64_t sample, int64_t c, int64_t first,
+                                              int64_t count) {
+  return p.dropout.keep_threshold ? make_keep_plane(p, sample, c, first, count) : nullptr;
 }
 
 // y = x̂·slope + added of a channel.
@@ -69,17 +82,13 @@ struct PlaneAffine {
   DDPM_FAST_INLINE vf slope() const { return slope_of_channel; }
 };
 
-// The output of a run from its x̂, which is at(n, lanes).
+// The output of a channel's pixels from their x̂, which is at(n, lanes).
 template <typename At>
-DDPM_FAST_INLINE void finish_run(const NormSiluForward& p, const PlaneAffine& affine, const float* keep, int64_t begin,
-                                 int64_t count, PlaneRuns& runs, const At& at) {
-  const float* residual = read_run(p.residual, p.in.type, begin, count, runs.other);
-  float* out = place_of_run(p.out, p.in.type, begin, runs.out);
-  const bool activation = p.in.activation;
+DDPM_FAST_INLINE void finish_plane(const PlaneAffine& affine, bool activation, const float* keep, const float* residual,
+                                   int64_t count, float* out, const At& at) {
   over_channels(count, [&](int64_t n, auto lanes) {
     lanes.put(out + n, after_norm(affine(at(n, lanes)), activation, keep, residual, n, lanes));
   });
-  write_run(p.out, p.in.type, begin, count, out);
 }
 
 // Σ g·x̂ and Σ g of a run, whose x̂ is at(n, lanes); each(n, lanes, x̂, g·slope) for all vectors.
@@ -134,32 +143,49 @@ struct PlaneNormed {
   DDPM_FAST_INLINE vf operator()(vf x) const { return (x - centre) * rstd; }
 };
 
-// Σ of (x - centre), or of its square, over adjacent elements of a map.
-DDPM_FAST_NOINLINE double sum_of_plane(const NormSiluArgs& p, int64_t begin, int64_t elements, float centre,
-                                       bool squared, PlaneRuns& runs) {
+// Σ of (x - centre), or of its square, of kRuns adjacent runs of `count` elements.
+template <int kRuns, typename T>
+DDPM_FAST_INLINE void sums_of_runs(const T* x, int64_t count, float centre, bool squared, float* sums) {
+  vf of[kRuns] = {};
+  over_channels(count, [&](int64_t n, auto lanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kRuns; ++i) {
+      const vf difference = lanes.get(x + i * count + n) - splat(centre);
+      of[i] += lanes.only(squared ? difference * difference : difference);
+    }
+  });
+  reduce_add_many(of, kRuns, sums);
+}
+
+// The same of adjacent elements of a map, as the sum of the runs' sums.
+template <typename T>
+DDPM_FAST_NOINLINE double sum_of_plane(const T* x, int64_t elements, float centre, bool squared) {
   double total = 0;
-  over_runs(elements, [&](int64_t first, int64_t count) {
-    const float* x = read_run(p.x, p.type, begin + first, count, runs.x);
-    vf sum = {};
-    over_channels(count, [&](int64_t n, auto lanes) {
-      const vf difference = lanes.get(x + n) - splat(centre);
-      sum += lanes.only(squared ? difference * difference : difference);
-    });
-    total += static_cast<double>(reduce_add(sum));
+  float sums[4];
+  int64_t first = 0;
+  // Four runs at a time: their sums do not wait for each other.
+  for (; first + 4 * kPlaneRun <= elements; first += 4 * kPlaneRun) {
+    sums_of_runs<4>(x + first, kPlaneRun, centre, squared, sums);
+    for (const float sum : sums) total += static_cast<double>(sum);
+  }
+  over_runs(elements - first, [&](int64_t begin, int64_t count) {
+    sums_of_runs<1>(x + first + begin, count, centre, squared, sums);
+    total += static_cast<double>(sums[0]);
   });
   return total;
 }
 
 // (mean, 1/√(variance + eps)) of a group. Without a bias its planes are as one.
-inline void group_plane_statistics(const NormSiluArgs& p, const GroupPlanes& group, float* statistics,
-                                   PlaneRuns& runs) {
+template <typename T>
+inline void group_plane_statistics(const NormSiluArgs& p, const GroupPlanes& group, float* statistics) {
   const int64_t planes = p.bias ? group.channels : 1, elements = group.channels * p.N / planes;
   const double count = static_cast<double>(group.channels * p.N);
+  const T* x = static_cast<const T*>(p.x) + group.begin;
   const auto sum = [&](float centre, bool squared) {
     double total = 0;
     for (int64_t k = 0; k < planes; ++k) {
       const float moved = p.bias ? centre - p.bias[group.first_channel + k] : centre;
-      total += sum_of_plane(p, group.begin + k * elements, elements, moved, squared, runs);
+      total += sum_of_plane(x + k * elements, elements, moved, squared);
     }
     return total;
   };
@@ -170,22 +196,63 @@ inline void group_plane_statistics(const NormSiluArgs& p, const GroupPlanes& gro
 
 inline void group_planes_forward(const NormSiluForward& p) {
   const int64_t N = p.in.N;
+  const MapType type = p.in.type;
   over_group_planes(p.in, [&](const GroupPlanes& group, int64_t i) {
     PlaneRuns runs;
     float* statistics = p.statistics + 2 * i;
-    group_plane_statistics(p.in, group, statistics, runs);
-    for (int64_t k = 0; k < group.channels; ++k) {
-      const int64_t c = group.first_channel + k;
-      const PlaneNormed normed(p.in, statistics, c);
-      const PlaneAffine affine(group.affine, c);
-      over_runs(N, [&](int64_t first, int64_t count) {
+    with_element(type, [&](auto element) { group_plane_statistics<decltype(element)>(p.in, group, statistics); });
+    const Affine rows = group.affine;
+    over_planes(group.channels, N, [&](int64_t k, int64_t planes) DDPM_FAST_LAMBDA {
+      over_runs(N, [&](int64_t first, int64_t count) DDPM_FAST_LAMBDA {
         const int64_t begin = group.begin + k * N + first;
-        const float* keep = fill_keep_plane(p.in, group.sample, c, first, count);
-        const float* x = read_run(p.in.x, p.in.type, begin, count, runs.x);
-        finish_run(p, affine, keep, begin, count, runs,
-                   [&](int64_t n, auto lanes) { return normed(lanes.get(x + n)); });
+        const float* x = read_run(p.in.x, type, begin, planes * count, runs.x);
+        const float* residual = read_run(p.residual, type, begin, planes * count, runs.other);
+        float* const out = place_of_run(p.out, type, begin, runs.out);
+        for (int64_t j = 0; j < planes; ++j, x += count) {
+          const int64_t c = group.first_channel + k + j;
+          const PlaneNormed normed(p.in, statistics, c);
+          finish_plane(PlaneAffine(rows, c), p.in.activation, fill_keep_plane(p.in, group.sample, c, first, count),
+                       residual ? residual + j * count : nullptr, count, out + j * count,
+                       [&](int64_t n, auto lanes) { return normed(lanes.get(x + n)); });
+        }
+        write_run(p.out, type, begin, planes * count, out);
       });
-    }
+    });
+  });
+}
+
+// z = g·slope of a group, and Σ g·x̂ and Σ g of its channels.
+inline void group_planes_z(const NormSiluBackward& p, const GroupPlanes& group, const float* statistics, float* z,
+                           float* of_sample, PlaneRuns& runs) {
+  const int64_t C = p.in.C, N = p.in.N;
+  const MapType type = p.in.type;
+  const Affine rows = group.affine;
+  over_planes(group.channels, N, [&](int64_t k, int64_t planes) DDPM_FAST_LAMBDA {
+    vf products[kPlanesOfRun], slopes[kPlanesOfRun];
+    KahanSum all_products, all_slopes;  // of a channel of several runs
+    over_runs(N, [&](int64_t first, int64_t count) DDPM_FAST_LAMBDA {
+      const int64_t begin = group.begin + k * N + first;
+      const float* x = read_run(p.in.x, type, begin, planes * count, runs.x);
+      const float* grad = read_run(p.grad, type, begin, planes * count, runs.other);
+      float* z_plane = z + k * N + first;
+      for (int64_t j = 0; j < planes; ++j, x += count, grad += count, z_plane += count) {
+        const int64_t c = group.first_channel + k + j;
+        const PlaneNormed normed(p.in, statistics, c);
+        const RunSums of_run = gradients_of_run(
+            p, PlaneAffine(rows, c), fill_keep_plane(p.in, group.sample, c, first, count), grad, count,
+            [&](int64_t n, auto lanes) { return normed(lanes.get(x + n)); },
+            [&](int64_t n, auto lanes, vf, vf scaled) { lanes.put(z_plane + n, scaled); });
+        products[j] = of_run.products;
+        slopes[j] = of_run.slopes;
+        if (planes > 1) continue;
+        all_products.add(of_run.products);
+        all_slopes.add(of_run.slopes);
+        products[0] = all_products.sum;
+        slopes[0] = all_slopes.sum;
+      }
+    });
+    reduce_add_many(products, planes, of_sample + group.first_channel + k);
+    reduce_add_many(slopes, planes, of_sample + C + group.first_channel + k);
   });
 }
 
@@ -199,44 +266,35 @@ inline void group_planes_backward(const NormSiluBackward& p, float* sums, float*
     float *of_sample = sums + group.sample * 3 * C, *mean = means + group.sample * 2 * C;
     float* z = type == MapType::kFloat ? static_cast<float*>(p.dx) + group.begin
                                        : thread_scratch(kNormRowSlot, group.channels * N);
-    for (int64_t k = 0; k < group.channels; ++k) {
-      const int64_t c = group.first_channel + k;
-      const PlaneNormed normed(p.in, statistics, c);
-      const PlaneAffine affine(group.affine, c);
-      KahanSum products, slopes;
-      over_runs(N, [&](int64_t first, int64_t count) {
-        const int64_t begin = group.begin + k * N + first;
-        const float* keep = fill_keep_plane(p.in, group.sample, c, first, count);
-        const float* x = read_run(p.in.x, type, begin, count, runs.x);
-        float* z_run = z + k * N + first;
-        const RunSums of_run = gradients_of_run(
-            p, affine, keep, read_run(p.grad, type, begin, count, runs.other), count,
-            [&](int64_t n, auto lanes) { return normed(lanes.get(x + n)); },
-            [&](int64_t n, auto lanes, vf, vf scaled) { lanes.put(z_run + n, scaled); });
-        products.add(of_run.products);
-        slopes.add(of_run.slopes);
-      });
-      of_sample[c] = reduce_add(products.sum);
-      of_sample[C + c] = reduce_add(slopes.sum);
-    }
+    group_planes_z(p, group, statistics, z, of_sample, runs);
     group_means_from<1>(p.in, group.affine, of_sample, 1, group.group, mean);
     const vf mean_z = splat(mean[group.first_channel]), mean_product = splat(mean[C + group.first_channel]);
+    // `count` elements of dx from the group's element `first` on; each(lanes, vector of dx).
+    const auto write_dx = [&](const PlaneNormed& normed, int64_t first, int64_t count, const auto& each) {
+      const int64_t begin = group.begin + first;
+      const float *x = read_run(p.in.x, type, begin, count, runs.x), *z_run = z + first;
+      float* dx = place_of_run(p.dx, type, begin, runs.out);
+      over_channels(count, [&](int64_t n, auto lanes) {
+        const vf d = group_gradient(lanes.get(z_run + n), normed(lanes.get(x + n)), mean_z, mean_product, normed.rstd);
+        each(lanes, d);
+        lanes.put(dx + n, d);
+      });
+      write_run(p.dx, type, begin, count, dx);
+    };
+    if (!p.in.bias) {  // the group's planes are as one
+      const PlaneNormed normed(p.in, statistics, group.first_channel);
+      over_runs(group.channels * N,
+                [&](int64_t first, int64_t count) { write_dx(normed, first, count, [](auto, vf) {}); });
+      clear(of_sample + 2 * C + group.first_channel, group.channels);
+      return;
+    }
     for (int64_t k = 0; k < group.channels; ++k) {
       const int64_t c = group.first_channel + k;
       const PlaneNormed normed(p.in, statistics, c);
       KahanSum inputs;
       over_runs(N, [&](int64_t first, int64_t count) {
-        const int64_t begin = group.begin + k * N + first;
-        const float *x = read_run(p.in.x, type, begin, count, runs.x), *z_run = z + k * N + first;
-        float* dx = place_of_run(p.dx, type, begin, runs.out);
         vf of_run = {};
-        over_channels(count, [&](int64_t n, auto lanes) {
-          const vf d =
-              group_gradient(lanes.get(z_run + n), normed(lanes.get(x + n)), mean_z, mean_product, normed.rstd);
-          of_run += lanes.only(d);
-          lanes.put(dx + n, d);
-        });
-        write_run(p.dx, type, begin, count, dx);
+        write_dx(normed, k * N + first, count, [&](auto lanes, vf d) { of_run += lanes.only(d); });
         inputs.add(of_run);
       });
       of_sample[2 * C + c] = reduce_add(inputs.sum);
@@ -311,8 +369,12 @@ inline void rms_planes_forward(const NormSiluForward& p) {
     }
     for (int64_t c = 0; c < C; ++c, v += block.count) {
       const float* keep = fill_keep_plane(p.in, block.sample, c, block.first, block.count);
-      finish_run(p, PlaneAffine(block.affine, c), keep, block.begin + c * N, block.count, runs,
-                 [&](int64_t n, auto lanes) { return lanes.get(v + n) * lanes.get(factors + n); });
+      const int64_t begin = block.begin + c * N;
+      const float* residual = read_run(p.residual, p.in.type, begin, block.count, runs.other);
+      float* out = place_of_run(p.out, p.in.type, begin, runs.out);
+      finish_plane(PlaneAffine(block.affine, c), p.in.activation, keep, residual, block.count, out,
+                   [&](int64_t n, auto lanes) { return lanes.get(v + n) * lanes.get(factors + n); });
+      write_run(p.out, p.in.type, begin, block.count, out);
     }
   });
 }
