@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ddpm_fast.ops.registration import (
+    autograd_of,
     below_autograd,
     define,
-    differentiable,
     implement,
     launcher,
     library,
@@ -124,6 +124,7 @@ class Operator:
             operator = define(prefix + name, signature, _by_name(fake, self._arguments))
             direct: Callable = operator
             gradient: Callable | None = None
+            differentiable: Callable | None = None
             if module is not None:
                 direct = launcher(module, name)
                 implement(name, direct)
@@ -138,11 +139,12 @@ class Operator:
                 direct = below_autograd(operator) if module is None else direct
                 setup, forward, formula = self._autograd(kernel, direct, gradient)
                 torch.library.register_autograd(operator, formula, setup_context=setup, lib=library)
-                direct = differentiable(name, direct, forward, formula)
+                differentiable = autograd_of(name, forward, formula)
             elif autograd is not None:
                 torch.library.register_autograd(operator, autograd[1], setup_context=autograd[0], lib=library)
                 direct = below_autograd(operator) if module is None else direct
-            setattr(self, kernel.lower(), unless_watched(operator, direct, _places(self._arguments, types)))
+            places = _places(self._arguments, types)
+            setattr(self, kernel.lower(), unless_watched(operator, direct, places, differentiable))
 
     def _autograd(self, kernel: str, direct: Callable, gradients_of: Callable | None) -> tuple[Callable, ...]:
         """setup_context, forward (both in one) and backward of a kernel, compiled from source as one would write it.

@@ -62,39 +62,42 @@ def implement(name: str, function: Callable) -> None:
         library.impl(name, function, device)
 
 
-def below_autograd(operator: Callable) -> Callable:
+def below_autograd(operator: torch._ops.OpOverload) -> Callable:
     """A native operator without its autograd, which is Python's."""
+    function = operator._op  # what its __call__ calls, with one copy of the arguments less
 
     def call(*values: Any) -> Any:
         with _AutoDispatchBelowAutograd():
-            return operator(*values)
+            return function(*values)
 
     return call
 
 
-def differentiable(name: str, direct: Callable, forward: Callable, backward: Callable) -> Callable:
-    """A kernel's function with the operator's own autograd around it."""
+def autograd_of(name: str, forward: Callable, backward: Callable) -> Callable:
+    """Calls `forward` such that autograd calls `backward`."""
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(name, (torch.autograd.Function,), methods)
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # without the steps for torch.func
-
-    def call(*values: Any) -> Any:
-        return apply(*values) if torch.is_grad_enabled() and _any_requires_grad(*values) else direct(*values)
-
-    return call
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]  # without the steps for torch.func
 
 
-def unless_watched(operator: Callable, direct: Callable, places: tuple[int, ...]) -> Callable:
+def unless_watched(
+    operator: Callable, direct: Callable, places: tuple[int, ...], differentiable: Callable | None = None
+) -> Callable:
     """Calls `direct`, or the registered operator where something sees or changes operators.
 
     Args:
         places: of tensors among the arguments.
+        differentiable: called instead of `direct` where an argument takes a gradient.
     """
     if operator is direct:
         return operator
 
     def call(*values: Any) -> Any:
-        return operator(*values) if _is_watched(values, places) else direct(*values)
+        if _is_watched(values, places):
+            return operator(*values)
+        if differentiable is not None and torch.is_grad_enabled() and _any_requires_grad(*values):
+            return differentiable(*values)
+        return direct(*values)
 
     return call
 

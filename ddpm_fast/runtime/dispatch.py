@@ -128,7 +128,8 @@ class Op:
             if reason is None and implementation.yields is not never_refuses:
                 reason = implementation.yields(*args, **kwargs)
             if reason is None:
-                self.count(implementation.name, "; ".join(refusals) or "accepts")
+                if _watched is not None:
+                    self.count(implementation.name, "; ".join(refusals) or "accepts")
                 return implementation
             if _watched is not None:
                 refusals.append(f"{implementation.name}: {reason}")

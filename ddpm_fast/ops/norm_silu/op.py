@@ -248,8 +248,10 @@ def _check(
     bias_rows: bool = False,
 ) -> None:
     """The checks of every implementation."""
-    tensors = (x, gain, offset, bias, scale, shift, residual)
-    check_tensors(dict(zip(_TENSORS, tensors, strict=True)), _OPTIONAL)
+    given = {"x": x, "gain": gain}
+    optional = {"offset": offset, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
+    given |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    check_tensors(given)
     check_seed(dropout_p, seed, x.device)
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
@@ -258,7 +260,7 @@ def _check(
         raise ValueError(f"gain must have {C} elements, one per channel of x, got shape {tuple(gain.shape)}")
     bias_shape = (B, C) if bias_rows and bias is not None and bias.dim() == 2 else (C,)
     shapes = ((C,), bias_shape, (B, C), (B, C), whole)
-    for name, tensor, shape in zip(_OPTIONAL, tensors[2:], shapes, strict=True):
+    for (name, tensor), shape in zip(optional.items(), shapes, strict=True):
         if tensor is not None and tensor.shape != shape:
             wanted = f"({C},) or {(B, C)}" if name == "bias" and bias_rows else f"{tuple(shape)}"
             raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
@@ -348,12 +350,21 @@ def _triton_rms_refuses(x: torch.Tensor, gain: torch.Tensor, **options: Any) -> 
 
 
 def _native_refuses(
-    x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor | None = None, **options: torch.Tensor | float | None
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    offset: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    **options: torch.Tensor | float | None,
 ) -> str | None:
-    given = {name: option for name, option in options.items() if isinstance(option, torch.Tensor)}
-    if "bias" in given and given["bias"].dim() == 2:
+    if bias is not None and bias.dim() == 2:
         return "bias has a row for each sample, and native code takes one row"
-    reason = why_not_on_cpu({"x": x, "gain": gain, "offset": offset, **given})
+    reason = why_not_on_cpu(
+        {"x": x, "gain": gain, "offset": offset, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
+    )
     return reason if reason is not None or _is_dense(x) else _why_not_dense(x)
 
 
