@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch_release
 
 
-def test_every_release_has_its_turn():
-    turns = [torch_release.whose_turn(commits) for commits in range(100, 100 + 2 * len(torch_release.RELEASES))]
-    half = len(torch_release.RELEASES)
-    assert turns[:half] == turns[half:] and set(turns) == set(torch_release.RELEASES)
+@pytest.mark.parametrize("newest", ["2.15.0", "2.14.1"])
+def test_every_release_has_its_turn_but_the_one_that_make_test_has_tested(newest):
+    releases = torch_release.takes_turns(newest, pinned="2.14.1")
+    turns = [torch_release.whose_turn(releases, commits) for commits in range(100, 100 + 2 * len(releases))]
+    half = len(releases)
+    assert turns[:half] == turns[half:]
+    assert set(turns) == {*torch_release.OLDER, newest} - {"2.14.1"}
+
+
+def test_the_pinned_release_is_one_that_pip_is_asked_for():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", torch_release.pinned_release())
+    assert torch_release.pinned_release() not in torch_release.OLDER
+
+
+def write_wheel(folder, release):
+    """A wheel named torch without a module."""
+    with zipfile.ZipFile(folder / f"torch-{release}-py3-none-any.whl", "w") as wheel:
+        info = f"torch-{release}.dist-info"
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {release}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_the_newest_release_is_what_pip_would_install(monkeypatch, tmp_path):
+    for variable, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path), "CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(f"PIP_{variable}", value)
+    with pytest.raises(torch_release.NotInstalled):
+        torch_release.newest_release()
+    for release in ("3.1.0", "3.2.0+cpu"):
+        write_wheel(tmp_path, release)
+    assert torch_release.newest_release() == "3.2.0"
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
     python tests/build/torch_release.py RELEASE [--folder F] [--workers N] [--quick] [pytest's options and files ...]
 
-RELEASE is a number; `newest`, the newest that pip installs; or `by-turns`, one of `RELEASES`, the next after every
-commit. torch is installed with the Triton that it names into an environment of its own, .venv-torch-RELEASE, and a copy
-of the package is built there, so that the usual environment and the extension beside the sources stay as they are.
+RELEASE is a number; `newest`, the newest that pip installs; or `by-turns`, the next of `OLDER` and the newest after
+every commit, without the newest while the Makefile pins it, since `make test` has then run all of these tests on it.
+torch is installed with the Triton that it names into an environment of its own, .venv-torch-RELEASE, and a copy of the
+package is built there, so that the usual environment and the extension beside the sources stay as they are.
 `--quick` runs those that a release can change, each once: what the interpreter shows, `make test` has shown, and cases
 that `make test` leaves to `make release-tests` are left out here, too.
 """
@@ -12,7 +13,9 @@ that `make test` leaves to `make release-tests` are left out here, too.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,8 +23,8 @@ from pathlib import Path
 
 from sanitize import ROOT, TESTS, copy_sources
 
-# The oldest minor release that pyproject.toml allows; the release of the GPU machines; the one that pip installs.
-RELEASES = ("2.9.1", "2.11.0", "newest")
+# The oldest minor release that pyproject.toml allows, and the release of the GPU machines.
+OLDER = ("2.9.1", "2.11.0")
 TOOLS = ("setuptools>=77", "wheel", "ninja", "pybind11")
 NATIVE = (*TESTS, "runtime/test_memory_pool.py", "models/test_cpu_accuracy.py")
 # torch.compile's, nvcc's, and Triton's without a GPU.
@@ -42,9 +45,32 @@ def requirement(release: str) -> str:
     return "torch" if release == "newest" else f"torch=={release.removeprefix('torch==')}"
 
 
-def whose_turn(commits: int) -> str:
+def takes_turns(newest: str, pinned: str) -> tuple[str, ...]:
+    """The releases to test beside the pinned one."""
+    return OLDER if newest == pinned else (*OLDER, newest)
+
+
+def whose_turn(releases: tuple[str, ...], commits: int) -> str:
     """The release that a history of so many commits is tested on."""
-    return RELEASES[commits % len(RELEASES)]
+    return releases[commits % len(releases)]
+
+
+def pinned_release() -> str:
+    """The release that the Makefile pins."""
+    return re.search(r"^TORCH \?= torch==([\d.]+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+
+
+def newest_release() -> str:
+    """The release that pip installs if none is named; it downloads no package.
+
+    Raises:
+        NotInstalled: pip finds none.
+    """
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
+    result = subprocess.run([*command, "--report", "-", "torch"], stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        raise NotInstalled("pip does not say which torch is the newest; its reason is above")
+    return json.loads(result.stdout)["install"][0]["metadata"]["version"].partition("+")[0]
 
 
 def commits() -> int:
@@ -145,12 +171,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="without the tests that take minutes")
     options, pytest_options = parser.parse_known_args()
     release = options.release.removeprefix("torch==")
-    if release == "by-turns":
-        count = commits()
-        release = whose_turn(count)
-        print(f"torch {release} has its turn after {count} commits, of {', '.join(RELEASES)}", flush=True)
-    folder = (options.folder or ROOT / f".venv-torch-{release}").resolve()
     try:
+        if release == "by-turns":
+            count, releases = commits(), takes_turns(newest_release(), pinned_release())
+            release = whose_turn(releases, count)
+            print(f"torch {release} has its turn after {count} commits, of {', '.join(releases)}", flush=True)
+        folder = (options.folder or ROOT / f".venv-torch-{release}").resolve()
         make(folder, release)
     except NotInstalled as reason:
         raise SystemExit(str(reason)) from None
