@@ -54,7 +54,8 @@ def test_requirements(release, requirement):
 
 def test_every_pattern_names_tests():
     root = torch_release.ROOT
-    for pattern in (*torch_release.NATIVE, *torch_release.COMPILED, *torch_release.INTERPRETED):
+    lists = (torch_release.NATIVE, torch_release.COMPILED, torch_release.WITHOUT_TORCH, torch_release.INTERPRETED)
+    for pattern in sum(lists, ()):
         assert list((root / "tests").glob(pattern)), pattern
     files = torch_release.tests(root, torch_release.NATIVE + torch_release.COMPILED)
     assert len(files) == len(set(files)) and not set(files) & set(torch_release.tests(root, torch_release.INTERPRETED))
@@ -82,3 +83,29 @@ def test_a_release_that_cannot_be_installed_is_an_error_that_names_it(tmp_path):
     assert result.returncode == 1
     assert result.stderr.endswith("torch==2.9.1 could not be installed; pip's reason is above\n"), result.stderr
     assert "No matching distribution found" in result.stderr
+
+
+@pytest.mark.parametrize("tested, options", [([], ["--prepare"]), (["2.9.1"], ["--quick"])])
+def test_an_environment_can_be_prepared_before_it_is_tested(monkeypatch, tmp_path, tested, options):
+    made, ran = [], []
+    monkeypatch.setattr(torch_release, "make", lambda folder, release: made.append(release))
+    monkeypatch.setattr(torch_release, "test", lambda folder, *rest: ran.append(folder.name) or 0)
+    monkeypatch.setattr(sys, "argv", ["torch_release.py", "2.9.1", "--folder", str(tmp_path / "2.9.1"), *options])
+    with pytest.raises(SystemExit) as end:
+        torch_release.main()
+    assert not end.value.code and made == ["2.9.1"] and ran == tested
+
+
+def test_sources_of_the_kernels_that_nvcc_alone_judges_include_nothing_of_torch():
+    csrc = torch_release.ROOT / "csrc"
+    seen, waiting = set(), sorted((csrc / "cuda").glob("*.cu"))
+    while waiting:
+        file = waiting.pop()
+        names = re.findall(r'^#include (?:"(.+)"|<(.+)>)', file.read_text(), re.MULTILINE)
+        assert not [name for _, name in names if name.startswith(("torch/", "ATen/", "c10/"))], file
+        seen.add(file)
+        ours = [
+            next(place / name for place in (file.parent, csrc) if (place / name).exists()) for name, _ in names if name
+        ]
+        waiting += set(ours) - seen
+    assert csrc / "core" / "philox.h" in seen

@@ -1,13 +1,13 @@
 """The native, compile and interpreter tests on another release of torch: `make test-torch TORCH=2.11.0`, or
 
-    python tests/build/torch_release.py RELEASE [--folder F] [--workers N] [--quick] [pytest's options and files ...]
+    python tests/build/torch_release.py RELEASE [--folder F] [--workers N] [--quick | --prepare] [pytest's options ...]
 
 RELEASE is a number; `newest`, the newest that pip installs; or `by-turns`, the next of `OLDER` and the newest after
 every commit, without the newest while the Makefile pins it, since `make test` has then run all of these tests on it.
 torch is installed with the Triton that it names into an environment of its own, .venv-torch-RELEASE, and a copy of the
 package is built there, so that the usual environment and the extension beside the sources stay as they are.
-`--quick` runs those that a release can change, each once: what the interpreter shows, `make test` has shown, and cases
-that `make test` leaves to `make release-tests` are left out here, too.
+`--prepare` ends there. `--quick` runs those that a release can change, each once: what the interpreter and nvcc show,
+`make test` has shown, and cases that `make test` leaves to `make release-tests` are left out here, too.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ TOOLS = ("setuptools>=77", "wheel", "ninja", "pybind11")
 NATIVE = (*TESTS, "runtime/test_memory_pool.py", "models/test_cpu_accuracy.py")
 # torch.compile's, nvcc's, and Triton's without a GPU.
 COMPILED = (
-    "runtime/test_autocast.py", "test_facilities.py", "models/test_inference_weights.py", "build/test_cuda_*.py",
+    "runtime/test_autocast.py", "test_facilities.py", "models/test_inference_weights.py", "build/test_cuda_on_host.py",
     "benchmarks/test_cuda_model.py", "ops/*/test_aot.py",
 )  # fmt: skip
+# nvcc's alone: what it makes of sources that include nothing of torch, the same on every release.
+WITHOUT_TORCH = ("build/test_cuda_compile.py",)
 # In Triton's interpreter, in a separate run.
 INTERPRETED = ("ops/*/test_triton.py",)
 
@@ -154,7 +156,7 @@ def test(folder: Path, options: list[str], workers: int, quick: bool) -> int:
         return run("-m", "not release", *tests(tree, NATIVE + COMPILED))
     whole = {"DDPM_FAST_RELEASE": "1"}
     interpreted = run(*tests(tree, INTERPRETED), TRITON_INTERPRET="1", **whole)
-    return run(*tests(tree, NATIVE + COMPILED), **whole) or interpreted
+    return run(*tests(tree, NATIVE + COMPILED + WITHOUT_TORCH), **whole) or interpreted
 
 
 def tests(tree: Path, patterns: tuple[str, ...]) -> list[str]:
@@ -169,6 +171,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of the environment (default: .venv-torch-RELEASE)")
     parser.add_argument("--workers", type=int, default=2, help="processes that share the tests")
     parser.add_argument("--quick", action="store_true", help="without the tests that take minutes")
+    parser.add_argument("--prepare", action="store_true", help="make the environment and test nothing")
     options, pytest_options = parser.parse_known_args()
     release = options.release.removeprefix("torch==")
     try:
@@ -180,7 +183,7 @@ def main() -> None:
         make(folder, release)
     except NotInstalled as reason:
         raise SystemExit(str(reason)) from None
-    raise SystemExit(test(folder, pytest_options, options.workers, options.quick))
+    raise SystemExit(0 if options.prepare else test(folder, pytest_options, options.workers, options.quick))
 
 
 if __name__ == "__main__":
