@@ -9,9 +9,9 @@ the fewest bits and adds the fewest products at once.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 
+import faster_interpreter
 import pytest
 
 KERNEL_TESTS = "test_triton.py"
@@ -25,10 +25,10 @@ def pytest_configure(config):
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         return
     triton = importlib.import_module("triton")
-    look_for_builtins_once(importlib.import_module("triton.runtime.interpreter"))
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    faster_interpreter.install(interpreter)
     if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
         return
-    interpreter = importlib.import_module("triton.runtime.interpreter")
     patch_tensor = interpreter._patch_lang_tensor
 
     def patched(tensor, *scope):
@@ -37,22 +37,6 @@ def pytest_configure(config):
         set_attribute(tensor, "__index__", lambda number: int(number.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
-
-
-def look_for_builtins_once(interpreter):
-    """Every call of a device function patches Triton's builtins, and looks for them among all members of modules."""
-    names = {}
-    is_builtin, patch_attribute = interpreter.tl.core.is_builtin, interpreter._patch_attr
-
-    def patch_builtins(module, *rest):
-        if not names.get(module):
-            names[module] = [name for name, member in inspect.getmembers(module) if is_builtin(member)]
-        for name in names[module]:
-            member = getattr(module, name)
-            if is_builtin(member):
-                patch_attribute(module, name, member, *rest)
-
-    interpreter._patch_builtin = patch_builtins
 
 
 def pytest_generate_tests(metafunc):

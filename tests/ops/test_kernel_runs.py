@@ -13,7 +13,7 @@ import pytest
 from ddpm_fast.testing.isolation import alone
 
 CONFTESTS = [Path(__file__).parents[1] / "conftest.py", Path(__file__).parent / "conftest.py"]
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+IMPORTED = f"{Path(__file__).parents[2] / 'benchmarks'} {Path(__file__).parent}"
 TESTS = """
 import pytest
 
@@ -39,7 +39,7 @@ def run(tmp_path):
     for conftest, folder in zip(CONFTESTS, (tmp_path, tmp_path / "ops"), strict=True):
         shutil.copy(conftest, folder)
     (tests / "test_triton.py").write_text(TESTS)
-    (tmp_path / "pytest.ini").write_text(f"[pytest]\nmarkers = production\n gate\npythonpath = {BENCHMARKS}\n")
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\nmarkers = production\n gate\npythonpath = {IMPORTED}\n")
     (tmp_path / "test_other.py").write_text("def test_other():\n    pass\n")
 
     def run(*options: str) -> tuple[int, str]:
