@@ -408,9 +408,20 @@ def why_not_recorded(model: object) -> str | None:
 
 
 def untrusted_module(model: nn.Module) -> str | None:
-    """Which module is neither torch's nor this package's, so that its forward may do anything; in one clause."""
+    """Which module is neither torch's nor this package's, so that its forward may do anything; in one clause.
+
+    An accelerated network that a recording may hold says so itself, of all modules inside, by `untrusted_part`.
+    """
+    known: tuple[str, ...] = ()  # paths of which every module is known
     for name, module in model.named_modules():
-        if type(module).__module__.split(".")[0] not in ("torch", "ddpm_fast"):
-            where = f"the model's {name}" if name else "the model"
+        if name.startswith(known):
+            continue
+        where = f"the model's {name}" if name else "the model"
+        if hasattr(module, "untrusted_part"):
+            part = module.untrusted_part()
+            if part is not None:
+                return f"of {where}, {part}"
+            known += (f"{name}." if name else "",)
+        elif type(module).__module__.split(".")[0] not in ("torch", "ddpm_fast"):
             return f"{where} is a {type(module).__name__}, and what its forward does besides is not known"
     return None

@@ -371,3 +371,43 @@ def test_several_outputs_are_those_of_the_own_forward():
     with torch.no_grad():
         found = [network(*of_times(0)) for _ in range(4)]
     assert all(len(out) == 2 for out in found) and replays_of(network) == 0
+
+
+# Whole steps around a network
+
+
+def process_around(kind: str):
+    torch.manual_seed(0)
+    if kind == "classes":
+        network = classifier_free_guidance.Unet(8, num_classes=5, dim_mults=(1, 2))
+        process = ddpm_fast.classifier_free_guidance.GaussianDiffusion
+    else:
+        network = upstream.Unet(8, dim_mults=(1, 2), self_condition=kind == "self-conditioned")
+        process = ddpm_fast.GaussianDiffusion
+    return process(ddpm_fast.accelerate(network), image_size=8, timesteps=8)
+
+
+@pytest.mark.parametrize("kind", ["plain", "self-conditioned", "classes"])
+def test_steps_around_upstreams_networks_are_recorded_with_the_same_bits(kind):
+    found = []
+    for graph in (False, None):
+        process = process_around(kind)
+        optimizer = torch.optim.Adam(process.parameters(), 1e-3)
+        step = ddpm_fast.capture_training_step(process, optimizer, (2, 3, 8, 8), graph=graph)
+        conditions = {"classes": torch.tensor([1, 4])} if kind == "classes" else {}
+        torch.manual_seed(1)
+        losses = [step((torch.rand(2, 3, 8, 8), None, conditions)).item() for _ in range(4)]
+        images = process.sample(*([torch.tensor([1, 4])] if conditions else [2]), seed=3, progress=False, graph=graph)
+        found.append((losses, images))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+    assert step.explain_graphs() == "training replays a tape of operator calls"
+    assert process.explain_graphs().startswith("sampling replays a tape of operator calls")
+
+
+def test_steps_around_a_changed_network_are_not_recorded():
+    process = process_around("plain")
+    process.model.mid_block1.block1.norm = Shift(process.model.mid_block1.block1.norm)
+    optimizer = torch.optim.Adam(process.parameters(), 1e-3)
+    step = ddpm_fast.capture_training_step(process, optimizer, (2, 3, 8, 8))
+    step(torch.rand(2, 3, 8, 8))
+    assert step.explain_graphs().startswith("training runs step by step: of the model's model, mid_block1")
