@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class Operator:
             operator = define(prefix + name, signature, _by_name(fake, self._arguments))
             direct: Callable = operator
             gradient: Callable | None = None
-            differentiable: Callable | None = None
+            differentiable: Callable[[], Callable] | None = None
             if module is not None:
                 direct = launcher(module, name)
                 implement(name, direct)
@@ -137,9 +138,10 @@ class Operator:
                     gradient = unless_watched(gradient, launch, _places(self._backward, types))
             if self._gradients or self._passes or self._by_torch:
                 direct = below_autograd(operator) if module is None else direct
-                setup, forward, formula = self._autograd(kernel, direct, gradient)
-                torch.library.register_autograd(operator, formula, setup_context=setup, lib=library)
-                differentiable = autograd_of(name, forward, formula)
+                # The first call compiles the functions: a process uses a few of the operators.
+                functions = cache(partial(self._autograd, kernel, direct, gradient))
+                _register_autograd(operator, functions)
+                differentiable = cache(partial(_apply, name, functions))
             elif autograd is not None:
                 torch.library.register_autograd(operator, autograd[1], setup_context=autograd[0], lib=library)
                 direct = below_autograd(operator) if module is None else direct
@@ -264,6 +266,21 @@ class Operator:
             return [values[0].new_empty(0) if gradient is None else gradient for gradient in launch(*values)]
 
         return filled
+
+
+def _register_autograd(operator: torch._ops.OpOverload, functions: Callable[[], tuple[Callable, ...]]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        functions()[0](ctx, inputs, output)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return functions()[2](ctx, *grads)
+
+    torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=library)
+
+
+def _apply(name: str, functions: Callable[[], tuple[Callable, ...]]) -> Callable:
+    _, forward, backward = functions()
+    return autograd_of(name, forward, backward)
 
 
 def _names(text: str) -> tuple[str, ...]:

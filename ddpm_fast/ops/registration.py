@@ -81,13 +81,13 @@ def autograd_of(name: str, forward: Callable, backward: Callable) -> Callable:
 
 
 def unless_watched(
-    operator: Callable, direct: Callable, places: tuple[int, ...], differentiable: Callable | None = None
+    operator: Callable, direct: Callable, places: tuple[int, ...], differentiable: Callable[[], Callable] | None = None
 ) -> Callable:
     """Calls `direct`, or the registered operator where something sees or changes operators.
 
     Args:
         places: of tensors among the arguments.
-        differentiable: called instead of `direct` where an argument takes a gradient.
+        differentiable: returns the function that is called instead of `direct` where an argument takes a gradient.
     """
     if operator is direct:
         return operator
@@ -96,7 +96,7 @@ def unless_watched(
         if _is_watched(values, places):
             return operator(*values)
         if differentiable is not None and torch.is_grad_enabled() and _any_requires_grad(*values):
-            return differentiable(*values)
+            return differentiable()(*values)
         return direct(*values)
 
     return call
