@@ -298,7 +298,7 @@ class TrainingStep(StepRecordings):
         if not self.recorder.freezes_decisions:
             self.clear()  # which parameters have gradients, and their memory
             self._take_snapshot()
-        elif self._capture_key() != self._captured_key:
+        elif self._captured_key is None or self._capture_key() != self._captured_key:
             self.clear()
         elif self._recordings:
             self._take_snapshot()
