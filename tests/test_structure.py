@@ -137,7 +137,7 @@ ROWS = [
     ["ops/common/tables", "ops/registration"],
     ["runtime/compile_ahead", "runtime/pretrained"],
     ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
-    ["runtime/extension", "runtime/autocast", "runtime/extras", "runtime/plain"],
+    ["runtime/extension", "runtime/autocast", "runtime/extras", "runtime/plain", "runtime/tensor_sums"],
 ]
 
 

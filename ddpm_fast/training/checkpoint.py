@@ -24,7 +24,7 @@ from ddpm_fast.models.unet_base import UnetBase
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.plain import as_int, as_number, plain, shown
 from ddpm_fast.runtime.pretrained import UndrawnWeights
-from ddpm_fast.training.checkpoint_files import CheckpointError, load_file, step_of
+from ddpm_fast.training.checkpoint_files import CheckpointError, load_checked, load_file, step_of
 from ddpm_fast.training.checkpoint_states import (
     check_average,
     find_weights,
@@ -122,7 +122,7 @@ def load_checkpoint(
     with needed_for("load_checkpoint"):
         from ema_pytorch import EMA
 
-    contents = load_file(path)
+    contents = load_checked(path)
     states = find_weights(contents, path, attribute=_network_attribute(contents, process))
     config = recorded_config(contents)
     name = process_name(contents, states, path, process)

@@ -17,10 +17,14 @@ from typing import Any
 import torch
 
 from ddpm_fast.runtime.plain import as_int
+from ddpm_fast.runtime.tensor_sums import byte_sum
 from ddpm_fast.training.atomic_files import write_atomically
 from ddpm_fast.training.numpy_pickles import STAND_INS, without_arrays
 
 _Path = str | os.PathLike
+
+# The entry of a file with the sums of its weights. Those of the moments would double what the comparison takes.
+_SUMS, _SUMMED = "sums", ("model", "ema")
 
 # What torch raises on the contents of a file; what is missing on the machine (a module, memory) is none of these.
 _LOADING_ERRORS = (
@@ -44,6 +48,11 @@ def save_atomically(obj: object, path: _Path) -> None:
     """`torch.save` that never leaves a partial file and never loses the earlier one; OSError says what went wrong."""
     with write_atomically(path) as file:
         torch.save(obj, file)
+
+
+def save_with_sums(contents: Mapping[str, Any], path: _Path) -> None:
+    """`save_atomically` of a checkpoint, with the sums of its weights, which `load_checked` compares."""
+    save_atomically({**contents, _SUMS: {name: byte_sum(contents[name]) for name in _SUMMED}}, path)
 
 
 def load_file(path: _Path, map_location: torch.device | str = "cpu", mmap: bool = False) -> Any:
@@ -74,6 +83,27 @@ def load_file(path: _Path, map_location: torch.device | str = "cpu", mmap: bool 
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = "is damaged" if _is_damaged(path) else "could not be loaded"
         raise CheckpointError(f"checkpoint {path} {what}: {reason}") from error
+
+
+def load_checked(path: _Path) -> Any:
+    """`load_file` of a checkpoint whose tensors the caller copies: mapped where that can be, its weights as written.
+
+    Mapped, moments that nobody wants are not read, which saves more time than the comparison takes. Raises what
+    `load_file` does.
+    """
+    contents = load_file(path, mmap=True)
+    # Other sums alone are no damage: a program may have written other tensors into the dictionary that it read.
+    if not _has_its_sums(contents) and _is_damaged(Path(path)):
+        raise CheckpointError(f"checkpoint {path} is damaged: its checksums do not agree")
+    return contents
+
+
+def _has_its_sums(contents: Any) -> bool:
+    """False if a file records other sums than its weights have; files of other programs record none."""
+    recorded = contents.get(_SUMS) if isinstance(contents, Mapping) else None
+    if not isinstance(recorded, Mapping):
+        return True
+    return all(byte_sum(contents[name]) == recorded[name] for name in _SUMMED if name in contents and name in recorded)
 
 
 def _load(path: Path, map_location: torch.device | str, mmap: bool) -> Any:

@@ -148,7 +148,13 @@ def optimizer_state(adam: Any, data: dict[str, Any], path: Path, *, warns: bool)
             raise CheckpointError(f"checkpoint {path} has no number of steps for parameter {number}")
     pairs = zip(groups, own["param_groups"], strict=True)
     fused = adam.defaults["fused"]  # the device decides
-    return {**saved, "param_groups": [{**old, **new, "fused": fused, "params": old["params"]} for old, new in pairs]}
+    groups = [{**old, **new, "fused": fused, "params": old["params"]} for old, new in pairs]
+    # The optimizer keeps tensors of its own device as they are, and these are the file's memory.
+    own_state = {
+        number: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in moments.items()}
+        for number, moments in state.items()
+    }
+    return {**saved, "state": own_state, "param_groups": groups}
 
 
 def warn_of_changes(

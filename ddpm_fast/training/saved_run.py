@@ -16,7 +16,7 @@ from ddpm_fast.training.accelerator import is_one_or_ddp
 from ddpm_fast.training.adam_state import plain_groups
 from ddpm_fast.training.captured_step import lay_out_state
 from ddpm_fast.training.checkpoint import recorded_training
-from ddpm_fast.training.checkpoint_files import find_file, load_file, save_atomically, step_of
+from ddpm_fast.training.checkpoint_files import find_file, load_checked, save_with_sums, step_of
 from ddpm_fast.training.checkpoint_states import check_average, load_average
 from ddpm_fast.training.data import Dataset
 from ddpm_fast.training.items import Given
@@ -67,7 +67,7 @@ class SavedRun(StepRunner):
             ),
         }
         path = self.results_folder / f"model-{milestone}.pt"
-        save_atomically(data, path)
+        save_with_sums(data, path)
         self._latest_path = path
 
     def load(self, milestone: int | str | os.PathLike) -> None:
@@ -86,7 +86,7 @@ class SavedRun(StepRunner):
         After an error nothing has been loaded.
         """
         path = find_file(milestone, self.results_folder)
-        data = load_file(path, map_location="cpu")
+        data = load_checked(path)
         states = find_trained_states(self._diffusion, data, path)
         model = check_states(self._diffusion, self.image_size, self._given.class_names, data, states, path)
         check_average(data, states, path)

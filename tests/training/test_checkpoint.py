@@ -1,6 +1,7 @@
 """Checkpoints: never partial, never unsafe, read in both directions between us and upstream."""
 
 import errno
+import gc
 import os
 import pickle
 import random
@@ -111,6 +112,55 @@ def test_load_checkpoint_draws_nothing_and_leaves_nothing_undrawn(tmp_path):
     assert_equal_states(trainer.ema, loaded.ema)
     values = [value for part in loaded.ema.modules() for value in vars(part).values()]
     assert not any(value.isnan().any() for value in values if isinstance(value, torch.Tensor))
+
+
+class TestSums:
+    """Bytes that a disk changed inside of weights, which torch.load does not see."""
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        with torch.no_grad():
+            trainer.ema.ema_model.model.init_conv.weight.add_(1)
+        trainer.save(1)
+        return tmp_path / "model-1.pt"
+
+    @pytest.mark.parametrize("name", ["model", "ema"])
+    def test_a_changed_byte_is_damage(self, path, name):
+        contents, data = load_file(path), bytearray(path.read_bytes())
+        key = {"model": "model.init_conv.weight", "ema": "ema_model.model.init_conv.weight"}[name]
+        data[data.index(contents[name][key].numpy().tobytes()) + 99] ^= 16
+        path.write_bytes(data)
+        trainer, untouched = make_trainer(path.parent), make_trainer(path.parent)
+        untouched.model.load_state_dict(trainer.model.state_dict())
+        for load in (load_checkpoint, trainer.load):
+            with pytest.raises(CheckpointError, match="model-1.pt is damaged: its checksums do not agree"):
+                load(path)
+        assert_equal_states(trainer.model, untouched.model)
+
+    def test_tensors_that_a_program_changed_are_no_damage(self, path):
+        """It keeps the entry with the sums, and its archive has checksums of its own."""
+        contents = torch.load(path)
+        contents["ema"]["ema_model.model.init_conv.bias"].fill_(7)
+        torch.save(contents, path)
+        assert (load_checkpoint(path).ema.ema_model.model.init_conv.bias == 7).all()
+
+    @pytest.mark.parametrize("sums", [None, {}, {"model": 3}, "text"])
+    def test_without_sums_files_load_as_before(self, path, sums):
+        contents = torch.load(path)
+        del contents["sums"]
+        torch.save(contents if sums is None else {**contents, "sums": sums}, path)
+        load_checkpoint(path)
+        make_trainer(path.parent).load(path)
+
+    @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
+    def test_nothing_stays_mapped(self, path):
+        trainer = make_trainer(path.parent)
+        trainer.load(path)
+        loaded = load_checkpoint(path)
+        gc.collect()
+        assert path.name not in Path("/proc/self/maps").read_text()
+        assert loaded.step == trainer.step == 0
 
 
 class TestAtomicSaving:
