@@ -88,7 +88,8 @@ class Drawing:
 def drawing_of(diffusion: DiffusionProcess, options: AskedOptions, num_samples: int | None) -> Drawing:
     """What the options ask for.
 
-    Raises UserError for options that do not fit each other or the checkpoint.
+    Raises:
+        UserError: options do not fit each other or the checkpoint.
     """
     _check_together(options)
     if not _takes_classes(diffusion) and (options.classes is not None or options.columns_per_class is not None):
@@ -137,7 +138,8 @@ def strip_of(diffusion: DiffusionProcess, options: AskedOptions) -> list[Drawing
 def classes_of(asked: Sequence[str], diffusion: DiffusionProcess) -> list[int]:
     """The numbers of classes, of which names or numbers were given; a name comes first.
 
-    Raises UserError for an unknown one, which lists those that are known.
+    Raises:
+        UserError: an unknown one; those that are known are listed.
     """
     count, names = _num_classes(diffusion), diffusion.class_names
     if not count:

@@ -57,8 +57,10 @@ class Images:
         as the ones that it was trained with; the digits and prepared files have their own.
     option: the one that says `count`.
 
-    Raises UserError for images of other channels or another size than the process has, for conditions that the network
-    takes and the data lack, and what the datasets raise.
+    Raises:
+        UserError: images have other channels or another size than the process, or lack conditions that the network
+            takes.
+        OSError, TypeError, ValueError: what the datasets raise.
     """
 
     def __init__(
@@ -144,7 +146,8 @@ def classes_among(own: Sequence[str], names: Sequence[str]) -> list[int]:
 def read_pictures(option: str, path: Path, channels: int, size: tuple[int, int]) -> torch.Tensor:
     """The picture in a file, or those of a folder, as (N, C, h, w) uint8, resized to cover `size` and cropped.
 
-    Raises UserError for a file without a picture, and for one of other channels that cannot be converted.
+    Raises:
+        UserError: a file holds no picture, or one of other channels that cannot be converted.
     """
     import torch
 

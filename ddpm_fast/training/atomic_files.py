@@ -58,7 +58,10 @@ def open_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
     Writes to a temporary file in the same folder, flushes, syncs, renames, and syncs the folder; a file system that
     cannot sync is written without. Until the renaming, a failure removes the temporary file and leaves an earlier file
-    at `path` as it was. Raises OSError naming the file and the reason.
+    at `path` as it was.
+
+    Raises:
+        OSError: with the file and the reason.
     """
     path = Path(path)
     _remove_stale(path)

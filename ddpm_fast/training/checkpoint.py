@@ -269,8 +269,9 @@ def _network_attribute(contents: Any, asked: str | None) -> str | None:
 def process_name(contents: Mapping, states: FoundStates, path: _Path, asked: str | None) -> str:
     """The registered name of the process to build: as asked for, recorded or inferred, else "ddpm".
 
-    Raises ValueError for an unknown name, CheckpointError where file and wish do not agree or a file's process cannot
-    be known.
+    Raises:
+        ValueError: an unknown name.
+        CheckpointError: file and wish do not agree, or a file's process cannot be known.
     """
     known = ", ".join(PROCESSES)
     if asked is not None and asked not in PROCESSES:
@@ -296,7 +297,9 @@ def read_settings(path: _Path) -> dict[str, Any]:
     `training`, `adam`, `class_names`.
 
     Of upstream's file the first two and the process are read off its tensors; what a file does not tell is left out.
-    Raises what `load_file` raises, and CheckpointError for another architecture.
+
+    Raises:
+        FileNotFoundError, OSError, CheckpointError: as `load_file`; the last for another architecture, too.
     """
     contents = load_file(path, mmap=True)
     states = find_weights(contents, path, attribute=_network_attribute(contents, None))

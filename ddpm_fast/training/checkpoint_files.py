@@ -58,8 +58,9 @@ def save_with_sums(contents: Mapping[str, Any], path: _Path) -> None:
 def load_file(path: _Path, map_location: torch.device | str = "cpu", mmap: bool = False) -> Any:
     """`torch.load(weights_only=True)` with one sentence for each way it can fail; numpy's scalars become Python's.
 
-    Raises FileNotFoundError; OSError for a file that cannot be read; CheckpointError for one that is truncated or
-    damaged, no checkpoint, or holds code.
+    Raises:
+        FileNotFoundError, OSError: there is no such file, or it cannot be read.
+        CheckpointError: it is truncated or damaged, no checkpoint, or holds code.
     """
     path = Path(path)
     if not path.exists():
@@ -88,7 +89,7 @@ def load_file(path: _Path, map_location: torch.device | str = "cpu", mmap: bool 
 def load_checked(path: _Path) -> Any:
     """`load_file` of a checkpoint whose tensors the caller copies: mapped where that can be, its weights as written.
 
-    Mapped, moments that nobody wants are not read, which saves more time than the comparison takes. Raises what
+    Mapped, moments that nobody wants are not read, which saves more time than the comparison takes. It raises what
     `load_file` does.
     """
     contents = load_file(path, mmap=True)
@@ -144,7 +145,8 @@ def _check_container(path: Path) -> bool:
 def _is_damaged(path: Path) -> bool:
     """True if the checksums of an archive do not agree, or its table of contents is senseless; an old pickle has none.
 
-    Raises OSError for a file that cannot be read.
+    Raises:
+        OSError: the file cannot be read.
     """
     if not zipfile.is_zipfile(path):
         return False
@@ -163,7 +165,10 @@ def find_file(name: int | str | os.PathLike, folder: _Path) -> Path:
     """The file of a milestone (1, "last"), a file name in a results folder (model-1.pt), or a path.
 
     A path that is absolute or begins with a dot is that file; anything else is looked for in the folder and here.
-    Raises FileNotFoundError, or CheckpointError where two files fit.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: two files fit.
     """
     folder = Path(folder)
     if not isinstance(name, (str, os.PathLike)):
@@ -196,7 +201,10 @@ def one_file(name: object, candidates: Sequence[Path]) -> Path:
 def find_latest(folder: _Path) -> tuple[Path, int] | None:
     """(path, step) of the checkpoint with the largest step in a results folder, or None.
 
-    A damaged file or one without a step is skipped with a warning. Raises OSError for a file that cannot be read.
+    A damaged file or one without a step is skipped with a warning.
+
+    Raises:
+        OSError: a file cannot be read.
     """
     found = []
     for path in sorted(Path(folder).glob("model-*.pt")):

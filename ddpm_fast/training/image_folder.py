@@ -63,8 +63,10 @@ def find_images(folder: str | os.PathLike, exts: Sequence[str], beside: Sequence
     Linked folders are followed, each real folder once. What has another ending is counted in one warning. Files whose
     names without folders are among `beside` are no images, and are the result's `beside`.
 
-    Raises FileNotFoundError, NotADirectoryError, PermissionError or ValueError for a folder without images, and
-    TypeError or ValueError for `exts` that are no endings.
+    Raises:
+        FileNotFoundError, NotADirectoryError, PermissionError: the folder cannot be read.
+        ValueError: it holds no images.
+        TypeError, ValueError: `exts` are no endings.
     """
     endings = _endings(exts)
     root = _check_folder(folder)

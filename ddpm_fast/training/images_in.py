@@ -66,7 +66,9 @@ def read_image(path: Path, target_size: tuple[int, int] | None = None) -> Pixels
 
     target_size: a JPEG far larger than this (h, w) is decoded at a reduced scale and resized until it just covers it.
 
-    Raises DamagedImageError with the reason where the file, and not this computer, is at fault; else OSError.
+    Raises:
+        DamagedImageError: with the reason, where the file is at fault.
+        OSError: this computer cannot read it.
     """
     try:
         return _read_array(path) if path.suffix.lower() == ".npy" else _read_picture(path, target_size)

@@ -32,7 +32,8 @@ def save_image_grid(
     tile, a row of them per image, and float32 (N, C, h, w) goes to `array_beside(path)`, too.
     The ending of `path` says the kind of file. Values outside [0, 1] are clipped, as in torchvision.
 
-    Raises ValueError for other shapes, for values that are not finite, and for an ending that cannot be written.
+    Raises:
+        ValueError: another shape, values that are not finite, or an ending that cannot be written.
     """
     images = torch.as_tensor(images).detach().float().cpu()
     if images.ndim != 4 or 0 in images.shape:
@@ -72,8 +73,9 @@ def check_ending(path: str | os.PathLike) -> str:
 def check_grid(path: str | os.PathLike, shape: tuple[int, ...], nrow: int = 8, padding: int = 2, scale: int = 1) -> str:
     """Pillow's name of the kind of file that `path` asks for, if it can hold a grid of images of `shape` (N, C, h, w).
 
-    Raises ValueError where it cannot: JPEG holds no transparency, and at most 65,500 pixels along a side. No picture
-    may have more than 2,147,483,648 pixels.
+    Raises:
+        ValueError: it cannot. JPEG holds no transparency, and at most 65,500 pixels along a side; no picture may have
+            more than 2,147,483,648 pixels.
     """
     kind = check_ending(path)
     count, channels, height, width = shape
@@ -101,7 +103,9 @@ def save_trajectory_strip(
 
     trajectories: (N, T, C, h, w), floating point in [0, 1], as `sample(return_all_timesteps=True)` returns it. Shows
     `num_frames` evenly spaced of the T frames, first and last included; of 2 or more than 4 channels each has a row.
-    Raises ValueError as `save_image_grid`.
+
+    Raises:
+        ValueError: as `save_image_grid`.
     """
     num_frames = min(num_frames, trajectories.shape[1])
     frames = torch.linspace(0, trajectories.shape[1] - 1, num_frames).round().long()

@@ -65,7 +65,8 @@ class Unbound(list[Any]):
 def split_item(item: Any) -> tuple[Any, dict[str, Any]]:
     """(image, conditions by name) of an image, a dictionary, or a pair (image, label) as torchvision's ImageFolder has.
 
-    Raises TypeError for a dictionary without "image" or with other keys.
+    Raises:
+        TypeError: a dictionary without "image" or with other keys.
     """
     if isinstance(item, Mapping):
         unknown = [str(name) for name in item if name not in ("image", *CONDITIONS)]
@@ -137,7 +138,8 @@ def check_items(dataset: Any, shape: tuple[int, ...], value_range: tuple[float, 
     Floats plainly outside of `value_range` get one warning that names those found; None looks at the first item only.
     Returns what the items give besides images.
 
-    Raises ValueError or TypeError for a dataset without images or with other items.
+    Raises:
+        TypeError, ValueError: the dataset has no images, or other items.
     """
     if len(dataset) == 0:
         raise ValueError("folder is a dataset without images")

@@ -52,7 +52,9 @@ class _Cells(NamedTuple):
 def tables_of(labels: _LabelsFrom) -> tuple[str, ...]:
     """Names of files in the folder that are no images, but may hold labels.
 
-    Raises ValueError for `labels` that are none of the kinds there are, FileNotFoundError for a missing file.
+    Raises:
+        ValueError: `labels` are none of the kinds there are.
+        FileNotFoundError: a missing file.
     """
     if labels in (None, "folders", "metadata"):
         return METADATA_NAMES
@@ -80,8 +82,9 @@ def read_labels(
 
     Classes are sorted: names by their characters, as torchvision's ImageFolder has them, integers by value.
 
-    Raises ValueError for images without a label, files and columns that are unknown, and cells that are empty or no
-    number, with file and line.
+    Raises:
+        ValueError: with file and line, images without a label, files and columns that are unknown, and cells that are
+            empty or no number.
     """
     columns = _check_columns(cond_columns)
     if labels in (None, "folders") and label_column is not None:
@@ -105,7 +108,8 @@ def read_labels(
 def find_partners(paths: PathSequence, others: PathSequence) -> PathSequence:
     """For each image the file of the other folder with the same relative name, or the same but for its ending.
 
-    Raises ValueError for an image without one, or with two that differ in their endings.
+    Raises:
+        ValueError: an image has none, or two that differ in their endings.
     """
     names = set(others.names())
     by_stem: dict[str, list[str]] = {}
@@ -195,7 +199,8 @@ def _cells_of_images(
 def rows_of(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where a row stands, and its cells by column.
 
-    Raises ValueError for a file that is no table of its kind, with file and line.
+    Raises:
+        ValueError: with file and line, where the file is no table of its kind.
     """
     reader = _csv_rows if table.suffix.lower() == ".csv" else _json_rows
     try:

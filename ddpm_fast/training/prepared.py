@@ -122,8 +122,9 @@ def prepare(
     channel, RGB for 3 and RGBA for 4; other numbers take images that have as many. `num_workers` processes read, None
     is one for each processor.
 
-    Raises OSError, or ValueError for images of more than 8 bits, of floats or of other channels, and for other unusable
-    arguments.
+    Raises:
+        OSError: the folder cannot be read, or the file not written.
+        ValueError: images of more than 8 bits, of floats or of other channels, or other unusable arguments.
     """
     out = Path(out)
     if not is_prepared(out):

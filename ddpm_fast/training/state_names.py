@@ -65,7 +65,8 @@ def find_states(
     and those of weights that processes have.
     attribute: the name of the network in the process that the file is known to be of; None: it is not known.
 
-    Raises AmbiguousNamesError, which names both places.
+    Raises:
+        AmbiguousNamesError: with both places.
     """
     raw = dict(_tensors(contents))
     raw_names = _raw_names(raw)

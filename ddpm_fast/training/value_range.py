@@ -35,7 +35,10 @@ def find_value_range(paths: Sequence[Path]) -> ValueRange | None:
 
     Integers of at least 0 and at most 16 bits: [0, 2ᵇ − 1] with the least b of 1, 2, 4, 8, 10, 12, 14, 16 that holds
     all. Floats in [0, 1]: [0, 1]. All others: the least and the largest value found. Files that cannot be read are left
-    to whoever reads them next. Raises ValueError where the sample mixes integers and floats.
+    to whoever reads them next.
+
+    Raises:
+        ValueError: the sample mixes integers and floats.
     """
     deep = [path for path in _spread(paths, _MAX_HEADERS) if _is_readable_and_deep(path)]
     found = list(_measure(_spread(deep, _MAX_FILES)))
