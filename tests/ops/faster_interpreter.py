@@ -22,6 +22,7 @@ def install(interpreter: ModuleType) -> None:
     patch_language_once(interpreter)
     name_numpys_types_once(interpreter)
     describe_shapes_once(interpreter)
+    compare_whole_shapes(interpreter)
 
 
 def leave_overflows_out(interpreter: ModuleType) -> None:
@@ -98,3 +99,17 @@ def describe_shapes_once(interpreter: ModuleType) -> None:
     core.tensor.__init__ = init
     core.block_type.with_element_ty = lambda kind, element: block_of(element, kind.shape)
     interpreter.InterpreterBuilder.get_block_ty = lambda builder, element, shape: block_of(element, shape)
+
+
+def compare_whole_shapes(interpreter: ModuleType) -> None:
+    """Operands of one shape are compared size by size, as if they had to be broadcast."""
+    semantic = type(interpreter.interpreter_semantic)
+    broadcast = semantic.broadcast_impl_value
+
+    def broadcast_if_needed(self, one, other):
+        kinds = one.type, other.type
+        if kinds[0].is_block() and kinds[1].is_block() and kinds[0].shape.values == kinds[1].shape.values:
+            return one, other
+        return broadcast(self, one, other)
+
+    semantic.broadcast_impl_value = broadcast_if_needed
