@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -293,3 +294,11 @@ assert sampled_images.shape == (4, 3, 32, 32)
     assert result.returncode == 0, result.stderr
     assert "sampling loop time step" in result.stderr, "upstream's progress bar"
     assert time.perf_counter() - start < 120
+
+
+def test_pytest_looks_into_every_folder_of_tests(request):
+    """Its own list of folders to leave out has "build"."""
+    left_out = request.config.getini("norecursedirs")
+    folders = {file.parent.name for file in Path(__file__).parent.rglob("test_*.py")}
+    assert {"build", "norm_silu"} <= folders
+    assert not [name for name in folders if any(fnmatch(name, pattern) for pattern in left_out)]
