@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -59,6 +60,15 @@ def test_every_pattern_names_tests():
         assert list((root / "tests").glob(pattern)), pattern
     files = torch_release.tests(root, torch_release.NATIVE + torch_release.COMPILED)
     assert len(files) == len(set(files)) and not set(files) & set(torch_release.tests(root, torch_release.INTERPRETED))
+
+
+def test_cases_are_left_out_of_the_quick_tests_and_some_are_kept():
+    for beginning in torch_release.JUDGED:
+        file, function, start = re.fullmatch(r"(.+)::(.+)\[(.+)", beginning).groups()
+        module = runpy.run_path(str(torch_release.ROOT / "tests" / file))
+        names = next(list(mark.args[1]) for mark in module[function].pytestmark if mark.name == "parametrize")
+        left_out = [name for name in names if name.startswith(start)]
+        assert 0 < len(left_out) < len(names), names
 
 
 def test_a_copy_is_built_again_where_a_source_is_younger(tmp_path):
