@@ -205,13 +205,17 @@ def _stem_conv_backward_scratch(arguments: Arguments) -> int:
 
 
 def _residual_conv_gradients_scratch(arguments: Arguments) -> int:
-    """Gradients of the weight and of the bias per chunk of pixels, written and read."""
+    """Gradients of the weight and of the biases per chunk of pixels, written and read."""
     from ddpm_fast.ops.resnet_block import triton as kernel
 
     (B, C0, H, W), C1, K = arguments["x"].shape, arguments["skip"].shape[1], arguments["weight"].shape[0]
     tile = kernel.choose_tile(K, min(C0, C1), B * H * W, exact=False, names="KCN")
     _, chunks = kernel.chunks_of_pixels(B * H * W, K, C0, C1, tile)
-    return 4 * 2 * chunks * K * (C0 + C1 + 1)
+    numbers = chunks * K * (C0 + C1 + 1)
+    if arguments["x_bias"] is not None:
+        tile = kernel.choose_tile(H * W, min(C0, C1), K, exact=False, names="NCK")
+        numbers += C0 * math.ceil(B * H * W / tile["BLOCK_N"])
+    return 4 * 2 * numbers
 
 
 SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
@@ -278,9 +282,12 @@ def _stem_conv_flops(arguments: Arguments, result: Any) -> dict[str, int]:
     return {"convolution": 2 * B * H * W * weight.numel()}
 
 
-def _residual_conv_gradients_flops(arguments: Arguments, result: Any) -> dict[str, int]:
-    numbers = arguments["x"].numel() + arguments["skip"].numel()
-    return {"convolution": 4 * numbers * arguments["weight"].shape[0]}
+def _residual_conv_flops(products: int) -> Callable[[Arguments, Any], dict[str, int]]:
+    def flops(arguments: Arguments, result: Any) -> dict[str, int]:
+        numbers = arguments["x"].numel() + arguments["skip"].numel()
+        return {"convolution": 2 * products * numbers * arguments["weight"].shape[0]}
+
+    return flops
 
 
 FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
@@ -295,8 +302,8 @@ FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
     "ddpm_fast::norm_linear_backward": _norm_linear_flops(2),
     "ddpm_fast::norm_linear_beside_backward": _norm_linear_flops(2),
     "ddpm_fast::linear_residual": _norm_linear_flops(1),
-    "ddpm_fast::residual_conv": _norm_linear_flops(1),
-    "ddpm_fast::residual_conv_gradients": _residual_conv_gradients_flops,
+    "ddpm_fast::residual_conv": _residual_conv_flops(1),
+    "ddpm_fast::residual_conv_gradients": _residual_conv_flops(2),
     "ddpm_fast::stem_conv": _stem_conv_flops,
     "ddpm_fast::stem_conv_backward": _stem_conv_flops,
     "ddpm_fast::stem_conv_backward_of_readers": _stem_conv_flops,

@@ -32,6 +32,7 @@ def resnet_block(
     gain2: torch.Tensor,
     *,
     skip: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
     offset1: torch.Tensor | None = None,
     offset2: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
@@ -55,8 +56,10 @@ def resnet_block(
     kind: dict[str, Any] = {"groups": groups, "eps": eps}
     norm1, norm2 = partial(_norm, **kind, dropout_p=dropout_p), partial(_norm, **kind)
     with no_autocast(x.device.type):
+        if recompute or skip is None or res_weight is None:  # nothing else would read x with its bias
+            x, x_bias = _with_bias(x, x_bias), None
         if skip is not None and res_weight is not None:
-            y1, residual = skip_convs(x, branch(skip), weight1, res_weight, res_bias)
+            y1, residual = skip_convs(x, branch(skip), weight1, res_weight, res_bias, x_bias)
         else:
             if skip is not None:
                 x, skip = torch.cat((x, skip.to(x.dtype)), dim=1), None
@@ -232,29 +235,35 @@ def _same_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
 
 
-def _residual_conv_fake(x: torch.Tensor, weight: torch.Tensor, **others: object) -> torch.Tensor:
+def _residual_conv_fake(
+    x: torch.Tensor, weight: torch.Tensor, x_bias: torch.Tensor | None, keep: bool, **others: object
+) -> tuple[torch.Tensor, ...]:
     B, _, H, W = x.shape
-    return x.new_empty((B, weight.shape[0], H, W)).contiguous(memory_format=torch.channels_last)
+    out, h = (x.new_empty((B, c, H, W)).contiguous(memory_format=torch.channels_last) for c in weight.shape[:2])
+    return out, h, torch.empty_like(x) if x_bias is not None and keep else x.new_empty(0)
 
 
 _residual_conv = Operator(
     "residual_conv",
-    "Tensor x, Tensor weight, Tensor bias",  # x: the two maps side by side
-    returns="out",
+    "Tensor x, Tensor skip, Tensor weight, Tensor bias, Tensor? x_bias, bool keep",
+    # h: the two maps side by side, x with x_bias; biased, empty without x_bias or `keep`: x with x_bias alone.
+    returns="out, h, biased",
     fake=_residual_conv_fake,
     triton=f"{__package__}.triton",
 )
 _residual_conv_gradients = Operator(
     "residual_conv_gradients",
-    "Tensor grad, Tensor x, Tensor skip, Tensor weight, Tensor bias, Tensor added",
-    returns="dx, dskip, dweight, dbias",
-    fake=lambda x, skip, weight, bias, **_: tuple([torch.empty_like(t) for t in (x, skip, weight, bias)]),
+    "Tensor grad, Tensor x, Tensor skip, Tensor weight, Tensor bias, Tensor? x_bias, Tensor added",
+    returns="dx, dskip, dweight, dbias, dx_bias",
+    fake=lambda x, skip, weight, bias, x_bias, **_: tuple(
+        [x.new_empty(0) if t is None else torch.empty_like(t) for t in (x, skip, weight, bias, x_bias)]
+    ),
     triton=f"{__package__}.triton",
 )
 
 
 class _SkipConvs(torch.autograd.Function):
-    """The 3×3 convolution of x and skip side by side by cuDNN, the 1×1 one by Triton.
+    """The 3×3 convolution of x and skip side by side by cuDNN, the 1×1 one by Triton, which puts them side by side.
 
     Backward makes the 3×3 convolution's gradient of both maps at once, and the 1×1 one's kernel adds to it and cuts it.
     """
@@ -267,40 +276,52 @@ class _SkipConvs(torch.autograd.Function):
         weight: torch.Tensor,
         res_weight: torch.Tensor,
         res_bias: torch.Tensor,
+        x_bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(x, skip, weight, res_weight, res_bias)
-        h = torch.cat((x, skip), dim=1)
-        return _same_conv(h, weight, None), _residual_conv.triton(h, res_weight, res_bias)
+        out, h, biased = _residual_conv.triton(x, skip, res_weight, res_bias, x_bias, any(ctx.needs_input_grad))
+        ctx.save_for_backward(x if x_bias is None else biased, skip, weight, res_weight, res_bias, x_bias)
+        return _same_conv(h, weight, None), out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, res_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, skip, weight, res_weight, res_bias = ctx.saved_tensors
+        x, skip, weight, res_weight, res_bias, x_bias = ctx.saved_tensors
         sizes = [x.shape[1], skip.shape[1]]
         convolution_backward = partial(torch.ops.aten.convolution_backward, grad)
         geometry = (None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
         # Of a map only size and layout count here, and of the taps below.
         whole = x.new_empty((1,)).expand(x.shape[0], sum(sizes), *x.shape[2:])
         dwhole = convolution_backward(whole, weight, *geometry, (True, False, False))[0]
-        dx, dskip, dres_weight, dres_bias = _residual_conv_gradients.triton(
-            res_grad, x, skip, res_weight, res_bias, dwhole
+        dx, dskip, dres_weight, dres_bias, dx_bias = _residual_conv_gradients.triton(
+            res_grad, x, skip, res_weight, res_bias, x_bias, dwhole
         )
         dweight = None
         if ctx.needs_input_grad[2]:
             parts = zip((x, skip), weight.split(sizes, dim=1), strict=True)
             dweights = [convolution_backward(*part, *geometry, (False, True, False))[1] for part in parts]
             dweight = torch.cat(dweights, dim=1)
-        return dx, dskip, dweight, dres_weight, dres_bias
+        return dx, dskip, dweight, dres_weight, dres_bias, None if x_bias is None else dx_bias
 
 
 def _triton_skip_convs(
-    x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, res_weight: torch.Tensor, res_bias: torch.Tensor
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    weight: torch.Tensor,
+    res_weight: torch.Tensor,
+    res_bias: torch.Tensor,
+    x_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    return _SkipConvs.apply(*(tensor.to(x.dtype) for tensor in (x, skip, weight, res_weight, res_bias)))
+    tensors = [tensor.to(x.dtype) for tensor in (x, skip, weight, res_weight, res_bias)]
+    return _SkipConvs.apply(*tensors, None if x_bias is None else x_bias.to(x.dtype))
 
 
 def _triton_refuses(
-    x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, res_weight: torch.Tensor, res_bias: torch.Tensor | None
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    weight: torch.Tensor,
+    res_weight: torch.Tensor,
+    res_bias: torch.Tensor | None,
+    x_bias: torch.Tensor | None = None,
 ) -> str | None:
     reason = triton_launch.why_not_triton(x.device)
     if reason is not None:
@@ -319,9 +340,18 @@ def _triton_refuses(
 
 
 def _composite_skip_convs(
-    x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, res_weight: torch.Tensor, res_bias: torch.Tensor | None
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    weight: torch.Tensor,
+    res_weight: torch.Tensor,
+    res_bias: torch.Tensor | None,
+    x_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    return convs_of_parts((x, skip), (weight, None), (res_weight, res_bias))
+    return convs_of_parts((_with_bias(x, x_bias), skip), (weight, None), (res_weight, res_bias))
+
+
+def _with_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x if bias is None else x + bias.to(x.dtype)[:, None, None]
 
 
 def _skip_convs_example(device: torch.device) -> tuple[tuple, dict]:

@@ -66,6 +66,7 @@ def resnet_block(
     gain2: torch.Tensor,
     *,
     skip: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
     offset1: torch.Tensor | None = None,
     offset2: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
@@ -87,6 +88,7 @@ def resnet_block(
         weight1, weight2: (K, C + C', 3, 3) and (K, K, 3, 3); bias1, bias2: (K,).
         gain1, gain2: the norms' gains, K elements in any shape.
         skip: (B, C', H, W), channels that follow those of x, as if the two were concatenated.
+        x_bias: (C,), added to x: the bias of the convolution that made it, where no pass has added it.
         offset1, offset2: (K,), GroupNorm's shifts.
         scale, shift: (B, K); the first norm's output times (1 + scale) plus shift.
         res_weight, res_bias: (K, C + C', 1, 1) and (K,), the residual's convolution; needed where C + C' is not K.
@@ -104,7 +106,7 @@ def resnet_block(
         TypeError, ValueError: an argument does not match its description.
     """
     options: dict[str, Any] = {
-        "skip": skip, "offset1": offset1, "offset2": offset2, "scale": scale, "shift": shift,
+        "skip": skip, "x_bias": x_bias, "offset1": offset1, "offset2": offset2, "scale": scale, "shift": shift,
         "res_weight": res_weight, "res_bias": res_bias, "out_weight": out_weight, "out_bias": out_bias,
         "groups": groups, "eps": eps, "dropout_p": dropout_p, "seed": seed, "recompute": recompute,
     }  # fmt: skip
@@ -124,7 +126,9 @@ def _check(
 ) -> None:
     """The checks of every implementation."""
     tensors = {"weight1": weight1, "bias1": bias1, "gain1": gain1, "weight2": weight2, "bias2": bias2, "gain2": gain2}
-    optional = ("skip", "offset1", "offset2", "scale", "shift", "res_weight", "res_bias", "out_weight", "out_bias")
+    optional = (
+        "skip", "x_bias", "offset1", "offset2", "scale", "shift", "res_weight", "res_bias", "out_weight", "out_bias"
+    )  # fmt: skip
     tensors |= {name: options[name] for name in optional if options[name] is not None}
     check_tensors({"x": x, **tensors})
     check_seed(options["dropout_p"], options["seed"], x.device)
@@ -133,6 +137,8 @@ def _check(
             f"x and weight1 must have four dimensions, got shapes {tuple(x.shape)} and {tuple(weight1.shape)}"
         )
     B, C, H, W = x.shape
+    if "x_bias" in tensors and tensors["x_bias"].shape != (C,):
+        raise ValueError(f"x_bias must have shape ({C},), got {tuple(tensors['x_bias'].shape)}")
     skip: torch.Tensor | None = options["skip"]
     if skip is not None:
         if skip.dim() != 4 or (skip.shape[0], *skip.shape[2:]) != (B, H, W):
@@ -169,7 +175,7 @@ def _native(
     weight1: torch.Tensor, bias1: torch.Tensor, gain1: torch.Tensor,
     weight2: torch.Tensor, bias2: torch.Tensor, gain2: torch.Tensor,
     *,
-    skip: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None, x_bias: torch.Tensor | None = None,
     offset1: torch.Tensor | None = None, offset2: torch.Tensor | None = None,
     scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
     res_weight: torch.Tensor | None = None, res_bias: torch.Tensor | None = None,
@@ -201,7 +207,7 @@ def _native_refuses(
     weight1: torch.Tensor, bias1: torch.Tensor, gain1: torch.Tensor,
     weight2: torch.Tensor, bias2: torch.Tensor, gain2: torch.Tensor,
     *,
-    skip: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None, x_bias: torch.Tensor | None = None,
     offset1: torch.Tensor | None = None, offset2: torch.Tensor | None = None,
     scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
     res_weight: torch.Tensor | None = None, res_bias: torch.Tensor | None = None,
@@ -212,6 +218,8 @@ def _native_refuses(
         "skip": skip, "offset1": offset1, "offset2": offset2, "scale": scale, "shift": shift,
         "res_weight": res_weight, "res_bias": res_bias,
     }  # fmt: skip
+    if x_bias is not None:
+        return "x_bias is given, and native code takes x with its bias"
     return why_not_on_cpu(given, maps=("x",))
 
 

@@ -21,6 +21,7 @@ def resnet_block(
     gain2: torch.Tensor,
     *,
     skip: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
     offset1: torch.Tensor | None = None,
     offset2: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
@@ -51,7 +52,8 @@ def resnet_block(
             offset = cast("torch.Tensor", offset)  # GroupNorm has one
             return group_norm_silu(y, gain, offset, groups=groups, eps=eps, **options)
 
-        h = wide(x) if skip is None else torch.cat((wide(x), wide(skip)), dim=1)
+        h = wide(x) if x_bias is None else wide(x) + wide(x_bias)[:, None, None]
+        h = h if skip is None else torch.cat((h, wide(skip)), dim=1)
         residual = h if res_weight is None else F.conv2d(h, wide(res_weight), wide_bias(res_bias))
         y = F.conv2d(h, wide(weight1), wide(bias1), padding=1)
         y = norm(y, gain1, offset1, scale=scale, shift=shift, dropout_p=dropout_p, seed=seed)

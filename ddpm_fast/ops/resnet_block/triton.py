@@ -1,13 +1,14 @@
 """Triton kernels of the residual's convolution where a block reads a map and its skip connection, and their launches.
 
-With h for the C = C0 + C1 channels of x and skip side by side, per pixel:
+With h for the C = C0 + C1 channels of x + x_bias and skip side by side, per pixel:
 
     out = weight·h + bias
-    (dx, dskip) = gradᵀ·weight + added      dweight = gradᵀ·h      dbias = Σ grad
+    (dx, dskip) = gradᵀ·weight + added      dweight = gradᵀ·h      dbias = Σ grad      dx_bias = Σ dx
 
-`added` is what flows through the other reader of h, the 3×3 convolution: both maps' gradients are written once, whole,
-and h is not made again. The sums over pixels have two stages, chunks of pixels and then the sum over chunks, without
-atomics. Maps are channels-last: rows of channels, one per pixel of the batch.
+x_bias is that of the convolution that made x, or nothing. The kernel of `out` writes h for the other reader, the 3×3
+convolution, and x + x_bias for backward. `added` is what flows through that reader: both maps' gradients are written
+once, whole, and h is not made again. The sums over pixels have two stages, chunks of pixels and then the sum over
+chunks, without atomics. Maps are channels-last: rows of channels, one per pixel of the batch.
 """
 
 from __future__ import annotations
@@ -21,47 +22,88 @@ import triton.language as tl
 from ddpm_fast.ops.common.triton import cast, dot_of_many
 from ddpm_fast.runtime import triton_launch
 
-# Numbers of tiles, for which nothing is compiled again.
-_ANY_SIZE = ["tiles", "tiles_k", "tiles_c", "tiles_c0", "chunks"]
-MAPS_REGISTERS = 128  # the bound of the kernel of maps, with which none spills
+# Numbers for which nothing is compiled again.
+_ANY_SIZE = ["tiles", "tiles_k", "tiles_c", "tiles_c0", "tiles_c1", "tiles_n", "chunks", "biased", "copied"]
+FLOAT32_FWD_REGISTERS = 112  # the bound of the forward kernel of float32 maps; half types take fewer without one
+MAPS_REGISTERS = 128  # the bound of the kernel of maps' gradients, with which none spills
 WEIGHT_REGISTERS = 128 if triton_launch.is_triton_before(3, 6) else None  # with bf16 on sm_100 some spill without it
 _PROGRAMS = 512  # of the sums over pixels, at least where there are as many tiles: some for every multiprocessor
 
 
 @triton.jit
-def _load(pointer, o_row, o_column, rows, columns, stride):
-    """Some rows and columns of a matrix, 0 outside."""
+def _row(pointer, row, stride):
+    """Where a row of a matrix begins: a scalar of 64 bits, so that offsets from there have 32."""
+    return pointer + row.to(tl.int64) * stride
+
+
+@triton.jit
+def _load(pointer, o_row, o_column, rows, columns, stride, FAR: tl.constexpr = False):
+    """Some rows and columns of a matrix, 0 outside; rows that are FAR from the pointer have offsets of 64 bits."""
     mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
-    return tl.load(pointer + o_row.to(tl.int64)[:, None] * stride + o_column[None, :], mask=mask, other=0.0)
+    if FAR:
+        return tl.load(pointer + o_row.to(tl.int64)[:, None] * stride + o_column[None, :], mask=mask, other=0.0)
+    else:
+        return tl.load(pointer + (o_row[:, None] * stride + o_column[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
 def _store(pointer, value, o_row, o_column, rows, columns, stride):
     mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
-    value = cast(value, pointer.dtype.element_ty)
-    tl.store(pointer + o_row.to(tl.int64)[:, None] * stride + o_column[None, :], value, mask=mask)
+    tl.store(pointer + (o_row[:, None] * stride + o_column[None, :]), cast(value, pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _product_of_map(
+    b_out, map_ptr, h_ptr, copy_ptr, bias_ptr, weight_ptr, o_n, o_k, rows, written, copied, K, width, C, tiles, biased,
+    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """b_out + weight·(map + bias); the first `written` rows of map + bias go to h, the first `copied` to the copy."""
+    for i_c in range(tiles):
+        o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        b_map = _load(map_ptr, o_n, o_c, rows, width, width)
+        if copy_ptr is not None:
+            b_bias = tl.load(bias_ptr + o_c, mask=o_c < width * biased, other=0.0).to(tl.float32)
+            b_map = cast(b_map.to(tl.float32) + b_bias[None, :], map_ptr.dtype.element_ty)
+            _store(copy_ptr, b_map, o_n, o_c, copied, width, width)
+        _store(h_ptr, b_map, o_n, o_c, written, width, C)
+        b_weight = cast(_load(weight_ptr, o_k, o_c, K, width, C), b_map.dtype)
+        b_out = dot_of_many(b_map, tl.trans(b_weight), b_out, PRECISION)
+    return b_out
 
 
 @triton.jit(do_not_specialize=_ANY_SIZE)
 def residual_conv_fwd_kernel(
-    h_ptr,  # (N, C)
-    weight_ptr,  # (K, C)
+    x_ptr,  # (N, C0)
+    skip_ptr,  # (N, C1)
+    weight_ptr,  # (K, C0 + C1)
     bias_ptr,  # (K,)
+    x_bias_ptr,  # (C0,); any pointer where `biased` is 0
     out_ptr,  # (N, K)
-    N, C, K, tiles_k, tiles_c,
+    h_ptr,  # (N, C0 + C1)
+    copy_ptr,  # (N, C0): x + x_bias; any pointer where `copied` is 0
+    N, C0, C1, K, tiles_k, tiles_c0, tiles_c1, biased, copied,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pixels / BLOCK_N · tiles_k,): programs of the same pixels follow each other, and read h from the cache."""
-    i_k, i_n = tl.program_id(0) % tiles_k, tl.program_id(0) // tiles_k
-    o_n, o_k = i_n * BLOCK_N + tl.arange(0, BLOCK_N), i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    """Grid (pixels / BLOCK_N · tiles_k,): programs of the same pixels follow each other, and read them from the cache.
+
+    The first of them writes h.
+    """
+    i_k, start = tl.program_id(0) % tiles_k, tl.program_id(0) // tiles_k * BLOCK_N
+    o_n, o_k = tl.arange(0, BLOCK_N), i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows, C = N - start, C0 + C1
+    written = tl.where(i_k == 0, rows, 0)
+    h_ptr = _row(h_ptr, start, C)
     b_out = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for i_c in range(tiles_c):
-        o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        b_h = _load(h_ptr, o_n, o_c, N, C, C)
-        b_weight = cast(_load(weight_ptr, o_k, o_c, K, C, C), b_h.dtype)
-        b_out = dot_of_many(b_h, tl.trans(b_weight), b_out, PRECISION)
+    b_out = _product_of_map(
+        b_out, _row(x_ptr, start, C0), h_ptr, _row(copy_ptr, start, C0), x_bias_ptr, weight_ptr, o_n, o_k, rows,
+        written, written * copied, K, C0, C, tiles_c0, biased, PRECISION, BLOCK_C,
+    )  # fmt: skip
+    b_out = _product_of_map(
+        b_out, _row(skip_ptr, start, C1), h_ptr + C0, None, None, weight_ptr + C0, o_n, o_k, rows, written, 0, K, C1, C,
+        tiles_c1, 0, PRECISION, BLOCK_C,
+    )  # fmt: skip
     b_out += tl.load(bias_ptr + o_k, mask=o_k < K, other=0.0).to(tl.float32)[None, :]
-    _store(out_ptr, b_out, o_n, o_k, N, K, K)
+    _store(_row(out_ptr, start, K), b_out, o_n, o_k, rows, K, K)
 
 
 @triton.jit(do_not_specialize=_ANY_SIZE)
@@ -71,25 +113,29 @@ def residual_conv_bwd_maps_kernel(
     added_ptr,  # (N, C0 + C1)
     dx_ptr,  # (N, C0)
     dskip_ptr,  # (N, C1)
-    N, K, C0, C1, tiles_k, tiles_c0, tiles_c,
+    x_sums_ptr,  # (pixels / BLOCK_N, C0) float32: Σ dx over a tile's pixels; any pointer where `biased` is 0
+    N, K, C0, C1, tiles_k, tiles_c0, tiles_c, biased,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (pixels / BLOCK_N · tiles_c,): the first tiles_c0 tiles of channels are those of x."""
     i_c, i_n = tl.program_id(0) % tiles_c, tl.program_id(0) // tiles_c
-    out_ptr, width, first = dx_ptr, C0, 0
+    out_ptr, width, first, summed = dx_ptr, C0, 0, C0 * biased
     if i_c >= tiles_c0:
         i_c -= tiles_c0
-        out_ptr, width, first = dskip_ptr, C1, C0
-    o_n, o_c = i_n * BLOCK_N + tl.arange(0, BLOCK_N), i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    C = C0 + C1
+        out_ptr, width, first, summed = dskip_ptr, C1, C0, 0
+    start = i_n * BLOCK_N
+    o_n, o_c = tl.arange(0, BLOCK_N), i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows, C = N - start, C0 + C1
+    grad_ptr = _row(grad_ptr, start, K)
     b_out = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for i_k in range(tiles_k):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        b_grad = _load(grad_ptr, o_n, o_k, N, K, K)
+        b_grad = _load(grad_ptr, o_n, o_k, rows, K, K)
         b_weight = cast(_load(weight_ptr + first, o_k, o_c, K, width, C), b_grad.dtype)
         b_out = dot_of_many(b_grad, b_weight, b_out, PRECISION)
-    b_out += _load(added_ptr + first, o_n, o_c, N, width, C).to(tl.float32)
-    _store(out_ptr, b_out, o_n, o_c, N, width, width)
+    b_out += _load(_row(added_ptr, start, C) + first, o_n, o_c, rows, width, C).to(tl.float32)
+    _store(_row(out_ptr, start, width), b_out, o_n, o_c, rows, width, width)
+    tl.store(_row(x_sums_ptr, i_n, C0) + o_c, tl.sum(b_out, axis=0), mask=o_c < summed)
 
 
 @triton.jit(do_not_specialize=_ANY_SIZE)
@@ -117,31 +163,46 @@ def residual_conv_bwd_weight_kernel(
     b_dbias = tl.zeros((BLOCK_K,), tl.float32)
     for i_row in range(tiles):
         o_n = (i_chunk * tiles + i_row) * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_grad = _load(grad_ptr, o_n, o_k, N, K, K)
-        b_dweight = dot_of_many(tl.trans(b_grad), _load(map_ptr, o_n, o_c, N, width, width), b_dweight, PRECISION)
+        b_grad = _load(grad_ptr, o_n, o_k, N, K, K, FAR=True)
+        b_map = _load(map_ptr, o_n, o_c, N, width, width, FAR=True)
+        b_dweight = dot_of_many(tl.trans(b_grad), b_map, b_dweight, PRECISION)
         b_dbias += tl.sum(b_grad.to(tl.float32), axis=0)
     _store(sums_ptr + first, b_dweight, o_k, o_c, K, width, C)
     if is_first:
         tl.store(sums_ptr + K * C + o_k, b_dbias, mask=o_k < K)
 
 
+@triton.jit
+def _sum_of_rows(pointer, o, rows, columns, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
+    """Some columns of a matrix, added up over its rows."""
+    b_sum = tl.zeros((BLOCK_R, BLOCK), tl.float32)
+    for start in range(0, rows, BLOCK_R):
+        b_sum += _load(pointer, start + tl.arange(0, BLOCK_R), o, rows, columns, columns, FAR=True)
+    return tl.sum(b_sum, axis=0)
+
+
 @triton.jit(do_not_specialize=_ANY_SIZE)
 def residual_conv_bwd_parameters_kernel(
     sums_ptr,  # (chunks, K·C + K) float32
+    x_sums_ptr,  # (tiles_n, C0) float32, or any pointer where x has no bias
     dweight_ptr,  # (K, C)
     dbias_ptr,  # (K,)
-    K, C, chunks,
-    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+    dx_bias_ptr,  # (C0,), or any pointer
+    K, C, C0, chunks, tiles_n,
+    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums over chunks. Grid ((K·C + K) / BLOCK,)."""
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Sums over chunks. Grid ((K·C + K) / BLOCK,), and C0 / BLOCK_C programs more where x has a bias."""
     size = K * C
-    b_sum = tl.zeros((BLOCK_R, BLOCK), tl.float32)
-    for start in range(0, chunks, BLOCK_R):
-        b_sum += _load(sums_ptr, start + tl.arange(0, BLOCK_R), o, chunks, size + K, size + K)
-    b_sum = tl.sum(b_sum, axis=0)
-    tl.store(dweight_ptr + o, cast(b_sum, dweight_ptr.dtype.element_ty), mask=o < size)
-    tl.store(dbias_ptr + o - size, cast(b_sum, dbias_ptr.dtype.element_ty), mask=(o >= size) & (o < size + K))
+    i_x = tl.program_id(0) - tl.cdiv(size + K, BLOCK)
+    if i_x < 0:
+        o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        b_sum = _sum_of_rows(sums_ptr, o, chunks, size + K, BLOCK_R, BLOCK)
+        tl.store(dweight_ptr + o, cast(b_sum, dweight_ptr.dtype.element_ty), mask=o < size)
+        tl.store(dbias_ptr + o - size, cast(b_sum, dbias_ptr.dtype.element_ty), mask=(o >= size) & (o < size + K))
+    else:
+        o_c = i_x * BLOCK_C + tl.arange(0, BLOCK_C)
+        b_dx_bias = _sum_of_rows(x_sums_ptr, o_c, tiles_n, C0, BLOCK_X, BLOCK_C)
+        tl.store(dx_bias_ptr + o_c, cast(b_dx_bias, dx_bias_ptr.dtype.element_ty), mask=o_c < C0)
 
 
 @cache
@@ -164,22 +225,32 @@ def choose_tile(rows: int, columns: int, depth: int, exact: bool, *, names: str)
 
 
 def residual_conv(
-    h: torch.Tensor,  # (B, C, H, W)
-    weight: torch.Tensor,  # (K, C, 1, 1)
+    x: torch.Tensor,  # (B, C0, H, W)
+    skip: torch.Tensor,  # (B, C1, H, W)
+    weight: torch.Tensor,  # (K, C0 + C1, 1, 1)
     bias: torch.Tensor,  # (K,)
-) -> torch.Tensor:
-    """The convolution's output (B, K, H, W)."""
-    (B, C, H, W), K = h.shape, weight.shape[0]
+    x_bias: torch.Tensor | None,  # (C0,)
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The convolution's output (B, K, H, W), h (B, C0 + C1, H, W), and with x_bias, if `keep`, x + x_bias."""
+    (B, C0, H, W), C1, K = x.shape, skip.shape[1], weight.shape[0]
     N, precision = B * H * W, triton_launch.convolution_precision()
-    out = torch.empty((B, K, H, W), dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
-    tile = choose_tile(H * W, K, C, _exact(h, precision), names="NKC")
+    out, h = (
+        torch.empty((B, width, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for width in (K, C0 + C1)
+    )
+    biased, copied = int(x_bias is not None), int(x_bias is not None and keep)
+    copy = torch.empty_like(x) if copied else x.new_empty(0)
+    tile = choose_tile(H * W, K, C0 + C1, _exact(x, precision), names="NKC")
     tiles_k = triton_launch.ceil_div(K, tile["BLOCK_K"])
-    with torch.cuda.device_of(h):
+    tiles_c = (triton_launch.ceil_div(width, tile["BLOCK_C"]) for width in (C0, C1))
+    with torch.cuda.device_of(x):
         residual_conv_fwd_kernel[(triton_launch.ceil_div(N, tile["BLOCK_N"]) * tiles_k,)](
-            h, _matrix(weight), bias.contiguous(), out, N, C, K, tiles_k, triton_launch.ceil_div(C, tile["BLOCK_C"]),
-            PRECISION=precision, **tile,
+            x, skip, _matrix(weight), bias.contiguous(), copy if x_bias is None else x_bias.contiguous(), out, h, copy,
+            N, C0, C1, K, tiles_k, *tiles_c, biased, copied, PRECISION=precision, **tile,
+            **triton_launch.register_bound(FLOAT32_FWD_REGISTERS if x.dtype == torch.float32 else None),
         )  # fmt: skip
-    return out
+    return out, h, copy
 
 
 def residual_conv_gradients(
@@ -188,22 +259,28 @@ def residual_conv_gradients(
     skip: torch.Tensor,  # (B, C1, H, W)
     weight: torch.Tensor,  # (K, C0 + C1, 1, 1)
     bias: torch.Tensor,  # (K,)
+    x_bias: torch.Tensor | None,  # (C0,), which x has
     added: torch.Tensor,  # (B, C0 + C1, H, W)
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of x and skip, to which `added` is added, of weight and of bias, each laid out as its argument."""
+    """Gradients of x and skip, to which `added` is added, of weight, bias and x_bias, each laid out as its argument."""
     (B, C0, H, W), C1, K = x.shape, skip.shape[1], weight.shape[0]
     C, N, precision = C0 + C1, B * H * W, triton_launch.convolution_precision()
     exact = _exact(x, precision)
     grad, added = (t.contiguous(memory_format=torch.channels_last) for t in (grad, added))
     dx, dskip = torch.empty_like(x), torch.empty_like(skip)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    dx_bias = x.new_empty(0) if x_bias is None else torch.empty_like(x_bias)
+    biased = int(x_bias is not None)
     tile = choose_tile(H * W, min(C0, C1), K, exact, names="NCK")
     sums_tile = choose_tile(K, min(C0, C1), N, exact, names="KCN")
+    tiles_n = triton_launch.ceil_div(N, tile["BLOCK_N"])
+    x_sums = x.new_empty((tiles_n, C0) if biased else 0, dtype=torch.float32)
     with torch.cuda.device_of(x):
         tiles_c0, tiles_c1 = (triton_launch.ceil_div(width, tile["BLOCK_C"]) for width in (C0, C1))
-        residual_conv_bwd_maps_kernel[(triton_launch.ceil_div(N, tile["BLOCK_N"]) * (tiles_c0 + tiles_c1),)](
-            grad, _matrix(weight), added, dx, dskip, N, K, C0, C1, triton_launch.ceil_div(K, tile["BLOCK_K"]),
-            tiles_c0, tiles_c0 + tiles_c1, PRECISION=precision, **tile, **triton_launch.register_bound(MAPS_REGISTERS),
+        residual_conv_bwd_maps_kernel[(tiles_n * (tiles_c0 + tiles_c1),)](
+            grad, _matrix(weight), added, dx, dskip, x_sums, N, K, C0, C1, triton_launch.ceil_div(K, tile["BLOCK_K"]),
+            tiles_c0, tiles_c0 + tiles_c1, biased, PRECISION=precision, **tile,
+            **triton_launch.register_bound(MAPS_REGISTERS),
         )  # fmt: skip
         tiles_k = triton_launch.ceil_div(K, sums_tile["BLOCK_K"])
         tiles_c0, tiles_c1 = (triton_launch.ceil_div(width, sums_tile["BLOCK_C"]) for width in (C0, C1))
@@ -214,10 +291,12 @@ def residual_conv_gradients(
             **sums_tile, **triton_launch.register_bound(WEIGHT_REGISTERS),
         )  # fmt: skip
         blocks = parameters_blocks(triton_launch.interpreted())
-        residual_conv_bwd_parameters_kernel[(triton_launch.ceil_div(K * C + K, blocks["BLOCK"]),)](
-            sums, dweight, dbias, K, C, chunks, **blocks
+        programs = triton_launch.ceil_div(K * C + K, blocks["BLOCK"])
+        programs += biased * triton_launch.ceil_div(C0, blocks["BLOCK_C"])
+        residual_conv_bwd_parameters_kernel[(programs,)](
+            sums, x_sums, dweight, dbias, dx_bias, K, C, C0, chunks, tiles_n, **blocks
         )
-    return dx, dskip, dweight, dbias
+    return dx, dskip, dweight, dbias, dx_bias
 
 
 def chunks_of_pixels(N: int, K: int, C0: int, C1: int, sums_tile: dict[str, int]) -> tuple[int, int]:
@@ -230,8 +309,13 @@ def chunks_of_pixels(N: int, K: int, C0: int, C1: int, sums_tile: dict[str, int]
 
 
 def parameters_blocks(interpreted: bool = False) -> dict[str, int]:
-    """The blocks of residual_conv_bwd_parameters_kernel, a constant on a GPU: no size compiles it again."""
-    return {"BLOCK_R": 16, "BLOCK": 4096 if interpreted else 128, "num_warps": 4}
+    """The blocks of residual_conv_bwd_parameters_kernel, a constant on a GPU: no size compiles it again.
+
+    Of the bias of x there are as many sums as tiles of pixels: a program has few channels, to read many at once.
+    """
+    if interpreted:
+        return {"BLOCK_R": 16, "BLOCK": 4096, "BLOCK_X": 16, "BLOCK_C": 512, "num_warps": 4}
+    return {"BLOCK_R": 16, "BLOCK": 128, "BLOCK_X": 512, "BLOCK_C": 4, "num_warps": 4}
 
 
 def _exact(x: torch.Tensor, precision: str) -> bool:

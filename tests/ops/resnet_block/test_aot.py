@@ -22,9 +22,12 @@ KERNELS = {
     "residual_conv_bwd_weight_kernel": ("KCN", ["NK", "NC"], "KC"),
 }
 PRODUCTS = [("bf16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee")]
+# Kernel and type of maps: the bound of its launches.
 REGISTERS = {
-    "residual_conv_bwd_maps_kernel": kernel.MAPS_REGISTERS,
-    "residual_conv_bwd_weight_kernel": kernel.WEIGHT_REGISTERS,
+    ("residual_conv_fwd_kernel", "fp32"): kernel.FLOAT32_FWD_REGISTERS,
+    ("residual_conv_fwd_kernel", "bf16"): None,
+    **{("residual_conv_bwd_maps_kernel", dtype): kernel.MAPS_REGISTERS for dtype in ("fp32", "bf16")},
+    **{("residual_conv_bwd_weight_kernel", dtype): kernel.WEIGHT_REGISTERS for dtype in ("fp32", "bf16")},
 }
 BITS = {"bf16": 16, "fp32": 32}
 
@@ -41,13 +44,13 @@ def compile_stage(name: str, dtype: str, precision: str, capability: int, tmp_pa
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path,
         num_warps=tile["num_warps"], num_stages=tile["num_stages"], unaligned=unaligned,
-        maxnreg=REGISTERS.get(name),
+        maxnreg=REGISTERS[name, dtype],
     )  # fmt: skip
     return machine, tile
 
 
 def type_of(name: str, dtype: str) -> str:
-    if name == "sums_ptr":
+    if name.endswith("sums_ptr"):
         return "*fp32"
     return f"*{dtype}" if name.endswith("_ptr") else "i32"
 
@@ -88,8 +91,9 @@ def test_gradients_of_parameters(capability, tmp_path, gate):
     constants = {n: value for n, value in blocks.items() if n.startswith("BLOCK")}
     signature = {n: type_of(n, "bf16") for n in function.arg_names if n not in constants}
     machine = compile_kernel(
-        function, signature, constants, capability, tmp_path, num_warps=blocks["num_warps"], unaligned=("chunks",)
-    )
+        function, signature, constants, capability, tmp_path, num_warps=blocks["num_warps"],
+        unaligned=("chunks", "tiles_n"),
+    )  # fmt: skip
     assert not machine.spills
     assert machine.widths("LDG").get(128, 0) >= blocks["BLOCK_R"] * blocks["BLOCK"] // (4 * 32 * blocks["num_warps"])
     gate("registers", f"residual_conv_bwd_parameters_kernel, sm_{capability}", machine.registers)

@@ -226,6 +226,7 @@ def test_operator_keeps_torchs_rules():
     [
         ({"weight2": torch.zeros(32, 24, 3, 3)}, "weight2 must have shape"),
         ({"skip": torch.zeros(2, 8, 4, 4)}, "skip must have shape"),
+        ({"x_bias": torch.zeros(8)}, "x_bias must have shape"),
         ({"scale": torch.zeros(2, 31)}, "scale must have shape"),
         ({"gain1": torch.zeros(31)}, "gain1 must have 32 elements"),
         ({"res_weight": None}, "res_weight must be given"),
@@ -274,3 +275,15 @@ def test_tangents_agree_with_gradients():
         given = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(block(given), given, u)
         torch.testing.assert_close((u * tangent).sum(), (gradient * v).sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("skip_channels", [0, 8])
+def test_a_bias_of_x_runs_the_steps(skip_channels):
+    tensors, others = make(2, 16, skip_channels, 32, 6, 5)
+    tensors["x_bias"] = torch.linspace(-1, 1, 16)
+    expected = run(reference.resnet_block, tensors, others)
+    for recompute in (False, True):
+        for name, value in run(resnet_block, tensors, others | {"recompute": recompute}).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+    with use_backend("native"), pytest.raises(RuntimeError, match="takes x with its bias"):
+        resnet_block(**tensors, **others)

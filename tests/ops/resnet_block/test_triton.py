@@ -28,7 +28,7 @@ def exact_products():
         yield
 
 
-def make(shape, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def make(shape, dtype: torch.dtype = torch.float32, biased: bool = False) -> dict[str, torch.Tensor]:
     B, C0, C1, K, H, W = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -41,14 +41,15 @@ def make(shape, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         "weight": normal(K, C0 + C1, 3, 3) / (9 * (C0 + C1)) ** 0.5,
         "res_weight": normal(K, C0 + C1, 1, 1) / (C0 + C1) ** 0.5,
         "res_bias": normal(K),
-    }
+    } | ({"x_bias": normal(C0)} if biased else {})
     tensors = {name: tensor.to(dtype).to(DEVICE) for name, tensor in tensors.items()}
     for name in ("x", "skip", "weight", "res_weight"):
         tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
     return tensors
 
 
-def composite(x, skip, weight, res_weight, res_bias) -> tuple[torch.Tensor, ...]:
+def composite(x, skip, weight, res_weight, res_bias, x_bias=None) -> tuple[torch.Tensor, ...]:
+    x = x if x_bias is None else x + x_bias[:, None, None]
     return convs_of_parts((x, skip), (weight, None), (res_weight, res_bias))
 
 
@@ -72,7 +73,7 @@ def assert_as_accurate_as_the_composite(tensors: dict[str, torch.Tensor]) -> Non
     actual, expected = run(kernels, tensors), run(composite, tensors)
     truth = run(composite, {name: tensor.double() for name, tensor in tensors.items()})
     for name in truth:
-        floor = 16 if name in ("dres_weight", "dres_bias") else 4  # sums over pixels
+        floor = 16 if name in ("dres_weight", "dres_bias", "dx_bias") else 4  # sums over pixels
         assert_close_to_truth(actual[name], expected[name], truth[name], name=name, floor=floor)
     for name in ("x", "skip"):
         assert actual[f"d{name}"].stride() == tensors[name].stride()
@@ -82,14 +83,26 @@ def assert_as_accurate_as_the_composite(tensors: dict[str, torch.Tensor]) -> Non
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(shape, dtype):
-    assert_as_accurate_as_the_composite(make(shape, dtype))
+@pytest.mark.parametrize("biased", [False, True])
+def test_shapes(biased, shape, dtype):
+    assert_as_accurate_as_the_composite(make(shape, dtype, biased))
 
 
-def test_many_chunks_of_pixels(monkeypatch):
+@pytest.mark.parametrize("biased", [False, True])
+def test_many_chunks_of_pixels(biased, monkeypatch):
     """Programs walk over several tiles of pixels, and the last one is half outside."""
     monkeypatch.setattr(kernel, "_PROGRAMS", 4)
-    assert_as_accurate_as_the_composite(make((2, 20, 12, 8, 15, 13)))
+    assert_as_accurate_as_the_composite(make((2, 20, 12, 8, 15, 13), biased=biased))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_bias_is_added_as_a_pass_of_its_own_adds_it(dtype):
+    """The same bits: outputs, and all gradients but the bias's, which is a sum that is not rounded before."""
+    tensors = make((2, 70, 33, 20, 9, 7), dtype, biased=True)
+    plain = tensors | {"x": tensors["x"] + tensors["x_bias"][:, None, None]}
+    del plain["x_bias"]
+    actual, expected = run(kernels, tensors), run(kernels, plain)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_tf32_where_convolutions_may_use_it():
@@ -153,14 +166,26 @@ def test_keeps_the_arguments_alone():
     assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in tensors.values()}
 
 
-def test_opcheck():
-    tensors = make(SMALL)
-    x, skip, weight, bias = (tensors[name] for name in ("x", "skip", "res_weight", "res_bias"))
-    h = torch.cat((x, skip), dim=1)
+def test_keeps_x_with_its_bias_in_place_of_x():
+    tensors = {name: tensor.requires_grad_() for name, tensor in make(SMALL, biased=True).items()}
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        kernels(**tensors)
+    first, *others = kept
+    assert torch.equal(first, tensors["x"] + tensors["x_bias"][:, None, None])
+    given = {tensor.data_ptr() for name, tensor in tensors.items() if name != "x"}
+    assert {tensor.data_ptr() for tensor in others} == given
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_opcheck(biased):
+    tensors = make(SMALL, biased=biased)
+    given = [tensors.get(name) for name in ("x", "skip", "res_weight", "res_bias", "x_bias")]
     operators = torch.ops.ddpm_fast
-    torch.library.opcheck(operators.residual_conv.default, (h, weight, bias))
-    grad = operators.residual_conv(h, weight, bias)
-    torch.library.opcheck(operators.residual_conv_gradients.default, (grad, x, skip, weight, bias, h))
+    for keep in (False, True):
+        torch.library.opcheck(operators.residual_conv.default, (*given, keep))
+    grad, h, _ = operators.residual_conv(*given, True)
+    torch.library.opcheck(operators.residual_conv_gradients.default, (grad, *given, h))
 
 
 def block_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -170,12 +195,14 @@ def block_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     square = torch.linspace(-0.1, 0.1, 9 * K * K, device=DEVICE).reshape(K, K, 3, 3)
     given = {"x": tensors["x"], "weight1": tensors["weight"], "bias1": row, "gain1": row, "weight2": square}
     given |= {"bias2": row.flip(0), "gain2": row.flip(0), "skip": tensors["skip"]}
-    return given | {"res_weight": tensors["res_weight"], "res_bias": tensors["res_bias"]}
+    given |= {"res_weight": tensors["res_weight"], "res_bias": tensors["res_bias"]}
+    return given | ({"x_bias": tensors["x_bias"]} if "x_bias" in tensors else {})
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_block_with_a_skip_connection_runs_them(recompute):
-    given = block_of(make(SMALL))
+def test_a_block_with_a_skip_connection_runs_them(recompute, biased):
+    given = block_of(make(SMALL, biased=biased))
     results = []
     for backend in ("triton", "reference"):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
@@ -189,8 +216,9 @@ def test_a_block_with_a_skip_connection_runs_them(recompute):
     assert choices["skip_convs", "triton", "accepts"] == 1
 
 
-def test_compiles_whole():
-    given, results = block_of(make(SMALL)), []
+@pytest.mark.parametrize("biased", [False, True])
+def test_compiles_whole(biased):
+    given, results = block_of(make(SMALL, biased=biased)), []
 
     def loss(given):
         out = resnet_block(**given)
