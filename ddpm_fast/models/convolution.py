@@ -28,6 +28,7 @@ from ddpm_fast.ops.stem_conv.op import reads_in_place, stem_conv
 from ddpm_fast.runtime.autocast import no_autocast, to_autocast_dtype
 
 
+@stock
 class Conv3x3(nn.Conv2d):
     """A 3×3 convolution of stride 1 with padding 1: (B, C, H, W) → (B, K, H, W)."""
 
@@ -39,6 +40,13 @@ class Conv3x3(nn.Conv2d):
             return super().forward(x)
         (x,) = to_autocast_dtype(x)
         return conv3x3(x, narrow(self, "weight"), narrow(self, "bias"))
+
+    def before_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The output without its bias, and the bias; None where a user has changed the settings."""
+        if self.bias is None or not keeps_size(self, 3):
+            return None
+        (x,) = to_autocast_dtype(x)
+        return conv3x3(x, narrow(self, "weight")), narrow(self, "bias")
 
     def narrow_groups(self) -> list[Group]:
         """See `narrow_weights`."""
@@ -132,13 +140,18 @@ class Upsample(nn.Sequential, HasDerivedWeight):
         return _in_dtype_of_copies(upsampling_taps(parameter(self[1], "weight"))) if self._is_fused() else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.before_bias(x, adds_bias=True)
+        return super().forward(x) if found is None else found[0]
+
+    def before_bias(self, x: torch.Tensor, adds_bias: bool = False) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The output without its bias unless `adds_bias`, and the bias; None where the modules are called."""
         if not self._is_fused():
-            return super().forward(x)
+            return None
         conv = self._modules["1"]
         (x,) = to_autocast_dtype(x)
-        return unchecked_upsample_conv(
-            x, narrow(conv, "weight"), narrow(conv, "bias"), taps=_fitting(self.built(), x, conv)
-        )
+        bias = narrow(conv, "bias")
+        taps = _fitting(self.built(), x, conv)
+        return unchecked_upsample_conv(x, narrow(conv, "weight"), bias if adds_bias else None, taps=taps), bias
 
     def narrow_groups(self) -> list[Group]:
         """See `narrow_weights`."""

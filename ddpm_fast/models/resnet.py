@@ -107,6 +107,7 @@ class ResnetBlock(nn.Module):
         scale_shift: ScaleShift | None,
         skip: torch.Tensor | None = None,
         final_conv: nn.Conv2d | None = None,
+        x_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The block without its mlp; a network calls it where the block itself is unmodified.
 
@@ -115,6 +116,7 @@ class ResnetBlock(nn.Module):
             scale_shift: the output of `mlp`, two of (B or 1, dim_out).
             skip: (B, C', H, W), channels that follow those of x, as if the two were concatenated.
             final_conv: a stock 1×1 convolution of the block's output, which `low_memory` does not keep for it.
+            x_bias: (C,), added to x; the caller has asked `adds_bias`.
         """
         if not self._is_fused():
             x = x if skip is None else torch.cat((x, skip), dim=1)
@@ -123,7 +125,7 @@ class ResnetBlock(nn.Module):
                 maps = tuple([row[:, :, None, None] for row in scale_shift])
             x = self.block2(self.block1(x, scale_shift=maps)) + self.res_conv(x)
             return x if final_conv is None else final_conv(x)
-        options: dict[str, Any] = {"recompute": self.low_memory}
+        options: dict[str, Any] = {"recompute": self.low_memory, "x_bias": x_bias}
         if skip is None:
             (x,) = to_autocast_dtype(x)
         else:
@@ -179,6 +181,11 @@ class ResnetBlock(nn.Module):
         if isinstance(norm1, nn.GroupNorm) and (norm1.num_groups, norm1.eps) != (norm2.num_groups, norm2.eps):
             return False
         return is_instance(res_conv, nn.Identity) or is_convolution(res_conv, 1)
+
+    def adds_bias(self) -> bool:
+        """True where a pass over x and a skip connection adds a bias to x, too."""
+        recompute = self.low_memory and torch.is_grad_enabled()
+        return self._is_fused() and not recompute and isinstance(self._modules["res_conv"], nn.Conv2d)
 
     def takes_rows(self) -> bool:
         """True if a network may compute the output of `mlp` itself, from its weights, and call `compute`."""

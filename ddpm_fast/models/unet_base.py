@@ -20,7 +20,7 @@ from ddpm_fast.models.conditions import (
     embed_classes,
     embed_vectors,
 )
-from ddpm_fast.models.convolution import StemConv, one_map
+from ddpm_fast.models.convolution import Conv3x3, StemConv, Upsample, one_map
 from ddpm_fast.models.derived_weights import Derived, HasDerivedWeight, Times, kept_by_block
 from ddpm_fast.models.embeddings import (
     CondMLP,
@@ -214,16 +214,18 @@ class UnetBase(Pretrained, HasDerivedWeight):
         x = self._attend(self.mid_attn, x)
         x = _residual_block(self.mid_block2, x, t, next(rows))
 
-        for block1, block2, attn, upsample in _stages(self.ups):
-            x = _residual_block(block1, x, t, next(rows), skips.pop())
-            x = _residual_block(block2, x, t, next(rows), skips.pop())
-            x = self._attend(attn, x)
-            x = upsample(x)
-
+        bias = None  # of the convolution that made x, where the next block adds it
         row = next(rows)
+        for stage, (block1, block2, attn, upsample) in enumerate(_stages(self.ups), 1):
+            x = _residual_block(block1, x, t, row, skips.pop(), bias)
+            x = _residual_block(block2, x, t, next(rows), skips.pop())
+            x, row = self._attend(attn, x), next(rows)
+            following = self.final_res_block if stage == len(self.ups) else self.ups[stage][0]  # type: ignore[index]
+            x, bias = _before_block(upsample, x, following, row)
+
         if row is not None and is_convolution(self.final_conv, 1):
-            return self.final_res_block.compute(x, row, residual, self.final_conv)
-        return self.final_conv(_residual_block(self.final_res_block, x, t, row, residual))
+            return self.final_res_block.compute(x, row, residual, self.final_conv, bias)
+        return self.final_conv(_residual_block(self.final_res_block, x, t, row, residual, bias))
 
     def _copies(self, device: torch.device) -> Copies | None:
         """Copies of the weights in autocast's dtype, see `narrow_weights`: of `inference_weights`, or made now."""
@@ -441,8 +443,25 @@ def _residual_block(
     t: Sequence[torch.Tensor],
     row: ScaleShift | None,
     skip: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A residual block with its scale and shift; where it has none, called as upstream calls it."""
     if row is None:
         return block(x if skip is None else torch.cat((x, skip), dim=1), *t)
-    return block.compute(x, row, skip)  # type: ignore[operator]  # a block with a row is a ResnetBlock
+    return block.compute(x, row, skip, x_bias=x_bias)  # type: ignore[operator]  # a block with a row is a ResnetBlock
+
+
+def _before_block(
+    upsample: Any, x: torch.Tensor, block: Any, row: ScaleShift | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The output of a stage's last module, and its bias where the block that follows, with a skip connection, adds it.
+
+    On CUDA, where torch adds the bias of cuDNN's convolutions in a pass of its own.
+    """
+    runs_triton = triton_launch.why_not_triton(x.device) is None and x.is_contiguous(memory_format=torch.channels_last)
+    adds = runs_triton and row is not None and is_unmodified(upsample)
+    if adds and isinstance(upsample, (Conv3x3, Upsample)) and block.adds_bias():
+        found = upsample.before_bias(x)
+        if found is not None:
+            return found
+    return upsample(x), None

@@ -8,6 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ddpm_fast import Unet
+from ddpm_fast.models.resnet import ResnetBlock
+from ddpm_fast.ops.resnet_block import composite as steps
 from ddpm_fast.ops.resnet_block import triton as kernel
 from ddpm_fast.ops.resnet_block.composite import convs_of_parts, skip_convs
 from ddpm_fast.ops.resnet_block.op import resnet_block
@@ -214,6 +217,85 @@ def test_a_block_with_a_skip_connection_runs_them(recompute, biased):
     with watch_choices() as choices:
         resnet_block(**given)
     assert choices["skip_convs", "triton", "accepts"] == 1
+
+
+def run_network(model: Unet, with_gradients: bool) -> dict[str, torch.Tensor]:
+    x = torch.linspace(-1, 1, 2 * 3 * 4 * 8, device=DEVICE).reshape(2, 3, 4, 8)
+    with torch.set_grad_enabled(with_gradients):
+        out = model(x.contiguous(memory_format=torch.channels_last), torch.tensor([3, 500], device=DEVICE))
+    if not with_gradients:
+        return {"out": out}
+    gradients = torch.autograd.grad(out.square().mean(), list(model.parameters()))
+    return {"out": out, **dict(zip((name for name, _ in model.named_parameters()), gradients, strict=True))}
+
+
+@pytest.fixture
+def biases_added(monkeypatch) -> list[bool]:
+    """Of each block with a skip connection, whether it adds a bias to x."""
+    found: list[bool] = []
+    operator = steps._residual_conv.triton
+
+    def watched(x, skip, weight, bias, x_bias, keep):
+        found.append(x_bias is not None)
+        return operator(x, skip, weight, bias, x_bias, keep)
+
+    monkeypatch.setattr(steps._residual_conv, "triton", watched)
+    return found
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_network_leaves_biases_to_the_blocks_that_follow(with_gradients, biases_added, monkeypatch):
+    """Bits are those of a pass that adds the bias, but in the gradients of these biases: sums in another order."""
+    torch.manual_seed(0)
+    model = Unet(8, dim_mults=(1, 2, 2)).to(DEVICE)
+    made = run_network(model, with_gradients)
+    assert biases_added == [False, False, True, False, True, False, True]
+    monkeypatch.setattr(ResnetBlock, "adds_bias", lambda self: False)
+    expected = run_network(model, with_gradients)
+    assert biases_added[7:] == [False] * 7
+    sums = {"ups.0.3.1.bias", "ups.1.3.1.bias", "ups.2.3.bias"} & expected.keys()
+    assert len(sums) == (3 if with_gradients else 0)
+    for name, value in expected.items():
+        if name in sums:
+            torch.testing.assert_close(made[name], value, rtol=1e-4, atol=1e-6)
+        else:
+            assert torch.equal(made[name], value), name
+
+
+def change_nothing(model: Unet) -> None:
+    pass
+
+
+def watch_upsample(model: Unet) -> None:
+    model.ups[0][3].register_forward_hook(lambda module, inputs, out: None)
+
+
+def watch_its_convolution(model: Unet) -> None:
+    model.ups[0][3][1].register_forward_hook(lambda module, inputs, out: None)
+
+
+def watch_the_block(model: Unet) -> None:
+    model.ups[1][0].register_forward_pre_hook(lambda module, inputs: None)
+
+
+def replace_the_last_convolution(model: Unet) -> None:
+    model.ups[1][3] = torch.nn.Conv2d(8, 8, 3, padding=1).to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "change, blocks",
+    [(change_nothing, 2), (watch_upsample, 1), (watch_its_convolution, 1), (watch_the_block, 1),
+     (replace_the_last_convolution, 1)],
+)  # fmt: skip
+def test_biases_of_modules_that_a_user_changed_are_theirs(change, blocks, biases_added):
+    torch.manual_seed(0)
+    model = Unet(8, dim_mults=(1, 2)).to(DEVICE)
+    change(model)
+    made = run_network(model, True)
+    assert sum(biases_added) == blocks
+    with use_backend("reference"):
+        for name, expected in run_network(model, True).items():
+            torch.testing.assert_close(made[name], expected, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("biased", [False, True])
