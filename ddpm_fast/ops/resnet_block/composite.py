@@ -179,7 +179,7 @@ def convs_of_parts(
     Forward concatenates. For two maps of n bytes and two convolutions with outputs of n bytes this moves 10n: 4n to
     concatenate, 3n per convolution. One convolution per map and a sum would move 14n, or 10n with the sums inside the
     following norm. Producers cannot write into halves of one map: cuDNN's convolutions, which are half of them, do not,
-    and a skip has earlier readers of the whole.
+    and a skip has earlier readers of the whole. `_SkipConvs` moves 8n: the 1×1 convolution's kernel concatenates.
     """
     dtype = parts[0].dtype
     parts = tuple([part.to(dtype) for part in parts])
