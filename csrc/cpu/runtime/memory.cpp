@@ -117,10 +117,6 @@ class Pool {
     const size_t more = (size - (has_last ? free_.rbegin()->second : 0) + kStep - 1) / kStep * kStep;
     if (more > static_cast<size_t>(limit_ - end_)) return false;
     if (mprotect(end_, more, PROT_READ | PROT_WRITE) != 0) return false;
-#if defined(MADV_POPULATE_WRITE)
-    // The whole piece is written soon. All its pages at once take three quarters of the time of a fault for each.
-    if (!is_huge_) madvise(end_, more, MADV_POPULATE_WRITE);  // Linux 5.14; best effort
-#endif
     if (has_last) {
       free_.rbegin()->second += more;
     } else {
