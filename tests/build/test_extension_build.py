@@ -6,7 +6,8 @@ when something is compiled again.
 
 The real sources are built once, by `make test` for its environment. The tests that take the fixture `package` load a
 copy of that build and run its operators, and its size has a bound. The other operators' tests run it, too. A real
-portable wheel is built and measured by `make release-tests`, and by tests/build/sanitize.py with sanitizers.
+portable wheel is built and measured by `make release-tests`, which has the ways in which a build fails, too, and by
+tests/build/sanitize.py with sanitizers.
 """
 
 from __future__ import annotations
@@ -314,6 +315,7 @@ def test_what_changed_is_compiled_again(tmp_path):
         assert probe(source, STUB_PROBE)["instruction_set"] == "native"
 
 
+@pytest.mark.release
 @pytest.mark.skipif(shutil.which("nvcc") is None or torch.version.cuda is None, reason="needs nvcc and torch for CUDA")
 def test_a_cuda_build_has_both_parts(tmp_path):
     """Two files of one base name in two folders are two objects."""
@@ -347,6 +349,7 @@ def test_none_makes_a_pure_python_wheel(tmp_path, gate):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_auto_installs_pure_python_and_says_so_where_nothing_compiles(tmp_path):
     installed, info, output = build_wheel(tmp_path, "auto", CXX="false", CC="false")
     assert info["built"] == [] and "it did not compile" in info["reason"]
@@ -355,6 +358,7 @@ def test_auto_installs_pure_python_and_says_so_where_nothing_compiles(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_auto_builds_the_cpu_part_and_says_so_where_cuda_does_not_compile(tmp_path):
     nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
@@ -374,6 +378,7 @@ def test_auto_builds_the_cpu_part_and_says_so_where_cuda_does_not_compile(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_another_cuda_release_is_named(tmp_path):
     if torch.version.cuda is None:
         pytest.skip("needs a CUDA build of torch")
@@ -389,6 +394,7 @@ def test_another_cuda_release_is_named(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.release(but=lambda environment, **_: "everything" in environment.values())
 @pytest.mark.parametrize(
     "environment, sentence",
     [
