@@ -22,6 +22,7 @@ from torch import nn
 from ddpm_fast.integrations.family import own_forward, path_of, plain_classes, why_changed, why_own_forward
 from ddpm_fast.models.recorded_calls import RecordedCalls, calls_of, why_not_replayed
 from ddpm_fast.models.stock import own_class
+from ddpm_fast.runtime.recording import is_of_torch
 
 
 class Replayed:
@@ -84,13 +85,9 @@ def _why_untrusted(module: nn.Module) -> str | None:
         by_modules = getattr(module, "why_by_modules", None)
         return why_own_forward(module) or (by_modules() if by_modules is not None else None)
     cls: Any = own_class(module)
-    if _is_torch(cls):
-        return None if _is_torch(cls.forward) else f"the forward of {cls.__name__} was replaced"
+    if is_of_torch(cls):
+        return None if is_of_torch(cls.forward) else f"the forward of {cls.__name__} was replaced"
     path = path_of(cls)
     if path not in plain_classes():
         return f"it is a {cls.__name__}, and what its forward does besides is not known"
     return why_changed(module, path)
-
-
-def _is_torch(thing: Any) -> bool:
-    return (getattr(thing, "__module__", None) or "").split(".")[0] == "torch"

@@ -422,6 +422,14 @@ def untrusted_module(model: nn.Module) -> str | None:
             if part is not None:
                 return f"of {where}, {part}"
             known += (f"{name}." if name else "",)
-        elif type(module).__module__.split(".")[0] not in ("torch", "ddpm_fast"):
+        elif not is_of_torch(type(module)) and type(module).__module__.split(".")[0] != "ddpm_fast":
             return f"{where} is a {type(module).__name__}, and what its forward does besides is not known"
     return None
+
+
+def is_of_torch(thing: Any) -> bool:
+    """True for a class or function of torch.nn, whose modules call operators alone.
+
+    Those of torch.fx and torch.jit call whatever they were made from.
+    """
+    return (getattr(thing, "__module__", None) or "").startswith("torch.nn.")

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+import torch.fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_fast import GaussianDiffusion, Unet, explain, use_backend
@@ -283,3 +284,19 @@ def test_weights_that_were_put_in_for_a_call_are_not_kept():
             model(*batch(0))
             gc.collect()
             assert gone() is None
+
+
+def test_a_traced_module_that_calls_python_is_called(runs):
+    model, called = make(), []
+
+    def counted(x):
+        called.append(0)
+        return x + len(called)
+
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(counted, (graph.placeholder("x"),)))
+    model.mid_attn = torch.fx.GraphModule({}, graph)
+    with torch.no_grad():
+        found = [model(*batch(0)) for _ in range(5)]
+    assert len(called) == 5 and len({out.sum().item() for out in found}) == 5
+    assert "not: the model's mid_attn is a GraphModule" in explain(model)
