@@ -100,20 +100,27 @@ inline void joined_moments(const JoinedNormArgs& p, const JoinedChunk& chunk, in
     lanes.put(squares + k, vmax(lanes.get(squares + k) - sum * mean, vf{}));
     lanes.put(sums + k, lanes.get(x[part] + c) + mean);
   });
-  for (int64_t g = 0; g < p.groups; ++g) {
-    float mean = 0, apart = 0, within = 0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) mean += sums[c];
-    mean /= static_cast<float>(width);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      apart += (sums[c] - mean) * (sums[c] - mean);
-      within += squares[c];
+  over_groups(p.groups, [&](int64_t first, auto count) {
+    float mean[count.value] = {}, apart[count.value] = {}, within[count.value] = {};
+    const auto add = [&](const auto& term) DDPM_FAST_LAMBDA {
+      for (int64_t c = 0; c < width; ++c) {
+#pragma GCC unroll 4
+        for (int i = 0; i < count.value; ++i) term(i, (first + i) * width + c);
+      }
+    };
+    add([&](int i, int64_t c) DDPM_FAST_LAMBDA { mean[i] += sums[c]; });
+    for (float& of_group : mean) of_group /= static_cast<float>(width);
+    add([&](int i, int64_t c) DDPM_FAST_LAMBDA {
+      apart[i] += (sums[c] - mean[i]) * (sums[c] - mean[i]);
+      within[i] += squares[c];
+    });
+    for (int i = 0; i < count.value; ++i) {
+      moments[2 * (first + i)] = mean[i];
+      moments[2 * (first + i) + 1] = within[i] + apart[i] * rows;
     }
-    moments[2 * g] = mean;
-    moments[2 * g + 1] = within + apart * rows;
-  }
+  });
 }
 
-// Moments of chunks put together (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance").
 inline void joined_statistics(const JoinedNormForward& p, const JoinedChunks& chunks) {
   const int64_t G = p.in.groups, width = chunks.C / G;
   float* moments = thread_scratch(kNormSumsSlot, chunks.total * G * 2);
@@ -121,20 +128,8 @@ inline void joined_statistics(const JoinedNormForward& p, const JoinedChunks& ch
     joined_moments(p.in, chunk, chunks.C, thread_scratch(kNormPieceSlot, 4 * chunks.C), moments + i * G * 2);
   });
   for (int64_t b = 0; b < p.in.B; ++b) {
-    for (int64_t g = 0; g < G; ++g) {
-      double count = 0, mean = 0, squares = 0;
-      for (int64_t k = 0; k < chunks.per_sample; ++k) {
-        const float* of_chunk = moments + ((b * chunks.per_sample + k) * G + g) * 2;
-        const double added = static_cast<double>(width * min(chunks.rows, p.in.N - k * chunks.rows));
-        const double difference = of_chunk[0] - mean, share = added / (count + added);
-        mean += difference * share;
-        squares += of_chunk[1] + difference * difference * (count * share);
-        count += added;
-      }
-      float* to = p.statistics + (b * G + g) * 2;
-      to[0] = static_cast<float>(mean);
-      to[1] = static_cast<float>(1 / __builtin_sqrt(squares / count + static_cast<double>(p.eps)));
-    }
+    merge_moments(moments + b * chunks.per_sample * G * 2, G, width, chunks.rows, p.in.N, p.eps,
+                  p.statistics + b * G * 2);
   }
 }
 
@@ -142,15 +137,15 @@ inline void joined_statistics(const JoinedNormForward& p, const JoinedChunks& ch
 enum JoinedRow { kRowMean, kRowA, kRowB, kRowRstd, kRowMeanZ, kRowMeanZx, kJoinedRows };
 
 inline void fill_joined_rows(const JoinedNormArgs& p, const float* statistics, int64_t C, float* rows) {
-  const int64_t width = C / p.groups;
   for (int64_t b = 0; b < p.B; ++b, rows += kJoinedRows * C, statistics += 2 * p.groups) {
-    for (int64_t c = 0; c < C; ++c) {
-      const float factor = p.scale ? 1.0f + p.scale[b * C + c] : 1.0f, rstd = statistics[c / width * 2 + 1];
-      rows[kRowMean * C + c] = statistics[c / width * 2];
-      rows[kRowA * C + c] = rstd * (p.gain[c] * factor);
-      rows[kRowB * C + c] = p.offset[c] * factor + (p.shift ? p.shift[b * C + c] : 0.0f);
-      rows[kRowRstd * C + c] = rstd;
-    }
+    spread_groups(p.groups, C, rows + kRowMean * C, [&](int64_t g) { return statistics[2 * g]; });
+    spread_groups(p.groups, C, rows + kRowRstd * C, [&](int64_t g) { return statistics[2 * g + 1]; });
+    over_channels(C, [&](int64_t c, auto lanes) {
+      const vf factor = p.scale ? splat(1.0f) + lanes.get(p.scale + b * C + c) : splat(1.0f);
+      const vf shift = p.shift ? lanes.get(p.shift + b * C + c) : vf{};
+      lanes.put(rows + kRowA * C + c, lanes.get(rows + kRowRstd * C + c) * (lanes.get(p.gain + c) * factor));
+      lanes.put(rows + kRowB * C + c, lanes.get(p.offset + c) * factor + shift);
+    });
   }
 }
 

@@ -9,6 +9,7 @@
 
 #include "convert-inl.h"
 #include "dropout-inl.h"
+#include "moments-inl.h"
 #include "norm_rows-inl.h"
 #include "norm_silu.h"
 #include "parallel-inl.h"
@@ -196,7 +197,6 @@ inline void chunk_moments(const NormSiluArgs& p, const NormChunk& chunk, float* 
   sum_groups(G, width, sums, moments + 1);
 }
 
-// Moments of chunks put together (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance").
 template <typename T>
 inline void group_statistics(const NormSiluForward& p, const NormChunks& chunks) {
   const int64_t G = p.in.groups, width = p.in.C / G;
@@ -205,20 +205,8 @@ inline void group_statistics(const NormSiluForward& p, const NormChunks& chunks)
     chunk_moments<T>(p.in, chunk, thread_scratch(kNormMaskSlot, 2 * p.in.C), moments + i * G * 2);
   });
   for (int64_t b = 0; b < p.in.B; ++b) {
-    for (int64_t g = 0; g < G; ++g) {
-      double count = 0, mean = 0, squares = 0;
-      for (int64_t k = 0; k < chunks.per_sample; ++k) {
-        const float* of_chunk = moments + ((b * chunks.per_sample + k) * G + g) * 2;
-        const double added = static_cast<double>(width * min(chunks.rows, p.in.N - k * chunks.rows));
-        const double difference = of_chunk[0] - mean;
-        mean += difference * (added / (count + added));
-        squares += of_chunk[1] + difference * difference * (count * added / (count + added));
-        count += added;
-      }
-      float* to = p.statistics + (b * G + g) * 2;
-      to[0] = static_cast<float>(mean);
-      to[1] = static_cast<float>(1 / __builtin_sqrt(squares / count + static_cast<double>(p.in.eps)));
-    }
+    merge_moments(moments + b * chunks.per_sample * G * 2, G, width, chunks.rows, p.in.N, p.in.eps,
+                  p.statistics + b * G * 2);
   }
 }
 
