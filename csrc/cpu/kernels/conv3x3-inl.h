@@ -65,39 +65,37 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
     }
   };
   const int64_t taps = num_panels * ceil_div(C, 16);
-  // As many groups for each thread; a tile's result does not depend on its group.
-  const int64_t groups = round_up(ceil_div(tiles.total, kGroup), thread_count());
+  // As many groups for each thread, all alike; a tile's result does not depend on its group.
+  const int64_t groups = min(tiles.total, round_up(ceil_div(tiles.total, kGroup), thread_count()));
+  const auto group = [&](int64_t g) { return tiles.total * g / groups; };
   const int64_t size = ceil_div(tiles.total, groups), v_row = row_stride(C), m_row = row_stride(num_panels * kPanel);
   const int64_t v_plane = plane_stride(size * v_row), m_plane = plane_stride(size * m_row);
-  parallel(ceil_div(tiles.total, size), pieces_of(size * C * num_panels * kCyclesOfProducts),
-           [&](int64_t first, int64_t last) {
-             float* u = thread_scratch(kScratchU, kPoints * packed_size(C, K));
-             transform_taps(0, taps, u);
-             float* v = thread_scratch(kScratchV, kPoints * v_plane);
-             float* m = thread_scratch(kScratchM, kPoints * m_plane);
-             for (int64_t g = first; g < last; ++g) {
-               const int64_t begin = g * size, end = min(tiles.total, begin + size);
-               const int64_t next = g + 1 < last ? min(tiles.total, end + size) : end;
-               transform_inputs(input, Points({}, {}), tiles, begin, end, 0, C, v, v_row, v_plane);
-               // All panels of a point, one after another: the point's V stays in the first-level cache.
-               for (int64_t i = 0; i < kPoints; ++i) {
-                 const TileRange some = tiles.using_point(i).within(begin, end);
-                 for (int64_t panel = 0; panel < num_panels; ++panel) {
-                   const int64_t step = i * num_panels + panel, steps = kPoints * num_panels;
-                   share((next - end) * kRowsToPrefetch, step, steps, [&](int64_t n) {
-                     prefetch_input_row(input, tiles, end + n / kRowsToPrefetch, n % kRowsToPrefetch);
-                   });
-                   share((end - begin) * 4, step, steps,
-                         [&](int64_t n) { prefetch_output_row(p, tiles, begin + n / 4, n % 4); });
-                   product_panel(v + i * v_plane + some.begin * v_row, v_row, 1, u + step * point, some.count(), C,
-                                 m + i * m_plane + some.begin * m_row + panel * kPanel, m_row,
-                                 panel_width(K - panel * kPanel), false, piece);
-                 }
-               }
-               finish_columns(p, tiles, begin, end, 0, K, m, m_row, m_plane);
-               for (int64_t t = begin; p.norm != nullptr && t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
-             }
-           });
+  parallel(groups, pieces_of(size * C * num_panels * kCyclesOfProducts), [&](int64_t first, int64_t last) {
+    float* u = thread_scratch(kScratchU, kPoints * packed_size(C, K));
+    transform_taps(0, taps, u);
+    float* v = thread_scratch(kScratchV, kPoints * v_plane);
+    float* m = thread_scratch(kScratchM, kPoints * m_plane);
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t begin = group(g), end = group(g + 1), next = group(min(g + 2, last));
+      transform_inputs(input, Points({}, {}), tiles, begin, end, 0, C, v, v_row, v_plane, g > first);
+      // All panels of a point, one after another: the point's V stays in the first-level cache.
+      for (int64_t i = 0; i < kPoints; ++i) {
+        const TileRange some = tiles.using_point(i).within(begin, end);
+        for (int64_t panel = 0; panel < num_panels; ++panel) {
+          const int64_t step = i * num_panels + panel, steps = kPoints * num_panels;
+          share((next - end) * kRowsToPrefetch, step, steps,
+                [&](int64_t n) { prefetch_input_row(input, tiles, end + n / kRowsToPrefetch, n % kRowsToPrefetch); });
+          share((end - begin) * 4, step, steps,
+                [&](int64_t n) { prefetch_output_row(p, tiles, begin + n / 4, n % 4); });
+          product_panel(v + i * v_plane + some.begin * v_row, v_row, 1, u + step * point, some.count(), C,
+                        m + i * m_plane + some.begin * m_row + panel * kPanel, m_row, panel_width(K - panel * kPanel),
+                        false, piece);
+        }
+      }
+      finish_columns(p, tiles, begin, end, 0, K, m, m_row, m_plane);
+      for (int64_t t = begin; p.norm != nullptr && t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
+    }
+  });
 }
 
 constexpr int64_t kChannelBlock = 64;  // input channels whose taps are transformed at a time
@@ -133,6 +131,7 @@ inline void forward_by_panels(const Convolutions& all, const Tiles& tiles, int64
              float* m = thread_scratch(kScratchM, kPoints * m_plane);
              for (int64_t task = first; task < last; ++task) {
                const int64_t column = task / all.outputs * kPanel, columns = min<int64_t>(kPanel, K - column);
+               const Conv3x3Forward& output = all.at(task % all.outputs, 0);
                bool begun[kPoints] = {};
                for (int64_t term = 0; term < terms; ++term) {
                  const int64_t c = term % blocks * kChannelBlock, count = min<int64_t>(kChannelBlock, C - c);
@@ -146,6 +145,11 @@ inline void forward_by_panels(const Convolutions& all, const Tiles& tiles, int64
                      prefetch_weights(weight, column_next, min<int64_t>(kPanel, K - column_next), c_next,
                                       min<int64_t>(kChannelBlock, C - c_next), i);
                    }
+                   if (term + 1 == terms) {
+                     share(T * 4, i, kPoints, [&](int64_t n) {
+                       prefetch_output_columns(output, tiles, first_tile + n / 4, n % 4, column, columns);
+                     });
+                   }
                    if (!points.has(i)) continue;
                    const TileRange some = tiles.using_point(i).within(first_tile, last_tile);
                    product_panel(v + term * v_block + i * v_plane + some.begin * row, row, 1, u + i * u_plane,
@@ -157,8 +161,7 @@ inline void forward_by_panels(const Convolutions& all, const Tiles& tiles, int64
                for (int64_t i = 0; i < kPoints; ++i) {
                  if (!begun[i]) clear(m + i * m_plane, T * kPanel);
                }
-               finish_columns(all.at(task % all.outputs, 0), tiles, first_tile, last_tile, column, columns, m, kPanel,
-                              m_plane);
+               finish_columns(output, tiles, first_tile, last_tile, column, columns, m, kPanel, m_plane);
              }
            });
 }

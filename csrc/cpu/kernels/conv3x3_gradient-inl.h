@@ -25,6 +25,17 @@ inline void prefetch_gradient_row(const Conv3x3WeightGradient& p, const Tiles& t
   prefetch(p.grad + ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * pixel, tile.width * pixel);
 }
 
+// The tile's gradient of panels [begin, end), whose pixels lie apart.
+inline void prefetch_gradient(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t index, int64_t begin,
+                              int64_t end) {
+  const Tile tile(tiles, index);
+  const int64_t step = p.grad_step, pixel = p.K * step, first = begin * kPanel, floats = min(p.K, end * kPanel) - first;
+  for (int64_t i = 0; i < tile.height; ++i) {
+    const float* row = p.grad + ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * pixel + first;
+    for (int64_t x = 0; x < tile.width; ++x) prefetch(row + x * pixel, floats);
+  }
+}
+
 // D of one tile and of panels [begin, end): d + (panel - begin)·apart + point·plane.
 inline void transform_gradient(const Conv3x3WeightGradient& p, const Tiles& tiles, const Tile& tile, int64_t begin,
                                int64_t end, float* d, int64_t plane, int64_t apart) {
@@ -211,7 +222,8 @@ inline void add_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
   for (int64_t first = begin; first < end; first += size) {
     const int64_t T = min(size, end - first), next = first + T, after = min(size, end - next);
     parallel(T, 1, [&](int64_t from, int64_t to) {
-      transform_inputs(input, points, tiles, first + from, first + to, 0, C, v + from * row, row, v_plane);
+      transform_inputs(input, points, tiles, first + from, first + to, 0, C, v + from * row, row, v_plane,
+                       first > begin);
       for (int64_t t = from; t < to; ++t) {
         transform_gradient(p, tiles, Tile(tiles, first + t), 0, num_panels, d + t * kPanel, d_plane, d_panel);
       }
@@ -294,6 +306,7 @@ inline void add_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
                        v + (block - first_block) * v_block, row, v_plane);
     }
     for (int64_t t = 0; t < T; ++t) {
+      if (t + kTilesAhead < T) prefetch_gradient(p, tiles, first + t + kTilesAhead, first_panel, last_panel);
       transform_gradient(p, tiles, Tile(tiles, first + t), first_panel, last_panel, d + t * kPanel, d_plane, d_panel);
     }
     for (int64_t task = begin; task < end; ++task) {

@@ -3,6 +3,7 @@
 
 #include "conv3x3_edges-inl.h"
 #include "conv3x3_points-inl.h"
+#include "conv3x3_prefetch-inl.h"
 #include "dispatch-inl.h"
 #include "parallel-inl.h"
 #include "tiles-inl.h"
@@ -119,9 +120,11 @@ inline void transform_input(const float* input, int64_t pixel, int64_t width, in
   dispatch(transform, tile.whole(), points.all());
 }
 
-// V of tiles [begin, end) and channels [c, c + count) of both parts: v + point·plane + tile·row.
+// V of tiles [begin, end) and channels [c, c + count) of both parts: v + point·plane + tile·row. `expected`: products
+// before it asked for the inputs.
 inline void transform_inputs(const InputMaps& input, const Points& points, const Tiles& tiles, int64_t begin,
-                             int64_t end, int64_t c, int64_t count, float* v, int64_t row, int64_t plane) {
+                             int64_t end, int64_t c, int64_t count, float* v, int64_t row, int64_t plane,
+                             bool expected = false) {
   const int64_t *channels = input.channels, step = input.step, width = (input.upsampled ? tiles.W / 2 : tiles.W) * step;
   const int64_t floats = 6 * max(channels[0], channels[1]) * step;
   float* zeros = thread_scratch(kScratchZeros, floats);
@@ -130,6 +133,7 @@ inline void transform_inputs(const InputMaps& input, const Points& points, const
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile(tiles, t);
     float* to = v + (t - begin) * row;
+    if (!expected && t + kTilesAhead < end) prefetch_inputs(input, tiles, t + kTilesAhead, c, count);
     const auto transform = [&](int part, int64_t first, int64_t some, float* at) {
       transform_input(input.part[part] + first, channels[part] * step, width, some, input.upsampled, tiles, tile, zeros,
                       points, at, plane);

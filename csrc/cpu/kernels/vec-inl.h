@@ -92,6 +92,12 @@ DDPM_FAST_INLINE void prefetch_to_write(const float* to, int64_t floats) {
   }
 }
 
+// The share of `count` things that falls to step i of `steps`: prefetches go between products a few at a time.
+template <typename Body>
+DDPM_FAST_INLINE void share(int64_t count, int64_t i, int64_t steps, const Body& body) {
+  for (int64_t n = count * i / steps; n < count * (i + 1) / steps; ++n) body(n);
+}
+
 #if defined(__clang__)
 // clang knows shuffles by constants only; these are such, but reach it as a vector.
 DDPM_FAST_INLINE vf shuffle(vf a, vf b, vi lanes) {
