@@ -22,28 +22,32 @@ inline void linear_forward_by_pairs(const LinearForward& p) {
   pack_columns_by_pairs(p.weight, p.gain, C, p.K, packed);
   const int64_t block = even_block_rows(p.rows, max<int64_t>(C, 1)), blocks = ceil_div(p.rows, block);
   const int64_t stride = padded(narrowed_row(p.channels[0]) + narrowed_row(p.channels[1]));
-  over_blocks(blocks, panels(p.K), min(block, p.rows) * C * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
-    const int64_t first = b * block, count = min(block, p.rows - first), groups = ceil_div(count, kRows);
-    uint32_t* a = reinterpret_cast<uint32_t*>(thread_scratch(kRowsSlot, block * stride));
-    for (int part = 0; fresh && part < 2; ++part) {
-      const int64_t channels = p.channels[part];
-      narrow_rows(p.input[part] + first * channels, channels, count, channels, a + (part ? p.channels[0] / 2 : 0),
-                  stride);
-    }
-    for (int64_t g = 0, row = 0; g < groups; ++g) {
-      const int64_t rows = (count - row + groups - g - 1) / (groups - g);
-      const int64_t columns = min<int64_t>(kPanel, p.K - panel * kPanel);
-      for (int64_t r = first + row; r < first + row + rows; ++r) {
-        const int64_t at = r * p.K + panel * kPanel;
-        prefetch_to_write(p.out + at, columns);
-        if (p.residual != nullptr) prefetch(p.residual + at, columns);
-      }
-      const Pile none{nullptr, true};
-      LinearOut out{p, first + row, panel * kPanel, none};
-      pair_rows(rows, a + row * stride, stride, 1, packed + panel * C * kPanel, pairs_of(C), out);
-      row += rows;
-    }
-  });
+  over_blocks(blocks, panels(p.K), min(block, p.rows) * C * kPanel,
+              [&](int64_t b, int64_t panel, bool fresh, bool next) {
+                const int64_t first = b * block, count = min(block, p.rows - first);
+                const int64_t after = next ? min(block, p.rows - first - count) : 0;
+                uint32_t* a = reinterpret_cast<uint32_t*>(thread_scratch(kRowsSlot, block * stride));
+                for (int part = 0; fresh && part < 2; ++part) {
+                  const int64_t channels = p.channels[part];
+                  narrow_rows(p.input[part] + first * channels, channels, count, channels,
+                              a + (part ? p.channels[0] / 2 : 0), stride);
+                }
+                over_row_groups(count, [&](int64_t row, int64_t rows, int64_t g, int64_t groups) {
+                  for (int part = 0; part < 2; ++part) {
+                    prefetch_rows(p.input[part], p.channels[part], first + count, after, panel * groups + g,
+                                  panels(p.K) * groups);
+                  }
+                  const int64_t columns = min<int64_t>(kPanel, p.K - panel * kPanel);
+                  for (int64_t r = first + row; r < first + row + rows; ++r) {
+                    const int64_t at = r * p.K + panel * kPanel;
+                    prefetch_to_write(p.out + at, columns);
+                    if (p.residual != nullptr) prefetch(p.residual + at, columns);
+                  }
+                  const Pile none{nullptr, true};
+                  LinearOut out{p, first + row, panel * kPanel, none};
+                  pair_rows(rows, a + row * stride, stride, 1, packed + panel * C * kPanel, pairs_of(C), out);
+                });
+              });
 }
 
 // `pack_weight`, by pairs.
@@ -65,7 +69,7 @@ inline void linear_data_gradient_by_pairs(const LinearDataGradient& p) {
     if (p.dinput[part] == nullptr || k == 0) continue;
     float* packed = thread_scratch(kPackedSlot, packed_size(p.K, k));
     pack_weight_pairs(p.weight, p.K, C, part ? p.channels[0] : 0, k, packed);
-    over_blocks(blocks, panels(k), min(block, p.rows) * p.K * kPanel, [&](int64_t b, int64_t panel, bool fresh) {
+    over_blocks(blocks, panels(k), min(block, p.rows) * p.K * kPanel, [&](int64_t b, int64_t panel, bool fresh, bool) {
       const int64_t row = b * block, rows = min(block, p.rows - row);
       uint32_t* a = reinterpret_cast<uint32_t*>(thread_scratch(kRowsSlot, block * stride));
       if (fresh) narrow_rows(p.grad + row * p.K, p.K, rows, p.K, a, stride);

@@ -40,7 +40,7 @@ inline void norm_linear_forward_by_pairs(const NormLinearForward<uint16_t>& p) {
   float* packed = thread_scratch(kPackedSlot, packed_size(C, p.K));
   pack_columns_by_pairs(p.weight, p.gain, C, p.K, packed);
   const int64_t block = even_block_rows(p.rows, C), blocks = ceil_div(p.rows, block);
-  over_blocks(blocks, panels(p.K), min(block, p.rows) * C * kPanel, [&](int64_t b, int64_t panel, bool) {
+  over_blocks(blocks, panels(p.K), min(block, p.rows) * C * kPanel, [&](int64_t b, int64_t panel, bool, bool) {
     const int64_t last = min(p.rows, (b + 1) * block), groups = ceil_div(last - b * block, kRows);
     const int64_t column = panel * kPanel, columns = min<int64_t>(kPanel, p.K - column);
     const float* weights = packed + panel * C * kPanel;
