@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gemm-inl.h"
+#include "shuffle-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
@@ -66,60 +67,38 @@ inline void deep_product(const float* a, int64_t row, int64_t step, const float*
   }
 }
 
-typedef float v4 __attribute__((vector_size(16)));
-typedef float v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
-
-// Four elements of a and b side by side, by their index in [0, 8).
-template <int i, int j, int k, int l>
-DDPM_FAST_INLINE v4 pick(v4 a, v4 b) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, i, j, k, l);
-#else
-  typedef int32_t indices __attribute__((vector_size(16)));
-  return __builtin_shuffle(a, b, indices{i, j, k, l});
-#endif
+// put(k, column k) for all K columns of `rows` rows of floats, at most kLanes; lanes past `rows` are 0.
+template <typename Put>
+DDPM_FAST_INLINE void over_columns(const float* from, int64_t stride, int64_t rows, int64_t K, const Put& put) {
+  for (int64_t k = 0; k < K; k += kLanes) {
+    const int64_t count = min<int64_t>(kLanes, K - k);
+    vf lines[kLanes] = {};
+    if (rows == kLanes && count == kLanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) lines[i] = load(from + i * stride + k);
+      transpose(lines);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) put(k + i, lines[i]);
+      continue;
+    }
+    for (int64_t i = 0; i < rows; ++i) lines[i] = load_upto(from + i * stride + k, count);
+    transpose(lines);
+    for (int64_t i = 0; i < count; ++i) put(k + i, lines[i]);
+  }
 }
 
-// Four rows of four at from[row·stride] become four columns at to[column·apart], each times its factor unless null.
-DDPM_FAST_INLINE void transpose4(const float* from, int64_t stride, const float* factor, float* to, int64_t apart) {
-  const auto at = [&](int64_t row) -> v4 { return *reinterpret_cast<const v4_unaligned*>(from + row * stride); };
-  const auto put = [&](int64_t column, v4 value) {
-    *reinterpret_cast<v4_unaligned*>(to + column * apart) = factor == nullptr ? value : value * factor[column];
-  };
-  const v4 a = at(0), b = at(1), c = at(2), d = at(3);
-  const v4 ab01 = pick<0, 4, 1, 5>(a, b), ab23 = pick<2, 6, 3, 7>(a, b);
-  const v4 cd01 = pick<0, 4, 1, 5>(c, d), cd23 = pick<2, 6, 3, 7>(c, d);
-  put(0, pick<0, 1, 4, 5>(ab01, cd01));
-  put(1, pick<2, 3, 6, 7>(ab01, cd01));
-  put(2, pick<0, 1, 4, 5>(ab23, cd23));
-  put(3, pick<2, 3, 6, 7>(ab23, cd23));
-}
-
-// Panels [first, last) of B (K, N), (k, n) = gain[k]·b[n·stride + k]: the transpose of a matrix of N rows, a line of
-// the cache of every row at a time. gain may be null.
+// Panels [first, last) of B (K, N), (k, n) = gain[k]·b[n·stride + k]: the transpose of a matrix of N rows. gain may be
+// null.
 DDPM_FAST_NOINLINE void pack_columns(const float* b, int64_t stride, const float* gain, int64_t K, int64_t N,
                                      int64_t first, int64_t last, float* packed) {
-  for (int64_t p = first; p < last; ++p) {
-    const int64_t columns = min<int64_t>(kPanel, N - p * kPanel);
-    float* panel = packed + p * K * kPanel;
-    for (int64_t line = 0; line < K; line += 16) {
-      const int64_t end = min(K, line + 16);
-      for (int64_t n = 0; n < kPanel; n += 4) {
-        const float* from = b + (p * kPanel + n) * stride;
-        int64_t k = line;
-        if (n + 4 <= columns) {
-          for (; k + 4 <= end; k += 4) {
-            transpose4(from + k, stride, gain == nullptr ? nullptr : gain + k, panel + k * kPanel + n, kPanel);
-          }
-        }
-        for (; k < end; ++k) {
-          for (int64_t i = 0; i < 4; ++i) {
-            const float value = n + i < columns ? from[i * stride + k] : 0.0f;
-            panel[k * kPanel + n + i] = gain == nullptr ? value : value * gain[k];
-          }
-        }
-      }
-    }
+  const int64_t end = min(N, last * kPanel);
+  for (int64_t n = first * kPanel; n < last * kPanel; n += kLanes) {
+    float* to = packed + n / kPanel * K * kPanel + n % kPanel;
+    const int64_t rows = max<int64_t>(0, min<int64_t>(kLanes, N - n));
+    over_columns(b + n * stride, stride, rows, K, [&](int64_t k, vf value) DDPM_FAST_LAMBDA {
+      if (n + kLanes + k % kLanes < end) prefetch(b + (n + kLanes + k % kLanes) * stride + k / kLanes * kLanes, 1);
+      store(to + k * kPanel, gain == nullptr ? value : value * splat(gain[k]));
+    });
   }
 }
 inline void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, int64_t first, int64_t last,
@@ -132,14 +111,10 @@ inline void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, f
 
 // (rows, columns) to (columns, rows), both without gaps.
 DDPM_FAST_NOINLINE void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
-  for (int64_t r = 0; r < rows; r += 4) {
-    int64_t c = 0;
-    if (r + 4 <= rows) {
-      for (; c + 4 <= columns; c += 4) transpose4(from + r * columns + c, columns, nullptr, to + c * rows + r, rows);
-    }
-    for (; c < columns; ++c) {
-      for (int64_t i = r; i < min(r + 4, rows); ++i) to[c * rows + i] = from[i * columns + c];
-    }
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int64_t count = min<int64_t>(kLanes, rows - r);
+    over_columns(from + r * columns, columns, count, columns,
+                 [&](int64_t k, vf value) DDPM_FAST_LAMBDA { store_upto(to + k * rows + r, value, count); });
   }
 }
 
