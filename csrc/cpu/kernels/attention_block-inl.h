@@ -144,22 +144,22 @@ DDPM_FAST_INLINE void add_column_sums(const float* panel, int64_t t, float* dbia
   if (second > 0) store_upto(dbias + kLanes, load_upto(dbias + kLanes, second) + right, second);
 }
 
-// Adds the rows' share to dfolded, dout_weight and dbias; each panel of columns is one task.
+// Adds the rows' share to dfolded, dout_weight and dbias. A task is a panel of columns of q's, k's or v's rows, or of
+// the output's: all alike.
 inline void weights_backward(const BlockPlan& plan, const BlockScratch& shared, const float* grad, int64_t rows,
                              bool add, float* dbias) {
   const int64_t C = plan.C, HD = plan.HD, qkv_row = plan.heads.qkv_row, out_row = plan.heads.out_row;
-  parallel(2 * panels(C), 1, [&](int64_t begin, int64_t end) {
+  parallel(4 * panels(C), 1, [&](int64_t begin, int64_t end) {
     float* panel = thread_scratch(kTileSlot, kDepth * kPanel);
     for (int64_t i = begin; i < end; ++i) {
-      const bool of_qkv = i < panels(C);
-      const int64_t first = (of_qkv ? i : i - panels(C)) * kPanel, columns = min<int64_t>(kPanel, C - first);
+      const int64_t part = i / panels(C), first = i % panels(C) * kPanel, columns = min<int64_t>(kPanel, C - first);
       for (int64_t r = 0; r < rows; r += kDepth) {
         const int64_t t = min(kDepth, rows - r);
         const bool more = add || r > 0;
-        if (of_qkv) {
+        if (part < 3) {
           pack_rows(shared.normed + r * plan.x_row + first, plan.x_row, t, columns, panel);
-          product_panel(shared.dqkv + r * qkv_row, 1, qkv_row, panel, 3 * HD, t, shared.dfolded + first, C, columns,
-                        more);
+          product_panel(shared.dqkv + r * qkv_row + part * HD, 1, qkv_row, panel, HD, t,
+                        shared.dfolded + part * HD * C + first, C, columns, more);
           continue;
         }
         pack_rows(grad + r * C + first, C, t, columns, panel);

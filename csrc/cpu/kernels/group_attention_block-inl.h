@@ -13,6 +13,9 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA::attention {
 
+constexpr int kGroupSlot = 2;        // of thread_scratch
+constexpr int64_t kRowsApart = 256;  // positions that a thread takes at a time
+
 struct GroupPlan {
   GroupAttentionInputs block;
   Plan heads;
@@ -33,7 +36,7 @@ struct GroupPlan {
 struct GroupScratch {
   float* affine;                   // (B, 3, C): mean, factor and offset
   float *qkv_weight, *out_weight;  // packed: (C, 3HD), (HD, C)·s
-  float *qkv, *attended;           // of a group, where forward keeps neither
+  float* qkv;                      // of a group, with attention's output behind it, where forward keeps neither
   float *qkv_back, *out_back;      // packed: (3HD, C), (C, HD)·s
   float *dqkv, *dattended;         // of a group: (rows, 3HD), (rows, HD)
   float *sums, *bias_sums;         // (B, 2, C): Σ dy and Σ dy·x̂; (tiles of rows, 3HD): Σ dqkv
@@ -46,8 +49,7 @@ struct GroupScratch {
       qkv_weight = arena.take(packed_size(C, 3 * HD));
       out_weight = arena.take(packed_size(HD, C));
       if (kept) return;
-      qkv = arena.take(rows * plan.heads.qkv_row);
-      attended = arena.take(rows * plan.heads.out_row);
+      qkv = arena.take(rows * (plan.heads.qkv_row + plan.heads.out_row));
       return;
     }
     qkv_back = arena.take(packed_size(3 * HD, C));
@@ -87,11 +89,11 @@ struct RowTile {
 // A panel of columns of kDepth rows, for the gradients of weights, in memory of the thread.
 struct PanelTile {
   float* panel;        // (kDepth, kPanel), packed
-  uint32_t* narrowed;  // columns of 3·HD or fewer
+  uint32_t* narrowed;  // HD columns
 
   void place(const GroupPlan& plan, Arena& arena) {
     panel = arena.take(kDepth * kPanel);
-    narrowed = take_narrowed(plan, arena, 3 * plan.HD, kDepth);
+    narrowed = take_narrowed(plan, arena, plan.HD, kDepth);
   }
 };
 
@@ -155,6 +157,21 @@ DDPM_FAST_INLINE void clear_between_rows(float* rows, int64_t count, int64_t wid
   for (int64_t i = 0; i < count; ++i) clear(rows + i * stride + width, stride - width);
 }
 
+// body(first sample, samples, apart) for groups of samples. Where every thread gets as many, each takes whole samples
+// (`apart`), few enough that what a step leaves is in its own cache for the next; the results are the same.
+template <typename Body>
+inline void over_sample_groups(const GroupPlan& plan, const Body& body) {
+  const int64_t B = plan.block.in.B;
+  if (B % thread_count() != 0) {
+    for (int64_t b = 0; b < B; b += plan.samples) body(b, min(plan.samples, B - b), false);
+    return;
+  }
+  const int64_t together = max<int64_t>(1, kRowsApart / plan.N);
+  parallel(B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b += together) body(b, min(together, end - b), true);
+  });
+}
+
 inline void unfolded_block_forward(const GroupAttentionForward& args) {
   const GroupPlan plan(args.block);
   const GroupAttentionInputs& block = args.block;
@@ -171,10 +188,11 @@ inline void unfolded_block_forward(const GroupAttentionForward& args) {
     pack_weight_columns(plan, block.weight, HD, C, begin, end, shared.out_weight);
   });
   const vf scale = splat(block.output_scale);
-  for (int64_t first = 0; first < block.in.B; first += plan.samples) {
-    const int64_t samples = min(plan.samples, block.in.B - first), rows = samples * N, row = first * N;
-    float* qkv = kept ? args.qkv + row * qkv_row : shared.qkv;
-    float* attended = kept ? args.attended + row * out_row : shared.attended;
+  over_sample_groups(plan, [&](int64_t first, int64_t samples, bool apart) {
+    const int64_t rows = samples * N, row = first * N;
+    float* scratch = kept ? nullptr : apart ? thread_scratch(kGroupSlot, rows * (qkv_row + out_row)) : shared.qkv;
+    float* qkv = kept ? args.qkv + row * qkv_row : scratch;
+    float* attended = kept ? args.attended + row * out_row : scratch + rows * qkv_row;
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
       RowTile tile;
       place_in_scratch(tile, kTileSlot, plan);
@@ -208,7 +226,7 @@ inline void unfolded_block_forward(const GroupAttentionForward& args) {
       multiply(tile.narrowed, attended + r * out_row, out_row, 1, shared.out_weight, t, HD, C, to, C, false,
                add_residual);
     });
-  }
+  });
 }
 
 // Σ of dy and of dy·x̂ over the positions of one sample, by pieces of rows: sums (2, C).
@@ -289,23 +307,24 @@ inline void pack_normed(const GroupPlan& plan, const float* affine, int64_t row,
   }
 }
 
-// Adds a group's rows to the gradients of both weights and of the output's bias; each panel of columns is one task.
+// Adds a group's rows to the gradients of both weights and of the output's bias. A task is a panel of columns of q's,
+// k's or v's rows, or of the output's: all alike.
 inline void group_weights_backward(const GroupAttentionBackward& args, const GroupPlan& plan,
                                    const GroupScratch& shared, int64_t row, int64_t rows) {
   const int64_t C = plan.C, HD = plan.HD, qkv_row = plan.heads.qkv_row, out_row = plan.heads.out_row;
   const float* attended = args.attended + row * out_row;
-  parallel(2 * panels(C), 1, [&](int64_t begin, int64_t end) {
+  parallel(4 * panels(C), 1, [&](int64_t begin, int64_t end) {
     PanelTile tile;
     place_in_scratch(tile, kTileSlot, plan);
     for (int64_t r = 0; r < rows; r += kDepth) {
       const int64_t t = min(kDepth, rows - r);
-      const bool more = row + r > 0;
       Factor factor{};
       for (int64_t i = begin; i < end; ++i) {
-        const bool of_qkv = i < panels(C);
-        const int64_t first = (of_qkv ? i : i - panels(C)) * kPanel, columns = min<int64_t>(kPanel, C - first);
-        if (i == begin || i == panels(C)) {
-          factor = of_qkv ? factor_of(tile.narrowed, shared.dqkv + r * qkv_row, 1, qkv_row, 3 * HD, t)
+        const int64_t part = i / panels(C), panel = i % panels(C), first = panel * kPanel,
+                      columns = min<int64_t>(kPanel, C - first);
+        const bool of_qkv = part < 3;
+        if (i == begin || panel == 0) {
+          factor = of_qkv ? factor_of(tile.narrowed, shared.dqkv + r * qkv_row + part * HD, 1, qkv_row, HD, t)
                           : factor_of(tile.narrowed, attended + r * out_row, 1, out_row, HD, t);
         }
         if (of_qkv) {
@@ -315,8 +334,8 @@ inline void group_weights_backward(const GroupAttentionBackward& args, const Gro
           add_column_sums(tile.panel, t, args.dbias + first, columns);
         }
         narrow_packed(plan, tile.panel, t, 0, 1);
-        multiply_panel(factor, tile.panel, of_qkv ? 3 * HD : HD, t,
-                       (of_qkv ? args.dweight_qkv : shared.dout_weight) + first, C, columns, more);
+        float* to = of_qkv ? args.dweight_qkv + part * HD * C : shared.dout_weight;
+        multiply_panel(factor, tile.panel, HD, t, to + first, C, columns, row + r > 0);
       }
     }
   });
