@@ -27,7 +27,17 @@ DDPM_FAST_INLINE bool apart(const Tiles& tiles, int64_t K) {
   return tiles.whole() >= kTilesOfThread * thread_count() && tiles.whole() * kChannelsPerTile >= K;
 }
 
-// By panels, as many tiles at a time as V has room for.
+// The norm of tiles [begin, end) where the epilogue did not apply it.
+inline void norm_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t begin, int64_t end) {
+  for (int64_t t = begin; p.norm != nullptr && t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
+}
+inline void norm_all_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t K) {
+  if (p.norm == nullptr) return;
+  parallel(tiles.total, max<int64_t>(1, 1024 / K),
+           [&](int64_t begin, int64_t end) { norm_tiles(p, tiles, begin, end); });
+}
+
+// By panels, as many tiles at a time as V has room for, and the norm of them.
 inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64_t C, int64_t K) {
   const int64_t parts = apart(tiles, K) ? thread_count() : 1;
   const int64_t most = max<int64_t>(kRows, kMaxV / (kPoints * C * all.inputs * parts));
@@ -36,9 +46,13 @@ inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64
     const int64_t count = end - begin, size = ceil_div(count, max<int64_t>(1, (count + most / 2) / most));
     for (int64_t first = begin; first < end; first += size) {
       forward_by_panels(all, tiles, C, K, first, min(end, first + size));
+      if (parts > 1) norm_tiles(*all.of, tiles, first, min(end, first + size));  // no other thread writes to them
     }
   };
-  if (parts == 1) return passes(0, tiles.total);
+  if (parts == 1) {
+    passes(0, tiles.total);
+    return norm_all_tiles(*all.of, tiles, K);
+  }
   parallel(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) passes(tiles.split(i, parts), tiles.split(i + 1, parts));
   });
@@ -49,15 +63,9 @@ inline void plain_forward(const Conv3x3Forward& p) {
   const int64_t C = p.channels[0] + p.channels[1], K = p.output_channels[0] + p.output_channels[1];
   const bool direct = directly(p, tiles);
   if (!direct && by_tiles(tiles, C, K)) return forward_by_tiles(p, tiles, C, K);
-  if (direct) {
-    forward_directly(p, C, K);
-  } else {
-    forward_in_passes({&p, 1, 1}, tiles, C, K);
-  }
-  if (p.norm == nullptr) return;
-  parallel(tiles.total, max<int64_t>(1, 1024 / K), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
-  });
+  if (!direct) return forward_in_passes({&p, 1, 1}, tiles, C, K);
+  forward_directly(p, C, K);
+  norm_all_tiles(p, tiles, K);
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA
