@@ -314,6 +314,10 @@ inline void add_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
       float* s = size >= tiles.total ? all_s : all_s + (task - begin) * sums;
       if (first == 0) clear_unused(points, s, width * kPanel, s_plane);
       for (int64_t i = 0; i < kPoints; ++i) {
+        if (first + T == tiles.total) {  // what finish_panel_taps writes
+          share(min<int64_t>(kPanel, p.K - panel * kPanel), i, kPoints,
+                [&](int64_t n) { prefetch_to_write(p.dweight + ((panel * kPanel + n) * C + c) * 9, count * 9); });
+        }
         if (!points.has(i)) continue;
         add_products(
             v + (block - first_block) * v_block + i * v_plane, row, d + (panel - first_panel) * d_panel + i * d_plane,
