@@ -9,6 +9,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/memory.h"
 #include "ivalue.h"
+#include "native_operator.h"
 #include "snapshot.h"
 #include "tape.h"
 
@@ -37,6 +38,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "A float32 tensor where native operators have theirs. For tests.");
   m.def("keep_memory_for", &ddpm_fast::keep_memory_for,
         "How many seconds memory that no step needs stays with the process. For tests.");
+  ddpm_fast::bind_native_operator(m);
   ddpm_fast::bind_tape(m);
   ddpm_fast::bind_snapshot(m);
   m.attr("torch_version") = TORCH_VERSION;

@@ -7,8 +7,9 @@ from typing import cast
 
 import torch
 
-from ddpm_fast.runtime import extension, triton_launch
+from ddpm_fast.runtime import dispatch, extension, triton_launch
 
+_CPU = torch.device("cpu")
 _FLOAT64 = torch.float64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -55,6 +56,13 @@ def check_seed(dropout_p: float, seed: torch.Tensor | None, device: torch.device
 def why_steps_come_first(x: torch.Tensor, *args: object, **kwargs: object) -> str | None:
     """Why a native block yields to the ops of its steps, in one clause; None where it does not."""
     return "Triton runs the block's steps" if triton_launch.why_not_triton(x.device) is None else None
+
+
+def native_comes_first() -> bool:
+    """Whether native code runs every call that fits it: then an op may ask `Operator.fitting` before its own checks."""
+    if torch.compiler.is_compiling() or not dispatch.chooses_freely():
+        return False
+    return triton_launch.why_not_triton(_CPU) is not None and extension.why_not(_CPU) is None
 
 
 def why_not_on_cpu(

@@ -12,6 +12,7 @@ import torch
 from ddpm_fast.ops.registration import (
     autograd_of,
     below_autograd,
+    by_extension,
     define,
     implement,
     launcher,
@@ -73,13 +74,19 @@ class Operator:
         triton: the module of the functions `<name>` and `<name>_backward`, imported by the first call. A gradient from
             there may have another dtype or shape than its argument, and be None if that is.
         native: csrc implements the operator.
+        shapes: of the tensors of calls that need no check by Python, for `fitting`: a letter for each dimension, such
+            as "BCHW", the same size wherever the letter stands, or "#C", C elements in any shape. The first tensor is
+            contiguous or channels-last. An argument without a shape is None in such calls.
 
     Attributes:
         triton, native: functions that call the kernel, each only where it is declared.
+        fitting: returns a function that takes the arguments and returns the first output by C++, or None if the call is
+            not one of `shapes`, its tensors are empty, not on the CPU or float64, or something watches operators.
     """
 
     triton: Callable[..., Any]
     native: Callable[..., Any]
+    fitting: Callable[[], Callable[..., torch.Tensor | None]]
 
     def __init__(
         self,
@@ -101,6 +108,7 @@ class Operator:
         autograd: tuple[Callable[..., None], Callable[..., Any]] | None = None,
         triton: str | None = None,
         native: bool = False,
+        shapes: Mapping[str, str] | None = None,
     ):
         self.name, self._returns, self._backward = name, _names(returns), _names(backward)
         self._gradients, self._passes, self._maps = _names(gradients), _names(passes), _names(maps)
@@ -146,7 +154,26 @@ class Operator:
                 torch.library.register_autograd(operator, autograd[1], setup_context=autograd[0], lib=library)
                 direct = below_autograd(operator) if module is None else direct
             places = _places(self._arguments, types)
-            setattr(self, kernel.lower(), unless_watched(operator, direct, places, differentiable))
+            call = unless_watched(operator, direct, places, differentiable)
+            if module is None and differentiable is not None and not self._by_torch:
+                call, self.fitting = by_extension(operator, call, self._description(shapes or {}))
+            setattr(self, kernel.lower(), call)
+
+    def _description(self, shapes: Mapping[str, str]) -> tuple[Any, ...]:
+        """What csrc/python/native_operator.cpp takes: names are places among the arguments and, after them, returns."""
+        place = {name: i for i, name in enumerate((*self._arguments, *self._returns))} | {"grad": -1}
+
+        def places(names: Iterable[str]) -> list[int]:
+            return [place[name] for name in names]
+
+        flags = [
+            [places(_names(of)) for of in ((used,) if isinstance(used, str) else used)]
+            for used in self._wanted.values()
+        ]
+        made = [places(names) for names in (self._tensors, self._options)]
+        taken = [places(names) for names in (self._gradients, self._passes)]
+        shape_of = [shapes.get(name, "") for name in self._arguments]
+        return self.name, shape_of, bool(self._gradients), *made, flags, *taken, self._contiguous_grad
 
     def _autograd(self, kernel: str, direct: Callable, gradients_of: Callable | None) -> tuple[Callable, ...]:
         """setup_context, forward (both in one) and backward of a kernel, compiled from source as one would write it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
+
+from ddpm_fast.runtime import extension
 
 library = torch.library.Library("ddpm_fast", "FRAGMENT")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -100,6 +103,32 @@ def unless_watched(
         return direct(*values)
 
     return call
+
+
+def by_extension(
+    operator: Callable, otherwise: Callable, description: tuple
+) -> tuple[Callable, Callable[[], Callable]]:
+    """The direct call of a native operator and its autograd in C++, csrc/python/native_operator.cpp.
+
+    Args:
+        otherwise: takes the calls that C++ leaves alone, and all where there is no extension.
+        description: of the operator, see `Operator._description`.
+
+    Returns:
+        The call, which loads the extension when it is first made, and `Operator.fitting`.
+    """
+
+    @cache
+    def functions() -> tuple[Callable, Callable]:
+        module = extension.load()
+        return (otherwise, lambda *_: None) if module is None else module.native_operator(*description, otherwise)
+
+    def call(*values: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*values)
+        return functions()[0](*values)
+
+    return call, lambda: functions()[1]
 
 
 def _is_watched(values: tuple, places: tuple[int, ...]) -> bool:

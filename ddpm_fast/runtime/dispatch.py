@@ -177,6 +177,11 @@ class use_backend:
         _forced = self._previous
 
 
+def chooses_freely() -> bool:
+    """Whether a call's arguments alone decide what runs: no backend is forced, no choice counted, no tangent taken."""
+    return _forced is None and _watched is None and not in_forward_mode()
+
+
 def ops() -> dict[str, Op]:
     """Every registered op by name; an op is registered when its package is imported."""
     return dict(_ops)

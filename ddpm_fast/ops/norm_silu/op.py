@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.ops.arguments import check_seed, check_tensors, why_not_on_cpu
+from ddpm_fast.ops.arguments import check_seed, check_tensors, native_comes_first, why_not_on_cpu
 from ddpm_fast.ops.branches import number_of_branches, with_branches
 from ddpm_fast.ops.norm_silu import reference
 from ddpm_fast.ops.norm_silu.operators import FirstNorm, LastNorm, NormBeside, norm_silu
@@ -62,6 +62,11 @@ def rms_norm_silu(
     Raises:
         TypeError, ValueError: an argument does not match its description.
     """
+    if seed is None and dropout_p == 0 and native_comes_first():
+        rows = (gain, None, bias, scale, shift)
+        out = norm_silu.fitting()(x, *rows, residual, None, 0, 0.0, activation, 0.0)
+        if out is not None:
+            return out
     _check(x, gain, None, bias, scale, shift, residual, dropout_p, seed)
     return _rms_norm_silu_op(
         x,
@@ -106,6 +111,11 @@ def group_norm_silu(
     Raises:
         TypeError, ValueError: an argument does not match its description.
     """
+    if seed is None and dropout_p == 0 and offset is not None and groups != 0 and native_comes_first():
+        rows = (gain, offset, bias, scale, shift)
+        out = norm_silu.fitting()(x, *rows, residual, None, groups, eps, activation, 0.0)
+        if out is not None:
+            return out
     if not isinstance(offset, torch.Tensor):
         raise TypeError(f"offset must be a tensor, got {type(offset).__name__}")
     _check(x, gain, offset, bias, scale, shift, residual, dropout_p, seed, bias_rows=True)

@@ -31,6 +31,15 @@ norm_silu = Operator(
     passes="residual",
     triton=f"{__package__}.triton",
     native=True,
+    shapes={
+        "x": "BCHW",
+        "gain": "#C",
+        "offset": "C",
+        "bias": "C",
+        "scale": "BC",
+        "shift": "BC",
+        "residual": "BCHW",
+    },
 )
 
 
