@@ -115,9 +115,10 @@ def why_not_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of a device, in one clause; None where they can."""
     if not installed():
         return "Triton is not installed"
+    kind = device.type
     if interpreted():
-        return None if device.type == "cpu" else f"Triton's interpreter is active, and tensors are on {device.type}"
-    return None if device.type == "cuda" else f"tensors are on {device.type}, and Triton kernels need CUDA"
+        return None if kind == "cpu" else f"Triton's interpreter is active, and tensors are on {kind}"
+    return None if kind == "cuda" else f"tensors are on {kind}, and Triton kernels need CUDA"
 
 
 # Under torch.compile the answer is computed while tracing; see extension.why_not.

@@ -17,6 +17,8 @@
 #include <map>
 #include <mutex>
 
+#include "cpu/kernels/kernels.h"
+
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)  // which watches malloc's borders, and knows none of ours
 #define DDPM_FAST_POOL
 #include <pthread.h>
@@ -218,6 +220,28 @@ at::Tensor unpooled_tensor(at::IntArrayRef sizes, at::ScalarType type, at::Memor
 
 namespace {
 
+constexpr int64_t kFewNumbers = 4096;
+
+// Copies a small tensor without gaps to one of its strides and another type, and returns true; torch's copy takes 1 µs.
+bool convert_few(const at::Tensor& from, const at::Tensor& to) {
+  const int64_t count = from.numel();
+  if (count > kFewNumbers || !from.is_non_overlapping_and_dense() || from.is_neg()) return false;
+  const ConvertKernels& convert = kernels().convert;
+  const auto type = from.scalar_type(), result = to.scalar_type();
+  if (result == at::kFloat && type == at::kHalf) {
+    convert.from_half(to.data_ptr<float>(), static_cast<const uint16_t*>(from.const_data_ptr()), count);
+  } else if (result == at::kFloat && type == at::kBFloat16) {
+    convert.from_bfloat16(to.data_ptr<float>(), static_cast<const uint16_t*>(from.const_data_ptr()), count);
+  } else if (type == at::kFloat && result == at::kHalf) {
+    convert.to_half(static_cast<uint16_t*>(to.data_ptr()), from.const_data_ptr<float>(), count);
+  } else if (type == at::kFloat && result == at::kBFloat16) {
+    convert.to_bfloat16(static_cast<uint16_t*>(to.data_ptr()), from.const_data_ptr<float>(), count);
+  } else {
+    return false;
+  }
+  return true;
+}
+
 // An empty tensor with the strides of another, where those leave no gaps.
 at::Tensor with_strides_of(const at::Tensor& tensor, const at::Tensor& empty) {
   if (tensor.is_non_overlapping_and_dense()) {
@@ -235,7 +259,9 @@ at::Tensor empty_tensor_like(const at::Tensor& tensor, at::ScalarType type) {
 at::Tensor empty_tensor_like(const at::Tensor& tensor) { return empty_tensor_like(tensor, tensor.scalar_type()); }
 
 at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : empty_tensor_like(tensor, type).copy_(tensor);
+  if (tensor.scalar_type() == type) return tensor;
+  const at::Tensor result = empty_tensor_like(tensor, type);
+  return convert_few(tensor, result) ? result : result.copy_(tensor);
 }
 
 at::Tensor unpooled_tensor_like(const at::Tensor& tensor) {

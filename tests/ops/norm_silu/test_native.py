@@ -315,3 +315,21 @@ def test_the_operator_itself_guards_memory():
     ]:
         with pytest.raises((TypeError, ValueError), match=sentence):
             backward(grad, x, statistics, *rows, seed, 3, True, 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [5, 4100])
+def test_parameters_of_half_types_are_converted_exactly(dtype, channels):
+    """Few numbers are converted by kernels of the package, many by torch: both round to nearest, ties to even."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, channels, 3, 3, generator=generator)
+    narrow = [torch.randn(channels, generator=generator).to(dtype).requires_grad_() for _ in range(2)]
+    narrow[0].data[:5] = torch.tensor([0.0, -1e-7, 6e4, float("inf"), 3.0])
+    wide = [parameter.detach().float().requires_grad_() for parameter in narrow]
+    results = []
+    for parameters in (narrow, wide):
+        with use_backend("native"):
+            out = group_norm_silu(x, *parameters, groups=1)
+        results.append((out, *torch.autograd.grad(out, parameters, x * 1e3)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=0, atol=0, equal_nan=True)
