@@ -135,8 +135,10 @@ void run(const c10::OperatorHandle& op, Stack& stack) {
   op.callBoxed(stack);
 }
 
-// Autograd of every native operator. It holds its operator, the bits of the tensors that were given and the options as
-// one list of numbers, so that compiled autograd can keep them.
+}  // namespace
+
+// Autograd of every native operator, under this name in profiles. It holds its operator, the bits of the tensors that
+// were given and the options as one list of numbers, so that compiled autograd can keep them.
 class NativeGradient : public torch::autograd::Function<NativeGradient> {
  public:
   // Runs the operator, and returns its first output; `stack` takes all, without history.
@@ -225,6 +227,8 @@ class NativeGradient : public torch::autograd::Function<NativeGradient> {
   // How many tensors stand before a place: autograd counts no other arguments.
   static int64_t rank(uint64_t present, int64_t place) { return std::popcount(present & ((uint64_t{1} << place) - 1)); }
 };
+
+namespace {
 
 // Replaces the arguments by what the operator returns, with history where autograd wants it.
 void call(const NativeOperator& op, Stack& stack) {

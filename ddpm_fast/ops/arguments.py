@@ -58,9 +58,9 @@ def why_steps_come_first(x: torch.Tensor, *args: object, **kwargs: object) -> st
     return "Triton runs the block's steps" if triton_launch.why_not_triton(x.device) is None else None
 
 
-def native_comes_first() -> bool:
+def native_comes_first(x: torch.Tensor) -> bool:
     """Whether native code runs every call that fits it: then an op may ask `Operator.fitting` before its own checks."""
-    if torch.compiler.is_compiling() or not dispatch.chooses_freely():
+    if torch.compiler.is_compiling() or not (isinstance(x, torch.Tensor) and x.is_cpu and dispatch.chooses_freely()):
         return False
     return triton_launch.why_not_triton(_CPU) is not None and extension.why_not(_CPU) is None
 

@@ -62,7 +62,7 @@ def rms_norm_silu(
     Raises:
         TypeError, ValueError: an argument does not match its description.
     """
-    if seed is None and dropout_p == 0 and native_comes_first():
+    if seed is None and dropout_p == 0 and native_comes_first(x):
         rows = (gain, None, bias, scale, shift)
         out = norm_silu.fitting()(x, *rows, residual, None, 0, 0.0, activation, 0.0)
         if out is not None:
@@ -111,7 +111,7 @@ def group_norm_silu(
     Raises:
         TypeError, ValueError: an argument does not match its description.
     """
-    if seed is None and dropout_p == 0 and offset is not None and groups != 0 and native_comes_first():
+    if seed is None and dropout_p == 0 and offset is not None and groups != 0 and native_comes_first(x):
         rows = (gain, offset, bias, scale, shift)
         out = norm_silu.fitting()(x, *rows, residual, None, groups, eps, activation, 0.0)
         if out is not None:
