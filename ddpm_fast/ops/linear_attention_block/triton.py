@@ -14,9 +14,9 @@ Backward, with dS for the gradient of sums, u = grad·gain − ŷ·⟨grad·gain
     δ = Σ sums·dS over c, and the memory's share      dk = k̂·(x̂·dSᵀ − δ)
     dx̂ = dq·Wq + dk·Wk + k̂·dS      dWq = dqᵀ·x̂      dWk = dkᵀ·x̂      dWv = dcontextᵀ·sums
 
-It is a launch over rows for q, one of small matrices, one over rows for k, which adds to the dx of the first, and two
-that finish the parameters' gradients. So x is read twice forward and twice backward, and no map but dx is written
-between. Sums over positions are made per chunk and then over chunks, without atomics. Statistics and sums are float32;
+It is a launch over rows for q, which adds the residual's gradient, one of small matrices, one over rows for k, which
+adds to the dx of the first, and two that finish the parameters' gradients. So x is read twice forward and twice
+backward, and no map but dx is written between. Sums over positions are made per chunk and then over chunks, without atomics. Statistics and sums are float32;
 factors of products have the dtype of x.
 
 The kernels are in triton_fwd.py and triton_bwd.py, what they share in triton_tile.py; launch.py chooses tiles.
@@ -127,14 +127,15 @@ def linear_attention_block_backward(
     with torch.cuda.device_of(x):
         linear_attention_block_queries_bwd_kernel[(B * chunks,)](
             grad, x, dx, partial, gain_in, weight_qkv, projection, bias.contiguous(), gain, N, C, chunks,
-            launch.queries.tiles(launch.chunk), C**0.5, **shared, **launch.queries.constants, grad2_ptr=grad2,
+            launch.queries.tiles(launch.chunk), C**0.5, **shared, **launch.queries.constants,
+            ADDS_X=adds_x, grad2_ptr=grad2,
         )  # fmt: skip
         linear_attention_block_small_bwd_kernel[(B * heads,)](
             partial, statistics, sums, context, gain_in, weight_qkv, mem_kv.contiguous(), weight.contiguous(), dsums,
             rows, parameters, C, chunks, D**-0.5, **shared, M=M, num_warps=4, num_stages=1,
         )  # fmt: skip
         linear_attention_block_keys_bwd_kernel[(B * chunks,)](
-            x, grad if adds_x else None, dx, partial_keys, gain_in, weight_qkv, statistics, dsums, rows, N, C, chunks,
+            x, dx, partial_keys, gain_in, weight_qkv, statistics, dsums, rows, N, C, chunks,
             launch.keys.tiles(launch.chunk), C**0.5, **shared, **launch.keys.constants,
         )  # fmt: skip
         sums_blocks, finish_blocks = parameters_blocks(C, triton_launch.interpreted())

@@ -66,15 +66,15 @@ def _scaled_product(b_q, b_factor, m_n, b_u, DTYPE: tl.constexpr, PRECISION: tl.
 def linear_attention_block_queries_bwd_kernel(
     grad_ptr,  # (B, N, C)
     x_ptr,  # (B, N, C)
-    dx_ptr,  # (B, N, C): what flows through q
+    dx_ptr,  # (B, N, C): what flows through q and, with ADDS_X, past the block
     sums_ptr,  # (B, chunks, 1 + 2·HD, C) float32: dgain in the first row, dP and dWq, over a chunk's positions
     gain_in_ptr, weight_ptr,  # (C,), (3, HD, C)
     projection_ptr,  # (B, HD, C)
     bias_ptr, gain_ptr,  # (C,)
     N, C, chunks, tiles, root_c,
     HEADS: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    grad2_ptr=None,  # (B, N, C): of another reader of the output, added to grad and to dx
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ADDS_X: tl.constexpr,
+    grad2_ptr=None,  # (B, N, C): of another reader of the output
 ):  # fmt: skip
     """Grid (B·chunks,)."""
     i_b, i_chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
@@ -121,8 +121,10 @@ def linear_attention_block_queries_bwd_kernel(
         b_normed_again, b_factor_again = normed(b_x, root_c)
         b_dx = _norm_backward(b_z, b_normed_again, b_factor_again, root_c)
         o_tile, m_tile = o_n[:, None] * C + o_c[None, :], m_n[:, None] & m_c[None, :]
-        if grad2_ptr is not None:  # read again: the products leave no registers
-            b_dx += load(grad2_ptr, o_tile, m_tile)
+        if ADDS_X:  # read again, from the cache: the products leave no registers
+            if grad2_ptr is not None:
+                b_dx += load(grad2_ptr, o_tile, m_tile)
+            b_dx += load(grad_ptr, o_tile, m_tile)
         tl.store(dx_ptr + o_tile, cast(b_dx, DTYPE), mask=m_tile)
     sums_ptr += tl.program_id(0).to(tl.int64) * ((2 * HD + 1) * C)
     o_matrix, m_matrix = o_j[:, None] * C + o_c[None, :], m_j[:, None] & m_c[None, :]
@@ -204,7 +206,6 @@ def linear_attention_block_small_bwd_kernel(
 @triton.jit(do_not_specialize=ANY_SIZE)
 def linear_attention_block_keys_bwd_kernel(
     x_ptr,  # (B, N, C)
-    grad_ptr,  # (B, N, C), added to dx; or None
     dx_ptr,  # (B, N, C), added to
     partial_ptr,  # (B, chunks, HD, C) float32: dWk over a chunk's positions
     gain_in_ptr, weight_ptr,  # (C,), (3, HD, C)
@@ -224,8 +225,6 @@ def linear_attention_block_keys_bwd_kernel(
     m_c = o_c < C
     x_ptr += i_b * N * C
     dx_ptr += i_b * N * C
-    if grad_ptr is not None:
-        grad_ptr += i_b * N * C
     b_weight = cast(load_folded(weight_ptr + HD * C, gain_in_ptr, o_j, m_j, o_c, m_c, C), DTYPE)
     b_dsums = load_matrix(dsums_ptr + i_b * (HD * C), o_j, m_j, o_c, m_c, C)
     b_max = load(statistics_ptr + i_b * (2 * HD), o_j, m_j)
@@ -242,8 +241,6 @@ def linear_attention_block_keys_bwd_kernel(
         o_tile, m_tile = o_n[:, None] * C + o_c[None, :], m_n[:, None] & m_c[None, :]
         b_x = load_rows(x_ptr, o_n, m_n, o_c, m_c, C)
         b_dx = load(dx_ptr, o_tile, m_tile)
-        if grad_ptr is not None:
-            b_dx += load(grad_ptr, o_tile, m_tile)
         b_normed = cast(normed(b_x, root_c)[0], DTYPE)
         b_k = product(b_weight, tl.trans(b_normed), DTYPE, PRECISION)  # (columns, BLOCK_N)
         b_k = tl.where(m_n[None, :], tl.exp(b_k - b_max[:, None]) * b_share[:, None], 0.0)

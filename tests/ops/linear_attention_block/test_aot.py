@@ -44,10 +44,10 @@ KERNELS = {
 
 # Bytes of the stack that registers spill to, the more of Triton 3.6 and 3.8; none where it is not listed.
 SPILLED = {
-    ("queries_bwd", 64, 80): 24,
+    ("queries_bwd", 64, 80): 40,
     ("queries_bwd", 64, 90): 56,
     ("queries_bwd", 128, 80): 136,
-    ("queries_bwd", 128, 90): 56,
+    ("queries_bwd", 128, 90): 64,
     ("keys_bwd", 128, 80): 40,
     ("keys_bwd", 128, 90): 8,
     ("rows_fwd", 128, 80): 48,
@@ -56,7 +56,7 @@ SPILLED = {
 
 
 # The same of queries_bwd with the gradient of a second reader, by Triton 3.8 and by releases before.
-SPILLED_OF_TWO = {(64, 80): (48, 32), (64, 90): (8, 48), (128, 80): (104, 144), (128, 90): (64, 96)}
+SPILLED_OF_TWO = {(64, 80): (48, 32), (64, 90): (16, 48), (128, 80): (104, 144), (128, 90): (64, 96)}
 
 
 def compile_stage(name: str, C: int, capability: int, tmp_path, readers: int = 1) -> tuple[Machine, int]:
@@ -121,7 +121,7 @@ def test_sizes_of_one_compile(name, tmp_path):
     function = getattr(kernel, f"linear_attention_block_{name}_kernel")
     ones = {n: 1 for n in ("C", "HEADS", "D", "GROUP", "GROUPS")}
     constants = ones | {"BLOCK_N": 16, "BLOCK_C": 16, "BLOCK_D": 16, "PRECISION": "tf32", "ADDS_X": False}
-    constants |= {"residual_ptr": None} | ({"grad_ptr": None} if name == "keys_bwd" else {})
+    constants |= {"residual_ptr": None}
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n) for n in function.arg_names if n not in constants}
     assert not compile_kernel(function, signature, constants, 90, tmp_path, num_warps=4).spills
