@@ -50,13 +50,8 @@ SECOND_READS: dict[str, Callable[[Arguments], list[torch.Tensor]]] = {
     # Sums of k are a pass of their own.
     "ddpm_fast::linear_attention_block": lambda arguments: [arguments["x"]],
     # One pass for q and one for k, which reads what the first one wrote of dx; x stands for dx, written and read.
-    "ddpm_fast::linear_attention_block_backward": lambda arguments: (
-        [arguments["x"]] * 3 + [arguments["grad"]] * arguments["adds_x"]
-    ),
-    "ddpm_fast::linear_attention_block_backward_of_readers": lambda arguments: [
-        *[arguments["x"]] * 3,
-        arguments["grad"],
-    ],
+    "ddpm_fast::linear_attention_block_backward": lambda arguments: [arguments["x"]] * 3,
+    "ddpm_fast::linear_attention_block_backward_of_readers": lambda arguments: [arguments["x"]] * 3,
     # One launch owns pixels, the other outputs and channels; tiles read again by neighbours come from L2.
     "ddpm_fast::norm_linear_backward": lambda arguments: [arguments["grad"], arguments["x"]],
     "ddpm_fast::norm_linear_beside_backward": lambda arguments: [arguments["grad"], arguments["x"]],
@@ -302,6 +297,8 @@ FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
     "ddpm_fast::norm_linear_backward": _norm_linear_flops(2),
     "ddpm_fast::norm_linear_beside_backward": _norm_linear_flops(2),
     "ddpm_fast::linear_residual": _norm_linear_flops(1),
+    "ddpm_fast::norm_silu_conv": _norm_linear_flops(1),
+    "ddpm_fast::norm_silu_conv_gradients": _norm_linear_flops(2),
     "ddpm_fast::residual_conv": _residual_conv_flops(1),
     "ddpm_fast::residual_conv_gradients": _residual_conv_flops(2),
     "ddpm_fast::stem_conv": _stem_conv_flops,

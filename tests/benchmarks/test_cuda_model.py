@@ -28,8 +28,10 @@ from cuda_model.compiler import Pool, compile_variant  # noqa: E402
 
 import ddpm_fast  # noqa: E402
 from ddpm_fast.measure import traffic  # noqa: E402
+from ddpm_fast.ops.conv3x3.op import conv3x3  # noqa: E402
 from ddpm_fast.ops.linear_attention_block.op import linear_attention_block  # noqa: E402
 from ddpm_fast.ops.norm_silu.op import rms_norm_silu  # noqa: E402
+from ddpm_fast.ops.resnet_block import composite  # noqa: E402
 from ddpm_fast.testing import linear_attention_block_cases as block_cases  # noqa: E402
 
 OPS = Path(ddpm_fast.__file__).parent / "ops"
@@ -240,10 +242,12 @@ def test_casts_are_those_of_autocast(at_once, monkeypatch):
 
 
 def test_launches_are_those_of_the_network(tiny):
-    """11 residual blocks of two norms, two linear and three softmax attentions."""
+    """11 residual blocks of two norms, the last of which has the last convolution with it, two linear and three softmax
+    attentions."""
     step = steps.record_training(TARGET, 2, "fp32", diffusion=tiny)
     kernels = collections.Counter(launch.name for launch in step.triton)
-    assert kernels["rms_norm_silu_fwd_kernel"] == kernels["rms_norm_silu_bwd_kernel"] == 22
+    assert kernels["rms_norm_silu_fwd_kernel"] == kernels["rms_norm_silu_bwd_kernel"] == 21
+    assert kernels["rms_norm_silu_conv_fwd_kernel"] == kernels["rms_norm_silu_conv_bwd_kernel"] == 1
     assert kernels["norm_linear_fwd_kernel"] == 2 + 3 + 3  # the last three are what follows a softmax attention
     assert kernels["linear_attention_rows_fwd_kernel"] == 2 and kernels["attention_fwd_kernel"] == 3
     assert kernels["adam_norm_kernel"] == kernels["adam_finish_kernel"] == kernels["adam_update_kernel"] == 1
@@ -296,12 +300,15 @@ def production():
     }
 
 
-def test_bytes_of_launches_add_up_to_those_of_operators(production):
+def test_bytes_of_launches_add_up_to_those_of_operators(monkeypatch):
     """Two counts of one step: by the kernels' arguments, and by the operators' arguments and registries."""
+    # The last two 1×1 convolutions are one on channels-last maps alone.
+    monkeypatch.setattr(composite, "_joined_with_output", lambda *arguments: None)
+    step = steps.record_training(TARGET, dtype="fp32")
     with traffic.kernels_take_meta_tensors():
         counted = traffic.measure_training(steps.make_diffusion(), batch=steps.TRAINING_BATCH)
     moved = collections.Counter()
-    for launch in production["training step, fp32"].launches:
+    for launch in step.launches:
         moved[launch.operator] += launch.bytes_moved
     ours = {name: operator for name, operator in counted.by_operator.items() if name.startswith("ddpm_fast::")}
     # Channels-last, which meta convolutions of torch 2.9 give and later ones do not, a block of two maps has its own
@@ -314,7 +321,7 @@ def test_bytes_of_launches_add_up_to_those_of_operators(production):
     for name, operator in ours.items():
         more = 0.1 if name == "ddpm_fast::norm_linear_backward" else 0.03
         assert moved[name] == pytest.approx(operator.bytes_moved, rel=more), name
-    assert production["training step, fp32"].flops == pytest.approx(counted.total_flops, rel=1e-3)
+    assert step.flops == pytest.approx(counted.total_flops, rel=1e-3)
 
 
 def test_linear_attention_is_one_block_in_half_types(production):
@@ -358,6 +365,43 @@ def test_bytes_of_the_block_are_those_of_the_registry():
     for name in ("linear_attention_block", "linear_attention_block_backward"):
         moved = sum(launch.bytes_moved for launch in recorded.launches if launch.operator == f"ddpm_fast::{name}")
         assert moved == pytest.approx(counted.by_operator[f"ddpm_fast::{name}"].bytes_moved, rel=0.05), name
+
+
+def test_bytes_of_a_block_with_an_output_are_those_of_the_registry():
+    """The same of a residual block that joins its two 1×1 convolutions."""
+    names = (
+        "weight1",
+        "bias1",
+        "gain1",
+        "weight2",
+        "bias2",
+        "gain2",
+        "res_weight",
+        "res_bias",
+        "out_weight",
+        "out_bias",
+    )
+    sizes = [(64, 128, 3, 3), (64,), (64,), (64, 64, 3, 3), (64,), (64,), (64, 128, 1, 1), (64,), (3, 64, 1, 1), (3,)]
+    sizes_of = {"x": (32, 64, 64, 64), "skip": (32, 64, 64, 64)} | dict(zip(names, sizes, strict=True))
+    leaves = {name: torch.empty(size, device="meta", requires_grad=True) for name, size in sizes_of.items()}
+    leaves |= {name: leaves[name].to(memory_format=torch.channels_last) for name in ("x", "skip")}
+
+    def step(convolution) -> None:
+        with mock.patch.object(composite, "conv3x3", convolution):
+            out = composite.resnet_block(**leaves)
+        torch.autograd.grad(out, list(leaves.values()), torch.empty_like(out))
+
+    def last(x, weight):  # meta tensors of a convolution keep no layout
+        return conv3x3(x, weight).contiguous(memory_format=torch.channels_last)
+
+    with recorder.recording(TARGET) as block, block() as recorded:
+        step(conv3x3)
+    counted = traffic.Traffic()
+    with traffic.kernels_take_meta_tensors(), traffic.Counter(counted):
+        step(last)
+    for name in ("norm_silu_conv", "norm_silu_conv_gradients", "output_weights", "output_weights_gradients"):
+        moved = sum(launch.bytes_moved for launch in recorded.launches if launch.operator == f"ddpm_fast::{name}")
+        assert moved == pytest.approx(counted.by_operator[f"ddpm_fast::{name}"].bytes_moved, rel=0.01), name
 
 
 def test_bounds_of_launches(production, gate):

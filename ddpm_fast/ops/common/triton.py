@@ -142,11 +142,17 @@ def silu(x):
 
 
 @triton.jit
-def silu_derivative(x):
-    """d silu / dx = σ(x)·(1 + x·σ(−x)) of float32; 1 − σ(x) would cancel, and x would multiply the error."""
+def silu_and_derivative(x):
+    """x·σ(x) and d silu / dx = σ(x)·(1 + x·σ(−x)) of float32; 1 − σ(x) would cancel, and x would multiply the error."""
     e = tl.exp(tl.minimum(-x, 80.0))  # e·σ(x) is not inf·0; σ(−80) is 2e-35
     s = 1.0 / (1.0 + e)
-    return s * (1.0 + x * (e * s))
+    return x * s, s * (1.0 + x * (e * s))
+
+
+@triton.jit
+def silu_derivative(x):
+    """d silu / dx of float32."""
+    return silu_and_derivative(x)[1]
 
 
 @triton.jit

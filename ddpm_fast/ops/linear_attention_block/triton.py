@@ -16,8 +16,8 @@ Backward, with dS for the gradient of sums, u = grad·gain − ŷ·⟨grad·gain
 
 It is a launch over rows for q, which adds the residual's gradient, one of small matrices, one over rows for k, which
 adds to the dx of the first, and two that finish the parameters' gradients. So x is read twice forward and twice
-backward, and no map but dx is written between. Sums over positions are made per chunk and then over chunks, without atomics. Statistics and sums are float32;
-factors of products have the dtype of x.
+backward, and no map but dx is written between. Sums over positions are made per chunk and then over chunks, without
+atomics. Statistics and sums are float32; factors of products have the dtype of x.
 
 The kernels are in triton_fwd.py and triton_bwd.py, what they share in triton_tile.py; launch.py chooses tiles.
 """

@@ -186,6 +186,31 @@ def _whole_plan(C: int, HW: int, groups: int, channels_last: bool, activation: b
     return WholePlan(groups // chosen.groups, strides, constants)
 
 
+_CONV_CHUNK = 512  # pixels of a program, of whose weight's gradient there are partial sums; a sample has 32 or more
+_CONV_REGISTERS = 128  # the bound of the backward kernel of half types, with which it does not spill
+_CONV_OUTPUTS = 16  # the outputs that tl.dot takes at least
+
+
+def conv_chunk(HW: int, C: int, interpreted: bool = False) -> int:
+    """Pixels of a program of rms_norm_silu_conv_bwd_kernel: whole tiles."""
+    tile = conv_tile(HW, C, sums=True, half=True, interpreted=interpreted)["BLOCK_N"]
+    return max(tile, min(_CONV_CHUNK, max(8 * tile, triton_launch.next_power_of_2(HW) // 32)))
+
+
+@cache
+def conv_tile(HW: int, C: int, *, sums: bool, half: bool, interpreted: bool = False) -> dict[str, int]:
+    """The launch of RMSNorm with SiLU and a 1×1 convolution; sums and interpreted as in `choose_tile`.
+
+    Products of float32 take more registers than those of half types: a thread has half as many elements.
+    """
+    elements = 1024 if sums else 2048
+    block_c = max(16, triton_launch.next_power_of_2(C))
+    block_n = max(16, min((8192 if interpreted else elements) // block_c, triton_launch.next_power_of_2(HW)))
+    num_warps = min(32, max(1, block_n * block_c * (4 if half else 8) // elements))
+    sizes = {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_J": _CONV_OUTPUTS, "num_warps": num_warps}
+    return sizes | (triton_launch.register_bound(_CONV_REGISTERS) if sums and half and block_c <= 128 else {})
+
+
 def rows_blocks(C: int, interpreted: bool = False) -> dict[str, int]:
     """The blocks of norm_silu_bwd_rows_kernel, a constant on a GPU: no size compiles it again.
 

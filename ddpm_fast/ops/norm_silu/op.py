@@ -19,13 +19,16 @@ import torch
 from ddpm_fast.ops.arguments import check_seed, check_tensors, native_comes_first, why_not_on_cpu
 from ddpm_fast.ops.branches import number_of_branches, with_branches
 from ddpm_fast.ops.norm_silu import reference
-from ddpm_fast.ops.norm_silu.operators import FirstNorm, LastNorm, NormBeside, norm_silu
+from ddpm_fast.ops.norm_silu.operators import FirstNorm, LastNorm, LastNormConv, NormBeside, norm_silu, norm_silu_conv
 from ddpm_fast.runtime import triton_launch
-from ddpm_fast.runtime.dispatch import Implementation, Op
+from ddpm_fast.runtime.dispatch import Implementation, Op, forced_backend, in_forward_mode
 
 _OPTIONAL = ("offset", "bias", "scale", "shift", "residual")
 _TENSORS = ("x", "gain", *_OPTIONAL)
 _LARGEST_ROW = 8192  # channels that the RMSNorm kernels keep in one program's registers
+_LARGEST_ROW_BEFORE_CONV = 256  # the same of the kernels with a 1×1 convolution
+_MOST_OUTPUTS = 16  # of that
+_LARGEST_ROWS = 2**31 - 2**16  # pixels that these kernels' 32-bit indices count
 _LARGEST_SAMPLE = 2**31 - 2**16  # elements that the kernels' 32-bit offsets reach within one sample
 
 
@@ -170,6 +173,7 @@ def first_norm_silu(
     groups: int,
     eps: float,
     dropout_p: float,
+    last_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The first of two norms of maps of one shape, with SiLU and dropout; `groups` = 0 is RMSNorm.
 
@@ -178,6 +182,7 @@ def first_norm_silu(
 
     Args:
         last: gain, offset and bias of the last norm.
+        last_weight: of the convolution where the last norm is `last_norm_silu_conv`.
         others: see `rms_norm_silu` and `group_norm_silu`.
 
     Returns:
@@ -191,7 +196,7 @@ def first_norm_silu(
     if chosen.name != "triton" or not _are_finished_together(x, (gain, offset, bias), last):
         return chosen.function(*arguments, **options), None
     seed = seed if dropout_p > 0 else None
-    return FirstNorm.apply(x, gain, offset, bias, scale, shift, seed, *last, groups, eps, dropout_p)
+    return FirstNorm.apply(x, gain, offset, bias, scale, shift, seed, *last, groups, eps, dropout_p, last_weight)
 
 
 def last_norm_silu(
@@ -214,6 +219,57 @@ def last_norm_silu(
     if chosen.name != "triton" or sums is None:
         return chosen.function(*arguments, **options)
     return with_branches(*LastNorm.apply(x, gain, offset, bias, residual, sums, groups, eps, number_of_branches()))
+
+
+def last_norm_silu_conv(
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    products: torch.Tensor,
+    sums: torch.Tensor | None,
+) -> torch.Tensor:
+    """The 1×1 convolution of SiLU(RMSNorm(x + bias)·gain), plus residual; `fits_conv` says whether by Triton, alone.
+
+    Args:
+        residual: (B, J, H, W).
+        weight: (J, C, 1, 1).
+        products: takes the weight's gradient, see `stand_in_for_products`.
+        sums: of `first_norm_silu`, with this weight as `last_weight`; None without gradients.
+    """
+    if sums is None:
+        assert not torch.is_grad_enabled(), "the first norm takes gradients of this one, see fits_conv"
+        return norm_silu_conv.triton(x, gain, bias, residual, weight)[0]
+    return LastNormConv.apply(x, gain, bias, residual, weight, sums, products)
+
+
+def fits_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_takes_gradient: bool,
+    first: tuple[torch.Tensor, torch.Tensor],
+    last: tuple[torch.Tensor, torch.Tensor],
+) -> bool:
+    """True if `last_norm_silu_conv` of a map as large as x, with this weight, runs after a first norm.
+
+    Args:
+        x_takes_gradient: whether the first norm's input does.
+        first, last: gain and bias of the two norms.
+    """
+    J, C = weight.shape[:2]
+    if J > _MOST_OUTPUTS or C > _LARGEST_ROW_BEFORE_CONV or forced_backend() not in (None, "triton"):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_forward_mode():  # type: ignore[attr-defined]
+        return False
+    if triton_launch.why_not_triton(x.device) is not None or x.dtype == torch.float64 or x.numel() == 0:
+        return False
+    if not x.is_contiguous(memory_format=torch.channels_last) or x[:, 0].numel() > _LARGEST_ROWS:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    alike = all((a.dtype, a.numel()) == (b.dtype, b.numel()) for a, b in zip(first, last, strict=True))
+    return x_takes_gradient and alike and any(row.requires_grad for row in last)
 
 
 def _call_of(

@@ -11,6 +11,7 @@ import torch
 
 from ddpm_fast.ops.branches import and_branches, several
 from ddpm_fast.ops.operator import Operator
+from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import once_differentiable
 
 
@@ -102,6 +103,38 @@ gradients_beside = Operator(
 )
 
 
+def _conv_sums_shapes(x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the partial sums over pixels that `norm_silu_conv_gradients` makes: of the norm, of the weight."""
+    from ddpm_fast.ops.norm_silu import launch  # not part of importing the package
+
+    (B, _, H, W), (J, C), interpreted = x.shape, weight.shape[:2], triton_launch.interpreted()
+    chunks = triton_launch.ceil_div(int(H * W), launch.conv_chunk(int(H * W), int(C), interpreted))
+    return (B, chunks, 3, C), (B, chunks, J, C)
+
+
+# RMSNorm with SiLU and a 1×1 convolution to few channels, see `last_norm_silu_conv`.
+norm_silu_conv = Operator(
+    "norm_silu_conv",
+    "Tensor x, Tensor gain, Tensor bias, Tensor residual, Tensor weight",
+    returns="out, factors",
+    fake=lambda x, residual, **_: (
+        torch.empty_like(residual, memory_format=torch.channels_last),
+        x.new_empty((x.shape[0], x.shape[2] * x.shape[3]), dtype=torch.float32),
+    ),
+    triton=f"{__package__}.triton_rms_conv",
+)
+conv_gradients = Operator(
+    "norm_silu_conv_gradients",
+    "Tensor grad, Tensor x, Tensor factors, Tensor gain, Tensor bias, Tensor weight",
+    returns="dx, sums, products",
+    fake=lambda x, weight, **_: (
+        torch.empty_like(x),
+        *(x.new_empty(shape, dtype=torch.float32) for shape in _conv_sums_shapes(x, weight)),
+    ),
+    triton=f"{__package__}.triton_rms_conv",
+)
+
+
 class FirstNorm(torch.autograd.Function):
     """See `first_norm_silu`."""
 
@@ -121,13 +154,15 @@ class FirstNorm(torch.autograd.Function):
         groups: int,
         eps: float,
         dropout_p: float,
+        last_weight: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = (gain, offset, bias, scale, shift)
         out, statistics = norm_silu.triton(x, *rows, None, seed, groups, eps, True, dropout_p)
         ctx.save_for_backward(x, statistics, *rows, seed)
         ctx.groups, ctx.dropout_p, ctx.last_shape = groups, dropout_p, last_gain.shape
+        shape = _sums_shape(x, bias, groups) if last_weight is None else _conv_sums_shapes(x, last_weight)[0]
         # Of the shape that its gradient has; nothing reads it.
-        return out, statistics.as_strided(_sums_shape(x, bias, groups), (0, 0, 0, 0))
+        return out, statistics.as_strided(shape, (0, 0, 0, 0))
 
     @staticmethod
     @once_differentiable
@@ -140,7 +175,7 @@ class FirstNorm(torch.autograd.Function):
         given = (*rows, gain, offset, bias)
         gradients = [None if row is None else gradient for row, gradient in zip(given, made, strict=True)]
         gradients[5] = made[5].reshape(ctx.last_shape)
-        return dx, *gradients[:5], None, *gradients[5:], None, None, None
+        return dx, *gradients[:5], None, *gradients[5:], None, None, None, None
 
 
 class NormBeside(torch.autograd.Function):
@@ -201,3 +236,34 @@ class LastNorm(torch.autograd.Function):
         total = grad if grad2 is None else total
         dresidual = None if ctx.residual_dtype is None else total.to(ctx.residual_dtype)
         return dx, None, None, None, dresidual, sums, None, None, None
+
+
+class LastNormConv(torch.autograd.Function):
+    """See `last_norm_silu_conv`; the gradients of gain and bias are given by the first norm, that of weight by
+    whoever made `products`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        gain: torch.Tensor,
+        bias: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        sums: torch.Tensor,
+        products: torch.Tensor,
+    ) -> torch.Tensor:
+        out, factors = norm_silu_conv.triton(x, gain, bias, residual, weight)
+        ctx.save_for_backward(x, factors, gain, bias, weight)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dx, sums, products = conv_gradients.triton(grad, *ctx.saved_tensors)
+        return dx, None, None, grad, None, sums, products
+
+
+def stand_in_for_products(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A tensor whose gradient are the weight's partial sums of `LastNormConv` of a map as large as x."""
+    return x.new_empty(1, dtype=torch.float32).as_strided(_conv_sums_shapes(x, weight)[1], (0, 0, 0, 0))

@@ -13,7 +13,15 @@ from ddpm_fast.ops.branches import branch
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.layout import weights_format
 from ddpm_fast.ops.norm_linear.op import linear
-from ddpm_fast.ops.norm_silu.op import first_norm_silu, group_norm_silu, last_norm_silu, rms_norm_silu
+from ddpm_fast.ops.norm_silu.op import (
+    first_norm_silu,
+    fits_conv,
+    group_norm_silu,
+    last_norm_silu,
+    last_norm_silu_conv,
+    rms_norm_silu,
+)
+from ddpm_fast.ops.norm_silu.operators import stand_in_for_products
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.autocast import no_autocast
@@ -58,16 +66,28 @@ def resnet_block(
     with no_autocast(x.device.type):
         if recompute or skip is None or res_weight is None:  # nothing else would read x with its bias
             x, x_bias = _with_bias(x, x_bias), None
+        output_weights = None
         if skip is not None and res_weight is not None:
-            y1, residual = skip_convs(x, branch(skip), weight1, res_weight, res_bias, x_bias)
+            if not recompute and groups == 0:
+                outer = (out_weight, out_bias, res_weight, res_bias)
+                output_weights = _joined_with_output(x, skip, weight1, (gain1, bias1), (gain2, bias2), outer)
+            if output_weights is None:
+                y1, residual = skip_convs(x, branch(skip), weight1, res_weight, res_bias, x_bias)
+            else:
+                whole, whole_bias, products = output_weights
+                y1, residual = _skip_convs_in_place(x, branch(skip), weight1, whole, whole_bias, x_bias)
         else:
             if skip is not None:
                 x, skip = torch.cat((x, skip.to(x.dtype)), dim=1), None
             y1, residual = conv3x3(x, weight1), branch(x)
             residual = residual if res_weight is None else linear(residual, res_weight, res_bias)
         first, last = (y1, gain1, offset1, bias1, scale, shift), (gain2, offset2, bias2)
-        h, sums = first_norm_silu(*first, seed, last, **kind, dropout_p=dropout_p)
+        h, sums = first_norm_silu(
+            *first, seed, last, **kind, dropout_p=dropout_p, last_weight=out_weight if output_weights else None
+        )
         y2 = conv_of_recomputed(h, norm1, (*first, None, seed), weight2) if recompute else conv3x3(h, weight2)
+        if output_weights is not None and out_weight is not None:
+            return last_norm_silu_conv(y2, gain2, bias2, residual, out_weight, products, sums)
         out = last_norm_silu(y2, *last, residual, sums, **kind)
         if out_weight is None:
             return out
@@ -303,6 +323,19 @@ class _SkipConvs(torch.autograd.Function):
         return dx, dskip, dweight, dres_weight, dres_bias, None if x_bias is None else dx_bias
 
 
+def _skip_convs_in_place(
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    weight: torch.Tensor,
+    res_weight: torch.Tensor,
+    res_bias: torch.Tensor,
+    x_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """By Triton; res_weight and res_bias may have another dtype than the maps, and their gradients have it."""
+    x_bias = None if x_bias is None else x_bias.to(x.dtype)
+    return _SkipConvs.apply(x, skip.to(x.dtype), weight.to(x.dtype), res_weight, res_bias, x_bias)
+
+
 def _triton_skip_convs(
     x: torch.Tensor,
     skip: torch.Tensor,
@@ -311,8 +344,75 @@ def _triton_skip_convs(
     res_bias: torch.Tensor,
     x_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    tensors = [tensor.to(x.dtype) for tensor in (x, skip, weight, res_weight, res_bias)]
-    return _SkipConvs.apply(*tensors, None if x_bias is None else x_bias.to(x.dtype))
+    res_weight, res_bias = res_weight.to(x.dtype), res_bias.to(x.dtype)
+    return _skip_convs_in_place(x, skip, weight, res_weight, res_bias, x_bias)
+
+
+def _joined_with_output(
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    weight: torch.Tensor,
+    first: tuple[torch.Tensor, torch.Tensor],
+    last: tuple[torch.Tensor, torch.Tensor],
+    outer: tuple[torch.Tensor | None, ...],
+) -> tuple[torch.Tensor, ...] | None:
+    """The residual's 1×1 convolution and that of the block's output as one, see triton_output.py, where they run so.
+
+    Args:
+        first, last: gain and bias of the norms.
+        outer: weight and bias of the output's convolution, and of the residual's.
+
+    Returns:
+        Weight and bias, float32, and a tensor that takes the gradient of the output's weight from the last norm.
+    """
+    if any(tensor is None or tensor.dtype == torch.float64 for tensor in outer):
+        return None
+    out_weight, _, res_weight, res_bias = cast("tuple[torch.Tensor, ...]", outer)
+    takes_gradient = any(tensor.requires_grad for tensor in (x, skip, weight))
+    if not fits_conv(x, out_weight, takes_gradient, first, last):
+        return None
+    if skip_convs.choose(x, skip, weight, res_weight, res_bias).name != "triton":
+        return None
+    return _OutputWeights.apply(x, *outer)
+
+
+_output_weights = Operator(
+    "output_weights",
+    "Tensor weight, Tensor bias, Tensor res_weight, Tensor res_bias",
+    returns="whole, whole_bias",
+    fake=lambda weight, res_weight, **_: (
+        weight.new_empty((weight.shape[0], res_weight.shape[1], 1, 1), dtype=torch.float32),
+        weight.new_empty(weight.shape[0], dtype=torch.float32),
+    ),
+    triton=f"{__package__}.triton_output",
+)
+_output_weights_gradients = Operator(
+    "output_weights_gradients",
+    "Tensor products, Tensor dwhole, Tensor dwhole_bias, Tensor weight, Tensor bias, Tensor res_weight, "
+    "Tensor res_bias",
+    returns="dweight, dbias, dres_weight, dres_bias",
+    fake=lambda weight, bias, res_weight, res_bias, **_: tuple(
+        [torch.empty_like(tensor) for tensor in (weight, bias, res_weight, res_bias)]
+    ),
+    triton=f"{__package__}.triton_output",
+)
+
+
+class _OutputWeights(torch.autograd.Function):
+    """The weight and bias of both convolutions as one, in float32, and what takes the gradient of the output's weight
+    from the last norm's kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(*weights)
+        return *_output_weights.triton(*weights), stand_in_for_products(x, weights[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dwhole: torch.Tensor, dwhole_bias: torch.Tensor, products: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        return None, *_output_weights_gradients.triton(products, dwhole, dwhole_bias, *ctx.saved_tensors)
 
 
 def _triton_refuses(
