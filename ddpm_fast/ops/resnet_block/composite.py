@@ -75,7 +75,9 @@ def resnet_block(
                 y1, residual = skip_convs(x, branch(skip), weight1, res_weight, res_bias, x_bias)
             else:
                 whole, whole_bias, products = output_weights
-                y1, residual = _skip_convs_in_place(x, branch(skip), weight1, whole, whole_bias, x_bias)
+                skip = branch(skip)
+                # The block's output, which is not made, would be kept for the output's convolution.
+                y1, residual = _skip_convs_in_place(x, skip, weight1, whole, whole_bias, x_bias, keeps_whole=True)
         else:
             if skip is not None:
                 x, skip = torch.cat((x, skip.to(x.dtype)), dim=1), None
@@ -273,6 +275,7 @@ _residual_conv = Operator(
 )
 _residual_conv_gradients = Operator(
     "residual_conv_gradients",
+    # x and skip may be parts of one map.
     "Tensor grad, Tensor x, Tensor skip, Tensor weight, Tensor bias, Tensor? x_bias, Tensor added",
     returns="dx, dskip, dweight, dbias, dx_bias",
     fake=lambda x, skip, weight, bias, x_bias, **_: tuple(
@@ -286,6 +289,7 @@ class _SkipConvs(torch.autograd.Function):
     """The 3×3 convolution of x and skip side by side by cuDNN, the 1×1 one by Triton, which puts them side by side.
 
     Backward makes the 3×3 convolution's gradient of both maps at once, and the 1×1 one's kernel adds to it and cuts it.
+    With `keeps_whole` it has the maps side by side: more memory, and the weight's gradient is one pass, not two.
     """
 
     @staticmethod
@@ -297,16 +301,22 @@ class _SkipConvs(torch.autograd.Function):
         res_weight: torch.Tensor,
         res_bias: torch.Tensor,
         x_bias: torch.Tensor | None,
+        keeps_whole: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, h, biased = _residual_conv.triton(x, skip, res_weight, res_bias, x_bias, any(ctx.needs_input_grad))
-        ctx.save_for_backward(x if x_bias is None else biased, skip, weight, res_weight, res_bias, x_bias)
+        keep = any(ctx.needs_input_grad) and not keeps_whole
+        out, h, biased = _residual_conv.triton(x, skip, res_weight, res_bias, x_bias, keep)
+        maps = (h, None) if keeps_whole else (x if x_bias is None else biased, skip)
+        ctx.save_for_backward(*maps, weight, res_weight, res_bias, x_bias)
+        ctx.sizes = [x.shape[1], skip.shape[1]]
         return _same_conv(h, weight, None), out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, res_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, skip, weight, res_weight, res_bias, x_bias = ctx.saved_tensors
-        sizes = [x.shape[1], skip.shape[1]]
+        sizes, h = ctx.sizes, None
+        if skip is None:
+            h, (x, skip) = x, x.split(sizes, dim=1)
         convolution_backward = partial(torch.ops.aten.convolution_backward, grad)
         geometry = (None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
         # Of a map only size and layout count here, and of the taps below.
@@ -316,11 +326,13 @@ class _SkipConvs(torch.autograd.Function):
             res_grad, x, skip, res_weight, res_bias, x_bias, dwhole
         )
         dweight = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2] and h is not None:
+            dweight = convolution_backward(h, weight, *geometry, (False, True, False))[1]
+        elif ctx.needs_input_grad[2]:
             parts = zip((x, skip), weight.split(sizes, dim=1), strict=True)
             dweights = [convolution_backward(*part, *geometry, (False, True, False))[1] for part in parts]
             dweight = torch.cat(dweights, dim=1)
-        return dx, dskip, dweight, dres_weight, dres_bias, None if x_bias is None else dx_bias
+        return dx, dskip, dweight, dres_weight, dres_bias, None if x_bias is None else dx_bias, None
 
 
 def _skip_convs_in_place(
@@ -330,10 +342,11 @@ def _skip_convs_in_place(
     res_weight: torch.Tensor,
     res_bias: torch.Tensor,
     x_bias: torch.Tensor | None,
+    keeps_whole: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """By Triton; res_weight and res_bias may have another dtype than the maps, and their gradients have it."""
     x_bias = None if x_bias is None else x_bias.to(x.dtype)
-    return _SkipConvs.apply(x, skip.to(x.dtype), weight.to(x.dtype), res_weight, res_bias, x_bias)
+    return _SkipConvs.apply(x, skip.to(x.dtype), weight.to(x.dtype), res_weight, res_bias, x_bias, keeps_whole)
 
 
 def _triton_skip_convs(

@@ -141,10 +141,10 @@ def residual_conv_bwd_maps_kernel(
 @triton.jit(do_not_specialize=_ANY_SIZE)
 def residual_conv_bwd_weight_kernel(
     grad_ptr,  # (N, K)
-    x_ptr,  # (N, C0)
-    skip_ptr,  # (N, C1)
+    x_ptr,  # (N, C0), its rows stride_x apart
+    skip_ptr,  # (N, C1), its rows stride_skip apart
     sums_ptr,  # (chunks, K·(C0 + C1) + K) float32: dweight and dbias over a chunk's pixels
-    N, K, C0, C1, tiles, tiles_k, tiles_c0, tiles_c,
+    N, K, C0, C1, stride_x, stride_skip, tiles, tiles_k, tiles_c0, tiles_c,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks · tiles_k · tiles_c,), the programs of a chunk side by side."""
@@ -154,17 +154,17 @@ def residual_conv_bwd_weight_kernel(
     sums_ptr += i_chunk.to(tl.int64) * (K * C + K)
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
     is_first = i_c == 0
-    map_ptr, width, first = x_ptr, C0, 0
+    map_ptr, width, first, stride = x_ptr, C0, 0, stride_x
     if i_c >= tiles_c0:
         i_c -= tiles_c0
-        map_ptr, width, first = skip_ptr, C1, C0
+        map_ptr, width, first, stride = skip_ptr, C1, C0, stride_skip
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     b_dweight = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     b_dbias = tl.zeros((BLOCK_K,), tl.float32)
     for i_row in range(tiles):
         o_n = (i_chunk * tiles + i_row) * BLOCK_N + tl.arange(0, BLOCK_N)
         b_grad = _load(grad_ptr, o_n, o_k, N, K, K, FAR=True)
-        b_map = _load(map_ptr, o_n, o_c, N, width, width, FAR=True)
+        b_map = _load(map_ptr, o_n, o_c, N, width, stride, FAR=True)
         b_dweight = dot_of_many(tl.trans(b_grad), b_map, b_dweight, PRECISION)
         b_dbias += tl.sum(b_grad.to(tl.float32), axis=0)
     _store(sums_ptr + first, b_dweight, o_k, o_c, K, width, C)
@@ -287,8 +287,8 @@ def residual_conv_gradients(
         tiles, chunks = chunks_of_pixels(N, K, C0, C1, sums_tile)
         sums = x.new_empty((chunks, K * C + K), dtype=torch.float32)
         residual_conv_bwd_weight_kernel[(chunks * tiles_k * (tiles_c0 + tiles_c1),)](
-            grad, x, skip, sums, N, K, C0, C1, tiles, tiles_k, tiles_c0, tiles_c0 + tiles_c1, PRECISION=precision,
-            **sums_tile, **triton_launch.register_bound(WEIGHT_REGISTERS),
+            grad, x, skip, sums, N, K, C0, C1, _row_stride(x), _row_stride(skip), tiles, tiles_k, tiles_c0,
+            tiles_c0 + tiles_c1, PRECISION=precision, **sums_tile, **triton_launch.register_bound(WEIGHT_REGISTERS),
         )  # fmt: skip
         blocks = parameters_blocks(triton_launch.interpreted())
         programs = triton_launch.ceil_div(K * C + K, blocks["BLOCK"])
@@ -316,6 +316,11 @@ def parameters_blocks(interpreted: bool = False) -> dict[str, int]:
     if interpreted:
         return {"BLOCK_R": 16, "BLOCK": 4096, "BLOCK_X": 16, "BLOCK_C": 512, "num_warps": 4}
     return {"BLOCK_R": 16, "BLOCK": 128, "BLOCK_X": 512, "BLOCK_C": 4, "num_warps": 4}
+
+
+def _row_stride(x: torch.Tensor) -> int:
+    """Between the pixels of a channels-last map, or of some channels of one."""
+    return x.shape[1] if x.is_contiguous(memory_format=torch.channels_last) else x.stride(3)
 
 
 def _exact(x: torch.Tensor, precision: str) -> bool:

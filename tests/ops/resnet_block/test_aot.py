@@ -102,6 +102,6 @@ def test_gradients_of_parameters(capability, tmp_path, gate):
 @pytest.mark.parametrize("name", KERNELS)
 def test_sizes_of_one_compile(name, tmp_path):
     """A launch makes integers that are 1 constants of the kernel."""
-    ones = dict.fromkeys(("N", "C", "K", "C0", "C1"), 1)
+    ones = dict.fromkeys(("N", "C", "K", "C0", "C1", "stride_x", "stride_skip"), 1)
     machine, _ = compile_stage(name, "bf16", "ieee", 90, tmp_path, **ones)
     assert machine.stack <= 24  # maps of one channel, which nothing but this test makes
