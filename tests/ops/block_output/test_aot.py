@@ -12,6 +12,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 from ddpm_fast.ops.norm_silu import launch, triton_rms_conv
 from ddpm_fast.ops.resnet_block import triton_output
+from ddpm_fast.runtime.triton_launch import is_triton_before
 from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
@@ -51,7 +52,11 @@ def test_norm_and_convolution(C, stage, capability, tmp_path, gate):
     for dtype, precision in PRODUCTS:
         machine, num_warps = compile_norm(stage, dtype, precision, C, capability, tmp_path)
         exact = (dtype, precision) == ("fp32", "ieee")
-        assert machine.stack <= (16 if exact else 0), (dtype, precision, machine.stack)
+        assert machine.stack <= (32 if is_triton_before(3, 8) else 16 if exact else 0), (
+            dtype,
+            precision,
+            machine.stack,
+        )
         # Two programs and 16 warps beside each other, of products without tensor cores one program.
         programs = REGISTERS // (32 * num_warps * machine.registers)
         assert programs * num_warps >= (8 if exact else 16), (dtype, precision, machine.registers)

@@ -47,7 +47,7 @@ SPILLED = {
     ("queries_bwd", 64, 80): 40,
     ("queries_bwd", 64, 90): 56,
     ("queries_bwd", 128, 80): 136,
-    ("queries_bwd", 128, 90): 64,
+    ("queries_bwd", 128, 90): 96,
     ("keys_bwd", 128, 80): 40,
     ("keys_bwd", 128, 90): 8,
     ("rows_fwd", 128, 80): 48,
