@@ -158,11 +158,12 @@ DDPM_FAST_INLINE void clear_between_rows(float* rows, int64_t count, int64_t wid
 }
 
 // body(first sample, samples, apart) for groups of samples. Where every thread gets as many, each takes whole samples
-// (`apart`), few enough that what a step leaves is in its own cache for the next; the results are the same.
+// (`apart`), few enough that what a step leaves is in its own cache for the next; the results are the same. Of long
+// samples all threads' qkv would be much memory.
 template <typename Body>
 inline void over_sample_groups(const GroupPlan& plan, const Body& body) {
   const int64_t B = plan.block.in.B;
-  if (B % thread_count() != 0) {
+  if (B % thread_count() != 0 || plan.N > kRowsAtOnce) {
     for (int64_t b = 0; b < B; b += plan.samples) body(b, min(plan.samples, B - b), false);
     return;
   }
