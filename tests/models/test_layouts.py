@@ -19,8 +19,8 @@ from ddpm_fast.measure.traffic import kernels_take_meta_tensors
 
 BATCH, SIZE = 7, 32
 COPIES = ("aten::clone", "aten::copy_", "aten::_to_copy", "aten::contiguous")
-# Operators that make or read a part of a channels-last map's channels where it is.
-OF_PARTS = ("aten::split_with_sizes", "ddpm_fast::residual_conv_gradients")
+# Operators that make or read a part of a channels-last map's channels where it is, or ask for its dtype.
+OF_PARTS = ("aten::split_with_sizes", "aten::new_empty", "ddpm_fast::residual_conv_gradients")
 
 
 def is_part_of_channels_last(tensor: torch.Tensor) -> bool:

@@ -245,7 +245,10 @@ inline void multiply(uint32_t* narrowed, const float* a, int64_t row, int64_t st
                      int64_t K, int64_t N, float* c, int64_t stride, bool add, const Finish& finish = {}) {
   const Factor factor = factor_of(narrowed, a, row, step, M, K);
   for (int64_t p = 0; p < panels(N); ++p) {
-    const int64_t first = p * kPanel, columns = min<int64_t>(kPanel, N - first);
+    const int64_t first = p * kPanel, columns = min<int64_t>(kPanel, N - first), next = first + kPanel;
+    for (int64_t m = 0; m < M && next < N; ++m) {
+      prefetch_to_write(c + m * stride + next, min<int64_t>(kPanel, N - next));
+    }
     multiply_panel(factor, packed + p * K * kPanel, M, K, c + first, stride, columns, add, piece_of(K, kDeepest));
     finish(first, columns);
   }
