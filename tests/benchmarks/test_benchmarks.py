@@ -56,7 +56,7 @@ def test_blocks_agree_and_are_timed():
     first, *_, last = bench_blocks.rows("tiny", blocks)
     assert min(map(float, first[5:7])) <= min(map(float, last[5:7]))
     slow = dataclasses.replace(blocks[0], phases={"forward": 0.5, "training step": 1.5})
-    wrong = dataclasses.replace(blocks[0], error=0.1)
+    wrong = dataclasses.replace(blocks[0], error=0.1, phases={"forward": 1.0, "training step": 1.0})
     texts = bench_blocks.failures("tiny", [slow, wrong], least=0.4, dtype="fp32")
     assert len(texts) == 1 and texts[0].endswith("differs by 1.0e-01")
     assert "0.50 times" in bench_blocks.failures("tiny", [slow], least=0.95, dtype="fp32")[0]
