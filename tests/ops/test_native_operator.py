@@ -11,7 +11,6 @@ from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import use_backend
@@ -19,6 +18,7 @@ from ddpm_fast.ops import group_norm_silu, rms_norm_silu
 from ddpm_fast.ops.norm_silu import op as norm_silu_op
 from ddpm_fast.ops.norm_silu.operators import norm_silu
 from ddpm_fast.runtime import dispatch, extension
+from ddpm_fast.testing.operator_names import OperatorNames
 
 CPU = torch.device("cpu")
 NORM = ("x", "gain", "offset", "bias", "scale", "shift", "residual")
@@ -28,19 +28,6 @@ NORM = ("x", "gain", "offset", "bias", "scale", "shift", "residual")
 def _native():
     if extension.load() is None:
         pytest.skip(extension.reason())
-
-
-class Names(TorchDispatchMode):
-    """The operators of this package that are called in the block."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "ddpm_fast":
-            self.seen.append(func._schema.name.removeprefix("ddpm_fast::"))
-        return func(*args, **(kwargs or {}))
 
 
 def is_direct(out: torch.Tensor) -> bool:
@@ -108,7 +95,7 @@ def test_the_same_bits_watched_or_not(name):
     assert len(results(floating, True)) > 1
     for leaves in [[], floating, *([leaf] for leaf in floating)]:
         direct = results(leaves, True)
-        with Names():
+        with OperatorNames():
             watched = results(leaves, False)
         assert same(direct, watched)
 
@@ -119,7 +106,7 @@ def test_a_call_runs_no_python(dtype, dropout_p):
     values = norm_arguments(dtype, dropout_p)
     out, statistics = norm_silu.native(*values)
     assert is_direct(out) and not statistics.requires_grad
-    with Names() as names:
+    with OperatorNames() as names:
         watched = of_norm(values)
     assert names.seen == ["native_norm_silu"] and not is_direct(watched)
     assert same(gradients_of(of_norm, values), gradients_of(lambda values: watched, values))
@@ -127,7 +114,7 @@ def test_a_call_runs_no_python(dtype, dropout_p):
 
 def test_a_mode_sees_the_backward_of_a_call_before_it():
     out = of_norm(norm_arguments())
-    with Names() as names:
+    with OperatorNames() as names:
         out.sum().backward()
     assert is_direct(out) and names.seen == ["native_norm_silu_backward"]
 
@@ -137,7 +124,7 @@ def test_a_residual_alone_takes_no_backward_operator():
     values = [value.detach() if isinstance(value, torch.Tensor) else value for value in norm_arguments()]
     values[6] = residual = values[6].bfloat16().requires_grad_()
     out = of_norm(values)
-    with Names() as names:
+    with OperatorNames() as names:
         out.sum().backward()
     assert is_direct(out) and names.seen == []
     assert residual.grad.dtype == torch.bfloat16 and torch.equal(residual.grad, torch.ones_like(residual))
@@ -229,7 +216,7 @@ def test_what_watches_operators_sees_the_operator():
     with Seen() as seen:
         call(x, gain, offset)
     assert any("native_norm_silu" in name for name in seen.functions)
-    with Names() as names:
+    with OperatorNames() as names:
         call(x, gain, offset)
     assert names.seen == ["native_norm_silu"]
     assert isinstance(call(x.as_subclass(Subclass), gain, offset), Subclass)

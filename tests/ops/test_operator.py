@@ -10,10 +10,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast.ops.operator import Operator
+from ddpm_fast.testing.operator_names import OperatorNames
 
 NAME = "scaled_for_tests"
 LAUNCHES: list[str] = []
@@ -76,19 +76,6 @@ def gradients_of(function, values):
     return [out, *torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out.dtype))]
 
 
-class Names(TorchDispatchMode):
-    """The operators of this package that are called in the block."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "ddpm_fast":
-            self.seen.append(func._schema.name.removeprefix("ddpm_fast::"))
-        return func(*args, **(kwargs or {}))
-
-
 def is_direct(out: torch.Tensor) -> bool:
     """Whether the result comes from our autograd function, and not from the one that torch.library makes."""
     return type(out.grad_fn).__name__ == f"{NAME}Backward"
@@ -100,7 +87,7 @@ def test_a_call_goes_straight_to_the_launches(dtype, bias, residual):
     values = arguments(dtype, bias, residual)
     out, powers = scaled(*values)
     assert is_direct(out) and not powers.requires_grad
-    with Names() as names:
+    with OperatorNames() as names:
         watched, _ = scaled(*values)
     assert names.seen == [NAME] and not is_direct(watched)
     assert LAUNCHES == ["forward"] * 2
@@ -113,7 +100,7 @@ def test_a_call_goes_straight_to_the_launches(dtype, bias, residual):
 def test_the_same_bits_watched_or_not():
     values = arguments()
     direct = gradients_of(lambda values: scaled(*values)[0], values)
-    with Names() as names:
+    with OperatorNames() as names:
         watched = gradients_of(lambda values: scaled(*values)[0], values)
     assert names.seen == [NAME, f"{NAME}_backward"]
     for a, b in zip(direct, watched, strict=True):
@@ -123,7 +110,7 @@ def test_the_same_bits_watched_or_not():
 def test_a_mode_sees_the_backward_of_a_call_before_it():
     values = arguments()
     out, _ = scaled(*values)
-    with Names() as names:
+    with OperatorNames() as names:
         out.sum().backward()
     assert is_direct(out) and names.seen == [f"{NAME}_backward"]
 
