@@ -188,7 +188,7 @@ def tests(report: Report, limit: float) -> dict:
            if "mark.gpu" in file.read_text()]  # fmt: skip
     runs = {"gpu": ["-m", "gpu", *(gpu[:1] if report.quick else gpu)]}
     if report.device == "cuda":
-        kernel_tests = sorted((ROOT / "tests" / "ops").glob("*/test_triton.py"))
+        kernel_tests = sorted((ROOT / "tests" / "ops").glob("*/test_triton*.py"))
         runs = {"kernels": [str(file.relative_to(ROOT)) for file in kernel_tests]} | runs
     command = [PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if report.device == "cuda" and importlib.util.find_spec("xdist") is not None:

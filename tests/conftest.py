@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)
 
 # Tests of Triton kernels: they run on CUDA, or in Triton's interpreter, which needs a separate process.
-KERNEL_TESTS = "test_triton.py"
+KERNEL_TESTS = "test_triton*.py"
 UPSTREAM_1X = Path(sys.prefix) / "upstream-1x"
 
 
@@ -38,8 +39,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Without a GPU, kernel tests alone run in the interpreter. Triton reads the variable at its import."""
-    names = {Path(argument.partition("::")[0]).name for argument in config.args}
-    if names == {KERNEL_TESTS} and not torch.cuda.is_available() and "triton" not in sys.modules:
+    files = [Path(argument.partition("::")[0]).name for argument in config.args]
+    alone = bool(files) and all(fnmatch(file, KERNEL_TESTS) for file in files)
+    if alone and not torch.cuda.is_available() and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -47,7 +49,7 @@ def pytest_ignore_collect(collection_path):
     """The interpreter runs kernel tests and nothing else; without it they need a GPU."""
     if collection_path.suffix != ".py":
         return None
-    is_kernel_test = collection_path.name == KERNEL_TESTS
+    is_kernel_test = fnmatch(collection_path.name, KERNEL_TESTS)
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None if is_kernel_test else True
     return True if is_kernel_test and not torch.cuda.is_available() else None
@@ -84,7 +86,7 @@ def pytest_collection_finish(session):
 def is_left_to_release_tests(item) -> bool:
     """Tests marked release, without the cases that `but` is true for, and without kernels' tests on a GPU."""
     marker = item.get_closest_marker("release")
-    if marker is None or (item.path.name == KERNEL_TESTS and torch.cuda.is_available()):
+    if marker is None or (fnmatch(item.path.name, KERNEL_TESTS) and torch.cuda.is_available()):
         return False
     but = marker.kwargs.get("but")
     return but is None or not but(**item.callspec.params)

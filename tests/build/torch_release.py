@@ -41,7 +41,7 @@ JUDGED = (
 # nvcc's alone: what it makes of sources that include nothing of torch, the same on every release.
 WITHOUT_TORCH = ("build/test_cuda_compile.py",)
 # In Triton's interpreter, in a separate run.
-INTERPRETED = ("ops/*/test_triton.py",)
+INTERPRETED = ("ops/*/test_triton*.py",)
 
 
 class NotInstalled(Exception):

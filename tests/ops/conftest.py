@@ -1,5 +1,5 @@
 """How tests of Triton kernels run: `TRITON_INTERPRET=1 pytest tests/ops`; on a GPU
-`pytest tests/ops/*/test_triton.py -n 14 --dist worksteal`.
+`pytest tests/ops/*/test_triton*.py -n 14 --dist worksteal`.
 
 Production shapes run first, on every worker. A kernel test that is skipped has failed. Tests marked `arithmetic` run
 twice in the interpreter, the second time in the arithmetic of sm_80 (testing/gpu_arithmetic.py): its matrix unit keeps
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from fnmatch import fnmatch
 
 import faster_interpreter
 import pytest
 
-KERNEL_TESTS = "test_triton.py"
+KERNEL_TESTS = "test_triton*.py"
 
 
 def pytest_configure(config):
@@ -54,7 +55,7 @@ def is_wanted(item) -> bool:
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if is_wanted(item)]
-    if all(item.path.name == KERNEL_TESTS for item in items):
+    if all(fnmatch(item.path.name, KERNEL_TESTS) for item in items):
         items.sort(key=lambda item: item.get_closest_marker("production") is None)
         items[:] = deal(items, getattr(config, "workerinput", {}).get("workercount", 1))
 
@@ -69,5 +70,5 @@ def deal(items: list, workers: int) -> list:
 def pytest_runtest_makereport(item, call):
     outcome = yield
     report = outcome.get_result()
-    if report.skipped and item.path.name == KERNEL_TESTS:
+    if report.skipped and fnmatch(item.path.name, KERNEL_TESTS):
         report.outcome, report.longrepr = "failed", f"a test of a kernel was skipped: {report.longrepr}"

@@ -67,5 +67,5 @@ def test_sums_over_positions_hold_the_rule_only_outside_the_matrix_unit(position
 
 def test_every_file_of_kernel_tests_is_judged():
     """tests/ops/conftest.py runs the marked tests of each file in the arithmetic of a GPU."""
-    for file in OPS.glob("*/test_triton.py"):
+    for file in OPS.glob("*/test_triton*.py"):
         assert ("@pytest.mark.arithmetic" in file.read_text()) == (file.parent.name != "production"), file
