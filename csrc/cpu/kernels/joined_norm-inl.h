@@ -59,6 +59,10 @@ DDPM_FAST_INLINE void over_parts(const int64_t* channels, const Body& body) {
 // What is added to the sums over a chunk's rows at once; 16 rows are a partial sum of their own.
 constexpr int64_t kRowsAtOnce = 4;
 
+// Rows of C floats that are asked for before they are read.
+constexpr int64_t kFloatsAhead = 2048;
+DDPM_FAST_INLINE int64_t rows_ahead(int64_t C) { return ceil_div(kFloatsAhead, C); }
+
 // Mean and sum of squared deviations of every group in a chunk, moments (groups, 2), by sums of v − (v of the chunk's
 // first pixel); buffer: (4, C).
 inline void joined_moments(const JoinedNormArgs& p, const JoinedChunk& chunk, int64_t C, float* buffer,
@@ -67,12 +71,15 @@ inline void joined_moments(const JoinedNormArgs& p, const JoinedChunk& chunk, in
   const float* x[2] = {p.x[0] + chunk.pixel(p, 0) * p.channels[0],
                        p.channels[1] ? p.x[1] + chunk.pixel(p, 0) * p.channels[1] : nullptr};
   clear(sums, 4 * C);
+  const int64_t ahead = rows_ahead(C);
   const auto add = [&](int64_t from, int64_t rows) DDPM_FAST_LAMBDA {
     over_parts(p.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
       const vf origin = lanes.get(x[part] + c);
       vf sum = {}, square = {};
       for (int64_t r = 0; r < rows; ++r) {
-        const vf d = lanes.get(x[part] + (from + r) * p.channels[part] + c) - origin;
+        const float* at = x[part] + (from + r) * p.channels[part] + c;
+        prefetch(at + ahead * p.channels[part], 1);
+        const vf d = lanes.get(at) - origin;
         sum += d;
         square = d * d + square;
       }
@@ -155,12 +162,16 @@ inline void joined_norm_forward(const JoinedNormForward& p) {
   if (!p.known) joined_statistics(p, chunks);
   float* all_rows = thread_scratch(kJoinedRowsSlot, p.in.B * kJoinedRows * C);
   fill_joined_rows(p.in, p.statistics, C, all_rows);
+  const int64_t ahead = rows_ahead(C);
   over_joined_chunks(p.in, chunks, [&](const JoinedChunk& chunk, int64_t) {
     const float *rows = all_rows + chunk.sample * kJoinedRows * C, *keep = chunk.keep(p.in, C), *no_residual = nullptr;
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t pixel = chunk.pixel(p.in, r);
       over_parts(p.in.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
-        const vf d = lanes.get(p.in.x[part] + pixel * p.in.channels[part] + c) - lanes.get(rows + k);
+        const float* at = p.in.x[part] + pixel * p.in.channels[part] + c;
+        prefetch(at + ahead * p.in.channels[part], 1);
+        prefetch_to_write(p.out + (pixel + ahead) * C + k, 1);
+        const vf d = lanes.get(at) - lanes.get(rows + k);
         const vf y = d * lanes.get(rows + kRowA * C + k) + lanes.get(rows + kRowB * C + k);
         lanes.put(p.out + pixel * C + k, after_norm(y, true, keep ? keep + r * C : nullptr, no_residual, k, lanes));
       });
