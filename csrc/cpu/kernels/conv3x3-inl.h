@@ -34,7 +34,7 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 //   faster;
 // - kMaxV: floats of V computed at a time.
 constexpr int64_t kGroup = kRegisters == 32 ? kRows : 3 * kRows;
-constexpr int64_t kMaxSharedU = 2 << 20, kMinTiles = 512, kMaxV = 2 << 20;
+constexpr int64_t kMaxSharedU = 1 << 20, kMinTiles = 512, kMaxV = 2 << 20;
 
 // Rough cycles on a Zen 4, per channel: transform of a panel's taps, a panel's product for one tile, transform of one
 // tile's inputs.
