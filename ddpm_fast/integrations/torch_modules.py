@@ -12,6 +12,7 @@ from ddpm_fast.models import convolution
 from ddpm_fast.models.narrow_weights import narrow
 from ddpm_fast.models.stock import calls_every_module, is_convolution, is_instance, keeps_size
 from ddpm_fast.ops.conv3x3.op import conv3x3
+from ddpm_fast.ops.strided_conv.op import strided_conv
 from ddpm_fast.runtime.autocast import to_autocast_dtype
 
 
@@ -28,6 +29,23 @@ def conv2d(module: Any, input: torch.Tensor) -> torch.Tensor:
         return own_forward(module, input)
     (x,) = to_autocast_dtype(channels_last(input))
     return conv3x3(x, narrow(module, "weight"), narrow(module, "bias"))
+
+
+def _why_not_strided_conv(module: Any) -> str | None:
+    own = module.__dict__
+    plain = own["dilation"] == (1, 1) and own["groups"] == 1 and own["padding_mode"] == "zeros"
+    if plain and "_conv_forward" not in own and (own["kernel_size"], own["stride"]) == ((3, 3), (2, 2)):
+        return None if own["padding"] in ((0, 0), (1, 1)) else "its padding is neither 0 nor 1"
+    return "it is no 3×3 convolution of stride 2 with zeros around"
+
+
+@fast("torch.nn.modules.conv.Conv2d", runs="strided_conv", refuses=_why_not_strided_conv, order=1)
+def strided_conv2d(module: Any, input: torch.Tensor) -> torch.Tensor:
+    """`nn.Conv2d` of side 3 and stride 2: (B, C, H, W) → (B, K, about H / 2, about W / 2)."""
+    if input.dim() != 4 or min(input.shape[2:]) + 2 * module.padding[0] < 3:
+        return own_forward(module, input)
+    (x,) = to_autocast_dtype(channels_last(input))
+    return strided_conv(x, narrow(module, "weight"), narrow(module, "bias"), padding=module.padding[0])
 
 
 def _why_not_stem(conv: Any) -> str | None:

@@ -18,11 +18,13 @@ from ddpm_fast.ops.resample.op import downsample_conv, upsample_conv
 from ddpm_fast.ops.resnet_block.op import resnet_block
 from ddpm_fast.ops.sampler_step.op import sampler_step, sampler_step_
 from ddpm_fast.ops.stem_conv.op import stem_conv
+from ddpm_fast.ops.strided_conv.op import strided_conv
 from ddpm_fast.ops.variational_bound.op import variational_bound
 
 __all__ = [
     "attention", "attention_block", "conv3x3", "diffusion_loss", "downsample_conv", "fill_normal_",
     "group_norm_attention_block", "group_norm_silu", "linear", "linear_attention", "linear_attention_block",
     "linear_residual", "linears", "norm_linear", "normal", "preactivation_block", "q_sample", "resnet_block",
-    "rms_norm_silu", "sampler_step", "sampler_step_", "stem_conv", "upsample_conv", "variational_bound",
+    "rms_norm_silu", "sampler_step", "sampler_step_", "stem_conv", "strided_conv", "upsample_conv",
+    "variational_bound",
 ]  # fmt: skip

@@ -114,6 +114,7 @@ void check_ops() {
   within(check::conv3x3(kernels, {1, 5, 4, 21, 13, 3}, random), 3e-6, "conv3x3, directly");
   within(check::conv3x3(kernels, {2, 9, 11, 21, 13, 3}, random), 3e-6, "conv3x3, by panels");
   within(check::conv3x3(kernels, {3, 29, 27, 9, 19, 3}, random), 3e-6, "conv3x3, by tiles");
+  within(check::strided_conv(kernels, {2, 9, 12, 21, 13, 3}, random), 1e-6, "strided_conv");
   within(check::stem_conv(kernels, {2, 9, 17, 3, 19, 7}, random), 1e-6, "stem_conv");
   within(check::linear(kernels, 31, 300, 21, random), 1e-6, "linear");
   within(check::attention(kernels, {.B = 2, .N = 45, .heads = 2, .D = 13, .M = 4}, random), 1e-6, "attention");

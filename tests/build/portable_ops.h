@@ -92,6 +92,35 @@ double conv3x3(const Kernels& kernels, const Convolution& s, const Random& rando
       {error(out, s.forward(x, weight, bias)), error(dx, truth_dx), error(dweight, s.weight_gradient(x, grad))});
 }
 
+// At every second pixel of the convolution that keeps height and width.
+template <typename Random>
+double strided_conv(const Kernels& kernels, const Convolution& s, const Random& random) {
+  const Floats x = random(s.B * s.H * s.W * s.C), weight = random(s.K * s.C * 9), bias = random(s.K);
+  const int64_t out_H = (s.H + 1) / 2, out_W = (s.W + 1) / 2;
+  Floats out(s.B * out_H * out_W * s.K, NAN);
+  kernels.strided_conv.forward({.B = s.B,
+                                .H = s.H,
+                                .W = s.W,
+                                .padding = 1,
+                                .out_H = out_H,
+                                .out_W = out_W,
+                                .input = x.data(),
+                                .C = s.C,
+                                .weight = {weight.data(), 9 * s.C, 9, false},
+                                .bias = bias.data(),
+                                .output = out.data(),
+                                .K = s.K});
+  const Doubles whole = s.forward(x, weight, bias);
+  Doubles truth;
+  for (int64_t row = 0; row < s.B * out_H; ++row) {
+    for (int64_t i = 0; i < out_W * s.K; ++i) {
+      const int64_t line = row / out_H * s.H + row % out_H * 2;
+      truth.push_back(whole[(line * s.W + i / s.K * 2) * s.K + i % s.K]);
+    }
+  }
+  return error(out, truth);
+}
+
 template <typename Random>
 double stem_conv(const Kernels& kernels, const Convolution& s, const Random& random) {
   const Floats x = random(s.B * s.H * s.W * s.C), weight = random(s.K * s.C * s.side * s.side), bias = random(s.K),

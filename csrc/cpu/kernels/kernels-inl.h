@@ -15,6 +15,7 @@
 #include "norm_planes-inl.h"
 #include "sampler_step-inl.h"
 #include "stem_conv-inl.h"
+#include "strided_conv-inl.h"
 #include "variational_bound-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
@@ -46,6 +47,7 @@ constexpr Kernels make_kernels(const char* name, bool pairs = false) {
                     .group_block_backward = attention::group_block_backward},
       .linear_attention = {.forward = linear_attention::forward, .backward = linear_attention::backward},
       .stem_conv = {.forward = stem_conv_forward, .weight_gradient = stem_conv_weight_gradient},
+      .strided_conv = {.forward = strided_conv_forward},
       .noise = {.normal = noise::normal},
       .convert = {.from_half = convert::from_half,
                   .from_bfloat16 = convert::from_bfloat16,

@@ -14,6 +14,7 @@
 #include "norm_silu.h"
 #include "sampler_step.h"
 #include "stem_conv.h"
+#include "strided_conv.h"
 #include "variational_bound.h"
 
 namespace ddpm_fast {
@@ -30,6 +31,7 @@ struct Kernels {
   AttentionKernels attention;
   LinearAttentionKernels linear_attention;
   StemConvKernels stem_conv;
+  StridedConvKernels strided_conv;
   NoiseKernels noise;
   ConvertKernels convert;
   ForwardDiffusionKernels forward_diffusion;

@@ -94,6 +94,9 @@ Tensor stem_conv(const Tensor& x, const OptionalTensor& x2, const OptionalTensor
 std::tuple<Tensor, Tensor> stem_conv_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& x2,
                                               const OptionalTensor& x3, const Tensor& weight, bool needs_bias);
 
+// strided_conv.cpp
+Tensor strided_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t padding);
+
 // attention.cpp
 Tensor attention(const Tensor& qkv, const Tensor& mem_kv, int64_t heads);
 std::tuple<Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& mem_kv,

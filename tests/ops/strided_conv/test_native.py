@@ -1,0 +1,162 @@
+"""3×3 convolutions of stride 2: the CPU's against torch's, forward and in every gradient; errors, the choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import ddpm_fast
+from ddpm_fast import use_backend
+from ddpm_fast.integrations.accelerate import table
+from ddpm_fast.ops.strided_conv import reference
+from ddpm_fast.ops.strided_conv.op import strided_conv
+from ddpm_fast.runtime import extension
+from ddpm_fast.runtime.dispatch import BackendRefused, watch_choices
+from ddpm_fast.testing.truth import assert_close_to_truth, poisoned_memory
+
+pytestmark = pytest.mark.skipif(extension.load() is None, reason=f"no extension: {extension.reason()}")
+
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+# B, C, K, H, W: one pixel, odd sides, channels that fill no vector or panel, several panels and blocks of pixels
+SHAPES = [(1, 1, 1, 3, 3), (3, 5, 7, 9, 4), (2, 33, 20, 7, 13), (1, 70, 68, 12, 11), (2, 48, 96, 32, 30)]
+
+
+def make(shape, dtype=torch.float32, bias: bool = True) -> dict[str, torch.Tensor]:
+    B, C, K, H, W = shape
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "x": torch.randn(B, C, H, W, generator=generator).contiguous(memory_format=torch.channels_last),
+        "weight": torch.randn(K, C, 3, 3, generator=generator) / (9 * C) ** 0.5,
+    }
+    if bias:
+        tensors["bias"] = torch.randn(K, generator=generator)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def run(function, tensors, padding: int) -> dict[str, torch.Tensor]:
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    out = function(**leaves, padding=padding)
+    grad = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(out.dtype)
+    return {"out": out.detach()} | dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request):
+    module = extension.load()
+    try:
+        before = module.use_instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    module.use_instruction_set(before)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_reference(shape, padding, instruction_set):
+    for dtype, bias in ((torch.float32, True), (torch.float32, False), (torch.float16, True), (torch.bfloat16, True)):
+        tensors = make(shape, dtype, bias)
+        with use_backend("native"), poisoned_memory():
+            actual = run(strided_conv, tensors, padding)
+        expected = run(reference.strided_conv, tensors, padding)
+        truth = run(reference.strided_conv, {name: t.double() for name, t in tensors.items()}, padding)
+        assert actual["out"].dtype == dtype and actual["out"].is_contiguous(memory_format=torch.channels_last)
+        for name in truth:
+            assert actual[name].shape == truth[name].shape
+            assert_close_to_truth(actual[name], expected[name], truth[name], name=f"{name}, {dtype}")
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit(threads):
+    tensors, before = make(SHAPES[-1]), torch.get_num_threads()
+    with use_backend("native"):
+        expected = strided_conv(**tensors)
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(strided_conv(**tensors), expected)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_second_derivatives():
+    leaves = [tensor.requires_grad_() for tensor in make((2, 3, 4, 6, 8)).values()]
+    found = []
+    for backend in ("native", "reference"):
+        with use_backend(backend):
+            out = strided_conv(*leaves)
+        (dx,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), leaves))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_opcheck():
+    x, weight, bias = (tensor.requires_grad_() for tensor in make((1, 4, 3, 5, 6)).values())
+    torch.library.opcheck(torch.ops.ddpm_fast.native_strided_conv.default, (x, weight, bias, 1))
+
+
+# Batch, side and dtype → what runs.
+CHOICES = {
+    (8, 16, torch.float32): "native",
+    (8, 64, torch.float32): "reference",  # many pixels
+    (1, 8, torch.float32): "reference",  # few
+    (8, 16, torch.bfloat16): "reference",
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_the_choice(case):
+    batch, side, dtype = case
+    with watch_choices() as choices:
+        strided_conv(**make((batch, 8, 8, side, side), dtype))
+    assert [implementation for _, implementation, _ in choices] == [CHOICES[case]]
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_convolution_of_a_network(padding):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(24, 40, 3, stride=2, padding=padding)
+    x = torch.randn(4, 24, 16, 16, requires_grad=True)
+    found = []
+    for _ in range(2):
+        out = conv(x)
+        found.append([out, *torch.autograd.grad(out.square().mean(), [x, conv.weight, conv.bias])])
+        ddpm_fast.accelerate(conv)
+    assert [line.runs for line in table(conv)] == ["strided_conv"]
+    for eager, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, eager, rtol=1e-5, atol=1e-5)
+    small = x[:, :, : 2 - padding, : 2 - padding]
+    if padding == 0:
+        with pytest.raises(RuntimeError, match="size"):  # torch's own words
+            conv(small)
+    else:
+        assert conv(small).shape == (4, 40, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"stride": 3}, {"stride": (2, 1)}, {"stride": 2, "padding": 2}, {"stride": 2, "dilation": 2}]
+)
+def test_other_convolutions_stay(settings):
+    conv = ddpm_fast.accelerate(nn.Conv2d(4, 4, 3, **settings))
+    assert type(conv) is nn.Conv2d
+
+
+def test_wrong_arguments():
+    x, weight, bias = make((1, 4, 3, 5, 6)).values()
+    for message, arguments, padding in (
+        (r"padding must be 0 or 1, got 2", (x, weight, bias), 2),
+        (r"x must have shape \(B, C, H, W\), H and W at least 3, got \(1, 4, 2, 6\)", (x[:, :, :2], weight, bias), 0),
+        (r"weight must have shape \(K, 4, 3, 3\), got \(3, 4, 1, 1\)", (x, weight[..., :1, :1], bias), 1),
+        (r"bias must have shape \(3,\), got \(2,\)", (x, weight, bias[:2]), 1),
+    ):
+        with pytest.raises(ValueError, match=message):
+            strided_conv(*arguments, padding=padding)
+    with pytest.raises(TypeError, match="x must be a tensor, got int"):
+        strided_conv(3, weight)
+    with use_backend("native"), pytest.raises(BackendRefused, match="x is not channels-last"):
+        strided_conv(x.contiguous(), weight, bias)
+    operator = torch.ops.ddpm_fast.native_strided_conv
+    for wrong in ((x.contiguous(), weight, bias, 1), (x, weight[:, :2], bias, 1), (x, weight, bias, 2)):
+        with pytest.raises(ValueError, match="x|weight|padding"):
+            operator(*wrong)
