@@ -49,6 +49,30 @@ inline void over_joined_chunks(const JoinedNormArgs& p, const JoinedChunks& chun
   });
 }
 
+// Calls steps in their order for all samples: chunk(step, chunk, i) for every chunk, then sample(step, b) for every
+// sample, and so on. Where every thread gets as many samples, it takes whole ones through all steps: none waits for
+// another, or reads what another wrote. The results are the same.
+template <typename OfChunk, typename OfSample>
+inline void over_joined_samples(const JoinedNormArgs& p, const JoinedChunks& chunks, int steps, const OfChunk& of_chunk,
+                                const OfSample& of_sample) {
+  if (p.B % thread_count() == 0) {
+    return parallel(p.B, max<int64_t>(1, chunks.grain / chunks.per_sample), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        for (int step = 0; step < steps; ++step) {
+          of_sample(step, b);
+          for (int64_t i = b * chunks.per_sample; i < (b + 1) * chunks.per_sample; ++i) {
+            of_chunk(step, JoinedChunk(p, chunks, i), i);
+          }
+        }
+      }
+    });
+  }
+  for (int step = 0; step < steps; ++step) {
+    for (int64_t b = 0; b < p.B; ++b) of_sample(step, b);
+    over_joined_chunks(p, chunks, [&](const JoinedChunk& chunk, int64_t i) { of_chunk(step, chunk, i); });
+  }
+}
+
 // body(part, the part's channel, channel of all, lanes) for every vector of both parts.
 template <typename Body>
 DDPM_FAST_INLINE void over_parts(const int64_t* channels, const Body& body) {
@@ -128,55 +152,62 @@ inline void joined_moments(const JoinedNormArgs& p, const JoinedChunk& chunk, in
   });
 }
 
-inline void joined_statistics(const JoinedNormForward& p, const JoinedChunks& chunks) {
-  const int64_t G = p.in.groups, width = chunks.C / G;
-  float* moments = thread_scratch(kNormSumsSlot, chunks.total * G * 2);
-  over_joined_chunks(p.in, chunks, [&](const JoinedChunk& chunk, int64_t i) {
-    joined_moments(p.in, chunk, chunks.C, thread_scratch(kNormPieceSlot, 4 * chunks.C), moments + i * G * 2);
-  });
-  for (int64_t b = 0; b < p.in.B; ++b) {
-    merge_moments(moments + b * chunks.per_sample * G * 2, G, width, chunks.rows, p.in.N, p.eps,
-                  p.statistics + b * G * 2);
-  }
-}
-
 // Rows of a sample, (kJoinedRows, C): mean, a and b of the formulas above, and rstd, rstd·mean(z), rstd²·mean(z·x̂).
 enum JoinedRow { kRowMean, kRowA, kRowB, kRowRstd, kRowMeanZ, kRowMeanZx, kJoinedRows };
 
-inline void fill_joined_rows(const JoinedNormArgs& p, const float* statistics, int64_t C, float* rows) {
-  for (int64_t b = 0; b < p.B; ++b, rows += kJoinedRows * C, statistics += 2 * p.groups) {
-    spread_groups(p.groups, C, rows + kRowMean * C, [&](int64_t g) { return statistics[2 * g]; });
-    spread_groups(p.groups, C, rows + kRowRstd * C, [&](int64_t g) { return statistics[2 * g + 1]; });
-    over_channels(C, [&](int64_t c, auto lanes) {
-      const vf factor = p.scale ? splat(1.0f) + lanes.get(p.scale + b * C + c) : splat(1.0f);
-      const vf shift = p.shift ? lanes.get(p.shift + b * C + c) : vf{};
-      lanes.put(rows + kRowA * C + c, lanes.get(rows + kRowRstd * C + c) * (lanes.get(p.gain + c) * factor));
-      lanes.put(rows + kRowB * C + c, lanes.get(p.offset + c) * factor + shift);
+// Those of sample b from its statistics.
+inline void fill_joined_rows(const JoinedNormArgs& p, const float* statistics, int64_t C, int64_t b, float* rows) {
+  statistics += 2 * b * p.groups;
+  spread_groups(p.groups, C, rows + kRowMean * C, [&](int64_t g) { return statistics[2 * g]; });
+  spread_groups(p.groups, C, rows + kRowRstd * C, [&](int64_t g) { return statistics[2 * g + 1]; });
+  over_channels(C, [&](int64_t c, auto lanes) {
+    const vf factor = p.scale ? splat(1.0f) + lanes.get(p.scale + b * C + c) : splat(1.0f);
+    const vf shift = p.shift ? lanes.get(p.shift + b * C + c) : vf{};
+    lanes.put(rows + kRowA * C + c, lanes.get(rows + kRowRstd * C + c) * (lanes.get(p.gain + c) * factor));
+    lanes.put(rows + kRowB * C + c, lanes.get(p.offset + c) * factor + shift);
+  });
+}
+
+// One chunk of the output.
+inline void joined_normalise(const JoinedNormForward& p, const JoinedChunk& chunk, int64_t C, const float* rows) {
+  const float *keep = chunk.keep(p.in, C), *no_residual = nullptr;
+  const int64_t ahead = rows_ahead(C);
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    const int64_t pixel = chunk.pixel(p.in, r);
+    over_parts(p.in.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
+      const float* at = p.in.x[part] + pixel * p.in.channels[part] + c;
+      prefetch(at + ahead * p.in.channels[part], 1);
+      prefetch_to_write(p.out + (pixel + ahead) * C + k, 1);
+      const vf d = lanes.get(at) - lanes.get(rows + k);
+      const vf y = d * lanes.get(rows + kRowA * C + k) + lanes.get(rows + kRowB * C + k);
+      lanes.put(p.out + pixel * C + k, after_norm(y, true, keep ? keep + r * C : nullptr, no_residual, k, lanes));
     });
   }
 }
 
 inline void joined_norm_forward(const JoinedNormForward& p) {
   const JoinedChunks chunks(p.in);
-  const int64_t C = chunks.C;
-  if (!p.known) joined_statistics(p, chunks);
-  float* all_rows = thread_scratch(kJoinedRowsSlot, p.in.B * kJoinedRows * C);
-  fill_joined_rows(p.in, p.statistics, C, all_rows);
-  const int64_t ahead = rows_ahead(C);
-  over_joined_chunks(p.in, chunks, [&](const JoinedChunk& chunk, int64_t) {
-    const float *rows = all_rows + chunk.sample * kJoinedRows * C, *keep = chunk.keep(p.in, C), *no_residual = nullptr;
-    for (int64_t r = 0; r < chunk.rows; ++r) {
-      const int64_t pixel = chunk.pixel(p.in, r);
-      over_parts(p.in.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
-        const float* at = p.in.x[part] + pixel * p.in.channels[part] + c;
-        prefetch(at + ahead * p.in.channels[part], 1);
-        prefetch_to_write(p.out + (pixel + ahead) * C + k, 1);
-        const vf d = lanes.get(at) - lanes.get(rows + k);
-        const vf y = d * lanes.get(rows + kRowA * C + k) + lanes.get(rows + kRowB * C + k);
-        lanes.put(p.out + pixel * C + k, after_norm(y, true, keep ? keep + r * C : nullptr, no_residual, k, lanes));
-      });
+  const int64_t C = chunks.C, G = p.in.groups, steps = p.known ? 1 : 2;
+  float* moments = thread_scratch(kNormSumsSlot, chunks.total * G * 2);
+  float* rows = thread_scratch(kJoinedRowsSlot, p.in.B * kJoinedRows * C);
+  const auto of_sample = [&](int step, int64_t b) {
+    if (step < steps - 1) return;
+    if (!p.known) {
+      merge_moments(moments + b * chunks.per_sample * G * 2, G, C / G, chunks.rows, p.in.N, p.eps,
+                    p.statistics + b * G * 2);
     }
-  });
+    fill_joined_rows(p.in, p.statistics, C, b, rows + b * kJoinedRows * C);
+  };
+  over_joined_samples(
+      p.in, chunks, steps,
+      [&](int step, const JoinedChunk& chunk, int64_t i) {
+        if (step < steps - 1) {
+          joined_moments(p.in, chunk, C, thread_scratch(kNormPieceSlot, 4 * C), moments + i * G * 2);
+        } else {
+          joined_normalise(p, chunk, C, rows + chunk.sample * kJoinedRows * C);
+        }
+      },
+      of_sample);
 }
 
 // Sums over a chunk's rows of `count` quantities per channel: (count, C), in pieces of kRowsOfPiece rows.
@@ -204,16 +235,12 @@ class JoinedSums {
   int64_t floats_;
 };
 
-// Sums of samples, (B, floats), from those of chunks.
-inline void sum_chunks(const float* sums, int64_t B, int64_t chunks, int64_t floats, float* totals) {
-  parallel(B, max<int64_t>(1, kJoinedTask / (chunks * floats)), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      over_channels(floats, [&](int64_t c, auto lanes) {
-        KahanSum sum;
-        for (int64_t k = 0; k < chunks; ++k) sum.add(lanes.get(sums + (b * chunks + k) * floats + c));
-        lanes.put(totals + b * floats + c, sum.sum);
-      });
-    }
+// Sums of a sample, (floats), from those of its chunks.
+inline void sum_chunks(const float* sums, int64_t chunks, int64_t floats, float* totals) {
+  over_channels(floats, [&](int64_t c, auto lanes) {
+    KahanSum sum;
+    for (int64_t k = 0; k < chunks; ++k) sum.add(lanes.get(sums + k * floats + c));
+    lanes.put(totals + c, sum.sum);
   });
 }
 
@@ -221,18 +248,16 @@ inline void sum_chunks(const float* sums, int64_t B, int64_t chunks, int64_t flo
 inline void fill_joined_means(const JoinedNormArgs& p, const float* totals, int64_t C, float* rows) {
   const int64_t width = C / p.groups;
   const double count = static_cast<double>(width * p.N);
-  for (int64_t b = 0; b < p.B; ++b, totals += 2 * C, rows += kJoinedRows * C) {
-    for (int64_t g = 0; g < p.groups; ++g) {
-      double of_z = 0, of_products = 0;
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-        of_z += static_cast<double>(rows[kRowA * C + c]) * totals[c];
-        of_products += static_cast<double>(rows[kRowA * C + c]) * totals[C + c];
-      }
-      const double rstd = rows[kRowRstd * C + g * width];
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-        rows[kRowMeanZ * C + c] = static_cast<float>(of_z / count);
-        rows[kRowMeanZx * C + c] = static_cast<float>(of_products * rstd * rstd / count);
-      }
+  for (int64_t g = 0; g < p.groups; ++g) {
+    double of_z = 0, of_products = 0;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      of_z += static_cast<double>(rows[kRowA * C + c]) * totals[c];
+      of_products += static_cast<double>(rows[kRowA * C + c]) * totals[C + c];
+    }
+    const double rstd = rows[kRowRstd * C + g * width];
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      rows[kRowMeanZ * C + c] = static_cast<float>(of_z / count);
+      rows[kRowMeanZx * C + c] = static_cast<float>(of_products * rstd * rstd / count);
     }
   }
 }
@@ -258,66 +283,88 @@ inline void finish_joined(const JoinedNormBackward& p, const float* totals, int6
   });
 }
 
-inline void joined_norm_backward(const JoinedNormBackward& p) {
-  const JoinedChunks chunks(p.in);
-  const int64_t C = chunks.C, B = p.in.B, of_rows = B * kJoinedRows * C, of_chunks = chunks.total * 2 * C;
-  float* all_rows = thread_scratch(kJoinedRowsSlot, of_rows);
-  float* sums = thread_scratch(kNormSumsSlot, of_chunks + B * 2 * C);
-  float* totals = sums + of_chunks;
-  fill_joined_rows(p.in, p.statistics, C, all_rows);
-  over_joined_chunks(p.in, chunks, [&](const JoinedChunk& chunk, int64_t i) {
-    const float *rows = all_rows + chunk.sample * kJoinedRows * C, *keep = chunk.keep(p.in, C);
-    JoinedSums mine(sums + i * 2 * C, 2, C);
+// The gradient at y of one chunk, in place, and the chunk's Σ g and Σ g·d.
+inline void joined_gate(const JoinedNormBackward& p, const JoinedChunk& chunk, int64_t C, const float* rows,
+                        float* sums) {
+  const float* keep = chunk.keep(p.in, C);
+  JoinedSums mine(sums, 2, C);
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    const int64_t pixel = chunk.pixel(p.in, r);
+    float* grad = p.grad + pixel * C;
+    over_parts(p.in.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
+      const vf d = lanes.get(p.in.x[part] + pixel * p.in.channels[part] + c) - lanes.get(rows + k);
+      const vf y = d * lanes.get(rows + kRowA * C + k) + lanes.get(rows + kRowB * C + k), gate = silu_gate(y);
+      vf g = lanes.get(grad + k);
+      if (keep) {
+        const vf factor = lanes.get(keep + r * C + k);
+        g = select(factor == vf{}, vf{}, g * factor);
+      }
+      g *= gate * (y * (splat(1.0f) - gate) + splat(1.0f));
+      accumulate(mine.piece, k, lanes, g);
+      accumulate(mine.piece + C, k, lanes, g * d);
+      lanes.put(grad + k, g);
+    });
+    mine.end_row(r);
+  }
+  mine.finish();
+}
+
+// The gradients of one chunk's inputs, and of their sum over its pixels where `sums` is not null.
+inline void joined_input_gradients(const JoinedNormBackward& p, const JoinedChunk& chunk, int64_t C, const float* rows,
+                                   float* sums) {
+  const auto pass = [&](float* of_inputs, const auto& end_row) DDPM_FAST_LAMBDA {
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t pixel = chunk.pixel(p.in, r);
-      float* grad = p.grad + pixel * C;
       over_parts(p.in.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
-        const vf d = lanes.get(p.in.x[part] + pixel * p.in.channels[part] + c) - lanes.get(rows + k);
-        const vf y = d * lanes.get(rows + kRowA * C + k) + lanes.get(rows + kRowB * C + k), gate = silu_gate(y);
-        vf g = lanes.get(grad + k);
-        if (keep) {
-          const vf factor = lanes.get(keep + r * C + k);
-          g = select(factor == vf{}, vf{}, g * factor);
-        }
-        g *= gate * (y * (splat(1.0f) - gate) + splat(1.0f));
-        accumulate(mine.piece, k, lanes, g);
-        accumulate(mine.piece + C, k, lanes, g * d);
-        lanes.put(grad + k, g);
+        const int64_t at = pixel * p.in.channels[part] + c;
+        const vf d = lanes.get(p.in.x[part] + at) - lanes.get(rows + k);
+        vf dx = lanes.get(p.grad + pixel * C + k) * lanes.get(rows + kRowA * C + k);
+        dx -= lanes.get(rows + kRowMeanZ * C + k) + d * lanes.get(rows + kRowMeanZx * C + k);
+        if (of_inputs) accumulate(of_inputs, k, lanes, dx);
+        if (p.added[part]) dx += lanes.get(p.added[part] + at);
+        if (p.dx[part]) lanes.put(p.dx[part] + at, dx);
       });
-      mine.end_row(r);
+      end_row(r);
     }
-    mine.finish();
-  });
-  sum_chunks(sums, B, chunks.per_sample, 2 * C, totals);
-  fill_joined_means(p.in, totals, C, all_rows);
+  };
+  if (sums == nullptr) return pass(nullptr, [](int64_t) {});
+  JoinedSums mine(sums, 1, C);
+  pass(mine.piece, [&](int64_t r) { mine.end_row(r); });
+  mine.finish();
+}
+
+inline void joined_norm_backward(const JoinedNormBackward& p) {
+  const JoinedChunks chunks(p.in);
+  const int64_t C = chunks.C, B = p.in.B, of_chunks = chunks.total * 2 * C;
+  float* all_rows = thread_scratch(kJoinedRowsSlot, B * kJoinedRows * C);
+  float* sums = thread_scratch(kNormSumsSlot, of_chunks + B * 2 * C);
+  float* totals = sums + of_chunks;
+  const bool of_inputs = p.dx[0] != nullptr || p.dx[1] != nullptr || p.sums != nullptr;
+  enum { kGate, kInputs, kSums, kSteps };
+  over_joined_samples(
+      p.in, chunks, kSteps,
+      [&](int step, const JoinedChunk& chunk, int64_t i) {
+        const float* rows = all_rows + chunk.sample * kJoinedRows * C;
+        if (step == kGate) joined_gate(p, chunk, C, rows, sums + i * 2 * C);
+        if (step == kInputs && of_inputs) {
+          // a sample's side by side
+          float* to = sums + (i + chunk.sample * chunks.per_sample) * C;
+          joined_input_gradients(p, chunk, C, rows, p.sums == nullptr ? nullptr : to);
+        }
+      },
+      [&](int step, int64_t b) {
+        float* rows = all_rows + b * kJoinedRows * C;
+        const float* of_sample = sums + b * chunks.per_sample * 2 * C;
+        if (step == kGate) fill_joined_rows(p.in, p.statistics, C, b, rows);
+        if (step == kInputs) {
+          sum_chunks(of_sample, chunks.per_sample, 2 * C, totals + b * 2 * C);
+          fill_joined_means(p.in, totals + b * 2 * C, C, rows);
+        }
+        if (step == kSums && p.sums != nullptr) {
+          sum_chunks(of_sample, chunks.per_sample, C, p.sums + b * C);
+        }
+      });
   finish_joined(p, totals, C, all_rows);
-  if (p.dx[0] == nullptr && p.dx[1] == nullptr && p.sums == nullptr) return;
-  over_joined_chunks(p.in, chunks, [&](const JoinedChunk& chunk, int64_t i) {
-    const float* rows = all_rows + chunk.sample * kJoinedRows * C;
-    const auto pass = [&](float* of_inputs, const auto& end_row) DDPM_FAST_LAMBDA {
-      for (int64_t r = 0; r < chunk.rows; ++r) {
-        const int64_t pixel = chunk.pixel(p.in, r);
-        over_parts(p.in.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
-          const int64_t at = pixel * p.in.channels[part] + c;
-          const vf d = lanes.get(p.in.x[part] + at) - lanes.get(rows + k);
-          vf dx = lanes.get(p.grad + pixel * C + k) * lanes.get(rows + kRowA * C + k);
-          dx -= lanes.get(rows + kRowMeanZ * C + k) + d * lanes.get(rows + kRowMeanZx * C + k);
-          if (of_inputs) accumulate(of_inputs, k, lanes, dx);
-          if (p.added[part]) dx += lanes.get(p.added[part] + at);
-          if (p.dx[part]) lanes.put(p.dx[part] + at, dx);
-        });
-        end_row(r);
-      }
-    };
-    if (p.sums == nullptr) {
-      pass(nullptr, [](int64_t) {});
-    } else {
-      JoinedSums mine(sums + i * C, 1, C);
-      pass(mine.piece, [&](int64_t r) { mine.end_row(r); });
-      mine.finish();
-    }
-  });
-  if (p.sums) sum_chunks(sums, B, chunks.per_sample, C, p.sums);
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA
