@@ -4,6 +4,8 @@ Under autocast a convolution reads its weight in a half type, and casts it in ev
 and step, forward and backward, most of them shorter than an empty launch. A `Unet` makes all copies at once before its
 first module runs, and its gradients arrive in float32 by one pass, too. A cast is a cast: results are the same.
 
+A step whose optimizer reads gradients in half types takes them as they are instead, see `KeptCopies.read`.
+
 Only where Triton's kernels run: native code on the CPU reads float32 weights. A network in which anything could renew a
 weight while it runs, such as a hook or a module of unknown class, casts weights one by one, when they are read.
 """
@@ -27,6 +29,11 @@ Copies = Mapping[Hashable, torch.Tensor]
 
 # A weight, or several whose copies stand side by side along their first dimension, as one tensor.
 Group = tuple[torch.Tensor, ...]
+
+# Weight → its gradient.
+Gradients = dict[torch.Tensor, torch.Tensor]
+
+_ALIGNED = 8  # elements of a half type between the addresses from which accesses are widest
 
 # Thread → the copies that its running network reads.
 _read: dict[int, Copies] = {}
@@ -87,6 +94,7 @@ class KeptCopies:
             rows = [weight.shape[0] for weight in group]
             self.parts.update(zip(group, [copy] if len(group) == 1 else copy.split(rows), strict=True))
         self._versions: list[int] = []
+        self._gradients: Gradients | None = None
         self.now_current()
 
     def fit(self, device: torch.device, dtype: torch.dtype) -> bool:
@@ -118,14 +126,21 @@ class KeptCopies:
         self.now_current()
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[None]:
-        """Inside, calls of the network in this thread read these copies."""
+    def read(self, gradients: Gradients | None = None) -> Iterator[None]:
+        """Inside, calls of the network in this thread read these copies.
+
+        Args:
+            gradients: takes, in backward, gradients of weights as they arrive, in the copies' dtype. Such a weight's
+                `.grad` is what arrives otherwise, from a second call or a reader of the weight itself, mostly nothing;
+                its gradient is the sum of both. Hooks of the weights see only `.grad`.
+        """
         thread = threading.get_ident()
-        _kept[thread] = self
+        _kept[thread], self._gradients = self, gradients
         try:
             yield
         finally:
             del _kept[thread]
+            self._gradients = None
 
 
 def _all_groups(network: nn.Module, device: torch.device) -> list[Group]:
@@ -198,7 +213,7 @@ def copy_weights(network: nn.Module, device: torch.device) -> Copies | None:
         return None
     kept = _kept.get(threading.get_ident())
     if kept is not None and kept.network is network and kept.copies and kept.copies[0].dtype is dtype:
-        return copies_of(kept.groups, dtype, kept.copies)
+        return copies_of(kept.groups, dtype, kept.copies, kept._gradients)
     parts = groups_of(network, device)
     if len(parts) > 1:
         return _ByPart(parts, dtype)
@@ -227,12 +242,18 @@ class _ByPart(dict[Hashable, torch.Tensor]):
 
 
 def copies_of(
-    groups: Sequence[Group], dtype: torch.dtype, made: Sequence[torch.Tensor] | None = None
+    groups: Sequence[Group],
+    dtype: torch.dtype,
+    made: Sequence[torch.Tensor] | None = None,
+    gradients: Gradients | None = None,
 ) -> dict[Hashable, torch.Tensor]:
-    """Key of a group → its copy; of those that are made already, only what gradients flow through."""
+    """Key of a group → its copy; of those that are made already, only what gradients flow through.
+
+    `gradients` is that of `KeptCopies.read`.
+    """
     weights = [weight for group in groups for weight in group]
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
-        made = _Narrow.apply(dtype, [len(group) for group in groups], made, *weights)
+        made = _Narrow.apply(dtype, [len(group) for group in groups], made, gradients, *weights)
     elif made is None:
         made = _copy(groups, dtype)
     return {_key(group): copy for group, copy in zip(groups, made, strict=True)}
@@ -275,10 +296,16 @@ class _Narrow(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, dtype: torch.dtype, sizes: list[int], made: Sequence[torch.Tensor] | None, *weights: torch.Tensor
+        ctx: Any,
+        dtype: torch.dtype,
+        sizes: list[int],
+        made: Sequence[torch.Tensor] | None,
+        gradients: Gradients | None,
+        *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.sizes = sizes
+        ctx.sizes, ctx.gradients = sizes, gradients
+        ctx.weights = () if gradients is None else weights
         ctx.layouts = [(weight.shape, weight.stride()) for weight in weights]
         rest = iter(weights)
         groups = [tuple([next(rest) for _ in range(size)]) for size in sizes]
@@ -302,11 +329,26 @@ class _Narrow(torch.autograd.Function):
                 parts += [grad] * size
             else:
                 parts += grad.split([shape[0] for shape in shapes])
-        needed = zip(parts, ctx.needs_input_grad[3:], strict=True)
+        needed = zip(parts, ctx.needs_input_grad[4:], strict=True)
         parts = [part if needs else None for part, needs in needed]
         if torch.is_grad_enabled():
-            return None, None, None, *(None if part is None else part.float() for part in parts)
-        return None, None, None, *_widened(parts, ctx.layouts)
+            return None, None, None, None, *(None if part is None else part.float() for part in parts)
+        if ctx.gradients is not None:
+            parts = _not_taken(ctx.gradients, ctx.weights, parts)
+        return None, None, None, None, *_widened(parts, ctx.layouts)
+
+
+def _not_taken(
+    gradients: Gradients, weights: Sequence[torch.Tensor], parts: list[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """Those parts, None for the others, of which `gradients` has one already, or that a kernel would read slowly."""
+    left: list[torch.Tensor | None] = []
+    for weight, part in zip(weights, parts, strict=True):
+        if part is not None and weight not in gradients and part.storage_offset() % _ALIGNED == 0:
+            if _are_alike(weight.shape, weight.stride(), part.stride()):
+                gradients[weight], part = part, None
+        left.append(part)
+    return left
 
 
 def _are_alike(shape: Sequence[int], one: Sequence[int], other: Sequence[int]) -> bool:

@@ -32,6 +32,10 @@ CASES: dict[str, dict[str, Any]] = {
     "other betas": dict(betas=(0.5, 0.99), eps=1e-3),
     "no momentum": dict(betas=(0.0, 0.99), lr=1e-3),
     "channels-last": dict(channels_last=True, copy_dtype=torch.bfloat16, average_weight=0.1),
+    "bf16 gradients": dict(half_grads=torch.bfloat16, copy_dtype=torch.bfloat16, max_grad_norm=0.5, average_weight=0.1),
+    "fp16 gradients": dict(half_grads=torch.float16, grad_scale=2.0**8, bad_step=1, weight_decay=0.1),
+    "bf16 gradients, unaligned": dict(half_grads=torch.bfloat16, unaligned=True, max_grad_norm=0.5),
+    "bf16 gradients in another layout": dict(half_grads=torch.bfloat16, channels_last=True, grads_contiguous=True),
     "gradients in another layout": dict(channels_last=True, grads_contiguous=True),
     "unaligned": dict(unaligned=True, copy_dtype=torch.bfloat16),
     "late": dict(first_step=100_000),
@@ -52,15 +56,17 @@ class Model:
         channels_last: bool = False,
         unaligned: bool = False,
         first_step: int = 0,
+        half_grads: torch.dtype | None = None,
     ):
         self.generator = torch.Generator().manual_seed(0)
+        self.half_grads = half_grads
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
-            tensor = tensor.to(device, dtype)
+            tensor = tensor.to(device, dtype if tensor.dtype is torch.float32 else tensor.dtype)
             if channels_last and tensor.ndim == 4:
                 tensor = tensor.contiguous(memory_format=torch.channels_last)
             if unaligned:  # one element after an aligned address
-                memory = torch.empty(tensor.numel() + 1, device=device, dtype=dtype)[1:]
+                memory = torch.empty(tensor.numel() + 1, device=device, dtype=tensor.dtype)[1:]
                 tensor = memory.view(tensor.shape).copy_(tensor)
             return tensor
 
@@ -73,8 +79,11 @@ class Model:
         self.draw()
 
     def draw(self) -> None:
-        """New gradients."""
-        self.grads = [self.place(torch.randn(shape, generator=self.generator)) for shape in SHAPES]
+        """New gradients, every second in the half type if there is one."""
+        drawn = [torch.randn(shape, generator=self.generator) for shape in SHAPES]
+        if self.half_grads is not None:
+            drawn[::2] = [grad.to(self.half_grads) for grad in drawn[::2]]
+        self.grads = [self.place(grad) for grad in drawn]
 
     @property
     def lists(self) -> Lists:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -88,11 +89,10 @@ class Average:
         """True if nothing that `refresh` read has been replaced since, besides the model's tensors."""
         return self._names() == self._ignored and self._snapshot.holds()
 
-    def moved_with_gradients(self) -> frozenset[torch.Tensor]:
-        """The parameters among `targets` that have a gradient now."""
-        if all(parameter.grad is not None for parameter in self.targets):
-            return self._all_targets
-        return frozenset(parameter for parameter in self.targets if parameter.grad is not None)
+    def moved_with_gradients(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> frozenset[torch.Tensor]:
+        """The parameters among `targets` that have a gradient now, in `.grad` or in `gradients`."""
+        moved = frozenset(p for p in self.targets if p.grad is not None or p in gradients)
+        return self._all_targets if len(moved) == len(self._all_targets) else moved
 
     def begin(self) -> None:
         """Before a step that may still fail: nothing is counted yet."""

@@ -71,7 +71,8 @@ def capture_training_step(
         any_module: trust modules that are neither torch's nor this package's to do nothing in Python that matters.
         keep_copies: the weights' copies for autocast are kept, and written by the optimizer's kernel. Between calls
             weights then may be changed by torch's operators alone, and not through `.data`, which leaves no trace;
-            after that call `renew_copies`.
+            after that call `renew_copies`. Gradients of those weights are not widened to float32 for the optimizer,
+            unless they are added up over batches or processes, or a weight has a hook for them.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or a graph cannot replace the step; in one sentence.

@@ -13,6 +13,8 @@ import torch
 from ddpm_fast.ops.adam_step.op import AdamSettings, Tables, adam_step, why_not_fused
 from ddpm_fast.training.average import Average
 
+Gradients = Mapping[torch.Tensor, torch.Tensor]
+
 
 class OptimizerStep:
     """What `clip_grad_norm_`, `optimizer.step()` and the move of an average do, by kernels or natively.
@@ -28,12 +30,12 @@ class OptimizerStep:
         self.last_reason: str | None = "no step was made"
         self._written: list[str] = []
 
-    def why_not(self) -> str | None:
-        """Why torch's own step has to run, in one clause; None where this one can."""
-        self.last_reason = self._why_not()
+    def why_not(self, gradients: Gradients | None = None) -> str | None:
+        """Why torch's own step has to run, in one clause; None where this one can. `gradients`: see `__call__`."""
+        self.last_reason = self._why_not(gradients or {})
         return self.last_reason
 
-    def _why_not(self) -> str | None:
+    def _why_not(self, gradients: Gradients) -> str | None:
         optimizer: Any = self.optimizer
         if not is_adam(optimizer):
             return f"the optimizer is a {type(optimizer).__name__}"
@@ -49,10 +51,10 @@ class OptimizerStep:
                 return f"the optimizer's learning rate is a tensor of {group['lr'].dtype}"
             if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
                 return "a gradient is sparse"
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        params = [p for group in optimizer.param_groups for p in _with_gradients(group, gradients)]
         if not params:
             return "there is no gradient"
-        for kind in {type(tensor) for p in params for tensor in (p, p.grad)}:
+        for kind in {type(tensor) for p in params for tensor in (p, p.grad)} - {type(None)}:
             if hasattr(kind, "__tensor_flatten__"):
                 return f"a parameter is a {kind.__name__}, which holds tensors of its own"
         if len({p.device for p in params}) > 1:
@@ -69,6 +71,7 @@ class OptimizerStep:
         average_weight: torch.Tensor | None = None,
         copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
         rates: Sequence[torch.Tensor] | None = None,
+        gradients: Gradients | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of all parameters that have a gradient; see `adam_step`.
 
@@ -77,6 +80,7 @@ class OptimizerStep:
                 leaves its average alone.
             copies: parameter → its copy in a half type, in the same way.
             rates: the groups' learning rates, where a recording reads them; None takes the groups' own.
+            gradients: parameter → its gradient, of parameters whose `.grad` is None; it may be in a half type.
 
         Returns:
             The gradients' norm before clipping, and 1.0 if the step was skipped, else 0.0; scalars on the device.
@@ -84,8 +88,9 @@ class OptimizerStep:
         optimizer: Any = self.optimizer
         params: list[torch.Tensor] = []
         settings: list[AdamSettings] = []
+        given = gradients or {}
         for number, group in enumerate(optimizer.param_groups):
-            members = [p for p in group["params"] if p.grad is not None]
+            members = _with_gradients(group, given)
             for p in members:
                 _begin(optimizer.state[p], p)
             params += members
@@ -98,7 +103,7 @@ class OptimizerStep:
         moments, squares, steps = ([state[name] for state in states] for name in names)
         result = adam_step(
             params,
-            [p.grad for p in params],  # type: ignore[misc]  # none is None
+            [given[p] if p.grad is None else p.grad for p in params],
             moments,
             squares,
             steps,
@@ -122,6 +127,7 @@ class OptimizerStep:
         average: Average | None = None,
         copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
         rates: Sequence[torch.Tensor] | None = None,
+        gradients: Gradients | None = None,
     ) -> tuple[torch.Tensor, frozenset[torch.Tensor]]:
         """One step, and what `scaler.unscale_`, `step` and `update` do.
 
@@ -135,8 +141,9 @@ class OptimizerStep:
             average_weight=None if average is None else average.weight,
             copies=copies,
             rates=rates,
+            gradients=gradients,
         )
-        moved = frozenset[torch.Tensor]() if average is None else average.moved_with_gradients()
+        moved = frozenset[torch.Tensor]() if average is None else average.moved_with_gradients(gradients or {})
         self._written = ["their average"] * bool(moved) + ["their copies for autocast"] * bool(copies)
         if scaler is not None:
             assert scaler._scale is not None and scaler._growth_tracker is not None, "the loss was scaled"
@@ -162,6 +169,11 @@ class OptimizerStep:
         parts = ["one pass clips gradients and moves weights", *self._written]
         done = ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else parts[0]
         return "; ".join([done, *(f"not {name}: {reason}" for name, reason in reasons.items() if reason is not None)])
+
+
+def _with_gradients(group: Mapping[str, Any], gradients: Gradients) -> list[torch.Tensor]:
+    """The parameters of an optimizer's group that have a gradient, in `.grad` or here."""
+    return [p for p in group["params"] if p.grad is not None or p in gradients]
 
 
 def _begin(state: dict[str, Any], parameter: torch.Tensor) -> None:

@@ -36,11 +36,16 @@ def why_not_recorded(diffusion: nn.Module, optimizer: Any, any_module: bool) -> 
         if module._backward_hooks or module._backward_pre_hooks:
             return f"{name or 'the model'} has backward hooks, which a replay does not call"
     for name, parameter in diffusion.named_parameters():
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        if has_gradient_hooks(parameter):
             return f"{name} has gradient hooks, which a replay does not call"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return "the optimizer has hooks on its step, which a replay does not call"
     return recording.why_not_recorded(diffusion) or (None if any_module else recording.untrusted_module(diffusion))
+
+
+def has_gradient_hooks(parameter: Any) -> bool:
+    """True if somebody looks at a parameter's gradient as it arrives."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def draws_coin_first(diffusion: nn.Module) -> bool:

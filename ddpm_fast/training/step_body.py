@@ -16,10 +16,11 @@ from torch import nn
 from ddpm_fast.diffusion.conditions import CONDITIONS
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.xm import XMWrapper
-from ddpm_fast.models.narrow_weights import KeptCopies
+from ddpm_fast.models.narrow_weights import Gradients, KeptCopies
 from ddpm_fast.runtime.plain import as_int
 from ddpm_fast.training.average import Average
 from ddpm_fast.training.optimizer_step import OptimizerStep
+from ddpm_fast.training.recordable import has_gradient_hooks
 from ddpm_fast.training.transfers import pinned
 
 
@@ -113,8 +114,10 @@ class StepBody:
 
     def _whole_step(self, kind: tuple, self_conditioned: bool | None) -> None:
         self._drop_gradients()
-        loss = self._backward(kind, self_conditioned)
-        self._step_optimizer()
+        # Nobody sees `.grad` of this step: the optimizer's kernel takes gradients of copies in the copies' dtype.
+        gradients: Gradients | None = None if any(map(has_gradient_hooks, self._parameters)) else {}
+        loss = self._backward(kind, self_conditioned, gradients)
+        self._step_optimizer(gradients)
         self._loss.copy_(loss)
         self._drop_gradients()  # they are in the graphs' memory, which the next replay overwrites
 
@@ -146,8 +149,11 @@ class StepBody:
         self._step_optimizer()
         self._drop_gradients()
 
-    def _backward(self, kind: tuple, self_conditioned: bool | None) -> torch.Tensor:
-        """The loss of a batch, a share of the step's, after its backward."""
+    def _backward(self, kind: tuple, self_conditioned: bool | None, gradients: Gradients | None = None) -> torch.Tensor:
+        """The loss of a batch, a share of the step's, after its backward.
+
+        A weight's gradient is then in `.grad`, or, where given, in `gradients`, see `KeptCopies.read`.
+        """
         images, flips, conditions = self._inputs[kind]
         options: dict[str, Any] = {} if self_conditioned is None else {"self_conditioned": self_conditioned}
         options |= conditions
@@ -155,23 +161,27 @@ class StepBody:
         autocast = torch.autocast(
             images.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
         )
-        with autocast, nullcontext() if self._kept is None else self._kept.read():
+        with autocast, nullcontext() if self._kept is None else self._kept.read(gradients):
             loss = self.diffusion(images, **options)
             loss = loss / self.accumulate if self.accumulate > 1 else loss
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        for weight in [weight for weight in gradients or () if weight.grad is not None]:
+            weight.grad = weight.grad + gradients.pop(weight)  # type: ignore[union-attr, operator]
         return loss.detach()
 
-    def _step_optimizer(self) -> None:
+    def _step_optimizer(self, gradients: Gradients | None = None) -> None:
         self._by_kernel = frozenset()
-        if self._optimizer_step.why_not() is None:
+        if self._optimizer_step.why_not(gradients) is None:
             copies = None if self._kept is None else self._kept.parts
             rates = self._rates if self.recorder.records_calls else None
             norm, self._by_kernel = self._optimizer_step.apply(
-                self.max_grad_norm, self.scaler, self._average, copies, rates
+                self.max_grad_norm, self.scaler, self._average, copies, rates, gradients
             )
             if self.max_grad_norm is not None:
                 self.grad_norm.copy_(norm)
             return
+        for weight, gradient in (gradients or {}).items():
+            weight.grad = gradient.to(weight.dtype)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.max_grad_norm is not None:

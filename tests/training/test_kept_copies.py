@@ -42,11 +42,24 @@ def kept(monkeypatch, without_native):
     return Counted
 
 
-def copied_run(recorder, keep_copies, change=None, accumulate=1, steps=4):
+@pytest.fixture
+def gradients(monkeypatch):
+    """The dtypes of the gradients of each step that `adam_step` makes."""
+    dtypes, real = [], optimizer_step.adam_step
+
+    def watched(params, grads, *rest, **options):
+        dtypes.append([grad.dtype for grad in grads])
+        return real(params, grads, *rest, **options)
+
+    monkeypatch.setattr(optimizer_step, "adam_step", watched)
+    return dtypes
+
+
+def copied_run(recorder, keep_copies, change=None, accumulate=1, steps=4, process=GaussianDiffusion):
     """Losses and weights of a small Unet under autocast; `change` is called with step and diffusion after two steps."""
     torch.manual_seed(0)
     model = Unet(8, dim_mults=(1,), attn_heads=1, attn_dim_head=4)
-    diffusion = GaussianDiffusion(model, image_size=4, timesteps=10)
+    diffusion = process(model, image_size=4, timesteps=10)
     optimizer = torch.optim.Adam(diffusion.parameters(), torch.tensor(1e-2), fused=True, capturable=True)
     step = TrainingStep(
         diffusion, optimizer, (2, 3, 4, 4), recorder=recorder, autocast=torch.float16, keep_copies=keep_copies,
@@ -105,8 +118,47 @@ def test_copies_follow_weights_that_change_between_steps(kept, change):
 
 
 def test_copies_follow_an_optimizer_of_torch(kept, monkeypatch):
-    monkeypatch.setattr(OptimizerStep, "_why_not", lambda step: "not asked")
+    monkeypatch.setattr(OptimizerStep, "_why_not", lambda step, *gradients: "not asked")
     _, expected = copied_run(EagerRecorder, False)
     step, found = copied_run(FrozenRecorder, True)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)) and kept.refreshed > 4
     assert step.explain_optimizer() == "torch clips gradients and moves weights: not asked"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_of_copies_stay_in_the_half_type(kept, gradients, accumulate):
+    """But where several batches add them up; nobody could see them in `.grad`, which is None after a step."""
+    step, _ = copied_run(FrozenRecorder, True, accumulate=accumulate)
+    halves = [types.count(torch.float16) for types in gradients]
+    assert len(set(halves)) == 1 and (halves[0] > 30) == (accumulate == 1)
+    assert all(p.grad is None for p in step.diffusion.parameters())
+
+
+class ReadsTwice(GaussianDiffusion):
+    """A process that calls its network twice, and reads a weight itself."""
+
+    def forward(self, images, **options):
+        twice = super().forward(images, **options) + super().forward(images, **options)
+        return twice + self.model.final_conv.weight.square().sum()
+
+
+def test_a_weight_that_is_read_twice_has_the_sum(kept, gradients):
+    """One reader's gradient arrives in the half type, all others' in `.grad`."""
+    _, expected = copied_run(EagerRecorder, False, process=ReadsTwice)
+    gradients.clear()
+    _, found = copied_run(EagerRecorder, True, process=ReadsTwice)
+    assert gradients and all(set(types) == {torch.float32} for types in gradients)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_see_float32_gradients(kept, gradients, register):
+    seen = []
+
+    def watch(step, diffusion):
+        getattr(diffusion.model.final_conv.weight, register)(lambda given: seen.append(given.dtype))
+
+    copied_run(EagerRecorder, True, watch)
+    assert seen == [torch.float32] * 2
+    assert [torch.float16 in types for types in gradients] == [True, True, False, False]

@@ -63,7 +63,8 @@ class Tables:
 
     def fit(self, grads: Sequence[torch.Tensor]) -> bool:
         """True if these are gradients of the remembered parameters, in shape, dtype and device."""
-        return all(list(map(of, grads)) == like for of, like in zip(_FACTS_OF_GRADS, self._like, strict=True))
+        alike = all(list(map(of, grads)) == like for of, like in zip(_FACTS_OF_GRADS, self._like, strict=True))
+        return alike and _why_not_gradients(self._params[0].dtype, grads) is None
 
     def _facts_now(self) -> tuple[list, ...]:
         tensors = [tensor for tensor in self._tensors if tensor is not None]
@@ -73,9 +74,11 @@ class Tables:
 
 _FACTS_OF_GRADS: tuple[Callable[[Any], object], ...] = (
     attrgetter("shape"),
-    attrgetter("dtype"),
     torch.Tensor.get_device,
 )
+
+
+_HALF_TYPES = {torch.float16, torch.bfloat16}
 
 
 def _numbers(lists: Sequence[Sequence | None], settings: Sequence[AdamSettings]) -> tuple:
@@ -102,7 +105,8 @@ def adam_step(
 
     Args:
         params: float32 (float64: reference only), of one device.
-        grads: one for each parameter, of its shape and dtype. They are read only; not those of torch's clipping.
+        grads: one for each parameter, of its shape, and of its dtype or, not natively, some in one half type. They are
+            read only; not those of torch's clipping.
         exp_avgs, exp_avg_sqs: the moments, of the parameters' shape and dtype; overwritten.
         steps: steps so far, one float32 element each, on the device; counted up. Natively, each of its own.
         settings: one entry for each group of consecutive parameters. On the CPU a tensor lr may be float64.
@@ -172,11 +176,16 @@ def _check(
                 if tensors is averages:
                     continue
                 raise TypeError(f"{name} must be tensors, got None for {tuple(p.shape)}")
-            if tensor.shape != p.shape or tensor.dtype is not dtype or tensor.device != device:
+            is_half = tensors is grads and tensor.dtype in _HALF_TYPES  # see _why_not_gradients
+            fits = tensor.shape == p.shape and tensor.device == device and (is_half or tensor.dtype is dtype)
+            if not fits:
                 raise ValueError(
                     f"{name} must be {dtype} on {device} and of their parameters' shapes, got {tensor.dtype} of shape "
                     f"{tuple(tensor.shape)} on {tensor.device} for {tuple(p.shape)}"
                 )
+    reason = _why_not_gradients(dtype, grads)
+    if reason is not None:
+        raise TypeError(reason)
     if len(steps) != len(params) or any(step.numel() != 1 for step in steps):
         raise ValueError("steps must be one element for each of params")
     if copies is not None and (
@@ -184,6 +193,14 @@ def _check(
         or any(copy is not None and copy.shape != p.shape for copy, p in zip(copies, params, strict=True))
     ):
         raise ValueError("copies must be of the shapes of params")
+
+
+def _why_not_gradients(dtype: torch.dtype, grads: Sequence[torch.Tensor]) -> str | None:
+    """Why gradients of these dtypes are refused, in one clause; None where they are not."""
+    others = {grad.dtype for grad in grads} - {dtype}
+    if others and (dtype is not torch.float32 or len(others) > 1 or not others <= _HALF_TYPES):
+        return f"grads must be {dtype} or of one half type beside float32, got {', '.join(sorted(map(str, others)))}"
+    return None
 
 
 def _check_scalars(
@@ -283,6 +300,8 @@ def _native_refuses(
     tables: Tables | None = None,
     **others: Any,
 ) -> str | None:
+    if any(grad.dtype in _HALF_TYPES for grad in grads):
+        return "a gradient is in a half type"
     if tables is not None and tables.held is True:
         return extension.why_not(params[0].device)
     reason = _why_not_native(params, steps, copies)

@@ -27,6 +27,7 @@ def adam_step(
     tables: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ddpm_fast.ops.adam_step.op.adam_step`."""
+    grads = [grad.to(p.dtype) for grad, p in zip(grads, params, strict=True)]
     if grad_scale is not None:
         grads = [grad / grad_scale for grad in grads]
     norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()

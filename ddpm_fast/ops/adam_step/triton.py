@@ -4,6 +4,8 @@ The tensors stay where they are. Each is cut into chunks, a program works on one
 row of addresses for each tensor, a row (tensor, first element, elements) for each chunk. Everything is elementwise,
 so that elements are walked in the order of memory, which is the same in all tensors of a parameter.
 
+A gradient in a half type, such as a weight's under autocast, is read as it is: its address is negated in the table.
+
 The norm is summed by chunk and then over chunks, always in the same order.
 """
 
@@ -52,17 +54,41 @@ def one_minus_exp(y):
 
 
 @triton.jit
-def squares_of_block(grad_ptr, first, count, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    o = first + tl.arange(0, BLOCK)
-    grad = tl.load(grad_ptr + o, mask=o < count, other=0.0) if MASKED else tl.load(grad_ptr + o)
-    return grad * grad
+def find_gradient(grads_ptr, tensor, first, GRAD_TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A chunk of a gradient: pointers to float32 and to the half type, of which one is valid, and which."""
+    grad_ptr = address(grads_ptr + tensor, 0, tl.float32, ALIGNED) + first
+    if GRAD_TYPE is None:
+        return grad_ptr, grad_ptr, False
+    else:
+        place = tl.load(grads_ptr + tensor)
+        half_ptr = (-place).to(tl.pointer_type(GRAD_TYPE))
+        if ALIGNED:
+            half_ptr = tl.multiple_of(half_ptr, 16)
+        return grad_ptr, half_ptr + first, place < 0
+
+
+@triton.jit
+def load_gradient(grad_ptr, half_ptr, is_half, o, count, GRAD_TYPE: tl.constexpr, MASKED: tl.constexpr):
+    if GRAD_TYPE is None:
+        grad = tl.load(grad_ptr + o, mask=o < count, other=0.0) if MASKED else tl.load(grad_ptr + o)
+    else:
+        # Two loads of which one has no element cost less than a branch.
+        if MASKED:
+            grad = tl.load(grad_ptr + o, mask=(o < count) & ~is_half, other=0.0)
+            half = tl.load(half_ptr + o, mask=(o < count) & is_half, other=0.0)
+        else:
+            grad = tl.load(grad_ptr + o, mask=~is_half, other=0.0)
+            half = tl.load(half_ptr + o, mask=is_half, other=0.0)
+        grad = tl.where(is_half, half.to(tl.float32), grad)
+    return grad
 
 
 @triton.jit
 def adam_norm_kernel(
-    grads_ptr,  # (tensors,) int64 addresses
+    grads_ptr,  # (tensors,) int64 addresses, negated of gradients in GRAD_TYPE
     chunks_ptr,  # (chunks, 3) int64
     partial_ptr,  # (chunks,) float32
+    GRAD_TYPE: tl.constexpr,  # None: all are float32
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -71,14 +97,18 @@ def adam_norm_kernel(
     i_chunk = tl.program_id(0)
     tensor, first = tl.load(chunks_ptr + 3 * i_chunk), tl.load(chunks_ptr + 3 * i_chunk + 1)
     count = tl.load(chunks_ptr + 3 * i_chunk + 2).to(tl.int32)
-    grad_ptr = address(grads_ptr + tensor, 0, tl.float32, ALIGNED) + tl.multiple_of(first, CHUNK)
+    first = tl.multiple_of(first, CHUNK)
+    grad_ptr, half_ptr, is_half = find_gradient(grads_ptr, tensor, first, GRAD_TYPE, ALIGNED)
     sums = tl.zeros((BLOCK,), tl.float32)
     # Whole blocks need no mask, so that accesses are as wide as memory allows.
     for i_block in range(CHUNK // BLOCK):
+        o = i_block * BLOCK + tl.arange(0, BLOCK)
         if (i_block + 1) * BLOCK <= count:
-            sums += squares_of_block(grad_ptr, i_block * BLOCK, count, BLOCK, False)
+            grad = load_gradient(grad_ptr, half_ptr, is_half, o, count, GRAD_TYPE, False)
+            sums += grad * grad
         elif i_block * BLOCK < count:
-            sums += squares_of_block(grad_ptr, i_block * BLOCK, count, BLOCK, True)
+            grad = load_gradient(grad_ptr, half_ptr, is_half, o, count, GRAD_TYPE, True)
+            sums += grad * grad
     tl.store(partial_ptr + i_chunk, tl.sum(sums, axis=0))
 
 
@@ -128,6 +158,8 @@ def adam_finish_kernel(
 def update_block(
     param_ptr,
     grad_ptr,
+    half_ptr,
+    is_half,
     exp_avg_ptr,
     exp_avg_sq_ptr,
     average_ptr,
@@ -143,6 +175,7 @@ def update_block(
     skipped,
     average_weight,
     has_copy,
+    GRAD_TYPE: tl.constexpr,
     AVERAGES: tl.constexpr,
     COPIES: tl.constexpr,
     DECAY: tl.constexpr,
@@ -154,7 +187,7 @@ def update_block(
     mask = (o < count) if MASKED else None
     param = tl.load(param_ptr + o, mask=mask)
     if skipped == 0.0:
-        grad = tl.load(grad_ptr + o, mask=mask) * factor
+        grad = load_gradient(grad_ptr, half_ptr, is_half, o, count, GRAD_TYPE, MASKED) * factor
         exp_avg = tl.load(exp_avg_ptr + o, mask=mask)
         exp_avg_sq = tl.load(exp_avg_sq_ptr + o, mask=mask)
         if DECAY:
@@ -184,7 +217,7 @@ def update_block(
 
 @triton.jit
 def adam_update_kernel(
-    grads_ptr,  # (tensors,) int64 addresses
+    grads_ptr,  # (tensors,) int64 addresses, negated of gradients in GRAD_TYPE
     addresses_ptr,  # (tensors, COLUMNS) int64
     chunks_ptr,  # (chunks, 3) int64
     result_ptr,  # (3,) float32
@@ -193,6 +226,7 @@ def adam_update_kernel(
     average_weight_ptr,  # one float32 or None: 1
     weight_decay,
     first_chunk,
+    GRAD_TYPE: tl.constexpr,  # None: all are float32
     AVERAGES: tl.constexpr,
     COPY_TYPE: tl.constexpr,  # None: no copies
     DECAY: tl.constexpr,
@@ -207,7 +241,7 @@ def adam_update_kernel(
     count = tl.load(chunks_ptr + 3 * i_chunk + 2).to(tl.int32)
     first = tl.multiple_of(first, CHUNK)
     row_ptr = addresses_ptr + tensor * COLUMNS
-    grad_ptr = address(grads_ptr + tensor, 0, tl.float32, ALIGNED) + first
+    grad_ptr, half_ptr, is_half = find_gradient(grads_ptr, tensor, first, GRAD_TYPE, ALIGNED)
     param_ptr = address(row_ptr, PARAM, tl.float32, ALIGNED) + first
     exp_avg_ptr = address(row_ptr, EXP_AVG, tl.float32, ALIGNED) + first
     exp_avg_sq_ptr = address(row_ptr, EXP_AVG_SQ, tl.float32, ALIGNED) + first
@@ -231,15 +265,15 @@ def adam_update_kernel(
     for i_block in range(CHUNK // BLOCK):
         if (i_block + 1) * BLOCK <= count:
             update_block(
-                param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, average_ptr, copy_ptr, i_block * BLOCK, count, lr,
-                numbers_ptr, weight_decay, factor, step_size, root_correction2, skipped, average_weight, has_copy,
-                AVERAGES, COPY_TYPE is not None, DECAY, DECOUPLED, BLOCK, False,
+                param_ptr, grad_ptr, half_ptr, is_half, exp_avg_ptr, exp_avg_sq_ptr, average_ptr, copy_ptr,
+                i_block * BLOCK, count, lr, numbers_ptr, weight_decay, factor, step_size, root_correction2, skipped,
+                average_weight, has_copy, GRAD_TYPE, AVERAGES, COPY_TYPE is not None, DECAY, DECOUPLED, BLOCK, False,
             )  # fmt: skip
         elif i_block * BLOCK < count:
             update_block(
-                param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, average_ptr, copy_ptr, i_block * BLOCK, count, lr,
-                numbers_ptr, weight_decay, factor, step_size, root_correction2, skipped, average_weight, has_copy,
-                AVERAGES, COPY_TYPE is not None, DECAY, DECOUPLED, BLOCK, True,
+                param_ptr, grad_ptr, half_ptr, is_half, exp_avg_ptr, exp_avg_sq_ptr, average_ptr, copy_ptr,
+                i_block * BLOCK, count, lr, numbers_ptr, weight_decay, factor, step_size, root_correction2, skipped,
+                average_weight, has_copy, GRAD_TYPE, AVERAGES, COPY_TYPE is not None, DECAY, DECOUPLED, BLOCK, True,
             )  # fmt: skip
 
 
@@ -261,7 +295,7 @@ class Layout:
     aligned: bool
 
 
-_COPY_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_HALF_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def make_layout(lists: Sequence[Sequence[torch.Tensor | None] | None], settings: Sequence[AdamSettings]) -> Layout:
@@ -301,11 +335,17 @@ def _numbers(group: AdamSettings) -> tuple[float, ...]:
     return group.beta1, 1 - group.beta1, log1, group.beta2, 1 - group.beta2, log2, group.eps
 
 
+def _half_type(tensors: Sequence[torch.Tensor | None]) -> Any:
+    """The half type of those that have one; None where none has."""
+    found = (_HALF_TYPES[tensor.dtype] for tensor in tensors if tensor is not None and tensor.dtype in _HALF_TYPES)
+    return next(found, None)
+
+
 def _laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The tensor in the memory order of another; itself where it is so already."""
     if have_same_layout(tensor, like):
         return tensor
-    return torch.empty_like(like).copy_(tensor)
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 @torch.no_grad()
@@ -339,16 +379,17 @@ def adam_step(
         grads = [_laid_out(grad, param) for grad, param in zip(grads, params, strict=True)]
     # Numbers, and not memory of the host, carry the addresses: a recording keeps them, and nothing is waited for.
     addresses = list(map(torch.Tensor.data_ptr, grads))
+    halves = [grad.dtype in _HALF_TYPES for grad in grads]
     layout.grads.zero_()
-    torch._foreach_add_(layout.places, addresses)
+    places = [-place if half else place for place, half in zip(addresses, halves, strict=True)]
+    torch._foreach_add_(layout.places, places)
     aligned = layout.aligned and all(place % _WIDEST == 0 for place in addresses)
 
-    dtypes = [copy.dtype for copy in copies or () if copy is not None]
-    copy_type = _COPY_TYPES[dtypes[0]] if dtypes else None
+    grad_type, copy_type = _half_type(grads), _half_type(copies or ())
     result = torch.empty(3, device=params[0].device)
     chunks, count = len(layout.partial), len(params)
     blocks = [triton_launch.next_power_of_2(triton.cdiv(n, _FINISH)) for n in (chunks, count)]
-    shared = {"CHUNK": CHUNK, "BLOCK": BLOCK, "ALIGNED": aligned}
+    shared = {"GRAD_TYPE": grad_type, "CHUNK": CHUNK, "BLOCK": BLOCK, "ALIGNED": aligned}
     with torch.cuda.device_of(params[0]):
         if chunks:
             adam_norm_kernel[(chunks,)](layout.grads, layout.chunks, layout.partial, **shared, num_warps=4)

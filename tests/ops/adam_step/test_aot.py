@@ -31,22 +31,31 @@ def compiled(name, constants, capability, tmp_path):
     return compile_kernel(function, signature, constants, capability, tmp_path, num_warps=4, unaligned=unaligned)
 
 
+@pytest.mark.parametrize("grad_type", [None, tl.bfloat16])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_machine_code(capability, tmp_path):
+def test_machine_code(capability, grad_type, tmp_path):
     """At least 16 warps per multiprocessor, and accesses to the tensors as wide as memory allows."""
-    update = COMMON | {"AVERAGES": True, "COPY_TYPE": tl.bfloat16, "DECAY": False, "DECOUPLED": False}
+    common = COMMON | {"GRAD_TYPE": grad_type}
+    update = common | {"AVERAGES": True, "COPY_TYPE": tl.bfloat16, "DECAY": False, "DECOUPLED": False}
     machine = compiled("adam_update_kernel", update, capability, tmp_path)
     # Under Triton 3.6 two registers of a thread spill on sm_90.
     assert machine.stack <= 8 and machine.registers <= 128
     # Parameter, gradient, moments and average, in a whole block of eight elements per thread.
     assert machine.widths("LDG")[128] >= 10 and machine.widths("STG")[128] >= 9
-    norm = compiled("adam_norm_kernel", COMMON, capability, tmp_path)
+    norm = compiled("adam_norm_kernel", common, capability, tmp_path)
     assert not norm.spills and norm.registers <= 64 and norm.widths("LDG")[128] >= 2
     finish = {"CLIPS": True, "BLOCK": 1024, "CHUNK_BLOCKS": 8, "TENSOR_BLOCKS": 1}
     assert not compiled("adam_finish_kernel", finish, capability, tmp_path).spills
 
 
 def test_without_alignment_it_compiles(tmp_path):
-    constants = COMMON | {"AVERAGES": False, "COPY_TYPE": None, "DECAY": True, "DECOUPLED": True, "ALIGNED": False}
+    constants = COMMON | {
+        "GRAD_TYPE": tl.float16,
+        "AVERAGES": False,
+        "COPY_TYPE": None,
+        "DECAY": True,
+        "DECOUPLED": True,
+        "ALIGNED": False,
+    }
     constants |= {"average_weight_ptr": None}
     assert not compiled("adam_update_kernel", constants, 90, tmp_path).spills

@@ -58,6 +58,30 @@ def test_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_gradients_give_the_bits_of_their_float32(half):
+    """Also with gradients that are one type at one step and another at the next, by the same tables."""
+    results = []
+    for widened in (False, True):
+        model, tables, found = Model(DEVICE, half_grads=half), Tables(), []
+        held = []
+        for step in range(3):
+            model.draw()
+            model.grads = [g.float() if widened or step == 1 else g for g in model.grads]
+            found.append(run(model, tables, max_grad_norm=0.5)[0])
+            held.append(tables.held)
+        assert all(layout is held[0] for layout in held)
+        results.append([*found, *model.params, *model.exp_avgs, *model.exp_avg_sqs])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradients_of_two_half_types_are_refused():
+    model = Model(DEVICE, half_grads=torch.float16)
+    model.grads[1] = model.grads[1].bfloat16()
+    with pytest.raises(TypeError, match="one half type"):
+        run(model)
+
+
 def test_nothing_outside_a_tensor_is_touched():
     model = Model(DEVICE)
     guarded = []
@@ -152,7 +176,7 @@ def test_a_training_step_by_the_kernels(scaled):
         assert step._optimizer_step.why_not() == "there is no gradient"
         with pytest.MonkeyPatch.context() as patch:
             if by_torch:
-                patch.setattr(OptimizerStep, "why_not", lambda step: "not asked")
+                patch.setattr(OptimizerStep, "why_not", lambda step, *gradients: "not asked")
             for index in range(2):
                 torch.manual_seed(index)
                 loss = step(torch.rand(2, 3, 4, 4).to(DEVICE))
