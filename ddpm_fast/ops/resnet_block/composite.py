@@ -72,12 +72,10 @@ def resnet_block(
                 outer = (out_weight, out_bias, res_weight, res_bias)
                 output_weights = _joined_with_output(x, skip, weight1, (gain1, bias1), (gain2, bias2), outer)
             if output_weights is None:
-                y1, residual = skip_convs(x, branch(skip), weight1, res_weight, res_bias, x_bias)
+                y1, residual = skip_convs(x, branch(skip), weight1, res_weight, res_bias, x_bias, not recompute)
             else:
                 whole, whole_bias, products = output_weights
-                skip = branch(skip)
-                # The block's output, which is not made, would be kept for the output's convolution.
-                y1, residual = _skip_convs_in_place(x, skip, weight1, whole, whole_bias, x_bias, keeps_whole=True)
+                y1, residual = _skip_convs_in_place(x, branch(skip), weight1, whole, whole_bias, x_bias, True)
         else:
             if skip is not None:
                 x, skip = torch.cat((x, skip.to(x.dtype)), dim=1), None
@@ -257,19 +255,15 @@ def _same_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
 
 
-def _residual_conv_fake(
-    x: torch.Tensor, weight: torch.Tensor, x_bias: torch.Tensor | None, keep: bool, **others: object
-) -> tuple[torch.Tensor, ...]:
+def _residual_conv_fake(x: torch.Tensor, weight: torch.Tensor, **others: object) -> tuple[torch.Tensor, ...]:
     B, _, H, W = x.shape
-    out, h = (x.new_empty((B, c, H, W)).contiguous(memory_format=torch.channels_last) for c in weight.shape[:2])
-    return out, h, torch.empty_like(x) if x_bias is not None and keep else x.new_empty(0)
+    return tuple([x.new_empty((B, c, H, W)).contiguous(memory_format=torch.channels_last) for c in weight.shape[:2]])
 
 
 _residual_conv = Operator(
     "residual_conv",
-    "Tensor x, Tensor skip, Tensor weight, Tensor bias, Tensor? x_bias, bool keep",
-    # h: the two maps side by side, x with x_bias; biased, empty without x_bias or `keep`: x with x_bias alone.
-    returns="out, h, biased",
+    "Tensor x, Tensor skip, Tensor weight, Tensor bias, Tensor? x_bias",
+    returns="out, h",  # h: the two maps side by side, x with x_bias
     fake=_residual_conv_fake,
     triton=f"{__package__}.triton",
 )
@@ -289,7 +283,8 @@ class _SkipConvs(torch.autograd.Function):
     """The 3×3 convolution of x and skip side by side by cuDNN, the 1×1 one by Triton, which puts them side by side.
 
     Backward makes the 3×3 convolution's gradient of both maps at once, and the 1×1 one's kernel adds to it and cuts it.
-    With `keeps_whole` it has the maps side by side: more memory, and the weight's gradient is one pass, not two.
+    It keeps the maps side by side: the skip connection's is kept elsewhere, too, but the 3×3 weight's gradient is one
+    pass and its parts need no concatenation. Without `keeps_whole`, and x_bias, it keeps the maps.
     """
 
     @staticmethod
@@ -303,9 +298,8 @@ class _SkipConvs(torch.autograd.Function):
         x_bias: torch.Tensor | None,
         keeps_whole: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keep = any(ctx.needs_input_grad) and not keeps_whole
-        out, h, biased = _residual_conv.triton(x, skip, res_weight, res_bias, x_bias, keep)
-        maps = (h, None) if keeps_whole else (x if x_bias is None else biased, skip)
+        out, h = _residual_conv.triton(x, skip, res_weight, res_bias, x_bias)
+        maps = (h, None) if keeps_whole or x_bias is not None else (x, skip)
         ctx.save_for_backward(*maps, weight, res_weight, res_bias, x_bias)
         ctx.sizes = [x.shape[1], skip.shape[1]]
         return _same_conv(h, weight, None), out
@@ -342,7 +336,7 @@ def _skip_convs_in_place(
     res_weight: torch.Tensor,
     res_bias: torch.Tensor,
     x_bias: torch.Tensor | None,
-    keeps_whole: bool = False,
+    keeps_whole: bool,
 ) -> tuple[torch.Tensor, ...]:
     """By Triton; res_weight and res_bias may have another dtype than the maps, and their gradients have it."""
     x_bias = None if x_bias is None else x_bias.to(x.dtype)
@@ -356,9 +350,10 @@ def _triton_skip_convs(
     res_weight: torch.Tensor,
     res_bias: torch.Tensor,
     x_bias: torch.Tensor | None = None,
+    keeps_whole: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     res_weight, res_bias = res_weight.to(x.dtype), res_bias.to(x.dtype)
-    return _skip_convs_in_place(x, skip, weight, res_weight, res_bias, x_bias)
+    return _skip_convs_in_place(x, skip, weight, res_weight, res_bias, x_bias, keeps_whole)
 
 
 def _joined_with_output(
@@ -435,6 +430,7 @@ def _triton_refuses(
     res_weight: torch.Tensor,
     res_bias: torch.Tensor | None,
     x_bias: torch.Tensor | None = None,
+    keeps_whole: bool = True,
 ) -> str | None:
     reason = triton_launch.why_not_triton(x.device)
     if reason is not None:
@@ -459,6 +455,7 @@ def _composite_skip_convs(
     res_weight: torch.Tensor,
     res_bias: torch.Tensor | None,
     x_bias: torch.Tensor | None = None,
+    keeps_whole: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     return convs_of_parts((_with_bias(x, x_bias), skip), (weight, None), (res_weight, res_bias))
 

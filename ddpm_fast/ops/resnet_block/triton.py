@@ -6,9 +6,9 @@ With h for the C = C0 + C1 channels of x + x_bias and skip side by side, per pix
     (dx, dskip) = gradᵀ·weight + added      dweight = gradᵀ·h      dbias = Σ grad      dx_bias = Σ dx
 
 x_bias is that of the convolution that made x, or nothing. The kernel of `out` writes h for the other reader, the 3×3
-convolution, and x + x_bias for backward. `added` is what flows through that reader: both maps' gradients are written
-once, whole, and h is not made again. The sums over pixels have two stages, chunks of pixels and then the sum over
-chunks, without atomics. Maps are channels-last: rows of channels, one per pixel of the batch.
+convolution. `added` is what flows through that reader: both maps' gradients are written once, whole, and h is not made
+again. The sums over pixels have two stages, chunks of pixels and then the sum over chunks, without atomics. Maps are
+channels-last: rows of channels, one per pixel of the batch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from ddpm_fast.ops.common.triton import cast, dot_of_many
 from ddpm_fast.runtime import triton_launch
 
 # Numbers for which nothing is compiled again.
-_ANY_SIZE = ["tiles", "tiles_k", "tiles_c", "tiles_c0", "tiles_c1", "tiles_n", "chunks", "biased", "copied"]
-FLOAT32_FWD_REGISTERS = 112  # the bound of the forward kernel of float32 maps; half types take fewer without one
+_ANY_SIZE = ["tiles", "tiles_k", "tiles_c", "tiles_c0", "tiles_c1", "tiles_n", "chunks", "biased"]
+# Bounds of the forward kernel: half types' with five programs on a multiprocessor of sm_90, TF32's with four.
+HALF_FWD_REGISTERS, TF32_FWD_REGISTERS = 96, 104
+EXACT_FWD_REGISTERS = None if triton_launch.is_triton_before(3, 7) else 112  # with it Triton 3.6's spill
 MAPS_REGISTERS = 128  # the bound of the kernel of maps' gradients, with which none spills
 WEIGHT_REGISTERS = 128 if triton_launch.is_triton_before(3, 6) else None  # with bf16 on sm_100 some spill without it
 _PROGRAMS = 512  # of the sums over pixels, at least where there are as many tiles: some for every multiprocessor
@@ -54,17 +56,16 @@ def _store(pointer, value, o_row, o_column, rows, columns, stride):
 
 @triton.jit
 def _product_of_map(
-    b_out, map_ptr, h_ptr, copy_ptr, bias_ptr, weight_ptr, o_n, o_k, rows, written, copied, K, width, C, tiles, biased,
+    b_out, map_ptr, h_ptr, bias_ptr, weight_ptr, o_n, o_k, rows, written, K, width, C, tiles, biased,
     PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """b_out + weight·(map + bias); the first `written` rows of map + bias go to h, the first `copied` to the copy."""
+    """b_out + weight·(map + bias); the first `written` rows of map + bias go to h."""
     for i_c in range(tiles):
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
         b_map = _load(map_ptr, o_n, o_c, rows, width, width)
-        if copy_ptr is not None:
+        if bias_ptr is not None:
             b_bias = tl.load(bias_ptr + o_c, mask=o_c < width * biased, other=0.0).to(tl.float32)
             b_map = cast(b_map.to(tl.float32) + b_bias[None, :], map_ptr.dtype.element_ty)
-            _store(copy_ptr, b_map, o_n, o_c, copied, width, width)
         _store(h_ptr, b_map, o_n, o_c, written, width, C)
         b_weight = cast(_load(weight_ptr, o_k, o_c, K, width, C), b_map.dtype)
         b_out = dot_of_many(b_map, tl.trans(b_weight), b_out, PRECISION)
@@ -80,8 +81,7 @@ def residual_conv_fwd_kernel(
     x_bias_ptr,  # (C0,); any pointer where `biased` is 0
     out_ptr,  # (N, K)
     h_ptr,  # (N, C0 + C1)
-    copy_ptr,  # (N, C0): x + x_bias; any pointer where `copied` is 0
-    N, C0, C1, K, tiles_k, tiles_c0, tiles_c1, biased, copied,
+    N, C0, C1, K, tiles_k, tiles_c0, tiles_c1, biased,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (pixels / BLOCK_N · tiles_k,): programs of the same pixels follow each other, and read them from the cache.
@@ -95,11 +95,11 @@ def residual_conv_fwd_kernel(
     h_ptr = _row(h_ptr, start, C)
     b_out = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     b_out = _product_of_map(
-        b_out, _row(x_ptr, start, C0), h_ptr, _row(copy_ptr, start, C0), x_bias_ptr, weight_ptr, o_n, o_k, rows,
-        written, written * copied, K, C0, C, tiles_c0, biased, PRECISION, BLOCK_C,
+        b_out, _row(x_ptr, start, C0), h_ptr, x_bias_ptr, weight_ptr, o_n, o_k, rows, written, K, C0, C, tiles_c0,
+        biased, PRECISION, BLOCK_C,
     )  # fmt: skip
     b_out = _product_of_map(
-        b_out, _row(skip_ptr, start, C1), h_ptr + C0, None, None, weight_ptr + C0, o_n, o_k, rows, written, 0, K, C1, C,
+        b_out, _row(skip_ptr, start, C1), h_ptr + C0, None, weight_ptr + C0, o_n, o_k, rows, written, K, C1, C,
         tiles_c1, 0, PRECISION, BLOCK_C,
     )  # fmt: skip
     b_out += tl.load(bias_ptr + o_k, mask=o_k < K, other=0.0).to(tl.float32)[None, :]
@@ -224,33 +224,37 @@ def choose_tile(rows: int, columns: int, depth: int, exact: bool, *, names: str)
     return blocks | {"num_warps": num_warps, "num_stages": 2 if exact else 3}
 
 
+def forward_registers(is_float32: bool, precision: str) -> int | None:
+    """The bound of the forward kernel's registers."""
+    if not is_float32:
+        return HALF_FWD_REGISTERS
+    return EXACT_FWD_REGISTERS if precision == "ieee" else TF32_FWD_REGISTERS
+
+
 def residual_conv(
     x: torch.Tensor,  # (B, C0, H, W)
     skip: torch.Tensor,  # (B, C1, H, W)
     weight: torch.Tensor,  # (K, C0 + C1, 1, 1)
     bias: torch.Tensor,  # (K,)
     x_bias: torch.Tensor | None,  # (C0,)
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The convolution's output (B, K, H, W), h (B, C0 + C1, H, W), and with x_bias, if `keep`, x + x_bias."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The convolution's output (B, K, H, W) and h (B, C0 + C1, H, W)."""
     (B, C0, H, W), C1, K = x.shape, skip.shape[1], weight.shape[0]
     N, precision = B * H * W, triton_launch.convolution_precision()
     out, h = (
         torch.empty((B, width, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for width in (K, C0 + C1)
     )
-    biased, copied = int(x_bias is not None), int(x_bias is not None and keep)
-    copy = torch.empty_like(x) if copied else x.new_empty(0)
     tile = choose_tile(H * W, K, C0 + C1, _exact(x, precision), names="NKC")
     tiles_k = triton_launch.ceil_div(K, tile["BLOCK_K"])
     tiles_c = (triton_launch.ceil_div(width, tile["BLOCK_C"]) for width in (C0, C1))
     with torch.cuda.device_of(x):
         residual_conv_fwd_kernel[(triton_launch.ceil_div(N, tile["BLOCK_N"]) * tiles_k,)](
-            x, skip, _matrix(weight), bias.contiguous(), copy if x_bias is None else x_bias.contiguous(), out, h, copy,
-            N, C0, C1, K, tiles_k, *tiles_c, biased, copied, PRECISION=precision, **tile,
-            **triton_launch.register_bound(FLOAT32_FWD_REGISTERS if x.dtype == torch.float32 else None),
+            x, skip, _matrix(weight), bias.contiguous(), x.new_empty(0) if x_bias is None else x_bias.contiguous(), out,
+            h, N, C0, C1, K, tiles_k, *tiles_c, int(x_bias is not None), PRECISION=precision, **tile,
+            **triton_launch.register_bound(forward_registers(x.dtype == torch.float32, precision)),
         )  # fmt: skip
-    return out, h, copy
+    return out, h
 
 
 def residual_conv_gradients(

@@ -22,12 +22,10 @@ KERNELS = {
     "residual_conv_bwd_weight_kernel": ("KCN", ["NK", "NC"], "KC"),
 }
 PRODUCTS = [("bf16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee")]
-# Kernel and type of maps: the bound of its launches.
+# The bounds of launches of the kernels of gradients.
 REGISTERS = {
-    ("residual_conv_fwd_kernel", "fp32"): kernel.FLOAT32_FWD_REGISTERS,
-    ("residual_conv_fwd_kernel", "bf16"): None,
-    **{("residual_conv_bwd_maps_kernel", dtype): kernel.MAPS_REGISTERS for dtype in ("fp32", "bf16")},
-    **{("residual_conv_bwd_weight_kernel", dtype): kernel.WEIGHT_REGISTERS for dtype in ("fp32", "bf16")},
+    "residual_conv_bwd_maps_kernel": kernel.MAPS_REGISTERS,
+    "residual_conv_bwd_weight_kernel": kernel.WEIGHT_REGISTERS,
 }
 BITS = {"bf16": 16, "fp32": 32}
 
@@ -41,10 +39,11 @@ def compile_stage(name: str, dtype: str, precision: str, capability: int, tmp_pa
     constants = {n: value for n, value in constants.items() if n in function.arg_names}
     signature = {n: type_of(n, dtype) for n in function.arg_names if n not in constants}
     unaligned = tuple(n for n in kernel._ANY_SIZE if n in signature)
+    bound = REGISTERS.get(name, kernel.forward_registers(dtype == "fp32", precision))
     machine = compile_kernel(
         function, signature, constants, capability, tmp_path,
         num_warps=tile["num_warps"], num_stages=tile["num_stages"], unaligned=unaligned,
-        maxnreg=REGISTERS[name, dtype],
+        maxnreg=bound,
     )  # fmt: skip
     return machine, tile
 

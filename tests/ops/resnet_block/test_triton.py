@@ -5,6 +5,8 @@ Runs on the CPU in Triton's interpreter, else on CUDA; see ../conftest.py.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -56,9 +58,9 @@ def composite(x, skip, weight, res_weight, res_bias, x_bias=None) -> tuple[torch
     return convs_of_parts((x, skip), (weight, None), (res_weight, res_bias))
 
 
-def kernels(**tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def kernels(keeps_whole: bool = True, **tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     with use_backend("triton"):
-        return skip_convs(**tensors)
+        return skip_convs(**tensors, keeps_whole=keeps_whole)
 
 
 def run(function, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -72,14 +74,15 @@ def run(function, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return outputs | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
 
 
-def assert_as_accurate_as_the_composite(tensors: dict[str, torch.Tensor]) -> None:
-    actual, expected = run(kernels, tensors), run(composite, tensors)
+def assert_as_accurate_as_the_composite(tensors: dict[str, torch.Tensor], function=kernels) -> None:
+    actual, expected = run(function, tensors), run(composite, tensors)
     truth = run(composite, {name: tensor.double() for name, tensor in tensors.items()})
     for name in truth:
         floor = 16 if name in ("dres_weight", "dres_bias", "dx_bias") else 4  # sums over pixels
         assert_close_to_truth(actual[name], expected[name], truth[name], name=name, floor=floor)
     for name in ("x", "skip"):
-        assert actual[f"d{name}"].stride() == tensors[name].stride()
+        apart = [d for d, size in enumerate(tensors[name].shape) if size > 1]  # strides of others say nothing
+        assert all(actual[f"d{name}"].stride(d) == tensors[name].stride(d) for d in apart)
     assert actual["residual"].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -96,6 +99,12 @@ def test_many_chunks_of_pixels(biased, monkeypatch):
     """Programs walk over several tiles of pixels, and the last one is half outside."""
     monkeypatch.setattr(kernel, "_PROGRAMS", 4)
     assert_as_accurate_as_the_composite(make((2, 20, 12, 8, 15, 13), biased=biased))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_two_maps_that_are_kept_are_as_accurate(dtype):
+    tensors = make(SHAPES[3], dtype)
+    assert_as_accurate_as_the_composite(tensors, partial(kernels, keeps_whole=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -161,23 +170,22 @@ def test_only_the_gradient_that_is_asked_for(wanted):
     assert torch.equal(tensors[wanted].grad, expected[f"d{wanted}"])
 
 
-def test_keeps_the_arguments_alone():
-    tensors = {name: tensor.requires_grad_() for name, tensor in make(SMALL).items()}
+def kept_by(tensors: dict[str, torch.Tensor], **options) -> list[torch.Tensor]:
+    """What is kept for backward that is none of the arguments."""
+    tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        kernels(**tensors)
-    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in tensors.values()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), use_backend("triton"):
+        skip_convs(**tensors, **options)
+    return [t for t in kept if t.data_ptr() not in {tensor.data_ptr() for tensor in tensors.values()}]
 
 
-def test_keeps_x_with_its_bias_in_place_of_x():
-    tensors = {name: tensor.requires_grad_() for name, tensor in make(SMALL, biased=True).items()}
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        kernels(**tensors)
-    first, *others = kept
-    assert torch.equal(first, tensors["x"] + tensors["x_bias"][:, None, None])
-    given = {tensor.data_ptr() for name, tensor in tensors.items() if name != "x"}
-    assert {tensor.data_ptr() for tensor in others} == given
+@pytest.mark.parametrize("biased", [False, True])
+def test_keeps_the_maps_side_by_side(biased):
+    tensors = make(SMALL, biased=biased)
+    (whole,) = kept_by(tensors)
+    x = tensors["x"] + tensors["x_bias"][:, None, None] if biased else tensors["x"]
+    assert torch.equal(whole, torch.cat((x, tensors["skip"]), dim=1))
+    assert biased or not kept_by(tensors, keeps_whole=False)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -185,9 +193,8 @@ def test_opcheck(biased):
     tensors = make(SMALL, biased=biased)
     given = [tensors.get(name) for name in ("x", "skip", "res_weight", "res_bias", "x_bias")]
     operators = torch.ops.ddpm_fast
-    for keep in (False, True):
-        torch.library.opcheck(operators.residual_conv.default, (*given, keep))
-    grad, h, _ = operators.residual_conv(*given, True)
+    torch.library.opcheck(operators.residual_conv.default, tuple(given))
+    grad, h = operators.residual_conv(*given)
     torch.library.opcheck(operators.residual_conv_gradients.default, (grad, *given, h))
 
 
@@ -235,9 +242,9 @@ def biases_added(monkeypatch) -> list[bool]:
     found: list[bool] = []
     operator = steps._residual_conv.triton
 
-    def watched(x, skip, weight, bias, x_bias, keep):
+    def watched(x, skip, weight, bias, x_bias):
         found.append(x_bias is not None)
-        return operator(x, skip, weight, bias, x_bias, keep)
+        return operator(x, skip, weight, bias, x_bias)
 
     monkeypatch.setattr(steps._residual_conv, "triton", watched)
     return found
