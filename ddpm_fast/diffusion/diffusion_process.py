@@ -290,7 +290,7 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
         flip: torch.Tensor | None = None,
         **conditions: Any,
     ) -> torch.Tensor:
-        """`p_losses` of images that the ops still mirror and, where they are bytes, divide by 255 and normalise."""
+        """`p_losses` of images that the ops still mirror, normalise and, where they are bytes, divide by 255."""
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction must be 'mean' or 'none', got {loss_reduction!r}")
         check_mean(x_start, loss_reduction)
@@ -411,10 +411,10 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
         if self._shows_images():
             x_start = self.normalize(as_floats(img, flip))
             return self.p_losses(x_start, times, *args, loss_reduction=loss_reduction, **kwargs)  # type: ignore[misc]
-        # Bytes are read as they are by the ops, so that no float copy of the images is made.
-        is_bytes = img.dtype == torch.uint8
-        options: dict[str, Any] = {"flip": flip, "normalize": is_bytes and self.normalize is not identity}
-        x_start = img if is_bytes else self.normalize(img)
+        # The ops read bytes and float32 as they are, so that no copy is made. Bits are the same, for 2·x is exact.
+        reads_as_given = img.dtype in (torch.uint8, torch.float32) and not img.requires_grad
+        options: dict[str, Any] = {"flip": flip, "normalize": reads_as_given and self.normalize is not identity}
+        x_start = img if reads_as_given else self.normalize(img)
         return self._losses(x_start, times, *args, loss_reduction=loss_reduction, **options, **kwargs)  # type: ignore[misc]
 
     def check_values(self, img: torch.Tensor, *, classes: torch.Tensor | None = None, **others: torch.Tensor) -> None:

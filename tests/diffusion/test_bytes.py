@@ -90,7 +90,31 @@ def test_bfloat16_networks():
         assert_same_bits(ours, loss_and_gradients(diffusion, as_floats(all_bytes(), FLIP)))
 
 
-def test_the_ops_read_the_bytes_themselves(monkeypatch):
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_float32_images_have_the_bits_of_normalised_ones(objective, backend):
+    diffusion = make(objective=objective, offset_noise_strength=0.1)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    with use_backend(backend):
+        ours = loss_and_gradients(diffusion, images)
+        diffusion.normalize, images = (lambda img: img), images * 2 - 1
+        assert_same_bits(ours, loss_and_gradients(diffusion, images))
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_the_gradient_of_an_image(is_wanted):
+    diffusion, images = make(), torch.rand(4, 3, 16, 16, requires_grad=is_wanted)
+    torch.manual_seed(5)
+    loss = diffusion(images, times=TIMES)
+    if is_wanted:
+        (gradient,) = torch.autograd.grad(loss, images)
+        assert gradient.abs().sum() > 0
+    torch.manual_seed(5)
+    assert torch.equal(diffusion(images.detach(), times=TIMES), loss)
+
+
+@pytest.mark.parametrize("images", [all_bytes(), as_floats(all_bytes())], ids=["bytes", "float32"])
+def test_the_ops_read_the_images_themselves(images, monkeypatch):
     """No float copy of the images is made: both ops get the tensor that the caller gave."""
     seen = []
     for name in ("q_sample", "diffusion_loss"):
@@ -101,7 +125,6 @@ def test_the_ops_read_the_bytes_themselves(monkeypatch):
             return op(*args, **options)
 
         monkeypatch.setattr(diffusion_process, name, record)
-    images = all_bytes()
     make()(images, flip=FLIP)
     assert len(seen) == 2
     for x_start, options in seen:
