@@ -121,7 +121,7 @@ ROWS = [
     ["ops/*/triton", "ops/*/native", "ops/*/reference"],
     ["ops/*_block/triton_fwd", "ops/*_block/triton_bwd"],
     ["ops/*_block/triton_tile"],
-    ["ops/*_block/triton_output"],
+    ["ops/*_block/triton_output", "ops/*_block/triton_downsample"],
     [
         "ops/*/triton_rms",
         "ops/*/triton_rms_conv",
@@ -132,7 +132,7 @@ ROWS = [
     ["ops/*/triton_conv", "ops/*/triton_fwd", "ops/*/triton_bwd"],
     ["ops/*/triton_tile"],
     ["ops/*/launch", "ops/*_block/launch", "ops/*/settings"],
-    ["ops/layout"],
+    ["ops/layout", "ops/common/triton_rows"],
     [
         "ops/arguments",
         "ops/branches",

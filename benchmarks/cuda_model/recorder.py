@@ -254,12 +254,15 @@ class Recorder(Observer):
                 self._add(Launch("layout", "", 2 * _size(tensor)))
 
 
-def _width(call: Call) -> int:
+def _width(call: Call) -> int | None:
     """Of a Triton operator's products: the channels of what it reads, in patches the taps of all channels."""
     if call.name.startswith("ddpm_fast::stem_conv"):
         weight = call.arguments["weight"]
         return min(weight.shape[0], weight[0].numel())
-    return call.arguments["x"].shape[1] if "x" in call.arguments else call.arguments["qkv"].shape[1] // 3
+    for name, parts in (("x", 1), ("qkv", 3), ("grad", 1)):
+        if name in call.arguments:
+            return call.arguments[name].shape[1] // parts
+    return None
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -213,6 +213,19 @@ def _residual_conv_gradients_scratch(arguments: Arguments) -> int:
     return 4 * 2 * numbers
 
 
+def _product_gradients_scratch(window: int) -> Callable[[Arguments], int]:
+    """The bias's gradient per tile of pixels, written and read."""
+
+    def scratch(arguments: Arguments) -> int:
+        from ddpm_fast.ops.common.triton_rows import choose_tile
+
+        (B, K, H, W), weight = arguments["grad"].shape, arguments["weight"]
+        tile = choose_tile(H * W, window * weight.shape[1], K, False, names="NCK")
+        return 4 * 2 * K * math.ceil(B * H * W / tile["BLOCK_N"])
+
+    return scratch
+
+
 SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
     "ddpm_fast::norm_silu": _norm_silu_scratch,
     "ddpm_fast::norm_silu_backward": _norm_silu_backward_scratch,
@@ -224,6 +237,7 @@ SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
     "ddpm_fast::norm_linear_backward": _norm_linear_backward_scratch,
     "ddpm_fast::norm_linear_beside_backward": _norm_linear_backward_scratch,
     "ddpm_fast::residual_conv_gradients": _residual_conv_gradients_scratch,
+    "ddpm_fast::downsample_conv_gradients": _product_gradients_scratch(2),
     "ddpm_fast::stem_conv_backward": _stem_conv_backward_scratch,
     "ddpm_fast::stem_conv_backward_of_readers": _stem_conv_backward_scratch,
     "ddpm_fast::linear_attention": _linear_attention_scratch,
@@ -285,6 +299,10 @@ def _residual_conv_flops(products: int) -> Callable[[Arguments, Any], dict[str, 
     return flops
 
 
+def _product_gradients_flops(arguments: Arguments, result: Any) -> dict[str, int]:
+    return {"convolution": 2 * arguments["grad"].numel() * arguments["weight"][0].numel()}
+
+
 FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
     "ddpm_fast::attention": _attention_flops(2),
     "ddpm_fast::attention_backward": _attention_flops(7),
@@ -299,6 +317,8 @@ FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
     "ddpm_fast::linear_residual": _norm_linear_flops(1),
     "ddpm_fast::norm_silu_conv": _norm_linear_flops(1),
     "ddpm_fast::norm_silu_conv_gradients": _norm_linear_flops(2),
+    "ddpm_fast::downsample_conv": lambda a, out: {"convolution": 2 * out.numel() * a["weight"][0].numel()},
+    "ddpm_fast::downsample_conv_gradients": _product_gradients_flops,
     "ddpm_fast::residual_conv": _residual_conv_flops(1),
     "ddpm_fast::residual_conv_gradients": _residual_conv_flops(2),
     "ddpm_fast::stem_conv": _stem_conv_flops,

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ddpm_fast.ops.branches import and_branches, number_of_branches, several, with_branches
 from ddpm_fast.ops.layout import weights_format
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.autocast import no_autocast
-from ddpm_fast.runtime.dispatch import forced_backend, in_forward_mode
+from ddpm_fast.runtime.dispatch import forced_backend, in_forward_mode, once_differentiable
 
 
 def _window_sums_fake(x: torch.Tensor) -> torch.Tensor:
@@ -42,6 +43,63 @@ def _runs_triton(weight: torch.Tensor) -> bool:
         and weight.numel() > 0
         and not in_forward_mode()
     )
+
+
+_downsample_conv = Operator(
+    "downsample_conv",
+    "Tensor x, Tensor weight, Tensor? bias",
+    returns="out",
+    fake=lambda x, weight, **_: x.new_empty((x.shape[0], weight.shape[0], x.shape[2] // 2, x.shape[3] // 2)).contiguous(
+        memory_format=torch.channels_last
+    ),
+    triton=f"{__package__}.triton_downsample",
+)
+_downsample_conv_gradients = Operator(
+    "downsample_conv_gradients",
+    "Tensor grad, Tensor? grad2, Tensor? grad3, Tensor weight",  # of the output's readers
+    returns="dx, total, dbias",  # total: the gradients' sum, empty without grad2
+    fake=lambda grad, grad2, weight, **_: (
+        grad.new_empty((grad.shape[0], weight.shape[1], 2 * grad.shape[2], 2 * grad.shape[3])).contiguous(
+            memory_format=torch.channels_last
+        ),
+        grad.new_empty(0) if grad2 is None else torch.empty_like(grad, memory_format=torch.channels_last),
+        grad.new_empty(grad.shape[1]),
+    ),
+    triton=f"{__package__}.triton_downsample",
+)
+
+
+def downsample_conv_by_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A product of the pixels' channels by Triton; its backward adds the gradients of the output's branches."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return with_branches(*_DownsampleConv.apply(x, weight.to(x.dtype), bias, number_of_branches()))
+
+
+class _DownsampleConv(torch.autograd.Function):
+    """Output, gradients of x and of bias by Triton, that of weight by torch's convolution."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, branches: int
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        return and_branches(_downsample_conv.triton(x, weight, bias), branches)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        grad, grad2, grad3 = several(gradients)
+        if grad is None:
+            return None, None, None, None
+        x, weight = ctx.saved_tensors
+        dx, total, dbias = _downsample_conv_gradients.triton(grad, grad2, grad3, weight)
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            geometry = (None, (2, 2), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False))
+            total = grad if grad2 is None else total
+            dweight = torch.ops.aten.convolution_backward(total, x, weight, *geometry)[1]
+        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, None
 
 
 def upsample_conv(

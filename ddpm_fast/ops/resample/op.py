@@ -14,7 +14,10 @@ from ddpm_fast.ops.arguments import check_tensors, why_not_on_cpu, why_steps_com
 from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.norm_linear.op import linear
 from ddpm_fast.ops.resample import composite
+from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op
+
+_LARGEST_ROWS = 2**31 - 2**16  # pixels that the kernels' 32-bit indices count
 
 
 def upsample_conv(
@@ -83,6 +86,22 @@ def _native_upsample_refuses(
     return why_not_on_cpu({"x": x, "weight": weight, "bias": bias}, maps=("x",))
 
 
+def _triton_downsample_refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    reason = triton_launch.why_not_triton(x.device)
+    if reason is not None:
+        return reason
+    if torch.float64 in (x.dtype, weight.dtype):
+        return "an argument is torch.float64, and the kernels compute in float32"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "an argument is empty"
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        return f"x is {x.shape[2]} × {x.shape[3]}, and the kernels take even sizes"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return f"x is not channels-last, its strides are {x.stride()}"
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return None if pixels <= _LARGEST_ROWS else f"x has {pixels} pixels, and the kernels count at most {_LARGEST_ROWS}"
+
+
 def _native_downsample(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A matrix product of the four pixels' channels side by side."""
     K, C, _, _ = weight.shape
@@ -122,6 +141,7 @@ unchecked_upsample_conv = Op(
 unchecked_downsample_conv = Op(
     "downsample_conv",
     [
+        Implementation("triton", composite.downsample_conv_by_triton, _triton_downsample_refuses, or_steps=True),
         Implementation("native", _native_downsample, _native_downsample_refuses, why_steps_come_first),
         Implementation(COMPOSITE, composite.downsample_conv),
     ],

@@ -13,13 +13,12 @@ channels-last: rows of channels, one per pixel of the batch.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
 from ddpm_fast.ops.common.triton import cast, dot_of_many
+from ddpm_fast.ops.common.triton_rows import choose_tile, is_exact, load_tile, row, store_tile, sum_of_rows
 from ddpm_fast.runtime import triton_launch
 
 # Numbers for which nothing is compiled again.
@@ -33,28 +32,6 @@ _PROGRAMS = 512  # of the sums over pixels, at least where there are as many til
 
 
 @triton.jit
-def _row(pointer, row, stride):
-    """Where a row of a matrix begins: a scalar of 64 bits, so that offsets from there have 32."""
-    return pointer + row.to(tl.int64) * stride
-
-
-@triton.jit
-def _load(pointer, o_row, o_column, rows, columns, stride, FAR: tl.constexpr = False):
-    """Some rows and columns of a matrix, 0 outside; rows that are FAR from the pointer have offsets of 64 bits."""
-    mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
-    if FAR:
-        return tl.load(pointer + o_row.to(tl.int64)[:, None] * stride + o_column[None, :], mask=mask, other=0.0)
-    else:
-        return tl.load(pointer + (o_row[:, None] * stride + o_column[None, :]), mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(pointer, value, o_row, o_column, rows, columns, stride):
-    mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
-    tl.store(pointer + (o_row[:, None] * stride + o_column[None, :]), cast(value, pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _product_of_map(
     b_out, map_ptr, h_ptr, bias_ptr, weight_ptr, o_n, o_k, rows, written, K, width, C, tiles, biased,
     PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -62,12 +39,12 @@ def _product_of_map(
     """b_out + weight·(map + bias); the first `written` rows of map + bias go to h."""
     for i_c in range(tiles):
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        b_map = _load(map_ptr, o_n, o_c, rows, width, width)
+        b_map = load_tile(map_ptr, o_n, o_c, rows, width, width)
         if bias_ptr is not None:
             b_bias = tl.load(bias_ptr + o_c, mask=o_c < width * biased, other=0.0).to(tl.float32)
             b_map = cast(b_map.to(tl.float32) + b_bias[None, :], map_ptr.dtype.element_ty)
-        _store(h_ptr, b_map, o_n, o_c, written, width, C)
-        b_weight = cast(_load(weight_ptr, o_k, o_c, K, width, C), b_map.dtype)
+        store_tile(h_ptr, b_map, o_n, o_c, written, width, C)
+        b_weight = cast(load_tile(weight_ptr, o_k, o_c, K, width, C), b_map.dtype)
         b_out = dot_of_many(b_map, tl.trans(b_weight), b_out, PRECISION)
     return b_out
 
@@ -92,18 +69,18 @@ def residual_conv_fwd_kernel(
     o_n, o_k = tl.arange(0, BLOCK_N), i_k * BLOCK_K + tl.arange(0, BLOCK_K)
     rows, C = N - start, C0 + C1
     written = tl.where(i_k == 0, rows, 0)
-    h_ptr = _row(h_ptr, start, C)
+    h_ptr = row(h_ptr, start, C)
     b_out = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     b_out = _product_of_map(
-        b_out, _row(x_ptr, start, C0), h_ptr, x_bias_ptr, weight_ptr, o_n, o_k, rows, written, K, C0, C, tiles_c0,
+        b_out, row(x_ptr, start, C0), h_ptr, x_bias_ptr, weight_ptr, o_n, o_k, rows, written, K, C0, C, tiles_c0,
         biased, PRECISION, BLOCK_C,
     )  # fmt: skip
     b_out = _product_of_map(
-        b_out, _row(skip_ptr, start, C1), h_ptr + C0, None, weight_ptr + C0, o_n, o_k, rows, written, K, C1, C,
+        b_out, row(skip_ptr, start, C1), h_ptr + C0, None, weight_ptr + C0, o_n, o_k, rows, written, K, C1, C,
         tiles_c1, 0, PRECISION, BLOCK_C,
     )  # fmt: skip
     b_out += tl.load(bias_ptr + o_k, mask=o_k < K, other=0.0).to(tl.float32)[None, :]
-    _store(_row(out_ptr, start, K), b_out, o_n, o_k, rows, K, K)
+    store_tile(row(out_ptr, start, K), b_out, o_n, o_k, rows, K, K)
 
 
 @triton.jit(do_not_specialize=_ANY_SIZE)
@@ -126,16 +103,16 @@ def residual_conv_bwd_maps_kernel(
     start = i_n * BLOCK_N
     o_n, o_c = tl.arange(0, BLOCK_N), i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     rows, C = N - start, C0 + C1
-    grad_ptr = _row(grad_ptr, start, K)
+    grad_ptr = row(grad_ptr, start, K)
     b_out = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for i_k in range(tiles_k):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        b_grad = _load(grad_ptr, o_n, o_k, rows, K, K)
-        b_weight = cast(_load(weight_ptr + first, o_k, o_c, K, width, C), b_grad.dtype)
+        b_grad = load_tile(grad_ptr, o_n, o_k, rows, K, K)
+        b_weight = cast(load_tile(weight_ptr + first, o_k, o_c, K, width, C), b_grad.dtype)
         b_out = dot_of_many(b_grad, b_weight, b_out, PRECISION)
-    b_out += _load(_row(added_ptr, start, C) + first, o_n, o_c, rows, width, C).to(tl.float32)
-    _store(_row(out_ptr, start, width), b_out, o_n, o_c, rows, width, width)
-    tl.store(_row(x_sums_ptr, i_n, C0) + o_c, tl.sum(b_out, axis=0), mask=o_c < summed)
+    b_out += load_tile(row(added_ptr, start, C) + first, o_n, o_c, rows, width, C).to(tl.float32)
+    store_tile(row(out_ptr, start, width), b_out, o_n, o_c, rows, width, width)
+    tl.store(row(x_sums_ptr, i_n, C0) + o_c, tl.sum(b_out, axis=0), mask=o_c < summed)
 
 
 @triton.jit(do_not_specialize=_ANY_SIZE)
@@ -163,22 +140,13 @@ def residual_conv_bwd_weight_kernel(
     b_dbias = tl.zeros((BLOCK_K,), tl.float32)
     for i_row in range(tiles):
         o_n = (i_chunk * tiles + i_row) * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_grad = _load(grad_ptr, o_n, o_k, N, K, K, FAR=True)
-        b_map = _load(map_ptr, o_n, o_c, N, width, stride, FAR=True)
+        b_grad = load_tile(grad_ptr, o_n, o_k, N, K, K, FAR=True)
+        b_map = load_tile(map_ptr, o_n, o_c, N, width, stride, FAR=True)
         b_dweight = dot_of_many(tl.trans(b_grad), b_map, b_dweight, PRECISION)
         b_dbias += tl.sum(b_grad.to(tl.float32), axis=0)
-    _store(sums_ptr + first, b_dweight, o_k, o_c, K, width, C)
+    store_tile(sums_ptr + first, b_dweight, o_k, o_c, K, width, C)
     if is_first:
         tl.store(sums_ptr + K * C + o_k, b_dbias, mask=o_k < K)
-
-
-@triton.jit
-def _sum_of_rows(pointer, o, rows, columns, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
-    """Some columns of a matrix, added up over its rows."""
-    b_sum = tl.zeros((BLOCK_R, BLOCK), tl.float32)
-    for start in range(0, rows, BLOCK_R):
-        b_sum += _load(pointer, start + tl.arange(0, BLOCK_R), o, rows, columns, columns, FAR=True)
-    return tl.sum(b_sum, axis=0)
 
 
 @triton.jit(do_not_specialize=_ANY_SIZE)
@@ -196,32 +164,13 @@ def residual_conv_bwd_parameters_kernel(
     i_x = tl.program_id(0) - tl.cdiv(size + K, BLOCK)
     if i_x < 0:
         o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        b_sum = _sum_of_rows(sums_ptr, o, chunks, size + K, BLOCK_R, BLOCK)
+        b_sum = sum_of_rows(sums_ptr, o, chunks, size + K, BLOCK_R, BLOCK)
         tl.store(dweight_ptr + o, cast(b_sum, dweight_ptr.dtype.element_ty), mask=o < size)
         tl.store(dbias_ptr + o - size, cast(b_sum, dbias_ptr.dtype.element_ty), mask=(o >= size) & (o < size + K))
     else:
         o_c = i_x * BLOCK_C + tl.arange(0, BLOCK_C)
-        b_dx_bias = _sum_of_rows(x_sums_ptr, o_c, tiles_n, C0, BLOCK_X, BLOCK_C)
+        b_dx_bias = sum_of_rows(x_sums_ptr, o_c, tiles_n, C0, BLOCK_X, BLOCK_C)
         tl.store(dx_bias_ptr + o_c, cast(b_dx_bias, dx_bias_ptr.dtype.element_ty), mask=o_c < C0)
-
-
-@cache
-def choose_tile(rows: int, columns: int, depth: int, exact: bool, *, names: str) -> dict[str, int]:
-    """Edges and options of a launch that makes tiles (rows, columns), summing over `depth`.
-
-    Args:
-        rows, columns, depth: the sizes that are cut up.
-        exact: products are float32 ones, without tensor cores and out of registers.
-        names: a letter of the BLOCK of each.
-    """
-
-    def block(size: int, largest: int) -> int:
-        return min(largest, max(16, triton_launch.next_power_of_2(size)))
-
-    edges = (block(rows, 64), block(columns, 64), 16 if exact else block(depth, 32))
-    num_warps = max(1, min(16, edges[0] * edges[1] // 512)) if exact else 4
-    blocks = {f"BLOCK_{letter}": edge for letter, edge in zip(names, edges, strict=True)}
-    return blocks | {"num_warps": num_warps, "num_stages": 2 if exact else 3}
 
 
 def forward_registers(is_float32: bool, precision: str) -> int | None:
@@ -245,7 +194,7 @@ def residual_conv(
         torch.empty((B, width, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for width in (K, C0 + C1)
     )
-    tile = choose_tile(H * W, K, C0 + C1, _exact(x, precision), names="NKC")
+    tile = choose_tile(H * W, K, C0 + C1, is_exact(x, precision), names="NKC")
     tiles_k = triton_launch.ceil_div(K, tile["BLOCK_K"])
     tiles_c = (triton_launch.ceil_div(width, tile["BLOCK_C"]) for width in (C0, C1))
     with torch.cuda.device_of(x):
@@ -269,7 +218,7 @@ def residual_conv_gradients(
     """Gradients of x and skip, to which `added` is added, of weight, bias and x_bias, each laid out as its argument."""
     (B, C0, H, W), C1, K = x.shape, skip.shape[1], weight.shape[0]
     C, N, precision = C0 + C1, B * H * W, triton_launch.convolution_precision()
-    exact = _exact(x, precision)
+    exact = is_exact(x, precision)
     grad, added = (t.contiguous(memory_format=torch.channels_last) for t in (grad, added))
     dx, dskip = torch.empty_like(x), torch.empty_like(skip)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
@@ -325,10 +274,6 @@ def parameters_blocks(interpreted: bool = False) -> dict[str, int]:
 def _row_stride(x: torch.Tensor) -> int:
     """Between the pixels of a channels-last map, or of some channels of one."""
     return x.shape[1] if x.is_contiguous(memory_format=torch.channels_last) else x.stride(3)
-
-
-def _exact(x: torch.Tensor, precision: str) -> bool:
-    return x.dtype == torch.float32 and precision == "ieee"
 
 
 def _matrix(weight: torch.Tensor) -> torch.Tensor:
