@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ddpm_fast.ops.arguments import check_tensors
+from ddpm_fast.ops.branches import MOST_BRANCHES, and_branches, number_of_branches, several, with_branches
 from ddpm_fast.ops.norm_linear import native, reference
 from ddpm_fast.ops.operator import Operator
 from ddpm_fast.runtime import triton_launch
@@ -33,7 +34,7 @@ def _norm_linear_fake(x: torch.Tensor, weight: torch.Tensor, **_: object) -> tup
 def _linear_residual_gradients(
     needs: Sequence[bool], grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of a convolution's input, weight and bias."""
+    """The gradients of a convolution's input, weight and bias, those that are needed."""
     geometry = ((1, 1), (0, 0), (1, 1), False, (0, 0), 1, needs)
     return torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), (weight.shape[0],), *geometry)
 
@@ -62,6 +63,18 @@ _linear_residual = Operator(
     backward="grad, x, weight",
     by_torch=("x, weight, bias", _linear_residual_gradients),
     passes="residual",
+    triton=f"{__package__}.triton",
+)
+# Of an output with branches.
+_gradients_of_readers = Operator(
+    "linear_residual_gradients",
+    "Tensor grad, Tensor? grad2, Tensor? grad3, Tensor weight",
+    returns="dx, total, dbias",  # total: the gradients' sum, empty without grad2
+    fake=lambda grad, grad2, weight, **_: (
+        _norm_linear_fake(grad.contiguous(memory_format=torch.channels_last), weight.transpose(0, 1))[0],
+        grad.new_empty(0) if grad2 is None else torch.empty_like(grad, memory_format=torch.channels_last),
+        grad.new_empty(grad.shape[1]),
+    ),
     triton=f"{__package__}.triton",
 )
 
@@ -139,7 +152,35 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
     expected = (x.shape[0], K, *x.shape[2:])
     if residual.shape != expected:
         raise ValueError(f"residual must have shape {expected}, got {tuple(residual.shape)}")
+    if number_of_branches() > 0 and x.dtype is weight.dtype is bias.dtype:
+        if x.is_contiguous(memory_format=torch.channels_last):
+            if _linear_residual_op.choose(x, weight, bias, residual).name == "triton":
+                return with_branches(*_ResidualWithBranches.apply(x, weight, bias, residual))
     return _linear_residual_op(x, weight, bias, residual)
+
+
+class _ResidualWithBranches(torch.autograd.Function):
+    """The convolution plus the residual, and branches of the output, whose gradients the kernel of dx adds."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        return and_branches(_linear_residual.triton(x, weight, bias, residual), MOST_BRANCHES)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        grad, grad2, grad3 = several(gradients)
+        if grad is None:
+            return None, None, None, None
+        x, weight = ctx.saved_tensors
+        dx, total, dbias = _gradients_of_readers.triton(grad, grad2, grad3, weight)
+        total = grad if grad2 is None else total
+        dweight = _linear_residual_gradients((False, True, False), total, x, weight)[1]
+        return dx, dweight, dbias, total
 
 
 def linear(

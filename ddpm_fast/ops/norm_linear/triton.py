@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from ddpm_fast.ops.common.triton import cast, dot, dot_of_many
+from ddpm_fast.ops.common.triton_rows import product_gradients
 from ddpm_fast.runtime import triton_launch
 
 _SMALLEST_NORM = tl.constexpr(1e-12)
@@ -306,6 +307,16 @@ def linear_residual(
     out = empty_outputs(x, weight.shape[0])[0]
     _launch_forward(x, None, weight, bias.contiguous(), _laid_out_for(x, residual), out, None)
     return out
+
+
+def linear_residual_gradients(
+    grad: torch.Tensor,  # (B, K, H, W)
+    grad2: torch.Tensor | None,
+    grad3: torch.Tensor | None,
+    weight: torch.Tensor,  # (K, C, 1, 1)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `product_gradients`."""
+    return product_gradients(grad, grad2, grad3, weight.reshape(weight.shape[:2]), 1)
 
 
 def _launch_forward(x, gain, weight, bias, residual, out, factors) -> None:

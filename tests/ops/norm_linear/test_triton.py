@@ -8,12 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ddpm_fast import Unet
+from ddpm_fast.ops.branches import branch, branching
+from ddpm_fast.ops.norm_linear import op
 from ddpm_fast.ops.norm_linear import triton as kernel
 from ddpm_fast.ops.norm_linear.op import linear_residual, norm_linear, norm_linear_beside
 from ddpm_fast.runtime import dispatch, triton_launch
 from ddpm_fast.runtime.dispatch import use_backend
 from ddpm_fast.testing.norm_linear_cases import LAYOUTS, SHAPES, assert_as_accurate_as_the_reference, make, run
-from ddpm_fast.testing.truth import assert_close_to_truth, exact_convolutions
+from ddpm_fast.testing.truth import assert_close_to_truth, exact_convolutions, poisoned_memory
 
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
 SMALL = (3, 24, 4, 5, 40)
@@ -330,6 +333,62 @@ def test_linear_residual_is_an_operator_and_compiles():
     with use_backend("triton"):
         compiled = torch.compile(linear_residual, backend="aot_eager", fullgraph=True)(*arguments)
         assert torch.equal(compiled, linear_residual(*arguments))
+
+
+@pytest.mark.arithmetic
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 70, 5, 7, 24), (3, 24, 9, 8, 100)], ids=str)
+@pytest.mark.parametrize("readers", [1, 2, 3])
+def test_gradients_of_a_residuals_readers(readers, shape, dtype):
+    """Each reader of the output has a branch, and the kernel of dx adds their gradients and sums the bias's."""
+    B, C, H, W, K = shape
+    tensors = {name: make(shape, "nhwc")[name] for name in ("x", "weight")}
+    tensors |= {
+        "bias": torch.randn(K),
+        "residual": torch.randn(B, K, H, W).contiguous(memory_format=torch.channels_last),
+    }
+    tensors = {name: tensor.to(dtype).to(DEVICE) for name, tensor in tensors.items()}
+    results = []
+    for backend, kind in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+        leaves = {name: tensor.to(kind).clone().requires_grad_() for name, tensor in tensors.items()}
+        with poisoned_memory(), branching(), use_backend(backend):
+            out = linear_residual(**leaves)
+            maps = [out, *(branch(out) for _ in range(readers - 1))]
+            assert all(map is out for map in maps[1:]) == (backend == "reference" or readers == 1)
+            grads = [torch.linspace(-1, i + 1, out.numel(), device=DEVICE).reshape(out.shape) for i in range(readers)]
+            torch.autograd.backward(maps, [grad.to(dtype).to(kind) for grad in grads])
+        results.append({"out": out.detach()} | {name: leaf.grad for name, leaf in leaves.items()})
+    actual, expected, truth = results
+    for name in truth:
+        floor = 16 if name in ("weight", "bias") else 4
+        assert_close_to_truth(actual[name], expected[name], truth[name], name=name, floor=floor)
+
+
+def test_a_network_adds_no_gradients_of_softmax_attention(monkeypatch):
+    """The last one of the encoder is read by a convolution and a skip connection, the middle one by a block, twice."""
+    torch.manual_seed(0)
+    model, readers = Unet(8, dim_mults=(1, 2)).to(DEVICE), []
+    operator = op._gradients_of_readers.triton
+
+    def watched(grad, grad2, grad3, weight):
+        readers.append(sum(g is not None for g in (grad, grad2, grad3)))
+        return operator(grad, grad2, grad3, weight)
+
+    monkeypatch.setattr(op._gradients_of_readers, "triton", watched)
+    x = torch.linspace(-1, 1, 2 * 3 * 4 * 8, device=DEVICE).reshape(2, 3, 4, 8)
+    x, times, results = x.contiguous(memory_format=torch.channels_last), torch.tensor([3, 500], device=DEVICE), []
+    for backend in (None, "reference"):
+        with use_backend(backend):
+            results.append(torch.autograd.grad(model(x, times).square().mean(), list(model.parameters())))
+    assert readers == [1, 2, 2]
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_operator_of_a_residuals_readers():
+    grad, weight = torch.randn(2, 12, 3, 4).to(DEVICE), torch.randn(12, 8, 1, 1).to(DEVICE)
+    for further in ((None, None), (grad, None), (grad, grad)):
+        torch.library.opcheck(torch.ops.ddpm_fast.linear_residual_gradients.default, (grad, *further, weight))
 
 
 def test_triton_is_preferred_where_it_runs():
