@@ -7,8 +7,8 @@
 Tests marked `gate` measure and pass each number to `check`: operators, bytes moved and bytes kept per image
 (test_traffic.py), registers of every kernel (test_aot.py, test_cuda_compile.py; spills are always zero), modules that
 the import loads and its time relative to torch's own (test_gate.py), bytes of a wheel (test_extension_build.py),
-launches of a step on CUDA, kernels of its cold start, the host's time of an op (test_cuda_model.py), what accelerated
-networks need of what they needed before (test_foreign.py).
+launches of a step on CUDA and their bytes, kernels of its cold start, the host's time of an op (test_cuda_model.py),
+what accelerated networks need of what they needed before (test_foreign.py).
 
 A bound is at most 5% above the measured number (times: 50%). A number above its bound fails. A number more than 10%
 below its bound fails, too, until `--write` has lowered the bound. A bound is raised by hand only.

@@ -44,7 +44,8 @@ def make_diffusion(image_size: int = IMAGE_SIZE, **unet) -> GaussianDiffusion:
 
 def make_training_step(diffusion: GaussianDiffusion, batch: int, dtype: str) -> tuple[Callable[[], None], TrainingStep]:
     """A function that does the work of one replay of a training step, and the step, after one warm-up call."""
-    optimizer = torch.optim.Adam(diffusion.parameters(), 1e-4, fused=True, capturable=True)
+    optimizer = torch.optim.Adam(diffusion.parameters(), fused=True, capturable=True)
+    optimizer.param_groups[0]["lr"] = torch.empty((), device=diffusion.device)  # as a recording holds it
     shape = (batch, diffusion.channels, *diffusion.image_size)
     options = {"ema": None, "max_grad_norm": 1.0, "autocast": AUTOCAST[dtype], "keep_copies": True}
     step = TrainingStep(diffusion, optimizer, shape, recorder=EagerRecorder, **options)

@@ -117,8 +117,9 @@ class StepBody:
         # Nobody sees `.grad` of this step: the optimizer's kernel takes gradients of copies in the copies' dtype.
         gradients: Gradients | None = None if any(map(has_gradient_hooks, self._parameters)) else {}
         loss = self._backward(kind, self_conditioned, gradients)
-        self._step_optimizer(gradients)
-        self._loss.copy_(loss)
+        norm = self._step_optimizer(gradients)
+        made = {self._loss: loss} if norm is None else {self._loss: loss, self.grad_norm: norm}
+        torch._foreach_copy_(list(made), list(made.values()))  # one launch
         self._drop_gradients()  # they are in the graphs' memory, which the next replay overwrites
 
     def _add_gradients(self, kind: tuple, self_conditioned: bool | None, is_first: bool) -> None:
@@ -146,7 +147,9 @@ class StepBody:
     def _update(self) -> None:
         for parameter, gradient in self._gradients.items():
             parameter.grad = gradient if parameter in self._received else None
-        self._step_optimizer()
+        norm = self._step_optimizer()
+        if norm is not None:
+            self.grad_norm.copy_(norm)
         self._drop_gradients()
 
     def _backward(self, kind: tuple, self_conditioned: bool | None, gradients: Gradients | None = None) -> torch.Tensor:
@@ -169,7 +172,8 @@ class StepBody:
             weight.grad = weight.grad + gradients.pop(weight)  # type: ignore[union-attr, operator]
         return loss.detach()
 
-    def _step_optimizer(self, gradients: Gradients | None = None) -> None:
+    def _step_optimizer(self, gradients: Gradients | None = None) -> torch.Tensor | None:
+        """Move the weights; the gradients' norm before clipping, or None where nothing is clipped."""
         self._by_kernel = frozenset()
         if self._optimizer_step.why_not(gradients) is None:
             copies = None if self._kept is None else self._kept.parts
@@ -177,16 +181,14 @@ class StepBody:
             norm, self._by_kernel = self._optimizer_step.apply(
                 self.max_grad_norm, self.scaler, self._average, copies, rates, gradients
             )
-            if self.max_grad_norm is not None:
-                self.grad_norm.copy_(norm)
-            return
+            return None if self.max_grad_norm is None else norm
         for weight, gradient in (gradients or {}).items():
             weight.grad = gradient.to(weight.dtype)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        norm = None
         if self.max_grad_norm is not None:
             norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
-            self.grad_norm.copy_(norm)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -194,6 +196,7 @@ class StepBody:
             self.scaler.update()
         if self._kept is not None:
             self._kept.refresh()
+        return norm
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:
