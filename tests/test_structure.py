@@ -206,7 +206,7 @@ def test_imports_form_layers(module):
         if module.startswith("ops/") and imported.startswith("ops/"):
             kind = kind_of(module)
             of_kind = (
-                ("common/norm", f"common/{kind}")
+                ("common/norm", "common/triton_rows", f"common/{kind}")
                 if kind in ("triton", "reference")
                 else ("arguments", "branches", "images", "operator")
             )

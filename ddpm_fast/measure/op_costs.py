@@ -201,14 +201,15 @@ def _stem_conv_backward_scratch(arguments: Arguments) -> int:
 
 def _residual_conv_gradients_scratch(arguments: Arguments) -> int:
     """Gradients of the weight and of the biases per chunk of pixels, written and read."""
+    from ddpm_fast.ops.common.triton_rows import choose_tile
     from ddpm_fast.ops.resnet_block import triton as kernel
 
     (B, C0, H, W), C1, K = arguments["x"].shape, arguments["skip"].shape[1], arguments["weight"].shape[0]
-    tile = kernel.choose_tile(K, min(C0, C1), B * H * W, exact=False, names="KCN")
+    tile = choose_tile(K, min(C0, C1), B * H * W, exact=False, names="KCN")
     _, chunks = kernel.chunks_of_pixels(B * H * W, K, C0, C1, tile)
     numbers = chunks * K * (C0 + C1 + 1)
     if arguments["x_bias"] is not None:
-        tile = kernel.choose_tile(H * W, min(C0, C1), K, exact=False, names="NCK")
+        tile = choose_tile(H * W, min(C0, C1), K, exact=False, names="NCK")
         numbers += C0 * math.ceil(B * H * W / tile["BLOCK_N"])
     return 4 * 2 * numbers
 

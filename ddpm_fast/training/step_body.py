@@ -178,10 +178,10 @@ class StepBody:
         if self._optimizer_step.why_not(gradients) is None:
             copies = None if self._kept is None else self._kept.parts
             rates = self._rates if self.recorder.records_calls else None
-            norm, self._by_kernel = self._optimizer_step.apply(
+            found, self._by_kernel = self._optimizer_step.apply(
                 self.max_grad_norm, self.scaler, self._average, copies, rates, gradients
             )
-            return None if self.max_grad_norm is None else norm
+            return None if self.max_grad_norm is None else found
         for weight, gradient in (gradients or {}).items():
             weight.grad = gradient.to(weight.dtype)
         if self.scaler is not None:
