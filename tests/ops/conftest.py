@@ -15,6 +15,8 @@ from fnmatch import fnmatch
 import faster_interpreter
 import pytest
 
+from ddpm_fast.runtime import extension
+
 KERNEL_TESTS = "test_triton*.py"
 
 
@@ -43,6 +45,18 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     if metafunc.definition.get_closest_marker("arithmetic") and os.environ.get("TRITON_INTERPRET") == "1":
         metafunc.parametrize("_arithmetic", [None, "sm_80"], ids=["exact", "sm_80"], indirect=True)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def instruction_set(request):
+    """Each that this processor has; the one before is restored."""
+    module = extension.load()
+    try:
+        before = module.use_instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    module.use_instruction_set(before)
 
 
 def is_wanted(item) -> bool:

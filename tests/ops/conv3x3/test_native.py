@@ -16,19 +16,6 @@ from ddpm_fast.testing.truth import assert_close_to_truth, errors
 
 pytestmark = pytest.mark.skipif(extension.load() is None, reason=f"no extension: {extension.reason()}")
 
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    module = extension.load()
-    try:
-        before = module.use_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    module.use_instruction_set(before)
-
 
 def make(B, C, skip, K, H, W, upsampled=False, bias=True, residual=True, seed=0) -> tuple[dict, dict]:
     generator = torch.Generator().manual_seed(seed)

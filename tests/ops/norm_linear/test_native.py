@@ -14,8 +14,6 @@ from ddpm_fast.ops.norm_linear.op import linear, linear_residual, linears, norm_
 from ddpm_fast.runtime import dispatch, extension
 from ddpm_fast.testing.truth import assert_close_to_truth, poisoned_memory
 
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
-
 # B, C, H, W, K
 SHAPES = [
     (1, 1, 1, 1, 1),
@@ -36,17 +34,6 @@ def native():
     if module is None:
         pytest.skip(extension.reason())
     return module
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request, native):
-    """Each that this processor has; the one before is restored."""
-    try:
-        before = native.use_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    native.use_instruction_set(before)
 
 
 def normal(generator, *size):

@@ -17,7 +17,6 @@ from ddpm_fast.testing.truth import assert_close_to_truth, poisoned_memory
 
 pytestmark = pytest.mark.skipif(extension.load() is None, reason=f"no extension: {extension.reason()}")
 
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 # B, C, K, H, W: one pixel, odd sides, channels that fill no vector or panel, several panels and blocks of pixels
 SHAPES = [(1, 1, 1, 3, 3), (3, 5, 7, 9, 4), (2, 33, 20, 7, 13), (1, 70, 68, 12, 11), (2, 48, 96, 32, 30)]
 
@@ -39,17 +38,6 @@ def run(function, tensors, padding: int) -> dict[str, torch.Tensor]:
     out = function(**leaves, padding=padding)
     grad = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(out.dtype)
     return {"out": out.detach()} | dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    module = extension.load()
-    try:
-        before = module.use_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    module.use_instruction_set(before)
 
 
 @pytest.mark.parametrize("padding", [0, 1])
