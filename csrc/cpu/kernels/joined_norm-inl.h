@@ -49,9 +49,9 @@ inline void over_joined_chunks(const JoinedNormArgs& p, const JoinedChunks& chun
   });
 }
 
-// Calls steps in their order for all samples: chunk(step, chunk, i) for every chunk, then sample(step, b) for every
-// sample, and so on. Where every thread gets as many samples, it takes whole ones through all steps: none waits for
-// another, or reads what another wrote. The results are the same.
+// Runs steps 0 to steps - 1 in their order: of_sample(step, b) for every sample, then of_chunk(step, chunk, i) for
+// every chunk. Where every thread gets as many samples, it takes whole ones through all steps: none waits for another,
+// or reads what another wrote. The results are the same.
 template <typename OfChunk, typename OfSample>
 inline void over_joined_samples(const JoinedNormArgs& p, const JoinedChunks& chunks, int steps, const OfChunk& of_chunk,
                                 const OfSample& of_sample) {
