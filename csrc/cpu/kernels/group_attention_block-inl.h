@@ -157,19 +157,24 @@ DDPM_FAST_INLINE void clear_between_rows(float* rows, int64_t count, int64_t wid
   for (int64_t i = 0; i < count; ++i) clear(rows + i * stride + width, stride - width);
 }
 
-// body(first sample, samples, apart) for groups of samples. Where every thread gets as many, each takes whole samples
-// (`apart`), few enough that what a step leaves is in its own cache for the next; the results are the same. Of long
-// samples all threads' qkv would be much memory.
-template <typename Body>
-inline void over_sample_groups(const GroupPlan& plan, const Body& body) {
+// body(prepared, first sample, samples, apart) for groups of samples, where prepare() makes what all groups read. Where
+// every thread gets as many samples, each takes whole ones (`apart`), few enough that what a step leaves is in its own
+// cache for the next. Of enough samples it prepares for itself, too: reading what other threads wrote takes longer.
+// The results are the same. Of long samples all threads' qkv would be much memory.
+template <typename Prepare, typename Body>
+inline void over_sample_groups(const GroupPlan& plan, const Prepare& prepare, const Body& body) {
   const int64_t B = plan.block.in.B;
   if (B % thread_count() != 0 || plan.N > kRowsAtOnce) {
-    for (int64_t b = 0; b < B; b += plan.samples) body(b, min(plan.samples, B - b), false);
+    const auto prepared = prepare();
+    for (int64_t b = 0; b < B; b += plan.samples) body(prepared, b, min(plan.samples, B - b), false);
     return;
   }
   const int64_t together = max<int64_t>(1, kRowsApart / plan.N);
+  const bool prepares = packs_apart(B * plan.N);
+  const auto shared = prepares ? decltype(prepare()){} : prepare();
   parallel(B, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; b += together) body(b, min(together, end - b), true);
+    const auto prepared = prepares ? prepare() : shared;
+    for (int64_t b = begin; b < end; b += together) body(prepared, b, min(together, end - b), true);
   });
 }
 
@@ -179,17 +184,20 @@ inline void unfolded_block_forward(const GroupAttentionForward& args) {
   const int64_t C = plan.C, HD = plan.HD, N = plan.N, qkv_row = plan.heads.qkv_row, out_row = plan.heads.out_row;
   const bool kept = args.qkv != nullptr;
   norm_statistics(args);
-  GroupScratch shared{};
-  place_in_scratch(shared, kSharedSlot, plan, false, kept);
-  fill_affine(plan, args.statistics, shared.affine);
-  parallel(panels(3 * HD), 1, [&](int64_t begin, int64_t end) {
-    pack_weight_columns(plan, block.weight_qkv, C, 3 * HD, begin, end, shared.qkv_weight);
-  });
-  parallel(panels(C), 1, [&](int64_t begin, int64_t end) {
-    pack_weight_columns(plan, block.weight, HD, C, begin, end, shared.out_weight);
-  });
+  const auto prepare = [&]() __attribute__((noinline)) {
+    GroupScratch made{};
+    place_in_scratch(made, kSharedSlot, plan, false, kept);
+    fill_affine(plan, args.statistics, made.affine);
+    parallel(panels(3 * HD), 1, [&](int64_t begin, int64_t end) {
+      pack_weight_columns(plan, block.weight_qkv, C, 3 * HD, begin, end, made.qkv_weight);
+    });
+    parallel(panels(C), 1, [&](int64_t begin, int64_t end) {
+      pack_weight_columns(plan, block.weight, HD, C, begin, end, made.out_weight);
+    });
+    return made;
+  };
   const vf scale = splat(block.output_scale);
-  over_sample_groups(plan, [&](int64_t first, int64_t samples, bool apart) {
+  over_sample_groups(plan, prepare, [&](const GroupScratch& shared, int64_t first, int64_t samples, bool apart) {
     const int64_t rows = samples * N, row = first * N;
     float* scratch = kept ? nullptr : apart ? thread_scratch(kGroupSlot, rows * (qkv_row + out_row)) : shared.qkv;
     float* qkv = kept ? args.qkv + row * qkv_row : scratch;

@@ -1,7 +1,9 @@
 // 1×1 convolutions of one or two maps side by side as matrix products, with the bias, a residual and a scale per row.
 //
-// Each call packs the weight; packing is faster than strided reads from about 16 rows on. Sums over rows are sums of
-// segments in order, and the segments depend on the sizes alone, so no result depends on the number of threads.
+// Each call packs the weight; packing is faster than strided reads from about 16 rows on. Of many rows each thread
+// packs all of it for itself: reading what another packed takes longer (conv3x3-inl.h has the times). Sums over rows
+// are sums of segments in order, and the segments depend on the sizes alone, so no result depends on the number of
+// threads.
 #pragma once
 
 #include "gemm-inl.h"
@@ -194,26 +196,49 @@ inline void over_blocks(int64_t blocks, int64_t panel_count, int64_t products, c
   });
 }
 
+// Whether each thread packs the factor of products of so many rows for itself.
+constexpr int64_t kRowsToPackApart = 64;  // of each thread
+DDPM_FAST_INLINE bool packs_apart(int64_t rows) { return rows >= kRowsToPackApart * thread_count(); }
+
+// over_blocks with a packed factor of `floats`: body(packed, block, panel, fresh, next). pack(first, last, to) packs
+// panels [first, last).
+template <typename Pack, typename Body>
+inline void over_packed_blocks(int64_t rows, int64_t blocks, int64_t panel_count, int64_t products, int64_t floats,
+                               int64_t pack_grain, const Pack& pack, const Body& body) {
+  const bool apart = packs_apart(rows);
+  float* shared = apart ? nullptr : thread_scratch(kPackedSlot, floats);
+  if (!apart) parallel(panel_count, pack_grain, [&](int64_t begin, int64_t end) { pack(begin, end, shared); });
+  parallel(blocks * panel_count, task_grain(products), [&](int64_t begin, int64_t end) {
+    float* packed = apart ? thread_scratch(kPackedSlot, floats) : shared;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = i % panel_count;
+      if (apart && i < begin + panel_count) pack(panel, panel + 1, packed);
+      body(packed, i / panel_count, panel, i == begin || panel == 0, i - panel + panel_count < end);
+    }
+  });
+}
+
 inline void linear_forward(const LinearForward& p) {
   const int64_t C = p.channels[0] + p.channels[1];
   if (p.rows * p.K == 0) return;
-  float* packed = thread_scratch(kPackedSlot, packed_size(C, p.K));
-  parallel(panels(p.K), task_grain(C * kPanel * 16),
-           [&](int64_t begin, int64_t end) { pack_columns(p.weight, C, p.gain, C, p.K, begin, end, packed); });
   const int64_t block = even_block_rows(p.rows, max<int64_t>(C, 1)), blocks = ceil_div(p.rows, block);
-  over_blocks(blocks, panels(p.K), min(block, p.rows) * C * kPanel,
-              [&](int64_t b, int64_t panel, bool fresh, bool next) {
-                const int64_t first = b * block, count = min(block, p.rows - first);
-                const int64_t after = next ? min(block, p.rows - first - count) : 0;
-                const BlockRows from = rows_of_block(p.input, p.channels, first, count, fresh);
-                over_row_groups(count, [&](int64_t row, int64_t rows, int64_t g, int64_t groups) {
-                  for (int part = 0; part < 2; ++part) {
-                    prefetch_rows(p.input[part], p.channels[part], first + count, after, panel * groups + g,
-                                  panels(p.K) * groups);
-                  }
-                  linear_tile_of(rows, p, from, row, first + row, panel * kPanel, packed + panel * C * kPanel);
-                });
-              });
+  const auto pack = [&](int64_t begin, int64_t end, float* packed) {
+    pack_columns(p.weight, C, p.gain, C, p.K, begin, end, packed);
+  };
+  over_packed_blocks(p.rows, blocks, panels(p.K), min(block, p.rows) * C * kPanel, packed_size(C, p.K),
+                     task_grain(C * kPanel * 16), pack,
+                     [&](const float* packed, int64_t b, int64_t panel, bool fresh, bool next) {
+                       const int64_t first = b * block, count = min(block, p.rows - first);
+                       const int64_t after = next ? min(block, p.rows - first - count) : 0;
+                       const BlockRows from = rows_of_block(p.input, p.channels, first, count, fresh);
+                       over_row_groups(count, [&](int64_t row, int64_t rows, int64_t g, int64_t groups) {
+                         for (int part = 0; part < 2; ++part) {
+                           prefetch_rows(p.input[part], p.channels[part], first + count, after, panel * groups + g,
+                                         panels(p.K) * groups);
+                         }
+                         linear_tile_of(rows, p, from, row, first + row, panel * kPanel, packed + panel * C * kPanel);
+                       });
+                     });
 }
 
 // to[n] = Σ over c of x[c]·w[n·C + c] + bias[n] for one row of x and n in [0, count). It packs nothing: for one row,
@@ -256,14 +281,13 @@ inline void linears_forward(const LinearsForward& p) {
   });
 }
 
-// Packs a weight (K, C) for products of `grad` (rows, K) with it: columns [first, first + k) as panels, on all threads.
-inline void pack_weight(const float* weight, int64_t K, int64_t C, int64_t first, int64_t k, float* packed) {
-  parallel(panels(k), task_grain(K * kPanel * 4), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      pack_straight(weight + first + p * kPanel, C, nullptr, nullptr, K, min<int64_t>(kPanel, k - p * kPanel),
-                    packed + p * K * kPanel);
-    }
-  });
+// Packs columns [first, first + k) of a weight (K, C) for products of `grad` (rows, K) with it: panels [begin, end).
+inline void pack_weight(const float* weight, int64_t K, int64_t C, int64_t first, int64_t k, int64_t begin, int64_t end,
+                        float* packed) {
+  for (int64_t p = begin; p < end; ++p) {
+    pack_straight(weight + first + p * kPanel, C, nullptr, nullptr, K, min<int64_t>(kPanel, k - p * kPanel),
+                  packed + p * K * kPanel);
+  }
 }
 
 inline void linear_data_gradient(const LinearDataGradient& p) {
@@ -272,23 +296,25 @@ inline void linear_data_gradient(const LinearDataGradient& p) {
   for (int part = 0; part < 2; ++part) {
     const int64_t k = p.channels[part];
     if (p.dinput[part] == nullptr || k == 0) continue;
-    float* packed = thread_scratch(kPackedSlot, packed_size(p.K, k));
-    pack_weight(p.weight, p.K, C, part ? p.channels[0] : 0, k, packed);
-    over_blocks(blocks, panels(k), min(block, p.rows) * p.K * kPanel,
-                [&](int64_t b, int64_t panel, bool fresh, bool next) {
-                  const int64_t first = b * block, count = min(block, p.rows - first), of_grad[2] = {p.K, 0};
-                  const int64_t after = next ? min(block, p.rows - first - count) : 0;
-                  const float* grad[2] = {p.grad, p.grad};
-                  const BlockRows from = rows_of_block(grad, of_grad, first, count, fresh);
-                  const int64_t columns = min<int64_t>(kPanel, k - panel * kPanel);
-                  over_row_groups(count, [&](int64_t row, int64_t rows, int64_t g, int64_t groups) {
-                    prefetch_rows(p.grad, p.K, first + count, after, panel * groups + g, panels(k) * groups);
-                    float* to = p.dinput[part] + (first + row) * k + panel * kPanel;
-                    for (int64_t r = 0; r < rows; ++r) prefetch_to_write(to + r * k, columns);
-                    product_panel(from.a[0] + row * from.stride[0], from.stride[0], 1, packed + panel * p.K * kPanel,
-                                  rows, p.K, to, k, columns, p.add, kSumLength);
-                  });
-                });
+    const auto pack = [&](int64_t begin, int64_t end, float* packed) {
+      pack_weight(p.weight, p.K, C, part ? p.channels[0] : 0, k, begin, end, packed);
+    };
+    over_packed_blocks(p.rows, blocks, panels(k), min(block, p.rows) * p.K * kPanel, packed_size(p.K, k),
+                       task_grain(p.K * kPanel * 4), pack,
+                       [&](const float* packed, int64_t b, int64_t panel, bool fresh, bool next) {
+                         const int64_t first = b * block, count = min(block, p.rows - first), of_grad[2] = {p.K, 0};
+                         const int64_t after = next ? min(block, p.rows - first - count) : 0;
+                         const float* grad[2] = {p.grad, p.grad};
+                         const BlockRows from = rows_of_block(grad, of_grad, first, count, fresh);
+                         const int64_t columns = min<int64_t>(kPanel, k - panel * kPanel);
+                         over_row_groups(count, [&](int64_t row, int64_t rows, int64_t g, int64_t groups) {
+                           prefetch_rows(p.grad, p.K, first + count, after, panel * groups + g, panels(k) * groups);
+                           float* to = p.dinput[part] + (first + row) * k + panel * kPanel;
+                           for (int64_t r = 0; r < rows; ++r) prefetch_to_write(to + r * k, columns);
+                           product_panel(from.a[0] + row * from.stride[0], from.stride[0], 1,
+                                         packed + panel * p.K * kPanel, rows, p.K, to, k, columns, p.add, kSumLength);
+                         });
+                       });
   }
 }
 

@@ -36,10 +36,17 @@ DDPM_FAST_INLINE int64_t norm_linear_block(int64_t rows, int64_t C) {
 // A block's gradient of the normed rows is a product in scratch memory, which the norm's gradient then reads.
 inline void norm_linear_data_gradient(const NormLinearBackward<float>& p) {
   const int64_t C = p.C, block = norm_linear_block(p.rows, C), blocks = ceil_div(p.rows, block);
-  float* packed = thread_scratch(kPackedSlot, packed_size(p.K, C));
-  pack_weight(p.weight, p.K, C, 0, C, packed);
+  const auto pack = [&] {
+    float* made = thread_scratch(kPackedSlot, packed_size(p.K, C));
+    parallel(panels(C), task_grain(p.K * kPanel * 4),
+             [&](int64_t begin, int64_t end) { pack_weight(p.weight, p.K, C, 0, C, begin, end, made); });
+    return made;
+  };
+  const bool apart = packs_apart(p.rows);
+  const float* shared = apart ? nullptr : pack();
   float* sums = thread_scratch(kLinearSumsSlot, blocks * C);  // of dgain, per block
   parallel(blocks, task_grain(block * p.K * C), [&](int64_t begin, int64_t end) {
+    const float* packed = apart ? pack() : shared;
     float* dh = thread_scratch(kFactorsSlot, block * C);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * block, rows = min(block, p.rows - first);
