@@ -16,6 +16,7 @@
 // No thread reads V or U of another. A transform takes 5 to 7 cycles for each line of cache that it writes, and a line
 // that another core wrote, or writing one that another core read, 4 to 15 where both share a third-level cache and up
 // to 100 where they do not (measured on two virtual cores of a Zen 4, which the host places either way).
+// By panels, the norm and SiLU in front of a convolution can be applied as V reads the map: normed_block.
 // conv3x3_forward-inl.h chooses, or takes conv3x3_direct-inl.h for the smallest maps.
 #pragma once
 
@@ -24,6 +25,7 @@
 #include "conv3x3_prefetch-inl.h"
 #include "conv3x3_taps-inl.h"
 #include "gemm-inl.h"
+#include "joined_norm-inl.h"
 #include "parallel-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
@@ -109,6 +111,31 @@ struct Convolutions {
   const Conv3x3Forward& at(int64_t output, int64_t input) const { return of[output + input]; }
 };
 
+// The rows of the norm's samples, joined_norm-inl.h, to which tiles [begin, end) belong.
+inline const float* normed_rows(const JoinedNormForward& norm, const Tiles& tiles, int64_t begin, int64_t end,
+                                int64_t C) {
+  const int64_t first = Tile(tiles, begin).b, last = Tile(tiles, end - 1).b + 1;
+  float* rows = thread_scratch(kJoinedRowsSlot, (last - first) * kJoinedRows * C);
+  for (int64_t b = first; b < last; ++b) {
+    fill_joined_rows(norm.in, norm.statistics, C, b, rows + (b - first) * kJoinedRows * C);
+  }
+  return rows;
+}
+
+// Channels [c, c + count) of a norm's output, for the samples of tiles [begin, end), as a map of `row` channels in
+// memory of the thread. Returns where sample 0 would be.
+DDPM_FAST_NOINLINE const float* normed_block(const JoinedNormForward& norm, const Tiles& tiles, int64_t begin,
+                                             int64_t end, int64_t c, int64_t count, const float* rows, int64_t row) {
+  const JoinedNormArgs& in = norm.in;
+  const int64_t first = Tile(tiles, begin).b, last = Tile(tiles, end - 1).b + 1, sample = in.N * row;
+  float* to = thread_scratch(kScratchNormed, (last - first) * sample);
+  for (int64_t b = first; b < last; ++b) {
+    joined_normalise_channels(in, b, c, c + count, rows + (b - first) * kJoinedRows * (in.channels[0] + in.channels[1]),
+                              to + (b - first) * sample, row);
+  }
+  return to - first * sample;
+}
+
 // V is stored block by block of channels: one product reads contiguous memory.
 inline void forward_by_panels(const Convolutions& all, const Tiles& tiles, int64_t C, int64_t K, int64_t first_tile,
                               int64_t last_tile) {
@@ -116,54 +143,59 @@ inline void forward_by_panels(const Convolutions& all, const Tiles& tiles, int64
                 row = round_up(min(C, kChannelBlock), 16), piece = channels_of_piece(*all.of, min(C, kChannelBlock));
   const int64_t v_plane = plane_stride(T * row), v_block = kPoints * v_plane, m_plane = plane_stride(T * kPanel);
   const int64_t tasks = panels(K) * all.outputs, terms = blocks * all.inputs;
-  parallel(tasks, pieces_of(C * all.inputs * (T * kCyclesOfProducts + kCyclesOfTaps)),
-           [&](int64_t first, int64_t last) {
-             const int64_t u_plane = plane_stride(kChannelBlock * kPanel);
-             float* v = thread_scratch(kScratchV, terms * v_block);
-             for (int64_t term = 0; term < terms; ++term) {
-               const int64_t c = term % blocks * kChannelBlock;
-               const Conv3x3Forward& p = all.at(0, term / blocks);
-               const Points points = all.outputs > 1 ? Points({}, {}) : Points(p.weight.rows, p.weight.columns);
-               transform_inputs(InputMaps(p), points, tiles, first_tile, last_tile, c, min(kChannelBlock, C - c),
-                                v + term * v_block, row, v_plane);
-             }
-             float* u = thread_scratch(kScratchU, kPoints * u_plane);
-             float* m = thread_scratch(kScratchM, kPoints * m_plane);
-             for (int64_t task = first; task < last; ++task) {
-               const int64_t column = task / all.outputs * kPanel, columns = min<int64_t>(kPanel, K - column);
-               const Conv3x3Forward& output = all.at(task % all.outputs, 0);
-               bool begun[kPoints] = {};
-               for (int64_t term = 0; term < terms; ++term) {
-                 const int64_t c = term % blocks * kChannelBlock, count = min<int64_t>(kChannelBlock, C - c);
-                 const Conv3x3Weight& weight = all.at(task % all.outputs, term / blocks).weight;
-                 const Points points(weight.rows, weight.columns);
-                 transform_weight(weight, column, columns, c, c + count, u, u_plane);
-                 const int64_t c_next = (term + 1) % blocks * kChannelBlock;
-                 const int64_t column_next = (term + 1 < terms ? task : task + 1) / all.outputs * kPanel;
-                 for (int64_t i = 0; i < kPoints; ++i) {
-                   if (task + 1 < last || term + 1 < terms) {
-                     prefetch_weights(weight, column_next, min<int64_t>(kPanel, K - column_next), c_next,
-                                      min<int64_t>(kChannelBlock, C - c_next), i);
-                   }
-                   if (term + 1 == terms) {
-                     share(T * 4, i, kPoints, [&](int64_t n) {
-                       prefetch_output_columns(output, tiles, first_tile + n / 4, n % 4, column, columns);
-                     });
-                   }
-                   if (!points.has(i)) continue;
-                   const TileRange some = tiles.using_point(i).within(first_tile, last_tile);
-                   product_panel(v + term * v_block + i * v_plane + some.begin * row, row, 1, u + i * u_plane,
-                                 some.count(), count, m + i * m_plane + some.begin * kPanel, kPanel,
-                                 panel_width(columns), begun[i], piece);
-                   begun[i] = true;
-                 }
-               }
-               for (int64_t i = 0; i < kPoints; ++i) {
-                 if (!begun[i]) clear(m + i * m_plane, T * kPanel);
-               }
-               finish_columns(output, tiles, first_tile, last_tile, column, columns, m, kPanel, m_plane);
-             }
-           });
+  parallel(
+      tasks, pieces_of(C * all.inputs * (T * kCyclesOfProducts + kCyclesOfTaps)), [&](int64_t first, int64_t last) {
+        const int64_t u_plane = plane_stride(kChannelBlock * kPanel);
+        float* v = thread_scratch(kScratchV, terms * v_block);
+        const JoinedNormForward* norm = all.of->input_norm;
+        const float* rows = norm == nullptr ? nullptr : normed_rows(*norm, tiles, first_tile, last_tile, C);
+        for (int64_t term = 0; term < terms; ++term) {
+          const int64_t c = term % blocks * kChannelBlock, count = min(kChannelBlock, C - c);
+          const Conv3x3Forward& p = all.at(0, term / blocks);
+          const float* normed =
+              norm == nullptr ? nullptr : normed_block(*norm, tiles, first_tile, last_tile, c, count, rows, row);
+          const int64_t channels[2] = {row, 0};
+          const Points points = all.outputs > 1 ? Points({}, {}) : Points(p.weight.rows, p.weight.columns);
+          transform_inputs(normed == nullptr ? InputMaps(p) : InputMaps(&normed, channels), points, tiles, first_tile,
+                           last_tile, normed == nullptr ? c : 0, count, v + term * v_block, row, v_plane);
+        }
+        float* u = thread_scratch(kScratchU, kPoints * u_plane);
+        float* m = thread_scratch(kScratchM, kPoints * m_plane);
+        for (int64_t task = first; task < last; ++task) {
+          const int64_t column = task / all.outputs * kPanel, columns = min<int64_t>(kPanel, K - column);
+          const Conv3x3Forward& output = all.at(task % all.outputs, 0);
+          bool begun[kPoints] = {};
+          for (int64_t term = 0; term < terms; ++term) {
+            const int64_t c = term % blocks * kChannelBlock, count = min<int64_t>(kChannelBlock, C - c);
+            const Conv3x3Weight& weight = all.at(task % all.outputs, term / blocks).weight;
+            const Points points(weight.rows, weight.columns);
+            transform_weight(weight, column, columns, c, c + count, u, u_plane);
+            const int64_t c_next = (term + 1) % blocks * kChannelBlock;
+            const int64_t column_next = (term + 1 < terms ? task : task + 1) / all.outputs * kPanel;
+            for (int64_t i = 0; i < kPoints; ++i) {
+              if (task + 1 < last || term + 1 < terms) {
+                prefetch_weights(weight, column_next, min<int64_t>(kPanel, K - column_next), c_next,
+                                 min<int64_t>(kChannelBlock, C - c_next), i);
+              }
+              if (term + 1 == terms) {
+                share(T * 4, i, kPoints, [&](int64_t n) {
+                  prefetch_output_columns(output, tiles, first_tile + n / 4, n % 4, column, columns);
+                });
+              }
+              if (!points.has(i)) continue;
+              const TileRange some = tiles.using_point(i).within(first_tile, last_tile);
+              product_panel(v + term * v_block + i * v_plane + some.begin * row, row, 1, u + i * u_plane, some.count(),
+                            count, m + i * m_plane + some.begin * kPanel, kPanel, panel_width(columns), begun[i],
+                            piece);
+              begun[i] = true;
+            }
+          }
+          for (int64_t i = 0; i < kPoints; ++i) {
+            if (!begun[i]) clear(m + i * m_plane, T * kPanel);
+          }
+          finish_columns(output, tiles, first_tile, last_tile, column, columns, m, kPanel, m_plane);
+        }
+      });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "joined_norm.h"
+
 namespace ddpm_fast {
 
 // Where each of an axis' three taps acts: on the pixel before (0), on the pixel itself (1) or on the one after (2).
@@ -51,6 +53,9 @@ struct Conv3x3Forward {
   float* output[2];            // (B, H, W, output_channels[i])
   int64_t output_channels[2];  // K in all
   const PixelNorm* norm;       // of the output, or null; for an output of one part that is not pooled
+  // Or null. The input, of one part, is this norm's `out`, to be made from its inputs: as the convolution reads it, or
+  // in that memory beforehand.
+  const JoinedNormForward* input_norm = nullptr;
 };
 
 // dweight (K, C, 3, 3) = Σ over pixels; maps as in the forward.

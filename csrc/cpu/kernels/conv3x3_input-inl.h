@@ -11,6 +11,7 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 enum ConvScratch { kScratchV, kScratchM, kScratchU, kScratchShared, kScratchZeros, kScratchGradients, kScratchSums };
+constexpr int kScratchNormed = kScratchShared;  // gradients share, the forward norms
 // Floats between planes, with 16 floats of padding: addresses a multiple of 4 KB apart share a set of the cache.
 DDPM_FAST_INLINE constexpr int64_t plane_stride(int64_t floats) { return round_up(floats, 16) + 16; }
 // The same for rows of V.

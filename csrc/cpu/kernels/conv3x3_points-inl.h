@@ -33,6 +33,9 @@ struct InputMaps {
   bool upsampled;
   int64_t step;
 
+  // One map of a whole convolution.
+  DDPM_FAST_INLINE InputMaps(const float* const* map, const int64_t* of_map)
+      : part(map), channels(of_map), upsampled(false), step(1) {}
   DDPM_FAST_INLINE explicit InputMaps(const Conv3x3Forward& p)
       : part(p.input), channels(p.channels), upsampled(p.upsampled), step(p.input_step) {}
   DDPM_FAST_INLINE explicit InputMaps(const Conv3x3WeightGradient& p)

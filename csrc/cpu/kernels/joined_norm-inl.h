@@ -73,11 +73,20 @@ inline void over_joined_samples(const JoinedNormArgs& p, const JoinedChunks& chu
   }
 }
 
-// body(part, the part's channel, channel of all, lanes) for every vector of both parts.
+// body(part, the part's channel, channel of all, lanes) for every vector of both parts, or of channels [from, to) of
+// all.
 template <typename Body>
 DDPM_FAST_INLINE void over_parts(const int64_t* channels, const Body& body) {
   over_channels(channels[0], [&](int64_t c, auto lanes) { body(0, c, c, lanes); });
   over_channels(channels[1], [&](int64_t c, auto lanes) { body(1, c, channels[0] + c, lanes); });
+}
+template <typename Body>
+DDPM_FAST_INLINE void over_parts(const int64_t* channels, int64_t from, int64_t to, const Body& body) {
+  int64_t before = 0;
+  for (int part = 0; part < 2; before += channels[part++]) {
+    const int64_t first = max<int64_t>(0, from - before), last = min(to - before, channels[part]);
+    over_channels(last - first, [&](int64_t c, auto lanes) { body(part, first + c, before + first + c, lanes); });
+  }
 }
 
 // What is added to the sums over a chunk's rows at once; 16 rows are a partial sum of their own.
@@ -168,6 +177,13 @@ inline void fill_joined_rows(const JoinedNormArgs& p, const float* statistics, i
   });
 }
 
+// y of a vector of channels from k on; `at`: its inputs.
+template <typename Lanes>
+DDPM_FAST_INLINE vf joined_affine(const float* at, const float* rows, int64_t C, int64_t k, Lanes lanes) {
+  const vf d = lanes.get(at) - lanes.get(rows + k);
+  return d * lanes.get(rows + kRowA * C + k) + lanes.get(rows + kRowB * C + k);
+}
+
 // One chunk of the output.
 inline void joined_normalise(const JoinedNormForward& p, const JoinedChunk& chunk, int64_t C, const float* rows) {
   const float *keep = chunk.keep(p.in, C), *no_residual = nullptr;
@@ -178,10 +194,37 @@ inline void joined_normalise(const JoinedNormForward& p, const JoinedChunk& chun
       const float* at = p.in.x[part] + pixel * p.in.channels[part] + c;
       prefetch(at + ahead * p.in.channels[part], 1);
       prefetch_to_write(p.out + (pixel + ahead) * C + k, 1);
-      const vf d = lanes.get(at) - lanes.get(rows + k);
-      const vf y = d * lanes.get(rows + kRowA * C + k) + lanes.get(rows + kRowB * C + k);
+      const vf y = joined_affine(at, rows, C, k, lanes);
       lanes.put(p.out + pixel * C + k, after_norm(y, true, keep ? keep + r * C : nullptr, no_residual, k, lanes));
     });
+  }
+}
+
+// Channels [from, to) of one sample's output, without dropout, to rows of `stride` floats.
+inline void joined_normalise_channels(const JoinedNormArgs& p, int64_t sample, int64_t from, int64_t to,
+                                      const float* rows, float* out, int64_t stride) {
+  const int64_t C = p.channels[0] + p.channels[1], ahead = rows_ahead(to - from);
+  const float* none = nullptr;
+  for (int64_t n = 0; n < p.N; ++n, out += stride) {
+    over_parts(p.channels, from, to, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
+      const float* at = p.x[part] + (sample * p.N + n) * p.channels[part] + c;
+      prefetch(at + ahead * p.channels[part], 1);
+      lanes.put(out + k - from, after_norm(joined_affine(at, rows, C, k, lanes), true, none, none, k, lanes));
+    });
+  }
+}
+
+// The statistics of samples [first, last), on the calling thread.
+inline void joined_statistics(const JoinedNormForward& p, int64_t first, int64_t last) {
+  const JoinedChunks chunks(p.in);
+  const int64_t C = chunks.C, G = p.in.groups;
+  float* moments = thread_scratch(kNormSumsSlot, chunks.per_sample * G * 2);
+  for (int64_t b = first; b < last; ++b) {
+    for (int64_t i = 0; i < chunks.per_sample; ++i) {
+      const JoinedChunk chunk(p.in, chunks, b * chunks.per_sample + i);
+      joined_moments(p.in, chunk, C, thread_scratch(kNormPieceSlot, 4 * C), moments + i * G * 2);
+    }
+    merge_moments(moments, G, C / G, chunks.rows, p.in.N, p.eps, p.statistics + b * G * 2);
   }
 }
 

@@ -88,6 +88,13 @@ struct PreactivationBlock {
             .dropout = dropout};
   }
 
+  // Memory for the convolutions' inputs, one after another, each in its middle: half of the samples lie in each half,
+  // so that with two threads a line of cache stays with the thread that wrote it.
+  Tensor inputs() const { return empty_tensor({pixels() * std::max(C, K)}); }
+  float* input(const Tensor& memory, int64_t of_channels) const {
+    return memory.data_ptr<float>() + pixels() * (std::max(C, K) - of_channels) / 2 / 16 * 16;
+  }
+
   // A convolution of one map to one map.
   Conv3x3Forward convolution(const float* from, int64_t inputs, Conv3x3Weight weight, float* to,
                              int64_t outputs) const {
@@ -123,6 +130,12 @@ struct PreactivationBlock {
   }
 };
 
+// A forward's norm, whose statistics it makes.
+JoinedNormForward norm_of(const JoinedNormArgs& in, double eps, const Tensor& statistics, float* out) {
+  return {
+      .in = in, .eps = static_cast<float>(eps), .statistics = statistics.data_ptr<float>(), .known = false, .out = out};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> preactivation_block(
@@ -140,22 +153,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preactivation_block(
   if (added.defined() && b1.defined()) added = added.reshape({B, K}).add(b1);
   const Tensor out = empty_float_map({B, K, block.H, block.W}), y1 = empty_float_map({B, K, block.H, block.W});
   const Tensor statistics1 = unpooled_tensor({B, groups1, 2}), statistics2 = unpooled_tensor({B, groups2, 2});
-  const Tensor h = empty_tensor({block.pixels() * std::max(C, K)});
-  float* const h_data = h.data_ptr<float>();
+  const Tensor inputs = block.inputs();
+  float *const h1 = block.input(inputs, C), *const h2 = block.input(inputs, K);
 
-  kernels().joined_norm.forward({.in = block.norm1(),
-                                 .eps = static_cast<float>(eps1),
-                                 .statistics = statistics1.data_ptr<float>(),
-                                 .out = h_data});
-  Conv3x3Forward first = block.convolution(h_data, C, forward_weight(block.weight1), y1.data_ptr<float>(), K);
+  const JoinedNormForward norm1 = norm_of(block.norm1(), eps1, statistics1, h1);
+  Conv3x3Forward first = block.convolution(h1, C, forward_weight(block.weight1), y1.data_ptr<float>(), K);
   first.bias = data_or_null(added.defined() ? added : b1);
   first.bias_stride = added.defined() ? K : 0;
+  first.input_norm = &norm1;
   kernels().conv3x3.forward(first);
 
-  kernels().joined_norm.forward({.in = block.norm2(y1),
-                                 .eps = static_cast<float>(eps2),
-                                 .statistics = statistics2.data_ptr<float>(),
-                                 .out = h_data});
+  const JoinedNormForward norm2 = norm_of(block.norm2(y1), eps2, statistics2, h2);
   if (block.res_weight.defined()) {
     kernels().linear.forward({.input = {data_or_null(block.x_map), data_or_null(block.skip_map)},
                               .channels = {block.channels[0], block.channels[1]},
@@ -166,7 +174,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preactivation_block(
                               .out = out.data_ptr<float>(),
                               .narrow = multiplies_narrowly(x)});
   }
-  Conv3x3Forward second = block.convolution(h_data, K, forward_weight(block.weight2), out.data_ptr<float>(), K);
+  Conv3x3Forward second = block.convolution(h2, K, forward_weight(block.weight2), out.data_ptr<float>(), K);
+  second.input_norm = &norm2;
   second.bias = data_or_null(b2);
   second.residual[0] = block.res_weight.defined() ? out.const_data_ptr<float>() : data_or_null(block.x_map);
   second.factor = static_cast<float>(output_scale);
@@ -210,14 +219,14 @@ std::vector<Tensor> preactivation_block_backward(
   const Tensor dbias2 = floats({K}), dembedding = floats({B, K});
   const Tensor dscale = block.scale.defined() ? floats({B, K}) : Tensor();
   const Tensor dshift = block.shift.defined() ? floats({B, K}) : Tensor();
-  const Tensor h = floats({pixels * std::max(C, K)}), dy = floats({pixels * K});
+  const Tensor inputs = block.inputs(), dy = floats({pixels * K});
   const float* const g_data = g.const_data_ptr<float>();
-  float *const h_data = h.data_ptr<float>(), *const dy_data = dy.data_ptr<float>();
+  float *const h1 = block.input(inputs, C), *const h2 = block.input(inputs, K), *const dy_data = dy.data_ptr<float>();
 
   // The second convolution and norm.
   kernels().joined_norm.forward(
-      {.in = block.norm2(y1), .statistics = statistics2.data_ptr<float>(), .known = true, .out = h_data});
-  kernels().conv3x3.weight_gradient(block.weight_gradient(h_data, K, g_data, dweight2, dbias2));
+      {.in = block.norm2(y1), .statistics = statistics2.data_ptr<float>(), .known = true, .out = h2});
+  kernels().conv3x3.weight_gradient(block.weight_gradient(h2, K, g_data, dweight2, dbias2));
   kernels().conv3x3.forward(block.convolution(g_data, K, data_gradient_weight(block.weight2), dy_data, K));
   kernels().joined_norm.backward({.in = block.norm2(y1),
                                   .statistics = statistics2.const_data_ptr<float>(),
@@ -231,9 +240,9 @@ std::vector<Tensor> preactivation_block_backward(
 
   // The first.
   kernels().joined_norm.forward(
-      {.in = block.norm1(), .statistics = statistics1.data_ptr<float>(), .known = true, .out = h_data});
-  kernels().conv3x3.weight_gradient(block.weight_gradient(h_data, C, dy_data, dweight1, Tensor()));
-  kernels().conv3x3.forward(block.convolution(dy_data, K, data_gradient_weight(block.weight1), h_data, C));
+      {.in = block.norm1(), .statistics = statistics1.data_ptr<float>(), .known = true, .out = h1});
+  kernels().conv3x3.weight_gradient(block.weight_gradient(h1, C, dy_data, dweight1, Tensor()));
+  kernels().conv3x3.forward(block.convolution(dy_data, K, data_gradient_weight(block.weight1), h1, C));
 
   // The residual, whose gradient the first norm's joins.
   float *const dx_data = mutable_data_or_null(dx), *const dskip_data = mutable_data_or_null(dskip);
@@ -257,7 +266,7 @@ std::vector<Tensor> preactivation_block_backward(
   }
   kernels().joined_norm.backward({.in = block.norm1(),
                                   .statistics = statistics1.const_data_ptr<float>(),
-                                  .grad = h_data,
+                                  .grad = h1,
                                   .dx = {dx_data, dskip_data},
                                   .added = {block.res_weight.defined() ? dx_data : g_data, dskip_data},
                                   .dgain = dgain1.data_ptr<float>(),

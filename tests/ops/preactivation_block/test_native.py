@@ -23,6 +23,10 @@ SHAPES = [
     (1, 33, 17, 50, 5, 9, 5, 10),
     (2, 6, 4, 8, 1, 1, 1, 1),
     (1, 8, 0, 8, 49, 43, 1, 8),
+    # norms that are made as the convolution reads them: of threads' own tiles, and of tiles that they share
+    (8, 40, 24, 64, 16, 16, 4, 8),
+    (2, 48, 40, 64, 8, 8, 4, 8),
+    (4, 70, 0, 64, 10, 9, 7, 8),
 ]
 
 
@@ -80,16 +84,27 @@ def test_random_shapes(B, C, skip, K, H, W, groups, scaled):
     )
 
 
-def test_threads_do_not_matter():
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 8, 0, 8, 49, 43),
+        (3, 130, 24, 70, 8, 8),
+        (8, 40, 24, 64, 16, 16),  # with one or two threads norms are made as the convolution reads them
+        (4, 96, 32, 64, 8, 8),
+        (4, 70, 0, 64, 10, 9),
+    ],
+    ids=str,
+)
+def test_threads_do_not_matter(shape, dropout_p):
     before = torch.get_num_threads()
-    for shape in ((1, 8, 0, 8, 49, 43), (3, 130, 24, 70, 8, 8)):
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run(preactivation_block, *make(*shape, dropout_p=0.25)))
-        torch.set_num_threads(before)
-        for other in results[1:]:
-            assert all(torch.equal(results[0][name], other[name]) for name in other)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run(preactivation_block, *make(*shape, dropout_p=dropout_p)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
 def test_without_gradients_it_is_the_same():
