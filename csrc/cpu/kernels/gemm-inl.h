@@ -177,8 +177,9 @@ constexpr int64_t kOnePiece = int64_t{1} << 40;
 // n]. Rows are taken in balanced groups: 15 rows are 8 and 7, not 14 and 1. Sums over k are made of pieces of `piece`
 // terms, or of kLongestPiece where that is shorter and sums of pieces stay in registers. Of a panel with one vector of
 // columns or less the second vector is not read.
-inline void product_panel(const float* a, int64_t row, int64_t step, const float* panel, int64_t M, int64_t K, float* c,
-                          int64_t stride, int64_t columns, bool add, int64_t piece = kOnePiece) {
+DDPM_FAST_NOINLINE void product_panel(const float* a, int64_t row, int64_t step, const float* panel, int64_t M,
+                                      int64_t K, float* c, int64_t stride, int64_t columns, bool add,
+                                      int64_t piece = kOnePiece) {
   if constexpr (kTwoSums) piece = min(piece, kLongestPiece);
   const bool in_pieces = kTwoSums && piece < K;
   const int64_t groups = ceil_div(M, in_pieces ? kRowsOfPieces : kRows);
