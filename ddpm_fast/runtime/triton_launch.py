@@ -121,6 +121,11 @@ def why_not_triton(device: torch.device) -> str | None:
     return None if kind == "cuda" else f"tensors are on {kind}, and Triton kernels need CUDA"
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether launches on a device go into a CUDA graph now, whose replays read the same memory."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 # Under torch.compile the answer is computed while tracing; see extension.why_not.
 why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -20,7 +20,8 @@ class OptimizerStep:
     """What `clip_grad_norm_`, `optimizer.step()` and the move of an average do, by kernels or natively.
 
     State stays in the optimizer, where torch keeps it, so that checkpoints are the same. Gradients are read and not
-    clipped in place. Keep the object as long as recordings of its calls, and call it once before one is recorded.
+    clipped in place. Keep the object as long as recordings of its calls, and call it once before one is recorded; the
+    recordings of several sets of parameters with gradients may be replayed in any order.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
@@ -29,6 +30,10 @@ class OptimizerStep:
         # Of the last step.
         self.last_reason: str | None = "no step was made"
         self._written: list[str] = []
+
+    def release(self) -> None:
+        """The recordings of all calls are gone."""
+        self._tables.release()
 
     def why_not(self, gradients: Gradients | None = None) -> str | None:
         """Why torch's own step has to run, in one clause; None where this one can. `gradients`: see `__call__`."""

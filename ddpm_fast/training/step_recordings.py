@@ -42,6 +42,7 @@ class StepRecordings(StepBody):
     def clear(self) -> None:
         """Drop what is recorded; the next call records again."""
         self._recordings: dict[tuple, recording.Body] = {}
+        self._optimizer_step.release()
         # Bodies that have run once before a recorder records a call of them.
         self._ran: set[tuple] = set()
         # Parameters whose averages the optimizer's kernel moves, by name of a recording.

@@ -30,9 +30,10 @@ __all__ = ["AdamSettings", "Tables", "adam_step", "why_not_fused"]
 class Tables:
     """What is known of the tensors of a step, and where the kernels find them: addresses on the device.
 
-    All is made again when a tensor is another one or moves. A recording reads the addresses at every replay: keep the
-    object as long as the recording, and give it to every call with these parameters. A first call, or one with other
-    tensors, waits for the device, and must not be recorded.
+    All is made again when a tensor is another one or moves, and when other parameters have gradients. A graph reads the
+    addresses of its capture at every replay, and those stay until `release`: keep the object as long as the graph, and
+    give it to every call with these parameters. A first call, or one with other tensors, waits for the device, and must
+    not be recorded.
     """
 
     def __init__(self) -> None:
@@ -43,6 +44,8 @@ class Tables:
         self._like: tuple[list, ...] = ()
         # Of the kernels' own; True once native code has taken the tensors.
         self.held: Any = None
+        # Of `held`, those that a capture has read.
+        self._captured: list[Any] = []
 
     def hold(self, lists: Sequence[Sequence[torch.Tensor | None] | None], settings: Sequence[AdamSettings]) -> bool:
         """True if these tensors and settings, besides the learning rates, were remembered and nothing has moved."""
@@ -60,6 +63,15 @@ class Tables:
         self._facts = self._facts_now()
         self._like = tuple(list(map(of, self._params)) for of in _FACTS_OF_GRADS)
         self.held = None
+
+    def keep(self) -> None:
+        """Keep what the kernels hold now until `release`: a capture reads it."""
+        if not any(kept is self.held for kept in self._captured):
+            self._captured.append(self.held)
+
+    def release(self) -> None:
+        """No graph reads earlier tables any more."""
+        self._captured.clear()
 
     def fit(self, grads: Sequence[torch.Tensor]) -> bool:
         """True if these are gradients of the remembered parameters, in shape, dtype and device."""

@@ -374,6 +374,8 @@ def adam_step(
                         f"a tensor of strides {tensor.stride()} is of a parameter of strides {param.stride()}"
                     )
         layout = tables.held = make_layout((params, exp_avgs, exp_avg_sqs, steps, averages, copies), settings)
+    if triton_launch.is_captured(params[0].device):
+        tables.keep()
     strides = list(map(torch.Tensor.stride, grads))
     if strides != layout.strides:
         grads = [_laid_out(grad, param) for grad, param in zip(grads, params, strict=True)]

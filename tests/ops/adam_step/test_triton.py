@@ -5,6 +5,9 @@ Runs on the CPU in Triton's interpreter, else on CUDA; see conftest.py.
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from ema_pytorch import EMA
@@ -310,3 +313,85 @@ def test_a_trainer_goes_on_from_its_file(tmp_path):
     for number, state in files[0]["opt"]["state"].items():
         for name, value in state.items():
             assert all(torch.equal(value, file["opt"]["state"][number][name]) for file in files[1:]), name
+
+
+def contents(layout):
+    return [tensor.clone() for tensor in (layout.addresses, layout.chunks, layout.numbers)]
+
+
+def test_a_graph_keeps_the_tables_of_its_capture(monkeypatch):
+    """Between its replays other parameters have gradients, as of a network with and without a condition."""
+    model, tables = Model(DEVICE), Tables()
+
+    def step(count, is_captured=False):
+        monkeypatch.setattr(triton_launch, "is_captured", lambda device: is_captured)
+        adam_step(*[list(tensors[:count]) for tensors in model.lists], [AdamSettings(count, 1e-2)], tables=tables)
+        return weakref.ref(tables.held)
+
+    whole = step(6)
+    assert step(6, is_captured=True)() is whole()
+    before = contents(whole())
+    part = step(3)
+    step(6)
+    gc.collect()
+    assert part() is None, "nothing reads tables that no capture has read"
+    assert whole() is not None and all(map(torch.equal, contents(whole()), before))
+    monkeypatch.setattr(triton_launch, "is_captured", lambda device: False)
+    tables.release()
+    gc.collect()
+    assert whole() is None and tables.held is not None
+
+
+class Estimating(Tiny):
+    """Trains some of its weights only in steps with an estimate."""
+
+    self_condition = True
+
+    def __init__(self):
+        super().__init__()
+        self.of_estimate = torch.nn.Conv2d(3, 5, 1)
+
+    def forward(self, x, t, x_self_cond=None):
+        hidden = self.first(x) + (0 if x_self_cond is None else self.of_estimate(x_self_cond))
+        return self.last(hidden * t[:, None, None, None].cos())
+
+
+class Capturing(FrozenRecorder):
+    """Runs each body once more, as captured."""
+
+    def record(self, body, reset):
+        replay = super().record(body, reset)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_launch, "is_captured", lambda device: True)
+            body()
+        reset()
+        return replay
+
+
+def test_recordings_of_steps_with_and_without_an_estimate_keep_their_tables(monkeypatch):
+    recorder = Capturing if DEVICE == "cpu" else CudaRecorder
+    made, make_layout = [], kernel.make_layout
+
+    def remembered(*arguments):
+        layout = make_layout(*arguments)
+        made.append((weakref.ref(layout), len(layout.places), contents(layout)))
+        return layout
+
+    monkeypatch.setattr(kernel, "make_layout", remembered)
+    torch.manual_seed(0)
+    diffusion = GaussianDiffusion(Estimating(), image_size=4, timesteps=10).to(DEVICE)
+    rate = torch.tensor(1e-2, device=DEVICE)
+    optimizer = torch.optim.Adam(diffusion.parameters(), rate, fused=True, capturable=True)
+    step = TrainingStep(diffusion, optimizer, (2, 3, 4, 4), recorder=recorder, any_module=True)
+    for _ in range(8):
+        step(torch.rand(2, 3, 4, 4).to(DEVICE))
+    assert len(step._recordings) == 2, "both sides of the coin"
+    step._optimizer_step._tables.held = None  # those of the last call
+    gc.collect()
+    kept = [(size, before, layout()) for layout, size, before in made if layout() is not None]
+    assert {size for size, _, _ in kept} == {4, 6}
+    assert all(all(map(torch.equal, contents(layout), before)) for _, before, layout in kept)
+    del kept
+    step.clear()
+    gc.collect()
+    assert all(layout() is None for layout, _, _ in made)
