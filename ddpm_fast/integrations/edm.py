@@ -97,7 +97,7 @@ def _why_not_block(block: Any) -> str | None:
     return reason
 
 
-@fast(_BLOCK, runs="preactivation_block", refuses=_why_not_block)
+@fast(_BLOCK, runs="preactivation_block", refuses=_why_not_block, casts_weights=True)
 def unet_block(block: Any, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W), (B or 1, D) → (B, K, H, W), or of half or twice the height and width."""
     if x.dim() != 4 or (not block.amp_mode and torch.is_autocast_enabled(x.device.type)):
@@ -136,7 +136,7 @@ def unet_block(block: Any, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
     return attention(attn, x, float(block.skip_scale))
 
 
-@fast(_ATTENTION, runs="group_norm_attention_block", refuses=_why_not_attention)
+@fast(_ATTENTION, runs="group_norm_attention_block", refuses=_why_not_attention, casts_weights=True)
 def attention(attn: Any, x: torch.Tensor, output_scale: float = 1.0) -> torch.Tensor:
     """(B, C, H, W) → (B, C, H, W), times `output_scale`."""
     norm, qkv, last = (attn._modules[name] for name in ("norm", "qkv", "proj"))
@@ -169,6 +169,6 @@ class _Network(ReplaysOwnForward):
 
 for _path in ("song_unet.SongUNet", "dhariwal_unet.DhariwalUNet"):
     _NETWORK = f"physicsnemo.models.diffusion_unets.{_path}"
-    declare(Fast(_NETWORK, "its own forward, replayed", mixin=_Network, is_network=True))
+    declare(Fast(_NETWORK, "its own forward, replayed", mixin=_Network, is_network=True, casts_weights=True))
 computes_plainly(_CONV, _LINEAR, _NORM)
 computes_plainly(*(f"{_LAYERS}.embedding_layers.{name}Embedding" for name in ("Positional", "Fourier")))

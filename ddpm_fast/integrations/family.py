@@ -62,6 +62,7 @@ class Fast:
         order: of several for one class, those with smaller numbers are asked first.
         inside: more modules to replace, those inside a module of this class that are known by their place alone.
         is_network: `explain` has lines for the modules inside, too.
+        casts_weights: the class's own forward casts its weights to the dtype of its input.
     """
 
     path: str
@@ -73,6 +74,7 @@ class Fast:
     order: int = 0
     inside: Callable[[Any], Iterable[tuple[nn.Module, Fast]]] | None = None
     is_network: bool = False
+    casts_weights: bool = False
 
 
 # File of a family → the package that has to be loaded for it.
@@ -118,13 +120,17 @@ def declare(declared: Fast, anywhere: bool = True) -> Fast:
 
 
 def fast(
-    *paths: str, runs: str, refuses: Callable[[Any], str | None] = never_refuses, order: int = 0
+    *paths: str,
+    runs: str,
+    refuses: Callable[[Any], str | None] = never_refuses,
+    order: int = 0,
+    casts_weights: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator: the function is called as the forward of modules of these classes; see the module's docstring."""
 
     def declared(forward: Callable[..., Any]) -> Callable[..., Any]:
         for path in paths:
-            declare(Fast(path, runs, refuses, forward, order=order))
+            declare(Fast(path, runs, refuses, forward, order=order, casts_weights=casts_weights))
         return forward
 
     return declared
@@ -310,7 +316,7 @@ def _forward(own: Any, declared: Fast) -> Callable[..., Any]:
     @functools.wraps(own.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Of a restored module, whoever kept this method, such as a wrapper that was put around it before.
-        if not hasattr(type(self), "_ddpm_fast") or why_own_forward(self, args) is not None:
+        if not hasattr(type(self), "_ddpm_fast") or why_own_forward(self, args or (*kwargs.values(),)) is not None:
             return own.forward(self, *args, **kwargs)
         return computes(self, *args, **kwargs)
 

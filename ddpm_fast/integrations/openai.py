@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ddpm_fast import noise
+from ddpm_fast.integrations import rules
 from ddpm_fast.integrations.family import (
     Fast,
     channels_last,
@@ -347,7 +348,11 @@ def _run(
             h = h if skip is None else torch.cat((h, skip), dim=1)
             if isinstance(layer, takes_embeddings):
                 h = layer(h, emb)
-            elif is_convolution(layer, 3) and layer.in_channels < 16:
+            elif (
+                is_convolution(layer, 3)
+                and layer.in_channels < 16
+                and rules.why_slower("stem_conv", layer, (h,)) is None
+            ):
                 h = stem_conv(to_autocast_dtype(h)[0], parameter(layer, "weight"), parameter(layer, "bias"))
             else:
                 h = layer(h)
@@ -361,9 +366,10 @@ def _last(out: Any, h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if fits:
         norm, activation, conv = out._modules.values()
         fits = _is_norm(norm) and _is_silu(activation) and is_convolution(conv, 3)
-    if not fits:
-        return out(h.type(dtype))
-    (h,) = to_autocast_dtype(channels_last(h.type(dtype)))
+    h = h.type(dtype)
+    if not fits or rules.why_slower("conv3x3", out, (h,)) is not None:
+        return out(h)
+    (h,) = to_autocast_dtype(channels_last(h))
     gain, offset = parameter(norm, "weight"), parameter(norm, "bias")
     h = group_norm_silu(h, gain, offset, groups=norm.num_groups, eps=norm.eps)
     return conv3x3(h, parameter(conv, "weight"), parameter(conv, "bias"))

@@ -1,4 +1,4 @@
-"""The rules by which a kind of block keeps its own forward at a shape, because the fused one is not faster there.
+"""The rules by which a kind of block keeps its own forward: where the fused one is not faster, or torch raises.
 
 One list, read by every accelerated module before it runs and quoted by `explain`. A rule says where, with the number
 that was measured.
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ddpm_fast.runtime.autocast import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,36 @@ class Rule:
     applies: Callable[[Any, torch.Tensor], bool]
 
 
+def _is_of_another_dtype(module: Any, x: torch.Tensor) -> bool:
+    declared = getattr(type(module), "_ddpm_fast", None)
+    if not x.is_floating_point() or (declared is not None and declared.casts_weights):
+        return False
+    weight = _first_weight(module)
+    return weight is not None and weight.dtype is not x.dtype and autocast_dtype(x.device.type) is None
+
+
+def _first_weight(module: nn.Module) -> torch.Tensor | None:
+    """The first floating point parameter of two or more dimensions: norms may be kept in float32."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.dim() > 1 and parameter.is_floating_point():
+            return parameter
+    for inner in module._modules.values():
+        found = None if inner is None else _first_weight(inner)
+        if found is not None:
+            return found
+    return None
+
+
 RULES: list[Rule] = [
     Rule(
         None,
         "no kernel computes in float64, for which the ops run their plain references",
         lambda module, x: x.dtype == torch.float64,
+    ),
+    Rule(
+        None,
+        "its input is of another dtype than its weights without autocast, which is an error of torch's operators",
+        _is_of_another_dtype,
     ),
 ]
 
