@@ -354,7 +354,7 @@ def _recorded(
 
             return step, recorder.record(body, step.row.zero_)
 
-    return cache.find(device, key, recording.weights_of(network), make)
+    return cache.find(device, key, network, make)
 
 
 def progressive_coding(

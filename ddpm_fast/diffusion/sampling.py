@@ -508,9 +508,8 @@ def _recorded(
     autocast = autocast_dtype(x.device.type)
     by_row = options["times_by_row"] or options["guide_by_row"]
     times = plan.times if by_row else plan.num_timesteps  # what the network's table depends on
-    others = tuple(
-        recording.weights_of(other) for other in (given.guide, given.cond_fn) if isinstance(other, nn.Module)
-    )
+    modules = [other for other in (given.guide, given.cond_fn) if isinstance(other, nn.Module)]
+    others = tuple((recording.weights_of(other), *recording.versions_of(list(other.buffers()))) for other in modules)
     settings = (autocast, recording.settings(), given.key, others, kinds)
     key = (tuple(x.shape), x.device, num_steps, times, *options.values(), *settings)
 
@@ -519,4 +518,4 @@ def _recorded(
             state = SamplingState(model, torch.zeros_like(x), num_steps, **options, conditioning=given)
             return RecordedSteps(state, recorder, autocast, kinds)
 
-    return cache.find(x.device, key, recording.weights_of(model), make)
+    return cache.find(x.device, key, model, make)

@@ -64,7 +64,9 @@ class RecordedCalls:
         """run(given), or a replay of it; `run` acts on the network's weights and on these tensors alone."""
         if not all(tensor is None or may_read(tensor) for tensor in given) or in_forward_mode():
             return run(given)
-        if self._snapshot is not None and not (self._snapshot.holds() and self._versions == self._versions_now()):
+        if self._snapshot is not None and not (
+            self._snapshot.holds() and self._versions == recording.versions_of(self._buffers)
+        ):
             self._forget()
         if self._pause > 0:
             self._pause -= 1
@@ -103,11 +105,7 @@ class RecordedCalls:
         assert network is not None, "its call is running"
         self._snapshot, self.reason = Snapshot(network), why_not_replayed(network, self._untrusted)
         self._buffers = list(network.buffers())
-        self._versions = self._versions_now()
-
-    def _versions_now(self) -> list[int]:
-        """How often the buffers were written: a module may decide by their values, as EDM's blocks by their filters."""
-        return [0 if buffer.is_inference() else buffer._version for buffer in self._buffers]
+        self._versions = recording.versions_of(self._buffers)
 
 
 def calls_of(

@@ -11,7 +11,7 @@ import inspect
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -311,17 +311,20 @@ class GraphCache:
         self._recorders: dict[torch.device, object] = {}
         self._weights: object = None
 
-    def find(self, device: torch.device, key: Hashable, weights: object, make: Callable[[Any], Any]) -> Any:
+    def find(self, device: torch.device, key: Hashable, model: Any, make: Callable[[Any], Any]) -> Any:
         """The entry of a key, made where there is none, or where none is kept.
 
         Args:
             key: all that a recording depends on besides the weights.
-            weights: `weights_of` the model now; others than at the last call drop everything.
+            model: a module; where its `weights_of` are others than at the last call, or somebody has written one of its
+                buffers since, everything is dropped.
             make: the new entry, from the device's recorder; where it raises, everything is dropped.
         """
         recorder = self.recorder_on(device)
         if not recorder.is_kept:
             return make(recorder(device))
+        buffers = list(model.buffers())
+        weights = weights_of(model), versions_of(buffers)
         if weights != self._weights:
             self.clear()
             self._weights = weights
@@ -337,6 +340,7 @@ class GraphCache:
             except BaseException:
                 self.clear()
                 raise
+            self._weights = weights[0], versions_of(buffers)  # warm-ups may write them
         self._entries.move_to_end(key)
         return self._entries[key]
 
@@ -347,6 +351,14 @@ _PLAIN = (bool, int, float, str, type(None))
 def storage_key(tensors: Iterable[torch.Tensor]) -> tuple:
     """Addresses and layouts of tensors: part of a recording's cache key."""
     return tuple((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in tensors)
+
+
+def versions_of(buffers: Sequence[torch.Tensor]) -> list[int]:
+    """How often buffers were written by torch's operators.
+
+    A module may decide by their numbers, as EDM's blocks by their filters, and a recording holds what it decided.
+    """
+    return [0 if buffer.is_inference() else buffer._version for buffer in buffers]
 
 
 def weights_of(model: nn.Module) -> tuple:

@@ -42,8 +42,8 @@ def capture_training_step(
     """A function `step(images) -> loss` that trains `diffusion` on one batch by replaying a recording.
 
     The recording is a CUDA graph, which the first call makes, or on the CPU a tape of operator calls, which the second
-    call makes. It is made again when weights, optimizer state or settings are replaced; a learning rate may change at
-    any time.
+    call makes. It is made again when weights, optimizer state or settings are replaced, or a buffer of the network is
+    written between steps; a learning rate may change at any time.
 
     A batch of a conditional network is `step((images, None, {"classes": classes}))`, see `TrainingStep.__call__`.
 
@@ -216,6 +216,8 @@ class TrainingStep(StepRecordings):
             self._average.finish(self._by_kernel)
         elif self.ema is not None:
             self.ema.update()
+        self._pause = max(0, self._pause - 1)
+        self._versions = recording.versions_of(self._buffers)
         return self._loss.clone()
 
     def explain_optimizer(self) -> str:
@@ -233,11 +235,6 @@ class TrainingStep(StepRecordings):
         if self._refusal is not None:
             return f"training runs step by step: {self._refusal}"
         return f"training replays {self.recorder.what}"
-
-    @property
-    def _network(self) -> Any:
-        process = process_of(self.diffusion)
-        return None if process is None else process.network
 
     def renew_copies(self) -> None:
         """Make the copies of `keep_copies` again, after weights were changed through `.data`."""
@@ -273,9 +270,10 @@ class TrainingStep(StepRecordings):
         """Drop recordings that something has made invalid, and refuse what cannot be recorded any more."""
         if self.recorder.freezes_decisions:
             self._hold_rates()
-        average = self._average
+        average, is_written = self._average, self._has_written_buffers()
         if (
-            self._snapshot is not None
+            not is_written
+            and self._snapshot is not None
             and self._snapshot.holds()
             and (average is None or average.holds())
             and self._options() == self._captured_options
@@ -299,6 +297,8 @@ class TrainingStep(StepRecordings):
         if not self.recorder.freezes_decisions:
             self.clear()  # which parameters have gradients, and their memory
             self._take_snapshot()
+        elif is_written:
+            self._forget_numbers()
         elif self._captured_key is None or self._capture_key() != self._captured_key:
             self.clear()
         elif self._recordings:

@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from ddpm_fast.diffusion.xm import process_of
 from ddpm_fast.runtime import recording
 from ddpm_fast.runtime.snapshot import Snapshot
 from ddpm_fast.training.adam_state import settings_of_scaler, state_of_scaler, state_tensors
 from ddpm_fast.training.recordable import NotRecordableError
 from ddpm_fast.training.step_body import StepBody
+
+_LONGEST_PAUSE = 64  # steps; a recording takes as long as several of them
 
 
 class StepRecordings(StepBody):
@@ -37,6 +41,9 @@ class StepRecordings(StepBody):
         super().__init__(*args, **options)
         self._recorder_class, self._falls_back, self._refusal = recorder, falls_back, refusal
         self.any_module, self.keep_copies = any_module, keep_copies
+        # Steps that run without a recording: a network whose buffers are written between all steps is recorded less and
+        # less often.
+        self._pause = self._next_pause = 0
         self.clear()
 
     def clear(self) -> None:
@@ -49,6 +56,9 @@ class StepRecordings(StepBody):
         self._by_kernel_in: dict[tuple, frozenset[torch.Tensor]] = {}
         self._captured_key: tuple | None = None
         self._snapshot: Snapshot | None = None
+        # Of the network, and how often they had been written after the last step.
+        self._buffers: list[torch.Tensor] = []
+        self._versions: list[int] = []
         self._forget_gradients()
         self.recorder = self._recorder_class(self.diffusion.device)
 
@@ -56,6 +66,9 @@ class StepRecordings(StepBody):
         """Run a body; where there is no recording of that name yet, make it."""
         if name in self._recordings:
             self._recordings[name]()
+            self._next_pause = 0
+        elif self._pause > 0:
+            body()
         elif self.recorder.records_calls and name not in self._ran:
             body()
             # A recording finds what this call has made, such as Adam's moments.
@@ -102,6 +115,20 @@ class StepRecordings(StepBody):
         if self.recorder.freezes_decisions:
             self._take_snapshot()
 
+    @property
+    def _network(self) -> Any:
+        process = process_of(self.diffusion)
+        return None if process is None else process.network
+
+    def _has_written_buffers(self) -> bool:
+        """True if somebody else than the steps has written a buffer of the network since the last one."""
+        return recording.versions_of(self._buffers) != self._versions
+
+    def _forget_numbers(self) -> None:
+        """Drop recordings that may hold a number that a module has read from a buffer."""
+        self.clear()
+        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause + 1, _LONGEST_PAUSE)
+
     def _stop_recording(self, reason: str) -> None:
         """Go on step by step."""
         self._recorder_class, self._refusal = recording.EagerRecorder, reason
@@ -110,20 +137,24 @@ class StepRecordings(StepBody):
 
     def _make_reset(self) -> Callable[[], None]:
         """A function that puts weights, gradients, scale and the optimizer's state back to what they are now."""
-        held = [*self.diffusion.buffers(), self._loss]
-        if not self.recorder.freezes_decisions:
-            return _put_back(held)  # there is no warm-up, and the next step's gradients begin with zeros
-        held += self.flat_gradients
-        if self.recorder.records_calls:
-            # A call stops before it moves weights: the native step, which does, can be recorded.
-            return _put_back(held)
+        buffers = _buffers_of(self._network)
+        own = set(map(id, buffers))
+        held = [*(buffer for buffer in self.diffusion.buffers() if id(buffer) not in own), self._loss]
+        if self.recorder.freezes_decisions:
+            held += self.flat_gradients
+        if self.recorder.records_calls or not self.recorder.freezes_decisions:
+            # A call stops before it moves weights: the native step, which does, can be recorded. Where nothing is
+            # recorded there is no warm-up, and the next step's gradients begin with zeros.
+            return _put_back(held, buffers)
         held += [*self.diffusion.parameters(), *state_of_scaler(self.scaler)]
         held += [] if self._average is None else self._average.targets.values()
         held += [] if self._kept is None else self._kept.copies
+        reset_buffers = _put_back((), buffers)
         saved = {t: t.detach().clone() for t in (*held, *state_tensors(self.optimizer))}
 
         @torch.no_grad()
         def reset() -> None:
+            reset_buffers()
             for tensor in (*held, *state_tensors(self.optimizer)):
                 # State that the step itself has made began with zeros: that is Adam's.
                 tensor.copy_(saved[tensor]) if tensor in saved else tensor.zero_()
@@ -176,15 +207,29 @@ class StepRecordings(StepBody):
             dicts += optimizer.param_groups
         tensors = [*state_tensors(optimizer), *state_of_scaler(self.scaler)]
         self._snapshot, self._captured_options = Snapshot(self.diffusion, dicts, lists, tensors), self._options()
+        self._buffers = _buffers_of(self._network) if self.recorder.freezes_decisions else []
 
 
-def _put_back(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-    """A function that gives tensors the values that they have now."""
-    saved = [tensor.detach().clone() for tensor in tensors]
+def _buffers_of(network: Any) -> list[torch.Tensor]:
+    return list(network.buffers()) if isinstance(network, nn.Module) else []
+
+
+def _put_back(tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()) -> Callable[[], None]:
+    """A function that gives tensors the values that they have now, and buffers that were written since.
+
+    Of a buffer that was written a module reads its numbers again, for which a capture would wait.
+    """
+    saved, saved_buffers = ([tensor.detach().clone() for tensor in given] for given in (tensors, buffers))
+    seen = recording.versions_of(buffers)
 
     @torch.no_grad()
     def reset() -> None:
+        nonlocal seen
         for tensor, value in zip(tensors, saved, strict=True):
             tensor.copy_(value)
+        for i, version in enumerate(recording.versions_of(buffers)):
+            if version != seen[i]:
+                buffers[i].copy_(saved_buffers[i])
+        seen = recording.versions_of(buffers)
 
     return reset
