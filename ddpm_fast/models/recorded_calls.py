@@ -20,6 +20,7 @@ from ddpm_fast.runtime.dispatch import in_forward_mode
 from ddpm_fast.runtime.snapshot import Snapshot
 
 _LIMIT = 4  # kinds of calls that are kept, each with one set of inputs and an output
+_MOST_BYTES = 8 * 2**20  # of these, of a network; Python is no part to speak of of a call with more
 _MOST_NETWORKS = 8  # of a thread
 _LONGEST_PAUSE = 64  # calls; a snapshot and its questions take milliseconds
 
@@ -44,7 +45,8 @@ class RecordedCalls:
 
     The second call of a kind (shapes, dtypes, layouts, autocast) is recorded, and later ones replay it, with the same
     bits. Before each, a snapshot of the network says whether anything in it was replaced, hooked or set otherwise, or a
-    buffer written.
+    buffer written. A tape has inputs and an output of its own; a network keeps `_MOST_BYTES` of them, those of its last
+    calls, and a call with more is not recorded.
 
     Args:
         untrusted: see `why_not_replayed`.
@@ -89,10 +91,16 @@ class RecordedCalls:
         made = run(given)
         if not isinstance(made, torch.Tensor):
             return made
-        while len(self._recorded) >= _LIMIT:
-            self._recorded.popitem(last=False)
-        self._recorded[kind] = _RecordedCall(made, given)
+        size = _bytes_of((made, *given))
+        if size <= _MOST_BYTES:
+            while len(self._recorded) >= _LIMIT or self.kept_bytes() + size > _MOST_BYTES:
+                self._recorded.popitem(last=False)
+            self._recorded[kind] = _RecordedCall(made, given)
         return made
+
+    def kept_bytes(self) -> int:
+        """Bytes of the inputs and outputs of all tapes."""
+        return sum(call.size for call in self._recorded.values())
 
     def _forget(self) -> None:
         """Drop what a changed network had; one that changes between all calls is asked less and less often."""
@@ -124,6 +132,10 @@ def calls_of(
     return None if kept is None else kept[network]
 
 
+def _bytes_of(tensors: Sequence[torch.Tensor | None]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
 @contextlib.contextmanager
 def _casting_anew() -> Iterator[None]:
     """Inside, autocast casts every weight, and takes no cast that it keeps: a tape would hold that one fast."""
@@ -142,6 +154,7 @@ class _RecordedCall:
         with torch.inference_mode(False):
             self._given = [None if tensor is None else torch.empty_like(tensor) for tensor in given]
             self._output = torch.empty_like(made)
+        self.size = _bytes_of((made, *given))
         self._replay: Callable[[], None] | None = None
 
     def call(self, run: Run, given: Sequence[torch.Tensor | None]) -> torch.Tensor:

@@ -300,3 +300,35 @@ def test_a_traced_module_that_calls_python_is_called(runs):
         found = [model(*batch(0)) for _ in range(5)]
     assert len(called) == 5 and len({out.sum().item() for out in found}) == 5
     assert "not: the model's mid_attn is a GraphModule" in explain(model)
+
+
+def bytes_kept() -> int:
+    """Bytes of all inputs and outputs that this thread keeps, by the tensors themselves."""
+    calls = [call for recorded in kept_by_block().values() for call in recorded._recorded.values()]
+    tensors = [tensor for call in calls for tensor in (*call._given, call._output) if tensor is not None]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def test_inputs_and_outputs_are_bounded_by_bytes(runs, monkeypatch):
+    """Of networks outside all blocks: what was used last is kept, and a call with more is made as always."""
+    of_two = 2 * 2 * 3 * 8 * 8 * 4 + 2 * 8  # images and output of two images, and their times
+    monkeypatch.setattr(recorded_calls, "_MOST_BYTES", 4 * of_two)
+    models = [make() for _ in range(3)]
+    with torch.no_grad(), inference_weights(None):
+        for model in models:
+            for size in (2, 4, 1, 9, 3, 4, 9, 4, 9):
+                expected = model(*batch(size, size))
+                assert torch.equal(model(*batch(size, size)), expected)
+                assert kept_by_block()[model].kept_bytes() <= 4 * of_two
+        assert 0 < bytes_kept() == sum(calls.kept_bytes() for calls in kept_by_block().values()) <= 3 * 4 * of_two
+        runs.clear()
+        for _ in range(3):
+            models[-1](*batch(1, 4))
+            models[-1](*batch(1, 9))
+        assert runs == [9, 9, 9], "four images are replayed, nine are more than is kept"
+
+
+def test_the_bound_lets_the_shapes_of_small_networks_be_kept():
+    """Eight images of 3 × 128 × 128 with their output; of all networks of a thread 64 MiB."""
+    assert 2 * 8 * 3 * 128 * 128 * 4 <= recorded_calls._MOST_BYTES
+    assert recorded_calls._MOST_BYTES * recorded_calls._MOST_NETWORKS <= 64 * 2**20
