@@ -52,6 +52,7 @@ ROWS = [
     ["training/pixels"],
     [
         "training/atomic_files",
+        "training/mapped_files",
         "training/numpy_pickles",
         "training/state_names",
         "training/accelerator",

@@ -21,7 +21,7 @@ def byte_sum(value: Any) -> int:
     """
     sums: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
     small: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
-    for tensor in _tensors_in(value):
+    for tensor in tensors_in(value):
         data = _in_memory_order(tensor.detach())
         size = data.numel() * data.element_size()
         if size >= _LARGE and size % 8 == 0 and data.storage_offset() * data.element_size() % 8 == 0:
@@ -35,17 +35,18 @@ def byte_sum(value: Any) -> int:
     return sum(int(torch.stack(parts).sum()) for parts in sums.values()) % 2**64
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors with memory in nested dictionaries, lists and tuples: strided, not quantised, of no subclass."""
     if isinstance(value, torch.Tensor):
         is_memory = value.layout == torch.strided and not value.is_quantized and value.device.type != "meta"
         if is_memory and type(value) in (torch.Tensor, torch.nn.Parameter):
             yield value
     elif isinstance(value, Mapping):
         for entry in value.values():
-            yield from _tensors_in(entry)
+            yield from tensors_in(entry)
     elif isinstance(value, (list, tuple)):
         for entry in value:
-            yield from _tensors_in(entry)
+            yield from tensors_in(entry)
 
 
 def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:

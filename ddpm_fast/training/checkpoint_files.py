@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from ddpm_fast.runtime.plain import as_int
-from ddpm_fast.runtime.tensor_sums import byte_sum
+from ddpm_fast.runtime.tensor_sums import byte_sum, tensors_in
 from ddpm_fast.training.atomic_files import write_atomically
+from ddpm_fast.training.mapped_files import read_pages
 from ddpm_fast.training.numpy_pickles import STAND_INS, without_arrays
 
 _Path = str | os.PathLike
@@ -86,13 +87,21 @@ def load_file(path: _Path, map_location: torch.device | str = "cpu", mmap: bool 
         raise CheckpointError(f"checkpoint {path} {what}: {reason}") from error
 
 
-def load_checked(path: _Path) -> Any:
+def load_checked(path: _Path, *, with_moments: bool = False) -> Any:
     """`load_file` of a checkpoint whose tensors the caller copies: mapped where that can be, its weights as written.
 
     Mapped, moments that nobody wants are not read, which saves more time than the comparison takes. It raises what
-    `load_file` does.
+    `load_file` does, and OSError where the disk cannot read a page of what is wanted.
+
+    Args:
+        with_moments: the caller copies the optimizer's state, too.
     """
     contents = load_file(path, mmap=True)
+    is_whole = with_moments or not isinstance(contents, Mapping)
+    try:
+        read_pages(tensors_in(contents if is_whole else {name: contents[name] for name in contents if name != "opt"}))
+    except OSError as error:
+        raise OSError(error.errno, f"could not read checkpoint {path}: {error.strerror}") from error
     # Other sums alone are no damage: a program may have written other tensors into the dictionary that it read.
     if not _has_its_sums(contents) and _is_damaged(Path(path)):
         raise CheckpointError(f"checkpoint {path} is damaged: its checksums do not agree")

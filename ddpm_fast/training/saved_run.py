@@ -86,7 +86,7 @@ class SavedRun(StepRunner):
         After an error nothing has been loaded.
         """
         path = find_file(milestone, self.results_folder)
-        data = load_checked(path)
+        data = load_checked(path, with_moments=True)
         states = find_trained_states(self._diffusion, data, path)
         model = check_states(self._diffusion, self.image_size, self._given.class_names, data, states, path)
         check_average(data, states, path)
