@@ -4,9 +4,9 @@
     print(ddpm_fast.explain(model))
     ddpm_fast.restore(model)
 
-A module of a known class gets, as `__class__`, a subclass of its own class with another forward. Its parameters,
-buffers, names, hooks and state dict are not touched; on CUDA the weights of convolutions are laid out as cuDNN reads
-them (weights.py).
+A module of a known class gets, as `__class__`, a subclass of its own class with another forward: `isinstance` holds,
+and `type(module) is nn.Conv2d` does not. Its parameters, buffers, names, hooks and state dict are not touched; on CUDA
+the weights of convolutions are laid out as cuDNN reads them (weights.py).
 """
 
 from __future__ import annotations
