@@ -99,7 +99,7 @@ ROWS = [
     ["diffusion/likelihood"],
     ["diffusion/likelihood_chain"],
     ["diffusion/sampling", "diffusion/inpainting", "diffusion/super_resolution"],
-    ["diffusion/guidance"],
+    ["diffusion/guidance", "diffusion/sampling_run"],
     ["diffusion/single_step_samplers", "diffusion/multistep_samplers"],
     ["diffusion/samplers"],
     ["diffusion/spacings", "diffusion/schedules"],

@@ -16,7 +16,7 @@ from ddpm_fast.diffusion.discrete_process import ModelPrediction
 from ddpm_fast.diffusion.gaussian_diffusion import _STEP_METHODS, GaussianDiffusion
 from ddpm_fast.diffusion.guidance import Guidance, column, reduces, split_noise, widened
 from ddpm_fast.diffusion.samplers import SamplerTable
-from ddpm_fast.diffusion.sampling import Conditioning, SamplingRun
+from ddpm_fast.diffusion.sampling_run import Conditioning, SamplingRun
 from ddpm_fast.models.classifier_free_unet import guided_output
 from ddpm_fast.ops.sampler_step.op import sampler_step
 from ddpm_fast.runtime.autocast import call_model

@@ -17,7 +17,7 @@ from ddpm_fast.diffusion.continuous_process import ContinuousProcess
 from ddpm_fast.diffusion.diffusion_process import TrainingRows, process
 from ddpm_fast.diffusion.levels import TARGETS, Levels, NoiseScale, Target, prediction
 from ddpm_fast.diffusion.samplers import SamplerTable
-from ddpm_fast.diffusion.sampling import Conditioning, SamplingRun
+from ddpm_fast.diffusion.sampling_run import Conditioning, SamplingRun
 from ddpm_fast.diffusion.weightings import Weighting
 from ddpm_fast.noise import Noise
 from ddpm_fast.runtime.autocast import call_model

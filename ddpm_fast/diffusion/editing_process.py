@@ -11,7 +11,7 @@ from ddpm_fast import noise as noise_function
 from ddpm_fast.diffusion.images import as_floats
 from ddpm_fast.diffusion.sampled_process import SampledProcess, check_names
 from ddpm_fast.diffusion.samplers import SamplerTable
-from ddpm_fast.diffusion.sampling import SamplingRun
+from ddpm_fast.diffusion.sampling_run import SamplingRun
 from ddpm_fast.ops.forward_diffusion.op import q_sample
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.runtime.plain import as_number

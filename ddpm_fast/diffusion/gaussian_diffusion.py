@@ -16,7 +16,7 @@ from ddpm_fast.diffusion.discrete_process import DiscreteProcess, extract
 from ddpm_fast.diffusion.discrete_process import ModelPrediction as ModelPrediction
 from ddpm_fast.diffusion.guidance import column, widened
 from ddpm_fast.diffusion.samplers import SamplerTable
-from ddpm_fast.diffusion.sampling import Conditioning, SamplingRun
+from ddpm_fast.diffusion.sampling_run import Conditioning, SamplingRun
 from ddpm_fast.models.derived_weights import inference_weights, may_derive
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops.forward_diffusion.op import q_sample

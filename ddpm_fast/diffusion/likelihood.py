@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ddpm_fast.diffusion import sampling
+from ddpm_fast.diffusion import sampling, sampling_run
 from ddpm_fast.diffusion.likelihood_chain import BITS, Chain
 from ddpm_fast.diffusion.likelihood_chain import CONTINUOUS_STEPS as CONTINUOUS_STEPS
 from ddpm_fast.diffusion.likelihood_chain import VARIANCES as VARIANCES
@@ -274,7 +274,7 @@ def bits_per_dim(
     known = {"times": told} if chain.num_timesteps is None else {"num_timesteps": chain.num_timesteps}
     derived = inference_weights(network, **known, record=False) if may_derive(network) else nullcontext()
     priors, found = [], []
-    bar = sampling.progress_on(device, rows * len(starts), desc="likelihood time step", enabled=run.progress)
+    bar = sampling_run.progress_on(device, rows * len(starts), desc="likelihood time step", enabled=run.progress)
     with derived, bar:
         for start in starts:
             x_start = normalize(images[start : start + run.batch_size].to(device).float() / 255)
@@ -292,7 +292,7 @@ def bits_per_dim(
 
 
 def _walk(
-    network: Any, x_start: torch.Tensor, chain: Chain, run: LikelihoodRun, start: int, bar: sampling.Progress
+    network: Any, x_start: torch.Tensor, chain: Chain, run: LikelihoodRun, start: int, bar: sampling_run.Progress
 ) -> torch.Tensor:
     """(B, S, 2): the bound without its constant, and the error, both in bits."""
     by_row = chain.num_timesteps is None and getattr(network, "has_table_of_times", False)

@@ -20,7 +20,8 @@ from ddpm_fast.diffusion.guidance import Guidance, as_guidance, guided
 from ddpm_fast.diffusion.images import as_floats, check_images, check_size_known, identity
 from ddpm_fast.diffusion.levels import NoiseScale, Target, TrainingRows
 from ddpm_fast.diffusion.samplers import SamplerTable
-from ddpm_fast.diffusion.sampling import CondFn, Conditioning, SamplingRun, sample_loop
+from ddpm_fast.diffusion.sampling import sample_loop
+from ddpm_fast.diffusion.sampling_run import CondFn, Conditioning, SamplingRun
 from ddpm_fast.models.derived_weights import free_inference_weights
 from ddpm_fast.ops.noise.op import normal
 from ddpm_fast.runtime.plain import as_flag, as_int, as_ints
