@@ -47,6 +47,13 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def check_is_network(model: object) -> None:
+    """Raise TypeError for a class or for what cannot be called; the process checks the rest."""
+    if isinstance(model, type) or not callable(model):
+        got = f"the class {model.__name__} itself" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model must be a network, such as Unet(dim=64), got {got}")
+
+
 class DiffusionProcess(MeasuredProcess, EditingProcess):
     """A network and a process around it; the base of them all.
 
@@ -92,6 +99,7 @@ class DiffusionProcess(MeasuredProcess, EditingProcess):
         noise_augmentation: float | None = None,
     ):
         super().__init__()
+        check_is_network(model)
         setattr(self, self.network_name, model)
         own_channels = getattr(model, "channels", channels)
         if own_channels is None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.diffusion import samplers, schedules
-from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, TrainingRows
+from ddpm_fast.diffusion.diffusion_process import DiffusionProcess, TrainingRows, check_is_network
 from ddpm_fast.diffusion.guidance import Guidance
 from ddpm_fast.diffusion.images import check_mean
 from ddpm_fast.diffusion.levels import TARGETS, Target
@@ -116,6 +116,7 @@ class DiscreteProcess(DiffusionProcess):
             schedule = schedule.with_zero_terminal_snr()
             if objective == "pred_noise":
                 raise ValueError("objective must be pred_v or pred_x0 with zero_terminal_snr=True, got 'pred_noise'")
+        check_is_network(model)
         self._check_model(model)
         config = dict(
             image_size=image_size,

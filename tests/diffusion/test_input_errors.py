@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import GaussianDiffusion, Unet, XMWrapper
+from ddpm_fast import ElucidatedDiffusion, GaussianDiffusion, RectifiedFlow, Unet, XMWrapper
 from ddpm_fast.diffusion.gaussian_diffusion import extract
 from ddpm_fast.ops.common.tables import lookup
 
@@ -186,6 +186,13 @@ def test_models_that_do_not_fit_are_named():
         GaussianDiffusion(Unet(8, dim_mults=(1,), learned_variance=True), image_size=8)
     with pytest.raises(ValueError, match="learned_sinusoidal_cond"):
         GaussianDiffusion(Unet(8, dim_mults=(1,), learned_sinusoidal_cond=True), image_size=8)
+
+
+@pytest.mark.parametrize("process", [GaussianDiffusion, ElucidatedDiffusion, RectifiedFlow])
+def test_what_is_no_network_is_named(process):
+    for model, got in ((None, "NoneType"), ("unet", "str"), (Unet, "the class Unet itself")):
+        with pytest.raises(TypeError, match=rf"model must be a network, such as Unet\(dim=64\), got {got}$"):
+            process(model, image_size=8)
 
 
 def test_size_not_divisible_by_the_unets_factor():
