@@ -117,7 +117,7 @@ class Train:
     flip: YesNo = None
     """Mirror images at random (data: yes, digits no)."""
     amp: Precision = None
-    """Mixed precision (bf16 on CUDA cards that have it, else no)."""
+    """Mixed precision (bf16 on CUDA cards that have it, else no); fp16 is for CUDA."""
     graph: YesNo = None
     """Record a step as CUDA graphs and replay it (where that can be done)."""
     seed: Integer = None

@@ -81,7 +81,8 @@ class Trainer(SavedRun):
         log_every: steps between two readings of the loss, besides milestones the only times when the host waits for the
             device.
         amp: whether to use mixed precision; None does so on CUDA cards that have bf16.
-        mixed_precision_type: "bf16", "fp16" or "no"; None is fp16 on CUDA cards without bf16, else bf16.
+        mixed_precision_type: "bf16", "fp16" (on the CPU that is float32, with a warning) or "no"; None is fp16 on CUDA
+            cards without bf16, else bf16.
         graph: a step is recorded, as CUDA graphs or on the CPU as a tape of operator calls, and replayed with the same
             result. None does so where it can and warns with the reason on CUDA where it cannot (`explain_graphs` says
             it, too), True raises there, False never does.
@@ -211,6 +212,7 @@ class Trainer(SavedRun):
         has_own = factor_of(averaged_module(diffusion_model)) is not None
         check_agreement(self._given, network, makes_condition=has_own)
         self._warn_if_small()
+        self._warn_if_float32(mixed_precision)
 
         self._is_seed_given = seed is not None
         self.seed = self._agree_on_seed(seed)
@@ -428,6 +430,10 @@ class Trainer(SavedRun):
         agreed = [seed]
         broadcast_object_list(agreed)
         return agreed[0]
+
+    def _warn_if_float32(self, mixed_precision: str) -> None:
+        if mixed_precision == "fp16" and not self.accelerator.native_amp and self.accelerator.is_main_process:
+            warnings.warn(f"fp16 is not there on {self.device.type}: training runs in float32 (bf16 is)", stacklevel=3)
 
     def _warn_if_small(self) -> None:
         effective = self._global_batch_size() * self.gradient_accumulate_every  # a size that does not split ends all
