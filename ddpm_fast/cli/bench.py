@@ -41,9 +41,14 @@ class Bench:
 
     checkpoint: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CHECKPOINT]")] = None
     """Take the configuration of this checkpoint or results folder; the options below override it."""
-    model: Annotated[Text, tyro.conf.arg(metavar="NAME")] = None
-    """Time this network of another package, as it is and accelerated: diffusers (the DDPM paper's for CIFAR-10),
-    diffusers:FOLDER (of a saved model or pipeline), torchcfm, edm, edm-adm, upstream, rectified-flow."""
+    model: Annotated[
+        Text,
+        tyro.conf.arg(
+            help="Time this network of another package, as it is and accelerated: diffusers (the DDPM paper's for "
+            "CIFAR-10), diffusers:FOLDER (of a saved model or pipeline), torchcfm, edm, edm-adm, upstream, "
+            "rectified-flow."
+        ),
+    ] = None
     dim: Integer = None
     """Width of the network's first stage (64)."""
     dim_mults: Integers = None

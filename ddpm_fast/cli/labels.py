@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import tyro
 
 from ddpm_fast.cli.options import Folder, Text, UserError, Words
 
@@ -13,9 +15,14 @@ from ddpm_fast.cli.options import Folder, Text, UserError, Words
 class LabelOptions:
     """Where the classes, vectors and condition images of a folder are."""
 
-    labels: Text = None
-    """Where the classes are: "folders" (the first level of subfolders), "metadata" (metadata.csv or metadata.jsonl as
-    of Hugging Face's imagefolder), or a .csv or .jsonl file with the column file_name; for the digits "digits"."""
+    labels: Annotated[
+        Text,
+        tyro.conf.arg(
+            help="Where the classes are: folders (the first level of subfolders), metadata (metadata.csv or "
+            "metadata.jsonl as of Hugging Face's imagefolder), or a .csv or .jsonl file with the column "
+            "file_name; for the digits the word digits."
+        ),
+    ] = None
     label_column: Text = None
     """The column of the labels (label)."""
     cond_columns: Words = None

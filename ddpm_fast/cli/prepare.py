@@ -30,9 +30,14 @@ class Prepare:
     """Endings of the files that are images (jpg jpeg png tiff tif bmp webp jfif avif npy)."""
     background: Text = None
     """Colour behind transparent images where --channels has no transparency (white)."""
-    labels: Text = None
-    """Where the classes are: "folders" (the first level of subfolders), "metadata" (metadata.csv or metadata.jsonl as
-    of Hugging Face's imagefolder), or a .csv or .jsonl file with the column file_name."""
+    labels: Annotated[
+        Text,
+        tyro.conf.arg(
+            help="Where the classes are: folders (the first level of subfolders), metadata (metadata.csv or "
+            "metadata.jsonl as of Hugging Face's imagefolder), or a .csv or .jsonl file with the column "
+            "file_name."
+        ),
+    ] = None
     label_column: Text = None
     """The column of the labels (label)."""
     cond_columns: Words = None

@@ -1,7 +1,9 @@
 """The options of `ddpm-fast train` that say what is diffused and how, and what each process makes of them."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from ddpm_fast.cli.options import (
     Integer,
@@ -31,9 +33,14 @@ else:  # the names that are registered
 class ProcessOptions:
     """What is diffused, what the network learns, and how the grids are sampled."""
 
-    process: Process = None
-    """The diffusion process (ddpm). edm, continuous and v-continuous take a network with learned time embeddings,
-    learned and weighted one with more outputs, and get it; classifier_free, as upstream's, needs --labels."""
+    process: Annotated[
+        Process,
+        tyro.conf.arg(
+            help="The diffusion process (ddpm). edm, continuous and v-continuous take a network with learned time "
+            "embeddings, learned and weighted one with more outputs, and get it; classifier_free, as "
+            "upstream's, needs --labels."
+        ),
+    ] = None
     timesteps: Integer = None
     """Steps of ddpm, classifier_free, learned and weighted (1000)."""
     objective: Objective = None
@@ -65,8 +72,7 @@ class ProcessOptions:
     uncertainty_weighting: bool = False
     """Learn a weight for each level of noise beside the network."""
     sampler: Sampler = None
-    """Sampler of the grids; by default each process's own: of ddpm it is ddim if there are fewer sampling steps than
-    timesteps, else ddpm."""
+    """Sampler of the grids (the process's own: of ddpm it is ddim with fewer --sampling-timesteps than timesteps)."""
     spacing: Text = None
     """At which times that sampler calls the network; by default what suits it."""
     sampling_timesteps: Integer = None

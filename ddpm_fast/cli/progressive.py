@@ -29,10 +29,13 @@ class Progressive:
 
     checkpoint: File
     """A file such as results/model-last.pt, or a results folder, or results/7 for the milestone model-7.pt."""
-    out: Path = Path("progressive.png")
-    """The strip: a row per sample, time from left to right, the image that is reached last.
-
-    With --images two rows per image, what is received and the estimate, and the image itself last."""
+    out: Annotated[
+        Path,
+        tyro.conf.arg(
+            help="The strip: a row per sample, time from left to right, the image that is reached last. With "
+            "--images two rows per image, what is received and the estimate, and the image itself last."
+        ),
+    ] = Path("progressive.png")
     num_samples: Int = 4
     """Rows: samples, or images of --images."""
     columns: Int = 10

@@ -47,12 +47,14 @@ class Sample:
     """
 
     checkpoint: File
-    """A file such as results/model-last.pt, or a results folder: the checkpoint with the largest step in it. Also
-    results/7 for the milestone model-7.pt."""
-    out: Path = Path("samples.png")
-    """The grid, a PNG, JPEG, ... by its ending; the strip is written next to it as NAME-strip.png.
-
-    Of other than 1, 3 or 4 channels each is a grey tile, and NAME.npy has the values."""
+    """A file such as results/model-last.pt, a results folder (its largest step), or results/7 for model-7.pt."""
+    out: Annotated[
+        Path,
+        tyro.conf.arg(
+            help="The grid, a PNG, JPEG, ... by its ending; the strip is written next to it as NAME-strip.png. Of "
+            "other than 1, 3 or 4 channels each is a grey tile, and NAME.npy has the values."
+        ),
+    ] = Path("samples.png")
     num_samples: Integer = None
     """Number of images (64); with classes as many as fill their rows; at most as many as --upscale has."""
     batch_size: Int = 64

@@ -67,17 +67,21 @@ class Train:
     Writes to the results folder: model-N.pt and sample-N.png every --save-every steps, model-last.pt at the end or
     after Ctrl-C, loss.csv and loss.png. Options marked (data) default to what suits DATA: a folder, a prepared
     file, or the digits.
-    A network with classes or vectors learns what guidance needs: it is shown a share of the images without them,
-    --cond-drop-prob.
+    A network with classes or vectors learns what guidance needs: --cond-drop-prob is the share of the images that it
+    is shown without them.
     With --resume an option that is not given keeps the checkpoint's value. One that is given holds from there on, or is
     refused where the weights belong to another: those of the network, the schedule, the objective and the size.
 
     Many GPUs: torchrun --nproc-per-node=8 -m ddpm_fast train ..., or accelerate launch -m ddpm_fast train ...
     """
 
-    data: Data
-    """A folder of images (subfolders included), a file of `ddpm-fast prepare`, which says size and channels, or the
-    word "digits" for scikit-learn's 1,797 handwritten digits."""
+    data: Annotated[
+        Data,
+        tyro.conf.arg(
+            help="A folder of images (subfolders included), a file of `ddpm-fast prepare`, which says size and "
+            "channels, or the word digits for scikit-learn's 1,797 handwritten digits."
+        ),
+    ]
     results_folder: Path = Path("results")
     """Where everything is written."""
     resume: bool = False
@@ -125,7 +129,7 @@ class Train:
     save_every: Integer = None
     """Steps between checkpoints and sample grids (data: 1000, digits 300)."""
     num_samples: Integer = None
-    """Images in each grid, with classes at most: a row for each class, the first ones if there are many (25)."""
+    """Images in each grid (25); with classes at most so many, in a row for each class, the first ones if many."""
     cond_channels: Integer = None
     """Channels of the images in --cond-folder (3)."""
     cond_drop_prob: Number = None

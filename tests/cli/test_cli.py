@@ -1,10 +1,12 @@
 """The command line as a user meets it: whole runs, and mistakes that get one line."""
 
+import ast
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -485,3 +487,16 @@ def test_help_is_there(command, capsys):
         cli.main([*command, "--help"])
     assert stopped.value.code == 0
     assert "usage: ddpm-fast" in capsys.readouterr().out
+
+
+def test_no_help_text_breaks_in_a_sentence():
+    """tyro keeps the line breaks of an option's docstring, and in a page's those before a line that begins with --."""
+    for file in Path(cli.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            texts = [s.value.value for s in node.body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)]
+            page = ast.get_docstring(node) or ""
+            of_options = texts[1:] if page else texts
+            assert not [text for text in of_options if "\n" in text], (file.name, node.name)
+            assert not [line for line in page.split("\n")[1:] if line.startswith("-")], (file.name, node.name)
