@@ -69,12 +69,12 @@ def norm_silu(
     """Output, and the statistics for `norm_silu_backward`: factors (B, HW) for RMSNorm (groups = 0), else (B, G, 2)."""
     B, C, HW = sizes_of(x)
     out = torch.empty_like(x)
-    rows = _Rows(gain, offset, bias, scale, shift)
+    rows = Rows(gain, offset, bias, scale, shift)
     residual = None if residual is None else _laid_out_like(x, residual)
     plan = plan_of(x, seed, activation, whole_rows=groups == 0, sums=False)
     tile, constants = plan.tile, plan.constants
     tiles = triton_launch.ceil_div(HW, tile.block_n)
-    numbers = (*plan.strides, *rows.strides, *_dropout_numbers(dropout_p))
+    numbers = (*plan.strides, *rows.strides, *dropout_numbers(dropout_p))
     with torch.cuda.device_of(x):
         if groups == 0:
             statistics = x.new_empty(B, HW, dtype=torch.float32)
@@ -88,7 +88,7 @@ def norm_silu(
             statistics = x.new_empty(B, groups, 2, dtype=torch.float32)
             whole_group_norm_silu_fwd_kernel[(whole.programs(B),)](
                 x, out, statistics, rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, residual, seed, HW, C,
-                groups, eps, *whole.strides, *rows.strides, *_dropout_numbers(dropout_p), **whole.constants,
+                groups, eps, *whole.strides, *rows.strides, *dropout_numbers(dropout_p), **whole.constants,
                 **rows.constants,
             )  # fmt: skip
             return out, statistics
@@ -100,7 +100,7 @@ def norm_silu(
         return out, statistics
 
 
-def _group_statistics_of(x: torch.Tensor, rows: _Rows, groups: int, eps: float) -> torch.Tensor:
+def _group_statistics_of(x: torch.Tensor, rows: Rows, groups: int, eps: float) -> torch.Tensor:
     """(B, G, 2): mean and 1/√(variance + eps) of every group."""
     B, C, HW = sizes_of(x)
     plan = plan_of(x, None, False, whole_rows=False, sums=True)
@@ -133,9 +133,9 @@ def norm_silu_backward(
     dropout_p: float,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x, gain, offset, bias, scale, shift, each with its argument's dtype: None where that is None."""
-    rows = _Rows(gain, offset, bias, scale, shift)
+    rows = Rows(gain, offset, bias, scale, shift)
     dx, sums = _gradient_of_map(grad, x, statistics, rows, seed, groups, activation, dropout_p)
-    return dx, *_gradients_of_rows(x, sums, rows)[:5]
+    return dx, *gradients_of_rows(x, sums, rows)[:5]
 
 
 def norm_silu_backward_beside(
@@ -149,9 +149,9 @@ def norm_silu_backward_beside(
     activation: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of GroupNorm: the gradient of x with `added` added to it, and those of gain and offset."""
-    rows = _Rows(gain, offset, None, None, None)
+    rows = Rows(gain, offset, None, None, None)
     dx, sums = _gradient_of_map(grad, x, statistics, rows, None, groups, activation, 0.0, added)
-    dgain, doffset, *_ = _gradients_of_rows(x, sums, rows)
+    dgain, doffset, *_ = gradients_of_rows(x, sums, rows)
     return dx, dgain, doffset  # type: ignore[return-value]
 
 
@@ -168,7 +168,7 @@ def norm_silu_backward_of_last(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of a norm with SiLU: the gradient of x, the sums that `norm_silu_backward_of_both` takes as `last_sums`, and the
     sum of the gradients of the output, empty where there is one."""
-    rows, total = _Rows(gain, offset, bias, None, None), x.new_empty(0)
+    rows, total = Rows(gain, offset, bias, None, None), x.new_empty(0)
     several: dict[str, torch.Tensor] = {}
     if grad2 is not None:
         total = torch.empty_like(x)
@@ -193,9 +193,9 @@ def norm_silu_backward_of_both(
 ) -> tuple[torch.Tensor, ...]:
     """As `norm_silu_backward` with SiLU, then gradients of gain, offset and bias of a last norm, alike in shape and
     dtype; empty where there is no such argument."""
-    rows = _Rows(gain, offset, bias, scale, shift)
+    rows = Rows(gain, offset, bias, scale, shift)
     dx, sums = _gradient_of_map(grad, x, statistics, rows, seed, groups, True, dropout_p)
-    gradients = _gradients_of_rows(x, sums, rows, last_sums)
+    gradients = gradients_of_rows(x, sums, rows, last_sums)
     return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -203,7 +203,7 @@ def _gradient_of_map(
     grad: torch.Tensor,
     x: torch.Tensor,
     statistics: torch.Tensor,
-    rows: _Rows,
+    rows: Rows,
     seed: torch.Tensor | None,
     groups: int,
     activation: bool,
@@ -219,7 +219,7 @@ def _gradient_of_map(
     tile, constants = plan.tile, plan.constants
     sums = x.new_empty(sums_shape(x, rows.bias, groups, dropout=seed is not None), dtype=torch.float32)
     chunks = sums.shape[1]
-    numbers = (*plan.strides, *rows.strides, *_dropout_numbers(dropout_p))
+    numbers = (*plan.strides, *rows.strides, *dropout_numbers(dropout_p))
     with torch.cuda.device_of(x):
         if groups == 0:
             bound = triton_launch.register_bound(most_registers(seed is not None, branches=bool(several)))
@@ -235,7 +235,7 @@ def _gradient_of_map(
             fusion = {"enable_fp_fusion": False} if HW * C == groups else {}
             whole_group_norm_silu_bwd_kernel[(whole.programs(B),)](
                 grad, x, dx, sums, statistics, rows.gain, rows.offset, rows.bias, rows.scale, rows.shift, seed, HW, C,
-                groups, *whole.strides, *rows.strides, *_dropout_numbers(dropout_p), **whole.constants,
+                groups, *whole.strides, *rows.strides, *dropout_numbers(dropout_p), **whole.constants,
                 **rows.constants, **fusion, added_ptr=added, **several,
             )  # fmt: skip
             return dx, sums
@@ -257,8 +257,8 @@ def _gradient_of_map(
     return dx, sums
 
 
-def _gradients_of_rows(
-    x: torch.Tensor, sums: torch.Tensor, rows: _Rows, last_sums: torch.Tensor | None = None
+def gradients_of_rows(
+    x: torch.Tensor, sums: torch.Tensor, rows: Rows, last_sums: torch.Tensor | None = None
 ) -> list[torch.Tensor | None]:
     """Of gain, offset, bias, scale, shift, then of gain, offset and bias of a last norm, None without `last_sums`."""
     B, chunks, _, C = sums.shape
@@ -283,7 +283,7 @@ def _empty_row(row: torch.Tensor | None) -> torch.Tensor | None:
     return None if row is None else torch.empty_like(row, memory_format=torch.contiguous_format)
 
 
-class _Rows:
+class Rows:
     """The arguments per channel as the kernels read them: channels side by side, rows of scale and shift anywhere."""
 
     def __init__(self, gain, offset, bias, scale, shift):
@@ -315,7 +315,7 @@ def _side_by_side(rows: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
     return (rows, stride) if spacing == 1 else (rows.contiguous(), rows.shape[1])
 
 
-def _dropout_numbers(dropout_p: float) -> tuple[int, float]:
+def dropout_numbers(dropout_p: float) -> tuple[int, float]:
     """The smallest random word that keeps an element, and the factor of kept elements."""
     return round(dropout_p * 2**32), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 

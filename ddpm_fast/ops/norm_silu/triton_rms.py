@@ -13,12 +13,12 @@ from ddpm_fast.ops.norm_silu.triton_tile import (
     load_bias,
     load_gradient,
     load_with_bias,
+    rms_factor,
+    rms_gradient,
     slope_and_intercept,
     sums_of,
 )
 from ddpm_fast.runtime import triton_launch
-
-_SMALLEST_NORM = tl.constexpr(1e-12)
 
 
 @triton.jit
@@ -47,11 +47,7 @@ def rms_norm_silu_fwd_kernel(
     )
 
     b_v = load_with_bias(x_ptr + o_sample, o_tile, m_tile, bias_ptr, load_bias(bias_ptr, o_c, m_c))
-    b_square = tl.sum(b_v * b_v, axis=1)  # (BLOCK_N,)
-    if BLOCK_C < 16:  # gradients of few channels cancel, and 2 units in the last place would show in them
-        b_factor = tl.div_rn(root_c, tl.maximum(tl.sqrt_rn(b_square), _SMALLEST_NORM))
-    else:
-        b_factor = root_c / tl.maximum(tl.sqrt(b_square), _SMALLEST_NORM)
+    b_factor = rms_factor(b_v, root_c, BLOCK_C < 16)
     tl.store(factors_ptr + i_b.to(tl.int64) * HW + o_n, b_factor, mask=m_n)
     finish_fwd(
         b_v * b_factor[:, None], residual_ptr, out_ptr + o_sample, o_tile, m_tile, b_slope,
@@ -87,8 +83,6 @@ def rms_norm_silu_bwd_kernel(
     b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dy_normed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dx = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    # A norm that is larger than the smallest by less than forward's rounding counts as clamped.
-    largest_factor, inverse_c = root_c * (0.999999 / _SMALLEST_NORM), tl.div_rn(1.0, root_c * root_c)
     for i_tile in tl.range(TILES, num_stages=STAGES):
         n_start = (i_chunk * TILES + i_tile) * BLOCK_N
         o_n = n_start + tl.arange(0, BLOCK_N)
@@ -103,9 +97,7 @@ def rms_norm_silu_bwd_kernel(
             ACTIVATION, BLOCK_N, QUADS,
         )  # fmt: skip
         b_dnormed = b_dy * b_slope[None, :]
-        # A clamped norm is a constant: nothing flows through it.
-        b_projection = tl.where(b_factor < largest_factor, tl.sum(b_dnormed * b_normed, axis=1) * inverse_c, 0.0)
-        b_dx = (b_dnormed - b_normed * b_projection[:, None]) * b_factor[:, None]
+        b_dx = rms_gradient(b_dnormed, b_normed, b_factor, root_c)
         tl.store(dx_ptr + o_sample + o_tile, b_dx.to(dx_ptr.dtype.element_ty), mask=m_tile)
         b_sum_dy += b_dy
         b_sum_dy_normed += b_dy * b_normed

@@ -18,10 +18,8 @@ import triton.language as tl
 
 from ddpm_fast.ops.common.triton import cast, dot, silu, silu_and_derivative
 from ddpm_fast.ops.norm_silu.launch import conv_chunk, conv_tile, sizes_of
-from ddpm_fast.ops.norm_silu.triton_tile import STAGES, load
+from ddpm_fast.ops.norm_silu.triton_tile import STAGES, load, rms_factor, rms_gradient
 from ddpm_fast.runtime import triton_launch
-
-_SMALLEST_NORM = tl.constexpr(1e-12)
 
 
 @triton.jit
@@ -50,8 +48,7 @@ def rms_norm_silu_conv_fwd_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     b_v = load(x_ptr + start * C, o_n[:, None] * C + o_c[None, :], m_n[:, None] & m_c[None, :])
     b_v += load(bias_ptr, o_c, m_c)[None, :]
-    # Both correctly rounded: gradients of few channels cancel, and 2 units in the last place would show in them.
-    b_factor = tl.div_rn(root_c, tl.maximum(tl.sqrt_rn(tl.sum(b_v * b_v, axis=1)), _SMALLEST_NORM))
+    b_factor = rms_factor(b_v, root_c, True)
     tl.store(factors_ptr + start + o_n, b_factor, mask=m_n)
     b_a = cast(silu(b_v * b_factor[:, None] * load(gain_ptr, o_c, m_c)[None, :]), DTYPE)
     b_out = dot(b_a, tl.trans(_load_weight(weight_ptr, o_j, o_c, J, C, DTYPE)), None, PRECISION)
@@ -89,8 +86,6 @@ def rms_norm_silu_conv_bwd_kernel(
     b_sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dy_normed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     b_sum_dx = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    # A norm that is larger than the smallest by less than forward's rounding counts as clamped.
-    largest_factor, inverse_c = root_c * (0.999999 / _SMALLEST_NORM), tl.div_rn(1.0, root_c * root_c)
     for i_tile in tl.range(tiles, num_stages=STAGES):
         o_n = (i_chunk * tiles + i_tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < HW
@@ -103,9 +98,7 @@ def rms_norm_silu_conv_bwd_kernel(
         b_products = dot(tl.trans(b_grad), cast(b_a, DTYPE), b_products, PRECISION)
         b_dy = dot(b_grad, b_weight, None, PRECISION) * b_derivative
         b_dnormed = b_dy * b_gain[None, :]
-        # A clamped norm is a constant: nothing flows through it.
-        b_projection = tl.where(b_factor < largest_factor, tl.sum(b_dnormed * b_normed, axis=1) * inverse_c, 0.0)
-        b_dx = (b_dnormed - b_normed * b_projection[:, None]) * b_factor[:, None]
+        b_dx = rms_gradient(b_dnormed, b_normed, b_factor, root_c)
         tl.store(dx_ptr + o_tile, cast(b_dx, DTYPE), mask=m_tile)
         b_sum_dy += b_dy
         b_sum_dy_normed += b_dy * b_normed

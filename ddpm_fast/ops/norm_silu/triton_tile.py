@@ -14,6 +14,7 @@ from ddpm_fast.runtime import triton_launch
 
 STAGES = tl.constexpr(2)  # the next tile is loaded while a program computes one
 _STREAM_DROPOUT = tl.constexpr(STREAM_DROPOUT)
+_SMALLEST_NORM = tl.constexpr(1e-12)
 
 
 @triton.jit
@@ -74,6 +75,28 @@ def slope_and_intercept(
     if shift_ptr is not None:
         b_intercept += load(shift_ptr, i_b * stride_shift + o_c, m_c & (scaled != 0))
     return b_slope, b_intercept
+
+
+@triton.jit
+def rms_factor(b_v, root_c, EXACT: tl.constexpr):
+    """√C / max(‖v‖₂, 1e-12) of each pixel: (BLOCK_N,).
+
+    EXACT: both correctly rounded. Gradients of few channels cancel, and 2 units in the last place would show in them.
+    """
+    b_square = tl.sum(b_v * b_v, axis=1)
+    if EXACT:
+        return tl.div_rn(root_c, tl.maximum(tl.sqrt_rn(b_square), _SMALLEST_NORM))
+    else:
+        return root_c / tl.maximum(tl.sqrt(b_square), _SMALLEST_NORM)
+
+
+@triton.jit
+def rms_gradient(b_dnormed, b_normed, b_factor, root_c):
+    """The gradient at v of that at x̂ = v·factor: (BLOCK_N, BLOCK_C). A clamped norm is a constant: nothing flows
+    through it. A norm that is larger than the smallest by less than forward's rounding counts as clamped."""
+    largest_factor, inverse_c = root_c * (0.999999 / _SMALLEST_NORM), tl.div_rn(1.0, root_c * root_c)
+    b_projection = tl.where(b_factor < largest_factor, tl.sum(b_dnormed * b_normed, axis=1) * inverse_c, 0.0)
+    return (b_dnormed - b_normed * b_projection[:, None]) * b_factor[:, None]
 
 
 @triton.jit
