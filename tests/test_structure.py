@@ -117,6 +117,8 @@ ROWS = [
     ["models/stock"],
     ["ops/*_block/op"],
     ["ops/*_block/composite", "ops/*_block/reference", "ops/*_block/triton"],
+    ["ops/*_block/conv_norm"],
+    ["ops/*_block/triton_conv_norm"],
     ["ops/*/op"],
     ["ops/*/operators", "ops/*/checks"],
     ["ops/*/triton", "ops/*/native", "ops/*/reference"],
@@ -146,7 +148,14 @@ ROWS = [
     ["ops/common/tables", "ops/registration"],
     ["runtime/compile_ahead", "runtime/pretrained"],
     ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
-    ["runtime/extension", "runtime/autocast", "runtime/extras", "runtime/plain", "runtime/tensor_sums"],
+    [
+        "runtime/extension",
+        "runtime/autocast",
+        "runtime/extras",
+        "runtime/plain",
+        "runtime/tensor_sums",
+        "runtime/measured",
+    ],
 ]
 
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
-from ddpm_fast.runtime import extension
+from ddpm_fast.runtime import extension, measured
 
 COMPOSITE = "composite"
 BACKENDS = ("triton", "native", "sdpa", "reference")
@@ -296,6 +296,7 @@ def explain(model: Any = None, *, devices: list[torch.device] | None = None) -> 
     lines.append(f"* runs; forced by use_backend: {_forced or 'nothing'}")
     if extension.load() is not None:
         lines.append(f"native code on the CPU uses the instruction set {extension.instruction_set()}")
+    lines += measured.account()
     for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         reason = module.why_by_modules() if hasattr(module, "why_by_modules") else None
         if reason is not None:

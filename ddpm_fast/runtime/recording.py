@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast.runtime import dispatch, extension
+from ddpm_fast.runtime import dispatch, extension, measured
 
 _WARM_UPS = 2  # calls before a capture: libraries choose their algorithms and kernels compile in the first
 
@@ -85,15 +85,17 @@ class CudaRecorder:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 if compile_ahead.is_possible(self.device):
-                    with compile_ahead.compiling_ahead():
+                    with compile_ahead.compiling_ahead(), measured.stage(measured.COMPILE):
                         reset()
                         body()
-                for _ in range(_WARM_UPS):
-                    reset()
-                    body()
+                with measured.stage(measured.MEASURE):
+                    for _ in range(_WARM_UPS):
+                        reset()
+                        body()
                 reset()
             torch.cuda.current_stream().wait_stream(self._stream)
-            return self._capture(body).replay
+            with measured.stage(measured.LOOK_UP):
+                return self._capture(body).replay
 
     def _capture(self, body: Body) -> torch.cuda.CUDAGraph:
         """One call of the body, captured and not run."""
@@ -387,7 +389,7 @@ def settings() -> tuple:
     """Global settings that select kernels; part of a recording's cache key."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
-        dispatch.forced_backend(),
+        (dispatch.forced_backend(), measured.setting()),
         # Not allow_tf32, which raises where precisions were set by name.
         (torch.backends.fp32_precision, cuda.matmul.fp32_precision, cudnn.conv.fp32_precision),  # type: ignore[attr-defined]
         (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction),

@@ -1,0 +1,155 @@
+"""Forms of a computation of which the faster one is measured, where a recording repeats it a thousand times.
+
+Two forms give the same tensors up to rounding: "fused", one kernel, and "separate", a library's kernel and a pass.
+Which is faster depends on the card and on the library. The calls before a CUDA graph is captured time both, once for
+each computation on each device, and the capture takes the faster one. Everything else runs "separate".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FUSED, SEPARATE, MEASURED = "fused", "separate", "measured"
+# How a thread that records chooses: it runs both forms to compile them, times those not yet timed, or looks them up.
+COMPILE, MEASURE, LOOK_UP = "compile", "measure", "look up"
+
+_ROUNDS = 7  # odd
+_SLEEP_CYCLES = 4_000_000  # about 2 ms: the device sleeps while the host enqueues what is timed
+
+# A plain module global, as in dispatch.py.
+_setting = MEASURED
+_stages: dict[int, str] = {}  # by thread
+_choices: dict[tuple[str, Hashable], Choice] = {}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Median seconds by form."""
+
+    seconds: Mapping[str, float]
+
+    @property
+    def form(self) -> str:
+        """The faster form; of equals the separate one."""
+        return FUSED if self.seconds[FUSED] < self.seconds[SEPARATE] else SEPARATE
+
+
+class use_form:
+    """Choose how computations with two forms run; at once, as a plain call or as a context manager.
+
+        use_form("fused")
+        with use_form("separate"): ...
+
+    Args:
+        name: "fused" or "separate" everywhere a form takes the call; "measured": the faster one in recordings on CUDA,
+            and "separate" outside of them and where torch.use_deterministic_algorithms is on.
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+
+    def __init__(self, name: str):
+        names = (FUSED, SEPARATE, MEASURED)
+        if name not in names:
+            raise ValueError(f"name must be one of {', '.join(names)}, got {name!r}")
+        global _setting
+        self._previous = _setting
+        _setting = name
+
+    def __enter__(self) -> use_form:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _setting
+        _setting = self._previous
+
+
+def setting() -> str:
+    """What `use_form` has chosen; part of a recording's cache key."""
+    return _setting
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Inside, this thread prepares or makes a recording: `COMPILE`, `MEASURE` or `LOOK_UP`."""
+    thread = threading.get_ident()
+    before = _stages.get(thread)
+    _stages[thread] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del _stages[thread]
+        else:
+            _stages[thread] = before
+
+
+def way() -> str:
+    """How a form is chosen in this thread now: a form, or a stage. Backward, in another thread, is given forward's."""
+    if _setting != MEASURED:
+        return _setting
+    if torch.are_deterministic_algorithms_enabled():
+        return SEPARATE
+    return _stages.get(threading.get_ident(), SEPARATE)
+
+
+def run(name: str, key: Hashable, forms: Mapping[str, Callable[[], Any]], how: str) -> Any:
+    """The result of one of the forms of a computation.
+
+    Args:
+        name: of the computation.
+        key: device, dtypes and shapes: all that the forms' times depend on.
+        forms: by name, on tensors of one device, which they do not change.
+        how: `way()` at the time of the forward pass.
+    """
+    if how in forms:
+        return forms[how]()
+    if how == COMPILE:
+        forms[FUSED]()
+        return forms[SEPARATE]()
+    if how == MEASURE and (name, key) not in _choices:
+        _choices[name, key] = Choice(_seconds(forms))
+    choice = _choices.get((name, key))
+    return forms[SEPARATE if choice is None else choice.form]()
+
+
+def _seconds(forms: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median seconds of each form, in rounds in which every form runs once."""
+    for call in forms.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(_ROUNDS):
+        for name, call in forms.items():
+            times[name].append(_timed(call))
+    return {name: sorted(found)[_ROUNDS // 2] for name, found in times.items()}
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    """Seconds of the device; the host's are past when it begins."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_SLEEP_CYCLES)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def account() -> Iterator[str]:
+    """For `explain`: a line for the setting, and one for each choice."""
+    what = "in recordings on CUDA the faster one, as measured" if _setting == MEASURED else f"{_setting}, by use_form"
+    yield f"convolutions with norms, fused or separate: {what}"
+    for (name, key), choice in _choices.items():
+        times = ", ".join(f"{form} {1e6 * seconds:.1f} us" for form, seconds in choice.seconds.items())
+        yield f"{name} {key}: {choice.form} ({times})"
+
+
+def forget() -> None:
+    """Drop what has been measured."""
+    _choices.clear()

@@ -1,0 +1,110 @@
+"""Forms of a computation: which one runs where, and what is measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpm_fast.runtime import dispatch, measured, recording
+from ddpm_fast.runtime.measured import COMPILE, FUSED, LOOK_UP, MEASURE, SEPARATE, use_form
+from ddpm_fast.testing.recorders import PretendedCuda, PretendedCudaRecorder
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    measured.forget()
+    yield
+    measured.forget()
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Forms that say when they run, and the seconds that a measurement finds."""
+    seconds, ran = {FUSED: 2e-4, SEPARATE: 3e-4}, []
+
+    def form(name):
+        def call():
+            ran.append(name)
+            return name
+
+        call.seconds = name
+        return call
+
+    def time(call):
+        call()
+        return seconds[call.seconds]
+
+    monkeypatch.setattr(measured, "_timed", time)
+    return seconds, ran, {name: form(name) for name in (FUSED, SEPARATE)}
+
+
+def test_outside_of_recordings_they_are_separate(timed):
+    _, ran, forms = timed
+    assert measured.run("op", 1, forms, measured.way()) == SEPARATE
+    assert ran == [SEPARATE]
+
+
+@pytest.mark.parametrize("faster", [FUSED, SEPARATE])
+def test_the_faster_one_is_measured_once_and_looked_up(timed, faster):
+    seconds, ran, forms = timed
+    seconds[faster] = 1e-4
+    with measured.stage(MEASURE):
+        how = measured.way()
+        assert measured.run("op", 1, forms, how) == faster
+        began = len(ran)
+        assert began >= 2 * measured._ROUNDS
+        seconds[faster] = 1.0
+        assert measured.run("op", 1, forms, how) == faster and len(ran) == began + 1
+    with measured.stage(LOOK_UP):
+        assert measured.run("op", 1, forms, measured.way()) == faster
+        assert measured.run("op", 2, forms, measured.way()) == SEPARATE
+        assert measured.run("other", 1, forms, measured.way()) == SEPARATE
+    assert len(ran) == began + 4
+
+
+def test_of_equals_the_separate_one(timed):
+    seconds, _, forms = timed
+    seconds[FUSED] = seconds[SEPARATE]
+    assert measured.run("op", 1, forms, MEASURE) == SEPARATE
+
+
+def test_compiling_runs_both_and_measures_nothing(timed):
+    _, ran, forms = timed
+    assert measured.run("op", 1, forms, COMPILE) == SEPARATE
+    assert sorted(ran) == [FUSED, SEPARATE] and not measured._choices
+
+
+def test_a_setting_decides_and_deterministic_algorithms_measure_nothing(timed):
+    _, ran, forms = timed
+    with measured.stage(MEASURE):
+        for name in (FUSED, SEPARATE):
+            with use_form(name):
+                assert measured.run("op", 1, forms, measured.way()) == name
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert measured.run("op", 1, forms, measured.way()) == SEPARATE
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert len(ran) == 3 and measured.setting() == measured.MEASURED and measured.way() == SEPARATE
+    with pytest.raises(ValueError, match="name must be one of fused, separate, measured, got 'fast'"):
+        use_form("fast")
+
+
+def test_a_recording_measures_and_looks_up(monkeypatch):
+    """The stages of the calls of a body; a recording depends on the setting."""
+    seen: list[str] = []
+    PretendedCuda((2, 14)).install(monkeypatch)
+    PretendedCudaRecorder(torch.device("cpu")).record(lambda: seen.append(measured.way()), lambda: None)
+    assert seen == [*[MEASURE] * recording._WARM_UPS, LOOK_UP] and measured.way() == SEPARATE
+    before = recording.settings()
+    with use_form(FUSED):
+        assert recording.settings() != before
+
+
+def test_explain_names_the_choices(timed):
+    _, _, forms = timed
+    assert "fused or separate: in recordings on CUDA the faster one, as measured" in dispatch.explain()
+    measured.run("conv_norm", ("cuda:0", (1, 2)), forms, MEASURE)
+    assert "conv_norm ('cuda:0', (1, 2)): fused (fused 200.0 us, separate 300.0 us)" in dispatch.explain()
+    with use_form(SEPARATE):
+        assert "fused or separate: separate, by use_form" in dispatch.explain()
