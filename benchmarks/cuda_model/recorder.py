@@ -259,6 +259,8 @@ def _width(call: Call) -> int | None:
     if call.name.startswith("ddpm_fast::stem_conv"):
         weight = call.arguments["weight"]
         return min(weight.shape[0], weight[0].numel())
+    if call.name.startswith("ddpm_fast::conv_norm"):
+        return min(call.arguments["weight"].shape[:2])
     for name, parts in (("x", 1), ("qkv", 3), ("grad", 1)):
         if name in call.arguments:
             return call.arguments[name].shape[1] // parts

@@ -134,7 +134,8 @@ def assumptions(cards: tuple[Card, ...] = CARDS, dtype: str = "bf16") -> str:
     lines = ["## What the times assume", "", *_aligned([head, *rows]), ""]
     lines.append(
         "Channels are the fewer of a convolution's input and output channels. Triton's kernels are assumed to move "
-        "bytes as fast as a copy. Sources: peaks are NVIDIA's datasheets; 3.0 TB/s is a copy as measured on an H100; "
+        "bytes as fast as a copy and to multiply at cuDNN's rates, which no GPU has shown of convolutions with norms. "
+        "Sources: peaks are NVIDIA's datasheets; 3.0 TB/s is a copy as measured on an H100; "
         "cuDNN's rates are an outside review's estimate for an H100, scaled by the peaks for others, and no "
         "measurement. Host times are this machine's."
     )

@@ -18,6 +18,7 @@ from ddpm_fast import GaussianDiffusion, Unet, noise
 from ddpm_fast.diffusion.sampling import SamplingState
 from ddpm_fast.measure.compare import PHASES
 from ddpm_fast.models.derived_weights import inference_weights
+from ddpm_fast.runtime import measured
 from ddpm_fast.runtime.autocast import uncached_autocast
 from ddpm_fast.runtime.recording import EagerRecorder
 from ddpm_fast.training.captured_step import TrainingStep
@@ -59,9 +60,14 @@ def record_training(
     dtype: str = "bf16",
     found: Found = nothing,
     diffusion: GaussianDiffusion | None = None,
+    form: str = measured.FUSED,
 ) -> Step:
-    """Loss, backward, clipping and Adam on a batch."""
-    with recording(target, found) as block:
+    """Loss, backward, clipping and Adam on a batch.
+
+    Args:
+        form: of convolutions with norms, of which a card takes the faster one.
+    """
+    with recording(target, found) as block, measured.use_form(form):
         run, _ = make_training_step(diffusion or make_diffusion(), batch, dtype)
         with block() as step:
             run()
@@ -98,10 +104,11 @@ def record_sampling(
     dtype: str = "bf16",
     found: Found = nothing,
     diffusion: GaussianDiffusion | None = None,
+    form: str = measured.FUSED,
 ) -> Step:
-    """The network and the sampler's update, with inference weights."""
+    """The network and the sampler's update, with inference weights. `form` as in `record_training`."""
     diffusion = diffusion or make_diffusion()
-    with recording(target, found) as block:
+    with recording(target, found) as block, measured.use_form(form):
         run = make_sampling_step(diffusion, batch, dtype)
         with sampling_mode(diffusion, dtype), block() as step:
             run()
@@ -122,14 +129,15 @@ def record_ops(target: GPUTarget, found: Found = nothing, size: str = "full") ->
 
 
 def _networks(phase: str, record: Callable[..., Step], *more: tuple[int, str]) -> list[_Record]:
-    """`record` for every batch and dtype that a GPU's report times in this phase, and for `more`."""
+    """`record` for every batch and dtype that a GPU's report times in this phase, and for `more`, in both forms."""
     timed = [case.configuration for case in network_cases("full") if phase in case.phases]
     wanted = dict.fromkeys([*((network.batch, network.dtype) for network in timed), *more])
-    return [partial(_record, record, batch, dtype) for batch, dtype in wanted]
+    forms = (measured.FUSED, measured.SEPARATE)
+    return [partial(_record, record, batch, dtype, form) for batch, dtype in wanted for form in forms]
 
 
-def _record(record: Callable[..., Step], batch: int, dtype: str, target: GPUTarget, found: Found) -> Step:
-    return record(target, batch, dtype, found)
+def _record(record: Callable[..., Step], batch: int, dtype: str, form: str, target: GPUTarget, found: Found) -> Step:
+    return record(target, batch, dtype, found, form=form)
 
 
 # Names that precompile.py accepts, with the steps whose kernels it compiles.

@@ -214,6 +214,14 @@ def _residual_conv_gradients_scratch(arguments: Arguments) -> int:
     return 4 * 2 * numbers
 
 
+def _conv_norm_gradients_scratch(arguments: Arguments) -> int:
+    """Σ da', Σ da'·x̂ and Σ dy per tile of pixels, written and read."""
+    from ddpm_fast.ops.resnet_block.launch import conv_norm_tile
+
+    (B, K, H, W), C = arguments["y"].shape, arguments["grad"].shape[1]
+    return 4 * 2 * 3 * K * B * math.ceil(H * W / conv_norm_tile(H * W, C, K)["BLOCK_N"])
+
+
 def _product_gradients_scratch(window: int) -> Callable[[Arguments], int]:
     """The bias's gradient per tile of pixels, written and read."""
 
@@ -238,6 +246,7 @@ SCRATCH_BYTES: dict[str, Callable[[Arguments], int]] = {
     "ddpm_fast::norm_linear_backward": _norm_linear_backward_scratch,
     "ddpm_fast::norm_linear_beside_backward": _norm_linear_backward_scratch,
     "ddpm_fast::residual_conv_gradients": _residual_conv_gradients_scratch,
+    "ddpm_fast::conv_norm_gradients": _conv_norm_gradients_scratch,
     "ddpm_fast::downsample_conv_gradients": _product_gradients_scratch(2),
     "ddpm_fast::linear_residual_gradients": _product_gradients_scratch(1),
     "ddpm_fast::stem_conv_backward": _stem_conv_backward_scratch,
@@ -324,6 +333,8 @@ FLOPS: dict[str, Callable[[Arguments, Any], dict[str, int]]] = {
     "ddpm_fast::linear_residual_gradients": _product_gradients_flops,
     "ddpm_fast::residual_conv": _residual_conv_flops(1),
     "ddpm_fast::residual_conv_gradients": _residual_conv_flops(2),
+    "ddpm_fast::conv_norm": lambda a, made: {"convolution": 2 * made[1].numel() * a["weight"][0].numel()},
+    "ddpm_fast::conv_norm_gradients": lambda a, _: {"convolution": 2 * a["grad"].numel() * a["weight"][0].numel()},
     "ddpm_fast::stem_conv": _stem_conv_flops,
     "ddpm_fast::stem_conv_backward": _stem_conv_flops,
     "ddpm_fast::stem_conv_backward_of_readers": _stem_conv_flops,

@@ -32,6 +32,7 @@ from ddpm_fast.ops.conv3x3.op import conv3x3  # noqa: E402
 from ddpm_fast.ops.linear_attention_block.op import linear_attention_block  # noqa: E402
 from ddpm_fast.ops.norm_silu.op import rms_norm_silu  # noqa: E402
 from ddpm_fast.ops.resnet_block import composite  # noqa: E402
+from ddpm_fast.runtime import measured  # noqa: E402
 from ddpm_fast.testing import linear_attention_block_cases as block_cases  # noqa: E402
 
 OPS = Path(ddpm_fast.__file__).parent / "ops"
@@ -292,11 +293,14 @@ def test_one_more_operator_is_seen(tiny, launch):
 
 @pytest.fixture(scope="module")
 def production():
-    """The steps that have bounds, by name."""
+    """The steps that have bounds, by name; in half types with fused and with separate convolutions and norms."""
+    separate = {"dtype": "bf16", "form": measured.SEPARATE}
     return {
         "training step, bf16": steps.record_training(TARGET, dtype="bf16"),
         "training step, fp32": steps.record_training(TARGET, dtype="fp32"),
         "sampling step, bf16": steps.record_sampling(TARGET, dtype="bf16"),
+        "training step, bf16, separate": steps.record_training(TARGET, **separate),
+        "sampling step, bf16, separate": steps.record_sampling(TARGET, **separate),
     }
 
 
@@ -385,6 +389,23 @@ def test_bytes_of_a_block_with_an_output_are_those_of_the_registry():
     leaves = {name: torch.empty(size, device="meta", requires_grad=True) for name, size in sizes_of.items()}
     leaves |= {name: leaves[name].to(memory_format=torch.channels_last) for name in ("x", "skip")}
 
+    count_block(leaves, ("norm_silu_conv", "norm_silu_conv_gradients", "output_weights", "output_weights_gradients"))
+
+
+def test_bytes_of_convolutions_with_norms_are_those_of_the_registry():
+    """The same of a residual block whose convolutions make its norms."""
+    sizes_of = {"x": (8, 64, 64, 64), "weight1": (128, 64, 3, 3), "bias1": (128,), "gain1": (128,)}
+    sizes_of |= {"weight2": (128, 128, 3, 3), "bias2": (128,), "gain2": (128,), "scale": (8, 128), "shift": (8, 128)}
+    sizes_of |= {"res_weight": (128, 64, 1, 1), "res_bias": (128,)}
+    leaves = {name: torch.empty(size, device="meta", dtype=torch.bfloat16) for name, size in sizes_of.items()}
+    leaves = {n: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for n, t in leaves.items()}
+    with measured.use_form(measured.FUSED):
+        count_block({n: t.requires_grad_() for n, t in leaves.items()}, ("conv_norm", "conv_norm_gradients"))
+
+
+def count_block(leaves: dict[str, torch.Tensor], names: tuple[str, ...]) -> None:
+    """Bytes of a block's operators, forward and backward, by launches and by registries."""
+
     def step(convolution) -> None:
         with mock.patch.object(composite, "conv3x3", convolution):
             out = composite.resnet_block(**leaves)
@@ -398,7 +419,7 @@ def test_bytes_of_a_block_with_an_output_are_those_of_the_registry():
     counted = traffic.Traffic()
     with traffic.kernels_take_meta_tensors(), traffic.Counter(counted):
         step(last)
-    for name in ("norm_silu_conv", "norm_silu_conv_gradients", "output_weights", "output_weights_gradients"):
+    for name in names:
         moved = sum(launch.bytes_moved for launch in recorded.launches if launch.operator == f"ddpm_fast::{name}")
         assert moved == pytest.approx(counted.by_operator[f"ddpm_fast::{name}"].bytes_moved, rel=0.01), name
 
@@ -411,8 +432,11 @@ def test_bounds_of_launches(production, gate):
 
 
 def test_bounds_of_a_cold_start(production, gate):
-    """Kernels that a fresh machine compiles before the first step."""
-    training, _, sampling = (step.variants for step in production.values())
+    """Kernels that a fresh machine compiles before the first step; it times convolutions with norms in both forms."""
+    training, sampling = (
+        production[f"{name} step, bf16"].variants | production[f"{name} step, bf16, separate"].variants
+        for name in ("training", "sampling")
+    )
     gate("cold start", "training step, bf16", len(training))
     gate("cold start", "training step, bf16, and sampling step, bf16", len(training | sampling))
 
@@ -440,10 +464,11 @@ def test_an_eager_step_takes_the_host_no_longer_than_upstreams():
 
 
 def test_the_hosts_time_of_a_step():
-    """The tiny network that is timed launches nearly as much as the one that is meant."""
+    """The tiny network that is timed launches nearly as much as the one that is meant, step by step as it is timed."""
     network = steps.make_diffusion(image_size=host.TINY_SIZE, dim=host.TINY["dim"])
-    meant = steps.record_sampling(TARGET).count
-    assert 0.98 * meant <= steps.record_sampling(TARGET, 1, diffusion=network).count <= meant
+    meant = steps.record_sampling(TARGET, form=measured.SEPARATE).count
+    tiny = steps.record_sampling(TARGET, 1, diffusion=network, form=measured.SEPARATE).count
+    assert 0.98 * meant <= tiny <= meant
     before = F.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
     times = host.measure_steps(TARGET, "fp32", least=0.2)
     assert times["training"] > times["sampling"] > 0  # usually 2 to 3 times, under 2 beside other work

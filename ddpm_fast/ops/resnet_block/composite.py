@@ -23,6 +23,7 @@ from ddpm_fast.ops.norm_silu.op import (
 )
 from ddpm_fast.ops.norm_silu.operators import stand_in_for_products
 from ddpm_fast.ops.operator import Operator
+from ddpm_fast.ops.resnet_block.conv_norm import ConvBeforeNorm, conv_before_norm, rest_of_block
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.autocast import no_autocast
 from ddpm_fast.runtime.dispatch import COMPOSITE, Implementation, Op, in_forward_mode, once_differentiable
@@ -66,21 +67,32 @@ def resnet_block(
     with no_autocast(x.device.type):
         if recompute or skip is None or res_weight is None:  # nothing else would read x with its bias
             x, x_bias = _with_bias(x, x_bias), None
-        output_weights = None
+        output_weights, joined = None, None
+        if groups == 0 and not recompute:
+            rows, last_rows = (gain1, bias1, scale, shift), (gain2, bias2)
+            joined = conv_before_norm(x, weight1, rows, last_rows, seed, dropout_p)
         if skip is not None and res_weight is not None:
             if not recompute and groups == 0:
                 outer = (out_weight, out_bias, res_weight, res_bias)
                 output_weights = _joined_with_output(x, skip, weight1, (gain1, bias1), (gain2, bias2), outer)
             if output_weights is None:
-                y1, residual = skip_convs(x, branch(skip), weight1, res_weight, res_bias, x_bias, not recompute)
+                parts = (x, branch(skip), weight1, res_weight, res_bias, x_bias, not recompute)
+                y1, residual = skip_convs(*parts, joined)
+                joined = joined if joined is not None and joined.has_run else None
             else:
                 whole, whole_bias, products = output_weights
-                y1, residual = _skip_convs_in_place(x, branch(skip), weight1, whole, whole_bias, x_bias, True)
+                parts = (x, branch(skip), weight1, whole, whole_bias, x_bias, True)
+                y1, residual = _skip_convs_in_place(*parts, joined)
         else:
             if skip is not None:
                 x, skip = torch.cat((x, skip.to(x.dtype)), dim=1), None
-            y1, residual = conv3x3(x, weight1), branch(x)
+            y1 = conv3x3(x, weight1) if joined is None else joined.conv(x, weight1)
+            residual = branch(x)
             residual = residual if res_weight is None else linear(residual, res_weight, res_bias)
+        if joined is not None:
+            of_output = (None, None) if output_weights is None else (out_weight, products)
+            out = rest_of_block(y1, joined, weight2, *last_rows, residual, *of_output)
+            return out if out_weight is None or output_weights is not None else linear(out, out_weight, out_bias)
         first, last = (y1, gain1, offset1, bias1, scale, shift), (gain2, offset2, bias2)
         h, sums = first_norm_silu(
             *first, seed, last, **kind, dropout_p=dropout_p, last_weight=out_weight if output_weights else None
@@ -297,12 +309,13 @@ class _SkipConvs(torch.autograd.Function):
         res_bias: torch.Tensor,
         x_bias: torch.Tensor | None,
         keeps_whole: bool,
+        joined: ConvBeforeNorm | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, h = _residual_conv.triton(x, skip, res_weight, res_bias, x_bias)
         maps = (h, None) if keeps_whole or x_bias is not None else (x, skip)
         ctx.save_for_backward(*maps, weight, res_weight, res_bias, x_bias)
         ctx.sizes = [x.shape[1], skip.shape[1]]
-        return _same_conv(h, weight, None), out
+        return _same_conv(h, weight, None) if joined is None else joined(h, weight), out
 
     @staticmethod
     @once_differentiable
@@ -326,7 +339,7 @@ class _SkipConvs(torch.autograd.Function):
             parts = zip((x, skip), weight.split(sizes, dim=1), strict=True)
             dweights = [convolution_backward(*part, *geometry, (False, True, False))[1] for part in parts]
             dweight = torch.cat(dweights, dim=1)
-        return dx, dskip, dweight, dres_weight, dres_bias, None if x_bias is None else dx_bias, None
+        return dx, dskip, dweight, dres_weight, dres_bias, None if x_bias is None else dx_bias, None, None
 
 
 def _skip_convs_in_place(
@@ -337,10 +350,12 @@ def _skip_convs_in_place(
     res_bias: torch.Tensor,
     x_bias: torch.Tensor | None,
     keeps_whole: bool,
+    joined: ConvBeforeNorm | None,
 ) -> tuple[torch.Tensor, ...]:
     """By Triton; res_weight and res_bias may have another dtype than the maps, and their gradients have it."""
     x_bias = None if x_bias is None else x_bias.to(x.dtype)
-    return _SkipConvs.apply(x, skip.to(x.dtype), weight.to(x.dtype), res_weight, res_bias, x_bias, keeps_whole)
+    maps = (x, skip.to(x.dtype))
+    return _SkipConvs.apply(*maps, weight.to(x.dtype), res_weight, res_bias, x_bias, keeps_whole, joined)
 
 
 def _triton_skip_convs(
@@ -351,9 +366,10 @@ def _triton_skip_convs(
     res_bias: torch.Tensor,
     x_bias: torch.Tensor | None = None,
     keeps_whole: bool = True,
+    joined: ConvBeforeNorm | None = None,
 ) -> tuple[torch.Tensor, ...]:
     res_weight, res_bias = res_weight.to(x.dtype), res_bias.to(x.dtype)
-    return _skip_convs_in_place(x, skip, weight, res_weight, res_bias, x_bias, keeps_whole)
+    return _skip_convs_in_place(x, skip, weight, res_weight, res_bias, x_bias, keeps_whole, joined)
 
 
 def _joined_with_output(
@@ -431,6 +447,7 @@ def _triton_refuses(
     res_bias: torch.Tensor | None,
     x_bias: torch.Tensor | None = None,
     keeps_whole: bool = True,
+    joined: ConvBeforeNorm | None = None,
 ) -> str | None:
     reason = triton_launch.why_not_triton(x.device)
     if reason is not None:
@@ -456,6 +473,7 @@ def _composite_skip_convs(
     res_bias: torch.Tensor | None,
     x_bias: torch.Tensor | None = None,
     keeps_whole: bool = True,
+    joined: ConvBeforeNorm | None = None,
 ) -> tuple[torch.Tensor, ...]:
     return convs_of_parts((_with_bias(x, x_bias), skip), (weight, None), (res_weight, res_bias))
 
