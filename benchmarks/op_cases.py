@@ -24,8 +24,10 @@ from ddpm_fast.ops.linear_attention_block.op import linear_attention_block
 from ddpm_fast.ops.noise.op import fill_normal_
 from ddpm_fast.ops.norm_linear.op import norm_linear
 from ddpm_fast.ops.norm_silu.op import group_norm_silu, rms_norm_silu
+from ddpm_fast.ops.resnet_block.op import resnet_block
 from ddpm_fast.ops.sampler_step.op import sampler_step_
 from ddpm_fast.ops.variational_bound.op import variational_bound
+from ddpm_fast.runtime.measured import FUSED, SEPARATE, use_form
 from ddpm_fast.testing.variational_bound_cases import as_written, make_table
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -326,6 +328,39 @@ def _norm_linear(shape, device, dtype, compute) -> Inputs:
     )  # fmt: skip
 
 
+def _resnet_block(shape, device, dtype, compute) -> Inputs:
+    """A block without a skip connection, and with Triton both forms of its convolutions and norms."""
+    draw, (B, C, H, W) = _Draw(device, dtype, compute), shape
+    x = draw.normal(*shape, channels_last=True).requires_grad_()
+    weights = [(draw.normal(C, C, 3, 3, channels_last=True) * (9 * C) ** -0.5).requires_grad_() for _ in range(2)]
+    biases = [draw.normal(C).requires_grad_() for _ in range(2)]
+    gains = [(1 + 0.3 * draw.normal(1, C, 1, 1, full=True)).requires_grad_() for _ in range(2)]
+    scale, shift = ((0.3 * draw.normal(B, C)).requires_grad_() for _ in range(2))
+    rows = [row for i in range(2) for row in (weights[i], biases[i], gains[i])]
+    leaves = [x, *rows, scale, shift]
+
+    def norm(y: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return F.normalize(y, dim=1) * gain.to(y.dtype) * C**0.5
+
+    def eager() -> torch.Tensor:
+        h = norm(F.conv2d(x, weights[0], biases[0], padding=1), gains[0])
+        h = F.silu(h * (scale[:, :, None, None] + 1) + shift[:, :, None, None])
+        return F.silu(norm(F.conv2d(h, weights[1], biases[1], padding=1), gains[1])) + x
+
+    def call() -> torch.Tensor:
+        return resnet_block(x, *rows, scale=scale, shift=shift)
+
+    def formed(form: str) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            with use_form(form):
+                return call()
+
+        return run
+
+    others = {form: (formed(form), leaves) for form in (FUSED, SEPARATE)} if device.type == "cuda" else {}
+    return Inputs(call, eager, reads=[x], leaves=leaves, others=others, flops=36 * B * C * C * H * W)
+
+
 def size_of(config) -> str:
     """The size that pytest's options ask for, by default the device's; known when tests are collected."""
     on_cuda = config.getoption("--device") == "cuda" or (
@@ -353,6 +388,8 @@ def op_cases(size: str) -> list[OpCase]:
         if stage[1] < 512 or size != "full":
             cases.append(OpCase("linear_attention", stage, _linear_attention))
             cases.append(OpCase("linear_attention_block", stage, _linear_attention_block))
+        if stage[1] <= 128:  # where convolutions have norms inside
+            cases.append(OpCase("resnet_block", stage, _resnet_block, dtypes=("bf16",)))
         cases.append(OpCase("rms_norm_silu", stage, _rms_norm_silu, compiled=i == 0))
         cases.append(OpCase("group_norm_silu", stage, _group_norm_silu))
     return cases

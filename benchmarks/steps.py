@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # The ops of triage: those of Triton, which need no extension, and those of the extension.
 TRITON_OPS = (
     "rms_norm_silu", "linear_attention_block", "norm_linear", "linear_attention", "attention", "q_sample",
-    "diffusion_loss", "group_norm_silu", "variational_bound",
+    "diffusion_loss", "group_norm_silu", "variational_bound", "resnet_block",
 )  # fmt: skip
 NATIVE_OPS = ("fill_normal_", "sampler_step_")
 # Baselines of a network case, step by step: each step times those of the previous step again, in the rounds of one

@@ -15,6 +15,7 @@ from ddpm_fast.models.derived_weights import inference_weights
 from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.dispatch import explain, use_backend
 from ddpm_fast.runtime.extension import empty_cache
+from ddpm_fast.runtime.measured import use_form
 
 _LAZY = {
     "ContinuousTimeGaussianDiffusion": "ddpm_fast.diffusion.continuous_time",
@@ -63,6 +64,7 @@ __all__ = [
     "noise",
     "sigmoid_beta_schedule",
     "use_backend",
+    "use_form",
     *_LAZY,
 ]
 

@@ -12,7 +12,7 @@ import torch
 from ema_pytorch import EMA
 
 from ddpm_fast import GaussianDiffusion, Unet, capture_training_step
-from ddpm_fast.runtime import recording
+from ddpm_fast.runtime import measured, recording
 from ddpm_fast.testing.recorders import bytes_in_pools
 
 pytestmark = [
@@ -178,6 +178,18 @@ def test_a_captured_training_step_equals_the_step(unet, autocast):
     assert torch.equal(captured[0], stepped[0]), "losses"
     for a, b in zip(captured[1] + captured[2], stepped[1] + stepped[2], strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_recording_in_half_types_measures_both_forms():
+    """Forms of convolutions with norms; on a step the choice is a matter of rounding."""
+    torch.use_deterministic_algorithms(False)
+    measured.forget()
+    losses = trained(None, steps=4, autocast=torch.bfloat16)[0]
+    assert {name for name, _ in measured._choices} == {"conv_norm", "conv_norm_gradients"}
+    assert all(0 < seconds < 1 for choice in measured._choices.values() for seconds in choice.seconds.values())
+    for form in ("fused", "separate"):
+        with measured.use_form(form):
+            torch.testing.assert_close(trained(None, steps=4, autocast=torch.bfloat16)[0], losses, rtol=0.02, atol=0)
 
 
 def test_a_captured_training_step_waits_for_nothing():

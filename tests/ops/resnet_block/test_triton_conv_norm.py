@@ -5,10 +5,13 @@ Runs on the CPU in Triton's interpreter, else on CUDA; see ../conftest.py.
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from ddpm_fast import Unet
 from ddpm_fast.ops.common.norm import rms_norm_silu
 from ddpm_fast.ops.resnet_block import conv_norm
 from ddpm_fast.ops.resnet_block.op import resnet_block
@@ -236,3 +239,25 @@ def test_refuses(name):
     assert conv_norm.why_not(x, tensors["weight1"], rows, (rows[0], rows[1])).startswith(reason)
     with use_backend("reference"):
         assert conv_norm.why_not(tensors["x"], tensors["weight1"], rows, rows[:2]) == "backend 'reference' is forced"
+
+
+def run_network(model: Unet, form: str, backend: str) -> dict[str, torch.Tensor]:
+    dtype = next(model.parameters()).dtype
+    x = torch.linspace(-1, 1, 2 * 3 * 8 * 8, device=DEVICE).reshape(2, 3, 8, 8).to(dtype)
+    with use_backend(backend), use_form(form):
+        out = model(x.contiguous(memory_format=torch.channels_last), torch.tensor([3, 500], device=DEVICE))
+        gradients = torch.autograd.grad(out.square().mean(), list(model.parameters()))
+    return {"out": out.detach(), **dict(zip((name for name, _ in model.named_parameters()), gradients, strict=True))}
+
+
+def test_a_network(launches):
+    """Blocks whose output three ops read, whose input is two maps, and the last one, all in one network."""
+    torch.manual_seed(0)
+    model = Unet(8, dim_mults=(1, 2)).to(DEVICE).bfloat16()
+    actual = run_network(model, "fused", "triton")
+    assert collections.Counter(launches) == {"_conv_norm": 2 * 11 - 1, "_conv_norm_gradients": 11}
+    expected = run_network(model, "separate", "triton")
+    assert len(launches) == 32
+    truth = run_network(model.double(), "separate", "reference")
+    for name, value in truth.items():
+        assert_close_to_truth(actual[name], expected[name], value, name=name, floor=16)
