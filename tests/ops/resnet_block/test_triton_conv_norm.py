@@ -6,6 +6,7 @@ Runs on the CPU in Triton's interpreter, else on CUDA; see ../conftest.py.
 from __future__ import annotations
 
 import collections
+import itertools
 
 import pytest
 import torch
@@ -261,3 +262,40 @@ def test_a_network(launches):
     truth = run_network(model.double(), "separate", "reference")
     for name, value in truth.items():
         assert_close_to_truth(actual[name], expected[name], value, name=name, floor=16)
+
+
+@pytest.mark.parametrize("form", [measured.FUSED, measured.SEPARATE])
+def test_a_recording_measures_each_computation_and_takes_the_faster_form(form, monkeypatch, launches):
+    """Backward, which may run in another thread, chooses as forward does; the capture gives the chosen form's bits."""
+    turns = itertools.cycle((measured.FUSED, measured.SEPARATE))  # the order of the forms of both computations
+
+    def time(call):
+        call()
+        return 1.0 if next(turns) == form else 2.0
+
+    monkeypatch.setattr(measured, "_timed", time)
+    measured.forget()
+    tensors = make(SMALL, torch.bfloat16)
+    expected = run(form, "triton", tensors)
+    launches.clear()
+
+    def step(stage: str) -> list[torch.Tensor]:
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        with use_backend("triton"), measured.stage(stage):
+            out = resnet_block(**leaves)
+        out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape).to(out.dtype))
+        return [out.detach(), *(leaf.grad for leaf in leaves.values())]
+
+    step(measured.MEASURE)
+    names = [name for name, _ in measured._choices]
+    assert sorted(names) == ["conv_norm", "conv_norm", "conv_norm_gradients"]
+    assert all(choice.form == form for choice in measured._choices.values())
+    assert len(launches) > 3 * measured._ROUNDS
+    launches.clear()
+    captured = step(measured.LOOK_UP)
+    assert len(launches) == (3 if form == measured.FUSED else 0)
+    for a, b in zip(captured, expected.values(), strict=True):
+        # Of a block on the CPU without these computations, the convolutions' gradients are native code's.
+        exact = form == measured.FUSED or DEVICE == "cuda"
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if exact else 0.05 * b.abs().max().item())
+    measured.forget()
