@@ -25,7 +25,7 @@ from ddpm_fast.diffusion.sampling_run import SamplingRun as SamplingRun
 from ddpm_fast.diffusion.sampling_run import progress_on as progress_on
 from ddpm_fast.models.derived_weights import inference_weights, may_derive
 from ddpm_fast.ops.sampler_step.op import sampler_step_
-from ddpm_fast.runtime import recording
+from ddpm_fast.runtime import measured, recording
 from ddpm_fast.runtime.autocast import autocast_dtype, call_model, uncached_autocast
 
 
@@ -268,6 +268,7 @@ def sample_loop(
     with ExitStack() as derived, run.progress_bar(x.device) as bar:
         for network in (model, *([] if guide is None else [guide])):
             derived.enter_context(_inference_weights(network, run.plan))
+        derived.enter_context(measured.steps_on(x.device))
         options: dict[str, Any] = {
             "columns": run.plan.table.shape[1],
             "num_previous": max(run.plan.num_previous, int(run.on_x_start is not None)),

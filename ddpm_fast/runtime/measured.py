@@ -1,8 +1,10 @@
-"""Forms of a computation of which the faster one is measured, where a recording repeats it a thousand times.
+"""Forms of a computation of which the faster one is measured, where a loop repeats it a thousand times.
 
 Two forms give the same tensors up to rounding: "fused", one kernel, and "separate", a library's kernel and a pass.
-Which is faster depends on the card and on the library. The calls before a CUDA graph is captured time both, once for
-each computation on each device, and the capture takes the faster one. Everything else runs "separate".
+Which is faster depends on the card and on the library. The package's own loops, training and sampling, time both at
+first sight, once for each computation on each card, before a CUDA graph is captured or in a step without one, and take
+the faster one from then on: a step has the same bits recorded or not. Checkpoints keep the choices, so that a run goes
+on with the same. Everything else runs "separate".
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 
 FUSED, SEPARATE, MEASURED = "fused", "separate", "measured"
-# How a thread that records chooses: it runs both forms to compile them, times those not yet timed, or looks them up.
+# How a thread of a loop chooses: it runs both forms to compile them, times those not yet timed, or looks them up.
 COMPILE, MEASURE, LOOK_UP = "compile", "measure", "look up"
 
 _ROUNDS = 7  # odd
@@ -27,6 +29,7 @@ _SLEEP_CYCLES = 4_000_000  # about 2 ms: the device sleeps while the host enqueu
 _setting = MEASURED
 _stages: dict[int, str] = {}  # by thread
 _choices: dict[tuple[str, Hashable], Choice] = {}
+_adopted: dict[str, str] = {}  # forms of a checkpoint, by `_label`
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class use_form:
         with use_form("separate"): ...
 
     Args:
-        name: "fused" or "separate" everywhere a form takes the call; "measured": the faster one in recordings on CUDA,
-            and "separate" outside of them and where torch.use_deterministic_algorithms is on.
+        name: "fused" or "separate" everywhere a form takes the call; "measured": the faster one in training and
+            sampling on CUDA, and "separate" elsewhere and where torch.use_deterministic_algorithms is on.
 
     Raises:
         ValueError: `name` is none of these.
@@ -71,9 +74,9 @@ class use_form:
         _setting = self._previous
 
 
-def setting() -> str:
-    """What `use_form` has chosen; part of a recording's cache key."""
-    return _setting
+def setting() -> tuple:
+    """What `use_form` and a checkpoint have chosen; part of a recording's cache key."""
+    return _setting, *_adopted.items()
 
 
 @contextlib.contextmanager
@@ -91,6 +94,11 @@ def stage(name: str) -> Iterator[None]:
             _stages[thread] = before
 
 
+def steps_on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """For the steps of a loop of this package's: inside, forms are chosen as in its recordings."""
+    return stage(MEASURE) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def way() -> str:
     """How a form is chosen in this thread now: a form, or a stage. Backward, in another thread, is given forward's."""
     if _setting != MEASURED:
@@ -105,7 +113,7 @@ def run(name: str, key: Hashable, forms: Mapping[str, Callable[[], Any]], how: s
 
     Args:
         name: of the computation.
-        key: device, dtypes and shapes: all that the forms' times depend on.
+        key: card, dtypes and shapes: all that the forms' times depend on.
         forms: by name, on tensors of one device, which they do not change.
         how: `way()` at the time of the forward pass.
     """
@@ -114,10 +122,46 @@ def run(name: str, key: Hashable, forms: Mapping[str, Callable[[], Any]], how: s
     if how == COMPILE:
         forms[FUSED]()
         return forms[SEPARATE]()
-    if how == MEASURE and (name, key) not in _choices:
+    adopted = _adopted.get(_label(name, key))
+    if adopted is not None:
+        return forms[adopted]()
+    if how == MEASURE and (name, key) not in _choices and not _is_capturing():
         _choices[name, key] = Choice(_seconds(forms))
     choice = _choices.get((name, key))
     return forms[SEPARATE if choice is None else choice.form]()
+
+
+def _label(name: str, key: Hashable) -> str:
+    return f"{name} {key}"
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def chosen() -> dict[str, str]:
+    """The forms that have been chosen, by what they are of: for a checkpoint."""
+    return {**{_label(*what): choice.form for what, choice in _choices.items()}, **_adopted}
+
+
+def adopt(forms: Mapping[str, str]) -> None:
+    """Take the choices of a checkpoint: with those of the same card and shapes a run goes on with the same bits."""
+    _adopted.clear()
+    _adopted.update(forms)
+
+
+def check_forms(name: str, forms: Any) -> dict[str, str]:
+    """A checkpoint's record of `chosen`.
+
+    Raises:
+        TypeError, ValueError: it is no such record.
+    """
+    if not isinstance(forms, dict):
+        raise TypeError(f"{name} must be a dictionary, got {type(forms).__name__}")
+    for what, form in forms.items():
+        if not isinstance(what, str) or form not in (FUSED, SEPARATE):
+            raise ValueError(f"{name} must give {FUSED!r} or {SEPARATE!r} for each name, got {form!r} for {what!r}")
+    return dict(forms)
 
 
 def _seconds(forms: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
@@ -144,13 +188,20 @@ def _timed(call: Callable[[], Any]) -> float:
 
 def account() -> Iterator[str]:
     """For `explain`: a line for the setting, and one for each choice."""
-    what = "in recordings on CUDA the faster one, as measured" if _setting == MEASURED else f"{_setting}, by use_form"
+    what = (
+        "in training and sampling on CUDA the faster one, as measured"
+        if _setting == MEASURED
+        else f"{_setting}, by use_form"
+    )
     yield f"convolutions with norms, fused or separate: {what}"
     for (name, key), choice in _choices.items():
         times = ", ".join(f"{form} {1e6 * seconds:.1f} us" for form, seconds in choice.seconds.items())
-        yield f"{name} {key}: {choice.form} ({times})"
+        if _label(name, key) not in _adopted:
+            yield f"{_label(name, key)}: {choice.form} ({times})"
+    yield from (f"{what}: {form}, as a checkpoint has it" for what, form in _adopted.items())
 
 
 def forget() -> None:
-    """Drop what has been measured."""
+    """Drop what has been measured or adopted."""
     _choices.clear()
+    _adopted.clear()

@@ -21,6 +21,7 @@ from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
 from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.models.networks import NETWORKS
 from ddpm_fast.models.unet_base import UnetBase
+from ddpm_fast.runtime import measured
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.plain import as_int, as_number, plain, shown
 from ddpm_fast.runtime.pretrained import UndrawnWeights
@@ -62,6 +63,7 @@ _CONTINUED: dict[str, Callable[[str, Any], Any]] = {
     "position": partial(as_int, least=0),
     "world_size": partial(as_int, least=1),
     "best_fid": as_number,
+    "forms": measured.check_forms,
     "value_range": _as_range,
     "conditions": _as_dictionary,
 }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ddpm_fast._version import __version__
+from ddpm_fast.runtime import measured
 from ddpm_fast.runtime.plain import plain
 from ddpm_fast.training.accelerator import is_one_or_ddp
 from ddpm_fast.training.adam_state import plain_groups
@@ -61,6 +62,7 @@ class SavedRun(StepRunner):
                     "position": self.dl.position,
                     "world_size": self.world_size,
                     "best_fid": self.best_fid,
+                    "forms": measured.chosen(),
                     "value_range": _recorded_value_range(self.ds),
                     "conditions": getattr(self.ds, "label_arguments", {}),
                 },
@@ -144,10 +146,11 @@ class SavedRun(StepRunner):
         return plain("config", {**config, "ema": ema, "class_names": None if names is None else list(names)})
 
     def _continue_order(self, training: dict[str, Any]) -> None:
-        """Set seed and position in the data from a checkpoint's record; upstream's files have none."""
+        """Set seed, position in the data and forms from a checkpoint's record; upstream's files have none."""
         if not self._is_seed_given:
             self.seed = training.get("seed", self.seed)
         self.best_fid = training.get("best_fid", math.inf)
+        measured.adopt(training.get("forms", {}))
         if isinstance(self.ds, Dataset):
             self.ds.keep_value_range(training.get("value_range"))
         consumed = self.step * self.gradient_accumulate_every * self._global_batch_size()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.diffusion.xm import process_of
-from ddpm_fast.runtime import recording
+from ddpm_fast.runtime import measured, recording
 from ddpm_fast.runtime.snapshot import Snapshot
 from ddpm_fast.training.adam_state import settings_of_scaler, state_of_scaler, state_tensors
 from ddpm_fast.training.recordable import NotRecordableError
@@ -64,6 +64,11 @@ class StepRecordings(StepBody):
 
     def _replay(self, name: tuple, body: Callable[[], None]) -> None:
         """Run a body; where there is no recording of that name yet, make it."""
+        with measured.steps_on(self.diffusion.device):
+            self._run(name, body)
+        self._by_kernel = self._by_kernel_in.get(name, self._by_kernel)
+
+    def _run(self, name: tuple, body: Callable[[], None]) -> None:
         if name in self._recordings:
             self._recordings[name]()
             self._next_pause = 0
@@ -84,7 +89,6 @@ class StepRecordings(StepBody):
                 torch.set_rng_state(drawn)
                 self._stop_recording(error.reason if isinstance(error, NotRecordableError) else str(error))
                 body()
-        self._by_kernel = self._by_kernel_in.get(name, self._by_kernel)
 
     def _record(self, name: tuple, body: Callable[[], None]) -> None:
         """Make a recording, and run it once."""

@@ -38,7 +38,7 @@ def timed(monkeypatch):
     return seconds, ran, {name: form(name) for name in (FUSED, SEPARATE)}
 
 
-def test_outside_of_recordings_they_are_separate(timed):
+def test_outside_of_loops_they_are_separate(timed):
     _, ran, forms = timed
     assert measured.run("op", 1, forms, measured.way()) == SEPARATE
     assert ran == [SEPARATE]
@@ -86,7 +86,7 @@ def test_a_setting_decides_and_deterministic_algorithms_measure_nothing(timed):
             assert measured.run("op", 1, forms, measured.way()) == SEPARATE
         finally:
             torch.use_deterministic_algorithms(False)
-    assert len(ran) == 3 and measured.setting() == measured.MEASURED and measured.way() == SEPARATE
+    assert len(ran) == 3 and measured.setting() == (measured.MEASURED,) and measured.way() == SEPARATE
     with pytest.raises(ValueError, match="name must be one of fused, separate, measured, got 'fast'"):
         use_form("fast")
 
@@ -104,8 +104,45 @@ def test_a_recording_measures_and_looks_up(monkeypatch):
 
 def test_explain_names_the_choices(timed):
     _, _, forms = timed
-    assert "fused or separate: in recordings on CUDA the faster one, as measured" in dispatch.explain()
+    assert "fused or separate: in training and sampling on CUDA the faster one, as measured" in dispatch.explain()
     measured.run("conv_norm", ("cuda:0", (1, 2)), forms, MEASURE)
     assert "conv_norm ('cuda:0', (1, 2)): fused (fused 200.0 us, separate 300.0 us)" in dispatch.explain()
     with use_form(SEPARATE):
         assert "fused or separate: separate, by use_form" in dispatch.explain()
+
+
+def test_steps_on_a_card_measure_and_others_do_not():
+    with measured.steps_on(torch.device("cuda", 0)):
+        assert measured.way() == MEASURE
+        with measured.stage(LOOK_UP):
+            assert measured.way() == LOOK_UP
+        assert measured.way() == MEASURE
+    with measured.steps_on(torch.device("cpu")):
+        assert measured.way() == SEPARATE
+
+
+def test_a_capture_of_the_users_own_measures_nothing(timed, monkeypatch):
+    _, ran, forms = timed
+    monkeypatch.setattr(measured, "_is_capturing", lambda: True)
+    assert measured.run("op", 1, forms, MEASURE) == SEPARATE and ran == [SEPARATE]
+
+
+@pytest.mark.parametrize("form", [FUSED, SEPARATE])
+def test_the_choices_of_a_checkpoint_hold(timed, form):
+    seconds, ran, forms = timed
+    seconds[form] = 1e-4
+    measured.run("op", ("card", (1, 2)), forms, MEASURE)
+    kept = measured.chosen()
+    assert kept == {"op ('card', (1, 2))": form}
+    measured.forget()
+    seconds[form] = 1.0  # another measurement would find the other one
+    before = recording.settings()
+    measured.adopt(kept)
+    assert recording.settings() != before
+    ran.clear()
+    assert measured.run("op", ("card", (1, 2)), forms, MEASURE) == form and ran == [form]
+    assert f"op ('card', (1, 2)): {form}, as a checkpoint has it" in dispatch.explain()
+    assert measured.run("op", ("card", (3, 4)), forms, MEASURE) != form
+    assert measured.chosen() == {**kept, "op ('card', (3, 4))": FUSED if form == SEPARATE else SEPARATE}
+    measured.adopt({})
+    assert measured.run("op", ("card", (1, 2)), forms, MEASURE) != form

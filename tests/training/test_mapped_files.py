@@ -19,9 +19,7 @@ def _can_populate() -> bool:
     return (int(major), int(minor.split("-")[0])) >= (5, 14)
 
 
-needs_populate = pytest.mark.skipif(
-    not _can_populate(), reason="only Linux 5.14 and later tell of such pages"
-)
+needs_populate = pytest.mark.skipif(not _can_populate(), reason="only Linux 5.14 and later tell of such pages")
 
 RUN = """
 import os, sys, warnings

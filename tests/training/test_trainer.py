@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import ddpm_fast
-from ddpm_fast.runtime import recording
+from ddpm_fast.runtime import measured, recording
 from ddpm_fast.training.batches import BatchOrder, BatchStream
 from ddpm_fast.training.checkpoint import load_checkpoint
 from ddpm_fast.training.checkpoint_files import CheckpointError, load_file
@@ -61,6 +61,11 @@ UNUSABLE = [
     (("training", "position"), -1, "training: position must be a non-negative integer; got -1"),
     (("training", "world_size"), "two", "training: world_size must be a positive integer; got 'two'"),
     (("training", "best_fid"), None, "training: best_fid must be a number; got None"),
+    (
+        ("training", "forms"),
+        {"op": "quick"},
+        "training: forms must give 'fused' or 'separate' for each name, got 'quick'",
+    ),
     (("training", "value_range"), -1, "training: value_range must be two numbers"),
     (("training", "conditions"), 3, "training: conditions must be a dictionary; got 3"),
     (("ema", 7), torch.zeros(3), "an entry in its 'ema' whose name is no text: 7"),
@@ -239,6 +244,22 @@ class TestExactResume:
         make_trainer(tmp_path, train_num_steps=3).train()
         make_trainer(tmp_path, train_num_steps=2).train()
         assert [int(step) for step, _ in losses(tmp_path)] == [1, 2]
+
+    def test_a_run_goes_on_with_its_choices_of_forms(self, tmp_path):
+        chosen = {"conv_norm ('a card', (1, 2))": "fused", "conv_norm ('a card', (3, 4))": "separate"}
+        try:
+            measured.adopt(chosen)
+            make_trainer(tmp_path).save(1)
+            measured.adopt({"conv_norm ('a card', (1, 2))": "separate"})
+            make_trainer(tmp_path).load(1)
+            assert measured.chosen() == chosen
+            data = load_file(tmp_path / "model-1.pt")
+            del data["training"]["forms"]  # as files were before
+            torch.save(data, tmp_path / "model-1.pt")
+            make_trainer(tmp_path).load(1)
+            assert measured.chosen() == {}
+        finally:
+            measured.forget()
 
     def test_another_number_of_processes_is_said(self, tmp_path):
         make_trainer(tmp_path).save(1)

@@ -1,7 +1,7 @@
 """A residual block's 3×3 convolutions with RMSNorm and SiLU in the kernels that make them: operators and autograd.
 
-Two computations have two forms each, chosen by runtime/measured.py for recordings. "fused" is a kernel of
-triton_conv_norm.py, "separate" torch's convolution and a pass of the norm, as in a block without these:
+Two computations have two forms each, chosen by runtime/measured.py for the loops of this package. "fused" is a kernel
+of triton_conv_norm.py, "separate" torch's convolution and a pass of the norm, as in a block without these:
 
     a convolution and the norm after it                       the norm does not read the convolution's output
     the gradient of a convolution's input and of the norm     the gradient between them is not in memory
@@ -13,7 +13,7 @@ Both forms take and give the same tensors, so that forward and backward choose e
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -132,6 +132,11 @@ def gradients_of_conv_and_norm(
     return measured.run("conv_norm_gradients", _key(grad, weight, rows[2], None, seed, True), forms, how)
 
 
+@cache
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _key(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -143,7 +148,7 @@ def _key(
     """What the time depends on, for `measured.run` and for whoever reads `explain`."""
     given = {"scaled": scale is not None, "residual": residual is not None, "dropout": seed is not None, "kept": keeps}
     names = [name for name, is_given in given.items() if is_given]
-    return str(x.device), str(x.dtype), tuple(x.shape), tuple(weight.shape[:2]), " ".join(names)
+    return _card(x.device), str(x.dtype), tuple(x.shape), tuple(weight.shape[:2]), " ".join(names)
 
 
 class _Conv(torch.autograd.Function):
