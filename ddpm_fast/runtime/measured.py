@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 FUSED, SEPARATE, MEASURED = "fused", "separate", "measured"
 # How a thread of a loop chooses: it runs both forms to compile them, times those not yet timed, or looks them up.
@@ -99,11 +100,15 @@ def steps_on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return stage(MEASURE) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def way() -> str:
-    """How a form is chosen in this thread now: a form, or a stage. Backward, in another thread, is given forward's."""
+def way(x: torch.Tensor | None = None) -> str:
+    """How a form is chosen in this thread now: a form, or a stage. Backward, in another thread, is given forward's.
+
+    Args:
+        x: of the computation's tensors; of fake ones nothing is timed.
+    """
     if _setting != MEASURED:
         return _setting
-    if torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled() or is_fake(x):
         return SEPARATE
     return _stages.get(threading.get_ident(), SEPARATE)
 

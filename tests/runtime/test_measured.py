@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddpm_fast.runtime import dispatch, measured, recording
 from ddpm_fast.runtime.measured import COMPILE, FUSED, LOOK_UP, MEASURE, SEPARATE, use_form
@@ -119,6 +120,16 @@ def test_steps_on_a_card_measure_and_others_do_not():
         assert measured.way() == MEASURE
     with measured.steps_on(torch.device("cpu")):
         assert measured.way() == SEPARATE
+
+
+def test_fake_tensors_are_not_timed():
+    with measured.stage(MEASURE):
+        assert measured.way(torch.empty(1)) == MEASURE
+        with FakeTensorMode():
+            x = torch.empty(1)
+            assert measured.way(x) == SEPARATE
+            with use_form(FUSED):
+                assert measured.way(x) == FUSED
 
 
 def test_a_capture_of_the_users_own_measures_nothing(timed, monkeypatch):

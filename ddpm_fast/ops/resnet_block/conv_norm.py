@@ -294,7 +294,7 @@ def conv_before_norm(
     """
     if torch.compiler.is_compiling():  # dynamo cannot trace the question for the thread
         return None
-    how = measured.way()
+    how = measured.way(x)
     if how == measured.SEPARATE or why_not(x, weight1, rows, last) is not None:
         return None
     return ConvBeforeNorm(rows, seed, dropout_p, how)
