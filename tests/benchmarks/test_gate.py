@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 
@@ -18,23 +17,24 @@ start = time.process_time()
 import torch
 middle, before = time.process_time(), len(sys.modules)
 import ddpm_fast
-ratio = (time.process_time() - middle) / (middle - start)
-print(json.dumps([ratio, len(sys.modules) - before]))
+seconds = time.process_time() - middle
+print(json.dumps([seconds, middle - start, len(sys.modules) - before]))
 """
 
 
 def test_import(tmp_path, gate):
-    """Upstream takes about 2 s over torch. The first run writes bytecode and is not counted."""
+    """Upstream takes about 2 s over torch. The first run writes bytecode and is not counted; of the others the fastest
+    counts, since what else the machine does only adds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = []
-    for _ in range(4):
+    for _ in range(5):
         command = [sys.executable, "-c", IMPORT]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
         runs.append(json.loads(result.stdout))
-    ratios, modules = zip(*runs[1:], strict=True)
+    own, of_torch, modules = zip(*runs[1:], strict=True)
     assert len(set(modules)) == 1
     gate("import modules", "beyond torch's", modules[0])
-    gate("import time", "over torch's own", statistics.median(ratios))
+    gate("import time", "over torch's own", min(own) / min(of_torch))
 
 
 HERE = {"torch": "2.0", "triton": "3.0", "compiler": "1.5"}
