@@ -113,7 +113,7 @@ def way(x: torch.Tensor | None = None) -> str:
     return _stages.get(threading.get_ident(), SEPARATE)
 
 
-def run(name: str, key: Hashable, forms: Mapping[str, Callable[[], Any]], how: str) -> Any:
+def run(name: str, key: Hashable, forms: Mapping[str, Callable[[], Any]], how: str, x: torch.Tensor) -> Any:
     """The result of one of the forms of a computation.
 
     Args:
@@ -121,6 +121,7 @@ def run(name: str, key: Hashable, forms: Mapping[str, Callable[[], Any]], how: s
         key: card, dtypes and shapes: all that the forms' times depend on.
         forms: by name, on tensors of one device, which they do not change.
         how: `way()` at the time of the forward pass.
+        x: one of the tensors; its device's clock is read, whichever device is the current one.
     """
     if how in forms:
         return forms[how]()
@@ -131,7 +132,8 @@ def run(name: str, key: Hashable, forms: Mapping[str, Callable[[], Any]], how: s
     if adopted is not None:
         return forms[adopted]()
     if how == MEASURE and (name, key) not in _choices and not _is_capturing():
-        _choices[name, key] = Choice(_seconds(forms))
+        with torch.cuda.device_of(x):
+            _choices[name, key] = Choice(_seconds(forms))
     choice = _choices.get((name, key))
     return forms[SEPARATE if choice is None else choice.form]()
 

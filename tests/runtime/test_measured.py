@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ddpm_fast.runtime import dispatch, measured, recording
 from ddpm_fast.runtime.measured import COMPILE, FUSED, LOOK_UP, MEASURE, SEPARATE, use_form
 from ddpm_fast.testing.recorders import PretendedCuda, PretendedCudaRecorder
+
+X = torch.empty(1)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +45,7 @@ def timed(monkeypatch):
 
 def test_outside_of_loops_they_are_separate(timed):
     _, ran, forms = timed
-    assert measured.run("op", 1, forms, measured.way()) == SEPARATE
+    assert measured.run("op", 1, forms, measured.way(), X) == SEPARATE
     assert ran == [SEPARATE]
 
 
@@ -51,15 +55,15 @@ def test_the_faster_one_is_measured_once_and_looked_up(timed, faster):
     seconds[faster] = 1e-4
     with measured.stage(MEASURE):
         how = measured.way()
-        assert measured.run("op", 1, forms, how) == faster
+        assert measured.run("op", 1, forms, how, X) == faster
         began = len(ran)
         assert began >= 2 * measured._ROUNDS
         seconds[faster] = 1.0
-        assert measured.run("op", 1, forms, how) == faster and len(ran) == began + 1
+        assert measured.run("op", 1, forms, how, X) == faster and len(ran) == began + 1
     with measured.stage(LOOK_UP):
-        assert measured.run("op", 1, forms, measured.way()) == faster
-        assert measured.run("op", 2, forms, measured.way()) == SEPARATE
-        assert measured.run("other", 1, forms, measured.way()) == SEPARATE
+        assert measured.run("op", 1, forms, measured.way(), X) == faster
+        assert measured.run("op", 2, forms, measured.way(), X) == SEPARATE
+        assert measured.run("other", 1, forms, measured.way(), X) == SEPARATE
     assert len(ran) == began + 4
 
 
@@ -67,12 +71,12 @@ def test_of_about_equals_the_separate_one(timed):
     seconds, _, forms = timed
     for i, (share, form) in enumerate([(1.0, SEPARATE), (0.96, SEPARATE), (0.94, FUSED)]):
         seconds[FUSED] = share * seconds[SEPARATE]
-        assert measured.run("op", i, forms, MEASURE) == form
+        assert measured.run("op", i, forms, MEASURE, X) == form
 
 
 def test_compiling_runs_both_and_measures_nothing(timed):
     _, ran, forms = timed
-    assert measured.run("op", 1, forms, COMPILE) == SEPARATE
+    assert measured.run("op", 1, forms, COMPILE, X) == SEPARATE
     assert sorted(ran) == [FUSED, SEPARATE] and not measured._choices
 
 
@@ -81,10 +85,10 @@ def test_a_setting_decides_and_deterministic_algorithms_measure_nothing(timed):
     with measured.stage(MEASURE):
         for name in (FUSED, SEPARATE):
             with use_form(name):
-                assert measured.run("op", 1, forms, measured.way()) == name
+                assert measured.run("op", 1, forms, measured.way(), X) == name
         torch.use_deterministic_algorithms(True)
         try:
-            assert measured.run("op", 1, forms, measured.way()) == SEPARATE
+            assert measured.run("op", 1, forms, measured.way(), X) == SEPARATE
         finally:
             torch.use_deterministic_algorithms(False)
     assert len(ran) == 3 and measured.setting() == (measured.MEASURED,) and measured.way() == SEPARATE
@@ -106,7 +110,7 @@ def test_a_recording_measures_and_looks_up(monkeypatch):
 def test_explain_names_the_choices(timed):
     _, _, forms = timed
     assert "fused or separate: in training and sampling on CUDA the faster one, as measured" in dispatch.explain()
-    measured.run("conv_norm", ("cuda:0", (1, 2)), forms, MEASURE)
+    measured.run("conv_norm", ("cuda:0", (1, 2)), forms, MEASURE, X)
     assert "conv_norm ('cuda:0', (1, 2)): fused (fused 200.0 us, separate 300.0 us)" in dispatch.explain()
     with use_form(SEPARATE):
         assert "fused or separate: separate, by use_form" in dispatch.explain()
@@ -122,6 +126,23 @@ def test_steps_on_a_card_measure_and_others_do_not():
         assert measured.way() == SEPARATE
 
 
+def test_the_clock_is_that_of_the_tensors_device(timed, monkeypatch):
+    _, _, forms = timed
+    entered: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(x):
+        entered.append(x)
+        yield
+        entered.append(None)
+
+    time = measured._timed
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(measured, "_timed", lambda call: time(call) if entered == [X] else pytest.fail("elsewhere"))
+    measured.run("op", 1, forms, MEASURE, X)
+    assert entered == [X, None]
+
+
 def test_fake_tensors_are_not_timed():
     with measured.stage(MEASURE):
         assert measured.way(torch.empty(1)) == MEASURE
@@ -135,14 +156,14 @@ def test_fake_tensors_are_not_timed():
 def test_a_capture_of_the_users_own_measures_nothing(timed, monkeypatch):
     _, ran, forms = timed
     monkeypatch.setattr(measured, "_is_capturing", lambda: True)
-    assert measured.run("op", 1, forms, MEASURE) == SEPARATE and ran == [SEPARATE]
+    assert measured.run("op", 1, forms, MEASURE, X) == SEPARATE and ran == [SEPARATE]
 
 
 @pytest.mark.parametrize("form", [FUSED, SEPARATE])
 def test_the_choices_of_a_checkpoint_hold(timed, form):
     seconds, ran, forms = timed
     seconds[form] = 1e-4
-    measured.run("op", ("card", (1, 2)), forms, MEASURE)
+    measured.run("op", ("card", (1, 2)), forms, MEASURE, X)
     kept = measured.chosen()
     assert kept == {"op ('card', (1, 2))": form}
     measured.forget()
@@ -151,9 +172,9 @@ def test_the_choices_of_a_checkpoint_hold(timed, form):
     measured.adopt(kept)
     assert recording.settings() != before
     ran.clear()
-    assert measured.run("op", ("card", (1, 2)), forms, MEASURE) == form and ran == [form]
+    assert measured.run("op", ("card", (1, 2)), forms, MEASURE, X) == form and ran == [form]
     assert f"op ('card', (1, 2)): {form}, as a checkpoint has it" in dispatch.explain()
-    assert measured.run("op", ("card", (3, 4)), forms, MEASURE) != form
+    assert measured.run("op", ("card", (3, 4)), forms, MEASURE, X) != form
     assert measured.chosen() == {**kept, "op ('card', (3, 4))": FUSED if form == SEPARATE else SEPARATE}
     measured.adopt({})
-    assert measured.run("op", ("card", (1, 2)), forms, MEASURE) != form
+    assert measured.run("op", ("card", (1, 2)), forms, MEASURE, X) != form

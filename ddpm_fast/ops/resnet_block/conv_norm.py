@@ -102,7 +102,7 @@ def conv_and_norm(
         measured.FUSED: partial(_conv_norm.triton, x, weight, *rows, residual, seed, dropout_p, keeps),
         measured.SEPARATE: separate,
     }
-    return measured.run("conv_norm", _key(x, weight, rows[2], residual, seed, keeps), forms, how)
+    return measured.run("conv_norm", _key(x, weight, rows[2], residual, seed, keeps), forms, how, x)
 
 
 def gradients_of_conv_and_norm(
@@ -129,7 +129,7 @@ def gradients_of_conv_and_norm(
 
     fused = partial(_conv_norm_gradients.triton, grad, weight, y, factors, *rows, seed, last_sums, dropout_p)
     forms: _Forms = {measured.FUSED: fused, measured.SEPARATE: separate}
-    return measured.run("conv_norm_gradients", _key(grad, weight, rows[2], None, seed, True), forms, how)
+    return measured.run("conv_norm_gradients", _key(grad, weight, rows[2], None, seed, True), forms, how, grad)
 
 
 @cache
