@@ -19,6 +19,7 @@ from ddpm_fast.ops.resnet_block.op import resnet_block
 from ddpm_fast.runtime import measured, triton_launch
 from ddpm_fast.runtime.dispatch import use_backend
 from ddpm_fast.runtime.measured import use_form
+from ddpm_fast.testing import resnet_block_cases
 from ddpm_fast.testing.truth import assert_close_to_truth, exact_convolutions, poisoned_memory
 
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
@@ -36,34 +37,8 @@ def exact_products():
         yield
 
 
-def make(shape, dtype: torch.dtype, *, scaled: bool = True, outputs: int = 0) -> dict[str, torch.Tensor]:
-    """The arguments of a block; with `outputs` a 1×1 convolution follows it."""
-    B, C0, C1, K, H, W = shape
-    C = C0 + C1
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator)
-
-    tensors = {
-        "x": 2 * normal(B, C0, H, W) + 0.5,
-        "weight1": normal(K, C, 3, 3) / (9 * C) ** 0.5,
-        "bias1": normal(K),
-        "gain1": 1 + 0.3 * normal(K),
-        "weight2": normal(K, K, 3, 3) / (9 * K) ** 0.5,
-        "bias2": normal(K),
-        "gain2": 1 + 0.3 * normal(1, K, 1, 1),
-    }
-    if C1:
-        tensors["skip"] = normal(B, C1, H, W)
-    if scaled:
-        tensors |= {"scale": 0.3 * normal(B, K), "shift": normal(B, K)}
-    if C != K or C1:
-        tensors |= {"res_weight": normal(K, C, 1, 1) / C**0.5, "res_bias": normal(K)}
-    if outputs:
-        tensors |= {"out_weight": normal(outputs, K, 1, 1) / K**0.5, "out_bias": normal(outputs)}
-    tensors = {name: tensor.to(dtype).to(DEVICE) for name, tensor in tensors.items()}
-    return {n: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for n, t in tensors.items()}
+def make(shape, dtype: torch.dtype, **options) -> dict[str, torch.Tensor]:
+    return resnet_block_cases.make(shape, dtype, DEVICE, **options)
 
 
 def run(form: str, backend: str, tensors: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor]:

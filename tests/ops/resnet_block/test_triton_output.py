@@ -13,6 +13,7 @@ from ddpm_fast.ops.resnet_block import composite as steps
 from ddpm_fast.ops.resnet_block.op import resnet_block
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.dispatch import use_backend
+from ddpm_fast.testing import resnet_block_cases
 from ddpm_fast.testing.truth import assert_close_to_truth, exact_convolutions, poisoned_memory
 
 DEVICE = "cpu" if triton_launch.interpreted() else "cuda"
@@ -29,31 +30,8 @@ def exact_products():
 
 
 def make(shape, dtype: torch.dtype = torch.float32, biased: bool = False) -> dict[str, torch.Tensor]:
-    B, C0, C1, K, J, H, W = shape
-    C = C0 + C1
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator)
-
-    tensors = {
-        "x": 2 * normal(B, C0, H, W) + 0.5,
-        "weight1": normal(K, C, 3, 3) / (9 * C) ** 0.5,
-        "bias1": normal(K),
-        "gain1": 1 + 0.3 * normal(K),
-        "weight2": normal(K, K, 3, 3) / (9 * K) ** 0.5,
-        "bias2": normal(K),
-        "gain2": 1 + 0.3 * normal(1, K, 1, 1),
-        "skip": normal(B, C1, H, W),
-        "scale": 0.3 * normal(B, K),
-        "shift": normal(B, K),
-        "res_weight": normal(K, C, 1, 1) / C**0.5,
-        "res_bias": normal(K),
-        "out_weight": normal(J, K, 1, 1) / K**0.5,
-        "out_bias": normal(J),
-    } | ({"x_bias": normal(C0)} if biased else {})
-    tensors = {name: tensor.to(dtype).to(DEVICE) for name, tensor in tensors.items()}
-    return {n: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for n, t in tensors.items()}
+    *of_block, J, H, W = shape
+    return resnet_block_cases.make((*of_block, H, W), dtype, DEVICE, outputs=J, biased=biased)
 
 
 @pytest.fixture
