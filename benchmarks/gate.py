@@ -6,7 +6,7 @@
 
 Tests marked `gate` measure and pass each number to `check`: operators, bytes moved and bytes kept per image
 (test_traffic.py), registers of every kernel (test_aot.py, test_cuda_compile.py; spills are always zero), modules that
-the import loads and its time relative to torch's own (test_gate.py), bytes of a wheel (test_extension_build.py),
+the import loads and calls that it makes (test_gate.py), bytes of a wheel (test_extension_build.py),
 launches of a step on CUDA and their bytes, kernels of its cold start, the host's time of an op (test_cuda_model.py),
 what accelerated networks need of what they needed before (test_foreign.py).
 
@@ -73,7 +73,8 @@ KINDS = {
     # The processor's time of an op, as a multiple of an empty operator's.
     "host time": Kind(None, slack=1.5, exact=False),
     "import modules": Kind("torch"),
-    "import time": Kind(None, slack=1.5, exact=False),
+    # Calls of functions, in Python and in C: exact, as no time of an import is beside another process.
+    "import calls": Kind("python"),
     "wheel bytes": Kind("compiler"),
 }
 
@@ -81,6 +82,8 @@ KINDS = {
 @cache
 def version(tool: str | None) -> str | None:
     """The installed version of a tool; None if it is not installed."""
+    if tool == "python":
+        return f"{sys.version_info.major}.{sys.version_info.minor}"
     if tool in ("torch", "triton"):
         try:
             return metadata.version(tool).partition("+")[0]
