@@ -13,7 +13,8 @@
 //   block by block: the weights are read once and their transform, four times their size, never leaves the cache. For
 //   fewer tiles with more channels: the weights are most of the memory traffic. Each thread takes tiles, or of very few
 //   tiles panels.
-// No thread reads V or U of another. A transform takes 5 to 7 cycles for each line of cache that it writes, and a line
+// A thread that is done takes groups or panels of another (parallel-inl.h). Else none reads V or U of another. A
+// transform takes 5 to 7 cycles for each line of cache that it writes, and a line
 // that another core wrote, or writing one that another core read, 4 to 15 where both share a third-level cache and up
 // to 100 where they do not (measured on two virtual cores of a Zen 4, which the host places either way).
 // By panels, the norm and SiLU in front of a convolution can be applied as V reads the map: normed_block.
@@ -72,14 +73,15 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
   const auto group = [&](int64_t g) { return tiles.total * g / groups; };
   const int64_t size = ceil_div(tiles.total, groups), v_row = row_stride(C), m_row = row_stride(num_panels * kPanel);
   const int64_t v_plane = plane_stride(size * v_row), m_plane = plane_stride(size * m_row);
-  parallel(groups, pieces_of(size * C * num_panels * kCyclesOfProducts), [&](int64_t first, int64_t last) {
+  parallel_shares(groups, pieces_of(size * C * num_panels * kCyclesOfProducts), [&] {
     float* u = thread_scratch(kScratchU, kPoints * packed_size(C, K));
     transform_taps(0, taps, u);
     float* v = thread_scratch(kScratchV, kPoints * v_plane);
     float* m = thread_scratch(kScratchM, kPoints * m_plane);
-    for (int64_t g = first; g < last; ++g) {
-      const int64_t begin = group(g), end = group(g + 1), next = group(min(g + 2, last));
-      transform_inputs(input, Points({}, {}), tiles, begin, end, 0, C, v, v_row, v_plane, g > first);
+    return [&, u, v, m, expected = int64_t{-1}](int64_t g) mutable {
+      const int64_t begin = group(g), end = group(g + 1), next = group(min(g + 2, groups));
+      transform_inputs(input, Points({}, {}), tiles, begin, end, 0, C, v, v_row, v_plane, g == expected);
+      expected = g + 1;
       // All panels of a point, one after another: the point's V stays in the first-level cache.
       for (int64_t i = 0; i < kPoints; ++i) {
         const TileRange some = tiles.using_point(i).within(begin, end);
@@ -96,7 +98,7 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
       }
       finish_columns(p, tiles, begin, end, 0, K, m, m_row, m_plane);
       for (int64_t t = begin; p.norm != nullptr && t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
-    }
+    };
   });
 }
 
@@ -136,66 +138,78 @@ DDPM_FAST_NOINLINE const float* normed_block(const JoinedNormForward& norm, cons
   return to - first * sample;
 }
 
-// V is stored block by block of channels: one product reads contiguous memory.
-inline void forward_by_panels(const Convolutions& all, const Tiles& tiles, int64_t C, int64_t K, int64_t first_tile,
-                              int64_t last_tile) {
-  const int64_t T = last_tile - first_tile, blocks = ceil_div(C, kChannelBlock),
-                row = round_up(min(C, kChannelBlock), 16), piece = channels_of_piece(*all.of, min(C, kChannelBlock));
-  const int64_t v_plane = plane_stride(T * row), v_block = kPoints * v_plane, m_plane = plane_stride(T * kPanel);
-  const int64_t tasks = panels(K) * all.outputs, terms = blocks * all.inputs;
-  parallel(
-      tasks, pieces_of(C * all.inputs * (T * kCyclesOfProducts + kCyclesOfTaps)), [&](int64_t first, int64_t last) {
-        const int64_t u_plane = plane_stride(kChannelBlock * kPanel);
-        float* v = thread_scratch(kScratchV, terms * v_block);
-        const JoinedNormForward* norm = all.of->input_norm;
-        const float* rows = norm == nullptr ? nullptr : normed_rows(*norm, tiles, first_tile, last_tile, C);
-        for (int64_t term = 0; term < terms; ++term) {
-          const int64_t c = term % blocks * kChannelBlock, count = min(kChannelBlock, C - c);
-          const Conv3x3Forward& p = all.at(0, term / blocks);
-          const float* normed =
-              norm == nullptr ? nullptr : normed_block(*norm, tiles, first_tile, last_tile, c, count, rows, row);
-          const int64_t channels[2] = {row, 0};
-          const Points points = all.outputs > 1 ? Points({}, {}) : Points(p.weight.rows, p.weight.columns);
-          transform_inputs(normed == nullptr ? InputMaps(p) : InputMaps(&normed, channels), points, tiles, first_tile,
-                           last_tile, normed == nullptr ? c : 0, count, v + term * v_block, row, v_plane);
+// By panels, tiles [first_tile, last_tile): a thread makes their V, and each task is a panel of a phase.
+struct PanelPass {
+  const Convolutions& all;
+  const Tiles& tiles;
+  int64_t C, K, first_tile, last_tile;
+  int64_t T, blocks, row, piece, v_plane, v_block, tasks, terms;
+
+  PanelPass(const Convolutions& convolutions, const Tiles& of, int64_t inputs, int64_t outputs, int64_t first,
+            int64_t last)
+      : all(convolutions), tiles(of), C(inputs), K(outputs), first_tile(first), last_tile(last), T(last - first) {
+    blocks = ceil_div(C, kChannelBlock);
+    row = round_up(min(C, kChannelBlock), 16);
+    piece = channels_of_piece(*all.of, min(C, kChannelBlock));
+    v_plane = plane_stride(T * row);
+    v_block = kPoints * v_plane;
+    tasks = panels(K) * all.outputs;
+    terms = blocks * all.inputs;
+  }
+
+  // V, stored block by block of channels: one product reads contiguous memory.
+  const float* transformed() const {
+    float* v = thread_scratch(kScratchV, terms * v_block);
+    const JoinedNormForward* norm = all.of->input_norm;
+    const float* rows = norm == nullptr ? nullptr : normed_rows(*norm, tiles, first_tile, last_tile, C);
+    for (int64_t term = 0; term < terms; ++term) {
+      const int64_t c = term % blocks * kChannelBlock, count = min(kChannelBlock, C - c);
+      const Conv3x3Forward& p = all.at(0, term / blocks);
+      const float* normed =
+          norm == nullptr ? nullptr : normed_block(*norm, tiles, first_tile, last_tile, c, count, rows, row);
+      const int64_t channels[2] = {row, 0};
+      const Points points = all.outputs > 1 ? Points({}, {}) : Points(p.weight.rows, p.weight.columns);
+      transform_inputs(normed == nullptr ? InputMaps(p) : InputMaps(&normed, channels), points, tiles, first_tile,
+                       last_tile, normed == nullptr ? c : 0, count, v + term * v_block, row, v_plane);
+    }
+    return v;
+  }
+
+  void run(const float* v, int64_t task) const {
+    const int64_t u_plane = plane_stride(kChannelBlock * kPanel), m_plane = plane_stride(T * kPanel);
+    float* u = thread_scratch(kScratchU, kPoints * u_plane);
+    float* m = thread_scratch(kScratchM, kPoints * m_plane);
+    const int64_t column = task / all.outputs * kPanel, columns = min<int64_t>(kPanel, K - column);
+    const Conv3x3Forward& output = all.at(task % all.outputs, 0);
+    bool begun[kPoints] = {};
+    for (int64_t term = 0; term < terms; ++term) {
+      const int64_t c = term % blocks * kChannelBlock, count = min<int64_t>(kChannelBlock, C - c);
+      const Conv3x3Weight& weight = all.at(task % all.outputs, term / blocks).weight;
+      const Points points(weight.rows, weight.columns);
+      transform_weight(weight, column, columns, c, c + count, u, u_plane);
+      const int64_t c_next = (term + 1) % blocks * kChannelBlock;
+      const int64_t column_next = (term + 1 < terms ? task : task + 1) / all.outputs * kPanel;
+      for (int64_t i = 0; i < kPoints; ++i) {
+        if (column_next < K) {
+          prefetch_weights(weight, column_next, min<int64_t>(kPanel, K - column_next), c_next,
+                           min<int64_t>(kChannelBlock, C - c_next), i);
         }
-        float* u = thread_scratch(kScratchU, kPoints * u_plane);
-        float* m = thread_scratch(kScratchM, kPoints * m_plane);
-        for (int64_t task = first; task < last; ++task) {
-          const int64_t column = task / all.outputs * kPanel, columns = min<int64_t>(kPanel, K - column);
-          const Conv3x3Forward& output = all.at(task % all.outputs, 0);
-          bool begun[kPoints] = {};
-          for (int64_t term = 0; term < terms; ++term) {
-            const int64_t c = term % blocks * kChannelBlock, count = min<int64_t>(kChannelBlock, C - c);
-            const Conv3x3Weight& weight = all.at(task % all.outputs, term / blocks).weight;
-            const Points points(weight.rows, weight.columns);
-            transform_weight(weight, column, columns, c, c + count, u, u_plane);
-            const int64_t c_next = (term + 1) % blocks * kChannelBlock;
-            const int64_t column_next = (term + 1 < terms ? task : task + 1) / all.outputs * kPanel;
-            for (int64_t i = 0; i < kPoints; ++i) {
-              if (task + 1 < last || term + 1 < terms) {
-                prefetch_weights(weight, column_next, min<int64_t>(kPanel, K - column_next), c_next,
-                                 min<int64_t>(kChannelBlock, C - c_next), i);
-              }
-              if (term + 1 == terms) {
-                share(T * 4, i, kPoints, [&](int64_t n) {
-                  prefetch_output_columns(output, tiles, first_tile + n / 4, n % 4, column, columns);
-                });
-              }
-              if (!points.has(i)) continue;
-              const TileRange some = tiles.using_point(i).within(first_tile, last_tile);
-              product_panel(v + term * v_block + i * v_plane + some.begin * row, row, 1, u + i * u_plane, some.count(),
-                            count, m + i * m_plane + some.begin * kPanel, kPanel, panel_width(columns), begun[i],
-                            piece);
-              begun[i] = true;
-            }
-          }
-          for (int64_t i = 0; i < kPoints; ++i) {
-            if (!begun[i]) clear(m + i * m_plane, T * kPanel);
-          }
-          finish_columns(output, tiles, first_tile, last_tile, column, columns, m, kPanel, m_plane);
+        if (term + 1 == terms) {
+          share(T * 4, i, kPoints,
+                [&](int64_t n) { prefetch_output_columns(output, tiles, first_tile + n / 4, n % 4, column, columns); });
         }
-      });
-}
+        if (!points.has(i)) continue;
+        const TileRange some = tiles.using_point(i).within(first_tile, last_tile);
+        product_panel(v + term * v_block + i * v_plane + some.begin * row, row, 1, u + i * u_plane, some.count(), count,
+                      m + i * m_plane + some.begin * kPanel, kPanel, panel_width(columns), begun[i], piece);
+        begun[i] = true;
+      }
+    }
+    for (int64_t i = 0; i < kPoints; ++i) {
+      if (!begun[i]) clear(m + i * m_plane, T * kPanel);
+    }
+    finish_columns(output, tiles, first_tile, last_tile, column, columns, m, kPanel, m_plane);
+  }
+};
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -44,28 +44,44 @@ DDPM_FAST_INLINE int64_t tiles_of_pass(int64_t count, int64_t C, int64_t parts) 
   return ceil_div(count, max<int64_t>(1, (count + most / 2) / most));
 }
 
+// V of a pass.
+struct PassInputs {
+  const PanelPass& pass;
+  const float* v;
+};
+
 // By panels, pass by pass, and the norm of them.
 inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64_t C, int64_t K) {
-  const int64_t parts = apart(tiles, K) ? thread_count() : 1;
+  const int64_t parts = apart(tiles, K) ? min(thread_count(), Shares::kMostThreads) : 1;
   const JoinedNormForward* const input_norm = all.of->input_norm;
   const auto statistics = [&](int64_t begin, int64_t end) {
     if (input_norm != nullptr && !input_norm->known) joined_statistics(*input_norm, begin, end);
   };
-  const auto passes = [&](int64_t begin, int64_t end) {
+  const auto passes = [&](int64_t begin, int64_t end, const auto& body) {
     const int64_t size = tiles_of_pass(end - begin, C * all.inputs, parts);
     for (int64_t first = begin; first < end; first += size) {
-      forward_by_panels(all, tiles, C, K, first, min(end, first + size));
-      if (parts > 1) norm_tiles(*all.of, tiles, first, min(end, first + size));  // no other thread writes to them
+      body(PanelPass(all, tiles, C, K, first, min(end, first + size)));
     }
   };
   if (parts == 1) {
     if (input_norm != nullptr) parallel(tiles.B, 1, statistics);
-    passes(0, tiles.total);
+    passes(0, tiles.total, [&](const PanelPass& pass) {
+      parallel_shares(pass.tasks, pieces_of(pass.C * all.inputs * (pass.T * kCyclesOfProducts + kCyclesOfTaps)),
+                      [&] { return [&pass, v = pass.transformed()](int64_t task) { pass.run(v, task); }; });
+    });
     return norm_all_tiles(*all.of, tiles, K);
   }
+  const auto run = [](const PassInputs& inputs, int64_t task) { inputs.pass.run(inputs.v, task); };
+  Helpers<PassInputs, decltype(run)> helpers(parts, run);
   parallel(parts, 1, [&](int64_t begin, int64_t end) {
     statistics(tiles.B * begin / parts, tiles.B * end / parts);
-    for (int64_t i = begin; i < end; ++i) passes(tiles.split(i, parts), tiles.split(i + 1, parts));
+    for (int64_t i = begin; i < end; ++i) {
+      passes(tiles.split(i, parts), tiles.split(i + 1, parts), [&](const PanelPass& pass) {
+        helpers.work(i, {pass, pass.transformed()}, 0, pass.tasks);
+        norm_tiles(*all.of, tiles, pass.first_tile, pass.last_tile);
+      });
+      helpers.help(i);
+    }
   });
 }
 

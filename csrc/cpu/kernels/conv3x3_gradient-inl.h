@@ -283,22 +283,47 @@ inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tile
   });
 }
 
-// Tasks [begin, end), one for every panel of output channels and block of `width` input channels, the blocks of a panel
-// one after another; `size` tiles at a time. A thread transforms all inputs and gradients that its tasks read.
-inline void add_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C, int64_t width, int64_t begin,
-                       int64_t end, int64_t size) {
-  const int64_t blocks = ceil_div(C, width), row = round_up(min(C, width), 16);
-  const int64_t first_panel = begin / blocks, last_panel = ceil_div(end, blocks);
-  const bool all = last_panel - first_panel > 1;  // blocks of channels
-  const int64_t first_block = all ? 0 : begin % blocks, last_block = all ? blocks : (end - 1) % blocks + 1;
-  const int64_t v_plane = plane_stride(size * row), v_block = kPoints * v_plane;
-  const int64_t d_plane = plane_stride(size * kPanel), d_panel = kPoints * d_plane;
-  const int64_t s_plane = plane_stride(width * kPanel), sums = kPoints * s_plane;
-  float* v = thread_scratch(kScratchV, (last_block - first_block) * v_block);
-  float* d = thread_scratch(kScratchGradients, (last_panel - first_panel) * d_panel);
-  const Points points(p.rows, p.columns);
-  float* all_s = thread_scratch(kScratchSums, (size >= tiles.total ? 1 : end - begin) * sums);
-  for (int64_t first = 0; first < tiles.total; first += size) {
+// By blocks: tasks [begin, end) of a thread, one for every panel of output channels and block of `width` input
+// channels, the blocks of a panel one after another; `size` tiles at a time. The thread transforms all inputs and
+// gradients that they read.
+struct BlockTasks {
+  const Conv3x3WeightGradient& p;
+  const Tiles& tiles;
+  const Points points;
+  int64_t C, width, begin, end, size;
+  int64_t blocks, row, first_panel, last_panel, first_block, last_block;
+  int64_t v_plane, v_block, d_plane, d_panel, s_plane, sums;
+  float *v, *d;
+
+  BlockTasks(const Conv3x3WeightGradient& gradient, const Tiles& of, int64_t inputs, int64_t of_block, int64_t first,
+             int64_t last, int64_t at_a_time)
+      : p(gradient),
+        tiles(of),
+        points(p.rows, p.columns),
+        C(inputs),
+        width(of_block),
+        begin(first),
+        end(last),
+        size(at_a_time) {
+    blocks = ceil_div(C, width);
+    row = round_up(min(C, width), 16);
+    first_panel = begin / blocks;
+    last_panel = ceil_div(end, blocks);
+    const bool all = last_panel - first_panel > 1;  // blocks of channels
+    first_block = all ? 0 : begin % blocks;
+    last_block = all ? blocks : (end - 1) % blocks + 1;
+    v_plane = plane_stride(size * row);
+    v_block = kPoints * v_plane;
+    d_plane = plane_stride(size * kPanel);
+    d_panel = kPoints * d_plane;
+    s_plane = plane_stride(width * kPanel);
+    sums = kPoints * s_plane;
+    v = thread_scratch(kScratchV, (last_block - first_block) * v_block);
+    d = thread_scratch(kScratchGradients, (last_panel - first_panel) * d_panel);
+  }
+
+  // V and D of `size` tiles from `first` on.
+  void transform(int64_t first) const {
     const int64_t T = min(size, tiles.total - first);
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t c = block * width;
@@ -309,27 +334,29 @@ inline void add_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
       if (t + kTilesAhead < T) prefetch_gradient(p, tiles, first + t + kTilesAhead, first_panel, last_panel);
       transform_gradient(p, tiles, Tile(tiles, first + t), first_panel, last_panel, d + t * kPanel, d_plane, d_panel);
     }
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t panel = task / blocks, block = task % blocks, c = block * width, count = min(width, C - c);
-      float* s = size >= tiles.total ? all_s : all_s + (task - begin) * sums;
-      if (first == 0) clear_unused(points, s, width * kPanel, s_plane);
-      for (int64_t i = 0; i < kPoints; ++i) {
-        if (first + T == tiles.total) {  // what finish_panel_taps writes
-          share(min<int64_t>(kPanel, p.K - panel * kPanel), i, kPoints,
-                [&](int64_t n) { prefetch_to_write(p.dweight + ((panel * kPanel + n) * C + c) * 9, count * 9); });
-        }
-        if (!points.has(i)) continue;
-        add_products(
-            v + (block - first_block) * v_block + i * v_plane, row, d + (panel - first_panel) * d_panel + i * d_plane,
-            T, tiles.using_point(i).within(first, first + T), count, p.K - panel * kPanel, s + i * s_plane, first > 0);
+  }
+
+  // Adds these tiles to a task's S; with the last ones, dweight is made of it.
+  void add(int64_t task, int64_t first, float* s) const {
+    const int64_t T = min(size, tiles.total - first);
+    const int64_t panel = task / blocks, block = task % blocks, c = block * width, count = min(width, C - c);
+    if (first == 0) clear_unused(points, s, width * kPanel, s_plane);
+    for (int64_t i = 0; i < kPoints; ++i) {
+      if (first + T == tiles.total) {  // what finish_panel_taps writes
+        share(min<int64_t>(kPanel, p.K - panel * kPanel), i, kPoints,
+              [&](int64_t n) { prefetch_to_write(p.dweight + ((panel * kPanel + n) * C + c) * 9, count * 9); });
       }
-      if (first + T < tiles.total) continue;
-      for (int64_t n = 0; n < count; n += kLanes) {
-        finish_panel_taps(p, s + n * kPanel, s_plane, panel, c + n, min<int64_t>(kLanes, count - n));
-      }
+      if (!points.has(i)) continue;
+      add_products(v + (block - first_block) * v_block + i * v_plane, row,
+                   d + (panel - first_panel) * d_panel + i * d_plane, T, tiles.using_point(i).within(first, first + T),
+                   count, p.K - panel * kPanel, s + i * s_plane, first > 0);
+    }
+    if (first + T < tiles.total) return;
+    for (int64_t n = 0; n < count; n += kLanes) {
+      finish_panel_taps(p, s + n * kPanel, s_plane, panel, c + n, min<int64_t>(kLanes, count - n));
     }
   }
-}
+};
 
 inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
   const int64_t num_panels = panels(p.K), widest = gradient_block();
@@ -338,8 +365,28 @@ inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tile
   // Blocks alike, and narrower ones where there are not as many tasks as threads; the sums are the same.
   int64_t width = round_up(ceil_div(C, ceil_div(C, widest)), kLanes);
   while (width > kLanes && num_panels * ceil_div(C, width) < thread_count()) width = round_up(width / 2, kLanes);
-  parallel(num_panels * ceil_div(C, width), pieces_of(width * tiles.total * kCyclesOfProducts),
-           [&](int64_t begin, int64_t end) { add_blocks(p, tiles, C, width, begin, end, size); });
+  const int64_t tasks = num_panels * ceil_div(C, width), grain = pieces_of(width * tiles.total * kCyclesOfProducts);
+  if (size < tiles.total) {  // the sums of all tasks are kept from tiles to tiles
+    return parallel(tasks, grain, [&](int64_t begin, int64_t end) {
+      const BlockTasks own(p, tiles, C, width, begin, end, size);
+      float* s = thread_scratch(kScratchSums, (end - begin) * own.sums);
+      for (int64_t first = 0; first < tiles.total; first += size) {
+        own.transform(first);
+        for (int64_t task = begin; task < end; ++task) own.add(task, first, s + (task - begin) * own.sums);
+      }
+    });
+  }
+  const auto add = [](const BlockTasks& of, int64_t task) { of.add(task, 0, thread_scratch(kScratchSums, of.sums)); };
+  const int64_t threads = min(min(thread_count(), Shares::kMostThreads), ceil_div(tasks, grain));
+  Helpers<BlockTasks, decltype(add)> helpers(threads, add);
+  parallel(threads, 1, [&](int64_t first_thread, int64_t last_thread) {
+    for (int64_t i = first_thread; i < last_thread; ++i) {
+      const BlockTasks own(p, tiles, C, width, tasks * i / threads, tasks * (i + 1) / threads, size);
+      own.transform(0);
+      helpers.work(i, own, own.begin, own.end);
+      helpers.help(i);
+    }
+  });
 }
 
 inline void plain_weight_gradient(const Conv3x3WeightGradient& p) {

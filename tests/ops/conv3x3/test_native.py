@@ -167,6 +167,28 @@ def test_threads_do_not_matter():
             assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 32, 0, 32, 64, 64),  # groups of tiles
+        (6, 48, 16, 96, 16, 16),  # tiles of each thread, by panels
+        (1, 64, 0, 96, 8, 8),  # panels of each thread
+    ],
+    ids=str,
+)
+def test_threads_that_help_each_other_change_nothing(shape):
+    """More threads than processors wait for each other by turns, so that others take their tasks."""
+    before = torch.get_num_threads()
+    tensors, others = make(*shape)
+    torch.set_num_threads(1)
+    alone = run(conv3x3, tensors, others)
+    torch.set_num_threads(3)
+    runs = [run(conv3x3, tensors, others) for _ in range(12)]
+    torch.set_num_threads(before)
+    for result in runs:
+        assert all(torch.equal(alone[name], result[name]) for name in alone)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_round_once(dtype):
     tensors, others = make(2, 20, 4, 24, 6, 5)

@@ -193,6 +193,19 @@ def test_threads_do_not_matter():
             assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
+def test_threads_that_help_each_other_change_nothing():
+    """A thread that helps another is done with its tile before the norm of it is made."""
+    tensors, others = make(6, 64, 0, 96, 16, 16)
+    before = torch.get_num_threads()
+    with torch.no_grad():
+        torch.set_num_threads(1)
+        alone = resnet_block(**tensors, **others)
+        torch.set_num_threads(3)
+        results = [resnet_block(**tensors, **others) for _ in range(40)]
+        torch.set_num_threads(before)
+    assert all(torch.equal(alone, result) for result in results)
+
+
 def test_half_types_round_once():
     tensors, others = make(2, 16, 8, 32, 6, 5)
     half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
