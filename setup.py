@@ -48,7 +48,9 @@ HEADERS = files("csrc/**/*.h", "csrc/**/*.cuh")
 # torch's, since the CUDA sources compile under both.
 STANDARD = "/std:c++20" if sys.platform == "win32" else "-std=c++20"
 # NaN has to work, so not -ffast-math: only errno and traps, which prevent vectorised code, are given up.
+# Nothing links against the extension: hidden symbols are a fiftieth of a wheel less.
 CXX_FLAGS = [STANDARD, "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
+CXX_FLAGS += ["-fvisibility=hidden"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 if SANITIZE:
     # gcc makes fused multiply-adds among its expensive optimisations: without them the tests would judge other numbers.

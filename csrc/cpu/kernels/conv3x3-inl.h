@@ -158,7 +158,7 @@ struct PanelPass {
   }
 
   // V, stored block by block of channels: one product reads contiguous memory.
-  const float* transformed() const {
+  DDPM_FAST_NOINLINE const float* transformed() const {
     float* v = thread_scratch(kScratchV, terms * v_block);
     const JoinedNormForward* norm = all.of->input_norm;
     const float* rows = norm == nullptr ? nullptr : normed_rows(*norm, tiles, first_tile, last_tile, C);
@@ -175,7 +175,7 @@ struct PanelPass {
     return v;
   }
 
-  void run(const float* v, int64_t task) const {
+  DDPM_FAST_NOINLINE void run(const float* v, int64_t task) const {
     const int64_t u_plane = plane_stride(kChannelBlock * kPanel), m_plane = plane_stride(T * kPanel);
     float* u = thread_scratch(kScratchU, kPoints * u_plane);
     float* m = thread_scratch(kScratchM, kPoints * m_plane);

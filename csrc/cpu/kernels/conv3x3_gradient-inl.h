@@ -323,7 +323,7 @@ struct BlockTasks {
   }
 
   // V and D of `size` tiles from `first` on.
-  void transform(int64_t first) const {
+  DDPM_FAST_NOINLINE void transform(int64_t first) const {
     const int64_t T = min(size, tiles.total - first);
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t c = block * width;
@@ -337,7 +337,7 @@ struct BlockTasks {
   }
 
   // Adds these tiles to a task's S; with the last ones, dweight is made of it.
-  void add(int64_t task, int64_t first, float* s) const {
+  DDPM_FAST_NOINLINE void add(int64_t task, int64_t first, float* s) const {
     const int64_t T = min(size, tiles.total - first);
     const int64_t panel = task / blocks, block = task % blocks, c = block * width, count = min(width, C - c);
     if (first == 0) clear_unused(points, s, width * kPanel, s_plane);

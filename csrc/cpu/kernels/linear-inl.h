@@ -183,28 +183,17 @@ DDPM_FAST_INLINE void prefetch_rows(const float* map, int64_t C, int64_t first, 
         [&](int64_t line) { prefetch(map + first * C + line * kCacheLine, kCacheLine); });
 }
 
-// Blocks for each thread from which on threads take each other's (parallel-inl.h), whole ones: fewer would not even
-// out.
-constexpr int64_t kBlocksToShare = 4;
-DDPM_FAST_INLINE bool shares_blocks(int64_t blocks) { return blocks >= kBlocksToShare * thread_count(); }
-
 // Calls body(block, panel, fresh, next) for every panel of every block, the panels of a block one after another.
-// `fresh` is true for the first panel of a block that a thread runs, `next` where it goes on with the block after this
-// one, or mostly does.
+// `fresh` is true where a thread's task before was no panel of this block, `next` where it mostly goes on with the
+// block after this one.
 template <typename Body>
 inline void over_blocks(int64_t blocks, int64_t panel_count, int64_t products, const Body& body) {
-  if (shares_blocks(blocks)) {
-    return parallel_shares(blocks, task_grain(products * panel_count), [&] {
-      return [&](int64_t block) {
-        for (int64_t panel = 0; panel < panel_count; ++panel) body(block, panel, panel == 0, block + 1 < blocks);
-      };
-    });
-  }
-  parallel(blocks * panel_count, task_grain(products), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t panel = i % panel_count;
-      body(i / panel_count, panel, i == begin || panel == 0, i - panel + panel_count < end);
-    }
+  parallel_shares(blocks * panel_count, task_grain(products), [&] {
+    return [&, expected = int64_t{-1}](int64_t i) mutable {
+      const int64_t block = i / panel_count, panel = i % panel_count;
+      body(block, panel, i != expected || panel == 0, block + 1 < blocks);
+      expected = i + 1;
+    };
   });
 }
 
@@ -220,24 +209,19 @@ inline void over_packed_blocks(int64_t rows, int64_t blocks, int64_t panel_count
   const bool apart = packs_apart(rows);
   float* shared = apart ? nullptr : thread_scratch(kPackedSlot, floats);
   if (!apart) parallel(panel_count, pack_grain, [&](int64_t begin, int64_t end) { pack(begin, end, shared); });
-  if (apart && shares_blocks(blocks)) {
-    return parallel_shares(blocks, task_grain(products * panel_count), [&] {
-      return [&, packed = thread_scratch(kPackedSlot, floats), packs = true](int64_t block) mutable {
-        for (int64_t panel = 0; panel < panel_count; ++panel) {
-          if (packs) pack(panel, panel + 1, packed);
-          body(packed, block, panel, panel == 0, block + 1 < blocks);
-        }
-        packs = false;
-      };
-    });
-  }
-  parallel(blocks * panel_count, task_grain(products), [&](int64_t begin, int64_t end) {
+  parallel_shares(blocks * panel_count, task_grain(products), [&] {
     float* packed = apart ? thread_scratch(kPackedSlot, floats) : shared;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t panel = i % panel_count;
-      if (apart && i < begin + panel_count) pack(panel, panel + 1, packed);
-      body(packed, i / panel_count, panel, i == begin || panel == 0, i - panel + panel_count < end);
-    }
+    // Of tasks one after another, up to the last: with as many as there are panels, all are packed.
+    int64_t run = apart ? 0 : panel_count;
+    return [&, packed, run, expected = int64_t{-1}](int64_t i) mutable {
+      const int64_t block = i / panel_count, panel = i % panel_count;
+      if (run < panel_count) {
+        pack(panel, panel + 1, packed);
+        run = i == expected ? run + 1 : 1;
+      }
+      body(packed, block, panel, i != expected || panel == 0, block + 1 < blocks);
+      expected = i + 1;
+    };
   });
 }
 
