@@ -11,9 +11,9 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
 import triton.language as tl
+from aot import CAPABILITIES, compile_kernel
 
 from ddpm_fast.ops.adam_step import triton as kernel
-from ddpm_fast.testing.aot import CAPABILITIES, compile_kernel
 
 pytestmark = pytest.mark.slow
 

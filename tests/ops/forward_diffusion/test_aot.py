@@ -10,9 +10,10 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
+from aot import CAPABILITIES, Machine, compile_kernel
+
 from ddpm_fast.ops.forward_diffusion import triton as kernel
 from ddpm_fast.runtime import triton_launch
-from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
 on_sm_90 = pytest.mark.release(but=lambda capability, **_: capability == 90)  # the others: `make release-tests`
@@ -88,39 +89,40 @@ def _not_interpreted():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("channels_last", FORMATS)
 def test_q_sample(channels_last, capability, tmp_path, gate):
-    registers = []
-    for case in [case for case in Q_SAMPLE if case[3] == channels_last]:
-        machine = compile_images(kernel.q_sample_fwd_kernel, {"out_ptr": f"*{case[0]}"}, case, capability, tmp_path)
+    cases, function = [case for case in Q_SAMPLE if case[3] == channels_last], kernel.q_sample_fwd_kernel
+    machines = [compile_images(function, {"out_ptr": f"*{case[0]}"}, case, capability, tmp_path) for case in cases]
+    for case, machine in zip(cases, machines, strict=True):
         check(machine, *Q_SAMPLE[case])
         assert set(machine.widths("STG")) == {128}, case
         if case[3] == case[4] and not case[5]:
             assert narrow_loads(machine) <= 4, case  # t, a, b, the seed
-        registers.append(machine.registers)
-    gate("registers", f"q_sample_fwd_kernel, {FORMATS[channels_last]}, sm_{capability}", max(registers))
+    registers = max(machine.registers for machine in machines)
+    gate("registers", f"q_sample_fwd_kernel, {FORMATS[channels_last]}, sm_{capability}", registers)
 
 
 @on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("channels_last", FORMATS)
 def test_diffusion_loss(channels_last, capability, tmp_path, gate):
-    registers = []
-    for case in [case for case in LOSS if case[3] == channels_last]:
+    cases, machines = [case for case in LOSS if case[3] == channels_last], []
+    for case in cases:
         pointers = {"error_ptr": f"*{case[0]}", "output_ptr": f"*{case[0]}", "partial_ptr": "*fp32"}
-        machine = compile_images(kernel.diffusion_loss_fwd_kernel, pointers, case, capability, tmp_path)
+        machines.append(compile_images(kernel.diffusion_loss_fwd_kernel, pointers, case, capability, tmp_path))
+    for case, machine in zip(cases, machines, strict=True):
         check(machine, *LOSS[case])
         assert machine.widths("STG") == {32: 1, 128: LOSS[case][1]}, case  # the partial sum, the error
         if case[3] == case[4] and not case[5]:
             assert narrow_loads(machine) <= 4, case  # t, c, d, the seed
-        registers.append(machine.registers)
-    gate("registers", f"diffusion_loss_fwd_kernel, {FORMATS[channels_last]}, sm_{capability}", max(registers))
+    registers = max(machine.registers for machine in machines)
+    gate("registers", f"diffusion_loss_fwd_kernel, {FORMATS[channels_last]}, sm_{capability}", registers)
 
 
 @on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_diffusion_loss_backward(capability, tmp_path, gate):
     launch = triton_launch.elementwise(CHANNELS * PIXELS, interpreted=False)
-    registers = []
-    for dtype, accesses in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
+    machines = []
+    for dtype in ("fp32", "fp16", "bf16"):
         signature = {
             "doutput_ptr": f"*{dtype}",
             "error_ptr": f"*{dtype}",
@@ -129,14 +131,14 @@ def test_diffusion_loss_backward(capability, tmp_path, gate):
             "elements": "i32",
             "tiles": "i32",
         }
-        machine = compile_kernel(
+        machines.append(compile_kernel(
             kernel.diffusion_loss_bwd_kernel, signature, {"BLOCK": launch.block}, capability, tmp_path,
             unaligned=("tiles",), **launch.options,
-        )  # fmt: skip
+        ))  # fmt: skip
+    for accesses, machine in zip((4, 2, 2), machines, strict=True):
         check(machine, accesses, accesses)
-        assert narrow_loads(machine) == 2, dtype  # factor, dloss
-        registers.append(machine.registers)
-    gate("registers", f"diffusion_loss_bwd_kernel, sm_{capability}", max(registers))
+        assert narrow_loads(machine) == 2  # factor, dloss
+    gate("registers", f"diffusion_loss_bwd_kernel, sm_{capability}", max(machine.registers for machine in machines))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

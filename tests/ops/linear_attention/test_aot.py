@@ -11,9 +11,10 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
+from aot import CAPABILITIES, compile_kernel
+
 from ddpm_fast.ops.linear_attention import triton as kernel
 from ddpm_fast.ops.linear_attention.launch import choose_launch
-from ddpm_fast.testing.aot import CAPABILITIES, compile_kernel
 
 pytestmark = pytest.mark.slow
 

@@ -10,11 +10,12 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
+from aot import Machine, compile_kernel
+
 from ddpm_fast.ops.linear_attention_block import triton as kernel
 from ddpm_fast.ops.linear_attention_block.launch import choose_launch
 from ddpm_fast.ops.linear_attention_block.triton_tile import ANY_SIZE
 from ddpm_fast.runtime import triton_launch
-from ddpm_fast.testing.aot import Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
 

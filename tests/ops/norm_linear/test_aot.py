@@ -12,9 +12,9 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 import torch
 import triton
+from aot import CAPABILITIES, Machine, compile_kernel
 
 from ddpm_fast.ops.norm_linear import triton as kernel
-from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
 
@@ -88,38 +88,32 @@ def assert_fit(machine: Machine, tile: kernel.Tile, name: str, dtype: str) -> No
     assert sum(n for width, n in machine.widths("STG").items() if width < 128) <= 1, (name, machine.accesses)
 
 
+def check_products(name: str, channels, capability: int, tmp_path, gate, what: str, op: str = "norm") -> None:
+    cases = [(*product, C) for C in channels for product in PRODUCTS]
+    compiled = [compile_stage(name, *case, capability, tmp_path, op) for case in cases]
+    for (dtype, *_), (machine, tile) in zip(cases, compiled, strict=True):
+        assert_fit(machine, tile, name, dtype)
+    gate("registers", f"{what}, sm_{capability}", max(machine.registers for machine, _ in compiled))
+
+
 # sm_80 multiplies by other instructions than sm_90, and sm_100 reads its tiles elsewhere: forward on all of them.
 @pytest.mark.release(but=lambda name, capability: capability == 90 or name == "norm_linear_fwd_kernel")
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_registers_and_accesses(name, capability, tmp_path, gate):
-    registers = []
     # Only the kernel of dx has tiles that grow with the channels.
-    for C in (64, 512) if name == "norm_linear_bwd_x_kernel" else (64,):
-        for dtype, precision in PRODUCTS:
-            machine, tile = compile_stage(name, dtype, precision, C, capability, tmp_path)
-            assert_fit(machine, tile, name, dtype)
-            registers.append(machine.registers)
-    gate("registers", f"{name}, sm_{capability}", max(registers))
+    channels = (64, 512) if name == "norm_linear_bwd_x_kernel" else (64,)
+    check_products(name, channels, capability, tmp_path, gate, name)
 
 
 def test_registers_and_accesses_with_a_residual(tmp_path, gate):
-    name, registers = "norm_linear_fwd_kernel", []
-    for dtype, precision in PRODUCTS:
-        machine, tile = compile_stage(name, dtype, precision, 128, 90, tmp_path, op="residual")
-        assert_fit(machine, tile, name, dtype)
-        registers.append(machine.registers)
-    gate("registers", f"{name} with bias and residual, sm_90", max(registers))
+    name = "norm_linear_fwd_kernel"
+    check_products(name, (128,), 90, tmp_path, gate, f"{name} with bias and residual", op="residual")
 
 
 def test_registers_and_accesses_with_a_gradient_to_add(tmp_path, gate):
-    name, registers = "norm_linear_bwd_x_kernel", []
-    for C in (256, 512):
-        for dtype, precision in PRODUCTS:
-            machine, tile = compile_stage(name, dtype, precision, C, 90, tmp_path, op="beside")
-            assert_fit(machine, tile, name, dtype)
-            registers.append(machine.registers)
-    gate("registers", f"{name} with a gradient to add, sm_90", max(registers))
+    name = "norm_linear_bwd_x_kernel"
+    check_products(name, (256, 512), 90, tmp_path, gate, f"{name} with a gradient to add", op="beside")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

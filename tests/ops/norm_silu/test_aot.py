@@ -11,9 +11,10 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
+from aot import CAPABILITIES, Machine, compile_kernel
+
 from ddpm_fast.ops.norm_silu import launch
 from ddpm_fast.ops.norm_silu import triton as kernel
-from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
 on_sm_90 = pytest.mark.release(but=lambda capability, **_: capability == 90)  # the others: `make release-tests`
@@ -96,28 +97,26 @@ def assert_fit(machine: Machine, tile, name: str, dtype: str, everything: bool) 
     assert sum(n for width, n in machine.widths("STG").items() if width < 128) <= 3, (name, machine.accesses)
 
 
+def check_stages(name: str, channels, everything: bool, capability: int, tmp_path, gate, what: str) -> None:
+    cases = list(itertools.product(BITS, channels))
+    compiled = [compile_stage(name, dtype, C, everything, capability, tmp_path) for dtype, C in cases]
+    for (dtype, _), (machine, tile) in zip(cases, compiled, strict=True):
+        assert_fit(machine, tile, name, dtype, everything)
+    gate("registers", f"{what}, sm_{capability}", max(machine.registers for machine, _ in compiled))
+
+
 @on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_registers_and_accesses(name, capability, tmp_path, gate):
-    registers = []
-    for dtype, C in itertools.product(BITS, STAGES if name.startswith("rms") else (64, 512)):
-        machine, tile = compile_stage(name, dtype, C, False, capability, tmp_path)
-        assert_fit(machine, tile, name, dtype, False)
-        registers.append(machine.registers)
-    gate("registers", f"{name}, sm_{capability}", max(registers))
+    check_stages(name, STAGES if name.startswith("rms") else (64, 512), False, capability, tmp_path, gate, name)
 
 
 @on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", [name for name in KERNELS if "moments" not in name])
 def test_registers_and_accesses_with_dropout_and_residual(name, capability, tmp_path, gate):
-    registers = []
-    for dtype, C in itertools.product(BITS, (64, 512)):
-        machine, tile = compile_stage(name, dtype, C, True, capability, tmp_path)
-        assert_fit(machine, tile, name, dtype, True)
-        registers.append(machine.registers)
-    gate("registers", f"{name} with dropout and residual, sm_{capability}", max(registers))
+    check_stages(name, (64, 512), True, capability, tmp_path, gate, f"{name} with dropout and residual")
 
 
 @on_sm_90
@@ -133,16 +132,15 @@ def test_registers_and_accesses_with_a_bias_for_each_sample(name, capability, tm
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_registers_and_accesses_with_a_gradient_beside(capability, tmp_path, gate):
     """The third map is read by 16 bytes a thread, too, in whichever way the compiler brings it."""
-    registers = []
-    for dtype, C in itertools.product(BITS, (64, 512)):
-        name = "group_norm_silu_bwd_kernel"
-        machine, tile = compile_stage(name, dtype, C, False, capability, tmp_path, more=("added_ptr",))
+    name, cases = "group_norm_silu_bwd_kernel", list(itertools.product(BITS, (64, 512)))
+    compiled = [compile_stage(name, *case, False, capability, tmp_path, more=("added_ptr",)) for case in cases]
+    for (dtype, _), (machine, tile) in zip(cases, compiled, strict=True):
         assert_fit(machine, tile, name, dtype, False)
         per_map = tile.block_n * tile.block_c // (32 * tile.num_warps) * BITS[dtype] // 128
         wide = machine.widths("LDG").get(128, 0) + machine.widths("LDGSTS").get(128, 0)
         assert wide >= 5 * per_map, machine.accesses  # two maps before the loop and in it, and the third
-        registers.append(machine.registers)
-    gate("registers", f"group_norm_silu_bwd_kernel with a gradient beside, sm_{capability}", max(registers))
+    registers = max(machine.registers for machine, _ in compiled)
+    gate("registers", f"group_norm_silu_bwd_kernel with a gradient beside, sm_{capability}", registers)
 
 
 @on_sm_90
@@ -150,16 +148,16 @@ def test_registers_and_accesses_with_a_gradient_beside(capability, tmp_path, gat
 @pytest.mark.parametrize("name", ["rms_norm_silu_bwd_kernel", "group_norm_silu_sums_kernel"])
 def test_registers_and_accesses_with_gradients_of_branches(name, capability, tmp_path, gate):
     """Three gradients are read and their sum is written, by 16 bytes a thread."""
-    registers = []
-    for dtype, C in itertools.product(BITS, (64, 512)):
-        machine, tile = compile_stage(name, dtype, C, False, capability, tmp_path, more=BRANCHES)
+    cases = list(itertools.product(BITS, (64, 512)))
+    compiled = [compile_stage(name, *case, False, capability, tmp_path, more=BRANCHES) for case in cases]
+    for (dtype, _), (machine, tile) in zip(cases, compiled, strict=True):
         per_map = tile.block_n * tile.block_c // (32 * tile.num_warps) * BITS[dtype] // 128
         wide = machine.widths("LDG").get(128, 0) + machine.widths("LDGSTS").get(128, 0)
         assert not machine.spills and wide >= 4 * per_map, (machine.registers, machine.accesses)
         writes = KERNELS[name][3] + 1
         assert machine.widths("STG").get(128, 0) >= writes * per_map, machine.accesses
-        registers.append(machine.registers)
-    gate("registers", f"{name} with gradients of branches, sm_{capability}", max(registers))
+    registers = max(machine.registers for machine, _ in compiled)
+    gate("registers", f"{name} with gradients of branches, sm_{capability}", registers)
 
 
 # Kernels whose program has whole groups: maps read. Maps of CIFAR-10's networks: type, pixels, channels of 32 groups.
@@ -200,11 +198,10 @@ def compile_whole(name: str, dtype: str, HW: int, C: int, option: str, capabilit
 @pytest.mark.parametrize("name", WHOLE)
 def test_registers_and_accesses_of_whole_groups(name, capability, tmp_path, gate):
     """No spills, and maps in pieces of 8 or 16 bytes."""
-    registers = []
-    for (dtype, HW, C), option in itertools.product(WHOLE_MAPS, WHOLE_OPTIONS):
-        if name[-10:-7] not in WHOLE_OPTIONS[option]:
-            continue
-        machine, chosen = compile_whole(name, dtype, HW, C, option, capability, tmp_path)
+    options = [option for option, kernels in WHOLE_OPTIONS.items() if name[-10:-7] in kernels]
+    cases = list(itertools.product(WHOLE_MAPS, options))
+    compiled = [compile_whole(name, *sizes, option, capability, tmp_path) for sizes, option in cases]
+    for ((dtype, HW, C), option), (machine, chosen) in zip(cases, compiled, strict=True):
         assert not machine.spills, (dtype, HW, C, option)
         reads = WHOLE[name] + (option == "added") + (option == "everything" and "fwd" in name)
         reads, writes = (reads + 2, 2) if option == "branches" else (reads, 1)
@@ -212,8 +209,7 @@ def test_registers_and_accesses_of_whole_groups(name, capability, tmp_path, gate
         for kind, maps in (("LDG", reads), ("STG", writes)):
             wide = sum(width * n for width, n in machine.widths(kind).items() if width >= 64)
             assert wide >= maps * bits, (dtype, HW, C, option, machine.accesses)
-        registers.append(machine.registers)
-    gate("registers", f"{name}, sm_{capability}", max(registers))
+    gate("registers", f"{name}, sm_{capability}", max(machine.registers for machine, _ in compiled))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

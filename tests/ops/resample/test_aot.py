@@ -10,8 +10,9 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
+from aot import CAPABILITIES, compile_kernel
+
 from ddpm_fast.ops.resample import triton as kernel
-from ddpm_fast.testing.aot import CAPABILITIES, compile_kernel
 
 pytestmark = pytest.mark.slow
 
@@ -19,17 +20,17 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_registers_and_accesses(capability, tmp_path, gate):
     function = kernel.window_sums_kernel
-    registers = []
+    machines = []
     for dtype in ("bf16", "fp32"):
         signature = {n: f"*{dtype}" if n.endswith("_ptr") else "i32" for n in function.arg_names if n != "BLOCK"}
-        machine = compile_kernel(
+        machines.append(compile_kernel(
             function, signature, {"BLOCK": 64}, capability, tmp_path,
             num_warps=4, unaligned=("SIDE", "OUT_SIDE", "tiles_b"),
-        )  # fmt: skip
+        ))  # fmt: skip
+    for machine in machines:
         assert not machine.spills
         assert machine.widths("LDG").get(128, 0) > 0 and machine.widths("STG").get(128, 0) > 0, machine.accesses
-        registers.append(machine.registers)
-    gate("registers", f"window_sums_kernel, sm_{capability}", max(registers))
+    gate("registers", f"window_sums_kernel, sm_{capability}", max(machine.registers for machine in machines))
 
 
 def test_sizes_of_one_compile(tmp_path):

@@ -10,9 +10,10 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
+from aot import CAPABILITIES, Machine, compile_kernel
+
 from ddpm_fast.ops.common import triton_rows
 from ddpm_fast.ops.resample import triton_downsample
-from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
 
@@ -45,17 +46,15 @@ def type_of(name: str, dtype: str) -> str:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_registers_and_accesses(name, capability, tmp_path, gate):
-    registers = []
-    for dtype, precision in PRODUCTS:
-        machine = compile_stage(name, dtype, precision, capability, tmp_path)
-        assert not machine.spills, (dtype, precision, machine.stack, machine.local)
+    machines = [compile_stage(name, *product, capability, tmp_path) for product in PRODUCTS]
+    for product, machine in zip(PRODUCTS, machines, strict=True):
+        assert not machine.spills, (product, machine.stack, machine.local)
         # Two programs fit beside each other on every architecture, whose multiprocessors have 164 KiB or more.
         assert machine.shared <= 80 * 1024, machine.shared
         copies = sum(".128" in line for line in machine.sass.splitlines() if "LDGSTS" in line)
         assert copies + machine.widths("LDG").get(128, 0) >= 4, (copies, machine.accesses)
         assert machine.widths("STG").get(128, 0) >= 4, machine.accesses
-        registers.append(machine.registers)
-    gate("registers", f"{name}, sm_{capability}", max(registers))
+    gate("registers", f"{name}, sm_{capability}", max(machine.registers for machine in machines))
 
 
 @pytest.mark.parametrize("dtype, precision", PRODUCTS)

@@ -10,8 +10,9 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
+from aot import CAPABILITIES, Machine, compile_kernel
+
 from ddpm_fast.ops.resnet_block import triton as kernel
-from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
 
@@ -59,10 +60,9 @@ def type_of(name: str, dtype: str) -> str:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_registers_and_accesses(name, capability, tmp_path, gate):
-    registers = []
     _, reads, written = KERNELS[name]
-    for dtype, precision in PRODUCTS:
-        machine, tile = compile_stage(name, dtype, precision, capability, tmp_path)
+    compiled = [compile_stage(name, *product, capability, tmp_path) for product in PRODUCTS]
+    for (dtype, precision), (machine, tile) in zip(PRODUCTS, compiled, strict=True):
         assert not machine.spills, (dtype, precision, machine.stack, machine.local)
         # Two programs fit beside each other on every architecture, whose multiprocessors have 164 KiB or more.
         assert machine.shared <= 80 * 1024, machine.shared
@@ -80,8 +80,7 @@ def test_registers_and_accesses(name, capability, tmp_path, gate):
             assert wide >= sum(accesses(edges, BITS[dtype]) for edges in reads), (copies, machine.accesses)
         bits = 32 if name == "residual_conv_bwd_weight_kernel" else BITS[dtype]
         assert machine.widths("STG").get(128, 0) >= accesses(written, bits), machine.accesses
-        registers.append(machine.registers)
-    gate("registers", f"{name}, sm_{capability}", max(registers))
+    gate("registers", f"{name}, sm_{capability}", max(machine.registers for machine, _ in compiled))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -10,9 +10,10 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
+from aot import CAPABILITIES, Machine, compile_kernel
+
 from ddpm_fast.ops.resnet_block import launch
 from ddpm_fast.ops.resnet_block import triton_conv_norm as kernel
-from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
 on_sm_90 = pytest.mark.release(but=lambda capability, **_: capability == 90)  # the others: `make release-tests`
@@ -63,30 +64,28 @@ def compile_stage(name: str, K: int, given: tuple[str, ...], capability: int, tm
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("stage", ["fwd", "bwd"])
 def test_registers_and_accesses(stage, capability, tmp_path, gate):
-    registers = []
-    for K in STAGES:
-        for what, given in (FORWARD if stage == "fwd" else BACKWARD).items():
-            machine, tile = compile_stage(f"conv_norm_{stage}_kernel", K, given, capability, tmp_path)
-            # Backward with dropout needs a few registers more than two programs have on sm_100.
-            most = 32 if (stage, what, capability) == ("bwd", "dropout", 100) else 0
-            assert machine.stack + machine.local <= most, (K, what, machine.stack, machine.local)
-            # Two programs of 8 warps on every architecture, and products by the fastest matrix unit.
-            programs = REGISTERS // (32 * tile["num_warps"] * machine.registers)
-            assert min(programs, SHARED[capability] // (machine.shared + 1024)) >= 2, (
-                machine.registers,
-                machine.shared,
-            )
-            if capability == 90:
-                assert "HGMMA" in machine.sass
-            # The map's tile and the weight's come as asynchronous copies of 16 bytes, before the loop and in it.
-            edges = tile["BLOCK_N"] + tile["BLOCK_K"]
-            copies = sum(".128" in line for line in machine.sass.splitlines() if "LDGSTS" in line)
-            assert copies >= 2 * edges * tile["BLOCK_C"] // (8 * 32 * tile["num_warps"]), machine.accesses
-            maps = 1 + (stage == "fwd" and "y_ptr" in given)
-            per_map = tile["BLOCK_N"] * tile["BLOCK_K"] // (8 * 32 * tile["num_warps"])
-            assert machine.widths("STG").get(128, 0) == maps * per_map, machine.accesses
-            registers.append(machine.registers)
-    gate("registers", f"conv_norm_{stage}_kernel, sm_{capability}", max(registers))
+    cases = [(K, *more) for K in STAGES for more in (FORWARD if stage == "fwd" else BACKWARD).items()]
+    compiled = [compile_stage(f"conv_norm_{stage}_kernel", K, given, capability, tmp_path) for K, _, given in cases]
+    for (K, what, given), (machine, tile) in zip(cases, compiled, strict=True):
+        # Backward with dropout needs a few registers more than two programs have on sm_100.
+        most = 32 if (stage, what, capability) == ("bwd", "dropout", 100) else 0
+        assert machine.stack + machine.local <= most, (K, what, machine.stack, machine.local)
+        # Two programs of 8 warps on every architecture, and products by the fastest matrix unit.
+        programs = REGISTERS // (32 * tile["num_warps"] * machine.registers)
+        assert min(programs, SHARED[capability] // (machine.shared + 1024)) >= 2, (
+            machine.registers,
+            machine.shared,
+        )
+        if capability == 90:
+            assert "HGMMA" in machine.sass
+        # The map's tile and the weight's come as asynchronous copies of 16 bytes, before the loop and in it.
+        edges = tile["BLOCK_N"] + tile["BLOCK_K"]
+        copies = sum(".128" in line for line in machine.sass.splitlines() if "LDGSTS" in line)
+        assert copies >= 2 * edges * tile["BLOCK_C"] // (8 * 32 * tile["num_warps"]), machine.accesses
+        maps = 1 + (stage == "fwd" and "y_ptr" in given)
+        per_map = tile["BLOCK_N"] * tile["BLOCK_K"] // (8 * 32 * tile["num_warps"])
+        assert machine.widths("STG").get(128, 0) == maps * per_map, machine.accesses
+    gate("registers", f"conv_norm_{stage}_kernel, sm_{capability}", max(machine.registers for machine, _ in compiled))
 
 
 @pytest.mark.parametrize("stage", ["fwd", "bwd"])

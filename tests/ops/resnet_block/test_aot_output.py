@@ -10,10 +10,11 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
+from aot import CAPABILITIES, Machine, compile_kernel
+
 from ddpm_fast.ops.norm_silu import launch, triton_rms_conv
 from ddpm_fast.ops.resnet_block import triton_output
 from ddpm_fast.runtime.triton_launch import is_triton_before
-from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
 on_sm_90 = pytest.mark.release(but=lambda capability, **_: capability == 90)  # the others: `make release-tests`
@@ -48,9 +49,8 @@ def compile_norm(stage: str, dtype: str, precision: str, C: int, capability: int
 @pytest.mark.parametrize("stage", ["fwd", "bwd"])
 @pytest.mark.parametrize("C", [64, 128])
 def test_norm_and_convolution(C, stage, capability, tmp_path, gate):
-    registers = []
-    for dtype, precision in PRODUCTS:
-        machine, num_warps = compile_norm(stage, dtype, precision, C, capability, tmp_path)
+    compiled = [compile_norm(stage, *product, C, capability, tmp_path) for product in PRODUCTS]
+    for (dtype, precision), (machine, num_warps) in zip(PRODUCTS, compiled, strict=True):
         exact = (dtype, precision) == ("fp32", "ieee")
         assert machine.stack <= (32 if is_triton_before(3, 8) else 16 if exact else 0), (
             dtype,
@@ -64,8 +64,8 @@ def test_norm_and_convolution(C, stage, capability, tmp_path, gate):
         wide = machine.widths("LDG").get(128, 0) + machine.widths("LDGSTS").get(128, 0)
         assert wide >= 1, machine.accesses
         assert stage == "fwd" or machine.widths("STG").get(128, 0) >= 1, machine.accesses
-        registers.append(machine.registers)
-    gate("registers", f"rms_norm_silu_conv_{stage}_kernel, C = {C}, sm_{capability}", max(registers))
+    registers = max(machine.registers for machine, _ in compiled)
+    gate("registers", f"rms_norm_silu_conv_{stage}_kernel, C = {C}, sm_{capability}", registers)
 
 
 @on_sm_90

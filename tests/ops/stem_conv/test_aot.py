@@ -10,10 +10,11 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
+from aot import CAPABILITIES, Machine, compile_kernel
+
 from ddpm_fast.ops.stem_conv import triton as kernel
 from ddpm_fast.ops.stem_conv import triton_conv
 from ddpm_fast.runtime import triton_launch
-from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
 on_sm_90 = pytest.mark.release(but=lambda capability, **_: capability == 90)  # the others: `make release-tests`
@@ -57,9 +58,9 @@ def compile_convolution(name: str, dtype: str, channels: int, capability: int, t
 @pytest.mark.parametrize("name", ["fwd", "bwd_weight"])
 def test_registers_of_the_convolution(name, capability, tmp_path, gate):
     """Two programs of 8 warps fit beside each other; gradients are read and outputs written by 16 bytes a thread."""
-    registers = []
-    for dtype, channels in (("bf16", 3), ("fp16", 3), ("bf16", 6)):
-        machine = compile_convolution(name, dtype, channels, capability, tmp_path)
+    cases = (("bf16", 3), ("fp16", 3), ("bf16", 6))
+    machines = [compile_convolution(name, *case, capability, tmp_path) for case in cases]
+    for machine in machines:
         # An Ampere's products take both operands from registers, of which two programs have too few, and so have those
         # of the gradient as Triton 3.6 cuts up its loop.
         may_spill = capability == 80 or (name == "bwd_weight" and triton_launch.is_triton_before(3, 8))
@@ -69,24 +70,23 @@ def test_registers_of_the_convolution(name, capability, tmp_path, gate):
             assert machine.widths("STG").get(128, 0) >= 4, machine.accesses
         else:
             assert machine.widths("LDG").get(128, 0) + machine.widths("LDGSTS").get(128, 0) >= 3, machine.accesses
-        registers.append(machine.registers)
-    assert max(registers) <= 128
-    gate("registers", f"stem_conv_{name}_kernel, sm_{capability}", max(registers))
+    registers = max(machine.registers for machine in machines)
+    assert registers <= 128
+    gate("registers", f"stem_conv_{name}_kernel, sm_{capability}", registers)
 
 
 @on_sm_90
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_registers_and_accesses_of_the_sum(capability, tmp_path, gate):
     """Three maps are read and one is written, by 16 bytes a thread."""
-    registers, blocks = [], kernel.blocks_of_sums(64)
-    for dtype, bits in (("bf16", 16), ("fp32", 32)):
-        machine = compile_stage("sum", dtype, capability, tmp_path)
+    blocks = kernel.blocks_of_sums(64)
+    machines = [compile_stage("sum", dtype, capability, tmp_path) for dtype in ("bf16", "fp32")]
+    for bits, machine in zip((16, 32), machines, strict=True):
         per_map = blocks["BLOCK_N"] * blocks["BLOCK_C"] // (32 * blocks["num_warps"]) * bits // 128
         wide = machine.widths("LDG").get(128, 0) + machine.widths("LDGSTS").get(128, 0)
         assert not machine.spills and wide >= 3 * per_map, machine.accesses
         assert machine.widths("STG").get(128, 0) >= per_map, machine.accesses
-        registers.append(machine.registers)
-    gate("registers", f"stem_conv_bwd_sum_kernel, sm_{capability}", max(registers))
+    gate("registers", f"stem_conv_bwd_sum_kernel, sm_{capability}", max(machine.registers for machine in machines))
 
 
 @on_sm_90

@@ -10,10 +10,11 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
+from aot import CAPABILITIES, Machine, compile_kernel
+
 from ddpm_fast.ops.common.triton import tile_constants
 from ddpm_fast.ops.variational_bound import triton as kernel
 from ddpm_fast.runtime import triton_launch
-from ddpm_fast.testing.aot import CAPABILITIES, Machine, compile_kernel
 
 pytestmark = pytest.mark.slow
 on_sm_90 = pytest.mark.release(but=lambda capability, **_: capability == 90)  # the others: `make release-tests`
@@ -79,9 +80,9 @@ def _not_interpreted():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("channels_last", FORMATS)
 def test_forward(channels_last, capability, tmp_path, gate):
-    registers = []
-    for case in [case for case in CASES if case[3] == channels_last]:
-        machine = compile_forward(case, capability, tmp_path)
+    cases = [case for case in CASES if case[3] == channels_last]
+    machines = [compile_forward(case, capability, tmp_path) for case in cases]
+    for case, machine in zip(cases, machines, strict=True):
         loads, stores = CASES[case]
         assert not machine.spills and machine.stack == machine.local == 0, (case, machine.accesses)
         found = machine.widths("LDG")  # and t, the seed, 14 numbers of the table, some of them twice
@@ -89,8 +90,8 @@ def test_forward(channels_last, capability, tmp_path, gate):
         assert sum(found.values()) <= sum(loads.values()) + 18 + case[5], (case, found)
         stores = stores | {32: stores.get(32, 0) + 2}  # the partial sums
         assert machine.widths("STG") == stores, (case, machine.widths("STG"))
-        registers.append(machine.registers)
-    gate("registers", f"variational_bound_fwd_kernel, {FORMATS[channels_last]}, sm_{capability}", max(registers))
+    registers = max(machine.registers for machine in machines)
+    gate("registers", f"variational_bound_fwd_kernel, {FORMATS[channels_last]}, sm_{capability}", registers)
 
 
 @on_sm_90
@@ -98,8 +99,8 @@ def test_forward(channels_last, capability, tmp_path, gate):
 @pytest.mark.parametrize("channels_last", FORMATS)
 def test_backward(channels_last, capability, tmp_path, gate):
     launch = triton_launch.elementwise(2 * CHANNELS * PIXELS, interpreted=False)
-    registers = []
-    for dtype, accesses in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
+    machines = []
+    for dtype in ("fp32", "fp16", "bf16"):
         signature = {
             "doutput_ptr": f"*{dtype}",
             "gradient_ptr": f"*{dtype}",
@@ -108,15 +109,16 @@ def test_backward(channels_last, capability, tmp_path, gate):
             **{name: "i32" for name in ("elements", "half", "tiles")},
         }
         constants = {"CHANNELS": 2 * CHANNELS if channels_last else 0, "BLOCK": launch.block}
-        machine = compile_kernel(
+        machines.append(compile_kernel(
             kernel.variational_bound_bwd_kernel, signature, constants, capability, tmp_path,
             unaligned=("tiles", "half"), **launch.options,
-        )  # fmt: skip
+        ))  # fmt: skip
+    for accesses, machine in zip((4, 2, 2), machines, strict=True):
         assert not machine.spills
-        assert machine.widths("STG") == {128: accesses}, (dtype, machine.widths("STG"))
-        assert machine.widths("LDG")[128] == accesses, (dtype, machine.widths("LDG"))
-        registers.append(machine.registers)
-    gate("registers", f"variational_bound_bwd_kernel, {FORMATS[channels_last]}, sm_{capability}", max(registers))
+        assert machine.widths("STG") == {128: accesses}, machine.widths("STG")
+        assert machine.widths("LDG")[128] == accesses, machine.widths("LDG")
+    registers = max(machine.registers for machine in machines)
+    gate("registers", f"variational_bound_bwd_kernel, {FORMATS[channels_last]}, sm_{capability}", registers)
 
 
 @on_sm_90

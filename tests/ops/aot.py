@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
-from dataclasses import dataclass, replace
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -16,32 +20,50 @@ CAPABILITIES = [80, 90, 100]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Machine:
     """The resources and the code of a compiled kernel.
 
+    The first look at the code of one disassembles all that were compiled until then: nvdisasm starts in 0.4 seconds
+    and reads fifty kernels in another one, so a test of several compiles all of them first.
+
     Args:
         registers: per thread.
-        stack, local: bytes per thread; spilled registers would be there.
+        stack, local: bytes per thread; spilled registers would be there, and every access to local memory.
         shared: bytes per program, Triton's own allocation.
-        accesses: instructions by kind and width in bits, such as {("LDG", 128): 4, ("STG", 32): 1}; LDL and STL, the
-            accesses to local memory, are counted too.
-        sass: the machine code.
-        ptx, ttgir: what Triton made it of, where Triton did.
+        code: its instructions, of 16 bytes each.
+        architecture: as nvdisasm names it.
+        ptx, ttgir: what Triton made it of.
     """
 
     registers: int
     stack: int
     local: int
     shared: int
-    accesses: dict[tuple[str, int], int]
-    sass: str
-    ptx: str = ""
-    ttgir: str = ""
+    code: bytes
+    architecture: str
+    ptx: str
+    ttgir: str
+
+    @cached_property
+    def sass(self) -> str:
+        """The machine code."""
+        disassemble()
+        return self.__dict__["sass"]
+
+    @cached_property
+    def accesses(self) -> dict[tuple[str, int], int]:
+        """Instructions by kind and width in bits, such as {("LDG", 128): 4, ("STG", 32): 1}, LDL and STL as well."""
+        found: dict[tuple[str, int], int] = {}
+        for kind, modifiers in re.findall(r"\b(LDGSTS|LDG|STG|LDS|STS|LDL|STL)((?:\.\w+)*)\b", self.sass):
+            width = next((int(w) for w in re.findall(r"\.[US]?(8|16|64|128)\b", modifiers)), 32)
+            found[kind, width] = found.get((kind, width), 0) + 1
+        assert self.spills or not {"LDL", "STL"} & {kind for kind, _ in found}, found
+        return found
 
     @property
     def spills(self) -> bool:
-        return self.stack + self.local > 0 or any(kind in ("LDL", "STL") for kind, _ in self.accesses)
+        return self.stack + self.local > 0
 
     def widths(self, kind: str) -> dict[int, int]:
         """Instructions of a kind by width in bits: "LDG", "LDGSTS" (to shared memory), "STG", "LDS", "STS"."""
@@ -113,25 +135,47 @@ def compile_kernel(
         "maxnreg": maxnreg,
     }
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    machine = read_machine(compiled.asm["cubin"], compiled.metadata.shared, tmp_path)
-    return replace(machine, ptx=compiled.asm["ptx"], ttgir=compiled.asm["ttgir"])
-
-
-def read_machine(cubin: bytes, shared: int, tmp_path: Path) -> Machine:
-    """Disassemble a cubin with the tools of Triton's package."""
     file = tmp_path / "kernel.cubin"
-    file.write_bytes(cubin)
-    usage = _run("-res-usage", file)
-    sass = _run("-sass", file)
-    numbers = {key: int(re.findall(rf"\b{key}:(\d+)", usage)[0]) for key in ("REG", "STACK", "LOCAL")}
-    accesses: dict[tuple[str, int], int] = {}
-    for kind, modifiers in re.findall(r"\b(LDGSTS|LDG|STG|LDS|STS|LDL|STL)((?:\.\w+)*)\b", sass):
-        width = next((int(w) for w in re.findall(r"\.[US]?(8|16|64|128)\b", modifiers)), 32)
-        accesses[kind, width] = accesses.get((kind, width), 0) + 1
-    return Machine(numbers["REG"], numbers["STACK"], numbers["LOCAL"], shared, accesses, sass)
+    file.write_bytes(compiled.asm["cubin"])
+    usage = _run("cuobjdump", "-res-usage", str(file))
+    numbers = (int(re.findall(rf"\b{key}:(\d+)", usage)[0]) for key in ("REG", "STACK", "LOCAL"))
+    architecture = f"SM{capability}{'a' * (capability >= 90)}"
+    shared, texts = compiled.metadata.shared, (compiled.asm["ptx"], compiled.asm["ttgir"])
+    machine = Machine(*numbers, shared, code_of(file.read_bytes()), architecture, *texts)
+    _unread.add(machine)
+    return machine
 
 
-def _run(flag: str, file: Path) -> str:
-    result = subprocess.run([TOOLS / "cuobjdump", flag, file], capture_output=True, text=True, check=False)
+_unread: WeakSet[Machine] = WeakSet()  # those that a test still has
+
+
+def disassemble() -> None:
+    """Read the code of all machines that were compiled and not read, in one call for each architecture."""
+    unread = list(_unread)
+    _unread.clear()
+    for architecture in {machine.architecture for machine in unread}:
+        machines = [machine for machine in unread if machine.architecture == architecture]
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"".join(machine.code for machine in machines))
+            file.flush()
+            printed = _run("nvdisasm", "-b", architecture, file.name)
+        lines = re.findall(r"^\s*(/\*\w+\*/.*)", printed, re.MULTILINE)  # an address and an instruction
+        for machine in machines:
+            count = len(machine.code) // 16
+            machine.sass, lines = "\n".join(lines[:count]), lines[count:]
+        assert not lines, lines
+
+
+def code_of(cubin: bytes) -> bytes:
+    """The one section .text.NAME of an ELF file of 64 bits."""
+    (start,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, start + size * i) for i in range(count)]
+    code = [s for s in sections if cubin.startswith(b".text.", sections[names][4] + s[0])]
+    ((*_, offset, length),) = code
+    return cubin[offset : offset + length]
+
+
+def _run(tool: str, *arguments: str) -> str:
+    result = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
