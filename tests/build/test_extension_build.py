@@ -230,6 +230,12 @@ def test_the_first_load_may_happen_while_compiling(package):
     assert json.loads(result.stdout)["loaded"]
 
 
+def test_the_environments_build_left_out_nothing_that_did_not_compile():
+    """CUDA's sources, for every architecture; `auto` builds without what does not compile."""
+    info = extension.info()
+    assert "did not compile" not in f"{info['reason']} {info['cuda_left_out']}", info
+
+
 def test_the_size_of_the_environments_package_is_bounded(tmp_path, gate):
     """The bound depends on the parts that were built; `make release-tests` holds that of a portable wheel."""
     info = extension.info()

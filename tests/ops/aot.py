@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CAPABILITIES = [80, 90, 100]
+# Of kernels without matrix products, whose instructions differ most; a quick test of another torch compiles for sm_90.
+ON_SM_90 = [pytest.param(80, marks=pytest.mark.release), 90, pytest.param(100, marks=pytest.mark.release)]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

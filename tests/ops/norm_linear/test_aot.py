@@ -12,7 +12,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 import torch
 import triton
-from aot import CAPABILITIES, Machine, compile_kernel
+from aot import CAPABILITIES, ON_SM_90, Machine, compile_kernel
 
 from ddpm_fast.ops.norm_linear import triton as kernel
 
@@ -116,7 +116,7 @@ def test_registers_and_accesses_with_a_gradient_to_add(tmp_path, gate):
     check_products(name, (256, 512), 90, tmp_path, gate, f"{name} with a gradient to add", op="beside")
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", ON_SM_90)
 def test_gradients_of_parameters(capability, tmp_path, gate):
     """Every thread has its 16-byte loads of a block of sums on their way at once."""
     function, blocks = kernel.norm_linear_bwd_parameters_kernel, kernel.parameters_blocks(64)

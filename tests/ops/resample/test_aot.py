@@ -10,14 +10,14 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's compiler is not there", allow_module_level=True)
 
-from aot import CAPABILITIES, compile_kernel
+from aot import ON_SM_90, compile_kernel
 
 from ddpm_fast.ops.resample import triton as kernel
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", ON_SM_90)
 def test_registers_and_accesses(capability, tmp_path, gate):
     function = kernel.window_sums_kernel
     machines = []

@@ -140,7 +140,10 @@ def test_reduce(capability, tmp_path, gate):
     gate("registers", f"variational_bound_reduce_kernel, sm_{capability}", max(registers))
 
 
-@pytest.mark.parametrize("channels, height, width", [(1, 1, 1), (3, 7, 1), (3, 31, 33), (64, 5, 5)])
+@pytest.mark.parametrize(
+    "channels, height, width",
+    [(1, 1, 1), (64, 5, 5), *(pytest.param(*size, marks=pytest.mark.release) for size in ((3, 7, 1), (3, 31, 33)))],
+)
 def test_odd_sizes_compile(channels, height, width, tmp_path):
     """A launch passes an integer of 1 as a constant, and sizes that are no multiple of 16 as such."""
     for channels_last in (False, True):
