@@ -5,26 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import bench_blocks
 import pytest
 import torch
+from forks import run_code
 from torchcfm.models.unet.unet import UNetModel
 
 from ddpm_fast.measure import foreign
-from ddpm_fast.testing.isolation import alone
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+def pytest_in_a_process(*options: str, **environment: str) -> subprocess.CompletedProcess:
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options)
+    code = f"import sys, pytest; sys.exit(pytest.main({list(options)}))"
+    return run_code(code, BENCHMARKS.parent, check=False, OMP_NUM_THREADS="1", **environment)
+
+
 def run(file: str, *options: str, **environment: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
-    finished = subprocess.run(
-        [*command, str(BENCHMARKS / file)], env={**alone(), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    finished = pytest_in_a_process(*options, str(BENCHMARKS / file), **environment)
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
     assert " passed" in finished.stdout
     return finished.stdout
@@ -81,7 +82,6 @@ def test_records(tmp_path):
 
 
 def test_after_the_deadline_nothing_is_timed():
-    options = ["-p", "no:xdist", "--size", "quick", "--deadline", "1", "-k", "fill", str(BENCHMARKS / "bench_ops.py")]
-    command = [sys.executable, "-m", "pytest", "-q", *options]
-    finished = subprocess.run(command, env=alone(), capture_output=True, text=True, check=False)
+    options = ["--size", "quick", "--deadline", "1", "-k", "fill", str(BENCHMARKS / "bench_ops.py")]
+    finished = pytest_in_a_process(*options)
     assert "passed" not in finished.stdout and "4 skipped" in finished.stdout, finished.stdout

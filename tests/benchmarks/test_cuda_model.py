@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ import gate as gate_rules
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import run_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -108,7 +108,7 @@ def test_what_is_compiled_ahead_is_found_by_the_launch(tmp_path, monkeypatch):
     assert loaded == [(kernel, False)]
 
 
-def test_cache_keys_do_not_depend_on_what_was_launched_before():
+def test_cache_keys_do_not_depend_on_what_was_launched_before(tmp_path):
     """See `hash_functions` of ddpm_fast/runtime/triton_launch.py."""
     files = [file.relative_to(OPS).with_suffix("") for file in sorted(OPS.glob("*/triton*.py"))]
     modules = [f"ddpm_fast.ops.{'.'.join(file.parts)}" for file in files]
@@ -119,9 +119,8 @@ for module in map(importlib.import_module, {modules}):
         if isinstance(value, triton.JITFunction) and value.hash is None:
             print(module.__name__, name)
 """
-    command = [sys.executable, "-c", program]
     assert len(modules) >= 6
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
+    assert run_code(program, tmp_path).stdout == ""
 
 
 def test_a_variant_that_does_not_compile_is_reported(tmp_path, monkeypatch):

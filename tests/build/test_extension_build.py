@@ -24,6 +24,7 @@ from pathlib import Path
 import gate as regression_gate
 import pytest
 import torch
+from forks import run_code
 
 from ddpm_fast.runtime import extension
 
@@ -81,8 +82,13 @@ def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> sub
 
 
 def probe(folder: Path, code: str = PROBE) -> dict:
-    """The output of `code` in a fresh process that imports the package from `folder`."""
-    return json.loads(run(sys.executable, "-c", code, cwd=folder, PYTHONPATH=str(folder)).stdout)
+    """The output of `code` in a process of its own that imports the package from `folder`."""
+    return json.loads(run_code(code, folder).stdout)
+
+
+def run_setup(source: Path, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    code = f"import runpy, sys; sys.argv = {['setup.py', *arguments]}; runpy.run_path('setup.py', run_name='__main__')"
+    return run_code(code, source, check, **environment)
 
 
 def copy_of_sources(folder: Path, csrc: Path = STUB) -> Path:
@@ -128,22 +134,18 @@ def wheel_bytes(folder: Path) -> int:
 @pytest.fixture
 def package(tmp_path) -> Path:
     """A copy of the package with its extension, to break."""
+    return copy_of_package(tmp_path)
+
+
+def copy_of_package(folder: Path) -> Path:
     assert extension.load() is not None, extension.reason()
-    shutil.copytree(PACKAGE, tmp_path / "ddpm_fast", ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path / "ddpm_fast"
+    shutil.copytree(PACKAGE, folder / "ddpm_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "ddpm_fast"
 
 
 def edit_info(package: Path, **changes) -> None:
     file = package / "_build_info.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-def test_an_intact_copy_loads(package):
-    found = probe(package.parent)
-    assert Path(found["file"]).parent == package
-    assert found["loaded"] and found["reason"] is None
-    assert "* native" in found["explain"]
-    assert f"on the CPU uses the instruction set {extension.instruction_set()}" in found["explain"]
 
 
 def remove_module(package):
@@ -192,6 +194,33 @@ BROKEN = {
 }
 
 
+major, minor = torch.__version__.split(".")[:2]
+WHOLE = {
+    "intact": lambda package: None,
+    "another patch release of torch": lambda package: edit_info(package, torch=f"{major}.{minor}.99+cpu"),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, dict]:
+    """What `PROBE` finds in a copy of the package, whole and broken."""
+    changes = WHOLE | {case: change for case, (change, _) in BROKEN.items()}
+    packages = [copy_of_package(tmp_path_factory.mktemp("copy")) for _ in changes]
+    for change, package in zip(changes.values(), packages, strict=True):
+        change(package)
+    results = {case: probe(package.parent) for case, package in zip(changes, packages, strict=True)}
+    assert [Path(result["file"]).parent for result in results.values()] == packages
+    return results
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_whole_copy_loads(found, case):
+    result = found[case]
+    assert result["loaded"] and result["reason"] is None
+    assert "* native" in result["explain"]
+    assert f"on the CPU uses the instruction set {extension.instruction_set()}" in result["explain"]
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -201,33 +230,25 @@ BROKEN = {
         for case in BROKEN
     ],
 )
-def test_a_broken_extension_leaves_the_reference_and_a_reason(package, case):
-    break_it, reason = BROKEN[case]
-    break_it(package)
-    found = probe(package.parent)
-    assert not found["loaded"] and not found["has_cuda"]
-    assert found["reason"].startswith(reason)
-    assert "* reference" in found["explain"] and reason in found["explain"]
-
-
-def test_another_patch_release_of_torch_is_accepted(package):
-    major, minor = torch.__version__.split(".")[:2]
-    edit_info(package, torch=f"{major}.{minor}.99+cpu")
-    assert probe(package.parent)["loaded"]
+def test_a_broken_extension_leaves_the_reference_and_a_reason(found, case):
+    _, reason = BROKEN[case]
+    result = found[case]
+    assert not result["loaded"] and not result["has_cuda"]
+    assert result["reason"].startswith(reason)
+    assert "* reference" in result["explain"] and reason in result["explain"]
 
 
 def test_forcing_native_without_the_extension_raises_its_reason(package):
     remove_module(package)
     code = PROBE.replace("x = torch.ones", "ddpm_fast.use_backend('native')\nx = torch.ones")
-    result = run(sys.executable, "-c", code, cwd=package.parent, check=False, PYTHONPATH=str(package.parent))
+    result = run_code(code, package.parent, check=False)
     assert result.returncode != 0
     assert "backend 'native' was forced and refuses: the extension's file is missing" in result.stderr
 
 
 def test_the_first_load_may_happen_while_compiling(package):
     code = PROBE.replace("= sampler_step(", "= torch.compile(sampler_step, fullgraph=True, backend='aot_eager')(")
-    result = run(sys.executable, "-c", code, cwd=package.parent, PYTHONPATH=str(package.parent))
-    assert json.loads(result.stdout)["loaded"]
+    assert probe(package.parent, code)["loaded"]
 
 
 def test_the_environments_build_left_out_nothing_that_did_not_compile():
@@ -292,8 +313,7 @@ def test_an_editable_build_puts_the_extension_beside_its_sources(tmp_path):
 
 
 def build_in_place(source: Path, **environment: str) -> None:
-    environment = {"DDPM_FAST_BUILD": "cpu", "MAX_JOBS": "2", **environment}
-    run(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=source, **environment)
+    run_setup(source, "--quiet", "build_ext", "--inplace", DDPM_FAST_BUILD="cpu", MAX_JOBS="2", **environment)
 
 
 def test_what_changed_is_compiled_again(tmp_path):
@@ -394,7 +414,7 @@ def test_another_cuda_release_is_named(tmp_path):
     nvcc.chmod(0o755)
     source = copy_of_sources(tmp_path / "source")
     environment = {"DDPM_FAST_BUILD": "cuda", "CUDA_HOME": str(tmp_path / "toolkit")}
-    result = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, check=False, **environment)
+    result = run_setup(source, "build_ext", "--inplace", check=False, **environment)
     assert result.returncode != 0
     assert f"nvcc is release 9.2 and torch was built with CUDA {torch.version.cuda}" in result.stderr
 
@@ -412,6 +432,6 @@ def test_another_cuda_release_is_named(tmp_path):
 )
 def test_what_cannot_be_built_as_asked_is_an_error(tmp_path, environment, sentence):
     source = copy_of_sources(tmp_path / "source")
-    result = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, check=False, **environment)
+    result = run_setup(source, "build_ext", "--inplace", check=False, **environment)
     assert result.returncode != 0
     assert sentence in result.stderr + result.stdout

@@ -87,8 +87,14 @@ def test_a_copy_is_built_again_where_a_source_is_younger(tmp_path):
 
 
 def test_a_release_that_cannot_be_installed_is_an_error_that_names_it(tmp_path):
+    """The environment is there, and is this one: pip, which finds no package, changes nothing."""
+    python = torch_release.python_of(tmp_path / "environment")
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
     command = [sys.executable, torch_release.__file__, "2.9.1", "--folder", str(tmp_path / "environment")]
-    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    settings = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_IGNORE_INSTALLED": "1"}
+    environment = {**os.environ, **settings}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.endswith("torch==2.9.1 could not be installed; pip's reason is above\n"), result.stderr

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import run_code
 from PIL import Image
 
 import ddpm_fast
@@ -465,7 +467,7 @@ def test_a_file_of_upstream_is_sampled_given_its_size(upstream, tmp_path, capsys
     assert Image.open(tmp_path / "grid.png").size == (2 * 18 + 2, 12)
 
 
-def test_doctor_reports_and_imports_nothing_heavy():
+def test_doctor_reports_and_imports_nothing_heavy(tmp_path):
     program = """
         import sys
         from ddpm_fast.cli import main
@@ -473,10 +475,7 @@ def test_doctor_reports_and_imports_nothing_heavy():
         heavy = {"accelerate", "ema_pytorch", "matplotlib", "sklearn", "scipy", "torchvision"} & set(sys.modules)
         assert not heavy, heavy
     """
-    import textwrap
-
-    finished = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+    finished = run_code(textwrap.dedent(program), tmp_path)
     assert torch.__version__ in finished.stdout and ddpm_fast.__version__ in finished.stdout
     assert "extension: " in finished.stdout and "sampler_step" in finished.stdout
 

@@ -6,14 +6,13 @@ import copy
 import functools
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from forks import run_code
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -399,7 +398,7 @@ def test_other_objects_are_refused():
             function(3)
 
 
-def test_no_package_is_imported():
+def test_no_package_is_imported(tmp_path):
     code = """
 import sys, torch, ddpm_fast
 model = ddpm_fast.accelerate(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1)))
@@ -407,4 +406,4 @@ assert type(model[0]) is not torch.nn.Conv2d
 foreign = {"diffusers", "torchcfm", "physicsnemo", "denoising_diffusion_pytorch", "rectified_flow_pytorch", "einops"}
 assert not foreign & set(sys.modules), foreign & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_code(code, tmp_path)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-from ddpm_fast.testing.isolation import alone
+from forks import run_code
 
 CONFTESTS = [Path(__file__).parents[1] / "conftest.py", Path(__file__).parent / "conftest.py"]
 IMPORTED = f"{Path(__file__).parents[2] / 'benchmarks'} {Path(__file__).parent}"
@@ -44,9 +41,8 @@ def run(tmp_path):
     (tmp_path / "test_other.py").write_text("def test_other():\n    pass\n")
 
     def run(*options: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options]
-        environment = {**alone(), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        code = f"import sys, pytest; sys.exit(pytest.main({['-v', '-p', 'no:cacheprovider', *options]}))"
+        finished = run_code(code, tmp_path, check=False, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
         return finished.returncode, finished.stdout + finished.stderr
 
     return run

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,10 +36,9 @@ def resident() -> int:
 
 
 def in_a_process(code: str) -> str:
-    """The output of a fresh process, whose pool is empty."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    """The output of a process that imports this file, and whose pool is empty."""
+    path = f"import sys; sys.path.append({str(Path(forks.__file__).parent)!r})\n"
+    return forks.run_code(path + code, Path(__file__).parent).stdout
 
 
 @settings(max_examples=200, deadline=None)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
 import sys
 
 import pytest
 import torch
+from forks import run_code
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -42,10 +41,9 @@ def assert_equal(ours, theirs):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-def test_needs_no_import_of_its_own():
+def test_needs_no_import_of_its_own(tmp_path):
     source = "import ddpm_fast; print(ddpm_fast.optim.AdamW.__name__, ddpm_fast.classifier_free_guidance.Unet.__name__)"
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
-    assert done.stdout.split() == ["AdamW", "Unet"], done.stderr
+    assert run_code(source, tmp_path).stdout.split() == ["AdamW", "Unet"]
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
@@ -171,7 +169,7 @@ for _ in range(2):
 """
 TRAINER = """
 trainer = ddpm_fast.Trainer(
-    network(), torch.rand(16, 3, 8, 8), train_batch_size=16, train_num_steps=3, results_folder=sys.argv[1],
+    network(), torch.rand(16, 3, 8, 8), train_batch_size=16, train_num_steps=3, results_folder='.',
     calculate_fid=False, num_workers=0, progress=False, num_samples=4, save_and_sample_every=3,
 )
 trainer.train()
@@ -187,9 +185,5 @@ def test_training_and_sampling_import_no_compiler(tmp_path, work):
 heavy = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "triton"}
 print(sorted(heavy & set(sys.modules)))
 """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", RUN + work + check, str(tmp_path)]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
+    ran = run_code(RUN + work + check, tmp_path, OMP_NUM_THREADS="1", MPLBACKEND="agg")
     assert ran.stdout.splitlines()[-1] == "[]"
