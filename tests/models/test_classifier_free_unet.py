@@ -240,7 +240,7 @@ def test_copies_pickles_and_config():
 
 
 def test_compiles_without_graph_breaks():
-    _, ours = both()
+    _, ours = both({**CONFIG, "dim_mults": (1,)})
     x, t, classes = batch()
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, t, classes, 0.0), ours(x, t, classes, 0.0))

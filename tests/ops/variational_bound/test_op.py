@@ -164,7 +164,7 @@ def test_narrow_and_distant_bins_keep_their_digits_in_float32(log_scale, distanc
 
 
 def test_the_reference_is_differentiable_in_everything_and_twice():
-    output, x, t, table, eps = make_inputs(shape=SHAPE, first_variance="next", weights="rescaled-mse")
+    output, x, t, table, eps = make_inputs(shape=(2, 3, 2, 3), first_variance="next", weights="rescaled-mse")
     leaves = [tensor.requires_grad_() for tensor in (output, x, eps)]
 
     def function(output, x, eps):
