@@ -25,7 +25,7 @@ from ddpm_fast.ops.conv3x3.op import conv3x3
 from ddpm_fast.ops.resample.composite import upsampling_taps
 from ddpm_fast.ops.resample.op import unchecked_downsample_conv, unchecked_upsample_conv
 from ddpm_fast.ops.stem_conv.op import reads_in_place, stem_conv
-from ddpm_fast.runtime.autocast import no_autocast, to_autocast_dtype
+from ddpm_fast.runtime.autocast import autocast_dtype, no_autocast, to_autocast_dtype
 
 
 @stock
@@ -90,7 +90,7 @@ class StemConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, side, padding=side // 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() != 4 or not self._is_as_made():
+        if x.dim() != 4 or not self._takes(x):
             return super().forward(x)
         (x,) = to_autocast_dtype(x)
         return stem_conv(x, narrow(self, "weight"), narrow(self, "bias"))
@@ -101,7 +101,7 @@ class StemConv(nn.Conv2d):
         Native code reads the maps where they are. Otherwise they become one tensor of that layout, since torch's
         convolution takes one; and so where a user has changed the module, which is then called.
         """
-        if is_unmodified(self) and self._is_as_made():
+        if is_unmodified(self) and self._takes(maps[0]):
             maps = to_autocast_dtype(*maps)
             first, *beside = maps
             weight, bias = narrow(self, "weight"), narrow(self, "bias")
@@ -111,6 +111,11 @@ class StemConv(nn.Conv2d):
         out = self(x)
         # Of one channel a map is of both layouts, and torch's convolution chooses one.
         return out.contiguous(memory_format=layout) if x.shape[1] == 1 else out
+
+    def _takes(self, x: torch.Tensor) -> bool:
+        """False where a user has changed the settings, and where torch's convolution raises for the dtype of x."""
+        fits = x.dtype is parameter(self, "weight").dtype or autocast_dtype(x.device.type) is not None
+        return fits and self._is_as_made()
 
     def _is_as_made(self) -> bool:
         """False where a user has changed the settings."""

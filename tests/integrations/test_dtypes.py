@@ -78,6 +78,31 @@ def test_networks(name, half):
             assert_the_same(lambda: call(network, X.to(half)), lambda: call(eager, X.to(half)), name)
 
 
+@HALF
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("self_condition", [False, True])
+def test_this_packages_network(half, backend, self_condition):
+    """It raises what upstream's raises, in calls that are replayed, too; autocast and narrow weights work on."""
+    torch.manual_seed(0)
+    eager = randomise_all(upstream.Unet(8, dim_mults=(1, 2), self_condition=self_condition)).eval()
+    network = ddpm_fast.Unet(8, dim_mults=(1, 2), self_condition=self_condition).eval()
+    network.load_state_dict(eager.state_dict())
+    with ddpm_fast.use_backend(backend):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                for _ in range(4):
+                    network(X, T)
+                    for x in (X.to(half), X.double()):
+                        assert_the_same(lambda x=x: network(x, T), lambda x=x: eager(x, T), f"{x.dtype}, {grad}")
+                    with torch.autocast("cpu", dtype=half):
+                        network(X, T)
+                        network(X.to(half), T)
+        narrow = copy.deepcopy(network).to(half)
+        assert narrow(X.to(half), T).dtype is half
+        with pytest.raises(RuntimeError, match=r"Input type \(float\)"):
+            narrow(X, T)
+
+
 @ALL
 def test_calls_that_are_replayed(name):
     """After calls in float32 that are replayed, and again and again."""
