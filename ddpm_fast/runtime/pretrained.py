@@ -115,9 +115,11 @@ class Pretrained:
 
         Raises:
             FileNotFoundError: the folder lacks a file.
+            OSError: the disk cannot read a file.
             ValueError: a file is damaged, the folder is of another class, or the weights are of another architecture.
         """
         from ddpm_fast.runtime.extras import needed_for
+        from ddpm_fast.runtime.mapped_files import read_pages
 
         with needed_for("from_pretrained"):
             from safetensors import SafetensorError
@@ -143,6 +145,7 @@ class Pretrained:
         module: Any = cls.from_pretrained_config(config, **arguments)
         try:
             state = load_file(weights_file)
+            read_pages(state.values(), weights_file)
         except SafetensorError as error:
             raise ValueError(f"{weights_file} is damaged: {error}") from error
         difference = _first_difference(module.state_dict(), state)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from ddpm_fast.runtime.mapped_files import read_pages
 from ddpm_fast.runtime.plain import as_int
 from ddpm_fast.runtime.tensor_sums import byte_sum, tensors_in
 from ddpm_fast.training.atomic_files import write_atomically
-from ddpm_fast.training.mapped_files import read_pages
 from ddpm_fast.training.numpy_pickles import STAND_INS, without_arrays
 
 _Path = str | os.PathLike
@@ -98,10 +98,8 @@ def load_checked(path: _Path, *, with_moments: bool = False) -> Any:
     """
     contents = load_file(path, mmap=True)
     is_whole = with_moments or not isinstance(contents, Mapping)
-    try:
-        read_pages(tensors_in(contents if is_whole else {name: contents[name] for name in contents if name != "opt"}))
-    except OSError as error:
-        raise OSError(error.errno, f"could not read checkpoint {path}: {error.strerror}") from error
+    wanted = contents if is_whole else {name: contents[name] for name in contents if name != "opt"}
+    read_pages(tensors_in(wanted), f"checkpoint {path}")
     # Other sums alone are no damage: a program may have written other tensors into the dictionary that it read.
     if not _has_its_sums(contents) and _is_damaged(Path(path)):
         raise CheckpointError(f"checkpoint {path} is damaged: its checksums do not agree")

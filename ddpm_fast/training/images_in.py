@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_fast.runtime.extras import needed_for
+from ddpm_fast.runtime.mapped_files import read_memory
 from ddpm_fast.training.pixels import Pixels, covering_size, without_palette
 
 with needed_for("reading and writing images"):
@@ -161,7 +162,9 @@ def _with_raw_mode(tile: Any, raw_mode: str) -> Any:
 
 def _read_array(path: Path) -> Pixels:
     # A mapped file cannot claim more than it holds; reading would first allocate the claim.
-    values = np.array(open_memmap(path, mode="r"))
+    mapped = open_memmap(path, mode="r")
+    read_memory([(mapped.ctypes.data, mapped.ctypes.data + mapped.nbytes)], str(path))
+    values = np.array(mapped)
     if values.dtype.kind not in "buif":
         raise ValueError(f"an array of {values.dtype}; images are integers, floats or booleans")
     if values.dtype == np.bool_:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from ddpm_fast.runtime.compile_ahead import count_processors
 from ddpm_fast.runtime.extras import needed_for
+from ddpm_fast.runtime.mapped_files import read_memory
 from ddpm_fast.training.atomic_files import open_atomically
 from ddpm_fast.training.batches import ignore_interrupts
 from ddpm_fast.training.data import IMAGE_ENDINGS, Dataset, DigitsDataset
@@ -47,6 +48,7 @@ class PreparedDataset(torch.utils.data.Dataset):
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file holds no such array.
+        OSError: when images are read that the disk cannot read, as of a file that has been cut off since.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -59,7 +61,9 @@ class PreparedDataset(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor | dict[str, Any]:
-        image = torch.from_numpy(self.images[index].copy())
+        mapped = self.images[index]
+        self._read([mapped.ctypes.data], mapped.nbytes)
+        image = torch.from_numpy(mapped.copy())
         item: dict[str, Any] = {} if self.classes is None else {"classes": int(self.classes[index])}
         if self.cond is not None:
             item["cond"] = self.cond[index]
@@ -67,7 +71,14 @@ class PreparedDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Unbound:
         """A whole batch at once: the DataLoader prefers this to one call per image."""
-        return Unbound(torch.from_numpy(self.images[np.asarray(indices)]), self.conditions_at(indices))
+        chosen = np.asarray(indices)
+        size = self.images[0].nbytes
+        self._read((self.images.ctypes.data + chosen % len(self.images) * size).tolist(), size)
+        return Unbound(torch.from_numpy(self.images[chosen]), self.conditions_at(indices))
+
+    def _read(self, starts: Sequence[int], size: int) -> None:
+        """Read images at these addresses, since copying what the disk cannot read would end the process by a signal."""
+        read_memory([(start, start + size) for start in starts], f"prepared file {self.path}")
 
     def conditions_at(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Classes (n,) and vectors (n, D) of images, which are not read."""

@@ -1,4 +1,4 @@
-"""Checkpoints that are mapped: what the disk cannot read is an OSError, and no signal that ends the process."""
+"""Files that are mapped: what the disk cannot read is an OSError, and no signal that ends the process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ddpm_fast.training.mapped_files import read_pages
+from ddpm_fast.runtime.mapped_files import read_pages
 
 
 def _can_populate() -> bool:
@@ -59,8 +59,58 @@ def test_a_file_that_is_cut_off_while_it_is_read(tmp_path, function):
     assert f"could not read checkpoint {tmp_path}/model-1.pt: Input/output error" in ran.stdout
 
 
+CUT = """
+import os, sys
+import numpy as np
+import safetensors.torch
+from ddpm_fast import PreparedDataset, Unet
+from ddpm_fast.training import images_in
+
+path, how = sys.argv[1:]
+load, open_memmap = safetensors.torch.load_file, images_in.open_memmap
+
+def cut_off(function):
+    def opened(path, *args, **options):
+        contents = function(path, *args, **options)
+        os.truncate(path, 4096)
+        return contents
+    return opened
+
+safetensors.torch.load_file, images_in.open_memmap = cut_off(load), cut_off(open_memmap)
+try:
+    if how == "weights":
+        Unet(8, dim_mults=(1, 2)).save_pretrained(path)
+        Unet.from_pretrained(path)
+    elif how == "image":
+        np.save(path + "/a.npy", np.zeros((64, 64, 3), np.uint8))
+        images_in._read_array(images_in.Path(path) / "a.npy")
+    else:
+        np.save(path + "/a.npy", np.ones((9, 3, 64, 64), np.uint8))
+        dataset = PreparedDataset(path + "/a.npy")
+        whole = dataset.__getitems__([-1, 0, 8]), dataset[8]
+        os.truncate(path + "/a.npy", 5 * 3 * 64 * 64)
+        dataset.__getitems__([0, 1, -8]), dataset[1]
+        {"item": lambda: dataset[8], "items": lambda: dataset.__getitems__([0, -1])}[how]()
+except OSError as error:
+    print(error)
+"""
+
+
+@needs_populate
+@pytest.mark.parametrize(
+    ("how", "file"),
+    [("weights", "{}/model.safetensors"), ("image", "{}/a.npy"), ("item", "prepared file {}/a.npy"),
+     ("items", "prepared file {}/a.npy")],
+)  # fmt: skip
+def test_other_files_that_are_cut_off(tmp_path, how, file):
+    command = [sys.executable, "-c", CUT, str(tmp_path), how]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, (ran.returncode, ran.stderr[-2000:])
+    assert f"could not read {file.format(tmp_path)}: Input/output error" in ran.stdout
+
+
 def test_other_memory_is_left_alone():
     tensors = [torch.rand(5000), torch.rand(3)[1:], torch.empty(0), torch.empty(4, device="meta")]
     before = [tensor.clone() for tensor in tensors[:2]]
-    read_pages(tensors)
+    read_pages(tensors, "nothing")
     assert all(map(torch.equal, tensors[:2], before))
