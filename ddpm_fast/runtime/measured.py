@@ -4,14 +4,14 @@ Two forms give the same tensors up to rounding: "fused", one kernel, and "separa
 Which is faster depends on the card and on the library. The package's own loops, training and sampling, time both at
 first sight, once for each computation on each card, before a CUDA graph is captured or in a step without one, and take
 the faster one from then on: a step has the same bits recorded or not. Checkpoints keep the choices, so that a run goes
-on with the same. Everything else runs "separate".
+on with the same; the Trainer's ranks agree on those of rank 0. Everything else runs "separate".
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,8 @@ _SLEEP_CYCLES = 4_000_000  # about 2 ms: the device sleeps while the host enqueu
 _setting = MEASURED
 _stages: dict[int, str] = {}  # by thread
 _choices: dict[tuple[str, Hashable], Choice] = {}
-_adopted: dict[str, str] = {}  # forms of a checkpoint, by `_label`
+_adopted: dict[str, str] = {}  # forms of a checkpoint or of rank 0, by `_label`
+_measuring = threading.RLock()  # threads measure one after another, since kernels beside others take longer
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,9 @@ def run(name: str, key: Hashable, forms: Mapping[str, Callable[[], Any]], how: s
     if adopted is not None:
         return forms[adopted]()
     if how == MEASURE and (name, key) not in _choices and not _is_capturing():
-        with torch.cuda.device_of(x):
-            _choices[name, key] = Choice(_seconds(forms))
+        with _measuring, torch.cuda.device_of(x):
+            if (name, key) not in _choices:
+                _choices[name, key] = Choice(_seconds(forms))
     choice = _choices.get((name, key))
     return forms[SEPARATE if choice is None else choice.form]()
 
@@ -155,6 +157,13 @@ def adopt(forms: Mapping[str, str]) -> None:
     """Take the choices of a checkpoint: with those of the same card and shapes a run goes on with the same bits."""
     _adopted.clear()
     _adopted.update(forms)
+
+
+def agree(found: Sequence[Mapping[str, str]]) -> None:
+    """Take the choices of rank 0 where another rank has chosen otherwise; every rank calls this with all `chosen`."""
+    first = found[0]
+    if any(first.get(what, form) != form for others in found for what, form in others.items()):
+        adopt({**chosen(), **first})
 
 
 def check_forms(name: str, forms: Any) -> dict[str, str]:
@@ -205,7 +214,7 @@ def account() -> Iterator[str]:
         times = ", ".join(f"{form} {1e6 * seconds:.1f} us" for form, seconds in choice.seconds.items())
         if _label(name, key) not in _adopted:
             yield f"{_label(name, key)}: {choice.form} ({times})"
-    yield from (f"{what}: {form}, as a checkpoint has it" for what, form in _adopted.items())
+    yield from (f"{what}: {form}, as a checkpoint or rank 0 has it" for what, form in _adopted.items())
 
 
 def forget() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.runtime import recording
+from ddpm_fast.runtime import measured, recording
 from ddpm_fast.runtime.extras import needed_for
 from ddpm_fast.runtime.snapshot import Snapshot
 from ddpm_fast.training.average import Average, why_not_averaged
@@ -161,6 +161,11 @@ class StepRunner:
         reasons = gather_object([reason])
         self._refusal = next((other for other in reasons if other is not None), None)
         return self._refusal
+
+    def _agree_on_forms(self) -> None:
+        """Once losses are read, and so before each checkpoint: a run that continues one has the forms of all ranks."""
+        if self.world_size > 1:
+            measured.agree(gather_object([measured.chosen()]))
 
     def _why_not_recorded(self) -> str | None:
         """Why a recording cannot replace the step, in one clause; None where it can."""

@@ -348,6 +348,7 @@ class Trainer(SavedRun):
 
     def _read_losses(self) -> None:
         """Fetch the losses since the last reading, check them, and put their mean on record."""
+        self._agree_on_forms()
         losses = self.accelerator.reduce(torch.stack(self._losses), reduction="mean")
         values = losses.tolist()
         self._check_finite(values, torch.stack(self._norms).tolist())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from threading import Thread
+from time import sleep
 
 import pytest
 import torch
@@ -143,6 +145,37 @@ def test_the_clock_is_that_of_the_tensors_device(timed, monkeypatch):
     assert entered == [X, None]
 
 
+def test_threads_measure_one_after_another(timed, monkeypatch):
+    _, _, forms = timed
+    time, inside, most = measured._timed, [], []
+
+    def timed_slowly(call):
+        inside.append(call)
+        most.append(len(inside))
+        sleep(1e-3)
+        inside.pop()
+        return time(call)
+
+    monkeypatch.setattr(measured, "_timed", timed_slowly)
+    keys = [1, 1, 2, 3]
+    threads = [Thread(target=measured.run, args=("op", key, forms, MEASURE, X)) for key in keys]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1 and len(most) == 2 * measured._ROUNDS * len(set(keys))
+
+
+def test_ranks_agree_on_the_choices_of_the_first(timed):
+    _, _, forms = timed
+    measured.run("op", 1, forms, MEASURE, X)  # fused
+    measured.agree([{"op 1": FUSED}, {"op 2": SEPARATE}])
+    assert measured.setting() == (measured.MEASURED,), "no rank has chosen otherwise: recordings go on"
+    measured.agree([{"op 1": SEPARATE, "op 3": FUSED}, {"op 1": FUSED}])
+    assert measured.run("op", 1, forms, MEASURE, X) == SEPARATE
+    assert measured.chosen() == {"op 1": SEPARATE, "op 3": FUSED}
+
+
 def test_fake_tensors_are_not_timed():
     with measured.stage(MEASURE):
         assert measured.way(torch.empty(1)) == MEASURE
@@ -173,7 +206,7 @@ def test_the_choices_of_a_checkpoint_hold(timed, form):
     assert recording.settings() != before
     ran.clear()
     assert measured.run("op", ("card", (1, 2)), forms, MEASURE, X) == form and ran == [form]
-    assert f"op ('card', (1, 2)): {form}, as a checkpoint has it" in dispatch.explain()
+    assert f"op ('card', (1, 2)): {form}, as a checkpoint or rank 0 has it" in dispatch.explain()
     assert measured.run("op", ("card", (3, 4)), forms, MEASURE, X) != form
     assert measured.chosen() == {**kept, "op ('card', (3, 4))": FUSED if form == SEPARATE else SEPARATE}
     measured.adopt({})

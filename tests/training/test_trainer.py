@@ -150,6 +150,7 @@ def make_runs(folder, processes):
             ("reductions", {"train_num_steps": 2, "gradient_accumulate_every": 4}, "reductions"),
             ("classes", {"train_num_steps": 2, "cond_drop_prob": 0.5}, "reductions"),
             ("undropped", {"train_num_steps": 2, "cond_drop_prob": 0.0}, "reductions"),
+            ("forms", {"train_num_steps": 1}, "forms"),
             ("plain", {"train_num_steps": 3, "graph": False}, "recorded"),
             ("recorded", {"train_num_steps": 3}, "recorded"),
             ("step by step", {"train_num_steps": 5, "graph": False}, ""),
@@ -348,6 +349,12 @@ class TestManyProcesses:
         assert all("graph=False was given" in text for text in plain)
         assert all("training replays the step itself" in text for text in ours)
         assert_same_training(runs(2) / "plain", runs(2) / "recorded")
+
+    def test_all_have_the_forms_that_the_first_has_measured_and_the_checkpoint_keeps(self, runs):
+        chosen = [json.loads(text) for text in said(runs(2) / "forms")]
+        assert chosen == [{"op both": "fused", f"op rank {rank}": "separate"} | own for rank, own in enumerate(
+            ({}, {"op rank 0": "separate"}))]  # fmt: skip
+        assert load_file(runs(2) / "forms" / "model-last.pt")["training"]["forms"] == chosen[0]
 
     @pytest.mark.skipif(WHY_NO_TAPES is not None, reason=f"no tapes: {WHY_NO_TAPES}")
     @pytest.mark.parametrize("run", ["taped", "hook first", "hook later"])

@@ -2,8 +2,8 @@
 
 Usage: training_run.py PROCESSES GROUPS, where GROUPS is JSON: a list of groups of runs, each group in new processes.
 A run is [results folder, the trainer's options, what], and what is "" (train), the milestone to continue, "order",
-"reductions", "recorded", "taped", "hook first", "hook later" or "refused". What a rank has to say is in the file
-rank-RANK.txt of the run's folder.
+"reductions", "forms", "recorded", "taped", "hook first", "hook later" or "refused". What a rank has to say is in
+rank-RANK.txt of the folder of its run.
 
 This process imports torch once and forks the ranks, with torchrun's variables. Under torchrun it is a rank itself, and
 with PROCESSES = 0 it runs all by itself.
@@ -23,6 +23,7 @@ from torch import distributed
 
 import ddpm_fast
 from ddpm_fast.diffusion.diffusion_process import DiffusionProcess
+from ddpm_fast.runtime import measured
 from ddpm_fast.testing.recorders import FrozenRecorder
 from ddpm_fast.training.data import DigitsDataset
 from ddpm_fast.training.history import LossHistory
@@ -117,6 +118,8 @@ def run(folder: Path, options: dict, what: str) -> Trainer:
         count_reductions(trainer)
     elif what in ("taped", "hook first", "hook later"):
         train_with_a_hook(trainer, at={"taped": None, "hook first": 0, "hook later": 3}[what])
+    elif what == "forms":
+        choose_otherwise(trainer)
     elif what == "order":
         say(trainer, json.dumps(next(iter(trainer.dl.order))))
     else:
@@ -168,6 +171,15 @@ def train_with_a_hook(trainer, at: int | None) -> None:
     captured = trainer._captured
     tapes = captured is not None and captured.recorder.records_calls and bool(captured._recordings)
     say(trainer, f"{trainer.explain_graphs()}; {tapes=}, hooks={calls > 0}")
+
+
+def choose_otherwise(trainer):
+    """The ranks measure different times for one computation, and each one of its own."""
+    for key, fused in ("both", 1 + 2 * trainer.rank), (f"rank {trainer.rank}", 3):
+        measured._choices["op", key] = measured.Choice({measured.FUSED: fused, measured.SEPARATE: 2})
+    trainer.train()
+    say(trainer, json.dumps(measured.chosen(), sort_keys=True))
+    measured.forget()
 
 
 def count_reductions(trainer):
