@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from torch._prims_common import suggest_memory_format
@@ -20,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from cuda_model import driver
 from cuda_model.pretend import cuda_on_meta
 from ddpm_fast.measure.traffic import Call, Observer
+from ddpm_fast.ops.adam_step import triton as adam
 
 SMALL_BYTES = 4e6  # a launch that moves less takes as long as an empty one, or nearly so
 
@@ -47,21 +50,24 @@ PARTS: dict[str, dict[str, float]] = {
 }
 
 
-def _gradient(constants: dict) -> int:
-    """Bytes of an element of a gradient, in a half type where any is: of a network's all but a hundredth are then."""
-    return 4 if constants["GRAD_TYPE"] is None else 2
-
-
 # Bytes per element of kernels that find their tensors by tables of addresses: a gradient; parameter and moments, read
-# and written, with a gradient, and what an average and a copy add. Chunks count as full, which is 3% too much.
-BY_ADDRESS: dict[str, Callable[[dict], int]] = {
-    "adam_norm_kernel": _gradient,
-    "adam_update_kernel": lambda constants: (
-        24 + _gradient(constants) + 8 * constants["AVERAGES"] + 2 * (constants["COPY_TYPE"] is not None)
-    ),
+# and written, with a gradient and a copy, each of its own dtype or absent, and what an average adds. Chunks count as
+# full, which is 3% too much.
+BY_ADDRESS: dict[str, Callable[[dict, float, float], float]] = {
+    "adam_norm_kernel": lambda constants, gradient, copy: gradient,
+    "adam_update_kernel": lambda constants, gradient, copy: 24 + gradient + 8 * constants["AVERAGES"] + copy,
 }
 
+
+def _bytes_per_element(tensors: Sequence[torch.Tensor | None] | None, params: Sequence[torch.Tensor]) -> float:
+    """Of an optimizer step's tensors, one of each parameter or None, on average over the parameters' chunks."""
+    chunks = [math.ceil(param.numel() / adam.CHUNK) for param in params]
+    sizes = [0 if tensor is None else tensor.element_size() for tensor in tensors or [None] * len(params)]
+    return sum(map(operator.mul, chunks, sizes)) / max(1, sum(chunks))
+
+
 _CUDA = torch._C.DispatchKey.CUDA
+_adam_step = adam.adam_step
 
 
 @dataclass
@@ -176,6 +182,7 @@ class Recorder(Observer):
         self.step = Step()
         self._operators: list[str] = []
         self._begun = 0
+        self._found_by_address = (0.0, 0.0)  # bytes per element of gradients and copies of the step that runs
 
     def run(self, func, args: tuple, kwargs: dict):
         name = func._schema.name
@@ -209,8 +216,14 @@ class Recorder(Observer):
             if isinstance(value, torch.Tensor)
         )
         if variant.kernel in BY_ADDRESS:
-            moved += BY_ADDRESS[variant.kernel](variant.constexprs) * variant.constexprs["CHUNK"] * grid[0]
+            constants = variant.constexprs
+            moved += BY_ADDRESS[variant.kernel](constants, *self._found_by_address) * constants["CHUNK"] * grid[0]
         self._add(Launch(variant.kernel, "", round(moved), grid=grid, variant=variant))
+
+    def adam_step(self, params: Sequence, grads: Sequence, *args: object, copies: Sequence | None, **options: object):
+        """The Triton implementation, whose kernels are launched with addresses alone."""
+        self._found_by_address = (_bytes_per_element(grads, params), _bytes_per_element(copies, params))
+        return _adam_step(params, grads, *args, copies=copies, **options)
 
     def _add(self, launch: Launch) -> None:
         launch.operator = self._operators[0] if self._operators else launch.name
@@ -314,7 +327,7 @@ def recording(
         recorder = Recorder()
         recorders.append(recorder)
         try:
-            with recorder:
+            with recorder, mock.patch.object(adam, "adam_step", recorder.adam_step):
                 yield recorder.step
         finally:
             recorders.pop()

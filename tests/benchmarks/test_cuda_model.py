@@ -28,6 +28,8 @@ from cuda_model.compiler import Pool, compile_variant  # noqa: E402
 
 import ddpm_fast  # noqa: E402
 from ddpm_fast.measure import traffic  # noqa: E402
+from ddpm_fast.ops.adam_step.op import adam_step  # noqa: E402
+from ddpm_fast.ops.adam_step.settings import AdamSettings  # noqa: E402
 from ddpm_fast.ops.conv3x3.op import conv3x3  # noqa: E402
 from ddpm_fast.ops.linear_attention_block.op import linear_attention_block  # noqa: E402
 from ddpm_fast.ops.norm_silu.op import rms_norm_silu  # noqa: E402
@@ -325,6 +327,20 @@ def test_bytes_of_launches_add_up_to_those_of_operators(monkeypatch):
         more = 0.1 if name == "ddpm_fast::norm_linear_backward" else 0.03
         assert moved[name] == pytest.approx(operator.bytes_moved, rel=more), name
     assert step.flops == pytest.approx(counted.total_flops, rel=1e-3)
+
+
+def test_gradients_and_copies_count_by_their_own_dtypes():
+    params = [torch.empty(8192, device="meta") for _ in range(4)]
+    grads = [torch.empty(8192, device="meta", dtype=dtype) for dtype in (*[torch.bfloat16] * 3, torch.float32)]
+    moments = [[torch.empty_like(param) for param in params] for _ in range(2)]
+    steps_taken = [torch.empty((), device="meta") for _ in params]
+    settings = [AdamSettings(4, torch.empty((), device="meta"), 0.9, 0.99, 1e-8, 0.0, False)]
+    copies = [None, *(torch.empty_like(grad) for grad in grads[1:3]), None]
+    with recorder.recording(TARGET) as block, block() as step:
+        adam_step(params, grads, *moments, steps_taken, settings, max_grad_norm=1.0, copies=copies)
+    norm, _, update = (launch.bytes_moved for launch in step.triton)
+    assert norm == pytest.approx(8192 * (3 * 2 + 4), rel=0.01)
+    assert update == pytest.approx(8192 * (4 * 24 + 3 * 2 + 4 + 2 * 2), rel=0.01)
 
 
 def test_linear_attention_is_one_block_in_half_types(production):
