@@ -24,8 +24,8 @@ from ddpm_fast.training.numpy_pickles import STAND_INS, without_arrays
 
 _Path = str | os.PathLike
 
-# The entry of a file with the sums of its weights. Those of the moments would double what the comparison takes.
-_SUMS, _SUMMED = "sums", ("model", "ema")
+# The entry of a file with the sums of its weights and moments.
+_SUMS, _SUMMED = "sums", ("model", "ema", "opt")
 
 # What torch raises on the contents of a file; what is missing on the machine (a module, memory) is none of these.
 _LOADING_ERRORS = (
@@ -52,7 +52,7 @@ def save_atomically(obj: object, path: _Path) -> None:
 
 
 def save_with_sums(contents: Mapping[str, Any], path: _Path) -> None:
-    """`save_atomically` of a checkpoint, with the sums of its weights, which `load_checked` compares."""
+    """`save_atomically` of a checkpoint, with the sums of its tensors, which `load_checked` compares."""
     save_atomically({**contents, _SUMS: {name: byte_sum(contents[name]) for name in _SUMMED}}, path)
 
 
@@ -88,10 +88,10 @@ def load_file(path: _Path, map_location: torch.device | str = "cpu", mmap: bool 
 
 
 def load_checked(path: _Path, *, with_moments: bool = False) -> Any:
-    """`load_file` of a checkpoint whose tensors the caller copies: mapped where that can be, its weights as written.
+    """`load_file` of a checkpoint whose tensors the caller copies: mapped where that can be, its tensors as written.
 
-    Mapped, moments that nobody wants are not read, which saves more time than the comparison takes. It raises what
-    `load_file` does, and OSError where the disk cannot read a page of what is wanted.
+    Mapped, moments that nobody wants are not read and not compared, which saves more time than the rest takes. It
+    raises what `load_file` does, and OSError where the disk cannot read a page of what is wanted.
 
     Args:
         with_moments: the caller copies the optimizer's state, too.
@@ -101,17 +101,17 @@ def load_checked(path: _Path, *, with_moments: bool = False) -> Any:
     wanted = contents if is_whole else {name: contents[name] for name in contents if name != "opt"}
     read_pages(tensors_in(wanted), f"checkpoint {path}")
     # Other sums alone are no damage: a program may have written other tensors into the dictionary that it read.
-    if not _has_its_sums(contents) and _is_damaged(Path(path)):
+    if _is_damaged(Path(path), "data.pkl") or (not _has_its_sums(wanted) and _is_damaged(Path(path))):
         raise CheckpointError(f"checkpoint {path} is damaged: its checksums do not agree")
     return contents
 
 
-def _has_its_sums(contents: Any) -> bool:
-    """False if a file records other sums than its weights have; files of other programs record none."""
-    recorded = contents.get(_SUMS) if isinstance(contents, Mapping) else None
+def _has_its_sums(wanted: Any) -> bool:
+    """False if a file records other sums than its tensors have; files of other programs record none."""
+    recorded = wanted.get(_SUMS) if isinstance(wanted, Mapping) else None
     if not isinstance(recorded, Mapping):
         return True
-    return all(byte_sum(contents[name]) == recorded[name] for name in _SUMMED if name in contents and name in recorded)
+    return all(byte_sum(wanted[name]) == recorded[name] for name in _SUMMED if name in wanted and name in recorded)
 
 
 def _load(path: Path, map_location: torch.device | str, mmap: bool) -> Any:
@@ -149,8 +149,11 @@ def _check_container(path: Path) -> bool:
     return False
 
 
-def _is_damaged(path: Path) -> bool:
+def _is_damaged(path: Path, member: str = "") -> bool:
     """True if the checksums of an archive do not agree, or its table of contents is senseless; an old pickle has none.
+
+    Args:
+        member: only what ends in this name is read.
 
     Raises:
         OSError: the file cannot be read.
@@ -159,6 +162,7 @@ def _is_damaged(path: Path) -> bool:
         return False
     try:
         with zipfile.ZipFile(path) as archive:
+            archive.filelist = [info for info in archive.filelist if info.filename.endswith(member)]
             return archive.testzip() is not None
     except OSError as error:
         if error.errno != errno.EINVAL:  # a place before the file's beginning

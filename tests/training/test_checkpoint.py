@@ -138,6 +138,24 @@ class TestSums:
                 load(path)
         assert_equal_states(trainer.model, untouched.model)
 
+    @pytest.mark.parametrize("name", ["moments", "pickle"])
+    def test_a_changed_byte_of_moments_or_of_the_pickle_is_damage(self, path, name):
+        trainer = make_trainer(path.parent)
+        trainer.train()
+        trainer.save(1)
+        found = (
+            load_file(path)["opt"]["state"][0]["exp_avg_sq"].numpy().tobytes()
+            if name == "moments"
+            else b"max_grad_norm"
+        )
+        data = bytearray(path.read_bytes())
+        data[data.index(found) + 3] ^= 16
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match="model-1.pt is damaged: its checksums do not agree"):
+            trainer.load(path)
+        if name == "moments":
+            load_checkpoint(path)
+
     def test_tensors_that_a_program_changed_are_no_damage(self, path):
         """It keeps the entry with the sums, and its archive has checksums of its own."""
         contents = torch.load(path)
