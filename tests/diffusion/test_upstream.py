@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 
 import pytest
 import torch
 
 from ddpm_fast import GaussianDiffusion, Unet, noise
 from ddpm_fast.diffusion import schedules
-from ddpm_fast.testing.networks import drawn_diffusion, randomise
+from ddpm_fast.testing.networks import randomise
 from ddpm_fast.testing.truth import assert_close_to_truth
 
 SIZE = (4, 6)
@@ -31,6 +32,27 @@ def pair(upstream, unet: dict | None = None, **diffusion):
 
 def images(batch: int = 4, channels: int = 3) -> torch.Tensor:
     return torch.rand(batch, channels, *SIZE, generator=torch.Generator().manual_seed(5))
+
+
+def drawn_diffusion(seed: int) -> dict:
+    """A random diffusion configuration, without the image size."""
+    rng = random.Random(1000 + seed)
+    beta_schedule = rng.choice(["linear", "cosine", "sigmoid"])
+    kwargs = {
+        "linear": {},
+        "cosine": rng.choice([{}, {"s": 0.02}]),
+        "sigmoid": rng.choice([{}, {"start": -2, "end": 2.5, "tau": 0.9}]),
+    }[beta_schedule]
+    return dict(
+        timesteps=rng.choice([25, 40, 100]),
+        objective=rng.choice(["pred_noise", "pred_x0", "pred_v"]),
+        beta_schedule=beta_schedule,
+        schedule_fn_kwargs=kwargs,
+        min_snr_loss_weight=rng.random() < 0.5,
+        min_snr_gamma=rng.choice([1, 5]),
+        auto_normalize=rng.random() < 0.8,
+        ddim_sampling_eta=rng.choice([0.0, 0.3, 1.0]),
+    )
 
 
 LISTED = {

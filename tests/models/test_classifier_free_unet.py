@@ -13,12 +13,25 @@ from torch import nn
 from ddpm_fast import explain, inference_weights
 from ddpm_fast.models import classifier_free_unet as ours_module
 from ddpm_fast.models.classifier_free_unet import Residual, Unet
-from ddpm_fast.testing.networks import CLASSIFIER_FREE_UNETS, assert_equal_networks, inputs, randomise, run
+from ddpm_fast.testing.networks import assert_equal_networks, inputs, randomise, run
 from ddpm_fast.testing.truth import assert_close_to_truth
 
 theirs_module = pytest.importorskip("denoising_diffusion_pytorch.classifier_free_guidance")
 CONFIG = dict(dim=8, num_classes=4, dim_mults=(1, 2))
 T = 20
+
+UNETS = {
+    "plain": dict(dim=16, num_classes=5, dim_mults=(1, 2)),
+    "four_stages": dict(dim=16, num_classes=10, dim_mults=(1, 2, 4, 8)),
+    "one_stage": dict(dim=8, num_classes=1, dim_mults=(1,)),
+    "init_and_out_dim": dict(dim=8, num_classes=3, init_dim=12, out_dim=5, dim_mults=(1, 3), channels=1),
+    "learned_variance": dict(dim=8, num_classes=3, dim_mults=(1, 2), learned_variance=True),
+    "learned_sinusoidal": dict(
+        dim=8, num_classes=3, dim_mults=(1, 2), learned_sinusoidal_cond=True, learned_sinusoidal_dim=6
+    ),
+    "random_fourier": dict(dim=8, num_classes=3, dim_mults=(1, 2), random_fourier_features=True),
+    "attention": dict(dim=24, num_classes=3, dim_mults=(1, 3), attn_heads=3, attn_dim_head=10),
+}
 
 
 def both(config=CONFIG):
@@ -37,9 +50,9 @@ def batch(size=4, num_classes=4):
     return x, t, torch.randint(0, num_classes, (size,), generator=generator)
 
 
-@pytest.mark.parametrize("name", CLASSIFIER_FREE_UNETS)
+@pytest.mark.parametrize("name", UNETS)
 def test_equals_upstream(name):
-    config = CLASSIFIER_FREE_UNETS[name]
+    config = UNETS[name]
     torch.manual_seed(3)
     theirs = theirs_module.Unet(**config)
     torch.manual_seed(3)
@@ -63,9 +76,9 @@ def test_signatures_are_upstream():
         assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
 
 
-@pytest.mark.parametrize("name", CLASSIFIER_FREE_UNETS)
+@pytest.mark.parametrize("name", UNETS)
 def test_attributes_are_upstream(name):
-    config = CLASSIFIER_FREE_UNETS[name]
+    config = UNETS[name]
     theirs, ours = theirs_module.Unet(**config), Unet(**config)
     for attribute in ("channels", "out_dim", "random_or_learned_sinusoidal_cond", "cond_drop_prob"):
         assert getattr(ours, attribute) == getattr(theirs, attribute)

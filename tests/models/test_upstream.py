@@ -5,13 +5,34 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import random
 
 import pytest
 import torch
 
 from ddpm_fast import Unet
 from ddpm_fast.models.derived_weights import inference_weights
-from ddpm_fast.testing.networks import UNETS, assert_equal_networks, drawn_unet, inputs, randomise
+from ddpm_fast.testing.networks import UNETS, assert_equal_networks, inputs, randomise
+
+
+def drawn_unet(seed: int) -> dict:
+    """A random small UNet configuration."""
+    rng = random.Random(seed)
+    stages = rng.randint(1, 3)
+    config = dict(
+        dim=rng.choice([8, 12, 20]),
+        dim_mults=tuple(rng.choice([1, 2, 3]) for _ in range(stages)),
+        channels=rng.choice([1, 2, 3, 4]),
+        self_condition=rng.random() < 0.4,
+        flash_attn=rng.random() < 0.5,
+        sinusoidal_pos_emb_theta=rng.choice([100, 10000]),
+        attn_heads=tuple(rng.randint(1, 4) for _ in range(stages)),
+        attn_dim_head=tuple(rng.choice([4, 6, 8]) for _ in range(stages)),
+        full_attn=tuple([rng.random() < 0.5 for _ in range(stages - 1)] + [True]),
+    )
+    if rng.random() < 0.3:
+        config["init_dim"] = rng.choice([8, 10])
+    return config
 
 
 @pytest.mark.parametrize("name", UNETS)
