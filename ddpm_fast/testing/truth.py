@@ -31,7 +31,7 @@ def assert_close_to_truth(
 
     The error against the float64 truth is at most `factor` times that of the reference in the same dtype, plus a floor
     of `floor` units in the last place at the scale of the truth, or of `scale`: for sums that cancel, of their terms'
-    magnitudes (row_terms.py). For the RMS and for the largest element alike.
+    magnitudes (tests/ops/resnet_block/test_native.py). For the RMS and for the largest element alike.
     """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)} is not {tuple(truth.shape)}"
     assert actual.dtype == reference.dtype, f"{name}: dtype {actual.dtype} is not {reference.dtype}"

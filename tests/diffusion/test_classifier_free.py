@@ -16,11 +16,34 @@ from ddpm_fast.diffusion import schedules
 from ddpm_fast.diffusion.processes import PROCESSES
 from ddpm_fast.models.classifier_free_unet import guided_output
 from ddpm_fast.testing.networks import randomise
-from ddpm_fast.testing.row_terms import scales_of_gains
 from ddpm_fast.testing.truth import assert_close_to_truth
 
 SIZE, CLASSES = 8, 5
 SMALL = dict(dim=8, num_classes=CLASSES, dim_mults=(1, 2))
+
+
+def scales_of_gains(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """√(Σ term²) of the gradients of upstream's gains, by the parameter's name; filled by the backward of a loss.
+
+    That is the size of a sum of such terms whose signs are random, and says how far one cancels.
+
+    Args:
+        model: upstream's network, whose norms multiply by a parameter g (1, C, 1, 1) that is nowhere 0.
+    """
+    sums: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, gain: torch.Tensor, out: torch.Tensor) -> None:
+        def of_gradient(grad: torch.Tensor) -> None:
+            sums[name] = (grad * out / gain).detach().square().sum_to_size(gain.shape).sqrt()
+
+        out.register_hook(of_gradient)
+
+    for path, module in model.named_modules():
+        gain = getattr(module, "g", None)
+        if isinstance(gain, torch.nn.Parameter):
+            name = f"{path}.g" if path else "g"
+            module.register_forward_hook(lambda module, args, out, name=name: keep(name, module.g, out))
+    return sums
 
 
 @pytest.fixture(scope="session")
