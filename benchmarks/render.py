@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -250,8 +251,8 @@ def _chart(panels: dict, path: Path, title: str, unit: str, scale: float, refere
 
 
 def kept() -> dict[str, dict]:
-    """The newest results of each kind of device and of a CPU's vectors, by file name without its ending."""
-    newest: dict[tuple[str, str], tuple[str, dict]] = {}
+    """The newest results of each kind of device, a CPU's by its vectors and maker, by file name without its ending."""
+    newest: dict[tuple[str, str, str], tuple[str, dict]] = {}
     for file in sorted(RESULTS.glob("*.json")):
         if file.name == "traffic.json":
             continue
@@ -260,10 +261,13 @@ def kept() -> dict[str, dict]:
     return dict(newest[of_kind] for of_kind in sorted(newest, reverse=True))
 
 
-def kind(results: dict) -> tuple[str, str]:
-    """The device's type, and the vectors of a CPU: sorted backwards, GPUs come first and AVX-512 before AVX2."""
-    vector = results["machine"].get("vector") or "" if results["device"] == "cpu" else ""
-    return results["device"], vector
+def kind(results: dict) -> tuple[str, str, str]:
+    """The device's type, and a CPU's vectors and maker: sorted backwards, GPUs come first and AVX-512 before AVX2."""
+    if results["device"] != "cpu":
+        return results["device"], "", ""
+    machine = results["machine"]
+    maker = re.match(r"\w*", machine.get("processor") or "")
+    return results["device"], machine.get("vector") or "", maker[0] if maker else ""
 
 
 def measured() -> str:
@@ -311,9 +315,9 @@ def measured_in_short() -> str:
 
 
 def label(results: dict) -> str:
-    """A kind of device in a word: the GPU, or a CPU's vectors."""
-    machine = results["machine"]
-    return machine.get("gpu") or machine.get("vector") or results["device"]
+    """A kind of device in a few words: the GPU, or a CPU's maker and vectors."""
+    device, vector, maker = kind(results)
+    return results["machine"].get("gpu") or f"{maker} {vector}".strip() or device
 
 
 def where(results: dict) -> str:
@@ -418,7 +422,7 @@ def pages() -> dict[Path, str]:
 
 
 def keep(out: Path) -> str:
-    """Copy a report into benchmarks/results/ under its date, device and a CPU's vectors; returns the name."""
+    """Copy a report into benchmarks/results/ under its date, device and a CPU's vectors and maker; returns the name."""
     results = json.loads((out / "results.json").read_text())
     if results["quick"]:
         raise SystemExit("this was a dry run; its numbers mean nothing and are not kept")

@@ -283,15 +283,26 @@ def test_the_pages_are_what_the_script_renders():
 
 def test_each_kind_of_processor_keeps_its_newest_results(tmp_path, monkeypatch):
     monkeypatch.setattr(render, "RESULTS", tmp_path)
-    for stem, device, vector in [
-        ("2026-01-01-cpu", "cpu", "AVX512"),
-        ("2026-01-02-cpu", "cpu", "AVX2"),
-        ("2026-01-03-cuda", "cuda", "AVX2"),
-        ("2026-01-04-cpu-avx512", "cpu", "AVX512"),
-        ("2026-01-05-cpu", "cpu", None),
+    for stem, device, vector, processor in [
+        ("2026-01-01-cpu", "cpu", "AVX512", "AMD EPYC"),
+        ("2026-01-02-cpu", "cpu", "AVX2", "AMD EPYC"),
+        ("2026-01-03-cuda", "cuda", "AVX2", "AMD EPYC"),
+        ("2026-01-04-cpu-avx512", "cpu", "AVX512", "AMD EPYC"),
+        ("2026-01-05-cpu", "cpu", None, None),
+        ("2026-01-06-cpu-avx512-intel", "cpu", "AVX512", "Intel(R) Xeon(R) Processor"),
     ]:
-        (tmp_path / f"{stem}.json").write_text(json.dumps({"device": device, "machine": {"vector": vector}}))
-    assert list(render.kept()) == ["2026-01-03-cuda", "2026-01-04-cpu-avx512", "2026-01-02-cpu", "2026-01-05-cpu"]
+        machine = {"vector": vector, "processor": processor}
+        (tmp_path / f"{stem}.json").write_text(json.dumps({"device": device, "machine": machine}))
+    kept = render.kept()
+    names = ["03-cuda", "06-cpu-avx512-intel", "04-cpu-avx512", "02-cpu", "05-cpu"]
+    assert list(kept) == [f"2026-01-{name}" for name in names]
+    assert [render.label(results) for results in kept.values()] == [
+        "cuda",
+        "Intel AVX512",
+        "AMD AVX512",
+        "AMD AVX2",
+        "cpu",
+    ]
 
 
 def test_kept_results_are_whole_and_their_pictures_are_there():
