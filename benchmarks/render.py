@@ -235,6 +235,7 @@ def charts(results: dict, folder: Path) -> list[Path]:
 
 
 def _chart(panels: dict, path: Path, title: str, unit: str, scale: float, reference: str) -> list[Path]:
+    panels = {label: timings for label, timings in panels.items() if timings}  # none where the time was over
     if not panels:
         return []
     groups = {label: {name: scale * t["median"] for name, t in timings.items()} for label, timings in panels.items()}
@@ -283,7 +284,7 @@ def measured() -> str:
         if list(select(results, "memory")):
             parts.append("Resident memory of a few training steps, in a process for each side:")
             parts.append(memory_table(results))
-        first = list(select(results, "first step"))
+        first = [record for record in select(results, "first step") if record["timings"]]
         if first:
             parts.append(f"From a cold process, and memory in training ({first[0]['case']}):")
             parts.append(first_step_table(first[0]))

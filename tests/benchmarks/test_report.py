@@ -305,6 +305,18 @@ def test_each_kind_of_processor_keeps_its_newest_results(tmp_path, monkeypatch):
     ]
 
 
+def test_what_no_time_was_left_for_has_no_picture(tmp_path):
+    """A step of a slow machine that ran out of time gives a record without timings."""
+    timing = {"median": 2.0, "low": 1.0, "high": 3.0}
+    step = {"bench": "network", "case": "a network", "phase": render.PHASES[0]}
+    records = [
+        {**step, "timings": {"ours": timing, "upstream": timing}},
+        {"bench": "first step", "case": "a network", "timings": {}},
+    ]
+    made = render.charts({"device": "cpu", "records": records}, tmp_path)
+    assert [file.name for file in made] == ["training.png"]
+
+
 def test_kept_results_are_whole_and_their_pictures_are_there():
     assert render.kept(), "no results are committed"
     for stem, results in render.kept().items():
