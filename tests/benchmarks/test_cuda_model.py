@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import statistics
 import sys
 from dataclasses import replace
 from functools import partial
@@ -464,9 +465,11 @@ def test_what_is_recorded_is_what_is_compiled_ahead(production):
 
 
 def test_bounds_of_the_hosts_time(gate):
-    for (name, direction), ratio in host.measure_ops(TARGET, rounds=30, calls=10).items():
+    measured = [host.measure_ops(TARGET, rounds=30, calls=10) for _ in range(3)]
+    for name, direction in measured[0]:
         if name != host.EMPTY:
-            gate("host time", f"{name}, {direction}", ratio)
+            # Beside another process one of them may be a few percent off, to either side.
+            gate("host time", f"{name}, {direction}", statistics.median(m[name, direction] for m in measured))
 
 
 def test_an_eager_step_takes_the_host_no_longer_than_upstreams():
