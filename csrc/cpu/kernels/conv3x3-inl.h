@@ -87,9 +87,9 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
         const TileRange some = tiles.using_point(i).within(begin, end);
         for (int64_t panel = 0; panel < num_panels; ++panel) {
           const int64_t step = i * num_panels + panel, steps = kPoints * num_panels;
-          share((next - end) * kRowsToPrefetch, step, steps,
+          spread((next - end) * kRowsToPrefetch, step, steps,
                 [&](int64_t n) { prefetch_input_row(input, tiles, end + n / kRowsToPrefetch, n % kRowsToPrefetch); });
-          share((end - begin) * 4, step, steps,
+          spread((end - begin) * 4, step, steps,
                 [&](int64_t n) { prefetch_output_row(p, tiles, begin + n / 4, n % 4); });
           product_panel(v + i * v_plane + some.begin * v_row, v_row, 1, u + step * point, some.count(), C,
                         m + i * m_plane + some.begin * m_row + panel * kPanel, m_row, panel_width(K - panel * kPanel),
@@ -195,7 +195,7 @@ struct PanelPass {
                            min<int64_t>(kChannelBlock, C - c_next), i);
         }
         if (term + 1 == terms) {
-          share(T * 4, i, kPoints,
+          spread(T * 4, i, kPoints,
                 [&](int64_t n) { prefetch_output_columns(output, tiles, first_tile + n / 4, n % 4, column, columns); });
         }
         if (!points.has(i)) continue;

@@ -231,9 +231,9 @@ inline void add_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
     parallel(steps, 1, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         const int64_t point = i / num_panels, panel = i % num_panels;
-        share(after * kRowsToPrefetch, i, steps,
+        spread(after * kRowsToPrefetch, i, steps,
               [&](int64_t n) { prefetch_input_row(input, tiles, next + n / kRowsToPrefetch, n % kRowsToPrefetch); });
-        share(after * 4, i, steps, [&](int64_t n) { prefetch_gradient_row(p, tiles, next + n / 4, n % 4); });
+        spread(after * 4, i, steps, [&](int64_t n) { prefetch_gradient_row(p, tiles, next + n / 4, n % 4); });
         if (!points.has(point)) continue;
         add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T,
                      tiles.using_point(point).within(first, next), C, p.K - panel * kPanel,
@@ -343,7 +343,7 @@ struct BlockTasks {
     if (first == 0) clear_unused(points, s, width * kPanel, s_plane);
     for (int64_t i = 0; i < kPoints; ++i) {
       if (first + T == tiles.total) {  // what finish_panel_taps writes
-        share(min<int64_t>(kPanel, p.K - panel * kPanel), i, kPoints,
+        spread(min<int64_t>(kPanel, p.K - panel * kPanel), i, kPoints,
               [&](int64_t n) { prefetch_to_write(p.dweight + ((panel * kPanel + n) * C + c) * 9, count * 9); });
       }
       if (!points.has(i)) continue;

@@ -72,9 +72,9 @@ inline void prefetch_weights(const Conv3x3Weight& w, int64_t first, int64_t colu
                              int64_t step) {
   const float* from = w.data + first * w.out_stride + c * w.in_stride;
   if (w.in_stride == 9) {
-    share(columns, step, kPoints, [&](int64_t k) { prefetch(from + k * w.out_stride, 9 * count); });
+    spread(columns, step, kPoints, [&](int64_t k) { prefetch(from + k * w.out_stride, 9 * count); });
   } else {
-    share(count, step, kPoints, [&](int64_t n) { prefetch(from + n * w.in_stride, 9 * columns); });
+    spread(count, step, kPoints, [&](int64_t n) { prefetch(from + n * w.in_stride, 9 * columns); });
   }
 }
 

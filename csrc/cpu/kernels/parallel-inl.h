@@ -96,14 +96,14 @@ class Helpers {
  public:
   Helpers(int64_t threads, const Body& body) : shares_(threads), body_(body) {}
 
-  // Tasks [first, last) of a thread. When it returns, all are done.
+  // Tasks [first, last) of a thread. When it returns, all are done; when it throws, nobody is at one.
   void work(int64_t thread, const Made& made, int64_t first, int64_t last) {
     Part& part = parts_[thread];
     part.made = &made;
     __atomic_store_n(&part.left, last - first, __ATOMIC_RELAXED);
     shares_.give(thread, first, last);
+    const Ended ended{*this, thread};
     for (int64_t task; (task = shares_.take(thread)) >= 0;) run(part, task);
-    while (__atomic_load_n(&part.left, __ATOMIC_ACQUIRE) > 0) wait_a_moment();
   }
 
   // What is left of the other threads' tasks.
@@ -120,6 +120,16 @@ class Helpers {
   struct Done {
     int64_t& left;
     ~Done() { __atomic_fetch_sub(&left, 1, __ATOMIC_RELEASE); }
+  };
+  // Those who help read what the thread made, and it frees that next, also where a task of its own has thrown.
+  struct Ended {
+    Helpers& helpers;
+    int64_t thread;
+    ~Ended() {
+      Part& part = helpers.parts_[thread];
+      while (helpers.shares_.take(thread) >= 0) const Done dropped{part.left};
+      while (__atomic_load_n(&part.left, __ATOMIC_ACQUIRE) > 0) wait_a_moment();
+    }
   };
 
   void run(Part& part, int64_t task) {

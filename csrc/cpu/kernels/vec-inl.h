@@ -94,7 +94,7 @@ DDPM_FAST_INLINE void prefetch_to_write(const float* to, int64_t floats) {
 
 // The share of `count` things that falls to step i of `steps`: prefetches go between products a few at a time.
 template <typename Body>
-DDPM_FAST_INLINE void share(int64_t count, int64_t i, int64_t steps, const Body& body) {
+DDPM_FAST_INLINE void spread(int64_t count, int64_t i, int64_t steps, const Body& body) {
   for (int64_t n = count * i / steps; n < count * (i + 1) / steps; ++n) body(n);
 }
 
