@@ -10,11 +10,12 @@ import pytest
 CSRC = Path(__file__).parents[1] / "csrc"
 TORCH = ("ATen", "c10", "torch")
 
+FOR_KERNELS = ("cpu/runtime/parallel.h", "cpu/runtime/shares.h")
 # Folder → the folders whose headers it may include.
 FOLDERS = {
     "core": ("core",),
-    "cpu/kernels": ("core", "cpu/kernels", "cpu/runtime/parallel.h"),
-    "cpu/kernels/targets": ("cpu/kernels", "cpu/kernels/targets", "cpu/runtime/parallel.h"),
+    "cpu/kernels": ("core", "cpu/kernels", *FOR_KERNELS),
+    "cpu/kernels/targets": ("cpu/kernels", "cpu/kernels/targets", *FOR_KERNELS),
     "cpu/runtime": ("core", "cpu/kernels", "cpu/kernels/targets/targets.h", "cpu/runtime"),
     "cpu/ops": ("core", "cpu/kernels", "cpu/runtime", "cpu/ops"),
     "cuda": ("core", "cuda"),

@@ -13,11 +13,12 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/targets/portable.cpp"
 #include "cpu/runtime/parallel.h"
+#include "cpu/runtime/shares.cpp"
 #include "portable_ops.h"
 
 namespace ddpm_fast {
 // parallel.cpp without torch: one thread.
-void run_parallel(int64_t count, int64_t, void (*task)(void*, int64_t, int64_t), void* context) {
+void run_parallel(int64_t count, int64_t, void (*task)(void*, int64_t, int64_t), void* context, int64_t) {
   if (count > 0) task(context, 0, count);
 }
 int64_t thread_count() { return 1; }

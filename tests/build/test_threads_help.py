@@ -17,6 +17,7 @@ PROGRAM = """
 #include <stdexcept>
 #include <thread>
 #include "cpu/kernels/parallel-inl.h"
+#include "cpu/runtime/shares.cpp"
 
 struct Made {
   bool& alive;

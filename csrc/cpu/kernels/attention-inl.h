@@ -163,7 +163,7 @@ inline void head_backward(const Plan& plan, const Head& head, const float* qkv, 
 inline void heads_forward(const Plan& plan, int64_t samples, const float* qkv, float* out) {
   const int64_t heads = plan.in.heads, N = plan.in.N, tiles = ceil_div(N, plan.tile);
   const int64_t tasks = samples * heads, cuts = min(tiles, ceil_div(thread_count(), tasks));
-  parallel(tasks * cuts, 1, [&](int64_t begin, int64_t end) {
+  parallel_helped(tasks * cuts, 1, [&](int64_t begin, int64_t end) {
     Head head;
     place_in_scratch(head, kTileSlot, plan, false);
     for (int64_t i = begin; i < end; ++i) {
@@ -178,7 +178,7 @@ inline void heads_forward(const Plan& plan, int64_t samples, const float* qkv, f
 inline void heads_backward(const Plan& plan, int64_t samples, const float* qkv, const float* grad, float* dqkv,
                            float* dmemory, float* out) {
   const int64_t heads = plan.in.heads, N = plan.in.N, memory = 2 * heads * plan.in.M * plan.in.D;
-  parallel(samples * heads, 1, [&](int64_t begin, int64_t end) {
+  parallel_helped(samples * heads, 1, [&](int64_t begin, int64_t end) {
     Head head;
     place_in_scratch(head, kTileSlot, plan, true);
     for (int64_t i = begin; i < end; ++i) {

@@ -86,7 +86,7 @@ inline void pack_block_weights(const BlockPlan& plan, const BlockScratch& shared
 template <typename Body>
 DDPM_FAST_INLINE void for_row_tiles(int64_t rows, const Body& body) {
   const int64_t tile = ceil_div(rows, ceil_div(rows, kRowTile));
-  parallel(ceil_div(rows, tile), 1, [&](int64_t begin, int64_t end) {
+  parallel_helped(ceil_div(rows, tile), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i * tile, min(tile, rows - i * tile));
   });
 }

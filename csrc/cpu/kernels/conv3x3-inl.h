@@ -88,9 +88,9 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
         for (int64_t panel = 0; panel < num_panels; ++panel) {
           const int64_t step = i * num_panels + panel, steps = kPoints * num_panels;
           spread((next - end) * kRowsToPrefetch, step, steps,
-                [&](int64_t n) { prefetch_input_row(input, tiles, end + n / kRowsToPrefetch, n % kRowsToPrefetch); });
+                 [&](int64_t n) { prefetch_input_row(input, tiles, end + n / kRowsToPrefetch, n % kRowsToPrefetch); });
           spread((end - begin) * 4, step, steps,
-                [&](int64_t n) { prefetch_output_row(p, tiles, begin + n / 4, n % 4); });
+                 [&](int64_t n) { prefetch_output_row(p, tiles, begin + n / 4, n % 4); });
           product_panel(v + i * v_plane + some.begin * v_row, v_row, 1, u + step * point, some.count(), C,
                         m + i * m_plane + some.begin * m_row + panel * kPanel, m_row, panel_width(K - panel * kPanel),
                         false, piece);
@@ -195,8 +195,9 @@ struct PanelPass {
                            min<int64_t>(kChannelBlock, C - c_next), i);
         }
         if (term + 1 == terms) {
-          spread(T * 4, i, kPoints,
-                [&](int64_t n) { prefetch_output_columns(output, tiles, first_tile + n / 4, n % 4, column, columns); });
+          spread(T * 4, i, kPoints, [&](int64_t n) {
+            prefetch_output_columns(output, tiles, first_tile + n / 4, n % 4, column, columns);
+          });
         }
         if (!points.has(i)) continue;
         const TileRange some = tiles.using_point(i).within(first_tile, last_tile);

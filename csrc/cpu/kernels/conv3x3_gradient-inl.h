@@ -232,7 +232,7 @@ inline void add_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
       for (int64_t i = from; i < to; ++i) {
         const int64_t point = i / num_panels, panel = i % num_panels;
         spread(after * kRowsToPrefetch, i, steps,
-              [&](int64_t n) { prefetch_input_row(input, tiles, next + n / kRowsToPrefetch, n % kRowsToPrefetch); });
+               [&](int64_t n) { prefetch_input_row(input, tiles, next + n / kRowsToPrefetch, n % kRowsToPrefetch); });
         spread(after * 4, i, steps, [&](int64_t n) { prefetch_gradient_row(p, tiles, next + n / 4, n % 4); });
         if (!points.has(point)) continue;
         add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T,
@@ -344,7 +344,7 @@ struct BlockTasks {
     for (int64_t i = 0; i < kPoints; ++i) {
       if (first + T == tiles.total) {  // what finish_panel_taps writes
         spread(min<int64_t>(kPanel, p.K - panel * kPanel), i, kPoints,
-              [&](int64_t n) { prefetch_to_write(p.dweight + ((panel * kPanel + n) * C + c) * 9, count * 9); });
+               [&](int64_t n) { prefetch_to_write(p.dweight + ((panel * kPanel + n) * C + c) * 9, count * 9); });
       }
       if (!points.has(i)) continue;
       add_products(v + (block - first_block) * v_block + i * v_plane, row,

@@ -430,7 +430,7 @@ inline void forward(const LinearAttentionForward& args) {
   shared.weights.pack(plan, false);
   for (int64_t first = 0; first < args.in.B; first += plan.samples) {
     const int64_t samples = min(plan.samples, args.in.B - first);
-    parallel(samples * groups, 1, [&](int64_t begin, int64_t end) {
+    parallel_helped(samples * groups, 1, [&](int64_t begin, int64_t end) {
       Tile tile;
       place_in_scratch(tile, kTileSlot, plan);
       for (int64_t item = begin; item < end; ++item) {
@@ -452,7 +452,7 @@ inline void forward(const LinearAttentionForward& args) {
       make_projection(plan, shared.weights, context, h, shared.projections + s * HD * C);
     });
     pack_matrices(shared.projections, samples, HD, C, false, plan.in.narrow, shared.packed);
-    parallel(samples * groups, 1, [&](int64_t begin, int64_t end) {
+    parallel_helped(samples * groups, 1, [&](int64_t begin, int64_t end) {
       Tile tile;
       place_in_scratch(tile, kTileSlot, plan);
       for (int64_t item = begin; item < end; ++item) {

@@ -315,7 +315,7 @@ inline void backward(const LinearAttentionBackward& args) {
   for (int64_t first = 0; first < args.in.B; first += plan.samples) {
     const int64_t samples = min(plan.samples, args.in.B - first);
     const auto pass_over_items = [&](const auto& pass) {
-      parallel(samples * plan.groups, 1, [&](int64_t begin, int64_t end) {
+      parallel_helped(samples * plan.groups, 1, [&](int64_t begin, int64_t end) {
         Tile tile;
         place_in_scratch(tile, kTileSlot, plan);
         for (int64_t item = begin; item < end; ++item) pass(plan, args, shared, tile, item, first);

@@ -4,67 +4,25 @@
 #pragma once
 
 #include "cpu/runtime/parallel.h"
+#include "cpu/runtime/shares.h"
 #include "vec-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// body(begin, end) over pieces of [0, count), see run_parallel.
+// body(begin, end) over pieces of [0, count), one for each thread, see run_parallel.
 template <typename Body>
-inline void parallel(int64_t count, int64_t grain, const Body& body) {
+inline void parallel(int64_t count, int64_t grain, const Body& body, int64_t most = 1) {
   run_parallel(
       count, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
-      const_cast<Body*>(&body));
+      const_cast<Body*>(&body), most);
 }
 
-// Tasks of several threads. Each has some of its own, which it takes from the first on; when none is left, it takes the
-// last of another thread. Cores of a shared machine are slower by turns: on two of an Ice Lake one thread waited for
-// the other for 9% of a network's time where each took half of every convolution.
-class Shares {
- public:
-  static constexpr int64_t kMostThreads = 256;
-
-  explicit Shares(int64_t threads) : threads_(threads) {
-    for (int64_t i = 0; i < threads; ++i) give(i, 0, 0);
-  }
-
-  // Gives a thread tasks [first, last), 2^31 at most. Who takes one sees what this thread wrote before.
-  void give(int64_t thread, int64_t first, int64_t last) {
-    __atomic_store_n(&rows_[thread].left, packed(first, last), __ATOMIC_RELEASE);
-  }
-
-  // A thread's next task, or -1.
-  int64_t take(int64_t thread) { return take_one(thread, true); }
-  // The last task of another thread, which is `of` then, or -1.
-  int64_t take_of_another(int64_t thread, int64_t& of) {
-    for (int64_t i = 1; i < threads_; ++i) {
-      of = (thread + i) % threads_;
-      const int64_t task = take_one(of, false);
-      if (task >= 0) return task;
-    }
-    return -1;
-  }
-
- private:
-  static uint64_t packed(int64_t first, int64_t last) { return static_cast<uint64_t>(first << 32 | last); }
-
-  int64_t take_one(int64_t thread, bool first_one) {
-    uint64_t left = __atomic_load_n(&rows_[thread].left, __ATOMIC_ACQUIRE);
-    for (;;) {
-      const int64_t first = static_cast<int64_t>(left >> 32), last = static_cast<int64_t>(left & 0xffffffff);
-      if (first >= last) return -1;
-      const uint64_t rest = first_one ? packed(first + 1, last) : packed(first, last - 1);
-      if (__atomic_compare_exchange_n(&rows_[thread].left, &left, rest, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
-        return first_one ? first : last - 1;
-      }
-    }
-  }
-
-  struct alignas(128) Row {  // two lines: processors fetch pairs
-    uint64_t left;
-  };
-  Row rows_[kMostThreads];
-  int64_t threads_;
-};
+// The same with more pieces, and threads that help each other: for long products. Who helps reads what the other's
+// cache has, so that norms by whole samples took longer.
+template <typename Body>
+inline void parallel_helped(int64_t count, int64_t grain, const Body& body) {
+  parallel(count, grain, body, kPiecesOfThread);
+}
 
 // Tasks [0, count), in shares of at least `grain`, of threads that help each other. make_worker() is called once by
 // each thread that has a task, and what it returns for each of its tasks.
@@ -76,15 +34,10 @@ inline void parallel_shares(int64_t count, int64_t grain, const MakeWorker& make
   for (int64_t i = 0; i < threads; ++i) shares.give(i, count * i / threads, count * (i + 1) / threads);
   parallel(threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      int64_t task = shares.take(i), of;
-      if (task < 0) task = shares.take_of_another(i, of);
+      int64_t task = shares.take_any(i);
       if (task < 0) continue;
       auto worker = make_worker();
-      while (task >= 0) {
-        worker(task);
-        task = shares.take(i);
-        if (task < 0) task = shares.take_of_another(i, of);
-      }
+      for (; task >= 0; task = shares.take_any(i)) worker(task);
     }
   });
 }

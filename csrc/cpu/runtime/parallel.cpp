@@ -5,9 +5,12 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+
+#include "shares.h"
 
 namespace ddpm_fast {
 
@@ -24,8 +27,22 @@ struct Buffer {
 
 }  // namespace
 
-void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int64_t), void* context) {
-  at::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { task(context, begin, end); });
+void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int64_t), void* context, int64_t most) {
+  const int64_t largest = (count + grain - 1) / std::max<int64_t>(1, grain);
+  const int64_t threads = std::min({thread_count(), Shares::kMostThreads, largest});
+  const int64_t pieces = std::min(largest / std::max<int64_t>(1, threads), most) * threads;
+  if (most == 1 || threads <= 1) {
+    return at::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { task(context, begin, end); });
+  }
+  Shares shares(threads);
+  for (int64_t i = 0; i < threads; ++i) shares.give(i, pieces * i / threads, pieces * (i + 1) / threads);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t piece; (piece = shares.take_any(i)) >= 0;) {
+        task(context, count * piece / pieces, count * (piece + 1) / pieces);
+      }
+    }
+  });
 }
 
 int64_t thread_count() { return at::get_num_threads(); }

@@ -6,8 +6,11 @@
 namespace ddpm_fast {
 
 // task(context, begin, end) over pieces of [0, count) on torch's threads; pieces of less than `grain` are not split.
-// The split depends on the number of threads, so a task must compute each index the same way in any piece.
-void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int64_t), void* context);
+// A thread has at most `most` pieces, next to each other; one that has done its own takes the last of another's. The
+// pieces depend on the number of threads, so a task must compute each index the same way in any piece.
+constexpr int64_t kPiecesOfThread = 16;
+void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int64_t), void* context,
+                  int64_t most = kPiecesOfThread);
 
 // How many threads run_parallel may use: to cut work into even pieces where the cuts do not touch the results.
 int64_t thread_count();
