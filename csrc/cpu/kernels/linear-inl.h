@@ -180,7 +180,7 @@ DDPM_FAST_INLINE void over_row_groups(int64_t count, const Body& body) {
 DDPM_FAST_INLINE void prefetch_rows(const float* map, int64_t C, int64_t first, int64_t count, int64_t i,
                                     int64_t steps) {
   spread(ceil_div(count * C, kCacheLine), i, steps,
-        [&](int64_t line) { prefetch(map + first * C + line * kCacheLine, kCacheLine); });
+         [&](int64_t line) { prefetch(map + first * C + line * kCacheLine, kCacheLine); });
 }
 
 // Calls body(block, panel, fresh, next) for every panel of every block, the panels of a block one after another.
