@@ -13,8 +13,8 @@ DDPM_FAST_INLINE bool directly(const Conv3x3Forward& p, const Tiles& tiles) {
   return !p.pooled && (pixels <= kMaxPixelsDirectly || pixels <= kPixelsPerTile * tiles.whole());
 }
 
-DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K) {
-  if (kPoints * C * K > kMaxSharedU) return false;
+DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K, int64_t most = kMaxSharedU) {
+  if (kPoints * C * K > most) return false;
   return tiles.total >= kMinTiles || (panels(K) == 1 && tiles.total > kGroup);
 }
 
@@ -38,10 +38,16 @@ inline void norm_all_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t 
 }
 
 // Of `count` tiles those of a pass, as many as V has room for. To the nearest number of passes: another one transforms
-// all taps again.
-DDPM_FAST_INLINE int64_t tiles_of_pass(int64_t count, int64_t C, int64_t parts) {
+// all taps again. Where the norm of the input is read, whole samples of `sample` tiles.
+DDPM_FAST_INLINE int64_t tiles_of_pass(int64_t count, int64_t C, int64_t parts, int64_t sample = 1) {
   const int64_t most = max<int64_t>(kRows, kMaxV / (kPoints * C * parts));
-  return ceil_div(count, max<int64_t>(1, (count + most / 2) / most));
+  const int64_t size = ceil_div(count, max<int64_t>(1, (count + most / 2) / most));
+  return max<int64_t>(1, (size + sample / 2) / sample) * sample;
+}
+
+// Tiles of a sample, or of all samples where tiles at edges are not in their order.
+DDPM_FAST_INLINE int64_t tiles_of_sample(const Tiles& tiles) {
+  return tiles.H % 4 == 0 && tiles.W % 4 == 0 ? tiles.total / tiles.B : tiles.total;
 }
 
 // V of a pass.
@@ -58,7 +64,8 @@ inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64
     if (input_norm != nullptr && !input_norm->known) joined_statistics(*input_norm, begin, end);
   };
   const auto passes = [&](int64_t begin, int64_t end, const auto& body) {
-    const int64_t size = tiles_of_pass(end - begin, C * all.inputs, parts);
+    const int64_t size =
+        tiles_of_pass(end - begin, C * all.inputs, parts, input_norm == nullptr ? 1 : tiles_of_sample(tiles));
     for (int64_t first = begin; first < end; first += size) {
       body(PanelPass(all, tiles, C, K, first, min(end, first + size)));
     }
@@ -86,18 +93,18 @@ inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64
 }
 
 // Whether the norm of the input is made block by block of channels as the transforms read it, rather than as a map
-// beforehand: by panels, where a thread takes all its tiles at once. As fast where each thread has tiles of its own.
+// beforehand: by panels, where a thread takes whole samples at once.
 // Two threads that share tiles both make all of it, which takes as long as reading what the other made where they share
 // a third-level cache (1 to 3% of a convolution of 8×8 more), and less where they do not (2 to 3%); more threads would
 // make it too often.
 DDPM_FAST_INLINE bool norms_as_read(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K) {
-  if (p.input_norm->in.dropout.keep_threshold != 0 || directly(p, tiles) || by_tiles(tiles, C, K)) return false;
+  if (p.input_norm->in.dropout.keep_threshold != 0 || directly(p, tiles)) return false;
+  if (by_tiles(tiles, C, K, kMaxSharedU / 2)) return false;  // by tiles the norm is not read, so it pays off less
   const int64_t threads = thread_count();
   if (tiles.B % threads != 0) return false;
   if (!apart(tiles, K)) return threads <= 2 && tiles_of_pass(tiles.total, C, 1) == tiles.total;
-  // Tiles at edges are not in the order of samples.
-  const bool whole_samples = threads == 1 || (tiles.H % 4 == 0 && tiles.W % 4 == 0);
-  return whole_samples && tiles_of_pass(tiles.total / threads, C, threads) == tiles.total / threads;
+  const int64_t sample = tiles_of_sample(tiles);
+  return sample <= tiles.total / threads && kPoints * C * threads * sample <= kMostVOfSample;
 }
 
 inline void plain_forward(const Conv3x3Forward& p) {
@@ -110,7 +117,7 @@ inline void plain_forward(const Conv3x3Forward& p) {
     return plain_forward(rest);
   }
   const bool direct = directly(p, tiles);
-  if (!direct && by_tiles(tiles, C, K)) return forward_by_tiles(p, tiles, C, K);
+  if (!direct && p.input_norm == nullptr && by_tiles(tiles, C, K)) return forward_by_tiles(p, tiles, C, K);
   if (!direct) return forward_in_passes({&p, 1, 1}, tiles, C, K);
   forward_directly(p, C, K);
   norm_all_tiles(p, tiles, K);

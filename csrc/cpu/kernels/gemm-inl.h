@@ -10,6 +10,7 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 constexpr int kPanel = 2 * kLanes;           // columns of a panel: two vectors
 constexpr int kRows = (kRegisters - 4) / 2;  // of two sums each; two vectors of B and two elements of A have the rest
+constexpr int kRowsOfPieces = kRows / 2;     // where sums of pieces are in registers, too
 
 // Columns of a panel, from the `left` that there are on, in whole vectors.
 DDPM_FAST_INLINE constexpr int64_t panel_width(int64_t left) { return left > kLanes ? kPanel : kLanes; }
@@ -64,20 +65,31 @@ struct Sums<0, kWide> {
   DDPM_FAST_INLINE void write(Out&) {}
 };
 
+struct NoLine {
+  DDPM_FAST_INLINE void operator()() const {}
+};
+
 // Adds K terms of R rows, and moves `a` and `panel` on; element (m, k) of A is at a[m·row + k·step]. In the same order
-// for every R: how rows are grouped depends on the number of threads in places. R <= 6: unrolled by 4 to hide the
-// loop's instructions.
-template <int R, bool kWide>
+// for every R: how rows are grouped depends on the number of threads in places. Unrolled to hide the loop's
+// instructions, and so that every second term prefetches a line, next_line().
+template <int R, bool kWide, typename NextLine = NoLine>
 DDPM_FAST_INLINE void add_terms(Sums<R, kWide>& sums, const float*& a, int64_t row, int64_t step, const float*& panel,
-                                int64_t K) {
+                                int64_t K, const NextLine& next_line = NextLine()) {
   const auto next = [&]() DDPM_FAST_LAMBDA {
     sums.add(a, row, load(panel), kWide ? load(panel + kLanes) : vf{});
     a += step;
     panel += kPanel;
   };
+  const auto two = [&]() DDPM_FAST_LAMBDA {
+    next_line();
+    next(), next();
+  };
   int64_t k = 0;
   if constexpr (R <= 6) {
-    for (; k + 4 <= K; k += 4) next(), next(), next(), next();
+    for (; k + 4 <= K; k += 4) two(), two();
+  }
+  if constexpr (R <= kRowsOfPieces) {
+    for (; k + 2 <= K; k += 2) two();
   }
   for (; k < K; ++k) next();
 }
@@ -127,19 +139,27 @@ DDPM_FAST_NOINLINE void product_tile(const float* a, int64_t row, int64_t step, 
 
 // Where sums of finished pieces fit into registers, too, for half as many rows, no piece is stored. On a Zen 4 pieces
 // of 32 terms are faster than one of any length, and have smaller errors.
+//
+// Rows side by side are prefetched kGroupsAhead groups ahead: processors do not see the order in which a tile reads
+// them. On an Ice Lake products whose A comes from the third-level cache took 0.54 to 0.85 of the time.
 constexpr bool kTwoSums = kLanes == 16 && kRegisters == 32;
-constexpr int kRowsOfPieces = kRows / 2;
-constexpr int64_t kLongestPiece = 32;
+constexpr int64_t kLongestPiece = 32, kGroupsAhead = 3;
 
 template <int R, bool kWide>
 DDPM_FAST_NOINLINE void product_of_pieces(const float* a, int64_t row, int64_t step, const float* panel, int64_t K,
                                           float* c, int64_t stride, int64_t columns, bool add, int64_t piece) {
   Sums<R, kWide> total, sums;
+  const float* ahead = a + kGroupsAhead * kRowsOfPieces * row;
+  const int64_t line = step == 1 && row <= K + 2 * kCacheLine ? kCacheLine : 0;
+  const auto next_line = [&]() DDPM_FAST_LAMBDA {
+    __builtin_prefetch(ahead, 0, 3);
+    ahead += line;
+  };
   total.clear();
-  add_terms(total, a, row, step, panel, piece);
+  add_terms(total, a, row, step, panel, piece, next_line);
   for (int64_t k = piece; k < K; k += piece) {
     sums.clear();
-    add_terms(sums, a, row, step, panel, min(piece, K - k));
+    add_terms(sums, a, row, step, panel, min(piece, K - k), next_line);
     total.add(sums);
   }
   Store out{c, stride, columns, add};
