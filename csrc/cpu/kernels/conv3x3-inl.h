@@ -143,11 +143,19 @@ struct PanelPass {
   const Convolutions& all;
   const Tiles& tiles;
   int64_t C, K, first_tile, last_tile;
+  float* moments;  // of the output's norm, or null; the pass is of whole samples
   int64_t T, blocks, row, piece, v_plane, v_block, tasks, terms;
 
   PanelPass(const Convolutions& convolutions, const Tiles& of, int64_t inputs, int64_t outputs, int64_t first,
-            int64_t last)
-      : all(convolutions), tiles(of), C(inputs), K(outputs), first_tile(first), last_tile(last), T(last - first) {
+            int64_t last, float* moments_of)
+      : all(convolutions),
+        tiles(of),
+        C(inputs),
+        K(outputs),
+        first_tile(first),
+        last_tile(last),
+        moments(moments_of),
+        T(last - first) {
     blocks = ceil_div(C, kChannelBlock);
     row = round_up(min(C, kChannelBlock), 16);
     piece = channels_of_piece(*all.of, min(C, kChannelBlock));
@@ -210,6 +218,15 @@ struct PanelPass {
       if (!begun[i]) clear(m + i * m_plane, T * kPanel);
     }
     finish_columns(output, tiles, first_tile, last_tile, column, columns, m, kPanel, m_plane);
+    if (moments == nullptr) return;
+    joined_moments_of(*output.output_norm, first_sample(), end_sample(), column, column + columns, moments);
+  }
+
+  int64_t first_sample() const { return Tile(tiles, first_tile).b; }
+  int64_t end_sample() const { return Tile(tiles, last_tile - 1).b + 1; }
+  // Once all panels are done.
+  void finish_statistics() const {
+    if (moments != nullptr) merge_joined_moments(*all.of->output_norm, first_sample(), end_sample(), moments);
   }
 };
 

@@ -56,6 +56,9 @@ struct Conv3x3Forward {
   // Or null. The input, of one part, is this norm's `out`, to be made from its inputs: as the convolution reads it, or
   // in that memory beforehand.
   const JoinedNormForward* input_norm = nullptr;
+  // Or null: a norm of the output, which has one part and is not pooled. Its statistics are made, and known, where they
+  // can be made of what is in a cache.
+  JoinedNormForward* output_norm = nullptr;
 };
 
 // dweight (K, C, 3, 3) = Σ over pixels; maps as in the forward.

@@ -50,6 +50,20 @@ DDPM_FAST_INLINE int64_t tiles_of_sample(const Tiles& tiles) {
   return tiles.H % 4 == 0 && tiles.W % 4 == 0 ? tiles.total / tiles.B : tiles.total;
 }
 
+// Whether passes can be of whole samples: V has room for one, and those of a thread are next to each other.
+DDPM_FAST_INLINE bool fits_samples(const Tiles& tiles, int64_t C, int64_t parts) {
+  const int64_t sample = tiles_of_sample(tiles);
+  return tiles.B % parts == 0 && sample <= tiles.total / parts && kPoints * C * parts * sample <= kMostVOfSample;
+}
+
+// Whether the statistics of the output's norm are made panel by panel, of whole groups that the thread has just
+// written.
+DDPM_FAST_INLINE bool makes_moments(const Convolutions& all, const Tiles& tiles, int64_t C, int64_t parts) {
+  const JoinedNormForward* norm = all.of->output_norm;
+  if (norm == nullptr || all.inputs * all.outputs > 1) return false;
+  return kPanel % (norm->in.channels[0] / norm->in.groups) == 0 && fits_samples(tiles, C, parts);
+}
+
 // V of a pass.
 struct PassInputs {
   const PanelPass& pass;
@@ -63,11 +77,17 @@ inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64
   const auto statistics = [&](int64_t begin, int64_t end) {
     if (input_norm != nullptr && !input_norm->known) joined_statistics(*input_norm, begin, end);
   };
+  float* moments = nullptr;
+  if (makes_moments(all, tiles, C, parts)) {
+    JoinedNormForward& norm = *all.of->output_norm;
+    moments = thread_scratch(kScratchSums, JoinedChunks(norm.in).total * norm.in.groups * 2);
+    norm.known = true;
+  }
+  const bool of_samples = input_norm != nullptr || moments != nullptr;
   const auto passes = [&](int64_t begin, int64_t end, const auto& body) {
-    const int64_t size =
-        tiles_of_pass(end - begin, C * all.inputs, parts, input_norm == nullptr ? 1 : tiles_of_sample(tiles));
+    const int64_t size = tiles_of_pass(end - begin, C * all.inputs, parts, of_samples ? tiles_of_sample(tiles) : 1);
     for (int64_t first = begin; first < end; first += size) {
-      body(PanelPass(all, tiles, C, K, first, min(end, first + size)));
+      body(PanelPass(all, tiles, C, K, first, min(end, first + size), moments));
     }
   };
   if (parts == 1) {
@@ -75,6 +95,7 @@ inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64
     passes(0, tiles.total, [&](const PanelPass& pass) {
       parallel_shares(pass.tasks, pieces_of(pass.C * all.inputs * (pass.T * kCyclesOfProducts + kCyclesOfTaps)),
                       [&] { return [&pass, v = pass.transformed()](int64_t task) { pass.run(v, task); }; });
+      pass.finish_statistics();
     });
     return norm_all_tiles(*all.of, tiles, K);
   }
@@ -85,6 +106,7 @@ inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64
     for (int64_t i = begin; i < end; ++i) {
       passes(tiles.split(i, parts), tiles.split(i + 1, parts), [&](const PanelPass& pass) {
         helpers.work(i, {pass, pass.transformed()}, 0, pass.tasks);
+        pass.finish_statistics();
         norm_tiles(*all.of, tiles, pass.first_tile, pass.last_tile);
       });
       helpers.help(i);
@@ -103,8 +125,7 @@ DDPM_FAST_INLINE bool norms_as_read(const Conv3x3Forward& p, const Tiles& tiles,
   const int64_t threads = thread_count();
   if (tiles.B % threads != 0) return false;
   if (!apart(tiles, K)) return threads <= 2 && tiles_of_pass(tiles.total, C, 1) == tiles.total;
-  const int64_t sample = tiles_of_sample(tiles);
-  return sample <= tiles.total / threads && kPoints * C * threads * sample <= kMostVOfSample;
+  return fits_samples(tiles, C, threads);
 }
 
 inline void plain_forward(const Conv3x3Forward& p) {

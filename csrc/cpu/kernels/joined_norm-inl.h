@@ -96,17 +96,18 @@ constexpr int64_t kRowsAtOnce = 4;
 constexpr int64_t kFloatsAhead = 2048;
 DDPM_FAST_INLINE int64_t rows_ahead(int64_t C) { return ceil_div(kFloatsAhead, C); }
 
-// Mean and sum of squared deviations of every group in a chunk, moments (groups, 2), by sums of v − (v of the chunk's
-// first pixel); buffer: (4, C).
-inline void joined_moments(const JoinedNormArgs& p, const JoinedChunk& chunk, int64_t C, float* buffer,
-                           float* moments) {
+// Mean and sum of squared deviations of every group of channels [begin, end) in a chunk, moments (groups, 2), by sums
+// of v − (v of the chunk's first pixel); buffer: (4, end − begin).
+DDPM_FAST_NOINLINE void joined_moments(const JoinedNormArgs& p, const JoinedChunk& chunk, int64_t begin, int64_t end,
+                                       float* buffer, float* moments) {
+  const int64_t C = end - begin;
   float *sums = buffer, *squares = buffer + C, *piece = buffer + 2 * C, *piece_squares = buffer + 3 * C;
   const float* x[2] = {p.x[0] + chunk.pixel(p, 0) * p.channels[0],
                        p.channels[1] ? p.x[1] + chunk.pixel(p, 0) * p.channels[1] : nullptr};
   clear(sums, 4 * C);
   const int64_t ahead = rows_ahead(C);
   const auto add = [&](int64_t from, int64_t rows) DDPM_FAST_LAMBDA {
-    over_parts(p.channels, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
+    over_parts(p.channels, begin, end, [&](int part, int64_t c, int64_t k, auto lanes) DDPM_FAST_LAMBDA {
       const vf origin = lanes.get(x[part] + c);
       vf sum = {}, square = {};
       for (int64_t r = 0; r < rows; ++r) {
@@ -116,8 +117,8 @@ inline void joined_moments(const JoinedNormArgs& p, const JoinedChunk& chunk, in
         sum += d;
         square = d * d + square;
       }
-      accumulate(piece, k, lanes, sum);
-      accumulate(piece_squares, k, lanes, square);
+      accumulate(piece, k - begin, lanes, sum);
+      accumulate(piece_squares, k - begin, lanes, square);
     });
   };
   for (int64_t r = 0; r < chunk.rows; r += kRowsAtOnce) {
@@ -132,15 +133,17 @@ inline void joined_moments(const JoinedNormArgs& p, const JoinedChunk& chunk, in
       lanes.put(piece + c, vf{});
     });
   }
-  const int64_t width = C / p.groups;
+  const int64_t width = (p.channels[0] + p.channels[1]) / p.groups;
   const float rows = static_cast<float>(chunk.rows);
   // Each channel's mean and sum of squared deviations, then those of a group from its channels'.
-  over_parts(p.channels, [&](int part, int64_t c, int64_t k, auto lanes) {
-    const vf sum = lanes.get(sums + k), mean = sum / splat(rows);
-    lanes.put(squares + k, vmax(lanes.get(squares + k) - sum * mean, vf{}));
-    lanes.put(sums + k, lanes.get(x[part] + c) + mean);
+  over_parts(p.channels, begin, end, [&](int part, int64_t c, int64_t k, auto lanes) {
+    const int64_t n = k - begin;
+    const vf sum = lanes.get(sums + n), mean = sum / splat(rows);
+    lanes.put(squares + n, vmax(lanes.get(squares + n) - sum * mean, vf{}));
+    lanes.put(sums + n, lanes.get(x[part] + c) + mean);
   });
-  over_groups(p.groups, [&](int64_t first, auto count) {
+  moments += begin / width * 2;
+  over_groups(C / width, [&](int64_t first, auto count) {
     float mean[count.value] = {}, apart[count.value] = {}, within[count.value] = {};
     const auto add = [&](const auto& term) DDPM_FAST_LAMBDA {
       for (int64_t c = 0; c < width; ++c) {
@@ -218,13 +221,31 @@ inline void joined_normalise_channels(const JoinedNormArgs& p, int64_t sample, i
 inline void joined_statistics(const JoinedNormForward& p, int64_t first, int64_t last) {
   const JoinedChunks chunks(p.in);
   const int64_t C = chunks.C, G = p.in.groups;
-  float* moments = thread_scratch(kNormSumsSlot, chunks.per_sample * G * 2);
+  float *buffer = thread_scratch(kNormSumsSlot, 4 * C + chunks.per_sample * G * 2), *moments = buffer + 4 * C;
   for (int64_t b = first; b < last; ++b) {
     for (int64_t i = 0; i < chunks.per_sample; ++i) {
-      const JoinedChunk chunk(p.in, chunks, b * chunks.per_sample + i);
-      joined_moments(p.in, chunk, C, thread_scratch(kNormPieceSlot, 4 * C), moments + i * G * 2);
+      joined_moments(p.in, JoinedChunk(p.in, chunks, b * chunks.per_sample + i), 0, C, buffer, moments + i * G * 2);
     }
     merge_moments(moments, G, C / G, chunks.rows, p.in.N, p.eps, p.statistics + b * G * 2);
+  }
+}
+
+// The same in two steps: moments, (B, chunks, groups, 2), of channels [begin, end), whole groups, of samples [first,
+// last), and then, of all channels, the statistics.
+inline void joined_moments_of(const JoinedNormForward& p, int64_t first, int64_t last, int64_t begin, int64_t end,
+                              float* moments) {
+  const JoinedChunks chunks(p.in);
+  float buffer[4 * 2 * kLanes];
+  for (int64_t i = first * chunks.per_sample; i < last * chunks.per_sample; ++i) {
+    joined_moments(p.in, JoinedChunk(p.in, chunks, i), begin, end, buffer, moments + i * p.in.groups * 2);
+  }
+}
+inline void merge_joined_moments(const JoinedNormForward& p, int64_t first, int64_t last, const float* moments) {
+  const JoinedChunks chunks(p.in);
+  const int64_t G = p.in.groups;
+  for (int64_t b = first; b < last; ++b) {
+    merge_moments(moments + b * chunks.per_sample * G * 2, G, chunks.C / G, chunks.rows, p.in.N, p.eps,
+                  p.statistics + b * G * 2);
   }
 }
 
@@ -245,7 +266,7 @@ inline void joined_norm_forward(const JoinedNormForward& p) {
       p.in, chunks, steps,
       [&](int step, const JoinedChunk& chunk, int64_t i) {
         if (step < steps - 1) {
-          joined_moments(p.in, chunk, C, thread_scratch(kNormPieceSlot, 4 * C), moments + i * G * 2);
+          joined_moments(p.in, chunk, 0, C, thread_scratch(kNormPieceSlot, 4 * C), moments + i * G * 2);
         } else {
           joined_normalise(p, chunk, C, rows + chunk.sample * kJoinedRows * C);
         }

@@ -161,9 +161,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preactivation_block(
   first.bias = data_or_null(added.defined() ? added : b1);
   first.bias_stride = added.defined() ? K : 0;
   first.input_norm = &norm1;
+  JoinedNormForward norm2 = norm_of(block.norm2(y1), eps2, statistics2, h2);
+  first.output_norm = &norm2;
   kernels().conv3x3.forward(first);
 
-  const JoinedNormForward norm2 = norm_of(block.norm2(y1), eps2, statistics2, h2);
   if (block.res_weight.defined()) {
     kernels().linear.forward({.input = {data_or_null(block.x_map), data_or_null(block.skip_map)},
                               .channels = {block.channels[0], block.channels[1]},
