@@ -8,9 +8,9 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench_first_step
 import pytest
@@ -42,7 +42,8 @@ def start(out: Path, *options: str) -> subprocess.Popen:
 def test_dry_run_of_the_gpu_report(only, tmp_path, monkeypatch):
     """The kinds of its steps on the CPU; steps that need a GPU or compile elsewhere are skipped with a reason."""
     chosen = only.split(",")
-    process = start(tmp_path / "out", "--minutes", "4", "--plan", "cuda", "--only", only)
+    minutes = "4" if "compiled" in only else "60"  # of 9 or more the ops have compiled baselines, too
+    process = start(tmp_path / "out", "--minutes", minutes, "--plan", "cuda", "--only", only)
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"results.json", "report.md", "log.txt"}
@@ -112,13 +113,13 @@ def test_dry_run_of_the_other_steps(only, tmp_path):
 
 
 def test_a_stopped_run_keeps_what_it_has(tmp_path):
-    process = start(tmp_path / "out", "--minutes", "8")
+    process = start(tmp_path / "out", "--minutes", "90")
     for line in process.stdout:
         if line.startswith("extension"):  # the machine is known by now
             break
     process.send_signal(signal.SIGTERM)
     printed = process.stdout.read()
-    assert process.wait(timeout=30) == 0, printed
+    assert process.wait(timeout=600) == 0, printed
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["stopped"] and results["machine"]["cores"] == os.cpu_count()
     assert "Not complete" in (tmp_path / "out" / "report.md").read_text()
@@ -135,13 +136,13 @@ def test_the_record_of_the_most_baselines_counts():
 
 
 def test_steps_that_fail_or_overrun_do_not_end_the_run(tmp_path):
-    run = report.Report(tmp_path / "out", "cpu", quick=True, minutes=1.0)
+    run = report.Report(tmp_path / "out", "cpu", quick=True, minutes=60.0)
 
     def fails(limit):
         run.call([sys.executable, "-c", "print('before'); raise SystemExit(3)"], limit)
 
     def hangs(limit):
-        run.call([sys.executable, "-c", "import time; time.sleep(60)"], 1.0)
+        run.call([sys.executable, "-c", "import time; time.sleep(600)"], 1.0)
 
     def skips(limit):
         raise report.Skipped("there is none")
@@ -149,7 +150,6 @@ def test_steps_that_fail_or_overrun_do_not_end_the_run(tmp_path):
     def breaks(limit):
         return {}["a fault of the script"]
 
-    started = time.time()
     names = {
         "fails": fails,
         "hangs": hangs,
@@ -161,9 +161,9 @@ def test_steps_that_fail_or_overrun_do_not_end_the_run(tmp_path):
     run.run()
     found = json.loads((tmp_path / "out" / "results.json").read_text())["steps"]
     assert found["fails"]["why"] == "exit status 3: before" and found["skips"]["why"] == "there is none"
-    assert found["hangs"]["status"] == "failed" and "stopped after 1 s" in found["hangs"]["why"]
+    assert found["hangs"]["status"] == "failed" and found["hangs"]["why"].startswith("stopped after ")
     assert found["breaks"]["why"] == "KeyError: 'a fault of the script'"
-    assert found["works"]["summary"] == "fine" and time.time() - started < 30
+    assert found["works"]["summary"] == "fine"
 
 
 def test_plans_put_the_most_wanted_first_and_fit():
@@ -184,21 +184,35 @@ def test_plans_put_the_most_wanted_first_and_fit():
         assert set(plan.seconds) == set(steps.STEPS[name])
 
 
-def test_time_that_is_left_over_goes_to_the_next_step(tmp_path):
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The report's, which only tests move."""
+    clock = SimpleNamespace(now=0.0, time=lambda: clock.now)
+    monkeypatch.setattr(report, "time", clock)
+    return clock
+
+
+def test_time_that_is_left_over_goes_to_the_next_step(tmp_path, clock):
     run = report.Report(tmp_path, "cpu", quick=True, minutes=1.0, plan="triage")
     limits = []
-    run.steps = lambda: [report.Step(name, lambda limit: limits.append(limit) or {}, 10) for name in "abc"]
+
+    def takes_four_seconds(limit):
+        limits.append(limit)
+        clock.now += 4
+        return {}
+
+    run.steps = lambda: [report.Step(name, takes_four_seconds, 10) for name in "abc"]
     run.run()
     left = 60 - report.PLANS["triage"].reserve
-    assert limits == pytest.approx([left - 20, left - 10, left], abs=2)
+    assert limits == [left - 20, left - 4 - 10, left - 8]
 
 
-def test_a_step_that_cannot_fit_is_skipped(tmp_path):
+def test_a_step_that_cannot_fit_is_skipped(tmp_path, clock):
     run = report.Report(tmp_path, "cpu", quick=True, minutes=0.5, plan="triage")
     seconds = {"long": 90, "short": 5, "other": 0}
     run.steps = lambda: [report.Step(name, lambda limit: {}, s, least=s / 2) for name, s in seconds.items()]
     run.run()
-    assert run.results["steps"]["long"]["why"].startswith("takes up to 90 s, and 2")
+    assert run.results["steps"]["long"]["why"] == "takes up to 90 s, and 27 s are left"
     assert run.results["steps"]["short"]["status"] == "ok"
     assert run.results["steps"]["other"]["why"] == "not in a run of 0.5 minutes"
 
