@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
-import time
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -306,11 +306,10 @@ loss.backward()
 sampled_images = diffusion.sample(batch_size = 4)
 assert sampled_images.shape == (4, 3, 32, 32)
 """
-    start = time.perf_counter()
     result = run_python(code, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "sampling loop time step" in result.stderr, "upstream's progress bar"
-    assert time.perf_counter() - start < 120
+    bar = [line for line in re.split(r"[\r\n]", result.stderr) if "sampling loop time step" in line]
+    assert "30/30" in bar[-1], "upstream's progress bar, of a call of the network per step"
 
 
 def test_pytest_looks_into_every_folder_of_tests(request):

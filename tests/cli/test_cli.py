@@ -34,7 +34,7 @@ def run(*arguments, code=0, cwd=None):
         text=True,
         env=environment,
         cwd=cwd,
-        timeout=120,
+        timeout=600,
     )
     assert finished.returncode == code, finished.stdout + finished.stderr
     return finished.stdout, finished.stderr
@@ -313,11 +313,11 @@ def test_stopping_saves_says_so_and_can_be_continued(tmp_path, number, code):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "model-1.pt").exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600
+    while not (tmp_path / "model-1.pt").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == code
     path, step = find_latest(tmp_path)
     assert f"stopped at step {step}; {path} resumes from there" in out
