@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -24,6 +25,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # The suite's tensors are tiny: a second thread only adds waiting, most of all on a busy machine.
 torch.set_num_threads(1)
+
+# The same examples in every run, whatever time they take: a slow one says that the machine is busy.
+if importlib.util.find_spec("hypothesis"):
+    importlib.import_module("hypothesis").settings.load_profile("ci")
 
 # Tests of Triton kernels: they run on CUDA, or in Triton's interpreter, which needs a separate process.
 KERNEL_TESTS = "test_triton*.py"

@@ -142,7 +142,7 @@ def test_without_bias_or_residual(names):
     check(*make(2, 20, 0, 24, 6, 5, bias="bias" in names, residual="residual" in names))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     st.integers(1, 3),
     *(st.integers(low, high) for low, high in ((1, 70), (0, 40), (1, 70), (1, 14), (1, 14))),

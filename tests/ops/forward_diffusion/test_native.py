@@ -153,7 +153,7 @@ def test_objectives(objective):
     check_loss(torch.randn(shape), make_images(shape, torch.float32), None, make_options(4), objective)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_any_small_call(data):
     draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731

@@ -113,7 +113,7 @@ def test_rows_that_lie_4_kilobytes_apart(op, instruction_set):
     assert_as_accurate_as_the_reference(op, make(op, (1, 2048, 3, 3, 1024)))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_random_shapes(data):
     op = data.draw(st.sampled_from(OPS))
@@ -334,7 +334,7 @@ def layers_of_one_input(B, K, widths, seed=0):
 
 
 # B: up to 3 rows are dot products, more a packed product; K: up to a vector, several, longer than a piece of a sum.
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 20),
     st.sampled_from([1, 5, 16, 31, 128, 300]),

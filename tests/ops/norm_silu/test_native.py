@@ -93,7 +93,7 @@ def test_every_option(norm, option, C, layout, instruction_set):
     assert_as_accurate_as_the_reference(norm, *make(norm, (3, C, 3, 7, 1), option, layout))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_random_shapes_and_options(data):
     norm = data.draw(st.sampled_from(["rms", "group"]))

@@ -71,7 +71,7 @@ def test_every_instruction_set(name):
         module.use_instruction_set(before)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     st.integers(1, 3),
     *(st.integers(low, high) for low, high in ((2, 20), (0, 15), (4, 20), (1, 9), (1, 9))),

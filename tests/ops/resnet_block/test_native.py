@@ -215,7 +215,7 @@ def test_every_instruction_set(name):
         module.use_instruction_set(before)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     st.integers(1, 3),
     *(st.integers(low, high) for low, high in ((4, 40), (0, 30), (8, 40), (3, 10), (3, 10))),

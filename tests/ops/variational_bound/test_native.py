@@ -123,7 +123,7 @@ def test_tables(first_variance, objective, weights):
     check_case((4, 3, 5, 6), options, objective=objective, weights=weights, first_variance=first_variance)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_small_call(data):
     draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
