@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 
 from ddpm_fast import use_backend
 from ddpm_fast.cli import main
-from ddpm_fast.measure import baselines, charts, command, compare, machine, profile
+from ddpm_fast.measure import baselines, charts, command, compare, machine, profile, timing
 from ddpm_fast.measure.baselines import Configuration
 from ddpm_fast.measure.timing import Interleaved, Timing, ratio
 from ddpm_fast.runtime import dispatch, extension
@@ -35,24 +36,28 @@ def test_each_round_begins_with_the_next_call():
     assert all(len(timing.seconds) == 3 for timing in timings.values())
 
 
-def test_short_calls_are_timed_in_blocks():
+@pytest.mark.parametrize("seconds, block", [(1e-6, 1000), (1e-5, 100), (1e-3, 1), (1.0, 1)])
+def test_short_calls_are_timed_in_blocks(seconds, block, monkeypatch):
+    """One call of a microsecond is the clock's noise."""
     count = 0
 
     def call():
         nonlocal count
         count += 1
 
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: count * seconds))
     rounds = Interleaved({"call": call}, CPU)
     before = count
     rounds.round()
-    assert count - before >= 100, "one call of a microsecond is the clock's noise"
+    assert count - before == pytest.approx(block, abs=1)
+    assert rounds.timings["call"].median == pytest.approx(seconds)
 
 
 def test_timing_summaries():
-    timing = Timing([4.0, 1.0, 2.0, 3.0, 100.0])
-    assert timing.as_dict() == {"median": 3.0, "low": 2.0, "high": 4.0, "rounds": 5}
+    some = Timing([4.0, 1.0, 2.0, 3.0, 100.0])
+    assert some.as_dict() == {"median": 3.0, "low": 2.0, "high": 4.0, "rounds": 5}
     assert Timing([7.0]).quartiles == (7.0, 7.0)
-    assert ratio(timing, Timing([1.5])) == 2.0
+    assert ratio(some, Timing([1.5])) == 2.0
     with pytest.raises(ValueError, match="at least one call"):
         Interleaved({}, CPU)
 
