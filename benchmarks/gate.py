@@ -7,8 +7,8 @@
 Tests marked `gate` measure and pass each number to `check`: operators, bytes moved and bytes kept per image
 (test_traffic.py), registers of every kernel (test_aot.py, test_cuda_compile.py; spills are always zero), modules that
 the import loads and calls that it makes (test_gate.py), bytes of a wheel (test_extension_build.py),
-launches of a step on CUDA and their bytes, kernels of its cold start, the host's time of an op (test_cuda_model.py),
-what accelerated networks need of what they needed before (test_foreign.py).
+launches of a step on CUDA and their bytes, kernels of its cold start, the host's calls of an op and, before a release,
+their time (test_cuda_model.py), what accelerated networks need of what they needed before (test_foreign.py).
 
 A bound is at most 5% above the measured number (times: 50%). A number above its bound fails. A number more than 10%
 below its bound fails, too, until `--write` has lowered the bound. A bound is raised by hand only.
@@ -70,6 +70,8 @@ KINDS = {
     # Counts of cuda_model, exact: one launch or one compiled kernel more is a failure.
     "launches": Kind("torch", slack=1.0),
     "cold start": Kind("triton", slack=1.0),
+    # Calls of and in the package's functions, which the host makes for an op: the same beside any other process.
+    "host calls": Kind("torch"),
     # The processor's time of an op, as a multiple of an empty operator's.
     "host time": Kind(None, slack=1.5, exact=False),
     "import modules": Kind("torch"),

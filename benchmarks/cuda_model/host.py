@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
@@ -35,6 +37,7 @@ TINY_SIZE = 16
 
 EMPTY = "empty operator"
 PASSES = ("forward", "forward+backward")
+PACKAGE = str(Path(ddpm_fast.__file__).parent)
 
 _library = torch.library.Library("cuda_model", "FRAGMENT")
 _library.define("empty(Tensor x) -> Tensor")
@@ -184,17 +187,48 @@ def _cases() -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]
     }  # fmt: skip
 
 
+def count_calls(target: GPUTarget) -> dict[tuple[str, str], int]:
+    """(Op, pass) → calls of and in the package's Python functions, the same in every run as no time is; and an eager
+    training step's."""
+    step = _eager_step(ddpm_fast)
+    with launching_nothing(target), _no_convolutions():
+        runs = _runs() | {("eager training step", PASSES[1]): step}
+        for run in runs.values():
+            run(), run()
+        return {key: _calls_of(run) for key, run in runs.items() if key[0] != EMPTY}
+
+
+def _calls_of(run: Callable[[], object]) -> int:
+    calls = 0
+
+    def count(frame, event, argument) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call") and frame.f_code.co_filename.startswith(PACKAGE)
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def _runs() -> dict[tuple[str, str], Callable[[], object]]:
+    runs: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, (call, leaves) in _cases().items():
+        runs[name, "forward"] = call
+        if leaves:
+            runs[name, "forward+backward"] = _with_backward(call, leaves)
+    return runs
+
+
 def measure_ops(target: GPUTarget, rounds: int = 15, calls: int = 20) -> dict[tuple[str, str], float]:
     """(Op, pass) → the processor's seconds per call, as a multiple of the empty operator's in the same pass.
 
     Ops are timed in interleaved rounds; a ratio is the median of the rounds' ratios. The empty operator's are seconds.
     """
     with launching_nothing(target):
-        runs: dict[tuple[str, str], Callable[[], object]] = {}
-        for name, (call, leaves) in _cases().items():
-            runs[name, "forward"] = call
-            if leaves:
-                runs[name, "forward+backward"] = _with_backward(call, leaves)
+        runs = _runs()
         seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
         for run in runs.values():
             run(), run()
