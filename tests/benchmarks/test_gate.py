@@ -14,6 +14,7 @@ import pytest
 IMPORT = """
 import json, os, sys
 import torch
+sys.pycache_prefix, sys.dont_write_bytecode = sys.argv[1], False
 calls = 0
 def count(frame, event, argument):
     global calls
@@ -34,7 +35,8 @@ for _ in range(3):
 def test_import(tmp_path, gate):
     """The import of torch makes 1.3 million calls, that of upstream over torch takes about 2 s. The first run writes
     bytecode and is not counted."""
-    result = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, capture_output=True, check=True)
+    command = [sys.executable, "-c", IMPORT, str(tmp_path / "bytecode")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
     _, (calls, modules), again = map(json.loads, result.stdout.splitlines())
     assert [calls, modules] == again
     gate("import modules", "beyond torch's", modules)
