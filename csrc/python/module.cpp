@@ -36,8 +36,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "empty_tensor",
       [](const std::vector<int64_t>& sizes) { return torch::jit::toPyObject(ddpm_fast::empty_tensor(sizes)); },
       "A float32 tensor where native operators have theirs. For tests.");
-  m.def("keep_memory_for", &ddpm_fast::keep_memory_for,
-        "How many seconds memory that no step needs stays with the process. For tests.");
+  m.def("age_memory", &ddpm_fast::age_memory, "As if so many seconds had passed for the pool. For tests.");
   ddpm_fast::bind_native_operator(m);
   ddpm_fast::bind_tape(m);
   ddpm_fast::bind_snapshot(m);

@@ -41,7 +41,7 @@ def in_a_process(code: str) -> str:
     return forks.run_code(path + code, Path(__file__).parent).stdout
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.one_of(st.integers(0, 12), st.floats(0.1, 6).map(lambda size: round(size, 3))), min_size=1, max_size=40)
 )
@@ -102,7 +102,7 @@ def test_a_forked_child_has_its_own_pool():
             queue = context.Queue()
             child = context.Process(target=_in_a_child, args=(queue, kept))
             child.start()
-            assert queue.get(timeout=60) == (MB / 4, 3 * 2 * MB / 4)
+            assert queue.get(timeout=600) == (MB / 4, 3 * 2 * MB / 4)
             child.join()
     finally:
         stop.set()
@@ -142,15 +142,13 @@ def test_empty_cache_returns_free_memory_only():
 
 def test_memory_unused_by_recent_steps_returns_to_the_system():
     output = in_a_process(
-        "import time\n"
         "from test_memory_pool import *\n"
-        "module.keep_memory_for(0.2)\n"
         "def step(megabytes): tensor(megabytes).fill_(1)\n"
-        "step(1); time.sleep(0.3); step(1)  # pages are huge now\n"
+        "step(1); module.age_memory(60); step(1)  # pages are huge now\n"
         "step(100); before = resident()\n"
         "step(10); step(20); print(before - resident())\n"
-        "time.sleep(0.3); step(10); print(before - resident())\n"
-        "step(20); time.sleep(0.3); step(20); print(before - resident())\n"
+        "module.age_memory(60); step(10); print(before - resident())\n"
+        "step(20); module.age_memory(60); step(20); print(before - resident())\n"
     )
     soon, late, later = map(int, output.split())
     assert soon < 8 * MB, "the next step may need it"
@@ -160,14 +158,14 @@ def test_memory_unused_by_recent_steps_returns_to_the_system():
 
 def test_pages_are_huge_once_the_process_is_some_seconds_old():
     output = in_a_process(
-        "import re, time\n"
+        "import re\n"
         "from test_memory_pool import *\n"
         "def is_huge(made):\n"
         "    for area in re.split(r'\\n(?=[0-9a-f]+-)', open('/proc/self/smaps').read()):\n"
         "        first, end = (int(n, 16) for n in area.split()[0].split('-'))\n"
         "        if first <= made.data_ptr() < end: return 'hg' in re.search('VmFlags:(.*)', area)[1].split()\n"
         "made = tensor(32).fill_(1); print(is_huge(made)); del made\n"
-        "module.keep_memory_for(0.2); time.sleep(0.3)\n"
+        "module.age_memory(60)\n"
         "kept = tensor(8).fill_(2); freed = tensor(32); del freed; print(is_huge(kept), kept.eq(2).all().item())\n"
         "del kept; made = tensor(32).fill_(3); print(is_huge(made), made.eq(3).all().item())\n"
     )
@@ -188,6 +186,7 @@ def test_malloc_replaces_the_pool_under_an_address_limit():
 def test_training_steps_do_not_grow_memory():
     output = in_a_process(
         "from test_memory_pool import *\n"
+        "module.age_memory(-3600)  # what is kept, and the pages, stay as they are\n"
         "torch.manual_seed(0)\n"
         "unet = ddpm_fast.Unet(32, dim_mults=(1, 2, 4))\n"
         "diffusion = ddpm_fast.GaussianDiffusion(unet, image_size=32)\n"

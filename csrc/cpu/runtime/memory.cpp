@@ -36,7 +36,7 @@ constexpr size_t kStep = 2 << 20;        // the range grows by huge pages
 // Padding between neighbours, so maps whose sizes are powers of two are not a multiple of 4 KB apart: the processor
 // would take a load for dependent on a store to the same offset of another map.
 constexpr size_t kGap = 17 * 64;
-constexpr double kKeptSeconds = 10;  // of unused memory, and of small pages
+constexpr std::chrono::seconds kKept{10};  // of unused memory, and of small pages
 
 using Clock = std::chrono::steady_clock;
 
@@ -84,9 +84,11 @@ class Pool {
     return give_back(begin_);
   }
 
-  void keep_for(double seconds) {
+  void age(double seconds) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    kept_ = std::chrono::duration<double>(seconds);
+    const auto passed = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+    made_at_ -= passed;
+    needed_at_ -= passed;
   }
 
  private:
@@ -129,10 +131,10 @@ class Pool {
   }
 
   // Called when no tensor is left: a step, or a part of one, is over. Returns memory that no step has used for
-  // kKeptSeconds.
+  // kKept.
   void end_step() {
     const auto now = Clock::now();
-    if (!is_huge_ && now - made_at_ > kept_) {
+    if (!is_huge_ && now - made_at_ > kKept) {
       is_huge_ = true;
       give_back(begin_);                                // all of it, to be touched again as huge pages
       madvise(begin_, limit_ - begin_, MADV_HUGEPAGE);  // best effort
@@ -142,7 +144,7 @@ class Pool {
       needed_ = step_high_;
       needed_at_ = now;
       recent_high_ = 0;
-    } else if (now - needed_at_ > kept_) {
+    } else if (now - needed_at_ > kKept) {
       give_back(begin_ + recent_high_);
       needed_ = recent_high_;
       needed_at_ = now;
@@ -170,7 +172,6 @@ class Pool {
   size_t step_high_ = 0, recent_high_ = 0, needed_ = 0;
   Clock::time_point needed_at_, made_at_ = Clock::now();
   bool is_huge_ = false;
-  std::chrono::duration<double> kept_{kKeptSeconds};
 };
 
 void give_to_pool(void* data) {
@@ -198,7 +199,7 @@ at::Tensor empty_tensor(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFo
 
 int64_t empty_cache() { return Pool::the().empty_cache(); }
 
-void keep_memory_for(double seconds) { Pool::the().keep_for(seconds); }
+void age_memory(double seconds) { Pool::the().age(seconds); }
 
 #else
 
@@ -208,7 +209,7 @@ at::Tensor empty_tensor(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFo
 
 int64_t empty_cache() { return 0; }
 
-void keep_memory_for(double) {}
+void age_memory(double) {}
 
 #endif
 

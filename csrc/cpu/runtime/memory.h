@@ -25,7 +25,7 @@ inline at::Tensor no_tensor(at::ScalarType type) { return unpooled_tensor({0}, t
 // Returns unused memory to the system; the result is the number of bytes.
 int64_t empty_cache();
 
-// For tests: seconds after which memory that no step has used returns to the system.
-void keep_memory_for(double seconds);
+// For tests: as if so many seconds had passed since the last look at what is kept.
+void age_memory(double seconds);
 
 }  // namespace ddpm_fast
