@@ -2,14 +2,12 @@
 
 import errno
 import gc
+import multiprocessing
 import os
 import pickle
 import random
 import re
 import resource
-import subprocess
-import sys
-import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -184,27 +182,25 @@ class TestSums:
 class TestAtomicSaving:
     def test_a_killed_save_leaves_a_file_that_loads(self, tmp_path):
         """kill -9 at random moments of saves in a loop: the file always is one whole version."""
-        path = tmp_path / "model.pt"
-        program = f"""
-            import torch
-            from ddpm_fast.training.checkpoint_files import save_atomically
+        path, context = tmp_path / "model.pt", multiprocessing.get_context("fork")
+
+        def keep_saving(saved):
             for version in range(10**9):
-                save_atomically({{"version": version, "data": torch.full((300_000,), version)}}, {str(path)!r})
-                print("saved", flush=True)
-        """
+                save_atomically({"version": version, "data": torch.full((300_000,), version)}, path)
+                saved.set()
+
         wait = random.Random(0)
         for _ in range(3):
-            process = subprocess.Popen(
-                [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
-            )
-            assert process.stdout.readline() == "saved\n"
+            saved = context.Event()
+            process = context.Process(target=keep_saving, args=(saved,), daemon=True)
+            process.start()
+            assert saved.wait(600)
             for _ in range(8):
                 time.sleep(wait.uniform(0, 0.02))
                 loaded = load_file(path)
                 assert (loaded["data"] == loaded["version"]).all()
             process.kill()
-            process.wait()
-            process.stdout.close()
+            process.join()
             loaded = load_file(path)
             assert (loaded["data"] == loaded["version"]).all()
         save_atomically({"version": -1}, path)
