@@ -1,5 +1,5 @@
 # make demo   train on handwritten digits on the CPU and draw each by name: grid.png, guidance.png, strip.png, loss.png in demo
-# make test   set up an environment and run the tests, two at a time (WORKERS=8: eight), in at most 18 minutes on 2 cores
+# make test   set up an environment and run the tests, two at a time (WORKERS=8: eight), in about 20 minutes on 2 cores
 # make check  lint, types, structure and the quick tests: before every commit, under 4 minutes on 2 cores
 # make lint   ruff, ruff format, clang-format and mypy, each at its pinned version
 # make docs   the documentation as a site, strict: build/site
