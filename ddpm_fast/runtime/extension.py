@@ -65,7 +65,7 @@ def empty_cache() -> int:
     """Return the CPU pool's unused memory, of freed maps and gradients of the native operators, to the system.
 
     Returns:
-        bytes returned. Memory that no training or sampling step has used for ten seconds returns without this call.
+        bytes returned. Memory that no training or sampling step has used for a minute returns without this call.
     """
     return 0 if _outcome is None or _outcome.module is None else _outcome.module.empty_cache()
 

@@ -144,11 +144,11 @@ def test_memory_unused_by_recent_steps_returns_to_the_system():
     output = in_a_process(
         "from test_memory_pool import *\n"
         "def step(megabytes): tensor(megabytes).fill_(1)\n"
-        "step(1); module.age_memory(60); step(1)  # pages are huge now\n"
+        "step(1); module.age_memory(600); step(1)  # pages are huge now\n"
         "step(100); before = resident()\n"
         "step(10); step(20); print(before - resident())\n"
-        "module.age_memory(60); step(10); print(before - resident())\n"
-        "step(20); module.age_memory(60); step(20); print(before - resident())\n"
+        "module.age_memory(600); step(10); print(before - resident())\n"
+        "step(20); module.age_memory(600); step(20); print(before - resident())\n"
     )
     soon, late, later = map(int, output.split())
     assert soon < 8 * MB, "the next step may need it"
@@ -165,7 +165,7 @@ def test_pages_are_huge_once_the_process_is_some_seconds_old():
         "        first, end = (int(n, 16) for n in area.split()[0].split('-'))\n"
         "        if first <= made.data_ptr() < end: return 'hg' in re.search('VmFlags:(.*)', area)[1].split()\n"
         "made = tensor(32).fill_(1); print(is_huge(made)); del made\n"
-        "module.age_memory(60)\n"
+        "module.age_memory(600)\n"
         "kept = tensor(8).fill_(2); freed = tensor(32); del freed; print(is_huge(kept), kept.eq(2).all().item())\n"
         "del kept; made = tensor(32).fill_(3); print(is_huge(made), made.eq(3).all().item())\n"
     )

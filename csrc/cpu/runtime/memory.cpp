@@ -36,7 +36,9 @@ constexpr size_t kStep = 2 << 20;        // the range grows by huge pages
 // Padding between neighbours, so maps whose sizes are powers of two are not a multiple of 4 KB apart: the processor
 // would take a load for dependent on a store to the same offset of another map.
 constexpr size_t kGap = 17 * 64;
-constexpr std::chrono::seconds kKept{10};  // of unused memory, and of small pages
+// Of small pages, and of memory that no step has used: touching it again takes a third of a second for a network of
+// 128×128, as where runs of sampling take turns with other work.
+constexpr std::chrono::seconds kSmall{10}, kKept{60};
 
 using Clock = std::chrono::steady_clock;
 
@@ -134,7 +136,7 @@ class Pool {
   // kKept.
   void end_step() {
     const auto now = Clock::now();
-    if (!is_huge_ && now - made_at_ > kKept) {
+    if (!is_huge_ && now - made_at_ > kSmall) {
       is_huge_ = true;
       give_back(begin_);                                // all of it, to be touched again as huge pages
       madvise(begin_, limit_ - begin_, MADV_HUGEPAGE);  // best effort
