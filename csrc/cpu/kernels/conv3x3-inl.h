@@ -14,9 +14,9 @@
 //   fewer tiles with more channels: the weights are most of the memory traffic. Each thread takes tiles, or of very few
 //   tiles panels.
 // A thread that is done takes groups or panels of another (parallel-inl.h). Else none reads V or U of another. A
-// transform takes 5 to 7 cycles for each line of cache that it writes, and a line
-// that another core wrote, or writing one that another core read, 4 to 15 where both share a third-level cache and up
-// to 100 where they do not (measured on two virtual cores of a Zen 4, which the host places either way).
+// transform takes 5 to 7 cycles for each line of cache that it writes. A line that another core wrote, or read before
+// it is written, takes 4 to 15 where both share a third-level cache and up to 100 where they do not (measured on two
+// virtual cores of a Zen 4, which the host places either way).
 // By panels, the norm and SiLU in front of a convolution can be applied as V reads the map: normed_block.
 // conv3x3_forward-inl.h chooses, or takes conv3x3_direct-inl.h for the smallest maps.
 #pragma once

@@ -27,6 +27,9 @@ DDPM_FAST_INLINE bool apart(const Tiles& tiles, int64_t K) {
   return tiles.whole() >= kTilesOfThread * thread_count() && tiles.whole() * kChannelsPerTile >= K;
 }
 
+// Parts of the tiles that take their own, each in a thread.
+DDPM_FAST_INLINE int64_t most_parts() { return min(thread_count(), Shares::kMostThreads); }
+
 // The norm of tiles [begin, end) where the epilogue did not apply it.
 inline void norm_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t begin, int64_t end) {
   for (int64_t t = begin; p.norm != nullptr && t < end; ++t) norm_tile(p, tiles, Tile(tiles, t));
@@ -38,7 +41,7 @@ inline void norm_all_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t 
 }
 
 // Of `count` tiles those of a pass, as many as V has room for. To the nearest number of passes: another one transforms
-// all taps again. Where the norm of the input is read, whole samples of `sample` tiles.
+// all taps again. Where a norm is read or its statistics are made, whole samples of `sample` tiles.
 DDPM_FAST_INLINE int64_t tiles_of_pass(int64_t count, int64_t C, int64_t parts, int64_t sample = 1) {
   const int64_t most = max<int64_t>(kRows, kMaxV / (kPoints * C * parts));
   const int64_t size = ceil_div(count, max<int64_t>(1, (count + most / 2) / most));
@@ -72,7 +75,7 @@ struct PassInputs {
 
 // By panels, pass by pass, and the norm of them.
 inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64_t C, int64_t K) {
-  const int64_t parts = apart(tiles, K) ? min(thread_count(), Shares::kMostThreads) : 1;
+  const int64_t parts = apart(tiles, K) ? most_parts() : 1;
   const JoinedNormForward* const input_norm = all.of->input_norm;
   const auto statistics = [&](int64_t begin, int64_t end) {
     if (input_norm != nullptr && !input_norm->known) joined_statistics(*input_norm, begin, end);
@@ -115,14 +118,13 @@ inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64
 }
 
 // Whether the norm of the input is made block by block of channels as the transforms read it, rather than as a map
-// beforehand: by panels, where a thread takes whole samples at once.
-// Two threads that share tiles both make all of it, which takes as long as reading what the other made where they share
-// a third-level cache (1 to 3% of a convolution of 8×8 more), and less where they do not (2 to 3%); more threads would
-// make it too often.
+// beforehand: by panels, where a thread takes whole samples at once. Two threads that share tiles both make all of it,
+// which takes as long as reading what the other made where they share a third-level cache (1 to 3% of a convolution of
+// 8×8 more), and less where they do not (2 to 3%); more threads would make it too often.
 DDPM_FAST_INLINE bool norms_as_read(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K) {
   if (p.input_norm->in.dropout.keep_threshold != 0 || directly(p, tiles)) return false;
   if (by_tiles(tiles, C, K, kMaxSharedU / 2)) return false;  // by tiles the norm is not read, so it pays off less
-  const int64_t threads = thread_count();
+  const int64_t threads = most_parts();
   if (tiles.B % threads != 0) return false;
   if (!apart(tiles, K)) return threads <= 2 && tiles_of_pass(tiles.total, C, 1) == tiles.total;
   return fits_samples(tiles, C, threads);
