@@ -289,7 +289,8 @@ def test_build_and_kernels_begin_first_on_cores_of_their_own(tmp_path, monkeypat
     (bin_folder / "nvidia-smi").write_text("#!/bin/sh\necho 9.0\n")
     (bin_folder / "nvidia-smi").chmod(0o755)
     # A process is told its cores after its start.
-    wait = "import os, sys, time\nwhile not os.path.exists('go'): time.sleep(0.01)\n"
+    wait = "import os, sys, time\nparent = os.getppid()\n"
+    wait += "while os.getppid() == parent and not os.path.exists('go'): time.sleep(0.01)\n"
     show = "print(sorted(os.sched_getaffinity(0)), sys.argv[1:], flush=True)\n"
     wanted = "DDPM_FAST_BUILD DDPM_FAST_MARCH MAX_JOBS TORCH_CUDA_ARCH_LIST"
     settings = f"print({{name: os.environ.get(name) for name in {wanted!r}.split()}})"
