@@ -25,28 +25,31 @@ inline void prefetch_gradient_row(const Conv3x3WeightGradient& p, const Tiles& t
   prefetch(p.grad + ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * pixel, tile.width * pixel);
 }
 
-// The tile's gradient of panels [begin, end), whose pixels lie apart.
-inline void prefetch_gradient(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t index, int64_t begin,
-                              int64_t end) {
+// The tile's gradient of a panel, whose pixels lie apart.
+inline void prefetch_gradient(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t index, int64_t panel) {
   const Tile tile(tiles, index);
-  const int64_t step = p.grad_step, pixel = p.K * step, first = begin * kPanel, floats = min(p.K, end * kPanel) - first;
+  const int64_t step = p.grad_step, pixel = p.K * step, first = panel * kPanel,
+                floats = min<int64_t>(p.K - first, kPanel);
   for (int64_t i = 0; i < tile.height; ++i) {
     const float* row = p.grad + ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * pixel + first;
     for (int64_t x = 0; x < tile.width; ++x) prefetch(row + x * pixel, floats);
   }
 }
 
-// D of one tile and of panels [begin, end): d + (panel - begin)·apart + point·plane.
-inline void transform_gradient(const Conv3x3WeightGradient& p, const Tiles& tiles, const Tile& tile, int64_t begin,
-                               int64_t end, float* d, int64_t plane, int64_t apart) {
-  const int64_t K = p.K, pixel = K * p.grad_step, line = tiles.W * p.grad_step;
+// D of one tile and of a panel: d + point·plane.
+inline void transform_gradient(const Conv3x3WeightGradient& p, const Tiles& tiles, const Tile& tile, int64_t panel,
+                               float* d, int64_t plane) {
+  const int64_t K = p.K, pixel = K * p.grad_step, line = tiles.W * p.grad_step, first = panel * kPanel;
   const Axis &rows = kAxes[tile.height], &columns = kAxes[tile.width];
-  const float* first = p.grad + ((tile.b * tiles.H + tile.y) * line + tile.x) * pixel;
-  for (int64_t k = begin * kPanel; k < min(K, end * kPanel); k += kLanes) {
+  const float* r0 = p.grad + ((tile.b * tiles.H + tile.y) * line + tile.x) * pixel;
+  const float *r1 = r0 + line * pixel, *r2 = r1 + line * pixel, *r3 = r2 + line * pixel;
+  for (int64_t k = first; k < min(K, first + kPanel); k += kLanes) {
     const int64_t count = min<int64_t>(kLanes, K - k);
-    const auto read = [&](int i, int j)
-                          DDPM_FAST_LAMBDA { return load_upto(first + (i * line + j) * pixel + k, count); };
-    float* to = d + (k / kPanel - begin) * apart + k % kPanel;
+    const auto read = [&](int i, int j) DDPM_FAST_LAMBDA {
+      const float* row = i == 0 ? r0 : i == 1 ? r1 : i == 2 ? r2 : r3;
+      return load_upto(row + j * pixel + k, count);
+    };
+    float* to = d + (k - first);
     if (!tile.whole()) {
       multiply_between(rows.gradients, columns.gradients, read, [&](int i, int j, vf value) DDPM_FAST_LAMBDA {
         store(to + (rows.point[i] * kAxisPoints + columns.point[j]) * plane, value);
@@ -59,7 +62,7 @@ inline void transform_gradient(const Conv3x3WeightGradient& p, const Tiles& tile
     const Six e = output_gradients({read(0, 3), read(1, 3), read(2, 3), read(3, 3)});
     const auto put = [&](int i, vf w, vf x, vf y, vf z) DDPM_FAST_LAMBDA {
       const Six points = output_gradients({w, x, y, z});
-      float* at = to + i * 6 * plane;
+      float* at = fresh(to + i * 6 * plane);
       store(at, points.a0);
       store(at + plane, points.a1);
       store(at + 2 * plane, points.a2);
@@ -73,6 +76,20 @@ inline void transform_gradient(const Conv3x3WeightGradient& p, const Tiles& tile
     put(3, a.a3, b.a3, c.a3, e.a3);
     put(4, a.a4, b.a4, c.a4, e.a4);
     put(5, a.a5, b.a5, c.a5, e.a5);
+  }
+}
+
+// D of tiles [begin, end) and of panels [first, last), panel by panel: d + (panel - first)·apart + point·plane +
+// (tile - begin)·kPanel. Each plane is written from its first line to its last; 36 for each panel at once took five
+// times as long where they lie in the third-level cache. `expected`: products before it asked for the gradients.
+inline void transform_gradients(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t begin, int64_t end,
+                                int64_t first, int64_t last, float* d, int64_t plane, int64_t apart,
+                                bool expected = false) {
+  for (int64_t panel = first; panel < last; ++panel, d += apart) {
+    for (int64_t t = begin; t < end; ++t) {
+      if (!expected && t + kTilesAhead < end) prefetch_gradient(p, tiles, t + kTilesAhead, panel);
+      transform_gradient(p, tiles, Tile(tiles, t), panel, d + (t - begin) * kPanel, plane);
+    }
   }
 }
 
@@ -98,7 +115,7 @@ inline void finish_taps(const Conv3x3WeightGradient& p, const float* s, int64_t 
   for (int64_t n = 0; n < count; ++n) {
     const float* from = s + n * kPanel;
     const auto line = [&](int i) DDPM_FAST_LAMBDA {
-      const float* at = from + i * 6 * plane;
+      const float* at = fresh(from + i * 6 * plane);
       return tap_gradients({load(at), load(at + plane), load(at + 2 * plane), load(at + 3 * plane),
                             load(at + 4 * plane), load(at + 5 * plane)});
     };
@@ -164,8 +181,8 @@ inline void sum_rows(const float* grad, int64_t rows, int64_t K, float* dbias) {
 }
 
 // Tiles per partial sum: a sum of partial sums has a smaller rounding error. The GEMM kernel with fewer rows gets
-// longer ones, since adding a partial sum costs it relatively more. Where that costs nothing, each is two.
-constexpr int64_t kTilesOfPiece = kRegisters == 32 ? 32 : 64, kTilesOfSum = kTwoSums ? 16 : kTilesOfPiece;
+// longer ones, since adding a partial sum costs it relatively more. Where that costs nothing, each is four.
+constexpr int64_t kTilesOfPiece = kRegisters == 32 && !kTwoSums ? 32 : 64, kTilesOfSum = kTwoSums ? 16 : kTilesOfPiece;
 
 // Input channels of a block: with 64 for vectors of 16, its sums take a quarter of a second-level cache of 1 MB.
 DDPM_FAST_INLINE int64_t gradient_block() {
@@ -173,8 +190,8 @@ DDPM_FAST_INLINE int64_t gradient_block() {
 }
 
 // Floats, measured on two cores of a Zen 3 (512 KB of second-level cache each): the largest S computed by points, and V
-// and D together per pass, by points and by blocks.
-constexpr int64_t kMaxSums = 2 << 20, kMaxOfPoints = 3 << 18, kMaxOfBlocks = 2 << 20;
+// and D together per pass, by points and by blocks (AVX-512: on an Ice Lake).
+constexpr int64_t kMaxSums = 2 << 20, kMaxOfPoints = 3 << 18, kMaxOfBlocks = (kTwoSums ? 4 : 2) << 20;
 
 // By points: how many chunks of tiles have an S of their own, their fewest tiles, and the floats of all S.
 constexpr int64_t kMostChunks = 4, kMinOfChunk = 72, kMaxOfChunks = 4 << 20;
@@ -224,9 +241,8 @@ inline void add_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
     parallel(T, 1, [&](int64_t from, int64_t to) {
       transform_inputs(input, points, tiles, first + from, first + to, 0, C, v + from * row, row, v_plane,
                        first > begin);
-      for (int64_t t = from; t < to; ++t) {
-        transform_gradient(p, tiles, Tile(tiles, first + t), 0, num_panels, d + t * kPanel, d_plane, d_panel);
-      }
+      transform_gradients(p, tiles, first + from, first + to, 0, num_panels, d + from * kPanel, d_plane, d_panel,
+                          first > begin);
     });
     parallel(steps, 1, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
@@ -330,10 +346,7 @@ struct BlockTasks {
       transform_inputs(InputMaps(p), points, tiles, first, first + T, c, min(width, C - c),
                        v + (block - first_block) * v_block, row, v_plane);
     }
-    for (int64_t t = 0; t < T; ++t) {
-      if (t + kTilesAhead < T) prefetch_gradient(p, tiles, first + t + kTilesAhead, first_panel, last_panel);
-      transform_gradient(p, tiles, Tile(tiles, first + t), first_panel, last_panel, d + t * kPanel, d_plane, d_panel);
-    }
+    transform_gradients(p, tiles, first, first + T, first_panel, last_panel, d, d_plane, d_panel);
   }
 
   // Adds these tiles to a task's S; with the last ones, dweight is made of it.

@@ -26,7 +26,7 @@ DDPM_FAST_INLINE void transform_tile(const Read& read, const Write& write, const
                                      int64_t plane) {
   const auto put = [&](int i, vf c0, vf c1, vf c2, vf c3, vf c4, vf c5) DDPM_FAST_LAMBDA {
     const Six values = input_points({c0, c1, c2, c3, c4, c5});
-    float* to = v + i * 6 * plane;
+    float* to = fresh(v + i * 6 * plane);
     if (kAll || points.first_column) write(to, values.a0);
     write(to + plane, values.a1);
     write(to + 2 * plane, values.a2);

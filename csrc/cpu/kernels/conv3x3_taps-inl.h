@@ -129,7 +129,7 @@ inline void transform_weight_of(const Conv3x3Weight& w, int64_t first, int64_t c
         float* to = u + (c - begin + n) * kPanel + half;
         const auto put = [&](int i, vf x, vf y, vf z) DDPM_FAST_LAMBDA {
           const Six u = tap_points({x, y, z});
-          float* at = to + i * 6 * plane;
+          float* at = fresh(to + i * 6 * plane);
           if (kAll || points.first_column) store(at, u.a0);
           store(at + plane, u.a1);
           store(at + 2 * plane, u.a2);
