@@ -50,8 +50,11 @@ def _has_equal_taps(conv: nn.Module) -> bool:
     taps = conv._buffers["resample_filter"]
     if taps is None or taps.shape[-2:] != (2, 2):
         return False
-    if taps.is_meta:
-        return True
+    return taps.is_meta or _are_equal(conv, taps)
+
+
+@torch.compiler.assume_constant_result
+def _are_equal(conv: nn.Module, taps: torch.Tensor) -> bool:
     known = _equal_taps.get(conv)
     if known is None or known[0] is not taps or known[1] != taps._version:
         known = (taps, taps._version, bool((taps == 0.25).all()))

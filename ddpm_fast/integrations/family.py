@@ -287,7 +287,7 @@ def _in_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def made_class(own: type, declared: Fast) -> type:
+def made_class(own: Any, declared: Fast) -> type:
     """The accelerated subclass of a class, of the same name."""
     made = _MADE.get((own, declared))
     if made is None:
@@ -296,6 +296,7 @@ def made_class(own: type, declared: Fast) -> type:
             "__module__": own.__module__,
             "__qualname__": own.__qualname__,
             "__doc__": own.__doc__,
+            "__init__": own.__init__,  # type(module)(...), as slices and LoRA call it
             "__reduce_ex__": _reduce_ex,
             "_ddpm_fast": declared,
             "_ddpm_fast_own": own,

@@ -334,12 +334,26 @@ def test_distributed_data_parallel(name, tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_torch_compile_traces_the_whole_network():
+@ALL
+def test_torch_compile_traces_the_whole_network(name):
     torch._dynamo.reset()
-    model = ddpm_fast.accelerate(upstream.Unet(8, dim_mults=(1,), attn_heads=2, attn_dim_head=8))
+    model = ddpm_fast.accelerate(network(name))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    found = outputs_and_gradients(model, arguments("upstream"), call=lambda _, *args: compiled(*args))
-    assert_equal(found, results(model, "upstream"), 1e-5)
+    found = outputs_and_gradients(model, arguments(name), call=lambda _, *args: compiled(*args))
+    assert_equal(found, results(model, name))
+
+
+def test_classes_are_called_as_before():
+    """peft makes a layer of LoRA as type(layer)(...), and a slice of a sequence is one of its class."""
+    for name in ("diffusers", "upstream"):
+        for module in ddpm_fast.accelerate(network(name)).modules():
+            if isinstance(module, nn.Conv2d):
+                made = type(module)(3, 4, module.kernel_size, module.stride, module.padding, bias=False)
+                assert made(torch.randn(1, 3, 8, 8)).shape[1] == 4
+            elif type(module).__name__ == "Sequential":
+                x = torch.randn(1, 16, 8, 8)
+                if isinstance(module[-1], nn.Conv2d):
+                    assert torch.equal(module[:1](x), module[0](x))
 
 
 def test_save_pretrained(tmp_path):
