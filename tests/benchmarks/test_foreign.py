@@ -11,9 +11,10 @@ from cuda_model import foreign  # noqa: E402
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("name", ["diffusers", "torchcfm"])
+@pytest.mark.parametrize("name", ["diffusers", "torchcfm", "upstream"])
 def test_counts(gate, name):
     counts = foreign.count(name)
+    assert counts.operators <= 0.5 and counts.bytes_moved <= 0.6
     gate("accelerated", f"{name}, training step: operators over eager's", counts.operators)
     gate("accelerated", f"{name}, training step: bytes over eager's", counts.bytes_moved)
 
