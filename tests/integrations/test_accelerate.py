@@ -334,7 +334,16 @@ def test_distributed_data_parallel(name, tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@ALL
+@pytest.mark.parametrize(
+    "name",
+    [
+        "upstream",
+        "diffusers",
+        "torchcfm",
+        "EDM",
+        *(pytest.param(name, marks=pytest.mark.release) for name in ("upstream with classes", "rectified flow")),
+    ],
+)
 def test_torch_compile_traces_the_whole_network(name):
     torch._dynamo.reset()
     model = ddpm_fast.accelerate(network(name))
