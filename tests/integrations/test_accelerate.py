@@ -349,7 +349,7 @@ def test_torch_compile_traces_the_whole_network(name):
     model = ddpm_fast.accelerate(network(name))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     found = outputs_and_gradients(model, arguments(name), call=lambda _, *args: compiled(*args))
-    assert_equal(found, results(model, name))
+    assert_equal(found, results(model, name), 1e-5 if name == "upstream" else 1e-4)
 
 
 def test_classes_are_called_as_before():
