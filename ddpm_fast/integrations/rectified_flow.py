@@ -1,6 +1,7 @@
-"""The `Unet` of rectified-flow-pytorch: its residual blocks and both kinds of attention.
+"""The `Unet` of rectified-flow-pytorch: its residual blocks, both kinds of attention, and the norms over maps before.
 
-Its norms store the gain minus one, or no gain, and a `Residual` around a block or attention adds the input.
+Its norms store the gain minus one, or no gain, and a `Residual` around a block or attention adds the input. Its
+attention over the maps before, of x-unet, norms each of them twice.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ddpm_fast.models.narrow_weights import narrow
 from ddpm_fast.models.stock import is_convolution, is_instance, parameter, why_modified
 from ddpm_fast.ops.attention_block.op import unchecked_attention_block
 from ddpm_fast.ops.linear_attention_block.op import unchecked_linear_attention_block
+from ddpm_fast.ops.norm_silu.op import rms_norm_silu
 from ddpm_fast.ops.resnet_block.op import unchecked_resnet_block
 from ddpm_fast.runtime.autocast import to_autocast_dtype
 
@@ -148,6 +150,22 @@ def _resnet_block(branch: Any, shortcut: Any, x: torch.Tensor, time_emb: torch.T
         narrow(block2["proj"], "weight"), parameter(block2["proj"], "bias"), _gain(block2["norm"], x, width),
         **options,
     )  # fmt: skip
+
+
+def _why_not_norm(norm: Any) -> str | None:
+    gamma = parameter(norm, "gamma")
+    if gamma is None or gamma.dim() != 1:
+        return "its gain is no row"
+    return None if norm.scale == gamma.numel() ** 0.5 else f"its scale is {norm.scale}"
+
+
+@fast("x_unet.x_unet.RMSNorm", runs="rms_norm_silu", refuses=_why_not_norm)
+def norm_of_a_map(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) → (B, C, H, W); others take the own forward."""
+    gain = parameter(norm, "gamma")
+    if x.dim() != 4 or x.shape[1] != gain.numel():
+        return own_forward(norm, x)
+    return rms_norm_silu(channels_last(x), gain, activation=False)
 
 
 class _Network(ReplaysOwnForward):

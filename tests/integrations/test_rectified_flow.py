@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +14,9 @@ from ddpm_fast.integrations.accelerate import table
 from ddpm_fast.testing.accelerated import check_accelerated
 
 package = pytest.importorskip("rectified_flow_pytorch.rectified_flow")
-RUNS = {"resnet_block or attention_block", "upsample_conv", "downsample_conv", "conv3x3", "stem_conv"}
+RUNS = {
+    "resnet_block or attention_block", "rms_norm_silu", "upsample_conv", "downsample_conv", "conv3x3", "stem_conv",
+}  # fmt: skip
 
 
 def unet(**options):
@@ -69,3 +74,20 @@ def test_attention_of_another_scale_keeps_its_own_forward():
     assert {line.path: line.reason for line in table(model)}["mid_attn"] == "its scale is 0.7"
     x, t = inputs()
     assert torch.allclose(model(x, t), eager(x, t), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 5, 7), (2, 16, 9), (2, 16, 3, 4, 5)])
+def test_norms_over_maps_before(shape):
+    norm = importlib.import_module("x_unet.x_unet").RMSNorm(16)
+    x = torch.randn(shape)
+    if len(shape) == 4:
+        check_accelerated(norm, (x,), runs={"rms_norm_silu"})
+    else:
+        assert torch.equal(ddpm_fast.accelerate(copy.deepcopy(norm))(x), norm(x))
+
+
+def test_a_norm_of_another_scale_keeps_its_own_forward():
+    model = ddpm_fast.accelerate(unet())
+    model.mid_xattnres.norm.scale = 0.7
+    found = {line.path: line.reason for line in table(model)}
+    assert found["mid_xattnres.norm"] == "its scale is 0.7"
