@@ -57,8 +57,9 @@ class Operator:
             `wanted`. Kept tensors are arguments or returns, options are arguments that are no tensors.
         gradients: the arguments whose gradients the backward operator returns. Without any there is no such operator.
         passes: arguments that are added to the output, so that their gradient is grad.
-        by_torch: names of further gradients, and a function (needs, grad, *kept tensors) that returns them, made of
-            torch's operators; `needs` has a bool for each. With these alone, gradients can be differentiated again.
+        by_torch: names of further gradients, and a function (needs, grad, *kept tensors, *options) that returns them,
+            made of torch's operators; `needs` has a bool for each. With these alone, gradients can be differentiated
+            again.
         maps: gradients in the memory format of their argument, or, if that is not kept, of the first kept tensor. The
             other gradients are contiguous.
         rows: gradients of arguments that are not kept, such as biases: the backward operator returns float32, as many
@@ -187,6 +188,7 @@ class Operator:
         flags = [_flag(used) for used in self._wanted.values()]
         given = {"grad": "grad.contiguous()"} if self._contiguous_grad else {}
         call = ", ".join([*(given.get(name, name) for name in self._tensors), *passed, *flags])
+        further = ", ".join(["grad", kept, *passed])
         results = [
             f"{'grad' if name in self._passes else f'd{name}'}{f'.to(ctx.dtype_{name})' if name in restored else ''}"
             f" if needs_{name} else None"
@@ -220,7 +222,7 @@ class Operator:
             f"    if {_any(self._gradients)}: {made}{'' if self._single else ','} = gradients_of({call})"
             if made
             else "",
-            f"    if {_any(self._by_torch)}: {by_torch}, = by_torch(({_needs(self._by_torch)}), grad, {kept})"
+            f"    if {_any(self._by_torch)}: {by_torch}, = by_torch(({_needs(self._by_torch)}), {further})"
             if by_torch
             else "",
             f"    return {', '.join(results)},",

@@ -60,10 +60,9 @@ def group_norm_attention_block(
         out = attention(qkv, x.new_empty(2, heads, 0, D), heads=heads)
         weight = weight.reshape(*weight.shape[:2], 1, 1)
         if residual and bias is not None:
-            out = linear_residual(out, weight, bias, x)
-        else:
-            out = linear(out, weight, bias)
-            out = out + x if residual else out
+            return linear_residual(out, weight, bias, x, scale=output_scale)
+        out = linear(out, weight, bias)
+        out = out + x if residual else out
         return out if output_scale == 1 else out * output_scale
 
 

@@ -21,10 +21,13 @@ def norm_linear(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> to
     return _NormLinear.apply(x, gain, weight)
 
 
-def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def linear_residual(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
     """See `ddpm_fast.ops.norm_linear.op.linear_residual`."""
     with no_autocast(x.device.type):
-        return (F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)) + residual).to(x.dtype)
+        out = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)) + residual
+        return (out if scale == 1.0 else out * scale).to(x.dtype)
 
 
 class _NormLinear(torch.autograd.Function):

@@ -108,8 +108,11 @@ def norm_linear(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> to
     return _norm_linear.native(x, gain, weight)[0]
 
 
-def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    return _linear.native(x, None, weight, bias, residual)
+def linear_residual(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, scale: float
+) -> torch.Tensor:
+    out = _linear.native(x, None, weight, bias, residual)
+    return out if scale == 1.0 else out * scale
 
 
 def linear(maps: tuple[torch.Tensor, ...], weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -132,7 +135,7 @@ def norm_linear_refuses(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tenso
 
 
 def linear_residual_refuses(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, scale: float
 ) -> str | None:
     return why_not_on_cpu({"x": x, "weight": weight, "bias": bias, "residual": residual}, maps=("x",))
 

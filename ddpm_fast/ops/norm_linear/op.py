@@ -31,12 +31,20 @@ def _norm_linear_fake(x: torch.Tensor, weight: torch.Tensor, **_: object) -> tup
     return kernel.empty_outputs(x, weight.shape[0])
 
 
-def _linear_residual_gradients(
+def _convolution_gradients(
     needs: Sequence[bool], grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of a convolution's input, weight and bias, those that are needed."""
     geometry = ((1, 1), (0, 0), (1, 1), False, (0, 0), 1, needs)
     return torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), (weight.shape[0],), *geometry)
+
+
+def _linear_residual_gradients(
+    needs: Sequence[bool], grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: float
+) -> tuple[torch.Tensor | None, ...]:
+    """Those of x, weight, bias and residual, those that are needed."""
+    grad = grad if scale == 1.0 else grad * scale
+    return *_convolution_gradients(needs[:3], grad, x, weight), grad
 
 
 _norm_linear = Operator(
@@ -57,12 +65,11 @@ _norm_linear_beside_backward = Operator(
 )
 _linear_residual = Operator(
     "linear_residual",
-    "Tensor x, Tensor weight, Tensor bias, Tensor residual",
+    "Tensor x, Tensor weight, Tensor bias, Tensor residual, float scale",
     returns="out",
     fake=lambda x, weight, **_: _norm_linear_fake(x, weight)[0],
-    backward="grad, x, weight",
-    by_torch=("x, weight, bias", _linear_residual_gradients),
-    passes="residual",
+    backward="grad, x, weight, scale",
+    by_torch=("x, weight, bias, residual", _linear_residual_gradients),
     triton=f"{__package__}.triton",
 )
 # Of an output with branches.
@@ -130,17 +137,20 @@ class _NormLinearBeside(torch.autograd.Function):
         return _norm_linear_beside_backward.triton(grad, *ctx.saved_tensors, added)
 
 
-def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """A 1×1 convolution of x plus a residual, in one pass.
+def linear_residual(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, *, scale: float = 1.0
+) -> torch.Tensor:
+    """A 1×1 convolution of x plus a residual, times a number, in one pass.
 
     Args:
         x: (B, C, H, W), see `norm_linear`.
         weight: (K, C, 1, 1).
         bias: (K,).
         residual: (B, K, H, W), best laid out as x.
+        scale: a factor of the whole sum; native code takes another pass for one that is not 1.
 
     Returns:
-        (B, K, H, W) of the dtype and memory format of x. Gradients flow to everything.
+        (B, K, H, W) of the dtype and memory format of x. Gradients flow to everything but scale.
 
     Raises:
         TypeError, ValueError: an argument does not match its description.
@@ -152,11 +162,11 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
     expected = (x.shape[0], K, *x.shape[2:])
     if residual.shape != expected:
         raise ValueError(f"residual must have shape {expected}, got {tuple(residual.shape)}")
-    if number_of_branches() > 0 and x.dtype is weight.dtype is bias.dtype:
+    if scale == 1.0 and number_of_branches() > 0 and x.dtype is weight.dtype is bias.dtype:
         if x.is_contiguous(memory_format=torch.channels_last):
-            if _linear_residual_op.choose(x, weight, bias, residual).name == "triton":
+            if _linear_residual_op.choose(x, weight, bias, residual, scale).name == "triton":
                 return with_branches(*_ResidualWithBranches.apply(x, weight, bias, residual))
-    return _linear_residual_op(x, weight, bias, residual)
+    return _linear_residual_op(x, weight, bias, residual, scale)
 
 
 class _ResidualWithBranches(torch.autograd.Function):
@@ -168,7 +178,7 @@ class _ResidualWithBranches(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
-        return and_branches(_linear_residual.triton(x, weight, bias, residual), MOST_BRANCHES)
+        return and_branches(_linear_residual.triton(x, weight, bias, residual, 1.0), MOST_BRANCHES)
 
     @staticmethod
     @once_differentiable
@@ -179,7 +189,7 @@ class _ResidualWithBranches(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx, total, dbias = _gradients_of_readers.triton(grad, grad2, grad3, weight)
         total = grad if grad2 is None else total
-        dweight = _linear_residual_gradients((False, True, False), total, x, weight)[1]
+        dweight = _convolution_gradients((False, True, False), total, x, weight)[1]
         return dx, dweight, dbias, total
 
 
@@ -288,6 +298,12 @@ def _triton(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor) -> torch.
     return _norm_linear.triton(x, gain, weight)[0]
 
 
+def _triton_residual_refuses(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, scale: float
+) -> str | None:
+    return _triton_refuses(x, weight, bias, residual)
+
+
 def _triton_refuses(x: torch.Tensor, *others: torch.Tensor) -> str | None:
     reason = triton_launch.why_not_triton(x.device)
     if reason is not None:
@@ -327,7 +343,7 @@ def _example(device: torch.device) -> tuple[tuple, dict]:
 
 def _residual_example(device: torch.device) -> tuple[tuple, dict]:
     x, bias = _map(device), torch.zeros(8, device=device)
-    return (x, torch.zeros(8, 8, 1, 1, device=device), bias, x), {}
+    return (x, torch.zeros(8, 8, 1, 1, device=device), bias, x, 1.0), {}
 
 
 def _linear_example(device: torch.device) -> tuple[tuple, dict]:
@@ -352,7 +368,7 @@ _norm_linear_op = Op(
 _linear_residual_op = Op(
     "linear_residual",
     [
-        Implementation("triton", _linear_residual.triton, _triton_refuses),
+        Implementation("triton", _linear_residual.triton, _triton_residual_refuses),
         Implementation("native", native.linear_residual, native.linear_residual_refuses),
         Implementation("reference", reference.linear_residual),
     ],

@@ -5,7 +5,7 @@ RMSNorm is a scale per pixel, so that it commutes with the product over channels
     out = (√C / n) · x·(weight·gain)ᵀ
 
 The forward kernel adds up the squares while it reads x for the product and scales in the epilogue; the normed map never
-exists. (Without the norm, and with a bias and a residual in the epilogue, it is linear_residual.)
+exists. (Without the norm, and with bias, residual and a factor in the epilogue, it is linear_residual.)
 Backward, for z the gradient at x̂ = x·√C / n:
 
     z = grad·(weight·gain)     dx = (z − x̂·⟨x̂, z⟩ / C) · √C / n     d(weight·gain) = gradᵀ·x̂
@@ -52,7 +52,7 @@ def norm_linear_fwd_kernel(
     residual_ptr,  # as out, or None
     out_ptr,  # (B, K, N) through out_b, out_c, out_n
     factors_ptr,  # (B, N) float32: √C / max(‖x‖₂, 1e-12); or None: x is not normed
-    N, C, K, tiles_n, tiles_o, root_c, stride_b, stride_c, stride_n, out_b, out_c, out_n,
+    N, C, K, tiles_n, tiles_o, root_c, scale, stride_b, stride_c, stride_n, out_b, out_c, out_n,
     PRECISION: tl.constexpr, TILES_C: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def norm_linear_fwd_kernel(
     o_tile = i_b * out_b + o_n.to(tl.int64)[:, None] * out_n + o_o.to(tl.int64)[None, :] * out_c
     m_tile = m_n[:, None] & (o_o < K)[None, :]
     if residual_ptr is not None:
-        b_out += tl.load(residual_ptr + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_out = (b_out + tl.load(residual_ptr + o_tile, mask=m_tile, other=0.0).to(tl.float32)) * scale
     tl.store(out_ptr + o_tile, cast(b_out, out_ptr.dtype.element_ty), mask=m_tile)
 
 
@@ -302,10 +302,11 @@ def linear_residual(
     weight: torch.Tensor,  # (K, C, 1, 1)
     bias: torch.Tensor,  # (K,)
     residual: torch.Tensor,  # (B, K, H, W)
+    scale: float,
 ) -> torch.Tensor:
-    """The same product without the norm, plus bias and residual: (B, K, H, W) in the memory format of x."""
+    """The same product without the norm, plus bias and residual, times scale: (B, K, H, W), laid out as x."""
     out = empty_outputs(x, weight.shape[0])[0]
-    _launch_forward(x, None, weight, bias.contiguous(), _laid_out_for(x, residual), out, None)
+    _launch_forward(x, None, weight, bias.contiguous(), _laid_out_for(x, residual), out, None, scale)
     return out
 
 
@@ -319,7 +320,7 @@ def linear_residual_gradients(
     return product_gradients(grad, grad2, grad3, weight.reshape(weight.shape[:2]), 1)
 
 
-def _launch_forward(x, gain, weight, bias, residual, out, factors) -> None:
+def _launch_forward(x, gain, weight, bias, residual, out, factors, scale=1.0) -> None:
     K, C = weight.shape[:2]
     B, N = _rows(x)
     precision = triton_launch.convolution_precision()
@@ -328,8 +329,8 @@ def _launch_forward(x, gain, weight, bias, residual, out, factors) -> None:
     with torch.cuda.device_of(x):
         norm_linear_fwd_kernel[(B * tiles_n * tiles_o,)](
             x, gain, weight.reshape(K, C).contiguous(), bias, residual, out, factors, N, C, K, tiles_n, tiles_o, C**0.5,
-            *_strides(x, N), *_strides(out, N), PRECISION=precision, TILES_C=triton_launch.ceil_div(C, tile.block_c),
-            **tile.constants,
+            scale, *_strides(x, N), *_strides(out, N), PRECISION=precision,
+            TILES_C=triton_launch.ceil_div(C, tile.block_c), **tile.constants,
         )  # fmt: skip
 
 

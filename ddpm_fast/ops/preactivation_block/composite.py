@@ -58,9 +58,9 @@ def preactivation_block(
         }
         h = group_norm_silu(y, gain2, offset2, groups=groups2, eps=eps2, **options)
         if by_triton and not up and res_weight is not None and res_weight.shape[2] == 1 and res_bias is not None:
-            out = linear_residual(_resampled(x, resample), res_weight, res_bias, conv3x3(h, weight2, bias2))
-        else:
-            out = conv3x3(h, weight2, bias2, residual=_residual(x, res_weight, res_bias, resample))
+            x = _resampled(x, resample)
+            return linear_residual(x, res_weight, res_bias, conv3x3(h, weight2, bias2), scale=output_scale)
+        out = conv3x3(h, weight2, bias2, residual=_residual(x, res_weight, res_bias, resample))
         return out if output_scale == 1.0 else out * output_scale
 
 

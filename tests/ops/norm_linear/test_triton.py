@@ -241,7 +241,8 @@ def test_refuses_rows_that_registers_do_not_hold(precision, most):
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_residual(dtype, layout):
+@pytest.mark.parametrize("scale", [1.0, 0.5**0.5])
+def test_linear_residual(scale, dtype, layout):
     """Maps in a half type have their parameters in float32; a residual may have another layout."""
     shape = (2, 70, 5, 7, 24)
     tensors = make(shape, layout, DEVICE)
@@ -253,7 +254,7 @@ def test_linear_residual(dtype, layout):
             given = {name: t.detach().clone() for name, t in {**leaves, "residual": residual}.items()}
             given = {name: (t.double() if exact else t).requires_grad_() for name, t in given.items()}
             with use_backend(backend):
-                out = linear_residual(**given)
+                out = linear_residual(**given, scale=scale)
             out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape).to(out.dtype))
             results[backend, exact] = {"out": out.detach(), **{name: t.grad for name, t in given.items()}}
         actual = results["triton", False]
@@ -329,10 +330,10 @@ def test_linear_residual_is_an_operator_and_compiles():
     tensors = make((2, 8, 3, 4, 12), "nhwc", DEVICE)
     arguments = [tensors["x"], tensors["weight"], torch.randn(12, device=DEVICE), torch.randn(2, 12, 3, 4).to(DEVICE)]
     arguments = [tensor.requires_grad_() for tensor in arguments]
-    torch.library.opcheck(torch.ops.ddpm_fast.linear_residual.default, tuple(arguments))
+    torch.library.opcheck(torch.ops.ddpm_fast.linear_residual.default, (*arguments, 0.5))
     with use_backend("triton"):
-        compiled = torch.compile(linear_residual, backend="aot_eager", fullgraph=True)(*arguments)
-        assert torch.equal(compiled, linear_residual(*arguments))
+        compiled = torch.compile(linear_residual, backend="aot_eager", fullgraph=True)(*arguments, scale=0.5)
+        assert torch.equal(compiled, linear_residual(*arguments, scale=0.5))
 
 
 @pytest.mark.arithmetic
