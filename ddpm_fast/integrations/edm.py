@@ -1,8 +1,14 @@
-"""EDM's networks (Karras et al. 2022), SongUNet and DhariwalUNet, as physicsnemo has them: their block of a UNet."""
+"""EDM's networks (Karras et al. 2022), SongUNet and DhariwalUNet, as physicsnemo has them.
+
+Their own forward runs, with other blocks of a UNet, of which one product makes all rows and one call draws all seeds.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,11 +16,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddpm_fast import noise
-from ddpm_fast.integrations.family import Fast, channels_last, computes_plainly, declare, fast, own_forward, why_changed
+from ddpm_fast.integrations.family import (
+    Fast,
+    channels_last,
+    computes,
+    computes_plainly,
+    declare,
+    fast,
+    own_forward,
+    why_changed,
+)
 from ddpm_fast.integrations.replays import ReplaysOwnForward
+from ddpm_fast.integrations.weights import CONVOLUTIONS
+from ddpm_fast.models.embeddings import linears_of_one_input
 from ddpm_fast.models.stock import parameter
 from ddpm_fast.ops.attention_block.op import unchecked_group_norm_attention_block
+from ddpm_fast.ops.conv3x3.op import conv3x3
+from ddpm_fast.ops.norm_silu.op import group_norm_silu
 from ddpm_fast.ops.preactivation_block.op import unchecked_preactivation_block
+from ddpm_fast.ops.stem_conv.op import stem_conv
 from ddpm_fast.runtime.autocast import to_autocast_dtype
 
 _LAYERS = "physicsnemo.nn.module"
@@ -106,7 +126,7 @@ def unet_block(block: Any, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
     if x.dim() != 4 or (not block.amp_mode and torch.is_autocast_enabled(x.device.type)):
         return own_forward(block, x, emb)  # which refuses autocast
     modules = block._modules
-    rows = modules["affine"](emb)
+    rows, seed, with_bias = _row(block, emb)
     (x,) = to_autocast_dtype(channels_last(x))
     if rows.shape[0] != x.shape[0]:
         rows = rows.expand(x.shape[0], -1)
@@ -118,15 +138,16 @@ def unet_block(block: Any, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         options["embedding"] = rows
     if skip is not None and parameter(skip, "weight") is not None:
         options |= {"res_weight": parameter(skip, "weight"), "res_bias": parameter(skip, "bias")}
-    if block.training and block.dropout > 0:
-        options |= {"dropout_p": block.dropout, "seed": noise.draw_seed(x.device)}
+    if _drops(block):
+        options |= {"dropout_p": block.dropout, "seed": noise.draw_seed(x.device) if seed is None else seed}
     B, C, H, W = x.shape
     pixels = H * W
     gain1, eps1 = _norm_of(modules["norm0"], C, pixels)
     pixels = 4 * pixels if conv0.up else (H // 2) * (W // 2) if conv0.down else pixels
     gain2, eps2 = _norm_of(modules["norm1"], conv0.out_channels, pixels)
+    bias1 = None if with_bias else parameter(conv0, "bias")
     x = unchecked_preactivation_block(
-        x, parameter(conv0, "weight"), parameter(conv0, "bias"), gain1, parameter(modules["norm0"], "bias"),
+        x, parameter(conv0, "weight"), bias1, gain1, parameter(modules["norm0"], "bias"),
         parameter(conv1, "weight"), parameter(conv1, "bias"), gain2, parameter(modules["norm1"], "bias"),
         groups1=modules["norm0"].num_groups, groups2=modules["norm1"].num_groups, eps1=eps1, eps2=eps2,
         output_scale=float(block.skip_scale), **options,
@@ -166,12 +187,141 @@ def _norm_of(norm: Any, channels: int, pixels: int) -> tuple[torch.Tensor, float
     return gain * ((n - 1) / n) ** 0.5, norm.eps * (n - 1) / n
 
 
+def _drops(block: Any) -> bool:
+    return block.training and block.dropout > 0
+
+
+def _refuses_autocast(module: Any, x: torch.Tensor) -> bool:
+    """True where the package's own forward raises."""
+    return not module.amp_mode and torch.is_autocast_enabled(x.device.type)
+
+
+def _why_not_conv3x3(conv: Any) -> str | None:
+    return _why_not_conv(conv, 3)
+
+
+def _why_not_stem_conv(conv: Any) -> str | None:
+    return _why_not_conv(conv, 3) if conv.in_channels <= 4 else "it has more than 4 input channels"
+
+
+@fast(_CONV, runs="conv3x3", refuses=_why_not_conv3x3, casts_weights=True)
+def convolution(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    """The last convolution of a network: (B, C, H, W) → (B, K, H, W)."""
+    if x.dim() != 4 or _refuses_autocast(conv, x):
+        return own_forward(conv, x)
+    (x,) = to_autocast_dtype(channels_last(x))
+    return conv3x3(x, parameter(conv, "weight"), parameter(conv, "bias"))
+
+
+@fast(_CONV, runs="stem_conv", refuses=_why_not_stem_conv, order=-1, casts_weights=True)
+def first_convolution(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    """That of a network: (B, 3, H, W) → (B, K, H, W)."""
+    if x.dim() != 4 or _refuses_autocast(conv, x):
+        return own_forward(conv, x)
+    (x,) = to_autocast_dtype(x)
+    return stem_conv(x, parameter(conv, "weight"), parameter(conv, "bias"))
+
+
+def _why_not_last_norm(norm: Any) -> str | None:
+    return _why_not_norm(norm, None if norm.act is None else "silu")
+
+
+@fast(_NORM, runs="group_norm_silu", refuses=_why_not_last_norm, casts_weights=True)
+def last_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """That of a network: (B, C, H, W) → (B, C, H, W)."""
+    if x.dim() != 4 or _refuses_autocast(norm, x):
+        return own_forward(norm, x)
+    (x,) = to_autocast_dtype(channels_last(x))
+    gain, eps = _norm_of(norm, x.shape[1], x.shape[2] * x.shape[3])
+    offset, activation = parameter(norm, "bias"), norm.act is not None
+    return group_norm_silu(x, gain, offset, groups=norm.num_groups, eps=eps, activation=activation)
+
+
+# Of a block: the output of its affine layer, its seed, and whether the first convolution's bias is in the rows.
+_Row = tuple[torch.Tensor, torch.Tensor | None, bool]
+
+
+class _Rows:
+    """The rows of a running network's blocks, made when the first of them is called."""
+
+    def __init__(self, blocks: list[Any]):
+        self.blocks = blocks
+        self.emb: torch.Tensor | None = None
+        self.made: dict[int, _Row] = {}
+
+    def of(self, block: Any, emb: torch.Tensor) -> _Row | None:
+        """None for a block or an embedding of which no rows were made."""
+        if self.emb is None:
+            self.emb = emb
+            self._make(emb)
+        return self.made.get(id(block)) if self.emb is emb else None
+
+    def _make(self, emb: torch.Tensor) -> None:
+        blocks = [block for block in self.blocks if not _refuses_autocast(block.affine, emb)]
+        if not blocks:
+            return
+        biases = [parameter(block._modules["conv0"], "bias") for block in blocks]
+        with_bias = not any(block.adaptive_scale for block in blocks) and all(bias is not None for bias in biases)
+        layers = [block._modules["affine"] for block in blocks]
+        rows = linears_of_one_input(emb, layers, biases if with_bias else ())
+        seeds: Iterator[torch.Tensor] = iter(())
+        if any(_drops(block) for block in blocks):
+            seeds = iter(noise.draw_seeds(len(blocks), emb.device))
+        for block, part in zip(blocks, rows.split([len(layer.weight) for layer in layers], dim=1), strict=True):
+            self.made[id(block)] = (part, next(seeds) if _drops(block) else None, with_bias)
+
+
+# Thread → the rows of its running network.
+_running: dict[int, _Rows] = {}
+
+
+def _row(block: Any, emb: torch.Tensor) -> _Row:
+    if _running and not torch.compiler.is_compiling():
+        rows = _running.get(threading.get_ident())
+        row = None if rows is None else rows.of(block, emb)
+        if row is not None:
+            return row
+    return block._modules["affine"](emb), None, False
+
+
+@contextlib.contextmanager
+def _with_rows(blocks: list[Any]) -> Iterator[None]:
+    """Inside, this thread's blocks find what one product has made of the embedding."""
+    thread = threading.get_ident()
+    before = _running.get(thread)
+    _running[thread] = _Rows(blocks)
+    try:
+        yield
+    finally:
+        _running.pop(thread, None)
+        if before is not None:
+            _running[thread] = before
+
+
 class _Network(ReplaysOwnForward):
     arguments = ("x", "noise_labels", "class_labels", "augment_labels")
+
+    def _run(self: Any, **given: Any) -> Any:
+        if torch.compiler.is_compiling() or self._checkpoints(given["x"]):
+            return own_forward(self, **given)
+        blocks = [
+            block
+            for block in (*self.enc.values(), *self.dec.values())
+            if computes(block, unet_block) and parameter(block._modules["affine"], "bias") is not None
+        ]
+        with _with_rows(blocks):
+            return own_forward(self, **given)
+
+    def _checkpoints(self: Any, x: torch.Tensor) -> bool:
+        """True where a block may run again in backward, which then has to keep the same tensors."""
+        side = getattr(self, "checkpoint_threshold", None)
+        return side is not None and x.dim() == 4 and x.shape[2] * x.shape[3] >= side**2
 
 
 for _path in ("song_unet.SongUNet", "dhariwal_unet.DhariwalUNet"):
     _NETWORK = f"physicsnemo.models.diffusion_unets.{_path}"
-    declare(Fast(_NETWORK, "its own forward, replayed", mixin=_Network, is_network=True, casts_weights=True))
+    _RUNS = "its own forward, replayed, with rows of all blocks by one product"
+    declare(Fast(_NETWORK, _RUNS, mixin=_Network, is_network=True, casts_weights=True))
 computes_plainly(_CONV, _LINEAR, _NORM)
 computes_plainly(*(f"{_LAYERS}.embedding_layers.{name}Embedding" for name in ("Positional", "Fourier")))
+CONVOLUTIONS.add(_CONV)

@@ -30,7 +30,7 @@ from ddpm_fast.ops.attention_block.op import unchecked_attention_block
 from ddpm_fast.ops.linear_attention_block.op import unchecked_linear_attention_block
 from ddpm_fast.ops.norm_silu.op import rms_norm_silu
 from ddpm_fast.ops.resnet_block.op import unchecked_resnet_block
-from ddpm_fast.runtime.autocast import to_autocast_dtype
+from ddpm_fast.runtime.autocast import autocast_dtype, to_autocast_dtype
 
 _FILE = "rectified_flow_pytorch.rectified_flow"
 _NORM, _BLOCK, _RESNET = f"{_FILE}.RMSNorm", f"{_FILE}.Block", f"{_FILE}.ResnetBlock"
@@ -165,6 +165,8 @@ def norm_of_a_map(norm: Any, x: torch.Tensor) -> torch.Tensor:
     gain = parameter(norm, "gamma")
     if x.dim() != 4 or x.shape[1] != gain.numel():
         return own_forward(norm, x)
+    if x.dtype is not gain.dtype and autocast_dtype(x.device.type) is None:
+        return own_forward(norm, x)  # of the wider dtype
     return rms_norm_silu(channels_last(x), gain, activation=False)
 
 

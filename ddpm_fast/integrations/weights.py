@@ -15,6 +15,9 @@ from torch import nn
 
 from ddpm_fast.ops.layout import weights_format
 
+# Paths of classes that have the weight of a 2D convolution and are no nn.Conv2d; families add theirs.
+CONVOLUTIONS: set[str] = set()
+
 _MARK = "_ddpm_fast_laid_out"  # in the __dict__ of a convolution whose weight was contiguous before
 
 
@@ -37,10 +40,15 @@ def give_back_weights(module: nn.Module) -> None:
 def _weights(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
     """Convolutions whose weight is a parameter of torch itself, and no tensor of a sharded or quantised kind."""
     for convolution in module.modules():
-        if isinstance(convolution, nn.Conv2d):
+        if isinstance(convolution, nn.Conv2d) or _path(convolution) in CONVOLUTIONS:
             weight = convolution._parameters.get("weight")
             if type(weight) is nn.Parameter and weight.layout is torch.strided:
                 yield convolution, weight
+
+
+def _path(module: nn.Module) -> str:
+    cls = type(module)  # an accelerated class has the names of its own
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _give_back(convolution: nn.Module, weight: nn.Parameter) -> None:

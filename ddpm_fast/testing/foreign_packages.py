@@ -36,6 +36,14 @@ def small_openai_unet() -> Any:
     )  # fmt: skip
 
 
+def small_edm_unet(kind: str = "SongUNet") -> Any:
+    """The same of EDM's networks."""
+    return getattr(import_edm(), kind)(
+        img_resolution=8, in_channels=3, out_channels=3, model_channels=32, num_blocks=1, channel_mult=[1, 2],
+        attn_resolutions=[4], dropout=0.0,
+    )  # fmt: skip
+
+
 def import_edm() -> ModuleType:
     """The module of physicsnemo with EDM's networks; absent packages that these do not use are replaced meanwhile."""
     name = "physicsnemo.models.diffusion_unets"

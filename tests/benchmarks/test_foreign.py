@@ -9,10 +9,15 @@ pytest.importorskip("triton")
 import bench_foreign  # noqa: E402
 from cuda_model import foreign  # noqa: E402
 
+from ddpm_fast.measure.foreign import NETWORKS  # noqa: E402
+from ddpm_fast.testing.foreign_packages import import_edm  # noqa: E402
+
 
 @pytest.mark.gate
-@pytest.mark.parametrize("name", ["diffusers", "torchcfm", "upstream"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_counts(gate, name):
+    if name.startswith("edm"):
+        import_edm()
     counts = foreign.count(name)
     assert counts.operators <= 0.5 and counts.bytes_moved <= 0.6
     gate("accelerated", f"{name}, training step: operators over eager's", counts.operators)

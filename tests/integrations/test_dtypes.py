@@ -12,21 +12,13 @@ from torch import nn
 import ddpm_fast
 from ddpm_fast.integrations.accelerate import is_accelerated
 from ddpm_fast.testing.accelerated import randomise_all
-from ddpm_fast.testing.foreign_packages import import_edm, small_diffusers_unet, small_openai_unet
+from ddpm_fast.testing.foreign_packages import small_diffusers_unet, small_edm_unet, small_openai_unet
 
-edm = import_edm()
 upstream = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 with_classes = pytest.importorskip("denoising_diffusion_pytorch.classifier_free_guidance")
 rectified_flow = pytest.importorskip("rectified_flow_pytorch.rectified_flow")
 HALF = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 X, T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 7])
-
-
-def edm_unet(kind: str) -> nn.Module:
-    return getattr(edm, kind)(
-        img_resolution=8, in_channels=3, out_channels=3, model_channels=32, num_blocks=1, channel_mult=[1, 2],
-        attn_resolutions=[4], dropout=0.0,
-    )  # fmt: skip
 
 
 # The network, and its call with images.
@@ -40,8 +32,8 @@ NETWORKS: dict[str, tuple[Any, Any]] = {
     "diffusers": (small_diffusers_unet, lambda n, x: n(x, T).sample),
     "diffusers, by name": (small_diffusers_unet, lambda n, x: n(sample=x, timestep=T).sample),
     "torchcfm": (small_openai_unet, lambda n, x: n(T / 10, x)),
-    "SongUNet": (lambda: edm_unet("SongUNet"), lambda n, x: n(x, T / 10, None)),
-    "DhariwalUNet": (lambda: edm_unet("DhariwalUNet"), lambda n, x: n(x, T / 10, None)),
+    "SongUNet": (lambda: small_edm_unet("SongUNet"), lambda n, x: n(x, T / 10, None)),
+    "DhariwalUNet": (lambda: small_edm_unet("DhariwalUNet"), lambda n, x: n(x, T / 10, None)),
 }
 ALL = pytest.mark.parametrize("name", NETWORKS)
 

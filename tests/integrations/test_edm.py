@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ddpm_fast
+from ddpm_fast.integrations import edm as family
 from ddpm_fast.integrations.accelerate import table
 from ddpm_fast.testing.accelerated import check_accelerated, outputs_and_gradients, randomise_all
 from ddpm_fast.testing.foreign_packages import import_edm
@@ -61,6 +62,71 @@ def test_blocks(name, training):
 def test_networks(name):
     options = {"encoder_type": "skip", "decoder_type": "skip"} if name == "SongUNet" else {"model_channels": 64}
     check_accelerated(network(name, **options), network_inputs(), runs=PRE)
+
+
+ROWS = {
+    "added": ("SongUNet", {}),
+    "scale and shift": ("DhariwalUNet", {"model_channels": 64}),
+    "blocks that run again in backward": ("SongUNet", {"checkpoint_level": 1}),
+    "one noise level for all images": ("SongUNet", {}),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_one_product_makes_the_rows_of_all_blocks(kind, monkeypatch):
+    name, options = ROWS[kind]
+    x, t = network_inputs()
+    args, products = (x, t[:1] if "one" in kind else t), []
+    made = network(name, **options)
+    product = family.linears_of_one_input
+    monkeypatch.setattr(family, "linears_of_one_input", lambda *a: products.append(len(a[1])) or product(*a))
+    check_accelerated(made, args, runs=PRE)
+    blocks = [module for module in made.modules() if type(module).__name__ == "UNetBlock"]
+    # Accelerated, and a copy of it; not as it was, by reference, or restored.
+    assert products == ([] if "again" in kind else [len(blocks)] * 2)
+
+
+def test_a_block_that_is_called_outside_makes_its_own_row():
+    made, args = ddpm_fast.accelerate(randomise_all(network("SongUNet"))), network_inputs()
+    inside, alone = [], []
+    first = next(module for module in made.modules() if type(module).__name__ == "UNetBlock")
+    hook = first.register_forward_hook(lambda block, given, out: inside.append((given, out)))
+    made(*args)
+    hook.remove()
+    ((given, out),) = inside
+    alone = first(*given)
+    torch.testing.assert_close(alone, out, rtol=1e-5, atol=1e-5)
+    first.affine.register_forward_hook(lambda layer, given, out: out + 1)
+    eager = ddpm_fast.restore(copy.deepcopy(made))
+    torch.testing.assert_close(made(*args), eager(*args), rtol=1e-4, atol=1e-4)
+
+
+def test_an_error_inside_leaves_nothing_behind():
+    made, (x, t) = ddpm_fast.accelerate(network("SongUNet")), network_inputs()
+    with pytest.raises(ValueError, match="weight must have shape"):
+        made(x[:, :2], t)
+    assert not family._running
+    assert made(x, t).shape == x.shape
+
+
+def test_dropout_of_a_network_draws_fresh_numbers():
+    made, args = ddpm_fast.accelerate(randomise_all(network("SongUNet", dropout=0.5))), network_inputs()
+    torch.manual_seed(3)
+    first, second = made(*args), made(*args)
+    torch.manual_seed(3)
+    assert torch.equal(made(*args), first) and not torch.equal(first, second)
+
+
+def test_first_and_last_layers():
+    made, args = randomise_all(network("SongUNet")), network_inputs()
+    runs = {line.path: line.runs for line in table(ddpm_fast.accelerate(made))}
+    assert (runs["enc.8x8_conv"], runs["dec.8x8_aux_norm"]) == ("stem_conv", "group_norm_silu")
+    assert runs["dec.8x8_aux_conv"] == "conv3x3"
+    for training in (True, False):
+        eager = ddpm_fast.restore(copy.deepcopy(made))
+        for each in (made, eager):
+            each.train(training)
+        torch.testing.assert_close(made(*args), eager(*args), rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_draws_fresh_numbers_in_training():

@@ -13,10 +13,10 @@ from torch import nn
 import ddpm_fast
 from ddpm_fast.integrations import weights
 from ddpm_fast.testing.accelerated import assert_same_bits, outputs_and_gradients, randomise_all
-from ddpm_fast.testing.foreign_packages import small_diffusers_unet, small_openai_unet
+from ddpm_fast.testing.foreign_packages import small_diffusers_unet, small_edm_unet, small_openai_unet
 from ddpm_fast.training.captured_step import lay_out_state
 
-NETWORKS = {"diffusers": small_diffusers_unet, "torchcfm": small_openai_unet}
+NETWORKS = {"diffusers": small_diffusers_unet, "torchcfm": small_openai_unet, "EDM": small_edm_unet}
 both = pytest.mark.parametrize("name", NETWORKS)
 
 
