@@ -47,7 +47,7 @@ constexpr Kernels make_kernels(const char* name, bool pairs = false) {
                     .group_block_backward = attention::group_block_backward},
       .linear_attention = {.forward = linear_attention::forward, .backward = linear_attention::backward},
       .stem_conv = {.forward = stem_conv_forward, .weight_gradient = stem_conv_weight_gradient},
-      .strided_conv = {.forward = strided_conv_forward},
+      .strided_conv = {.forward = strided_conv_forward, .gradient = strided_conv_gradient},
       .noise = {.normal = noise::normal},
       .convert = {.from_half = convert::from_half,
                   .from_bfloat16 = convert::from_bfloat16,

@@ -18,8 +18,21 @@ struct StridedConvForward {
   int64_t K;
 };
 
+// Its gradients for grad, that of the output; a null pointer is a gradient that is left out.
+struct StridedConvGradient {
+  int64_t B, H, W, padding;
+  int64_t out_H, out_W;
+  const float* grad;  // (B, out_H, out_W, K)
+  int64_t K;
+  const float* input;   // (B, H, W, C)
+  const float* weight;  // (K, C, 3, 3)
+  int64_t C;
+  float *dinput, *dweight, *dbias;
+};
+
 struct StridedConvKernels {
   void (*forward)(const StridedConvForward&);
+  void (*gradient)(const StridedConvGradient&);
 };
 
 }  // namespace ddpm_fast

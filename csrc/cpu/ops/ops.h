@@ -96,6 +96,8 @@ std::tuple<Tensor, Tensor> stem_conv_backward(const Tensor& grad, const Tensor& 
 
 // strided_conv.cpp
 Tensor strided_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t padding);
+std::tuple<Tensor, Tensor, Tensor> strided_conv_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                          int64_t padding, std::array<bool, 3> needs);
 
 // attention.cpp
 Tensor attention(const Tensor& qkv, const Tensor& mem_kv, int64_t heads);

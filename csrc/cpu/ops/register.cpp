@@ -28,6 +28,7 @@ TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("native_stem_conv", &stem_conv);
   m.impl("native_stem_conv_backward", &stem_conv_backward);
   m.impl("native_strided_conv", &strided_conv);
+  m.impl("native_strided_conv_gradients", &strided_conv_gradients);
   m.impl("native_attention", &attention);
   m.impl("native_attention_backward", &attention_backward);
   m.impl("native_attention_block", &attention_block);

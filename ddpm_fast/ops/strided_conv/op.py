@@ -2,7 +2,8 @@
 
 On the CPU a matrix product of each output pixel's 3×3 inputs (csrc/cpu/kernels/strided_conv-inl.h). torch's convolution
 multiplies as fast, but copies the weight into blocks of its own in every call, to memory that is fresh in every call:
-natively few pixels with many channels are faster. Gradients are torch's.
+natively few pixels with many channels are faster, forward and backward. Gradients that are differentiated again are
+torch's.
 """
 
 from __future__ import annotations
@@ -32,11 +33,25 @@ def _native_fake(x: torch.Tensor, weight: torch.Tensor, padding: int, **_: objec
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+_strided_conv_gradients = Operator(
+    "strided_conv_gradients",
+    "Tensor grad, Tensor x, Tensor weight, int padding, bool[3] needs",
+    returns="dx, dweight, dbias",  # empty where they are not needed
+    fake=lambda x, weight, needs, **_: tuple(
+        torch.empty_like(of) if needed else of.new_empty(0)
+        for of, needed in zip((x, weight, weight[:, 0, 0, 0]), needs, strict=True)
+    ),
+    native=True,
+)
+
+
 def _gradients(
-    needs: Sequence[bool], grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+    needs: Sequence[bool], grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, padding: int
 ) -> tuple[torch.Tensor | None, ...]:
-    """By torch. The output of a padded map is one larger."""
-    padding = grad.shape[2] - _side(x.shape[2], 0)
+    if not torch.is_grad_enabled() and _native_yields(x, weight, None, padding=padding) is None:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        made = _strided_conv_gradients.native(grad, x, weight, padding, list(needs))
+        return tuple(gradient if needed else None for gradient, needed in zip(made, needs, strict=True))
     w, biases = weight.to(x.dtype), [weight.shape[0]]
     made = torch.ops.aten.convolution_backward(
         grad, x, w, biases, [2, 2], [padding, padding], [1, 1], False, [0, 0], 1, list(needs)
@@ -49,7 +64,7 @@ _strided_conv = Operator(
     "Tensor x, Tensor weight, Tensor? bias, int padding",
     returns="out",
     fake=_native_fake,
-    backward="grad, x, weight",
+    backward="grad, x, weight, padding",
     by_torch=("x, weight, bias", _gradients),
     native=True,
 )

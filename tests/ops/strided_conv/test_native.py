@@ -10,7 +10,7 @@ import ddpm_fast
 from ddpm_fast import use_backend
 from ddpm_fast.integrations.accelerate import table
 from ddpm_fast.ops.strided_conv import reference
-from ddpm_fast.ops.strided_conv.op import strided_conv
+from ddpm_fast.ops.strided_conv.op import _strided_conv_gradients, strided_conv
 from ddpm_fast.runtime import extension
 from ddpm_fast.runtime.dispatch import BackendRefused, watch_choices
 from ddpm_fast.testing.truth import assert_close_to_truth, poisoned_memory
@@ -55,16 +55,51 @@ def test_equals_the_reference(shape, padding, instruction_set):
             assert_close_to_truth(actual[name], expected[name], truth[name], name=f"{name}, {dtype}")
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 40, 33, 4, 6), (1, 16, 16, 60, 58)])
+def test_gradients_of_any_shape(shape, padding, instruction_set):
+    """Those of shapes, too, for which torch's are the faster ones."""
+    needs = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+    tensors = make(shape)
+    expected = run(reference.strided_conv, tensors, padding)
+    truth = run(reference.strided_conv, {name: t.double() for name, t in tensors.items()}, padding)
+    grad = torch.linspace(-1, 1, expected["out"].numel(), dtype=torch.float64).reshape(expected["out"].shape).float()
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    for needed in needs:
+        with poisoned_memory():
+            made = _strided_conv_gradients.native(grad, tensors["x"], tensors["weight"], padding, list(needed))
+        for name, gradient, is_needed in zip(tensors, made, needed, strict=True):
+            if is_needed:
+                assert_close_to_truth(gradient, expected[name], truth[name], name=name)
+            else:
+                assert gradient.numel() == 0
+
+
+def test_gradients_are_native_where_the_convolution_is(monkeypatch):
+    calls, native = [], _strided_conv_gradients.native
+    monkeypatch.setattr(
+        _strided_conv_gradients, "native", lambda *given: calls.append(given[-1]) or native(*given), raising=False
+    )
+    run(strided_conv, make((8, 8, 8, 16, 16)), 1)
+    run(strided_conv, make((8, 8, 8, 64, 64)), 1)  # many pixels
+    run(strided_conv, make((8, 8, 8, 16, 16), torch.bfloat16), 1)
+    frozen = make((8, 8, 8, 16, 16))
+    x = frozen["x"].requires_grad_()
+    strided_conv(**frozen).sum().backward()
+    assert x.grad.shape == x.shape and calls == [[True, True, True], [True, False, False]]
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads):
     tensors, before = make(SHAPES[-1]), torch.get_num_threads()
     with use_backend("native"):
-        expected = strided_conv(**tensors)
+        expected = run(strided_conv, tensors, 1)
         torch.set_num_threads(threads)
         try:
-            assert torch.equal(strided_conv(**tensors), expected)
+            found = run(strided_conv, tensors, 1)
         finally:
             torch.set_num_threads(before)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_second_derivatives():
@@ -82,6 +117,9 @@ def test_second_derivatives():
 def test_opcheck():
     x, weight, bias = (tensor.requires_grad_() for tensor in make((1, 4, 3, 5, 6)).values())
     torch.library.opcheck(torch.ops.ddpm_fast.native_strided_conv.default, (x, weight, bias, 1))
+    grad = strided_conv(x, weight, padding=1).detach().contiguous(memory_format=torch.channels_last)
+    given = (grad, x.detach(), weight.detach(), 1, [True, False, True])
+    torch.library.opcheck(torch.ops.ddpm_fast.native_strided_conv_gradients.default, given)
 
 
 # Batch, side and dtype → what runs.
@@ -148,3 +186,8 @@ def test_wrong_arguments():
     for wrong in ((x.contiguous(), weight, bias, 1), (x, weight[:, :2], bias, 1), (x, weight, bias, 2)):
         with pytest.raises(ValueError, match="x|weight|padding"):
             operator(*wrong)
+    grad = strided_conv(x, weight).contiguous(memory_format=torch.channels_last)
+    gradients = torch.ops.ddpm_fast.native_strided_conv_gradients
+    for wrong in ((grad[:, :2], x, weight, 1), (grad, x, weight[:, :2], 1), (grad, x, weight, 2), (grad, x, weight, 0)):
+        with pytest.raises(ValueError, match="grad|weight|padding"):
+            gradients(*wrong, [True] * 3)
