@@ -204,7 +204,7 @@ inline void block_backward(const AttentionBlockBackward& args) {
   }
   scale_columns_backward(shared.dfolded, args.block.weight_qkv, args.block.gain_in, 3 * HD, C, args.dweight_qkv,
                          args.dgain_in);
-  transpose(shared.dout_weight, HD, C, args.dweight);
+  transpose(shared.dout_weight, C, HD, C, args.dweight);
   sum_memory(shared.dmemory, plan.samples, plan.memory(), args.dmem_kv);
 }
 

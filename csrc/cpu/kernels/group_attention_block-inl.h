@@ -407,7 +407,7 @@ inline void unfolded_block_backward(const GroupAttentionBackward& args) {
   norm_parameters_backward(args, shared.sums);
   if (args.dweight == nullptr) return;
   add_partials(shared.bias_sums, tiles, 3 * HD, 3 * HD, args.dbias_qkv);
-  transpose(shared.dout_weight, HD, C, args.dweight);
+  transpose(shared.dout_weight, C, HD, C, args.dweight);
   for (int64_t i = 0; i < C * HD; ++i) args.dweight[i] *= block.output_scale;
   for (int64_t c = 0; c < C; ++c) args.dbias[c] *= block.output_scale;
 }

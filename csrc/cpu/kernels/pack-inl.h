@@ -109,11 +109,11 @@ inline void pack_columns(const float* b, int64_t stride, int64_t K, int64_t N, f
   pack_columns(b, stride, nullptr, K, N, 0, panels(N), packed);
 }
 
-// (rows, columns) to (columns, rows), both without gaps.
-DDPM_FAST_NOINLINE void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+// (rows, columns), rows `stride` apart, to (columns, rows) without gaps.
+DDPM_FAST_NOINLINE void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     const int64_t count = min<int64_t>(kLanes, rows - r);
-    over_columns(from + r * columns, columns, count, columns,
+    over_columns(from + r * stride, stride, count, columns,
                  [&](int64_t k, vf value) DDPM_FAST_LAMBDA { store_upto(to + k * rows + r, value, count); });
   }
 }
