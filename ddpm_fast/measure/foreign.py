@@ -110,6 +110,7 @@ def _edm(class_name: str, arguments: dict) -> Callable[[str | None], ForeignNetw
     def make(folder: str | None) -> ForeignNetwork:
         module = importlib.import_module("physicsnemo.models.diffusion_unets")
         network = getattr(module, class_name)(**arguments)
+        network.amp_mode = True  # else it refuses autocast
         side = arguments["img_resolution"]
         size = (arguments["in_channels"], side, side)
         return ForeignNetwork(class_name, network, size, lambda network, x, t: network(x, t / 1000))

@@ -19,20 +19,13 @@ from torch.nn.utils import parametrize
 import ddpm_fast
 from ddpm_fast.integrations import family
 from ddpm_fast.integrations.accelerate import is_accelerated, table
+from ddpm_fast.runtime import dispatch
 from ddpm_fast.testing.accelerated import assert_same_bits, outputs_and_gradients, randomise_all
-from ddpm_fast.testing.foreign_packages import import_edm, small_diffusers_unet, small_openai_unet
+from ddpm_fast.testing.foreign_packages import small_diffusers_unet, small_edm_unet, small_openai_unet
 
-edm = import_edm()
 upstream = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 with_classes = pytest.importorskip("denoising_diffusion_pytorch.classifier_free_guidance")
 rectified_flow = pytest.importorskip("rectified_flow_pytorch.rectified_flow")
-
-
-def edm_unet():
-    return edm.SongUNet(
-        img_resolution=8, in_channels=3, out_channels=3, model_channels=32, num_blocks=1, channel_mult=[1, 2],
-        attn_resolutions=[4], dropout=0.0,
-    )  # fmt: skip
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -41,7 +34,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "rectified flow": lambda: rectified_flow.Unet(8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8),
     "diffusers": small_diffusers_unet,
     "torchcfm": small_openai_unet,
-    "EDM": edm_unet,
+    "EDM": small_edm_unet,
 }
 ALL = pytest.mark.parametrize("name", NETWORKS)
 
@@ -391,6 +384,23 @@ def test_restoring_modules_whose_forward_a_wrapper_keeps():
         module.forward = module.forward
     ddpm_fast.restore(model)
     assert_same_bits(results(model, "diffusers"), results(network("diffusers"), "diffusers"))
+
+
+# Batch, side of the image and of the kernel → what runs.
+STEMS = {(1, 16, 3): None, (2, 12, 3): "stem_conv", (1, 17, 3): "stem_conv", (1, 8, 5): "stem_conv"}
+
+
+@pytest.mark.parametrize("case", STEMS)
+def test_a_rule_about_a_shape(case):
+    """A first convolution of few pixels is called as it was, and explain says so."""
+    batch, side, kernel = case
+    eager, x = nn.Conv2d(3, 8, kernel, padding=kernel // 2), torch.randn(batch, 3, side, side)
+    fast = ddpm_fast.accelerate(copy.deepcopy(eager))
+    with dispatch.watch_choices() as choices:
+        found = fast(x)
+    assert [op for op, *_ in choices] == ([] if STEMS[case] is None else ["stem_conv"])
+    torch.testing.assert_close(found, eager(x), rtol=1e-4, atol=1e-5)
+    assert "stem_conv keeps its own forward where on the CPU it is 3×3, of up to 256 pixels" in ddpm_fast.explain(fast)
 
 
 def test_float64_and_other_calls_keep_the_own_forward():
