@@ -124,6 +124,7 @@ def table(model: nn.Module) -> list[Line]:
     load_families()
     lines = []
     inside: list[str] = []  # an op computes what lies below these paths
+    computed: dict[int, str] = {}  # modules that a network computes by an op of its own forward
     for path, module in model.named_modules():
         if any(path.startswith(outer) for outer in inside):
             continue
@@ -133,6 +134,10 @@ def table(model: nn.Module) -> list[Line]:
             lines.append(Line(path, cls.__name__, None if reason else cls._ddpm_fast.runs, reason))
             if reason is None and not cls._ddpm_fast.is_network:
                 inside.append(f"{path}." if path else "")
+            if reason is None and hasattr(module, "computed_modules"):
+                computed |= {id(inner): runs for inner, runs in module.computed_modules()}
+        elif id(module) in computed:
+            lines.append(Line(path, cls.__name__, computed[id(module)], None))
         elif options_for(module) and (module._parameters or not cls.__module__.startswith("torch.")):
             reasons = [why_refused(module, option) for option in options_for(module)]
             reason = None if None in reasons else reasons[0]

@@ -413,6 +413,10 @@ class Unet2D(Replayed):
         out = replayed(self, self._run, sample, timestep, class_labels)
         return _output_class(self)(sample=out) if return_dict else (out,)
 
+    def computed_modules(self: Any) -> Iterator[tuple[nn.Module, str]]:
+        """See family.py."""
+        yield self.conv_norm_out, "group_norm_silu"
+
     def _run(
         self: Any, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None
     ) -> torch.Tensor:

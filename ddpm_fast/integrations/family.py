@@ -26,8 +26,9 @@ inside torch.func's transforms, with hooks on every module, where the class's fo
 Hooks on the module itself are called around either forward, and `module.forward = ...` replaces both.
 
 A family's file is listed in `FAMILIES` with the package that has to be loaded for it. For classes of which
-`is_instance` knows nothing there is `is_unchanged(module, "package.blocks.Norm")`. An object around a network, such as
-a pipeline, is declared with `around`.
+`is_instance` knows nothing there is `is_unchanged(module, "package.blocks.Norm")`. A network's mixin whose forward
+computes a module by an op says so to `explain` in `computed_modules(self)`, which gives modules and their ops. An
+object around a network, such as a pipeline, is declared with `around`.
 """
 
 from __future__ import annotations

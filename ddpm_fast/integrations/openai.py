@@ -273,6 +273,12 @@ class _Network(Replayed):
             return own_forward(self, t, x, y, *args, **kwargs)
         return replayed(self, self._run, t, x, y)
 
+    def computed_modules(self: Any) -> Iterator[tuple[nn.Module, str]]:
+        """See family.py."""
+        layers = _last_layers(self._modules["out"])
+        if layers is not None:
+            yield layers[0], "group_norm_silu"
+
     def _run(self: Any, t: torch.Tensor, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         timesteps = t.repeat(x.shape[0]) if t.dim() == 0 else t
         package = sys.modules[_UNET]
@@ -360,15 +366,20 @@ def _run(
     return h
 
 
+def _last_layers(out: Any) -> tuple[Any, Any] | None:
+    """The norm and the convolution, with SiLU between them, where nobody changed them."""
+    if not is_unmodified(out) or len(out._modules) != 3:
+        return None
+    norm, activation, conv = out._modules.values()
+    return (norm, conv) if _is_norm(norm) and _is_silu(activation) and is_convolution(conv, 3) else None
+
+
 def _last(out: Any, h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Norm, SiLU and convolution, where nobody changed them."""
-    fits = is_unmodified(out) and len(out._modules) == 3
-    if fits:
-        norm, activation, conv = out._modules.values()
-        fits = _is_norm(norm) and _is_silu(activation) and is_convolution(conv, 3)
-    h = h.type(dtype)
-    if not fits or rules.why_slower("conv3x3", out, (h,)) is not None:
+    """The layers that `_last_layers` gives, or a call of `out`."""
+    layers, h = _last_layers(out), h.type(dtype)
+    if layers is None or rules.why_slower("conv3x3", out, (h,)) is not None:
         return out(h)
+    norm, conv = layers
     (h,) = to_autocast_dtype(channels_last(h))
     gain, offset = parameter(norm, "weight"), parameter(norm, "bias")
     h = group_norm_silu(h, gain, offset, groups=norm.num_groups, eps=norm.eps)

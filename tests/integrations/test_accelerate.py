@@ -440,3 +440,14 @@ foreign = {"diffusers", "torchcfm", "physicsnemo", "denoising_diffusion_pytorch"
 assert not foreign & set(sys.modules), foreign & set(sys.modules)
 """
     run_code(code, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "path"), [("diffusers", "conv_norm_out"), ("torchcfm", "out.0")])
+def test_explain_knows_what_a_network_computes_itself(name, path):
+    model = ddpm_fast.accelerate(network(name))
+    lines = {line.path: line for line in table(model)}
+    assert lines[path].runs == "group_norm_silu"
+    inner = model.get_submodule(path)
+    inner.register_forward_hook(lambda *_: None)
+    lines = {line.path: line for line in table(model)}
+    assert lines[path].runs is None and lines[path].reason == "no family knows its class"
