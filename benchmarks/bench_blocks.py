@@ -20,7 +20,7 @@ from bench_foreign import CASES
 from torch import nn
 
 import ddpm_fast
-from ddpm_fast.integrations.accelerate import table
+from ddpm_fast.integrations.accelerate import is_accelerated, table
 from ddpm_fast.measure import foreign, machine
 from ddpm_fast.measure.charts import columns
 from ddpm_fast.measure.foreign import ACCELERATED, EAGER, PHASES, ForeignNetwork, autocast, inputs
@@ -60,7 +60,8 @@ def compare_blocks(
     """
     eager, calls = network.network.to(device).eval(), {}
     fast = ddpm_fast.accelerate(copy.deepcopy(eager))
-    accelerated = {line.path: line.runs for line in table(fast) if line.runs and line.path}
+    runs_of = {line.path: line.runs for line in table(fast) if line.runs and line.path}
+    accelerated = {path: runs for path, runs in runs_of.items() if is_accelerated(fast.get_submodule(path))}
 
     def remember(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
