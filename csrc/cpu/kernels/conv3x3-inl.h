@@ -35,9 +35,9 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 // - kGroup: tiles per group, a multiple of the GEMM kernel's rows;
 // - kMaxSharedU: the largest U, in floats, that is computed at once, and kMinTiles: the fewest tiles for which that is
 //   faster;
-// - kMaxV: floats of V computed at a time (AVX-512: on an Ice Lake), and kMostVOfSample: where that is one sample.
+// - kMaxV: floats of V computed at a time (AVX-512: on an Ice Lake).
 constexpr int64_t kGroup = kRegisters == 32 ? kRows : 3 * kRows;
-constexpr int64_t kMaxSharedU = 1 << 20, kMinTiles = 512, kMaxV = (kTwoSums ? 3 : 4) << 19, kMostVOfSample = 2 * kMaxV;
+constexpr int64_t kMaxSharedU = 1 << 20, kMinTiles = 512, kMaxV = (kTwoSums ? 3 : 4) << 19;
 
 // Rough cycles on a Zen 4, per channel: transform of a panel's taps, a panel's product for one tile, transform of one
 // tile's inputs.

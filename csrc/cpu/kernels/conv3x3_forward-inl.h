@@ -40,10 +40,15 @@ inline void norm_all_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t 
            [&](int64_t begin, int64_t end) { norm_tiles(p, tiles, begin, end); });
 }
 
+// Floats of V at a time, of all parts. Of many threads each has what fits beside sums and a panel of U in its own
+// second-level cache: kMaxV among sixteen is 10 tiles of 256 channels for each, whose taps take half as long again as
+// their products.
+DDPM_FAST_INLINE int64_t most_of_v(int64_t parts) { return max(kMaxV, parts * (second_level_floats() / 4 * 3)); }
+
 // Of `count` tiles those of a pass, as many as V has room for. To the nearest number of passes: another one transforms
 // all taps again. Where a norm is read or its statistics are made, whole samples of `sample` tiles.
 DDPM_FAST_INLINE int64_t tiles_of_pass(int64_t count, int64_t C, int64_t parts, int64_t sample = 1) {
-  const int64_t most = max<int64_t>(kRows, kMaxV / (kPoints * C * parts));
+  const int64_t most = max<int64_t>(kRows, most_of_v(parts) / (kPoints * C * parts));
   const int64_t size = ceil_div(count, max<int64_t>(1, (count + most / 2) / most));
   return max<int64_t>(1, (size + sample / 2) / sample) * sample;
 }
@@ -53,10 +58,11 @@ DDPM_FAST_INLINE int64_t tiles_of_sample(const Tiles& tiles) {
   return tiles.H % 4 == 0 && tiles.W % 4 == 0 ? tiles.total / tiles.B : tiles.total;
 }
 
-// Whether passes can be of whole samples: V has room for one, and those of a thread are next to each other.
+// Whether passes can be of whole samples: twice V has room for one, and those of a thread are next to each other.
 DDPM_FAST_INLINE bool fits_samples(const Tiles& tiles, int64_t C, int64_t parts) {
   const int64_t sample = tiles_of_sample(tiles);
-  return tiles.B % parts == 0 && sample <= tiles.total / parts && kPoints * C * parts * sample <= kMostVOfSample;
+  const int64_t v = kPoints * C * parts * sample;
+  return tiles.B % parts == 0 && sample <= tiles.total / parts && v <= 2 * most_of_v(parts);
 }
 
 // Whether the statistics of the output's norm are made panel by panel, of whole groups that the thread has just

@@ -168,6 +168,19 @@ def test_threads_do_not_matter():
             assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
+def test_passes_of_many_threads_change_nothing():
+    """Each of eight has a pass of what its second-level cache holds, more than an eighth of what two have together."""
+    before = torch.get_num_threads()
+    tensors = {"x": torch.randn(8, 128, 32, 32).contiguous(memory_format=torch.channels_last)}
+    tensors |= {"weight": torch.randn(40, 128, 3, 3), "bias": torch.randn(40)}
+    found = []
+    for threads in (1, 8):
+        torch.set_num_threads(threads)
+        found.append(conv3x3(**tensors))
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     "shape",
     [
