@@ -332,7 +332,7 @@ def _projected(block: Any, temb: torch.Tensor) -> tuple[torch.Tensor, bool]:
 
     And whether the bias of the block's first convolution is added to it.
     """
-    if _projections and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _projections:
         embedding, rows, with_bias = _projections.get(threading.get_ident(), (None, {}, False))
         if embedding is temb and id(block) in rows:
             return rows[id(block)], with_bias

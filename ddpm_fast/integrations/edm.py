@@ -276,7 +276,7 @@ _running: dict[int, _Rows] = {}
 
 
 def _row(block: Any, emb: torch.Tensor) -> _Row:
-    if _running and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _running:
         rows = _running.get(threading.get_ident())
         row = None if rows is None else rows.of(block, emb)
         if row is not None:

@@ -74,8 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> strided_conv_gradients(const Tensor& grad, co
                                    .dinput = needs[0] ? dx.data_ptr<float>() : nullptr,
                                    .dweight = needs[1] ? dweight.data_ptr<float>() : nullptr,
                                    .dbias = needs[2] ? dbias.data_ptr<float>() : nullptr});
-  const auto type = weight.scalar_type();
-  return {as_type(dx, x.scalar_type()), as_type(dweight, type), as_type(dbias, type)};
+  return {as_type(dx, x.scalar_type()), as_type(dweight, weight.scalar_type()), dbias};
 }
 
 }  // namespace ddpm_fast::cpu

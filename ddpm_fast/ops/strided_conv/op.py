@@ -36,9 +36,10 @@ _strided_conv_gradients = Operator(
     "strided_conv_gradients",
     "Tensor grad, Tensor x, Tensor weight, int padding, bool[3] needs",
     returns="dx, dweight, dbias",  # empty where they are not needed
-    fake=lambda x, weight, needs, **_: tuple(
-        torch.empty_like(of) if needed else of.new_empty(0)
-        for of, needed in zip((x, weight, weight[:, 0, 0, 0]), needs, strict=True)
+    fake=lambda x, weight, needs, **_: (
+        torch.empty_like(x) if needs[0] else x.new_empty(0),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        weight.new_empty(weight.shape[0] if needs[2] else 0, dtype=torch.float32),
     ),
     native=True,
 )

@@ -118,8 +118,18 @@ def test_opcheck():
     x, weight, bias = (tensor.requires_grad_() for tensor in make((1, 4, 3, 5, 6)).values())
     torch.library.opcheck(torch.ops.ddpm_fast.native_strided_conv.default, (x, weight, bias, 1))
     grad = strided_conv(x, weight, padding=1).detach().contiguous(memory_format=torch.channels_last)
-    given = (grad, x.detach(), weight.detach(), 1, [True, False, True])
-    torch.library.opcheck(torch.ops.ddpm_fast.native_strided_conv_gradients.default, given)
+    for laid_out in (weight, weight.contiguous(memory_format=torch.channels_last), weight.bfloat16()):
+        for needs in ([True, False, True], [False, True, False]):
+            given = (grad, x.detach(), laid_out.detach(), 1, needs)
+            torch.library.opcheck(torch.ops.ddpm_fast.native_strided_conv_gradients.default, given)
+
+
+def test_the_biass_gradient_has_its_own_dtype():
+    """A weight in half precision rounds its own gradient alone."""
+    tensors = make((2, 8, 8, 8, 8))
+    tensors["weight"], tensors["bias"] = tensors["weight"].half(), tensors["bias"].requires_grad_()
+    (1e4 * strided_conv(**tensors)).sum().backward()
+    assert torch.equal(tensors["bias"].grad, torch.full((8,), 32 * 1e4))  # past the largest number of float16
 
 
 # Batch, side and dtype → what runs.
