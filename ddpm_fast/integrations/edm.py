@@ -242,22 +242,34 @@ _Row = tuple[torch.Tensor, torch.Tensor | None, bool]
 
 
 class _Rows:
-    """The rows of a running network's blocks, made when the first of them is called."""
+    """The rows of a running network's blocks, made when the first of them is called.
+
+    They are those of an embedding, with or without gradients: a block that is called otherwise, in a user's checkpoint
+    or under torch.no_grad, makes its own.
+    """
 
     def __init__(self, blocks: list[Any]):
-        self.blocks = blocks
+        self.blocks = {id(block): block for block in blocks}
         self.emb: torch.Tensor | None = None
+        self.with_gradients = False
         self.made: dict[int, _Row] = {}
 
     def of(self, block: Any, emb: torch.Tensor) -> _Row | None:
-        """None for a block or an embedding of which no rows were made."""
+        """None for a block, an embedding or a mode of which no rows were made."""
+        if id(block) not in self.blocks:
+            return None
         if self.emb is None:
-            self.emb = emb
+            self.emb, self.with_gradients = emb, torch.is_grad_enabled()
             self._make(emb)
-        return self.made.get(id(block)) if self.emb is emb else None
+        if self.emb is not emb or self.with_gradients is not torch.is_grad_enabled():
+            return None
+        row = self.made.get(id(block))
+        if row is not None and row[1] is not None:
+            self.made[id(block)] = (row[0], None, row[2])  # a block in two places draws again
+        return row
 
     def _make(self, emb: torch.Tensor) -> None:
-        blocks = [block for block in self.blocks if not _refuses_autocast(block.affine, emb)]
+        blocks = [block for block in self.blocks.values() if not _refuses_autocast(block.affine, emb)]
         if not blocks:
             return
         biases = [parameter(block._modules["conv0"], "bias") for block in blocks]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import ddpm_fast
 from ddpm_fast.integrations import edm as family
@@ -99,6 +101,55 @@ def test_a_block_that_is_called_outside_makes_its_own_row():
     first.affine.register_forward_hook(lambda layer, given, out: out + 1)
     eager = ddpm_fast.restore(copy.deepcopy(made))
     torch.testing.assert_close(made(*args), eager(*args), rtol=1e-4, atol=1e-4)
+
+
+def _in_a_checkpoint(block):
+    block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+
+def _in_a_reentrant_checkpoint(block):
+    block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=True)
+
+
+def _without_gradients(block):
+    block.forward = torch.no_grad()(block.forward)
+
+
+def _with_hooks_that_stop_gradients(block):
+    block.register_forward_pre_hook(lambda *_: (torch.set_grad_enabled(False), None)[1])
+    block.register_forward_hook(lambda *_: (torch.set_grad_enabled(True), None)[1])
+
+
+CHANGES = (_in_a_checkpoint, _in_a_reentrant_checkpoint, _without_gradients, _with_hooks_that_stop_gradients)
+
+
+@pytest.mark.parametrize("which", [0, 2])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["SongUNet", "DhariwalUNet"])
+def test_blocks_that_are_called_in_another_way(name, change, which):
+    """Rows of the other blocks have their gradients whatever is done around one of them."""
+    found = []
+    for is_accelerated in (False, True):
+        made = randomise_all(network(name))
+        made = ddpm_fast.accelerate(made) if is_accelerated else made
+        change([module for module in made.modules() if type(module).__name__ == "UNetBlock"][which])
+        found.append(outputs_and_gradients(made, network_inputs()))
+    eager, fast = found
+    assert fast.keys() == eager.keys()
+    for key, value in eager.items():
+        torch.testing.assert_close(fast[key], value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=key)
+
+
+def test_a_block_in_two_places_draws_twice(monkeypatch):
+    made = ddpm_fast.accelerate(network("SongUNet", dropout=0.5))
+    seeds, block_op = [], family.unchecked_preactivation_block
+    monkeypatch.setattr(
+        family, "unchecked_preactivation_block", lambda *a, **k: seeds.append(int(k["seed"])) or block_op(*a, **k)
+    )
+    names = [name for name in made.enc if "block" in name and made.enc[name].attn is None]
+    made.dec["8x8_twice"] = made.enc[names[0]]
+    made(*network_inputs())
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_an_error_inside_leaves_nothing_behind():
