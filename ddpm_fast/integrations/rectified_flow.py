@@ -161,7 +161,7 @@ def _why_not_norm(norm: Any) -> str | None:
 
 @fast("x_unet.x_unet.RMSNorm", runs="rms_norm_silu", refuses=_why_not_norm)
 def norm_of_a_map(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) → (B, C, H, W); others take the own forward."""
+    """(B, C, H, W) → (B, C, H, W) of its dtype, under autocast, too; others take the own forward."""
     gain = parameter(norm, "gamma")
     if x.dim() != 4 or x.shape[1] != gain.numel():
         return own_forward(norm, x)
