@@ -155,6 +155,7 @@ ROWS = [
         "runtime/tensor_sums",
         "runtime/measured",
         "runtime/mapped_files",
+        "runtime/threads",
     ],
 ]
 

@@ -41,6 +41,7 @@ from ddpm_fast.ops.norm_silu.op import group_norm_silu
 from ddpm_fast.ops.preactivation_block.op import unchecked_preactivation_block
 from ddpm_fast.ops.resample.op import unchecked_upsample_conv
 from ddpm_fast.runtime.autocast import to_autocast_dtype
+from ddpm_fast.runtime.threads import of_this_thread
 
 RESNET = "diffusers.models.resnet.ResnetBlock2D"
 ATTENTION = "diffusers.models.attention_processor.Attention"
@@ -339,25 +340,18 @@ def _projected(block: Any, temb: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return block.time_emb_proj(temb if block.skip_time_act else F.silu(temb)), False
 
 
-@contextlib.contextmanager
-def _projecting(blocks: list[Any], temb: torch.Tensor) -> Iterator[None]:
+def _projecting(blocks: list[Any], temb: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     """Inside, this thread's blocks find their projections of the embedding, which are one product."""
-    thread = threading.get_ident()
-    before = _projections.get(thread)
-    if len(blocks) > 1:
-        layers = [block.time_emb_proj for block in blocks]
-        biases = [parameter(block._modules["conv1"], "bias") for block in blocks]
-        is_whole = all(bias is not None for bias in biases)
-        with_bias = is_whole and all(block.time_embedding_norm == "default" for block in blocks)
-        rows = linears_of_one_input(F.silu(temb), layers, biases if with_bias else ())
-        parts = rows.split([layer.weight.shape[0] for layer in layers], dim=1)
-        _projections[thread] = (temb, {id(block): part for block, part in zip(blocks, parts, strict=True)}, with_bias)
-    try:
-        yield
-    finally:
-        _projections.pop(thread, None)
-        if before is not None:
-            _projections[thread] = before
+    if len(blocks) < 2:
+        return of_this_thread(_projections, None)
+    layers = [block.time_emb_proj for block in blocks]
+    biases = [parameter(block._modules["conv1"], "bias") for block in blocks]
+    is_whole = all(bias is not None for bias in biases)
+    with_bias = is_whole and all(block.time_embedding_norm == "default" for block in blocks)
+    rows = linears_of_one_input(F.silu(temb), layers, biases if with_bias else ())
+    parts = rows.split([layer.weight.shape[0] for layer in layers], dim=1)
+    made = {id(block): part for block, part in zip(blocks, parts, strict=True)}
+    return of_this_thread(_projections, (temb, made, with_bias))
 
 
 def _projecting_blocks(network: nn.Module) -> list[Any]:

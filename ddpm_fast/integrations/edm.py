@@ -1,11 +1,11 @@
 """EDM's networks (Karras et al. 2022), SongUNet and DhariwalUNet, as physicsnemo has them.
 
-Their own forward runs, with other blocks of a UNet, of which one product makes all rows and one call draws all seeds.
+Their own forward runs. Its blocks are computed by an op; one product makes the rows of all of them, the outputs of
+their affine layers, and one call draws all seeds.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
@@ -36,6 +36,7 @@ from ddpm_fast.ops.norm_silu.op import group_norm_silu
 from ddpm_fast.ops.preactivation_block.op import unchecked_preactivation_block
 from ddpm_fast.ops.stem_conv.op import stem_conv
 from ddpm_fast.runtime.autocast import to_autocast_dtype
+from ddpm_fast.runtime.threads import of_this_thread
 
 _LAYERS = "physicsnemo.nn.module"
 _BLOCK = f"{_LAYERS}.unet_layers.UNetBlock"
@@ -296,20 +297,6 @@ def _row(block: Any, emb: torch.Tensor) -> _Row:
     return block._modules["affine"](emb), None, False
 
 
-@contextlib.contextmanager
-def _with_rows(blocks: list[Any]) -> Iterator[None]:
-    """Inside, this thread's blocks find what one product has made of the embedding."""
-    thread = threading.get_ident()
-    before = _running.get(thread)
-    _running[thread] = _Rows(blocks)
-    try:
-        yield
-    finally:
-        _running.pop(thread, None)
-        if before is not None:
-            _running[thread] = before
-
-
 class _Network(ReplaysOwnForward):
     arguments = ("x", "noise_labels", "class_labels", "augment_labels")
 
@@ -321,7 +308,7 @@ class _Network(ReplaysOwnForward):
             for block in (*self.enc.values(), *self.dec.values())
             if computes(block, unet_block) and parameter(block._modules["affine"], "bias") is not None
         ]
-        with _with_rows(blocks):
+        with of_this_thread(_running, _Rows(blocks)):
             return own_forward(self, **given)
 
     def _checkpoints(self: Any, x: torch.Tensor) -> bool:

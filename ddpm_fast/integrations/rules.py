@@ -57,7 +57,10 @@ _MOST_PIXELS_OF_OWN_STEM = 256
 
 
 def _is_small_image(module: Any, x: torch.Tensor) -> bool:
-    if x.device.type != "cpu" or x.dim() != 4 or x[:, 0].numel() > _MOST_PIXELS_OF_OWN_STEM:
+    if x.device.type != "cpu" or x.dim() != 4:
+        return False
+    B, _, H, W = x.shape
+    if B * H * W > _MOST_PIXELS_OF_OWN_STEM:
         return False
     weight = _first_weight(module)
     return weight is not None and weight.shape[-1] == 3

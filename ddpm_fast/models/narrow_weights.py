@@ -24,6 +24,7 @@ from ddpm_fast.models.stock import calls_every_module, parameter, renews_no_weig
 from ddpm_fast.runtime import triton_launch
 from ddpm_fast.runtime.autocast import autocast_dtype
 from ddpm_fast.runtime.dispatch import in_forward_mode
+from ddpm_fast.runtime.threads import of_this_thread
 
 Copies = Mapping[Hashable, torch.Tensor]
 
@@ -58,19 +59,9 @@ def narrow_group(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return None if copies is None else copies.get(_key(weights))
 
 
-@contextlib.contextmanager
-def reading(copies: Copies | None) -> Iterator[None]:
+def reading(copies: Copies | None) -> contextlib.AbstractContextManager[None]:
     """Inside, this thread's modules read these copies; their parameters if None."""
-    thread = threading.get_ident()
-    before = _read.pop(thread, None)
-    if copies is not None:
-        _read[thread] = copies
-    try:
-        yield
-    finally:
-        _read.pop(thread, None)
-        if before is not None:
-            _read[thread] = before
+    return of_this_thread(_read, copies)
 
 
 class KeptCopies:
