@@ -8,7 +8,6 @@ from importlib import import_module
 from warnings import warn as _warn
 
 from ddpm_fast import noise
-from ddpm_fast._version import __version__
 from ddpm_fast.diffusion.gaussian_diffusion import GaussianDiffusion, ModelPrediction
 from ddpm_fast.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
 from ddpm_fast.models.derived_weights import inference_weights
@@ -16,6 +15,8 @@ from ddpm_fast.models.unet import Unet
 from ddpm_fast.runtime.dispatch import explain, use_backend
 from ddpm_fast.runtime.extension import empty_cache
 from ddpm_fast.runtime.measured import use_form
+
+__version__ = "0.1.0"
 
 _LAZY = {
     "ContinuousTimeGaussianDiffusion": "ddpm_fast.diffusion.continuous_time",

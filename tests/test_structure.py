@@ -146,7 +146,7 @@ ROWS = [
     ],
     ["ops/common/tables", "ops/registration"],
     ["runtime/compile_ahead", "runtime/pretrained"],
-    ["runtime/dispatch", "runtime/triton_launch", "noise", "_version"],
+    ["runtime/dispatch", "runtime/triton_launch", "noise"],
     [
         "runtime/extension",
         "runtime/autocast",

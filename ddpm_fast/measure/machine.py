@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast._version import __version__
+from ddpm_fast import __version__
 from ddpm_fast.measure.timing import Interleaved
 from ddpm_fast.runtime import extension
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast._version import __version__
+from ddpm_fast import __version__
 from ddpm_fast.runtime import measured
 from ddpm_fast.runtime.plain import plain
 from ddpm_fast.training.accelerator import is_one_or_ddp
