@@ -82,18 +82,20 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
       const int64_t begin = group(g), end = group(g + 1), next = group(min(g + 2, groups));
       transform_inputs(input, Points({}, {}), tiles, begin, end, 0, C, v, v_row, v_plane, g == expected);
       expected = g + 1;
+      PrefetchQueue queue;
       // All panels of a point, one after another: the point's V stays in the first-level cache.
       for (int64_t i = 0; i < kPoints; ++i) {
         const TileRange some = tiles.using_point(i).within(begin, end);
         for (int64_t panel = 0; panel < num_panels; ++panel) {
           const int64_t step = i * num_panels + panel, steps = kPoints * num_panels;
-          spread((next - end) * kRowsToPrefetch, step, steps,
-                 [&](int64_t n) { prefetch_input_row(input, tiles, end + n / kRowsToPrefetch, n % kRowsToPrefetch); });
+          spread((next - end) * kRowsToPrefetch, step, steps, [&](int64_t n) {
+            prefetch_input_row(input, tiles, end + n / kRowsToPrefetch, n % kRowsToPrefetch, queue);
+          });
           spread((end - begin) * 4, step, steps,
-                 [&](int64_t n) { prefetch_output_row(p, tiles, begin + n / 4, n % 4); });
+                 [&](int64_t n) { prefetch_output_row(p, tiles, begin + n / 4, n % 4, queue); });
           product_panel(v + i * v_plane + some.begin * v_row, v_row, 1, u + step * point, some.count(), C,
                         m + i * m_plane + some.begin * m_row + panel * kPanel, m_row, panel_width(K - panel * kPanel),
-                        false, piece);
+                        false, piece, &queue);
         }
       }
       finish_columns(p, tiles, begin, end, 0, K, m, m_row, m_plane);
@@ -190,6 +192,7 @@ struct PanelPass {
     const int64_t column = task / all.outputs * kPanel, columns = min<int64_t>(kPanel, K - column);
     const Conv3x3Forward& output = all.at(task % all.outputs, 0);
     bool begun[kPoints] = {};
+    PrefetchQueue queue;
     for (int64_t term = 0; term < terms; ++term) {
       const int64_t c = term % blocks * kChannelBlock, count = min<int64_t>(kChannelBlock, C - c);
       const Conv3x3Weight& weight = all.at(task % all.outputs, term / blocks).weight;
@@ -200,7 +203,7 @@ struct PanelPass {
       for (int64_t i = 0; i < kPoints; ++i) {
         if (column_next < K) {
           prefetch_weights(weight, column_next, min<int64_t>(kPanel, K - column_next), c_next,
-                           min<int64_t>(kChannelBlock, C - c_next), i);
+                           min<int64_t>(kChannelBlock, C - c_next), i, queue);
         }
         if (term + 1 == terms) {
           spread(T * 4, i, kPoints, [&](int64_t n) {
@@ -210,7 +213,7 @@ struct PanelPass {
         if (!points.has(i)) continue;
         const TileRange some = tiles.using_point(i).within(first_tile, last_tile);
         product_panel(v + term * v_block + i * v_plane + some.begin * row, row, 1, u + i * u_plane, some.count(), count,
-                      m + i * m_plane + some.begin * kPanel, kPanel, panel_width(columns), begun[i], piece);
+                      m + i * m_plane + some.begin * kPanel, kPanel, panel_width(columns), begun[i], piece, &queue);
         begun[i] = true;
       }
     }

@@ -18,11 +18,12 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 //   cache. For few tiles with many channels: the sums are most of the memory traffic.
 
 // Row i of a tile's four rows of the gradient, ahead of time.
-inline void prefetch_gradient_row(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t index, int64_t i) {
+inline void prefetch_gradient_row(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t index, int64_t i,
+                                  PrefetchQueue& queue) {
   const Tile tile(tiles, index);
   if (i >= tile.height) return;
   const int64_t step = p.grad_step, pixel = p.K * step;
-  prefetch(p.grad + ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * pixel, tile.width * pixel);
+  queue.add(p.grad + ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * pixel, tile.width * pixel);
 }
 
 // The tile's gradient of a panel, whose pixels lie apart.
@@ -199,12 +200,12 @@ constexpr int64_t kMostChunks = 4, kMinOfChunk = 72, kMaxOfChunks = 4 << 20;
 // S (count × `columns` of a panel, or more than a panel has) from some of T tiles; v: (tile, channel), v_row floats
 // from tile to tile; d: (tile, kPanel).
 inline void add_products(const float* v, int64_t v_row, const float* d, int64_t T, const TileRange& some, int64_t count,
-                         int64_t columns, float* s, bool add) {
+                         int64_t columns, float* s, bool add, PrefetchQueue& queue) {
   for (int64_t t = 0; t < T; t += kTilesOfPiece) {
     const int64_t begin = max(t, some.begin), terms = min(min(t + kTilesOfPiece, T), some.end) - begin;
     if (terms <= 0) continue;
     product_panel(v + begin * v_row, 1, v_row, d + begin * kPanel, count, terms, s, kPanel, panel_width(columns), add,
-                  kTilesOfSum);
+                  kTilesOfSum, &queue);
     add = true;
   }
   if (!add) clear(s, count * kPanel);
@@ -245,15 +246,17 @@ inline void add_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
                           first > begin);
     });
     parallel(steps, 1, [&](int64_t from, int64_t to) {
+      PrefetchQueue queue;
       for (int64_t i = from; i < to; ++i) {
         const int64_t point = i / num_panels, panel = i % num_panels;
-        spread(after * kRowsToPrefetch, i, steps,
-               [&](int64_t n) { prefetch_input_row(input, tiles, next + n / kRowsToPrefetch, n % kRowsToPrefetch); });
-        spread(after * 4, i, steps, [&](int64_t n) { prefetch_gradient_row(p, tiles, next + n / 4, n % 4); });
+        spread(after * kRowsToPrefetch, i, steps, [&](int64_t n) {
+          prefetch_input_row(input, tiles, next + n / kRowsToPrefetch, n % kRowsToPrefetch, queue);
+        });
+        spread(after * 4, i, steps, [&](int64_t n) { prefetch_gradient_row(p, tiles, next + n / 4, n % 4, queue); });
         if (!points.has(point)) continue;
         add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T,
                      tiles.using_point(point).within(first, next), C, p.K - panel * kPanel,
-                     s + point * s_plane + panel * s_panel, first > begin);
+                     s + point * s_plane + panel * s_panel, first > begin, queue);
       }
     });
   }
@@ -354,15 +357,16 @@ struct BlockTasks {
     const int64_t T = min(size, tiles.total - first);
     const int64_t panel = task / blocks, block = task % blocks, c = block * width, count = min(width, C - c);
     if (first == 0) clear_unused(points, s, width * kPanel, s_plane);
+    PrefetchQueue queue;
     for (int64_t i = 0; i < kPoints; ++i) {
       if (first + T == tiles.total) {  // what finish_panel_taps writes
         spread(min<int64_t>(kPanel, p.K - panel * kPanel), i, kPoints,
-               [&](int64_t n) { prefetch_to_write(p.dweight + ((panel * kPanel + n) * C + c) * 9, count * 9); });
+               [&](int64_t n) { queue.add_to_write(p.dweight + ((panel * kPanel + n) * C + c) * 9, count * 9); });
       }
       if (!points.has(i)) continue;
       add_products(v + (block - first_block) * v_block + i * v_plane, row,
                    d + (panel - first_panel) * d_panel + i * d_plane, T, tiles.using_point(i).within(first, first + T),
-                   count, p.K - panel * kPanel, s + i * s_plane, first > 0);
+                   count, p.K - panel * kPanel, s + i * s_plane, first > 0, queue);
     }
     if (first + T < tiles.total) return;
     for (int64_t n = 0; n < count; n += kLanes) {

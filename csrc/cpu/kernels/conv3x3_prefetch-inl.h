@@ -1,6 +1,6 @@
 // Software prefetch for the transforms of a 3×3 convolution. Where a transform follows products, which are bound by
-// arithmetic, it is issued among those: without it the transforms stall on memory for up to two thirds of their time.
-// Else it goes two tiles ahead of the transform.
+// arithmetic, those ask for its memory: without it the transforms stall for up to two thirds of their time. Else it
+// goes two tiles ahead of the transform.
 #pragma once
 
 #include "conv3x3_points-inl.h"
@@ -11,14 +11,15 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 // Row i of five rows of a tile's inputs: its own four, and the first below.
 constexpr int64_t kRowsToPrefetch = 5;
-inline void prefetch_input_row(const InputMaps& input, const Tiles& tiles, int64_t index, int64_t i) {
+inline void prefetch_input_row(const InputMaps& input, const Tiles& tiles, int64_t index, int64_t i,
+                               PrefetchQueue& queue) {
   const Tile tile(tiles, index);
   const int64_t up = input.upsampled ? 1 : 0, y = min(tile.y + i, tiles.H - 1) >> up, x = tile.x >> up;
   const int64_t width = (tile.width + up) >> up;
   const int64_t pixel = (tile.b * (tiles.H >> up) + y) * (tiles.W >> up) * input.step + x;
   for (int part = 0; part < 2 && input.channels[part] > 0; ++part) {
     const int64_t floats = input.channels[part] * input.step;
-    prefetch(input.part[part] + pixel * floats, width * floats);
+    queue.add(input.part[part] + pixel * floats, width * floats);
   }
 }
 
@@ -40,16 +41,17 @@ inline void prefetch_inputs(const InputMaps& input, const Tiles& tiles, int64_t 
 }
 
 // Prefetches row i of a tile's four output rows, and the norm's inputs and outputs for that row.
-inline void prefetch_output_row(const Conv3x3Forward& p, const Tiles& tiles, int64_t index, int64_t i) {
+inline void prefetch_output_row(const Conv3x3Forward& p, const Tiles& tiles, int64_t index, int64_t i,
+                                PrefetchQueue& queue) {
   const Tile tile(tiles, index);
   if (i >= tile.height || p.pooled) return;  // a second part's outputs are left to come by themselves
   const int64_t step = p.output_step, K = p.output_channels[0] * step, floats = tile.width * K;
   const int64_t at = ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * K;
-  prefetch_to_write(p.output[0] + at, floats);
-  if (p.residual[0] != nullptr) prefetch(p.residual[0] + at, floats);
+  queue.add_to_write(p.output[0] + at, floats);
+  if (p.residual[0] != nullptr) queue.add(p.residual[0] + at, floats);
   if (p.norm == nullptr) return;
-  if (p.norm->out != p.output[0]) prefetch_to_write(p.norm->out + at, floats);
-  if (p.norm->residual != nullptr) prefetch(p.norm->residual + at, floats);
+  if (p.norm->out != p.output[0]) queue.add_to_write(p.norm->out + at, floats);
+  if (p.norm->residual != nullptr) queue.add(p.norm->residual + at, floats);
 }
 
 // The same of `columns` output channels from `first` on, which lie apart, without the norm's.
@@ -69,12 +71,12 @@ inline void prefetch_output_columns(const Conv3x3Forward& p, const Tiles& tiles,
 
 // The weights of input channels [c, c + count) for a panel, in kPoints steps.
 inline void prefetch_weights(const Conv3x3Weight& w, int64_t first, int64_t columns, int64_t c, int64_t count,
-                             int64_t step) {
+                             int64_t step, PrefetchQueue& queue) {
   const float* from = w.data + first * w.out_stride + c * w.in_stride;
   if (w.in_stride == 9) {
-    spread(columns, step, kPoints, [&](int64_t k) { prefetch(from + k * w.out_stride, 9 * count); });
+    spread(columns, step, kPoints, [&](int64_t k) { queue.add(from + k * w.out_stride, 9 * count); });
   } else {
-    spread(count, step, kPoints, [&](int64_t n) { prefetch(from + n * w.in_stride, 9 * columns); });
+    spread(count, step, kPoints, [&](int64_t n) { queue.add(from + n * w.in_stride, 9 * columns); });
   }
 }
 
