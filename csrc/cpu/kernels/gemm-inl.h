@@ -66,8 +66,8 @@ struct Sums<0, kWide> {
 };
 
 // Adds K terms of R rows, and moves `a` and `panel` on; element (m, k) of A is at a[m·row + k·step]. In the same order
-// for every R: how rows are grouped depends on the number of threads in places. R <= 6: unrolled by 4 to hide the
-// loop's instructions.
+// for every R: how rows are grouped depends on the number of threads in places. By 4 where a loop's own instructions
+// cost: they hide behind many rows of AVX2, but not where they are executed in place of a multiply-add.
 template <int R, bool kWide>
 DDPM_FAST_INLINE void add_terms(Sums<R, kWide>& sums, const float*& a, int64_t row, int64_t step, const float*& panel,
                                 int64_t K) {
@@ -77,19 +77,10 @@ DDPM_FAST_INLINE void add_terms(Sums<R, kWide>& sums, const float*& a, int64_t r
     panel += kPanel;
   };
   int64_t k = 0;
-  if constexpr (R <= 6) {
+  if constexpr (R <= 6 || kLanes == 16) {
     for (; k + 4 <= K; k += 4) next(), next(), next(), next();
   }
   for (; k < K; ++k) next();
-}
-
-// R rows of the product with one panel. out(m, left, right) takes row m.
-template <int R, bool kWide = true, typename Out>
-DDPM_FAST_INLINE void product_rows(const float* a, int64_t row, int64_t step, const float* panel, int64_t K, Out& out) {
-  Sums<R, kWide> sums;
-  sums.clear();
-  add_terms(sums, a, row, step, panel, K);
-  sums.write(out);
 }
 
 // Stores rows of a product, or adds them to C.
@@ -116,29 +107,6 @@ struct Store {
   }
 };
 
-template <int R, bool kWide>
-DDPM_FAST_NOINLINE void product_tile(const float* a, int64_t row, int64_t step, const float* panel, int64_t K, float* c,
-                                     int64_t stride, int64_t columns, bool add, int64_t piece) {
-  Store out{c, stride, columns, add};
-  for (int64_t k = 0; k == 0 || k < K; k += piece) {  // once where K = 0: zeros
-    product_rows<R, kWide>(a + k * step, row, step, panel + k * kPanel, min(piece, K - k), out);
-    out.add = true;
-  }
-}
-
-// Where sums of finished pieces fit into registers, too, for half as many rows, no piece is stored. On a Zen 4 pieces
-// of 32 terms are faster than one of any length, and have smaller errors.
-//
-// What comes next is prefetched: of rows side by side those kGroupsAhead groups ahead, of rows in columns the next
-// terms, what lies behind the panel, and what waits in a queue. A tile reads seven rows or columns at once, an order
-// that processors do not follow. On an Ice Lake products of what the third-level cache holds run at 80 to 105 GFLOP/s a
-// core instead of 46 to 73. Eight terms at a time: a loop's own instructions are executed where two of three
-// multiply-adds would be, and with those of each second term products of what the second-level cache holds ran at 125
-// instead of 138.
-constexpr bool kTwoSums = kLanes == 16 && kRegisters == 32;
-constexpr int64_t kLongestPiece = 32, kGroupsAhead = 3;
-constexpr int kPairsAtATime = 4, kLinesAtATime = 2;
-
 // Stores whole rows, one or two vectors each, or adds them to C.
 template <bool kWide>
 struct StoreWhole {
@@ -156,10 +124,50 @@ struct StoreWhole {
 // Stores the first columns of rows of kPanel, or adds them to C.
 DDPM_FAST_NOINLINE void store_columns(const float* rows, int64_t count, float* c, int64_t stride, int64_t columns,
                                       bool add) {
-  for (int64_t m = 0; m < count; ++m) {
-    for (int64_t n = 0; n < columns; ++n) c[m * stride + n] = rows[m * kPanel + n] + (add ? c[m * stride + n] : 0.0f);
-  }
+  Store out{c, stride, columns, add};
+  for (int64_t m = 0; m < count; ++m) out(m, load(rows + m * kPanel), load(rows + m * kPanel + kLanes));
 }
+
+// Stores R rows of a product, or adds them to C. Code for columns that end anywhere is shared by all R: with one copy
+// for each row of each R the extension was a sixth larger.
+template <int R, bool kWide>
+DDPM_FAST_INLINE void store_sums(Sums<R, kWide>& sums, float* c, int64_t stride, int64_t columns, bool add) {
+  if (columns >= (kWide ? kPanel : kLanes)) {
+    StoreWhole<kWide> out{c, stride, add};
+    return sums.write(out);
+  }
+  float rows[R * kPanel];
+  StoreWhole<kWide> out{rows, kPanel, false};
+  sums.write(out);
+  store_columns(rows, R, c, stride, columns, add);
+}
+
+template <int R, bool kWide>
+DDPM_FAST_NOINLINE void product_tile(const float* a, int64_t row, int64_t step, const float* panel, int64_t K, float* c,
+                                     int64_t stride, int64_t columns, bool add, int64_t piece) {
+  do {  // once where K = 0: zeros
+    const int64_t terms = min(piece, K);
+    Sums<R, kWide> sums;
+    sums.clear();
+    add_terms(sums, a, row, step, panel, terms);
+    store_sums(sums, c, stride, columns, add);
+    K -= terms;
+    add = true;
+  } while (K > 0);
+}
+
+// Where sums of finished pieces fit into registers, too, for half as many rows, no piece is stored. On a Zen 4 pieces
+// of 32 terms are faster than one of any length, and have smaller errors.
+//
+// What comes next is prefetched: of rows side by side those kGroupsAhead groups ahead, of rows in columns the next
+// terms, what lies behind the panel, and what waits in a queue. A tile reads seven rows or columns at once, an order
+// that processors do not follow. On an Ice Lake products of what the third-level cache holds run at 80 to 105 GFLOP/s a
+// core instead of 46 to 73. Eight terms at a time: a loop's own instructions are executed where two of three
+// multiply-adds would be, and with those of each second term products of what the second-level cache holds ran at 125
+// instead of 138.
+constexpr bool kTwoSums = kLanes == 16 && kRegisters == 32;
+constexpr int64_t kLongestPiece = 32, kGroupsAhead = 3;
+constexpr int kPairsAtATime = 4, kLinesAtATime = 2;
 
 // Of kTerms, a row's terms lie side by side and rows `apart` from each other; else the rows of a term side by side.
 // `piece` is even.
@@ -198,14 +206,7 @@ DDPM_FAST_NOINLINE void product_of_pieces(const float* a, int64_t apart, const f
     total.add(sums);
   }
   if (K % 2 == 1) next(total);
-  if (columns >= (kWide ? kPanel : kLanes)) {
-    StoreWhole<kWide> out{c, stride, add};
-    return total.write(out);
-  }
-  float rows[R * kPanel];
-  StoreWhole<kWide> out{rows, kPanel, false};
-  total.write(out);
-  store_columns(rows, R, c, stride, columns, add);
+  store_sums(total, c, stride, columns, add);
 }
 
 template <bool kWide, bool kTerms, int R = kRowsOfPieces>

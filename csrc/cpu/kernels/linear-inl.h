@@ -50,10 +50,8 @@ struct Pile {
 struct LinearOut {
   const LinearForward& p;
   int64_t row, column;
-  const Pile& pile;
 
   DDPM_FAST_INLINE void operator()(int m, vf left, vf right) {
-    if (!pile.empty) left += load(pile.sums + m * kPanel), right += load(pile.sums + m * kPanel + kLanes);
     const int64_t columns = p.K - column;
     take(row + m, column, columns, left);
     if (columns > kLanes) take(row + m, column + kLanes, columns - kLanes, right);
@@ -75,6 +73,34 @@ struct LinearOut {
     lanes.put(to, value);
   }
 };
+
+// The same of whole panels, with a residual or without and with nothing added to `out`.
+template <bool kResidual>
+struct WholeLinearOut {
+  const LinearForward& p;
+  int64_t row, column;
+  vf left_bias, right_bias;
+
+  WholeLinearOut(const LinearForward& of, int64_t first_row, int64_t first_column)
+      : p(of), row(first_row), column(first_column), left_bias{}, right_bias{} {
+    if (p.bias) left_bias = load(p.bias + column), right_bias = load(p.bias + column + kLanes);
+  }
+  DDPM_FAST_INLINE void operator()(int m, vf left, vf right) {
+    const int64_t r = row + m, at = r * p.K + column;
+    if (p.row_scale) left *= splat(p.row_scale[r]), right *= splat(p.row_scale[r]);
+    left += left_bias, right += right_bias;
+    if constexpr (kResidual) left += load(p.residual + at), right += load(p.residual + at + kLanes);
+    store(p.out + at, left);
+    store(p.out + at + kLanes, right);
+  }
+};
+
+// The epilogue of sums in memory, (count, kPanel).
+DDPM_FAST_NOINLINE void finish_linear_rows(const LinearForward& p, const float* sums, int64_t count, int64_t row,
+                                           int64_t column) {
+  LinearOut out{p, row, column};
+  for (int64_t m = 0; m < count; ++m) out(m, load(sums + m * kPanel), load(sums + m * kPanel + kLanes));
+}
 
 // Addresses and row strides of a block's rows, for each of the two maps.
 struct BlockRows {
@@ -133,8 +159,16 @@ DDPM_FAST_NOINLINE void linear_tile(const LinearForward& p, const BlockRows& blo
       }
     }
   }
-  LinearOut out{p, row, column, pile};
-  sums.write(out);
+  if (!pile.empty || columns < kPanel || p.add) {
+    sums.write(pile);
+    finish_linear_rows(p, pile.sums, R, row, column);
+  } else if (p.residual != nullptr) {
+    WholeLinearOut<true> out(p, row, column);
+    sums.write(out);
+  } else {
+    WholeLinearOut<false> out(p, row, column);
+    sums.write(out);
+  }
 }
 
 template <int R = kRows>

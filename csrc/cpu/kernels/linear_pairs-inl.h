@@ -43,8 +43,7 @@ inline void linear_forward_by_pairs(const LinearForward& p) {
                     prefetch_to_write(p.out + at, columns);
                     if (p.residual != nullptr) prefetch(p.residual + at, columns);
                   }
-                  const Pile none{nullptr, true};
-                  LinearOut out{p, first + row, panel * kPanel, none};
+                  LinearOut out{p, first + row, panel * kPanel};
                   pair_rows(rows, a + row * stride, stride, 1, packed + panel * C * kPanel, pairs_of(C), out);
                 });
               });
