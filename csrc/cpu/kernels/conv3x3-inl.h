@@ -31,13 +31,12 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// Measured on two cores of a Zen 4 and of a Zen 3 (1 MB and 512 KB of second-level cache each, 32 MB of third-level):
-// - kGroup: tiles per group, a multiple of the GEMM kernel's rows;
-// - kMaxSharedU: the largest U, in floats, that is computed at once, and kMinTiles: the fewest tiles for which that is
-//   faster;
-// - kMaxV: floats of V computed at a time (AVX-512: on an Ice Lake).
-constexpr int64_t kGroup = kRegisters == 32 ? kRows : 3 * kRows;
-constexpr int64_t kMaxSharedU = 1 << 20, kMinTiles = 512, kMaxV = (kTwoSums ? 3 : 4) << 19;
+// kGroup: tiles per group, a multiple of the GEMM kernel's rows. kMinTiles: the fewest tiles for which a whole U is
+// faster, measured on two cores of a Zen 4 and of a Zen 3.
+constexpr int64_t kGroup = kRegisters == 32 ? kRows : 3 * kRows, kMinTiles = 512;
+
+// Floats of the largest U that is computed at once: 4 of 32 MB of third-level cache, measured on a Zen 4 and a Zen 3.
+DDPM_FAST_INLINE int64_t most_of_u() { return third_level_floats() / 8; }
 
 // Rough cycles on a Zen 4, per channel: transform of a panel's taps, a panel's product for one tile, transform of one
 // tile's inputs.

@@ -13,7 +13,7 @@ DDPM_FAST_INLINE bool directly(const Conv3x3Forward& p, const Tiles& tiles) {
   return !p.pooled && (pixels <= kMaxPixelsDirectly || pixels <= kPixelsPerTile * tiles.whole());
 }
 
-DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K, int64_t most = kMaxSharedU) {
+DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K, int64_t most) {
   if (kPoints * C * K > most) return false;
   return tiles.total >= kMinTiles || (panels(K) == 1 && tiles.total > kGroup);
 }
@@ -40,10 +40,13 @@ inline void norm_all_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t 
            [&](int64_t begin, int64_t end) { norm_tiles(p, tiles, begin, end); });
 }
 
-// Floats of V at a time, of all parts. Of many threads each has what fits beside sums and a panel of U in its own
-// second-level cache: kMaxV among sixteen is 10 tiles of 256 channels for each, whose taps take half as long again as
-// their products.
-DDPM_FAST_INLINE int64_t most_of_v(int64_t parts) { return max(kMaxV, parts * (second_level_floats() / 4 * 3)); }
+// Floats of V at a time, of all parts: a share of the third-level cache, 8 of 32 MB measured on a Zen 4 and a Zen 3;
+// with AVX-512, 6 to 9 MB are alike on an Ice Lake with 48 MB. Of many threads each has what fits beside sums and a
+// panel of U in its own second-level cache: 6 MB among sixteen are 10 tiles of 256 channels for each, whose taps take
+// half as long again as their products.
+DDPM_FAST_INLINE int64_t most_of_v(int64_t parts) {
+  return max(third_level_floats() / 16 * (kTwoSums ? 3 : 4), parts * (second_level_floats() / 4 * 3));
+}
 
 // Of `count` tiles those of a pass, as many as V has room for. To the nearest number of passes: another one transforms
 // all taps again. Where a norm is read or its statistics are made, whole samples of `sample` tiles.
@@ -129,7 +132,7 @@ inline void forward_in_passes(const Convolutions& all, const Tiles& tiles, int64
 // 8×8 more), and less where they do not (2 to 3%); more threads would make it too often.
 DDPM_FAST_INLINE bool norms_as_read(const Conv3x3Forward& p, const Tiles& tiles, int64_t C, int64_t K) {
   if (p.input_norm->in.dropout.keep_threshold != 0 || directly(p, tiles)) return false;
-  if (by_tiles(tiles, C, K, kMaxSharedU / 2)) return false;  // by tiles the norm is not read, so it pays off less
+  if (by_tiles(tiles, C, K, most_of_u() / 2)) return false;  // by tiles the norm is not read, so it pays off less
   const int64_t threads = most_parts();
   if (tiles.B % threads != 0) return false;
   if (!apart(tiles, K)) return threads <= 2 && tiles_of_pass(tiles.total, C, 1) == tiles.total;
@@ -146,7 +149,7 @@ inline void plain_forward(const Conv3x3Forward& p) {
     return plain_forward(rest);
   }
   const bool direct = directly(p, tiles);
-  if (!direct && p.input_norm == nullptr && by_tiles(tiles, C, K)) return forward_by_tiles(p, tiles, C, K);
+  if (!direct && p.input_norm == nullptr && by_tiles(tiles, C, K, most_of_u())) return forward_by_tiles(p, tiles, C, K);
   if (!direct) return forward_in_passes({&p, 1, 1}, tiles, C, K);
   forward_directly(p, C, K);
   norm_all_tiles(p, tiles, K);

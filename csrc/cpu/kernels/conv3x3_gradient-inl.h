@@ -190,12 +190,16 @@ DDPM_FAST_INLINE int64_t gradient_block() {
   return kLanes == 16 && kPoints * kPanel * 64 * 3 <= second_level_floats() ? 64 : 32;
 }
 
-// Floats, measured on two cores of a Zen 3 (512 KB of second-level cache each): the largest S computed by points, and V
-// and D together per pass, by points and by blocks (AVX-512: on an Ice Lake).
-constexpr int64_t kMaxSums = 2 << 20, kMaxOfPoints = 3 << 18, kMaxOfBlocks = (kTwoSums ? 4 : 2) << 20;
+// Floats, as shares of the third-level cache: the largest S computed by points, V and D together per pass, by points
+// where threads share a chunk and by blocks, and S of all chunks. Of 32 MB, 8, 3, 8 and 16 MB, measured on two cores of
+// a Zen 3; with AVX-512, 16 to 24 MB by blocks are alike on an Ice Lake with 48 MB.
+DDPM_FAST_INLINE int64_t most_sums() { return third_level_floats() / 4; }
+DDPM_FAST_INLINE int64_t most_of_points() { return third_level_floats() / 32 * 3; }
+DDPM_FAST_INLINE int64_t most_of_blocks() { return third_level_floats() / (kTwoSums ? 2 : 4); }
+DDPM_FAST_INLINE int64_t most_of_chunks() { return third_level_floats() / 2; }
 
-// By points: how many chunks of tiles have an S of their own, their fewest tiles, and the floats of all S.
-constexpr int64_t kMostChunks = 4, kMinOfChunk = 72, kMaxOfChunks = 4 << 20;
+// By points: how many chunks of tiles have an S of their own, and their fewest tiles.
+constexpr int64_t kMostChunks = 4, kMinOfChunk = 72;
 
 // S (count × `columns` of a panel, or more than a panel has) from some of T tiles; v: (tile, channel), v_row floats
 // from tile to tile; d: (tile, kPanel).
@@ -269,9 +273,9 @@ inline void weight_gradient_by_points(const Conv3x3WeightGradient& p, const Tile
   const int64_t num_panels = panels(p.K), s_panel = C * kPanel, s_plane = plane_stride(num_panels * s_panel),
                 sums = kPoints * s_plane;
   int64_t chunks = kMostChunks;
-  while (chunks > 1 && (tiles.total < chunks * kMinOfChunk || sums * chunks > kMaxOfChunks)) chunks /= 2;
+  while (chunks > 1 && (tiles.total < chunks * kMinOfChunk || sums * chunks > most_of_chunks())) chunks /= 2;
   const int64_t length = ceil_div(tiles.total, chunks);
-  const int64_t together = round_up(tiles_at_a_time(tiles, kMaxOfPoints, row_stride(C) + num_panels * kPanel),
+  const int64_t together = round_up(tiles_at_a_time(tiles, most_of_points(), row_stride(C) + num_panels * kPanel),
                                     kTilesOfPiece);  // where all threads share a chunk
   float* s = thread_scratch(kScratchSums, chunks * sums);
   const auto add = [&](int64_t chunk, int64_t size) {
@@ -377,8 +381,8 @@ struct BlockTasks {
 
 inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t C) {
   const int64_t num_panels = panels(p.K), widest = gradient_block();
-  const int64_t size =
-      tiles_at_a_time(tiles, kMaxOfBlocks, ceil_div(C, widest) * round_up(min(C, widest), 16) + num_panels * kPanel);
+  const int64_t size = tiles_at_a_time(tiles, most_of_blocks(),
+                                       ceil_div(C, widest) * round_up(min(C, widest), 16) + num_panels * kPanel);
   // Blocks alike, and narrower ones where there are not as many tasks as threads; the sums are the same.
   int64_t width = round_up(ceil_div(C, ceil_div(C, widest)), kLanes);
   while (width > kLanes && num_panels * ceil_div(C, width) < thread_count()) width = round_up(width / 2, kLanes);
@@ -409,7 +413,7 @@ inline void weight_gradient_by_blocks(const Conv3x3WeightGradient& p, const Tile
 inline void plain_weight_gradient(const Conv3x3WeightGradient& p) {
   const Tiles tiles(p.B, p.H, p.W);
   const int64_t C = p.channels[0] + p.channels[1];
-  if (kPoints * C * p.K <= kMaxSums && tiles.total >= kMinTiles) {
+  if (kPoints * C * p.K <= most_sums() && tiles.total >= kMinTiles) {
     weight_gradient_by_points(p, tiles, C);
   } else {
     weight_gradient_by_blocks(p, tiles, C);

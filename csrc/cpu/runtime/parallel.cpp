@@ -47,15 +47,30 @@ void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int
 
 int64_t thread_count() { return at::get_num_threads(); }
 
-int64_t second_level_floats() {
-  static const int64_t floats = [] {
+namespace {
+
+// `name`: of sysconf. `otherwise`: bytes where it reports none.
+int64_t floats_of_cache(int name, int64_t otherwise) {
+  const long bytes = name < 0 ? 0 : sysconf(name);
+  return (bytes > 0 ? int64_t{bytes} : otherwise) / 4;
+}
+
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-    const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+constexpr int kSecondLevel = _SC_LEVEL2_CACHE_SIZE, kThirdLevel = _SC_LEVEL3_CACHE_SIZE;
 #else
-    const long bytes = 0;
+constexpr int kSecondLevel = -1, kThirdLevel = -1;
 #endif
-    return int64_t{bytes > 0 ? bytes : 512 << 10} / 4;
-  }();
+
+}  // namespace
+
+int64_t second_level_floats() {
+  static const int64_t floats = floats_of_cache(kSecondLevel, int64_t{512} << 10);
+  return floats;
+}
+
+int64_t third_level_floats() {
+  static const int64_t floats =
+      std::min(floats_of_cache(kThirdLevel, int64_t{32} << 20), int64_t{64} << 18);  // floats of 64 MB
   return floats;
 }
 

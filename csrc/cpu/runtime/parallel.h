@@ -15,8 +15,10 @@ void run_parallel(int64_t count, int64_t grain, void (*task)(void*, int64_t, int
 // How many threads run_parallel may use: to cut work into even pieces where the cuts do not touch the results.
 int64_t thread_count();
 
-// Floats of a core's second-level cache, as the system reports it, read once; of 512 KB where it reports none.
+// Floats of a core's second-level cache, and of the third-level cache that cores share, as the system reports them,
+// read once; of 512 KB and 32 MB where it reports none. Of the latter at most 64 MB: scratch memory is a part of it.
 int64_t second_level_floats();
+int64_t third_level_floats();
 
 // Memory of the calling thread, kept for its next call with this slot, aligned to 64 bytes, not cleared. One slot is
 // one use at a time: a kernel that calls another must use other slots.

@@ -85,7 +85,7 @@ SHAPES = [
     (3, 13, 6, 21, 45, 39),  # and in four chunks for the weight's gradient
     (2, 48, 0, 48, 40, 41),  # and in two, with a panel of which half is full
     (1, 513, 0, 16, 3, 3),
-    (4, 200, 0, 40, 44, 44),  # the weight's gradient in several passes
+    (4, 440, 0, 40, 44, 44),  # the weight's gradient in several passes, whatever the caches
 ]
 
 

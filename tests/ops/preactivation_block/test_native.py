@@ -27,7 +27,7 @@ SHAPES = [
     (8, 40, 24, 64, 16, 16, 4, 8),
     (2, 48, 40, 64, 8, 8, 4, 8),
     (4, 70, 0, 64, 10, 9, 7, 8),
-    (6, 256, 0, 64, 32, 32, 8, 8),  # in several passes of whole samples
+    (6, 384, 0, 64, 32, 32, 8, 8),  # in several passes of whole samples
 ]
 
 
@@ -94,7 +94,7 @@ def test_random_shapes(B, C, skip, K, H, W, groups, scaled):
         (8, 40, 24, 64, 16, 16),  # with one or two threads norms are made as the convolution reads them
         (4, 96, 32, 64, 8, 8),
         (4, 70, 0, 64, 10, 9),
-        (6, 256, 0, 64, 32, 32),  # in several passes of whole samples
+        (6, 384, 0, 64, 32, 32),  # in several passes of whole samples
     ],
     ids=str,
 )
