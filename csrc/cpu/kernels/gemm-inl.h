@@ -167,59 +167,71 @@ DDPM_FAST_NOINLINE void product_tile(const float* a, int64_t row, int64_t step, 
 // instead of 138.
 constexpr bool kTwoSums = kLanes == 16 && kRegisters == 32;
 constexpr int64_t kLongestPiece = 32, kGroupsAhead = 3;
-constexpr int kPairsAtATime = 4, kLinesAtATime = 2;
+constexpr int kTermsAtATime = 8, kLinesAtATime = 2;
 
-// Of kTerms, a row's terms lie side by side and rows `apart` from each other; else the rows of a term side by side.
-// `piece` is even.
+// `groups` groups of R rows, in one call: of 64 terms a call takes a tenth of their time. Of kTerms, a row's terms lie
+// side by side and rows `apart` from each other; else the rows of a term side by side. `piece` is a multiple of
+// kTermsAtATime and less than K.
+// To prefetch: what is `ahead` of a group's rows, or next_terms.
 template <int R, bool kWide, bool kTerms>
-DDPM_FAST_NOINLINE void product_of_pieces(const float* a, int64_t apart, const float* panel, int64_t K, float* c,
-                                          int64_t stride, int64_t columns, bool add, int64_t piece,
-                                          const float* next_rows, const float* next_panel, PrefetchQueue* queue) {
+DDPM_FAST_NOINLINE void product_of_pieces(int64_t groups, const float* rows, int64_t apart, const float* panel,
+                                          int64_t K, float* c, int64_t stride, int64_t columns, bool add, int64_t piece,
+                                          int64_t ahead, const float* next_terms, PrefetchQueue* queue) {
   const int64_t row = kTerms ? apart : 1, step = kTerms ? 1 : apart;
-  Sums<R, kWide> total, sums;
-  const auto next = [&](auto& to) DDPM_FAST_LAMBDA {
-    to.add(a, row, load(panel), kWide ? load(panel + kLanes) : vf{});
-    a += step;
-    panel += kPanel;
-  };
-  total.clear();
-  for (int64_t left = K / 2; left > 0; left -= piece / 2) {
-    sums.clear();
-    int64_t pairs = min(left, piece / 2);
-    PrefetchQueue::Lines lines = queue->take(pairs / kPairsAtATime * kLinesAtATime);
-    for (; pairs >= kPairsAtATime; pairs -= kPairsAtATime) {
-      if (lines.first < lines.end) {
+  const float* next_panel = panel + K * kPanel;
+  for (; groups > 0; --groups, rows += R * row, c += R * stride) {
+    const float *a = rows, *b = panel;
+    Sums<R, kWide> total, sums;
+    const auto next = [&](auto& to) DDPM_FAST_LAMBDA {
+      to.add(a, row, load(b), kWide ? load(b + kLanes) : vf{});
+      a += step;
+      b += kPanel;
+    };
+    if constexpr (kTerms) next_terms = rows + ahead;
+    for (int64_t left = K / kTermsAtATime; left > 0; left -= piece / kTermsAtATime) {
+      sums.clear();
+      int64_t steps = min(left, piece / kTermsAtATime);
+      PrefetchQueue::Lines lines = queue->take(steps * kLinesAtATime);
+      do {
+        if (lines.first < lines.end) {
 #pragma GCC unroll 4
-        for (int i = 0; i < kLinesAtATime; ++i) __builtin_prefetch(lines.first + i * kCacheLine, 0, 2);
-        lines.first += kLinesAtATime * kCacheLine;
+          for (int i = 0; i < kLinesAtATime; ++i) __builtin_prefetch(lines.first + i * kCacheLine, 0, 2);
+          lines.first += kLinesAtATime * kCacheLine;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kTermsAtATime; ++i) {
+          if (i % 2 == 0) __builtin_prefetch(next_terms + i * (kCacheLine / 2), 0, 3);
+          if (i % 4 == 0) __builtin_prefetch(next_panel + i * (kCacheLine / 4), 0, 3);
+          next(sums);
+        }
+        __asm__("" : "+r"(a));  // else gcc has an address for each row, and moves them all on
+        next_terms += kTermsAtATime * (kCacheLine / 2);
+        next_panel += kTermsAtATime * (kCacheLine / 4);
+      } while (--steps > 0);
+      if (left == K / kTermsAtATime) {
+        total = sums;
+      } else {
+        total.add(sums);
       }
-#pragma GCC unroll 4
-      for (int i = 0; i < kPairsAtATime; ++i) {
-        __builtin_prefetch(next_rows + i * kCacheLine, 0, 3);
-        if (i % 2 == 0) __builtin_prefetch(next_panel + i * (kCacheLine / 2), 0, 3);
-        next(sums), next(sums);
-      }
-      next_rows += kPairsAtATime * kCacheLine;
-      next_panel += kPairsAtATime * (kCacheLine / 2);
     }
-    for (; pairs > 0; --pairs) next(sums), next(sums);
-    total.add(sums);
+#pragma GCC unroll 1
+    for (int64_t k = K % kTermsAtATime; k > 0; --k) next(total);
+    store_sums(total, c, stride, columns, add);
   }
-  if (K % 2 == 1) next(total);
-  store_sums(total, c, stride, columns, add);
 }
 
 template <bool kWide, bool kTerms, int R = kRowsOfPieces>
-DDPM_FAST_INLINE void product_of_pieces_of(int64_t rows, const float* a, int64_t apart, const float* panel, int64_t K,
-                                           float* c, int64_t stride, int64_t columns, bool add, int64_t piece,
-                                           const float* next_rows, const float* next_panel, PrefetchQueue* queue) {
+DDPM_FAST_INLINE void product_of_pieces_of(int64_t rows, int64_t groups, const float* a, int64_t apart,
+                                           const float* panel, int64_t K, float* c, int64_t stride, int64_t columns,
+                                           bool add, int64_t piece, int64_t ahead, const float* next_terms,
+                                           PrefetchQueue* queue) {
   if constexpr (R > 0) {
     if (rows == R) {
-      return product_of_pieces<R, kWide, kTerms>(a, apart, panel, K, c, stride, columns, add, piece, next_rows,
-                                                 next_panel, queue);
+      return product_of_pieces<R, kWide, kTerms>(groups, a, apart, panel, K, c, stride, columns, add, piece, ahead,
+                                                 next_terms, queue);
     }
-    product_of_pieces_of<kWide, kTerms, R - 1>(rows, a, apart, panel, K, c, stride, columns, add, piece, next_rows,
-                                               next_panel, queue);
+    product_of_pieces_of<kWide, kTerms, R - 1>(rows, groups, a, apart, panel, K, c, stride, columns, add, piece, ahead,
+                                               next_terms, queue);
   }
 }
 
@@ -243,18 +255,20 @@ constexpr int64_t kOnePiece = int64_t{1} << 40;
 template <bool kWide, bool kTerms>
 inline void product_panel_of_pieces(const float* a, int64_t apart, const float* panel, int64_t M, int64_t K, float* c,
                                     int64_t stride, int64_t columns, bool add, int64_t piece, PrefetchQueue* queue) {
-  const int64_t groups = ceil_div(M, kRowsOfPieces), row = kTerms ? apart : 1, lines = K / 2;
-  const bool beside = apart <= K + 2 * kCacheLine;
+  const int64_t groups = ceil_div(M, kRowsOfPieces);
+  // Without a division of unknown numbers where all groups are full, as most are.
+  const int64_t rows = groups * kRowsOfPieces == M ? kRowsOfPieces : M / groups, longer = M - groups * rows;
+  const int64_t ahead = apart <= K + 2 * kCacheLine ? kGroupsAhead * kRowsOfPieces * apart : 0;
+  const int64_t done = longer * (rows + 1);
   PrefetchQueue none;
   if (queue == nullptr) queue = &none;
-  for (int64_t g = 0, m = 0; g < groups; ++g) {
-    const int64_t rows = M / groups + (g < M % groups ? 1 : 0);
-    const float* next =
-        kTerms ? a + (beside ? (m + kGroupsAhead * kRowsOfPieces) * row : 0) : a + K * apart + g * lines * kCacheLine;
-    product_of_pieces_of<kWide, kTerms>(rows, a + m * row, apart, panel, K, c + m * stride, stride, columns, add, piece,
-                                        next, panel + K * kPanel + g * lines * (kCacheLine / 2), queue);
-    m += rows;
-  }
+  const auto product = [&](int64_t of, int64_t count, int64_t first, int64_t groups_before) {
+    product_of_pieces_of<kWide, kTerms>(of, count, a + first * (kTerms ? apart : 1), apart, panel, K,
+                                        c + first * stride, stride, columns, add, piece, ahead,
+                                        a + K * apart + groups_before * (K / 2) * kCacheLine, queue);
+  };
+  if (longer > 0) product(rows + 1, longer, 0, 0);
+  product(rows, groups - longer, done, longer);
 }
 
 // C (M × columns of one panel) = A · panel, or += with `add`. A: (m, k) at a[m·row + k·step], where row or step is 1;
@@ -265,7 +279,7 @@ DDPM_FAST_NOINLINE void product_panel(const float* a, int64_t row, int64_t step,
                                       int64_t K, float* c, int64_t stride, int64_t columns, bool add,
                                       int64_t piece = kOnePiece, PrefetchQueue* queue = nullptr) {
   if constexpr (kTwoSums) {
-    piece = min(round_up(piece, 2), kLongestPiece);
+    piece = min(round_up(piece, kTermsAtATime), kLongestPiece);
     if (piece < K) {
       if (columns > kLanes && step == 1) {
         product_panel_of_pieces<true, true>(a, row, panel, M, K, c, stride, columns, add, piece, queue);
