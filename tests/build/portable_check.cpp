@@ -23,6 +23,7 @@ void run_parallel(int64_t count, int64_t, void (*task)(void*, int64_t, int64_t),
 }
 int64_t thread_count() { return 1; }
 int64_t second_level_floats() { return 128 << 10; }
+int64_t third_level_floats() { return 8 << 20; }
 float* thread_scratch(int slot, int64_t floats) {
   static std::vector<float> memory[kScratchSlots];
   memory[slot].resize(static_cast<size_t>(floats) + 16);
