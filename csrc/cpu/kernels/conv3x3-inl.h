@@ -6,7 +6,8 @@
 //   M[point][tile][k]  = V[point] · U[point]
 //   output tile        = transform of M + bias + residual
 //
-// All transforms vectorise over channels. Two orders of work, chosen by sizes alone:
+// All transforms vectorise over channels. Two orders of work, chosen by sizes and the machine's third-level cache,
+// never by the number of threads:
 // - by tiles: each thread transforms all taps, then takes groups of tiles whose V and M stay in its second-level cache
 //   through all steps. For large maps.
 // - by panels: V of all tiles first, then panel by panel of output channels. Their taps are transformed on the way,

@@ -1,4 +1,5 @@
-// The choice of a 3×3 convolution's algorithm, by its sizes alone, and the norm where the epilogue did not apply it.
+// The choice of a 3×3 convolution's algorithm, by its sizes and the machine's third-level cache, and the norm where the
+// epilogue did not apply it.
 #pragma once
 
 #include "conv3x3_direct-inl.h"

@@ -10,7 +10,7 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 //   V[point][tile][c] as in conv3x3-inl.h  D[point][tile][k] = transposed output transform of the gradient's 4×4 tile
 //   S[point][c][k] = Σ over tiles of V·D   dweight = transposed transform of the taps of S
 //
-// Two orders of work, chosen by sizes alone:
+// Two orders of work, chosen by sizes and the machine's third-level cache, never by the number of threads:
 // - by points: each thread takes a chunk of the tiles, and of that as many at a time as a partial sum has; V and D are
 //   read once, from one piece of memory each. More threads than chunks share the points of some hundred tiles, with the
 //   same sums. For many tiles.

@@ -1,6 +1,7 @@
 // Memory that a thread will read or write a while from now. Products ask for it line by line (gemm-inl.h): an
 // instruction that asks for a line waits where about ten others are on their way, for as long as one of them takes. A
-// dozen at once between two products were a tenth of a convolution's time on an Ice Lake.
+// dozen at once between two products were a tenth of a convolution's time on an Ice Lake. What still waits when the
+// products end is not asked for.
 #pragma once
 
 #include "vec-inl.h"
