@@ -33,7 +33,8 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 // kGroup: tiles per group, a multiple of the GEMM kernel's rows. kMinTiles: the fewest tiles for which a whole U is
-// faster, measured on two cores of a Zen 4 and of a Zen 3.
+// faster, measured on two cores of a Zen 4 and of a Zen 3; half as many where U takes at most half of the second-level
+// cache, measured on an Ice Lake.
 constexpr int64_t kGroup = kRegisters == 32 ? kRows : 3 * kRows, kMinTiles = 512;
 
 // Floats of the largest U that is computed at once: 4 of 32 MB of third-level cache, measured on a Zen 4 and a Zen 3.
@@ -49,8 +50,8 @@ constexpr int64_t kCyclesOfPiece = 16000;
 DDPM_FAST_INLINE int64_t pieces_of(int64_t cycles) { return max<int64_t>(1, kCyclesOfPiece / max<int64_t>(1, cycles)); }
 
 // Channels per partial sum of M, at most; the rounding of these sums is most of Winograd's error. Gradients use shorter
-// partial sums because backward carries their error through every layer. Where pieces are stored (gemm-inl.h), that
-// takes a sixth of the product's time.
+// partial sums because backward carries their error through every layer. With 16 registers, storing those takes a sixth
+// of the product's time.
 constexpr int64_t kForwardPiece = 64, kGradientPiece = 16;
 
 DDPM_FAST_INLINE int64_t channels_of_piece(const Conv3x3Forward& p, int64_t C) {
@@ -73,6 +74,9 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
   const auto group = [&](int64_t g) { return tiles.total * g / groups; };
   const int64_t size = ceil_div(tiles.total, groups), v_row = row_stride(C), m_row = row_stride(num_panels * kPanel);
   const int64_t v_plane = plane_stride(size * v_row), m_plane = plane_stride(size * m_row);
+  // Of few channels products take too few steps for the lines of a group's inputs and outputs: 64 to 64 took 3% longer.
+  const int64_t lines = size * (kRowsToPrefetch * 4 * C + 16 * K) / kCacheLine;
+  const bool twice = 2 * lines > 3 * PrefetchQueue::kAtATime * kPoints * num_panels * (C / kTermsAtATime);
   parallel_shares(groups, pieces_of(size * C * num_panels * kCyclesOfProducts), [&] {
     float* u = thread_scratch(kScratchU, kPoints * packed_size(C, K));
     transform_taps(0, taps, u);
@@ -83,6 +87,7 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
       transform_inputs(input, Points({}, {}), tiles, begin, end, 0, C, v, v_row, v_plane, g == expected);
       expected = g + 1;
       PrefetchQueue queue;
+      queue.twice = twice;
       // All panels of a point, one after another: the point's V stays in the first-level cache.
       for (int64_t i = 0; i < kPoints; ++i) {
         const TileRange some = tiles.using_point(i).within(begin, end);

@@ -15,8 +15,10 @@ DDPM_FAST_INLINE bool directly(const Conv3x3Forward& p, const Tiles& tiles) {
 }
 
 DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K, int64_t most) {
-  if (kPoints * C * K > most) return false;
-  return tiles.total >= kMinTiles || (panels(K) == 1 && tiles.total > kGroup);
+  const int64_t u = kPoints * C * K;
+  if (u > most) return false;
+  const int64_t fewest = u <= second_level_floats() / 2 ? kMinTiles / 2 : kMinTiles;
+  return tiles.total >= fewest || (panels(K) == 1 && tiles.total > kGroup);
 }
 
 // By panels, whether each thread takes tiles of its own and transforms all taps itself, rather than panels of its own
@@ -46,7 +48,7 @@ inline void norm_all_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_t 
 // panel of U in its own second-level cache: 6 MB among sixteen are 10 tiles of 256 channels for each, whose taps take
 // half as long again as their products.
 DDPM_FAST_INLINE int64_t most_of_v(int64_t parts) {
-  return max(third_level_floats() / 16 * (kTwoSums ? 3 : 4), parts * (second_level_floats() / 4 * 3));
+  return max(third_level_floats() / 16 * (kInGroups ? 3 : 4), parts * (second_level_floats() / 4 * 3));
 }
 
 // Of `count` tiles those of a pass, as many as V has room for. To the nearest number of passes: another one transforms

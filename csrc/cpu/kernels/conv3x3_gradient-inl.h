@@ -183,7 +183,8 @@ inline void sum_rows(const float* grad, int64_t rows, int64_t K, float* dbias) {
 
 // Tiles per partial sum: a sum of partial sums has a smaller rounding error. The GEMM kernel with fewer rows gets
 // longer ones, since adding a partial sum costs it relatively more. Where that costs nothing, each is four.
-constexpr int64_t kTilesOfPiece = kRegisters == 32 && !kTwoSums ? 32 : 64, kTilesOfSum = kTwoSums ? 16 : kTilesOfPiece;
+constexpr int64_t kTilesOfPiece = kRegisters == 32 && !kInGroups ? 32 : 64,
+                  kTilesOfSum = kInGroups ? 16 : kTilesOfPiece;
 
 // Input channels of a block: with 64 for vectors of 16, its sums take a quarter of a second-level cache of 1 MB.
 DDPM_FAST_INLINE int64_t gradient_block() {
@@ -195,7 +196,7 @@ DDPM_FAST_INLINE int64_t gradient_block() {
 // a Zen 3; with AVX-512, 16 to 24 MB by blocks are alike on an Ice Lake with 48 MB.
 DDPM_FAST_INLINE int64_t most_sums() { return third_level_floats() / 4; }
 DDPM_FAST_INLINE int64_t most_of_points() { return third_level_floats() / 32 * 3; }
-DDPM_FAST_INLINE int64_t most_of_blocks() { return third_level_floats() / (kTwoSums ? 2 : 4); }
+DDPM_FAST_INLINE int64_t most_of_blocks() { return third_level_floats() / (kInGroups ? 2 : 4); }
 DDPM_FAST_INLINE int64_t most_of_chunks() { return third_level_floats() / 2; }
 
 // By points: how many chunks of tiles have an S of their own, and their fewest tiles.

@@ -10,13 +10,15 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 constexpr int kPanel = 2 * kLanes;           // columns of a panel: two vectors
 constexpr int kRows = (kRegisters - 4) / 2;  // of two sums each; two vectors of B and two elements of A have the rest
-constexpr int kRowsOfPieces = kRows / 2;     // where sums of pieces are in registers, too
 
 // Columns of a panel, from the `left` that there are on, in whole vectors.
 DDPM_FAST_INLINE constexpr int64_t panel_width(int64_t left) { return left > kLanes ? kPanel : kLanes; }
 DDPM_FAST_INLINE constexpr int64_t panels(int64_t N) { return ceil_div(N, kPanel); }
 // Floats that K × N packed take: (panels, K, kPanel), the last panel filled up with zeros.
 DDPM_FAST_INLINE constexpr int64_t packed_size(int64_t K, int64_t N) { return panels(N) * K * kPanel; }
+
+// Rows further on have an address of their own: else multiples of the distance between rows take too many registers.
+constexpr int kNearRows = 7;
 
 // For aarch64 gcc schedules the loads of all rows before the first multiply-add, which costs 25 spills a term of 14
 // rows. It moves nothing across this statement. Other targets are scheduled after registers are chosen.
@@ -37,13 +39,13 @@ struct Sums {
     right = vf{};
     rest.clear();
   }
-  // Row R-1 is this struct's own: a + (R-1)·stride.
-  DDPM_FAST_INLINE void add(const float* a, int64_t stride, vf b0, vf b1) {
-    const vf x = splat(a[(R - 1) * stride]);
+  // Row R-1 is this struct's own: a + (R-1)·stride. Rows from kNearRows on are counted from `far`.
+  DDPM_FAST_INLINE void add(const float* a, const float* far, int64_t stride, vf b0, vf b1) {
+    const vf x = splat(R > kNearRows ? far[(R - 1 - kNearRows) * stride] : a[(R - 1) * stride]);
     add_product(left, x, b0);
     if constexpr (kWide) add_product(right, x, b1);
     if constexpr (R % 2 == 1) end_of_two_rows();
-    rest.add(a, stride, b0, b1);
+    rest.add(a, far, stride, b0, b1);
   }
   DDPM_FAST_INLINE void add(const Sums& other) {
     left += other.left;
@@ -59,7 +61,7 @@ struct Sums {
 template <bool kWide>
 struct Sums<0, kWide> {
   DDPM_FAST_INLINE void clear() {}
-  DDPM_FAST_INLINE void add(const float*, int64_t, vf, vf) {}
+  DDPM_FAST_INLINE void add(const float*, const float*, int64_t, vf, vf) {}
   DDPM_FAST_INLINE void add(const Sums&) {}
   template <typename Out>
   DDPM_FAST_INLINE void write(Out&) {}
@@ -72,7 +74,7 @@ template <int R, bool kWide>
 DDPM_FAST_INLINE void add_terms(Sums<R, kWide>& sums, const float*& a, int64_t row, int64_t step, const float*& panel,
                                 int64_t K) {
   const auto next = [&]() DDPM_FAST_LAMBDA {
-    sums.add(a, row, load(panel), kWide ? load(panel + kLanes) : vf{});
+    sums.add(a, a + kNearRows * row, row, load(panel), kWide ? load(panel + kLanes) : vf{});
     a += step;
     panel += kPanel;
   };
@@ -156,81 +158,101 @@ DDPM_FAST_NOINLINE void product_tile(const float* a, int64_t row, int64_t step, 
   } while (K > 0);
 }
 
-// Where sums of finished pieces fit into registers, too, for half as many rows, no piece is stored. On a Zen 4 pieces
-// of 32 terms are faster than one of any length, and have smaller errors.
-//
-// What comes next is prefetched: of rows side by side those kGroupsAhead groups ahead, of rows in columns the next
-// terms, what lies behind the panel, and what waits in a queue. A tile reads seven rows or columns at once, an order
-// that processors do not follow. On an Ice Lake products of what the third-level cache holds run at 80 to 105 GFLOP/s a
-// core instead of 46 to 73. Eight terms at a time: a loop's own instructions are executed where two of three
-// multiply-adds would be, and with those of each second term products of what the second-level cache holds ran at 125
-// instead of 138.
-constexpr bool kTwoSums = kLanes == 16 && kRegisters == 32;
-constexpr int64_t kLongestPiece = 32, kGroupsAhead = 3;
-constexpr int kTermsAtATime = 8, kLinesAtATime = 2;
+// With AVX-512 products take groups of rows in one call, in sums of kLongestPiece terms: on a Zen 4 those are faster
+// than sums of any length, and have smaller errors. What comes next is prefetched: of rows side by side the next
+// group's, of rows in columns the next terms, what lies behind the panel, and what waits in a queue. A tile reads seven
+// or more rows or columns at once, an order that processors do not follow. Eight terms at a time: a loop's own
+// instructions are executed where two of three multiply-adds would be.
+// Of rows whose terms lie side by side each piece is stored. Else, of half as many rows, sums of pieces are in
+// registers, too: gradients of weights, whose pieces are short, took 5% longer the other way, and other products up to
+// 3% in this.
+constexpr bool kInGroups = kLanes == 16 && kRegisters == 32;
+constexpr int64_t kLongestPiece = 32;
+template <bool kTerms>
+constexpr int kRowsOfGroup = kTerms ? kRows : kRows / 2;
+constexpr int kTermsAtATime = 8, kPanelLines = 2;  // lines behind the panel in that time
+
+// Asks for the next lines of a queue, and moves on.
+DDPM_FAST_INLINE void ask(PrefetchQueue::Lines& lines) {
+#pragma GCC unroll 4
+  for (int i = 0; i < PrefetchQueue::kAtATime; ++i) __builtin_prefetch(lines.first + i * kCacheLine, 0, 2);
+  lines.first += PrefetchQueue::kAtATime * kCacheLine;
+}
 
 // `groups` groups of R rows, in one call: of 64 terms a call takes a tenth of their time. Of kTerms, a row's terms lie
 // side by side and rows `apart` from each other; else the rows of a term side by side. `piece` is a multiple of
-// kTermsAtATime and less than K.
+// kTermsAtATime.
 // To prefetch: what is `ahead` of a group's rows, or next_terms.
 template <int R, bool kWide, bool kTerms>
-DDPM_FAST_NOINLINE void product_of_pieces(int64_t groups, const float* rows, int64_t apart, const float* panel,
+DDPM_FAST_NOINLINE void product_of_groups(int64_t groups, const float* rows, int64_t apart, const float* panel,
                                           int64_t K, float* c, int64_t stride, int64_t columns, bool add, int64_t piece,
                                           int64_t ahead, const float* next_terms, PrefetchQueue* queue) {
+  constexpr int kNextLines = (R * kTermsAtATime + kCacheLine - 1) / kCacheLine;  // of as many terms of the next group
   const int64_t row = kTerms ? apart : 1, step = kTerms ? 1 : apart;
   const float* next_panel = panel + K * kPanel;
   for (; groups > 0; --groups, rows += R * row, c += R * stride) {
-    const float *a = rows, *b = panel;
-    Sums<R, kWide> total, sums;
-    const auto next = [&](auto& to) DDPM_FAST_LAMBDA {
-      to.add(a, row, load(b), kWide ? load(b + kLanes) : vf{});
-      a += step;
-      b += kPanel;
-    };
+    const float *a = rows, *far = rows + kNearRows * row, *b = panel;
     if constexpr (kTerms) next_terms = rows + ahead;
-    for (int64_t left = K / kTermsAtATime; left > 0; left -= piece / kTermsAtATime) {
+    int64_t left = K;
+    bool adding = add;
+    Sums<R, kWide> sums, total;
+    do {  // once where K = 0: zeros
       sums.clear();
-      int64_t steps = min(left, piece / kTermsAtATime);
-      PrefetchQueue::Lines lines = queue->take(steps * kLinesAtATime);
-      do {
-        if (lines.first < lines.end) {
-#pragma GCC unroll 4
-          for (int i = 0; i < kLinesAtATime; ++i) __builtin_prefetch(lines.first + i * kCacheLine, 0, 2);
-          lines.first += kLinesAtATime * kCacheLine;
-        }
+      const auto next = [&]() DDPM_FAST_LAMBDA {
+        sums.add(a, kTerms ? far : a + kNearRows, row, load(b), kWide ? load(b + kLanes) : vf{});
+        a += step;
+        far += step;
+        b += kPanel;
+      };
+      const int64_t terms = left < piece + kTermsAtATime ? left : piece;
+      const int64_t steps_of_piece = terms / kTermsAtATime;
+      PrefetchQueue::Lines lines = queue->take(steps_of_piece);
+      const float* const also_between = queue->twice ? lines.end : nullptr;
+      for (int64_t steps = steps_of_piece; steps > 0; --steps) {
+        if (lines.first < lines.end) ask(lines);
 #pragma GCC unroll 8
         for (int i = 0; i < kTermsAtATime; ++i) {
-          if (i % 2 == 0) __builtin_prefetch(next_terms + i * (kCacheLine / 2), 0, 3);
-          if (i % 4 == 0) __builtin_prefetch(next_panel + i * (kCacheLine / 4), 0, 3);
-          next(sums);
+          if (i == kTermsAtATime / 2 && lines.first < also_between) ask(lines);
+          constexpr auto next_line = [](int term) constexpr { return term * kNextLines / kTermsAtATime; };
+          if (next_line(i + 1) > next_line(i)) __builtin_prefetch(next_terms + next_line(i) * kCacheLine, 0, 3);
+          if (i % (kTermsAtATime / kPanelLines) == 0) {
+            __builtin_prefetch(next_panel + i * kPanelLines / kTermsAtATime * kCacheLine, 0, 3);
+          }
+          next();
         }
-        __asm__("" : "+r"(a));  // else gcc has an address for each row, and moves them all on
-        next_terms += kTermsAtATime * (kCacheLine / 2);
-        next_panel += kTermsAtATime * (kCacheLine / 4);
-      } while (--steps > 0);
-      if (left == K / kTermsAtATime) {
+        // Else gcc has an address for each row, and moves them all on.
+        __asm__("" : "+r"(a));
+        if constexpr (kTerms) __asm__("" : "+r"(far));
+        next_terms += kNextLines * kCacheLine;
+        next_panel += kPanelLines * kCacheLine;
+      }
+#pragma GCC unroll 1
+      for (int64_t k = terms % kTermsAtATime; k > 0; --k) next();
+      if constexpr (kTerms) {
+        store_sums(sums, c, stride, columns, adding);
+        adding = true;
+      } else if (left == K) {
         total = sums;
       } else {
         total.add(sums);
       }
-    }
-#pragma GCC unroll 1
-    for (int64_t k = K % kTermsAtATime; k > 0; --k) next(total);
-    store_sums(total, c, stride, columns, add);
+      left -= terms;
+    } while (left > 0);
+    if constexpr (!kTerms) store_sums(total, c, stride, columns, add);
   }
 }
 
-template <bool kWide, bool kTerms, int R = kRowsOfPieces>
-DDPM_FAST_INLINE void product_of_pieces_of(int64_t rows, int64_t groups, const float* a, int64_t apart,
+template <bool kWide, bool kTerms, int R = kRowsOfGroup<kTerms>>
+DDPM_FAST_INLINE void product_of_groups_of(int64_t rows, int64_t groups, const float* a, int64_t apart,
                                            const float* panel, int64_t K, float* c, int64_t stride, int64_t columns,
                                            bool add, int64_t piece, int64_t ahead, const float* next_terms,
                                            PrefetchQueue* queue) {
   if constexpr (R > 0) {
     if (rows == R) {
-      return product_of_pieces<R, kWide, kTerms>(groups, a, apart, panel, K, c, stride, columns, add, piece, ahead,
+      return product_of_groups<R, kWide, kTerms>(groups, a, apart, panel, K, c, stride, columns, add, piece, ahead,
                                                  next_terms, queue);
     }
-    product_of_pieces_of<kWide, kTerms, R - 1>(rows, groups, a, apart, panel, K, c, stride, columns, add, piece, ahead,
+    product_of_groups_of<kWide, kTerms, R - 1>(rows, groups, a, apart, panel, K, c, stride, columns, add, piece, ahead,
                                                next_terms, queue);
   }
 }
@@ -253,45 +275,44 @@ DDPM_FAST_INLINE int64_t piece_of(int64_t K, int64_t most) {
 constexpr int64_t kOnePiece = int64_t{1} << 40;
 
 template <bool kWide, bool kTerms>
-inline void product_panel_of_pieces(const float* a, int64_t apart, const float* panel, int64_t M, int64_t K, float* c,
+inline void product_panel_in_groups(const float* a, int64_t apart, const float* panel, int64_t M, int64_t K, float* c,
                                     int64_t stride, int64_t columns, bool add, int64_t piece, PrefetchQueue* queue) {
-  const int64_t groups = ceil_div(M, kRowsOfPieces);
+  constexpr int kMost = kRowsOfGroup<kTerms>;
+  const int64_t groups = ceil_div(M, kMost);
   // Without a division of unknown numbers where all groups are full, as most are.
-  const int64_t rows = groups * kRowsOfPieces == M ? kRowsOfPieces : M / groups, longer = M - groups * rows;
-  const int64_t ahead = apart <= K + 2 * kCacheLine ? kGroupsAhead * kRowsOfPieces * apart : 0;
+  const int64_t rows = groups * kMost == M ? kMost : M / groups, longer = M - groups * rows;
+  const int64_t ahead = apart <= K + 2 * kCacheLine ? kRows * apart : 0;
   const int64_t done = longer * (rows + 1);
   PrefetchQueue none;
   if (queue == nullptr) queue = &none;
   const auto product = [&](int64_t of, int64_t count, int64_t first, int64_t groups_before) {
-    product_of_pieces_of<kWide, kTerms>(of, count, a + first * (kTerms ? apart : 1), apart, panel, K,
+    product_of_groups_of<kWide, kTerms>(of, count, a + first * (kTerms ? apart : 1), apart, panel, K,
                                         c + first * stride, stride, columns, add, piece, ahead,
                                         a + K * apart + groups_before * (K / 2) * kCacheLine, queue);
   };
   if (longer > 0) product(rows + 1, longer, 0, 0);
-  product(rows, groups - longer, done, longer);
+  if (groups > longer) product(rows, groups - longer, done, longer);
 }
 
 // C (M × columns of one panel) = A · panel, or += with `add`. A: (m, k) at a[m·row + k·step], where row or step is 1;
 // C: (m, n) at c[m·stride + n]. Rows are taken in balanced groups: 15 rows are 8 and 7, not 14 and 1. Sums over k are
-// made of pieces of `piece` terms, or of kLongestPiece where that is shorter and sums of pieces stay in registers. Of a
-// panel with one vector of columns or less the second vector is not read.
+// made of pieces of `piece` terms, with AVX-512 of at most kLongestPiece. Of a panel with one vector of columns or less
+// the second vector is not read.
 DDPM_FAST_NOINLINE void product_panel(const float* a, int64_t row, int64_t step, const float* panel, int64_t M,
                                       int64_t K, float* c, int64_t stride, int64_t columns, bool add,
                                       int64_t piece = kOnePiece, PrefetchQueue* queue = nullptr) {
-  if constexpr (kTwoSums) {
-    piece = min(round_up(piece, kTermsAtATime), kLongestPiece);
-    if (piece < K) {
-      if (columns > kLanes && step == 1) {
-        product_panel_of_pieces<true, true>(a, row, panel, M, K, c, stride, columns, add, piece, queue);
-      } else if (columns > kLanes) {
-        product_panel_of_pieces<true, false>(a, step, panel, M, K, c, stride, columns, add, piece, queue);
-      } else if (step == 1) {
-        product_panel_of_pieces<false, true>(a, row, panel, M, K, c, stride, columns, add, piece, queue);
-      } else {
-        product_panel_of_pieces<false, false>(a, step, panel, M, K, c, stride, columns, add, piece, queue);
-      }
-      return;
+  if constexpr (kInGroups) {
+    piece = min(round_up(min(piece, kLongestPiece), kTermsAtATime), kLongestPiece);
+    if (columns > kLanes && step == 1) {
+      product_panel_in_groups<true, true>(a, row, panel, M, K, c, stride, columns, add, piece, queue);
+    } else if (columns > kLanes) {
+      product_panel_in_groups<true, false>(a, step, panel, M, K, c, stride, columns, add, piece, queue);
+    } else if (step == 1) {
+      product_panel_in_groups<false, true>(a, row, panel, M, K, c, stride, columns, add, piece, queue);
+    } else {
+      product_panel_in_groups<false, false>(a, step, panel, M, K, c, stride, columns, add, piece, queue);
     }
+    return;
   }
   if (queue != nullptr) queue->ask_for_all();
   const int64_t groups = ceil_div(M, kRows);

@@ -14,7 +14,9 @@ struct PrefetchQueue {
     bool to_write;
   };
   static constexpr int64_t kMost = 128;
+  static constexpr int kAtATime = 2;  // lines, for a step of a product
   int64_t begin = 0, end = 0;
+  bool twice = false;  // in a step, where steps are too few for what waits
   Lines waiting[kMost];
 
   PrefetchQueue() {}  // what waits is written before it is read
@@ -25,9 +27,10 @@ struct PrefetchQueue {
   }
   DDPM_FAST_INLINE void add_to_write(const float* to, int64_t floats) { add(to, floats, true); }
 
-  // At most `count` lines that are no longer waiting.
-  DDPM_FAST_INLINE Lines take(int64_t count) {
+  // Lines for `steps` steps, at most, that are no longer waiting.
+  DDPM_FAST_INLINE Lines take(int64_t steps) {
     if (begin == end) return {};
+    const int64_t count = steps * (twice ? 2 * kAtATime : kAtATime);
     Lines& next = waiting[begin];
     const Lines taken = {next.first, min(next.end, next.first + count * kCacheLine), next.to_write};
     next.first = taken.end;

@@ -176,7 +176,7 @@ struct Block {
   }
 
  private:
-  static constexpr int64_t kCachedFloats = 512 << 10, kMinTilesAtOnce = 256;
+  static constexpr int64_t kCachedFloats = 512 << 10, kMinTilesAtOnce = 512;
   static inline const OptionalTensor no_seed;
 
   Tensor as_weight(const Tensor& weight, const char* name, int64_t C, int64_t side) const {
