@@ -6,8 +6,10 @@ python benchmarks/warm.py DEVICE SIZE
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 from network_cases import COMPILE_SECONDS, network_cases
@@ -15,8 +17,17 @@ from network_cases import COMPILE_SECONDS, network_cases
 from ddpm_fast.measure import baselines, compare
 
 
+def remove_unfinished(cache: Path) -> None:
+    """Remove the empty libraries of a compiler that was stopped: torch takes them for finished, and fails each time."""
+    for library in cache.rglob("*.so"):
+        if library.stat().st_size == 0:
+            library.unlink()
+
+
 def main(device: str, size: str) -> None:
     """Run the calls that compile: the equality check, then a step of each phase."""
+    if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        remove_unfinished(Path(cache))
     for name in COMPILE_SECONDS:
         for case in network_cases(size):
             if name not in case.baselines or baselines.why_not(name) is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import bench_blocks
 import pytest
 import torch
+import warm
 from forks import run_code
 from torchcfm.models.unet.unet import UNetModel
 
@@ -85,3 +86,14 @@ def test_after_the_deadline_nothing_is_timed():
     options = ["--size", "quick", "--deadline", "1", "-k", "fill", str(BENCHMARKS / "bench_ops.py")]
     finished = pytest_in_a_process(*options)
     assert "passed" not in finished.stdout and "4 skipped" in finished.stdout, finished.stdout
+
+
+def test_what_a_stopped_compiler_left_is_removed(tmp_path):
+    """torch loads an empty library as if it were finished: one network was not compiled again for days."""
+    (tmp_path / "sy").mkdir()
+    empty, finished, source = (tmp_path / "sy" / name for name in ("a.main.so", "b.main.so", "a.main.cpp"))
+    empty.touch()
+    finished.write_bytes(b"\x7fELF")
+    source.touch()
+    warm.remove_unfinished(tmp_path)
+    assert not empty.exists() and finished.exists() and source.exists()
