@@ -75,7 +75,7 @@ def test_eight_terms_of_a_group_have_few_other_instructions(tmp_path, rows, term
         '#include "cpu/kernels/gemm-inl.h"\nusing namespace ddpm_fast::avx512;\n'
         "void product(int64_t groups, const float* a, int64_t apart, const float* panel, int64_t K, float* c,\n"
         "             int64_t piece, PrefetchQueue* queue) {\n"
-        f"  product_of_groups<{rows}, true, {terms_in_rows}>(\n"
+        f"  product_of_groups<{rows}, true, {terms_in_rows}, {terms_in_rows}>(\n"
         "      groups, a, apart, panel, K, c, 32, 32, false, piece, 0, a, queue);\n}\n"
     )
     flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-march=x86-64-v4", f"-I{CSRC}"]

@@ -110,7 +110,9 @@ def test_the_gradient_of_an_image(is_wanted):
         (gradient,) = torch.autograd.grad(loss, images)
         assert gradient.abs().sum() > 0
     torch.manual_seed(5)
-    assert torch.equal(diffusion(images.detach(), times=TIMES), loss)
+    # Images that want a gradient take the reference, whose products round before they are added.
+    rtol = 1e-6 if is_wanted else 0
+    torch.testing.assert_close(diffusion(images.detach(), times=TIMES), loss, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("images", [all_bytes(), as_floats(all_bytes())], ids=["bytes", "float32"])

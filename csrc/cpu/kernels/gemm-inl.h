@@ -4,6 +4,7 @@
 // the sums are members of nested structs, one per row.
 #pragma once
 
+#include "dispatch-inl.h"
 #include "prefetch_queue-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
@@ -163,13 +164,13 @@ DDPM_FAST_NOINLINE void product_tile(const float* a, int64_t row, int64_t step, 
 // group's, of rows in columns the next terms, what lies behind the panel, and what waits in a queue. A tile reads seven
 // or more rows or columns at once, an order that processors do not follow. Eight terms at a time: a loop's own
 // instructions are executed where two of three multiply-adds would be.
-// Of rows whose terms lie side by side each piece is stored. Else, of half as many rows, sums of pieces are in
-// registers, too: gradients of weights, whose pieces are short, took 5% longer the other way, and other products up to
-// 3% in this.
+// Where kStored, each piece is stored. Else, of half as many rows, sums of pieces are in registers, too: for rows in
+// columns, for the short pieces of gradients and where a caller adds up pieces of its own, whose sums are more accurate
+// so. Gradients of weights took 5% longer with stored pieces, Winograd's products up to 10% with two sums.
 constexpr bool kInGroups = kLanes == 16 && kRegisters == 32;
 constexpr int64_t kLongestPiece = 32;
-template <bool kTerms>
-constexpr int kRowsOfGroup = kTerms ? kRows : kRows / 2;
+template <bool kStored>
+constexpr int kRowsOfGroup = kStored ? kRows : kRows / 2;
 constexpr int kTermsAtATime = 8, kPanelLines = 2;  // lines behind the panel in that time
 
 // Asks for the next lines of a queue, and moves on.
@@ -183,7 +184,7 @@ DDPM_FAST_INLINE void ask(PrefetchQueue::Lines& lines) {
 // side by side and rows `apart` from each other; else the rows of a term side by side. `piece` is a multiple of
 // kTermsAtATime.
 // To prefetch: what is `ahead` of a group's rows, or next_terms.
-template <int R, bool kWide, bool kTerms>
+template <int R, bool kWide, bool kTerms, bool kStored>
 DDPM_FAST_NOINLINE void product_of_groups(int64_t groups, const float* rows, int64_t apart, const float* panel,
                                           int64_t K, float* c, int64_t stride, int64_t columns, bool add, int64_t piece,
                                           int64_t ahead, const float* next_terms, PrefetchQueue* queue) {
@@ -228,7 +229,7 @@ DDPM_FAST_NOINLINE void product_of_groups(int64_t groups, const float* rows, int
       }
 #pragma GCC unroll 1
       for (int64_t k = terms % kTermsAtATime; k > 0; --k) next();
-      if constexpr (kTerms) {
+      if constexpr (kStored) {
         store_sums(sums, c, stride, columns, adding);
         adding = true;
       } else if (left == K) {
@@ -238,22 +239,22 @@ DDPM_FAST_NOINLINE void product_of_groups(int64_t groups, const float* rows, int
       }
       left -= terms;
     } while (left > 0);
-    if constexpr (!kTerms) store_sums(total, c, stride, columns, add);
+    if constexpr (!kStored) store_sums(total, c, stride, columns, add);
   }
 }
 
-template <bool kWide, bool kTerms, int R = kRowsOfGroup<kTerms>>
+template <bool kWide, bool kTerms, bool kStored, int R = kRowsOfGroup<kStored>>
 DDPM_FAST_INLINE void product_of_groups_of(int64_t rows, int64_t groups, const float* a, int64_t apart,
                                            const float* panel, int64_t K, float* c, int64_t stride, int64_t columns,
                                            bool add, int64_t piece, int64_t ahead, const float* next_terms,
                                            PrefetchQueue* queue) {
   if constexpr (R > 0) {
     if (rows == R) {
-      return product_of_groups<R, kWide, kTerms>(groups, a, apart, panel, K, c, stride, columns, add, piece, ahead,
-                                                 next_terms, queue);
+      return product_of_groups<R, kWide, kTerms, kStored>(groups, a, apart, panel, K, c, stride, columns, add, piece,
+                                                          ahead, next_terms, queue);
     }
-    product_of_groups_of<kWide, kTerms, R - 1>(rows, groups, a, apart, panel, K, c, stride, columns, add, piece, ahead,
-                                               next_terms, queue);
+    product_of_groups_of<kWide, kTerms, kStored, R - 1>(rows, groups, a, apart, panel, K, c, stride, columns, add,
+                                                        piece, ahead, next_terms, queue);
   }
 }
 
@@ -274,10 +275,10 @@ DDPM_FAST_INLINE int64_t piece_of(int64_t K, int64_t most) {
 
 constexpr int64_t kOnePiece = int64_t{1} << 40;
 
-template <bool kWide, bool kTerms>
+template <bool kWide, bool kTerms, bool kStored>
 inline void product_panel_in_groups(const float* a, int64_t apart, const float* panel, int64_t M, int64_t K, float* c,
                                     int64_t stride, int64_t columns, bool add, int64_t piece, PrefetchQueue* queue) {
-  constexpr int kMost = kRowsOfGroup<kTerms>;
+  constexpr int kMost = kRowsOfGroup<kStored>;
   const int64_t groups = ceil_div(M, kMost);
   // Without a division of unknown numbers where all groups are full, as most are.
   const int64_t rows = groups * kMost == M ? kMost : M / groups, longer = M - groups * rows;
@@ -286,9 +287,9 @@ inline void product_panel_in_groups(const float* a, int64_t apart, const float* 
   PrefetchQueue none;
   if (queue == nullptr) queue = &none;
   const auto product = [&](int64_t of, int64_t count, int64_t first, int64_t groups_before) {
-    product_of_groups_of<kWide, kTerms>(of, count, a + first * (kTerms ? apart : 1), apart, panel, K,
-                                        c + first * stride, stride, columns, add, piece, ahead,
-                                        a + K * apart + groups_before * (K / 2) * kCacheLine, queue);
+    product_of_groups_of<kWide, kTerms, kStored>(of, count, a + first * (kTerms ? apart : 1), apart, panel, K,
+                                                 c + first * stride, stride, columns, add, piece, ahead,
+                                                 a + K * apart + groups_before * (K / 2) * kCacheLine, queue);
   };
   if (longer > 0) product(rows + 1, longer, 0, 0);
   if (groups > longer) product(rows, groups - longer, done, longer);
@@ -303,15 +304,13 @@ DDPM_FAST_NOINLINE void product_panel(const float* a, int64_t row, int64_t step,
                                       int64_t piece = kOnePiece, PrefetchQueue* queue = nullptr) {
   if constexpr (kInGroups) {
     piece = min(round_up(min(piece, kLongestPiece), kTermsAtATime), kLongestPiece);
-    if (columns > kLanes && step == 1) {
-      product_panel_in_groups<true, true>(a, row, panel, M, K, c, stride, columns, add, piece, queue);
-    } else if (columns > kLanes) {
-      product_panel_in_groups<true, false>(a, step, panel, M, K, c, stride, columns, add, piece, queue);
-    } else if (step == 1) {
-      product_panel_in_groups<false, true>(a, row, panel, M, K, c, stride, columns, add, piece, queue);
-    } else {
-      product_panel_in_groups<false, false>(a, step, panel, M, K, c, stride, columns, add, piece, queue);
-    }
+    const auto product = [&](auto wide, auto terms, auto stored) {
+      constexpr bool kTerms = decltype(terms)::value, kStored = kTerms && decltype(stored)::value;
+      product_panel_in_groups<decltype(wide)::value, kTerms, kStored>(a, kTerms ? row : step, panel, M, K, c, stride,
+                                                                      columns, add, piece, queue);
+    };
+    const bool whole = K < piece + kTermsAtATime, long_pieces = queue != nullptr && piece == kLongestPiece;
+    dispatch(product, columns > kLanes, step == 1, whole || long_pieces);
     return;
   }
   if (queue != nullptr) queue->ask_for_all();
