@@ -177,11 +177,16 @@ def overview(results: dict) -> str:
 
 def first_step_table(record: dict) -> str:
     rows = [
-        [name, f"{t['import_seconds']:.2f}", f"{t['median']:.1f}", f"{t['peak_bytes'] / 2**20:.0f}", str(t["rounds"])]
+        [
+            name, f"{t['import_seconds']:.2f}", f"{t['median']:.1f}",
+            f"{t['beside_torch']:.1f}" if "beside_torch" in t else "–",  # results from before December 2026 lack it
+            f"{t['peak_bytes'] / 2**20:.0f}", str(t["rounds"]),
+        ]
         for name, t in record["timings"].items()
-    ]
-    rows += [[name, "–", reason, "–", "–"] for name, reason in record["left_out"].items()]
-    return columns(["", "s to import, without torch", "s to the first step", "peak MiB in training", "processes"], rows)
+    ]  # fmt: skip
+    rows += [[name, "–", reason, "–", "–", "–"] for name, reason in record["left_out"].items()]
+    names = ["", "s to import, without torch", "s to the first step", "beside torch's import", "peak MiB in training"]
+    return columns([*names, "processes"], rows)
 
 
 def ops_table(results: dict) -> str:
