@@ -409,15 +409,19 @@ def why_not_recorded(model: object) -> str | None:
         return f"the model is a {type(model).__name__}, not a module"
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         return "there are hooks on every module's forward, which a replay does not call"
+    replaced: dict[tuple, str | None] = {}  # by class and names of attributes: a network has few of them
     for name, module in model.named_modules():
+        own, cls = module.__dict__, type(module)
         where = f"the model's {name}" if name else "the model"
-        if module._compiled_call_impl is not None or type(module).__module__.startswith("torch._dynamo"):
+        if module._compiled_call_impl is not None or cls.__module__.startswith("torch._dynamo"):
             return f"{where} is compiled, and torch.compile has its own graphs"
-        if module._forward_hooks or module._forward_pre_hooks:
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return f"{where} has forward hooks, which a replay does not call"
-        for method in vars(module):
-            if inspect.isfunction(getattr(type(module), method, None)):
-                return f"{where} has a {method} of its own instead of its class's"
+        kind = (cls, *own)
+        if kind not in replaced:
+            replaced[kind] = next((name for name in own if inspect.isfunction(getattr(cls, name, None))), None)
+        if replaced[kind] is not None:
+            return f"{where} has a {replaced[kind]} of its own instead of its class's"
     return None
 
 
@@ -431,8 +435,8 @@ def untrusted_module(model: nn.Module) -> str | None:
         if name.startswith(known):
             continue
         where = f"the model's {name}" if name else "the model"
-        if hasattr(module, "untrusted_part"):
-            part = module.untrusted_part()
+        if hasattr(type(module), "untrusted_part"):  # of the class: a module looks long for what it has not
+            part: str | None = module.untrusted_part()
             if part is not None:
                 return f"of {where}, {part}"
             known += (f"{name}." if name else "",)
