@@ -99,6 +99,26 @@ def test_eight_terms_of_a_group_have_few_other_instructions(tmp_path, rows, term
     assert len(others) <= most, others
 
 
+@pytest.mark.skipif(not HERE or shutil.which("g++") is None, reason="needs gcc on x86-64 Linux")
+@pytest.mark.parametrize(("name", "march", "lanes", "columns"), [("avx2", 3, 8, 2), ("avx512", 4, 16, 6)])
+def test_the_sums_of_dot_products_are_in_registers(tmp_path, name, march, lanes, columns):
+    """A step reads a vector of each row and adds each pair's product; no sum goes to memory."""
+    source = tmp_path / "dots.cpp"
+    source.write_text(
+        f'#define DDPM_FAST_ISA {name}\n#define DDPM_FAST_LANES {lanes}\n#include "cpu/kernels/dot_products-inl.h"\n'
+        f"using namespace ddpm_fast::{name};\nstatic_assert(kDotRows == 4 && kDotColumns == {columns});\n"
+        "void dots(const float* a, int64_t apart, const float* b, int64_t K, float* c) {\n"
+        "  dot_tile<kDotRows, kDotColumns>(a, apart, b, apart, K, c, 4);\n}\n"
+    )
+    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", f"-march=x86-64-v{march}", f"-I{CSRC}"]
+    built = subprocess.run(["g++", *flags, "-S", str(source), "-o", "-"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    loops = [loop for loop in innermost_loops(built.stdout) if loop.count("vfmadd") == 4 * columns]
+    assert loops, "the kernel's loop was not found"
+    for loop in loops:
+        assert "sp)" not in loop and not re.search(r"vmov\w+\t%[yz]mm\d+, .*\(", loop), loop
+
+
 @pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("g++") is None,
     reason="needs gcc on x86-64 Linux",

@@ -1,14 +1,18 @@
-// 3×3 convolutions of maps of a few pixels, as one matrix product:
+// 3×3 convolutions of maps of a few pixels, as one matrix product. Of the fewest pixels with the weights as they are
+// (dot_products-inl.h), and else, or of a gradient, with packed ones:
 //
-//   A[pixel][block][tap][c] = the pixel's 3×3 neighbours      output = A · W, W[block][tap][c][k] packed panel by panel
+//   A[pixel][c][tap] = the pixel's 3×3 neighbours             output = A · Wᵀ, W[k][c][tap]
+//   A[pixel][block][tap][c], the same                         output = A · W, W[block][tap][c][k] packed panel by panel
 //
 // with blocks of kLanes channels: a block of W is made in one piece of memory.
 //
 // A single tile, or maps of one or two pixels, pay for no transform of the weights: Winograd's saves at most three
-// quarters of so few products, and costs four times the memory of the weights. Two whole tiles do.
+// quarters of so few products, and costs four times the memory of the weights. Two whole tiles do where weights are
+// packed.
 #pragma once
 
 #include "conv3x3-inl.h"
+#include "dot_products-inl.h"
 #include "pack-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
@@ -66,30 +70,71 @@ inline void pack_taps(const Conv3x3Weight& w, int64_t first, int64_t columns, in
   }
 }
 
-inline void forward_directly(const Conv3x3Forward& p, int64_t C, int64_t K) {
-  const int64_t pixels = p.B * p.H * p.W, depth = 9 * C, row = padded(depth);
-  parallel(panels(K), pieces_of(C * (9 * pixels + kCyclesOfTaps / 2)), [&](int64_t first, int64_t last) {
-    float* a = thread_scratch(kScratchV, pixels * row);
-    float* packed = thread_scratch(kScratchU, depth * kPanel);
-    float* m = thread_scratch(kScratchM, pixels * kPanel);
-    gather_neighbours(p, C, a, row);
-    for (int64_t panel = first; panel < last; ++panel) {
-      const int64_t column = panel * kPanel, columns = min<int64_t>(kPanel, K - column);
-      pack_taps(p.weight, column, columns, C, packed);
-      deep_product(a, row, 1, packed, pixels, depth, kPanel, m, kPanel, false);
-      for (int64_t k = column, count; k < column + columns; k += count) {
-        const OutputSlice slice(p, 0, k, column + columns);
-        count = slice.count;
-        for (int64_t i = 0; i < pixels; ++i) {
-          const int64_t at = i * slice.pixel, image = i / (p.H * p.W);
-          const vf bias = slice.bias == nullptr ? vf{} : load_upto(slice.bias + image * p.bias_stride, count);
-          vf value = load_upto(m + i * kPanel + (k - column), count) + bias;
-          if (slice.residual != nullptr) value += load_upto(slice.residual + at, count);
-          store_upto(slice.output + at, value * splat(slice.factor), count);
-        }
+// Rows of `row` floats, one per pixel, in the order of weights: [c][tap].
+inline void gather_neighbours_as_weights(const Conv3x3Forward& p, float* a, int64_t row) {
+  const int64_t up = p.upsampled ? 1 : 0, height = p.H >> up, width = p.W >> up;
+  for (int64_t m = 0; m < p.B * p.H * p.W; ++m) {
+    float* to = a + m * row;
+    for (int part = 0; part < 2; to += 9 * p.channels[part++]) {
+      const float* from[9];
+      int64_t step[9];  // 1, or 0 outside of the map, which reads zeros
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        const int64_t y = m / p.W % p.H + tap / 3 - 1, x = m % p.W + tap % 3 - 1;
+        const bool inside = y >= 0 && y < p.H && x >= 0 && x < p.W;
+        const int64_t pixel = (m / p.W / p.H * height + (y >> up)) * width + (x >> up);
+        from[tap] = inside ? p.input[part] + pixel * p.channels[part] : kZeroVector;
+        step[tap] = inside ? 1 : 0;
+      }
+      int64_t c = 0;
+      for (; c + kLanes <= p.channels[part]; c += kLanes) {
+        put_taps([&](int tap) DDPM_FAST_LAMBDA { return load(from[tap] + c * step[tap]); }, to + 9 * c);
+      }
+      for (; c < p.channels[part]; ++c) {
+        for (int tap = 0; tap < 9; ++tap) to[9 * c + tap] = from[tap][c * step[tap]];
       }
     }
-  });
+  }
+}
+
+// Outputs of channels [first, last) from their sums, m[pixel·row + channel - first].
+inline void finish_directly(const Conv3x3Forward& p, int64_t first, int64_t last, const float* m, int64_t row) {
+  for (int64_t k = first, count; k < last; k += count) {
+    const OutputSlice slice(p, 0, k, last);
+    count = slice.count;
+    for (int64_t i = 0; i < p.B * p.H * p.W; ++i) {
+      const int64_t at = i * slice.pixel, image = i / (p.H * p.W);
+      const vf bias = slice.bias == nullptr ? vf{} : load_upto(slice.bias + image * p.bias_stride, count);
+      vf value = load_upto(m + i * row + (k - first), count) + bias;
+      if (slice.residual != nullptr) value += load_upto(slice.residual + at, count);
+      store_upto(slice.output + at, value * splat(slice.factor), count);
+    }
+  }
+}
+
+inline void forward_directly(const Conv3x3Forward& p, int64_t C, int64_t K) {
+  const int64_t pixels = p.B * p.H * p.W, depth = 9 * C, row = padded(depth);
+  const bool in_rows = has_rows(p.weight) && pixels <= kMaxDotRows;
+  parallel(panels(K), pieces_of(C * (9 * pixels + (in_rows ? 0 : kCyclesOfTaps / 2))),
+           [&](int64_t first, int64_t last) {
+             float* a = thread_scratch(kScratchV, pixels * row);
+             if (in_rows) {
+               const int64_t begin = first * kPanel, end = min(K, last * kPanel), count = end - begin;
+               float* m = thread_scratch(kScratchM, pixels * padded(count));
+               gather_neighbours_as_weights(p, a, row);
+               dot_products(a, row, pixels, p.weight.data + begin * p.weight.out_stride, p.weight.out_stride, count,
+                            depth, m, padded(count));
+               return finish_directly(p, begin, end, m, padded(count));
+             }
+             float* packed = thread_scratch(kScratchU, depth * kPanel);
+             float* m = thread_scratch(kScratchM, pixels * kPanel);
+             gather_neighbours(p, C, a, row);
+             for (int64_t panel = first; panel < last; ++panel) {
+               const int64_t column = panel * kPanel, columns = min<int64_t>(kPanel, K - column);
+               pack_taps(p.weight, column, columns, C, packed);
+               deep_product(a, row, 1, packed, pixels, depth, kPanel, m, kPanel, false);
+               finish_directly(p, column, column + columns, m, kPanel);
+             }
+           });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

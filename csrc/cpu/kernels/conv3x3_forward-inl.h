@@ -10,8 +10,8 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 constexpr int64_t kMaxPixelsDirectly = 16, kPixelsPerTile = 6;
 
 DDPM_FAST_INLINE bool directly(const Conv3x3Forward& p, const Tiles& tiles) {
-  const int64_t pixels = p.B * p.H * p.W;
-  return !p.pooled && (pixels <= kMaxPixelsDirectly || pixels <= kPixelsPerTile * tiles.whole());
+  const int64_t pixels = p.B * p.H * p.W, most = has_rows(p.weight) ? kMaxDotRows : kMaxPixelsDirectly;
+  return !p.pooled && (pixels <= most || pixels <= kPixelsPerTile * tiles.whole());
 }
 
 DDPM_FAST_INLINE bool by_tiles(const Tiles& tiles, int64_t C, int64_t K, int64_t most) {

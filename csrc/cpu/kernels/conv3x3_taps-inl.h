@@ -52,6 +52,46 @@ DDPM_FAST_INLINE void gather_taps(const float* from, const Write& write) {
   write(0, gather_tap<8>(parts));
 }
 
+// The lane of a vector of channels that has the place 9·channel + tap in its lane l of nine vectors.
+template <int kTap>
+DDPM_FAST_INLINE vf spread_tap(vf channels) {
+  constexpr auto channel = [](int l) constexpr {
+    int c = 0;
+    while ((9 * c + kTap) % kLanes != l) ++c;
+    return c;
+  };
+  return shuffle(channels, channels, lanes_of(channel));
+}
+
+// Vector `kPart` of the nine in which the taps of a channel lie side by side; of `spread`, one for each tap.
+template <int kPart>
+DDPM_FAST_INLINE vf join_taps(const vf (&spread)[9]) {
+  vf joined = spread[0];
+#pragma GCC unroll 9
+  for (int tap = 1; tap < 9; ++tap) {
+    const auto here = [&](int l) { return (kLanes * kPart + l) % 9 == tap ? -1 : 0; };
+    joined = lanes_of(here) ? spread[tap] : joined;
+  }
+  return joined;
+}
+
+// to[9·c + tap] = read(tap)'s lane c, for kLanes channels: what gather_taps takes apart.
+template <typename Read>
+DDPM_FAST_INLINE void put_taps(const Read& read, float* to) {
+  const vf spread[9] = {spread_tap<0>(read(0)), spread_tap<1>(read(1)), spread_tap<2>(read(2)),
+                        spread_tap<3>(read(3)), spread_tap<4>(read(4)), spread_tap<5>(read(5)),
+                        spread_tap<6>(read(6)), spread_tap<7>(read(7)), spread_tap<8>(read(8))};
+  store(to, join_taps<0>(spread));
+  store(to + kLanes, join_taps<1>(spread));
+  store(to + 2 * kLanes, join_taps<2>(spread));
+  store(to + 3 * kLanes, join_taps<3>(spread));
+  store(to + 4 * kLanes, join_taps<4>(spread));
+  store(to + 5 * kLanes, join_taps<5>(spread));
+  store(to + 6 * kLanes, join_taps<6>(spread));
+  store(to + 7 * kLanes, join_taps<7>(spread));
+  store(to + 8 * kLanes, join_taps<8>(spread));
+}
+
 DDPM_FAST_INLINE bool has_rows(const Conv3x3Weight& w) { return !w.mirrored && w.in_stride == 9; }
 DDPM_FAST_INLINE bool has_mirrored_rows(const Conv3x3Weight& w) { return w.mirrored && w.out_stride == 9; }
 

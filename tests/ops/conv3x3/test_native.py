@@ -85,6 +85,8 @@ SHAPES = [
     (3, 13, 6, 21, 45, 39),  # and in four chunks for the weight's gradient
     (2, 48, 0, 48, 40, 41),  # and in two, with a panel of which half is full
     (1, 513, 0, 16, 3, 3),
+    (1, 64, 33, 50, 4, 4),  # pixels few enough for weights as they are, of two maps
+    (2, 48, 0, 35, 4, 4),  # the same with AVX-512 only
     (4, 440, 0, 40, 44, 44),  # the weight's gradient in several passes, whatever the caches
 ]
 
@@ -132,7 +134,7 @@ def test_tiles_of_every_size(instruction_set, upsampled):
 
 
 def test_every_instruction_set(instruction_set):
-    for shape in (SHAPES[4], SHAPES[5], SHAPES[8], SHAPES[9], (1, 64, 32, 48, 9, 8)):
+    for shape in (SHAPES[4], SHAPES[5], SHAPES[8], SHAPES[9], (1, 64, 32, 48, 9, 8), (1, 64, 33, 50, 4, 4)):
         check(*make(*shape))
     check(*make(2, 32, 0, 16, 5, 4, upsampled=True))
     check(*make(*UPSAMPLED[4], upsampled=True))
@@ -187,6 +189,7 @@ def test_passes_of_many_threads_change_nothing():
         (2, 32, 0, 32, 64, 64),  # groups of tiles
         (6, 48, 16, 96, 16, 16),  # tiles of each thread, by panels
         (1, 64, 0, 96, 8, 8),  # panels of each thread
+        (1, 64, 32, 224, 4, 4),  # channels of each thread, of weights as they are
     ],
     ids=str,
 )
