@@ -1,10 +1,12 @@
 // The softmax attention block: out = attention(x̂·W_qkvᵀ)·Wᵀ + bias + residual, with x̂ the normed x.
 //
-// A weight is packed once and read once per group of samples. Backward computes x̂, qkv and attention's output again; a
-// weight's gradient is one task per panel of columns, so no two threads add to the same sum.
+// A weight is packed once and read once per group of samples; where there are few rows, it is read as it is. Backward
+// computes x̂, qkv and attention's output again; a weight's gradient is one task per panel of columns, so no two threads
+// add to the same sum.
 #pragma once
 
 #include "attention-inl.h"
+#include "dot_products-inl.h"
 #include "row_norm-inl.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA::attention {
@@ -97,32 +99,81 @@ DDPM_FAST_INLINE RowNorm normalise(const float* x, int64_t C, float* to) {
   return norm;
 }
 
+// Columns [begin, end) of `rows` rows of the output from `first` on, which hold the last product: bias and residual.
+DDPM_FAST_INLINE void finish_rows(const AttentionBlockForward& args, int64_t first, int64_t rows, int64_t begin,
+                                  int64_t end) {
+  const int64_t C = args.block.C;
+  for (int64_t row = first; row < first + rows; ++row) {
+    float* out = args.out + row * C;
+    const float* residual = args.residual == nullptr ? nullptr : args.residual + row * C;
+    for (int64_t c = begin; c < end; c += kLanes) {
+      vf value = load_upto(out + c, end - c) + load_upto(args.bias + c, end - c);
+      if (residual != nullptr) value += load_upto(residual + c, end - c);
+      store_upto(out + c, value, end - c);
+    }
+  }
+}
+
+struct FewRows {
+  float *normed, *qkv, *attended;  // (rows, C) with the gain, (rows, 3HD), (rows, HD)
+
+  void place(const BlockPlan& plan, Arena& arena) {
+    normed = arena.take(plan.rows() * plan.x_row);
+    qkv = arena.take(plan.rows() * plan.heads.qkv_row);
+    attended = arena.take(plan.rows() * plan.heads.out_row);
+  }
+};
+
+// Of all samples in one group. Threads share columns, since there are too few rows to share.
+inline void few_rows_forward(const AttentionBlockForward& args, const BlockPlan& plan) {
+  const AttentionBlockInputs& block = args.block;
+  const int64_t rows = plan.rows(), C = plan.C, HD = plan.HD;
+  FewRows shared{};
+  place_in_scratch(shared, kSharedSlot, plan);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const to = shared.normed + r * plan.x_row;
+    normalise(block.x + r * C, C, to);
+    for (int64_t c = 0; c < C; c += kLanes) {
+      store_upto(to + c, load_upto(to + c, C - c) * load_upto(block.gain_in + c, C - c), C - c);
+    }
+  }
+  // body(first, last) for shares of the columns.
+  const auto over_columns = [&](int64_t columns, int64_t depth, const auto& body) {
+    parallel(ceil_div(columns, kDotColumns), max<int64_t>(1, kDotTask / (rows * depth * kDotColumns)),
+             [&](int64_t begin, int64_t end) { body(begin * kDotColumns, min(columns, end * kDotColumns)); });
+  };
+  over_columns(3 * HD, C, [&](int64_t begin, int64_t end) {
+    dot_products(shared.normed, plan.x_row, rows, block.weight_qkv + begin * C, C, end - begin, C, shared.qkv + begin,
+                 plan.heads.qkv_row);
+  });
+  heads_forward(plan.heads, plan.samples, shared.qkv, shared.attended);
+  over_columns(C, HD, [&](int64_t begin, int64_t end) {
+    dot_products(shared.attended, plan.heads.out_row, rows, block.weight + begin * HD, HD, end - begin, HD,
+                 args.out + begin, C);
+    finish_rows(args, 0, rows, begin, end);
+  });
+}
+
 inline void block_forward(const AttentionBlockForward& args) {
   const BlockPlan plan(args.block);
+  if (args.block.in.B * plan.N <= kMaxDotRows) return few_rows_forward(args, plan);
   const int64_t C = plan.C, HD = plan.HD, qkv_row = plan.heads.qkv_row, out_row = plan.heads.out_row;
   BlockScratch shared{};
   place_in_scratch(shared, kSharedSlot, plan, false);
   pack_block_weights(plan, shared, false);
   for (int64_t first = 0; first < args.block.in.B; first += plan.samples) {
     const int64_t samples = min(plan.samples, args.block.in.B - first), rows = samples * plan.N;
-    const int64_t at = first * plan.N * C;
+    const int64_t at = first * plan.N;
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
       float* normed = thread_scratch(kTileSlot, t * plan.x_row);
-      for (int64_t i = 0; i < t; ++i) normalise(args.block.x + at + (r + i) * C, C, normed + i * plan.x_row);
+      for (int64_t i = 0; i < t; ++i) normalise(args.block.x + (at + r + i) * C, C, normed + i * plan.x_row);
       deep_product(normed, plan.x_row, 1, shared.qkv_weight, t, C, 3 * HD, shared.qkv + r * qkv_row, qkv_row, false);
     });
     heads_forward(plan.heads, samples, shared.qkv, shared.attended);
     for_row_tiles(rows, [&](int64_t r, int64_t t) {
-      float* out = args.out + at + r * C;
+      float* out = args.out + (at + r) * C;
       deep_product(shared.attended + r * out_row, out_row, 1, shared.out_weight, t, HD, C, out, C, false);
-      const float* residual = args.residual == nullptr ? nullptr : args.residual + at + r * C;
-      for (int64_t i = 0; i < t; ++i) {
-        for (int64_t c = 0; c < C; c += kLanes) {
-          vf value = load_upto(out + i * C + c, C - c) + load_upto(args.bias + c, C - c);
-          if (residual != nullptr) value += load_upto(residual + i * C + c, C - c);
-          store_upto(out + i * C + c, value, C - c);
-        }
-      }
+      finish_rows(args, at + r, t, 0, C);
     });
   }
 }

@@ -33,6 +33,7 @@ SHAPES = [
     (3, 4, 32, 64, 4, 7, 7),
     (1, 2, 5, 100, 3, 3, 7),
     (1, 1, 40, 513, 2, 3, 3),
+    (2, 4, 32, 64, 4, 4, 4),  # rows few enough for weights as they are, with AVX-512 only
     (2, 2, 16, 24, 4, 33, 17),  # several tiles of queries
     (5, 1, 4, 6, 1, 16, 16),  # samples in more than one go
 ]
