@@ -72,7 +72,7 @@ template <typename Put>
 DDPM_FAST_INLINE void over_columns(const float* from, int64_t stride, int64_t rows, int64_t K, const Put& put) {
   for (int64_t k = 0; k < K; k += kLanes) {
     const int64_t count = min<int64_t>(kLanes, K - k);
-    vf lines[kLanes] = {};
+    vf lines[kLanes];
     if (rows == kLanes && count == kLanes) {
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) lines[i] = load(from + i * stride + k);
@@ -81,7 +81,7 @@ DDPM_FAST_INLINE void over_columns(const float* from, int64_t stride, int64_t ro
       for (int i = 0; i < kLanes; ++i) put(k + i, lines[i]);
       continue;
     }
-    for (int64_t i = 0; i < rows; ++i) lines[i] = load_upto(from + i * stride + k, count);
+    for (int64_t i = 0; i < kLanes; ++i) lines[i] = i < rows ? load_upto(from + i * stride + k, count) : vf{};
     transpose(lines);
     for (int64_t i = 0; i < count; ++i) put(k + i, lines[i]);
   }
