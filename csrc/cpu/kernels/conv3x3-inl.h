@@ -88,19 +88,17 @@ inline void forward_by_tiles(const Conv3x3Forward& p, const Tiles& tiles, int64_
       expected = g + 1;
       PrefetchQueue queue;
       queue.twice = twice;
+      RowsOfTiles rows_in(tiles, end, next, kRowsToPrefetch, kPoints * num_panels);
+      RowsOfTiles rows_out(tiles, begin, end, 4, kPoints * num_panels);
       // All panels of a point, one after another: the point's V stays in the first-level cache.
       for (int64_t i = 0; i < kPoints; ++i) {
         const TileRange some = tiles.using_point(i).within(begin, end);
         for (int64_t panel = 0; panel < num_panels; ++panel) {
-          const int64_t step = i * num_panels + panel, steps = kPoints * num_panels;
-          spread((next - end) * kRowsToPrefetch, step, steps, [&](int64_t n) {
-            prefetch_input_row(input, tiles, end + n / kRowsToPrefetch, n % kRowsToPrefetch, queue);
-          });
-          spread((end - begin) * 4, step, steps,
-                 [&](int64_t n) { prefetch_output_row(p, tiles, begin + n / 4, n % 4, queue); });
-          product_panel(v + i * v_plane + some.begin * v_row, v_row, 1, u + step * point, some.count(), C,
-                        m + i * m_plane + some.begin * m_row + panel * kPanel, m_row, panel_width(K - panel * kPanel),
-                        false, piece, &queue);
+          rows_in.next([&](const Tile& tile, int64_t row) { prefetch_input_row(input, tiles, tile, row, queue); });
+          rows_out.next([&](const Tile& tile, int64_t row) { prefetch_output_row(p, tiles, tile, row, queue); });
+          product_panel(v + i * v_plane + some.begin * v_row, v_row, 1, u + (i * num_panels + panel) * point,
+                        some.count(), C, m + i * m_plane + some.begin * m_row + panel * kPanel, m_row,
+                        panel_width(K - panel * kPanel), false, piece, &queue);
         }
       }
       finish_columns(p, tiles, begin, end, 0, K, m, m_row, m_plane);

@@ -18,9 +18,8 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 //   cache. For few tiles with many channels: the sums are most of the memory traffic.
 
 // Row i of a tile's four rows of the gradient, ahead of time.
-inline void prefetch_gradient_row(const Conv3x3WeightGradient& p, const Tiles& tiles, int64_t index, int64_t i,
+inline void prefetch_gradient_row(const Conv3x3WeightGradient& p, const Tiles& tiles, const Tile& tile, int64_t i,
                                   PrefetchQueue& queue) {
-  const Tile tile(tiles, index);
   if (i >= tile.height) return;
   const int64_t step = p.grad_step, pixel = p.K * step;
   queue.add(p.grad + ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * pixel, tile.width * pixel);
@@ -252,12 +251,12 @@ inline void add_points(const Conv3x3WeightGradient& p, const Tiles& tiles, int64
     });
     parallel(steps, 1, [&](int64_t from, int64_t to) {
       PrefetchQueue queue;
+      RowsOfTiles inputs(tiles, next, next + after, kRowsToPrefetch, steps, from);
+      RowsOfTiles gradients(tiles, next, next + after, 4, steps, from);
       for (int64_t i = from; i < to; ++i) {
         const int64_t point = i / num_panels, panel = i % num_panels;
-        spread(after * kRowsToPrefetch, i, steps, [&](int64_t n) {
-          prefetch_input_row(input, tiles, next + n / kRowsToPrefetch, n % kRowsToPrefetch, queue);
-        });
-        spread(after * 4, i, steps, [&](int64_t n) { prefetch_gradient_row(p, tiles, next + n / 4, n % 4, queue); });
+        inputs.next([&](const Tile& tile, int64_t row) { prefetch_input_row(input, tiles, tile, row, queue); });
+        gradients.next([&](const Tile& tile, int64_t row) { prefetch_gradient_row(p, tiles, tile, row, queue); });
         if (!points.has(point)) continue;
         add_products(v + point * v_plane, row, d + point * d_plane + panel * d_panel, T,
                      tiles.using_point(point).within(first, next), C, p.K - panel * kPanel,

@@ -9,11 +9,43 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
+// Rows of the tiles [begin, end), `rows` of each, in shares for `steps` steps from `first` on. Finding each row's tile
+// and each step's share by divisions took 1 to 3% of a residual block of 48 to 128 channels.
+class RowsOfTiles {
+ public:
+  RowsOfTiles(const Tiles& tiles, int64_t begin, int64_t end, int64_t rows, int64_t steps, int64_t first = 0)
+      : tiles_(tiles),
+        index_(min(begin + (end - begin) * first / steps, tiles.total - 1)),
+        tile_(tiles, index_),
+        rows_(rows),
+        left_((end - index_) * rows),
+        share_((((end - begin) * rows << kPoint) + steps - 1) / steps) {}
+
+  // body(tile, row) for those of the next step.
+  template <typename Body>
+  DDPM_FAST_INLINE void next(const Body& body) {
+    for (due_ += share_; due_ >= kOne && left_ > 0; due_ -= kOne, --left_) {
+      if (row_ == rows_) {
+        row_ = 0;
+        tile_ = Tile(tiles_, ++index_);
+      }
+      body(tile_, row_++);
+    }
+  }
+
+ private:
+  static constexpr int kPoint = 16;  // bits of a share behind its point
+  static constexpr int64_t kOne = int64_t{1} << kPoint;
+  const Tiles& tiles_;
+  int64_t index_;
+  Tile tile_;
+  int64_t row_ = 0, rows_, left_, share_, due_ = 0;
+};
+
 // Row i of five rows of a tile's inputs: its own four, and the first below.
 constexpr int64_t kRowsToPrefetch = 5;
-inline void prefetch_input_row(const InputMaps& input, const Tiles& tiles, int64_t index, int64_t i,
+inline void prefetch_input_row(const InputMaps& input, const Tiles& tiles, const Tile& tile, int64_t i,
                                PrefetchQueue& queue) {
-  const Tile tile(tiles, index);
   const int64_t up = input.upsampled ? 1 : 0, y = min(tile.y + i, tiles.H - 1) >> up, x = tile.x >> up;
   const int64_t width = (tile.width + up) >> up;
   const int64_t pixel = (tile.b * (tiles.H >> up) + y) * (tiles.W >> up) * input.step + x;
@@ -41,9 +73,8 @@ inline void prefetch_inputs(const InputMaps& input, const Tiles& tiles, int64_t 
 }
 
 // Prefetches row i of a tile's four output rows, and the norm's inputs and outputs for that row.
-inline void prefetch_output_row(const Conv3x3Forward& p, const Tiles& tiles, int64_t index, int64_t i,
+inline void prefetch_output_row(const Conv3x3Forward& p, const Tiles& tiles, const Tile& tile, int64_t i,
                                 PrefetchQueue& queue) {
-  const Tile tile(tiles, index);
   if (i >= tile.height || p.pooled) return;  // a second part's outputs are left to come by themselves
   const int64_t step = p.output_step, K = p.output_channels[0] * step, floats = tile.width * K;
   const int64_t at = ((tile.b * tiles.H + tile.y + i) * tiles.W * step + tile.x) * K;
