@@ -10,6 +10,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/maps.h"
 #include "cpu/runtime/narrow.h"
+#include "cpu/runtime/parallel.h"
 #include "dropout.h"
 #include "ops.h"
 
@@ -113,10 +114,12 @@ struct Block {
   }
 
   // Images per pass: their maps stay in the cache between the convolutions, and there are enough tiles to keep the
-  // kernels busy. Small maps, for which the weights are most of the memory traffic, are one pass.
+  // kernels busy. Small maps, for which the weights are most of the memory traffic, are one pass. Of a third-level
+  // cache of 48 MB, blocks of 64 and 128 channels take 0.91 to 1.0 of the time with a quarter that they take with 2 MB,
+  // and as long with half or all of it.
   int64_t images_at_once() const {
     const int64_t tiles = (H + 3) / 4 * ((W + 3) / 4);
-    const int64_t fitting = kCachedFloats / (H * W * std::max(K, channels[0] + channels[1]));
+    const int64_t fitting = third_level_floats() / 4 / (H * W * std::max(K, channels[0] + channels[1]));
     return std::min(B, std::max({int64_t{1}, fitting, (kMinTilesAtOnce + tiles - 1) / tiles}));
   }
 
@@ -176,7 +179,7 @@ struct Block {
   }
 
  private:
-  static constexpr int64_t kCachedFloats = 512 << 10, kMinTilesAtOnce = 512;
+  static constexpr int64_t kMinTilesAtOnce = 512;
   static inline const OptionalTensor no_seed;
 
   Tensor as_weight(const Tensor& weight, const char* name, int64_t C, int64_t side) const {
