@@ -176,17 +176,20 @@ def overview(results: dict) -> str:
 
 
 def first_step_table(record: dict) -> str:
+    timings = record["timings"]
+    told_apart = any("beside_torch" in t for t in timings.values())  # results from before December 2026 are not
+    names = ["", "s to import, without torch", "s to the first step"]
+    names += ["beside torch's import"] * told_apart
     rows = [
         [
             name, f"{t['import_seconds']:.2f}", f"{t['median']:.1f}",
-            f"{t['beside_torch']:.1f}" if "beside_torch" in t else "–",  # results from before December 2026 lack it
-            f"{t['peak_bytes'] / 2**20:.0f}", str(t["rounds"]),
+            *([f"{t['beside_torch']:.1f}"] if told_apart else []), f"{t['peak_bytes'] / 2**20:.0f}", str(t["rounds"]),
         ]
-        for name, t in record["timings"].items()
+        for name, t in timings.items()
     ]  # fmt: skip
-    rows += [[name, "–", reason, "–", "–", "–"] for name, reason in record["left_out"].items()]
-    names = ["", "s to import, without torch", "s to the first step", "beside torch's import", "peak MiB in training"]
-    return columns([*names, "processes"], rows)
+    names += ["peak MiB in training", "processes"]
+    rows += [[name, "–", reason, *["–"] * (len(names) - 3)] for name, reason in record["left_out"].items()]
+    return columns(names, rows)
 
 
 def ops_table(results: dict) -> str:
